@@ -1,0 +1,27 @@
+"""Every error a user can cause. A message says what, where, got, expected, and what to try next."""
+
+from __future__ import annotations
+
+
+class LdmError(Exception):
+    """Root of all errors of ldm-export; the command line prints its message as one line."""
+
+
+class SpecError(LdmError, ValueError):
+    """A value, shape or option is outside what the model or the scheduler takes."""
+
+
+class CheckpointError(LdmError):
+    """A checkpoint is missing, damaged, or not of a supported kind."""
+
+
+class BuildError(LdmError):
+    """A graph or an engine cannot be built, or a built one is not what was asked for."""
+
+
+class ManifestError(LdmError):
+    """A bundle is damaged, incomplete, unsafe, or made for another version."""
+
+
+class BackendError(LdmError):
+    """An engine cannot be loaded or run on this machine."""

@@ -1,0 +1,136 @@
+"""Shapes and dtypes of a model's components, written once for exporter, engines, runtime and server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.errors import SpecError
+
+DTYPES = ("float32", "float16", "int64", "int32", "uint8")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named dimension: ``scale`` × a value between ``min`` and ``max``, with ``opt`` the usual one.
+
+    Raises:
+        SpecError: not 1 ≤ min ≤ opt ≤ max, or scale < 1.
+    """
+
+    name: str
+    min: int
+    opt: int
+    max: int
+    scale: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max or self.scale < 1:
+            raise SpecError(
+                f"axis {self.name}: got {self.min}:{self.opt}:{self.max} times {self.scale}, "
+                "expected 1 <= min <= opt <= max; give the bounds as min:opt:max"
+            )
+
+    def __mul__(self, factor: int) -> Axis:
+        """The axis ``factor`` times as long, e.g. ``latent_height * 8`` for pixels."""
+        return Axis(self.name, self.min, self.opt, self.max, self.scale * factor)
+
+    __rmul__ = __mul__
+
+    @property
+    def symbol(self) -> str:
+        """The dimension's name in a graph: ``batch``, ``8*height``."""
+        return self.name if self.scale == 1 else f"{self.scale}*{self.name}"
+
+    def admits(self, size: int) -> bool:
+        """True where a dimension of ``size`` lies on the axis."""
+        return size % self.scale == 0 and self.min <= size // self.scale <= self.max
+
+
+Dim = Axis | int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one graph input or output; a dimension is a size or an Axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SpecError(f"tensor {self.name}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+
+    def bounds(self, which: str) -> tuple[int, ...]:
+        """The shape at ``which`` of "min", "opt", "max"."""
+        return tuple(getattr(dim, which) * dim.scale if isinstance(dim, Axis) else dim for dim in self.shape)
+
+    def __str__(self) -> str:
+        dims = ", ".join(dim.symbol if isinstance(dim, Axis) else str(dim) for dim in self.shape)
+        return f"{self.name}: {self.dtype} [{dims}]"
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One graph of the model: its name, inputs and outputs."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def dynamic_axes(spec: ComponentSpec) -> dict[str, dict[int, str]]:
+    """Tensor name → {dimension: symbol} for every dimension that is not fixed."""
+    return {
+        tensor.name: {i: dim.symbol for i, dim in enumerate(tensor.shape) if isinstance(dim, Axis)}
+        for tensor in spec.inputs + spec.outputs
+    }
+
+
+def profile(spec: ComponentSpec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Input name → its (min, opt, max) shapes, as an engine's optimization profile takes them."""
+    return {t.name: (t.bounds("min"), t.bounds("opt"), t.bounds("max")) for t in spec.inputs}
+
+
+def dummy_inputs(spec: ComponentSpec, which: str = "opt", seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Valid random inputs at the "min", "opt" or "max" shapes: normal floats, integers 0 or 1."""
+    rng = np.random.default_rng(seed)
+    feed: dict[str, NDArray[Any]] = {}
+    for tensor in spec.inputs:
+        shape, dtype = tensor.bounds(which), np.dtype(tensor.dtype)
+        values = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
+        feed[tensor.name] = values.astype(dtype)
+    return feed
+
+
+def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
+    """Check names, dtypes, shapes and that axes of one name have one size.
+
+    Raises:
+        SpecError: names the component, the tensor, what was given and what is expected.
+    """
+    expected, given = {t.name for t in spec.inputs}, set(feed)
+    if expected != given:
+        raise SpecError(f"{spec.name}: got inputs {sorted(given)}, expected {sorted(expected)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor in spec.inputs:
+        array = feed[tensor.name]
+        where = f"{spec.name}: input {tensor}: got {array.dtype} {list(array.shape)}"
+        if array.dtype != np.dtype(tensor.dtype) or array.ndim != len(tensor.shape):
+            raise SpecError(f"{where}, expected another dtype or rank; convert it with astype or reshape")
+        for dim, size in zip(tensor.shape, array.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise SpecError(f"{where}, expected {dim} where {size} stands")
+                continue
+            low, high = dim.min * dim.scale, dim.max * dim.scale
+            if not dim.admits(size):
+                raise SpecError(f"{where}, {dim.symbol} must lie in {low}..{high} in steps of {dim.scale}")
+            value, first = sizes.setdefault(dim.name, (size // dim.scale, tensor.name))
+            if value != size // dim.scale:
+                raise SpecError(f"{where}, {dim.name} is {value} in {first} and {size // dim.scale} here; they must agree")

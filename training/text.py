@@ -1,0 +1,31 @@
+"""The shapes tokenizer: BertTokenizer with a vocabulary of the grammar's words and single characters."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+from transformers import BertTokenizer
+
+from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
+
+TOKENS = 77
+"""Every prompt is padded to this length, as LDMTextToImagePipeline does."""
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, the grammar's words, then characters alone and as continuations, so any Latin word can be spelled."""
+    phrases = ("a an on background", *PLACES, *RELATIONS, *COLOURS, *SHAPES, *SIZES, *BACKGROUNDS)
+    words = list(dict.fromkeys(word for phrase in phrases for word in phrase.split() if len(word) > 1))
+    characters = string.ascii_lowercase + string.digits
+    alone = list(characters + string.punctuation)
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *alone, *(f"##{c}" for c in characters)]
+
+
+def make_tokenizer(folder: Path) -> BertTokenizer:
+    """Write ``vocab.txt`` and the tokenizer's files into ``folder`` and load them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer

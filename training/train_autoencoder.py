@@ -1,0 +1,52 @@
+"""Trains the shapes autoencoder: AutoencoderKL, factor 8, four latent channels."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from data import pictures
+from diffusers import AutoencoderKL
+from run import Run
+
+CONFIG = {
+    "block_out_channels": (16, 32, 64, 96),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 16,
+    "sample_size": 64,
+}
+BATCH, KL_WEIGHT = 32, 2e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/training/autoencoder"))
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model = AutoencoderKL(**CONFIG)
+    run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=2e-3, seed=args.seed, decay=0.998)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
+        images, _ = pictures(args.seed, step, BATCH)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = model.encode(images).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            latents = mean + std * torch.randn(mean.shape, generator=generator)
+            decoded = model.decode(latents).sample.float()
+        error = decoded - images
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+        return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
+
+    run.train(loss_of_step)
+    run.average.save_pretrained(args.folder / "model")
+
+
+if __name__ == "__main__":
+    main()

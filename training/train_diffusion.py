@@ -1,0 +1,100 @@
+"""Trains the shapes text encoder and UNet together on latents of the trained autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import loosen, pictures
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from rich.progress import track
+from run import Run
+from text import TOKENS, make_tokenizer, vocabulary
+from torch import nn
+
+WIDTH = 128
+BERT = {
+    "vocab_size": len(vocabulary()),
+    "max_position_embeddings": TOKENS,
+    "d_model": WIDTH,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "head_dim": 32,
+    "encoder_ffn_dim": 512,
+    "dropout": 0.0,
+}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (96, 128),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": WIDTH,
+}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+BATCH, SCENES, PROMPT_DROPOUT, MIN_SNR = 64, 65_536, 0.1, 5.0
+
+
+@torch.no_grad()
+def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Posterior mean and deviation, each float32 [SCENES, 4, 8, 8], and the sentences; kept in ``latents.pt``."""
+    sentences, moments = [], []
+    kept = folder / "latents.pt"
+    count = 256
+    for index in track(range(SCENES // count), description="encoding"):
+        images, some = pictures(seed, index, count)
+        sentences += some
+        if not kept.exists():
+            posterior = autoencoder.encode(images).latent_dist
+            moments.append(torch.stack([posterior.mean, posterior.std]))
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(moments, 1), kept)
+    mean, std = torch.load(kept, weights_only=True)
+    return mean, std, sentences
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
+    parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=2)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    autoencoder = AutoencoderKL.from_pretrained(args.autoencoder).eval()
+    tokenizer = make_tokenizer(args.folder / "tokenizer")
+    mean, std, sentences = encoded_scenes(autoencoder, args.folder, args.seed)
+    scale = 1.0 / (mean.square() + std.square()).mean().sqrt().item()
+    model = nn.ModuleDict({"bert": LDMBertModel(LDMBertConfig(**BERT)), "unet": UNet2DConditionModel(**UNET)})
+    average = deepcopy(model)
+    run = Run(args.folder, model, average, steps=args.steps, lr=8e-4, seed=args.seed, decay=0.999)
+    alpha_bar = DDIMScheduler(**SCHEDULER).alphas_cumprod
+
+    def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
+        rng = np.random.default_rng([args.seed, step, 7])
+        rows = rng.integers(SCENES, size=BATCH)
+        dropped = rng.random(BATCH) < PROMPT_DROPOUT
+        prompts = ["" if drop else str(loosen(sentences[row], rng)) for row, drop in zip(rows, dropped, strict=True)]
+        ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        pair = (mean[rows], std[rows])
+        latents = scale * (pair[0] + pair[1] * torch.randn(pair[0].shape, generator=generator))
+        noise = torch.randn(latents.shape, generator=generator)
+        timestep = torch.randint(0, 1000, (BATCH,), generator=generator)
+        level = alpha_bar[timestep][:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            context = model["bert"](ids)[0]
+        predicted = model["unet"](level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context.float()).sample
+        snr = alpha_bar[timestep] / (1 - alpha_bar[timestep])
+        return ((predicted - noise).square().mean((1, 2, 3)) * (snr.clamp(max=MIN_SNR) / snr)).mean()
+
+    run.train(loss_of_step)
+
+
+if __name__ == "__main__":
+    main()
