@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +29,17 @@ class Run:
         lr: peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, average: nn.Module, *, steps: int, lr: float, seed: int, decay: float):
+    def __init__(
+        self, folder: Path, model: nn.Module, average: nn.Module, *, steps: int, lr: float, seed: int, decay: float
+    ):
         self.folder, self.model, self.average = folder, model, average
         self.steps, self.seed, self.decay = steps, seed, decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
+        self.stopped = False
+        signal.signal(signal.SIGTERM, self._stop)
         folder.mkdir(parents=True, exist_ok=True)
         average.load_state_dict(model.state_dict())
         if (folder / "state.pt").exists():
@@ -60,7 +64,10 @@ class Run:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         torch.save({**state, "step": self.step}, self.folder / "state.tmp")
         (self.folder / "loss.json").write_text(json.dumps(self.losses))
-        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
+        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
 
     def _follow(self) -> None:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -71,7 +78,13 @@ class Run:
 
     def train(self, loss_of_step: Callable[[int, torch.Generator], torch.Tensor]) -> None:
         """Run the remaining steps; ``loss_of_step(step, generator)`` returns a scalar loss."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         recent: list[float] = []
         with Progress(*columns) as progress:
             task = progress.add_task(self.folder.name, total=self.steps, completed=self.step)
@@ -88,7 +101,11 @@ class Run:
                 if self.step % LOG_EVERY == 0:
                     self.losses.append((self.step, sum(recent) / len(recent)))
                     recent.clear()
-                    progress.update(task, completed=self.step, description=f"{self.folder.name} loss {self.losses[-1][1]:.4f}")
+                    progress.update(
+                        task, completed=self.step, description=f"{self.folder.name} loss {self.losses[-1][1]:.4f}"
+                    )
                     print(time.strftime("%H:%M:%S"), self.folder.name, *self.losses[-1], flush=True)
-                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                if self.step % SAVE_EVERY == 0 or self.step == self.steps or self.stopped:
                     self._save()
+                if self.stopped:
+                    raise SystemExit(f"stopped after step {self.step}; start again to go on")

@@ -1,4 +1,4 @@
-"""Trains the shapes autoencoder: AutoencoderKL, factor 8, four latent channels."""
+"""Trains the shapes autoencoder: AutoencoderKL, factor 8, eight latent channels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from data import pictures
 from diffusers import AutoencoderKL
+
+from data import crowded_pictures, pictures
 from run import Run
 
 CONFIG = {
@@ -16,25 +17,27 @@ CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
-    "latent_channels": 4,
+    "latent_channels": 8,
     "norm_num_groups": 16,
     "sample_size": 64,
 }
-BATCH, KL_WEIGHT = 32, 2e-4
+BATCH, KL_WEIGHT = 16, 1e-4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/training/autoencoder"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model = AutoencoderKL(**CONFIG)
-    run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=2e-3, seed=args.seed, decay=0.998)
+    run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=1.5e-3, seed=args.seed, decay=0.998)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        images, _ = pictures(args.seed, step, BATCH)
+        images = torch.cat(
+            [pictures(args.seed, step, BATCH // 4)[0], crowded_pictures(args.seed, step, BATCH - BATCH // 4)]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(images).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import loosen, pictures
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from rich.progress import track
+from torch import nn
+
+from data import loosen, pictures
 from run import Run
 from text import TOKENS, make_tokenizer, vocabulary
-from torch import nn
 
 WIDTH = 128
 BERT = {
@@ -29,6 +30,8 @@ BERT = {
 }
 UNET = {
     "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
     "block_out_channels": (96, 128),
     "down_block_types": ("CrossAttnDownBlock2D",) * 2,
     "up_block_types": ("CrossAttnUpBlock2D",) * 2,
@@ -63,9 +66,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL.from_pretrained(args.autoencoder).eval()
     tokenizer = make_tokenizer(args.folder / "tokenizer")
@@ -81,7 +87,9 @@ def main() -> None:
         rows = rng.integers(SCENES, size=BATCH)
         dropped = rng.random(BATCH) < PROMPT_DROPOUT
         prompts = ["" if drop else str(loosen(sentences[row], rng)) for row, drop in zip(rows, dropped, strict=True)]
-        ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         pair = (mean[rows], std[rows])
         latents = scale * (pair[0] + pair[1] * torch.randn(pair[0].shape, generator=generator))
         noise = torch.randn(latents.shape, generator=generator)
@@ -89,7 +97,7 @@ def main() -> None:
         level = alpha_bar[timestep][:, None, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             context = model["bert"](ids)[0]
-        predicted = model["unet"](level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context.float()).sample
+            predicted = model["unet"](level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context).sample.float()
         snr = alpha_bar[timestep] / (1 - alpha_bar[timestep])
         return ((predicted - noise).square().mean((1, 2, 3)) * (snr.clamp(max=MIN_SNR) / snr)).mean()
 

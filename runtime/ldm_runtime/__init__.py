@@ -1,0 +1,8 @@
+"""Runs bundles of latent diffusion models: NumPy and an inference engine, no torch."""
+
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import LdmError
+from ldm_runtime.pipeline import Generation, LatentDiffusionPipeline, Step
+from ldm_runtime.request import Request
+
+__all__ = ["Bundle", "Generation", "LatentDiffusionPipeline", "LdmError", "Request", "Step"]

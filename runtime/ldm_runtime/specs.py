@@ -133,4 +133,6 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
                 raise SpecError(f"{where}, {dim.symbol} must lie in {low}..{high} in steps of {dim.scale}")
             value, first = sizes.setdefault(dim.name, (size // dim.scale, tensor.name))
             if value != size // dim.scale:
-                raise SpecError(f"{where}, {dim.name} is {value} in {first} and {size // dim.scale} here; they must agree")
+                raise SpecError(
+                    f"{where}, {dim.name} is {value} in {first} and {size // dim.scale} here; they must agree"
+                )

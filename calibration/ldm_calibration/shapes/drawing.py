@@ -11,7 +11,7 @@ from ldm_calibration.shapes.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, S
 
 PIXELS = 64
 """Width and height of every picture."""
-RADIUS = {"small": 7.0, "large": 12.0}
+RADIUS = {"small": 8.0, "large": 12.0}
 """Half the extent of a shape, in pixels."""
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),

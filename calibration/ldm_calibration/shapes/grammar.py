@@ -141,6 +141,7 @@ def held_out_prompts(one_object: int, two_object: int, seed: int = 0) -> list[st
 
 def random_sentence(rng: np.random.Generator, two_objects: float = 0.75) -> Sentence:
     """A random full sentence; ``two_objects`` is the share of two-object scenes."""
+
     def pick(names: tuple[str, ...]) -> str:
         return names[rng.integers(len(names))]
 

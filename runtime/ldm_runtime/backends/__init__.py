@@ -1,0 +1,30 @@
+"""Engines that run one component: one module each, all behind the same ``Backend`` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ldm_runtime.specs import TensorSpec
+
+Feed = Mapping[str, NDArray[Any]]
+
+
+class Backend(Protocol):
+    """One loaded component. The constructor does the work; arrays that ``run`` returns belong to the caller."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns."""
+
+    def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run once. Raises SpecError on a feed that does not fit, BackendError when the engine fails."""
+
+    def close(self) -> None:
+        """Free the engine; the backend cannot run afterwards."""

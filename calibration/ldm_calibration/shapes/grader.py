@@ -1,0 +1,134 @@
+"""Grades pictures of the shapes domain against the sentences they were asked for.
+
+Strict: an attribute that cannot be read counts as wrong, and so does the count where anything is left unexplained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_calibration.shapes.drawing import CELL
+from ldm_calibration.shapes.grammar import PLACES, Sentence, Thing, parse
+from ldm_calibration.shapes.reader import Found, Reading, read
+
+ATTRIBUTES = ("background", "count", "colour", "shape", "size", "position")
+MAX_LEFTOVERS = 10
+"""Most pixels of a right picture that nothing explains. Scenes have none, a foreign spot of 4×4 pixels leaves 12."""
+PLACE_TOLERANCE, RELATION_DISTANCE = 6.0, 8.0
+"""Pixels from a cell's centre at most, and pixels between two centres along the relation's axis at least."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Which attributes of a picture are as its sentence says; what the sentence leaves open counts as right."""
+
+    background: bool
+    count: bool
+    colour: bool
+    shape: bool
+    size: bool
+    position: bool
+
+    @property
+    def right(self) -> bool:
+        return all(getattr(self, name) for name in ATTRIBUTES)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Number of pictures and the shares, in [0, 1], that are right as a whole and in each attribute."""
+
+    number: int
+    right: float
+    background: float
+    count: float
+    colour: float
+    shape: float
+    size: float
+    position: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Tallies over all pictures and over those of one-object and two-object sentences; None where there are none."""
+
+    overall: Tally
+    one_object: Tally | None
+    two_objects: Tally | None
+
+
+def accuracy(pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Accuracy:
+    """Grade pictures, each uint8 [64, 64, 3], against their prompts.
+
+    Raises:
+        ValueError: no pictures, not one prompt per picture, or a prompt outside the grammar.
+    """
+    sentences = [parse(prompt) for prompt in prompts]
+    return summarise([grade(picture, s) for picture, s in zip(pictures, sentences, strict=True)], sentences)
+
+
+def summarise(grades: Sequence[Grade], sentences: Sequence[Sentence]) -> Accuracy:
+    """The accuracy of grades already given; raises ValueError where there are none."""
+    pairs = list(zip(grades, sentences, strict=True))
+    overall = _tally(list(grades))
+    if overall is None:
+        raise ValueError("no pictures to grade: expected at least one")
+    one, two = ([given for given, sentence in pairs if len(sentence.things) == count] for count in (1, 2))
+    return Accuracy(overall, _tally(one), _tally(two))
+
+
+def _tally(grades: list[Grade]) -> Tally | None:
+    shares = [sum(getattr(given, name) for given in grades) / max(len(grades), 1) for name in ("right", *ATTRIBUTES)]
+    return Tally(len(grades), *shares) if grades else None
+
+
+def grade(picture: NDArray[np.uint8], sentence: Sentence) -> Grade:
+    """Compare a picture, uint8 [64, 64, 3] RGB, with what a sentence says of it."""
+    return compare(read(picture), sentence)
+
+
+def compare(reading: Reading, sentence: Sentence) -> Grade:
+    """Compare what was read with a sentence.
+
+    Found objects are assigned to the described things so that most of their attributes agree, then their position.
+    """
+    things = sentence.things
+    objects = reading.objects + (None,) * (len(things) - len(reading.objects))
+    best = max(_agreement(sentence, chosen) for chosen in permutations(objects, len(things)))
+    _, position, colour, shape, size = best
+    background = sentence.background in (None, reading.background)
+    count = len(reading.objects) == len(things) and reading.leftovers <= MAX_LEFTOVERS
+    return Grade(background, count, colour, shape, size, position)
+
+
+def _agreement(sentence: Sentence, objects: tuple[Found | None, ...]) -> tuple[int, bool, bool, bool, bool]:
+    """Number of agreeing attributes over all things, then position, colour, shape and size of every thing."""
+
+    def agree(thing: Thing, found: Found | None) -> tuple[bool, bool, bool]:
+        if found is None:
+            return False, False, False
+        return found.colour == thing.colour, found.shape == thing.shape, thing.size in (None, found.size)
+
+    agreed = [agree(thing, found) for thing, found in zip(sentence.things, objects, strict=True)]
+    colour, shape, size = (all(column) for column in zip(*agreed, strict=True))
+    return sum(map(sum, agreed)), _in_position(sentence, objects), colour, shape, size
+
+
+def _in_position(sentence: Sentence, objects: tuple[Found | None, ...]) -> bool:
+    if None in objects:
+        return False
+    if sentence.place:
+        column, row = PLACES[sentence.place]
+        return bool(np.hypot(objects[0].x - CELL[column], objects[0].y - CELL[row]) <= PLACE_TOLERANCE)
+    if sentence.relation is None:
+        return True
+    dx, dy = objects[1].x - objects[0].x, objects[1].y - objects[0].y
+    along, across = (dx, dy) if sentence.relation in ("left of", "right of") else (dy, dx)
+    if sentence.relation in ("right of", "below"):
+        along = -along
+    return along > RELATION_DISTANCE and abs(across) < along

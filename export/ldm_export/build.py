@@ -1,0 +1,183 @@
+"""From a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ldm_export.checkpoint import Checkpoint
+from ldm_export.components import MODULES, model_shape
+from ldm_export.modules import load_module
+from ldm_export.onnx_graph import OPSET, export_graph
+from ldm_export.publish import publish
+from ldm_export.spelling import spelling_tokenizer
+from ldm_export.stages import Outcome, Stage, run_stage, work_folder
+from ldm_export.tokenizer_files import write_tokenizer_json
+from ldm_runtime.bundle import NAME, Bundle, sha256, write_whole
+from ldm_runtime.ddim import DDIM
+from ldm_runtime.errors import BuildError, CheckpointError, LdmError, ManifestError
+from ldm_runtime.manifest import Component, Manifest
+from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.specs import ComponentSpec
+
+SHIPPED = Path(__file__).parent / "shapes"
+"""The checkpoint that comes with ldm-export: 64×64 pictures of coloured shapes."""
+PRECISIONS = ("fp32",)
+TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
+TOKENIZER, LOG = "tokenizer.json", "build-log.json"
+_WEIGHTS_OF = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "autoencoder"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and, per stage, whether it was kept from before."""
+
+    bundle: Bundle
+    kept: dict[str, bool]
+
+
+def build(
+    checkpoint: Checkpoint,
+    target: Path,
+    precision: str = "fp32",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Built:
+    """Export a checkpoint's text encoder, UNet and decoder and write a bundle; what is there already is kept.
+
+    One component at a time is loaded, traced and freed. The bundle appears whole or not at all.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        target: the bundle's folder; one that is no bundle is refused.
+        precision: "fp32".
+        progress: told stage name, stages done and stages in all, before each stage and at the end.
+
+    Raises:
+        CheckpointError: weights are missing or damaged.
+        BuildError: a component cannot be exported, or the disk refuses.
+    """
+    if precision not in PRECISIONS:
+        raise BuildError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    previous = _previous(target)
+    specs = model_shape(checkpoint).specs()
+    scheduler = DDIM.from_config(checkpoint.scheduler_config).to_config()
+    tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
+    stages = _stages(checkpoint, specs, precision, tools)
+    outcomes: dict[str, Outcome] = {}
+    with work_folder(target) as work:
+        for done, stage in enumerate(stages):
+            progress(stage.name, done, len(stages))
+            outcomes[stage.name] = run_stage(stage, work, previous)
+            gc.collect()
+        progress("bundle", len(stages), len(stages))
+        manifest = Manifest(
+            components={name: Component(spec, {precision: f"{name}/{precision}.onnx"}) for name, spec in specs.items()},
+            scheduler=scheduler,
+            tokenizer=TOKENIZER,
+            files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
+            stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
+            tools=tools,
+            asked=_asked(checkpoint, precision),
+        )
+        if previous is None or not _same(previous, manifest):
+            _assemble(work, target, manifest, outcomes)
+        else:
+            shutil.rmtree(work)
+    return Built(Bundle.open(target), {name: outcome.kept for name, outcome in outcomes.items()})
+
+
+def _previous(target: Path) -> Bundle | None:
+    if not target.exists():
+        return None
+    if not target.is_dir() or (any(target.iterdir()) and not (target / NAME).exists()):
+        raise BuildError(f"{target}: exists and is no bundle; choose another -o, nothing was changed")
+    try:
+        return Bundle.open(target)
+    except ManifestError:
+        return None  # damaged, or of another version: build all of it
+
+
+def _stages(
+    checkpoint: Checkpoint, specs: dict[str, ComponentSpec], precision: str, tools: dict[str, str]
+) -> list[Stage]:
+    def tokenizer(folder: Path) -> list[str]:
+        source = checkpoint.tokenizer
+        if checkpoint.random_seed is not None and not (source / "vocab.txt").exists():
+            source = spelling_tokenizer(folder / "spelling", source)
+        write_tokenizer_json(source, folder / TOKENIZER)
+        return [TOKENIZER]
+
+    def graph(name: str, spec: ComponentSpec) -> Callable[[Path], list[str]]:
+        def run(folder: Path) -> list[str]:
+            (folder / name).mkdir()
+            module = MODULES[name](load_module(checkpoint, name)).eval()
+            files = export_graph(module, spec, folder / name / f"{precision}.onnx")
+            return [str(file.relative_to(folder)) for file in files]
+
+        return run
+
+    stages = [Stage("tokenizer", {"inputs": _digests(checkpoint.tokenizer), "tools": tools}, tokenizer)]
+    for name, spec in specs.items():
+        depends: dict[str, Any] = {
+            "inputs": _digests(checkpoint.components[_WEIGHTS_OF[name]].folder),
+            "spec": repr(spec),
+            "seed": checkpoint.random_seed,
+            "precision": precision,
+            "opset": OPSET,
+            "tools": tools,
+        }
+        stages.append(Stage(f"{name}.{precision}", depends, graph(name, spec)))
+    return stages
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    try:
+        return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); check the checkpoint") from None
+
+
+def _asked(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
+    asked: dict[str, Any] = {"checkpoint": checkpoint.folder.resolve().name, "precision": precision}
+    return asked if checkpoint.random_seed is None else {**asked, "random_weights_seed": checkpoint.random_seed}
+
+
+def _same(previous: Bundle, manifest: Manifest) -> bool:
+    """True where the previous bundle is what this build would write, with reports and measurements added at most."""
+    try:
+        previous.check()
+    except LdmError:
+        return False
+    before = previous.manifest
+    return (before.stages, before.scheduler, before.components, before.asked) == (
+        manifest.stages,
+        manifest.scheduler,
+        manifest.components,
+        manifest.asked,
+    )
+
+
+def _assemble(work: Path, target: Path, manifest: Manifest, outcomes: dict[str, Outcome]) -> None:
+    finished = work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    for name in manifest.files:
+        (finished / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).rename(finished / name)
+    write_whole(finished / NAME, manifest.to_json().encode())
+    log = {
+        "host": platform.platform(),
+        "python": platform.python_version(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "stages": {name: {"seconds": round(o.seconds, 3), "kept": o.kept} for name, o in outcomes.items()},
+    }
+    write_whole(finished / LOG, (json.dumps(log, indent=2) + "\n").encode())
+    publish(finished, target)
+    shutil.rmtree(work)

@@ -1,0 +1,21 @@
+"""Optional dependencies: a missing one becomes a line that says what to install."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ldm_runtime.errors import BuildError
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Wrap imports of packages that come with ``extra``.
+
+    Raises:
+        BuildError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BuildError(f'{error.name} is not installed; `pip install "ldm-export[{extra}]"`') from None

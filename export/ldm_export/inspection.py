@@ -1,0 +1,48 @@
+"""What is in a bundle, as plain values: components, shapes, sizes, operators, and what was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime.bundle import Bundle
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """JSON-able facts of a bundle. Operators are counted where onnx is installed.
+
+    Raises:
+        ManifestError: a graph is not the one that was built.
+    """
+    manifest = bundle.manifest
+    components = {}
+    for name, component in manifest.components.items():
+        graphs = {}
+        for precision, graph in component.graphs.items():
+            files = [file for file in manifest.files if file in (graph, f"{graph}.data")]
+            size = sum(manifest.files[file].size for file in files)
+            operators = _operators(bundle.graph(name, precision))
+            graphs[precision] = {"file": graph, "bytes": size} | ({"operators": operators} if operators else {})
+        components[name] = {
+            "inputs": [str(tensor) for tensor in component.spec.inputs],
+            "outputs": [str(tensor) for tensor in component.spec.outputs],
+            "graphs": graphs,
+        }
+    return {
+        "components": components,
+        "scheduler": dict(manifest.scheduler),
+        "asked": dict(manifest.asked),
+        "measured": dict(manifest.measured),
+        "tools": dict(manifest.tools),
+        "files": {name: fact.size for name, fact in manifest.files.items()},
+    }
+
+
+def _operators(graph: Path) -> dict[str, int] | None:
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        return None
+    model = onnx.load(str(graph), load_external_data=False)
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())

@@ -1,0 +1,151 @@
+"""Traces a torch module into an ONNX graph file: dynamic shapes from its spec, readable names, weights written once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from ldm_runtime.errors import BuildError
+from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
+
+OPSET = 20
+INLINE_BYTES = 1_500_000_000
+"""Weights beyond this go to one ``.onnx.data`` file beside the graph: a protobuf file cannot exceed 2 GB."""
+TRACED_MIN = 17
+"""Smallest height and width assumed in a trace, so that no level of a UNet of up to five is one pixel wide; a size of
+one would be a special case to the tracer, though not to the graph it makes."""
+
+
+def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
+    """Trace ``module`` and write ``target`` (and ``target``.data beyond 1.5 GB of weights).
+
+    The trace runs on fake tensors, so no activation and no second copy of the weights is held.
+
+    Args:
+        module: a wrapper of ``components``, in eval mode, float32 on the CPU.
+        spec: names, dtypes and dynamic axes of its inputs and outputs.
+        target: path of the graph; its folder exists.
+
+    Returns:
+        The files written.
+
+    Raises:
+        BuildError: the module cannot be traced, or the graph does not pass ``onnx.checker``.
+    """
+    try:
+        model = _trace(module, spec)
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise BuildError(
+            f"{spec.name}: cannot be traced: {_first_line(error)}; report it with the model's config"
+        ) from error
+    _name(model, spec)
+    DeduplicateInitializersPass()(model)
+    RemoveUnusedNodesPass()(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    data = target.with_name(f"{target.name}.data") if size > INLINE_BYTES else None
+    ir.save(model, target, external_data=data.name if data else None)
+    try:
+        onnx.checker.check_model(str(target))
+    except onnx.checker.ValidationError as error:
+        raise BuildError(f"{spec.name}: {target} fails onnx.checker: {_first_line(error)}") from error
+    return [target, data] if data else [target]
+
+
+def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    weights = dict(module.named_parameters()) | dict(module.named_buffers())
+    fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
+    axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
+    dims = {name: Dim(name, min=1 if name == "batch" else TRACED_MIN, max=2**20) for name in axes}
+    shapes = {
+        tensor.name: {i: dims[dim.name] for i, dim in enumerate(tensor.shape) if isinstance(dim, Axis)}
+        for tensor in spec.inputs
+    }
+    feed = dummy_inputs(_traced_sizes(spec))
+    with _quiet(), mode, torch.no_grad():
+        program = torch.onnx.export(
+            copy.deepcopy(module, fakes),
+            tuple(torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))) for array in feed.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=tuple(shapes[tensor.name] for tensor in spec.inputs),
+            optimize=False,
+            verbose=False,
+        )
+    with _quiet():
+        program.apply_weights(weights)
+        program.optimize()
+    return program.model
+
+
+def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
+    """The spec with usual sizes that no fixed dimension shares, so that none is taken for another."""
+    sizes = {"batch": 3, "height": TRACED_MIN + 2, "width": TRACED_MIN + 6}
+
+    def traced(tensor: TensorSpec) -> TensorSpec:
+        shape = (dim if isinstance(dim, int) else Axis(dim.name, 1, sizes[dim.name], 2**20) for dim in tensor.shape)
+        return replace(tensor, shape=tuple(shape))
+
+    return replace(spec, inputs=tuple(map(traced, spec.inputs)))
+
+
+def _name(model: ir.Model, spec: ComponentSpec) -> None:
+    """Name graph and nodes after the modules they came from, set the spec's dimensions, drop the trace's notes."""
+    graph = model.graph
+    graph.name = spec.name
+    model.producer_name, model.producer_version, model.doc_string = "ldm-export", None, None
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            value.shape = ir.Shape([dim.symbol if isinstance(dim, Axis) else dim for dim in tensor.shape])
+    counts: Counter[str] = Counter()
+    for node in graph:
+        # "…/…: some.Class/unet.down_blocks.0.conv: torch…Conv2d/conv2d_3: aten.conv2d.default"
+        scopes = [scope.split(":")[0] for scope in node.metadata_props.get("namespace", "").split("/")]
+        path = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else ""
+        stem = f"{path}/{node.op_type}".lstrip("/")
+        counts[stem] += 1
+        node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter (missing torchvision, axis names it drops) off the user's screen."""
+    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in chatter]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in chatter:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for log, level in zip(chatter, levels, strict=True):
+                log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,56 @@
+"""What the command line shows: progress bars with time left on a terminal, tables, and nothing where it is quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Table
+
+
+class Screen:
+    """Results go to standard output, progress and notes to standard error, the latter not when ``quiet``."""
+
+    def __init__(self, quiet: bool = False):
+        self.out = Console(soft_wrap=True, highlight=False)
+        self.notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, what: str, total: int | None = None) -> Iterator[_Bar]:
+        """A bar while the block runs, removed at its end; shown on a terminal only."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        off = not self.notes.is_terminal or self.notes.quiet
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeLeft(), console=self.notes, transient=True, disable=off
+        ) as live:
+            yield _Bar(live, what, total)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; columns after the first are set flush right."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+
+class _Bar:
+    def __init__(self, live: Progress, what: str, total: int | None):
+        self._live, self._task = live, live.add_task(what, total=total)
+
+    def to(self, done: int, total: int | None = None, what: str | None = None) -> None:
+        """Show ``done`` of ``total``, doing ``what``."""
+        self._live.update(self._task, completed=done, total=total, description=what)
+
+
+def human_bytes(size: float) -> str:
+    """12.3 MB, in powers of a thousand."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

@@ -1,0 +1,197 @@
+"""Measures a bundle against the checkpoint it came from: each component against torch, pictures against diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, LDMTextToImagePipeline
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import BertTokenizerFast
+
+from ldm_export.checkpoint import Checkpoint
+from ldm_export.components import MODULES
+from ldm_export.modules import load_module
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import SpecError
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+
+PROMPTS = (
+    "a large red circle in the center on a white background",
+    "a small blue triangle at the top left on a yellow background",
+    "a small green square left of a large purple cross on a gray background",
+    "a large orange triangle above a small blue circle on a black background",
+)
+ETA, GUIDANCE, MAX_PROMPTS = 0.3, 6.0, 1000
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What is accepted: ``component`` as a share of the reference's largest value, ``pixel`` in 1/255."""
+
+    component: float = 1e-3
+    pixel: int = 1
+
+
+@dataclass(frozen=True)
+class ComponentResult:
+    """One component on the same inputs as torch: largest |error| as a share of the largest |value|, cosine, PSNR dB.
+
+    ``psnr`` is None where the two are equal.
+    """
+
+    name: str
+    max_error: float
+    cosine: float
+    psnr: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class PictureResult:
+    """One picture, ours and diffusers': largest difference of a pixel in 1/255, PSNR dB (None where equal)."""
+
+    prompt: str
+    seed: int
+    max_pixel: int
+    psnr: float | None
+    ours: Image.Image
+    theirs: Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """All that was measured, and what of it is beyond the tolerance."""
+
+    bundle: str
+    steps: int
+    tolerance: Tolerance
+    components: tuple[ComponentResult, ...]
+    pictures: tuple[PictureResult, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for each figure beyond the tolerance."""
+        allowed, pixel = self.tolerance.component, self.tolerance.pixel
+        lines = [
+            f"{c.name}: max error {c.max_error:.2e}, allowed {allowed:.2e}"
+            for c in self.components
+            if not c.max_error <= allowed
+        ]
+        return lines + [
+            f"picture {p.prompt!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
+            for p in self.pictures
+            if p.max_pixel > pixel
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """The figures as JSON-able values."""
+        return {
+            "components": {
+                c.name: {"max_error": c.max_error, "cosine": c.cosine, "psnr": c.psnr} for c in self.components
+            },
+            "pictures": [
+                {"prompt": p.prompt, "seed": p.seed, "max_pixel": p.max_pixel, "psnr": p.psnr} for p in self.pictures
+            ],
+            "settings": {"steps": self.steps, "eta": ETA, "guidance_scale": GUIDANCE},
+            "tolerance": {"component": self.tolerance.component, "pixel": self.tolerance.pixel},
+            "within_tolerance": not self.failures,
+        }
+
+
+def verify(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    prompts: Sequence[str] = PROMPTS,
+    steps: int = 50,
+    tolerance: Tolerance = Tolerance(),
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Verification:
+    """Run bundle and checkpoint on the same prompts and seeds (0, 1, …) and compare.
+
+    Raises:
+        SpecError: no prompts, too many, or another number the pipeline does not take.
+        ManifestError, CheckpointError, BackendError: either side cannot be loaded.
+    """
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
+    total = 3 + len(prompts)
+    with LatentDiffusionPipeline.from_bundle(bundle) as ours:
+        feeds = _feeds(ours, prompts)
+        components = []
+        for done, (name, feed) in enumerate(feeds.items()):
+            progress(name, done, total)
+            components.append(_component(ours, checkpoint, name, feed))
+        theirs = reference_pipeline(checkpoint)
+        pictures = []
+        for seed, prompt in enumerate(prompts):
+            progress("pictures", 3 + seed, total)
+            pictures.append(_picture(ours, theirs, prompt, seed, steps))
+        progress("pictures", total, total)
+    return Verification(bundle.folder.name, steps, tolerance, tuple(components), tuple(pictures))
+
+
+def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
+    """diffusers' own pipeline of the checkpoint, float32 on the CPU."""
+    pipeline = LDMTextToImagePipeline(
+        vqvae=load_module(checkpoint, "autoencoder"),
+        bert=load_module(checkpoint, "text_encoder"),
+        tokenizer=BertTokenizerFast.from_pretrained(str(checkpoint.tokenizer)),
+        unet=load_module(checkpoint, "unet"),
+        scheduler=DDIMScheduler.from_config(dict(checkpoint.scheduler_config)),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _feeds(ours: LatentDiffusionPipeline, prompts: Sequence[str]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Real inputs: the prompts' tokens and contexts, noise at timesteps from start to end, and latents."""
+    rng = np.random.default_rng(0)
+    geometry = ours.geometry
+    tokens = ours.tokenizer(list(prompts)[: geometry.images])
+    context = ours.backends["text_encoder"].run({"input_ids": tokens})["context"]
+    shape = (len(tokens), geometry.channels, geometry.height.opt, geometry.width.opt)
+    latents = rng.standard_normal(shape).astype(np.float32)
+    timestep = np.linspace(1, ours.scheduler.num_train_timesteps - 1, len(tokens)).astype(np.int64)
+    return {
+        "text_encoder": {"input_ids": tokens},
+        "unet": {"sample": latents, "timestep": timestep, "context": context},
+        "decoder": {"latents": latents},
+    }
+
+
+def _component(
+    ours: LatentDiffusionPipeline, checkpoint: Checkpoint, name: str, feed: dict[str, NDArray[Any]]
+) -> ComponentResult:
+    module = MODULES[name](load_module(checkpoint, name)).eval()
+    with torch.inference_mode():
+        expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy().astype(np.float64)
+    (got,) = ours.backends[name].run(feed).values()
+    got = got.astype(np.float64)
+    scale = float(np.abs(expected).max()) or 1.0
+    cosine = float((got * expected).sum() / (np.linalg.norm(got) * np.linalg.norm(expected) or 1.0))
+    return ComponentResult(name, float(np.abs(got - expected).max()) / scale, cosine, psnr(got, expected, scale))
+
+
+def _picture(
+    ours: LatentDiffusionPipeline, theirs: LDMTextToImagePipeline, prompt: str, seed: int, steps: int
+) -> PictureResult:
+    mine = ours(prompt, seed=seed, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=steps).images[0]
+    with torch.random.fork_rng(devices=[]):
+        generator = torch.manual_seed(seed)  # the global generator: the noise of the steps continues its stream
+        reference = theirs(
+            [prompt], generator=generator, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=steps
+        ).images[0]
+    pair = [np.asarray(image, np.float64) for image in (mine, reference)]
+    worst = int(np.abs(pair[0] - pair[1]).max())
+    return PictureResult(prompt, seed, worst, psnr(*pair, peak=255.0), mine, reference)
+
+
+def psnr(one: NDArray[np.float64], other: NDArray[np.float64], peak: float) -> float | None:
+    """Peak signal-to-noise ratio in dB; None where the two are equal."""
+    error = float(np.square(one - other).mean())
+    return 10 * math.log10(peak**2 / error) if error else None

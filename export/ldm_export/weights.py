@@ -1,0 +1,220 @@
+"""A component's weight files: what tensors they hold, told without reading them, and each tensor read on its own.
+
+Formats: safetensors (https://huggingface.co/docs/safetensors) and PyTorch state dicts, which are only ever unpickled as
+tensors (``weights_only=True``); either whole, or in shards listed by an ``*.index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ldm_runtime.errors import CheckpointError
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""The dtypes of weights that are read; every other one (integers, float8) would need a scale or a meaning."""
+
+MAX_JSON = 16 * 2**20
+"""Bytes. The index of a checkpoint of ten thousand tensors takes one."""
+
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_FIRST_RELEASE = "diffusion_model.pt"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file: its name, shape and dtype in the file, before anything of it is read."""
+
+    component: str
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+
+    def read(self) -> torch.Tensor:
+        """The values as a contiguous float32 tensor of shape ``shape`` in memory of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read any more, or a value is NaN or infinite.
+        """
+        where = f"{self.component}: {self.file}: tensor {self.name}"
+        try:
+            tensor = self.load().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            finite = not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{where} cannot be read: {_first_line(error)}; download the file again") from error
+        if not finite:
+            raise CheckpointError(f"{where} holds NaN or infinite values, expected finite ones; use another checkpoint")
+        return tensor
+
+
+def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
+    """Tensor name → StoredTensor for the weights in ``folder``; values stay on disk until they are read.
+
+    The first of these is taken: full-precision safetensors, full-precision ``.bin``, then the same with the infix
+    ``.fp16.`` and ``.bf16.``. ``component`` only serves the messages.
+
+    Raises:
+        CheckpointError: no weights, a damaged or truncated file, a ``.bin`` that holds more than tensors, a shard that
+            is missing, lies outside the checkpoint or holds other tensors than the index says.
+    """
+    file = weight_file(folder, component)
+    return _read_shards(file, component) if file.suffix == ".json" else _read_file(file, component)
+
+
+def weight_file(folder: Path, component: str) -> Path:
+    """The weight file or index of shards that ``read_weights`` takes from ``folder``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    file = next((folder / name for name in _weight_names() if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{component}: no weights in {folder}, expected {_STEMS[0]}.safetensors, {_STEMS[2]}.bin or an index of "
+            "shards; download the checkpoint whole, or use random weights to work from the configs alone"
+        )
+    return file
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """The JSON object in ``file``; ``where`` begins the messages.
+
+    Raises:
+        CheckpointError: missing, larger than MAX_JSON, no valid JSON (with its line and column), or no object.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{where}: {file} is missing; download the checkpoint whole")
+    try:
+        size = file.stat().st_size
+        if size > MAX_JSON:
+            raise CheckpointError(
+                f"{where}: {file} is {size} bytes long, expected at most {MAX_JSON}; is it JSON at all?"
+            )
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error
+    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, a number of thousands of digits, …
+        raise CheckpointError(f"{where}: {file} is not JSON: {_first_line(error)}; download the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: {file} holds a JSON {type(content).__name__}, expected an object {{…}}")
+    return content
+
+
+def shortened(names: Iterable[str], limit: int = 3) -> str:
+    """The first names and how many more there are, for a message."""
+    listed = sorted(names)
+    more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _weight_names() -> Iterator[str]:
+    for infix in ("", ".fp16", ".bf16"):
+        for suffix in ("safetensors", "bin"):
+            for stem in _STEMS:
+                yield f"{stem}{infix}.{suffix}"
+                yield f"{stem}.{suffix}.index{infix}.json"
+    yield _FIRST_RELEASE
+
+
+def _read_file(file: Path, component: str) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(40)
+    except OSError as error:
+        raise CheckpointError(f"{component}: {file} cannot be read: {error}; check its permissions") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{component}: {file} is a Git LFS pointer, not the weights; run git lfs pull")
+    return (_read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, component)
+
+
+def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
+    weights = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                entry = opened.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype(), entry.get_dtype())
+                load = partial(_load_safetensors, file, name)
+                weights[name] = StoredTensor(component, name, file, tuple(entry.get_shape()), dtype, load)
+    except (SafetensorError, OSError) as error:
+        message = f"damaged or truncated ({_first_line(error)}), expected safetensors; download it again"
+        raise CheckpointError(f"{component}: {file}: {message}") from error
+    return weights
+
+
+def _load_safetensors(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:  # opened anew for every tensor: pages read before are let go
+        return opened.get_tensor(name)
+
+
+def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
+    """As above. Files written by torch before 1.6 cannot be mapped and are held in memory until the dict is let go."""
+    where = f"{component}: {file}"
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged pickle raises whatever the damage leads to
+        if "global" in str(error).lower():
+            message = "holds objects other than tensors, which loading would run as code; get its safetensors version"
+            raise CheckpointError(f"{where} {message}") from error
+        message = f"damaged or truncated ({_first_line(error)}), expected a state dict; download it again"
+        raise CheckpointError(f"{where}: {message}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} holds a {type(content).__name__}, expected a dict from names to tensors")
+    weights = {}
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            kind = f"{type(tensor).__name__} {getattr(tensor, 'layout', '')}".strip()
+            raise CheckpointError(f"{where}: {name!r} is a {kind}, expected a dict from names to dense tensors only")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        weights[name] = StoredTensor(component, name, file, tuple(tensor.shape), dtype, tensor.detach)
+    return weights
+
+
+def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
+    weight_map = read_json(index, component).get("weight_map")
+    where = f"{component}: {index}"
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f'{where}: expected "weight_map" from tensor names to file names; download it again')
+    weights: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        listed = {name for name, file in weight_map.items() if file == shard}
+        held = _read_file(_shard_path(index, shard, where), component)
+        if listed != set(held):
+            raise CheckpointError(
+                f"{where} and {shard} differ in {shortened(listed ^ set(held))}: the index lists {len(listed)} tensors "
+                f"in that shard, it holds {len(held)}; download both again"
+            )
+        weights |= held
+    return weights
+
+
+def _shard_path(index: Path, shard: str, where: str) -> Path:
+    """The shard's file, if it lies in the index's folder; a Hugging Face cache has links there into its ``blobs``."""
+    folder = index.parent.resolve()
+    roots = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    try:
+        file = (folder / shard).resolve()
+        inside, exists = any(file.is_relative_to(root) for root in roots), file.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a zero byte
+        inside, exists = False, False
+    if shard != Path(shard).name or not inside:
+        raise CheckpointError(f"{where}: shard {shard!r} leaves {folder}, expected the name of a file in that folder")
+    if not exists:
+        raise CheckpointError(f"{where}: shard {shard!r} is missing from {folder}; download the checkpoint whole")
+    return folder / shard
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,126 @@
+"""A bundle: the folder that holds a model's graphs, tokenizer and manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.manifest import NAME, FileFact, Manifest, read_manifest
+
+CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: its folder and its checked manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Bundle:
+        """Read the manifest; the other files are checked when they are asked for.
+
+        Raises:
+            ManifestError: no bundle, damaged, or made for another version.
+        """
+        path = Path(folder)
+        return cls(path, read_manifest(path))
+
+    def file(self, name: str) -> Path:
+        """The path of one file, after its place, size and digest have been checked.
+
+        Raises:
+            ManifestError: not in the manifest, missing, outside the folder, or not the bytes that were built.
+        """
+        fact, path = self.manifest.files.get(name), self.folder / name
+        if fact is None:
+            raise ManifestError(f"{self.folder / NAME}: lists no file {name!r}; rebuild the bundle")
+        if not path.is_file():
+            raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ManifestError(f"{path}: a link that leaves the bundle; do not use this bundle")
+        size = path.stat().st_size
+        if size != fact.size:
+            raise ManifestError(f"{path}: got {size} bytes, expected {fact.size}; copy the file again or rebuild")
+        digest = sha256(path)
+        if digest != fact.sha256:
+            raise ManifestError(f"{path}: got sha256 {digest}, expected {fact.sha256}; copy the file again or rebuild")
+        return path
+
+    def graph(self, component: str, precision: str) -> Path:
+        """The checked ONNX graph of a component; its external weights, if any, are checked too.
+
+        Raises:
+            ManifestError: no graph of that precision, or a file of it is not what was built.
+        """
+        graphs = self.manifest.components[component].graphs
+        if precision not in graphs:
+            raise ManifestError(
+                f"{self.folder}: component {component} has no {precision} graph, only {', '.join(graphs) or 'none'}; "
+                f"build it with `ldm-export build --precision {precision}`"
+            )
+        name = graphs[precision]
+        if f"{name}.data" in self.manifest.files:
+            self.file(f"{name}.data")
+        return self.file(name)
+
+    def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
+        """Check every file the manifest lists.
+
+        Raises:
+            ManifestError: as ``file``.
+        """
+        for name in self.manifest.files:
+            progress(name)
+            self.file(name)
+
+    def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
+        """Write report files and measured figures into the bundle; the manifest is replaced last, at once.
+
+        Args:
+            measured: merged into the manifest's ``measured``.
+            reports: relative path → content.
+        """
+        files = dict(self.manifest.files)
+        for name, content in reports.items():
+            write_whole(self.folder / name, content)
+            files[name] = FileFact(hashlib.sha256(content).hexdigest(), len(content))
+        manifest = replace(self.manifest, files=files, measured={**self.manifest.measured, **measured})
+        write_whole(self.folder / NAME, manifest.to_json().encode())
+        return replace(self, manifest=manifest)
+
+
+def sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """Hex SHA-256 of a file; ``progress`` is told the bytes of each part read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(CHUNK):
+            digest.update(part)
+            progress(len(part))
+    return digest.hexdigest()
+
+
+def file_facts(folder: Path, names: Iterable[str]) -> dict[str, FileFact]:
+    """Digest and size of files under ``folder``, by relative path."""
+    return {name: FileFact(sha256(folder / name), (folder / name).stat().st_size) for name in names}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or as it was before: to a neighbour, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

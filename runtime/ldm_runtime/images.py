@@ -1,0 +1,51 @@
+"""Image arrays as PIL images, grids of them, and PNG bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ldm_runtime.errors import SpecError
+
+
+def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Float [B, 3, H, W] in [0, 1] → uint8 [B, H, W, 3], rounded half to even as diffusers' ``numpy_to_pil`` does.
+
+    Raises:
+        SpecError: NaN or infinite values, which would otherwise show as black.
+    """
+    if not np.isfinite(images).all():
+        raise SpecError("image: the decoder gave NaN or infinite values; build a bundle of higher precision")
+    scaled: NDArray[np.float32] = np.clip(images, 0, 1) * np.float32(255)
+    return np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def to_pil(images: NDArray[np.float32]) -> list[Image.Image]:
+    """Float [B, 3, H, W] in [0, 1] → B PIL images."""
+    return [Image.fromarray(image) for image in to_uint8(images)]
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """One picture of equally sized images, row by row, ``gap`` white pixels apart; as square as may be by default."""
+    if not images:
+        raise SpecError("grid: got no images, expected at least one")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The image as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,244 @@
+"""The facts of a bundle, as written in its ``manifest.json``: read from strangers, so every field is checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from ldm_runtime.errors import LdmError, ManifestError
+from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
+
+FORMAT, VERSION = "ldm-export bundle", 1
+NAME = "manifest.json"
+MAX_BYTES = 16 * 2**20
+COMPONENTS = ("text_encoder", "unet", "decoder")
+_SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")
+_T = TypeVar("_T")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileFact:
+    """SHA-256 (hex) and size in bytes of one file of the bundle."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the build: the key of all it depends on, and the files it wrote."""
+
+    key: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model component: its spec and, per precision, the path of its ONNX graph in the bundle."""
+
+    spec: ComponentSpec
+    graphs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All a bundle says of itself. Paths are relative, with forward slashes.
+
+    Attributes:
+        components: by name: text_encoder, unet, decoder.
+        scheduler: configuration of the DDIM scheduler, in diffusers' keys.
+        tokenizer: path of the tokenizer's file.
+        files: every file of the bundle but the manifest itself and the build log.
+        stages: what each step of the build depended on and wrote.
+        tools: versions of the packages that built the bundle.
+        asked: what the build was asked for.
+        measured: what ``verify`` and others measured.
+    """
+
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    tokenizer: str
+    files: Mapping[str, FileFact]
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, two spaces, a final newline; equal facts give equal bytes."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "components": {
+                name: {**_spec_to_json(part.spec), "graphs": dict(part.graphs)}
+                for name, part in self.components.items()
+            },
+            "scheduler": dict(self.scheduler),
+            "tokenizer": self.tokenizer,
+            "files": {path: {"sha256": fact.sha256, "size": fact.size} for path, fact in self.files.items()},
+            "stages": {name: {"key": stage.key, "files": list(stage.files)} for name, stage in self.stages.items()},
+            "tools": dict(self.tools),
+            "asked": dict(self.asked),
+            "measured": dict(self.measured),
+        }
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check ``manifest.json`` of a bundle folder; no other file is opened.
+
+    Raises:
+        ManifestError: no bundle, damaged, another format or a newer version, or an unsafe path in it.
+    """
+    path = bundle / NAME
+    if not bundle.is_dir():
+        raise ManifestError(f"{bundle}: no such folder; expected a bundle made by `ldm-export build -o {bundle}`")
+    if not path.is_file():
+        raise ManifestError(
+            f"{path}: no such file, so {bundle} is no bundle; make one with `ldm-export build -o BUNDLE`"
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON ({error}); rebuild the bundle") from None
+    try:
+        return _parse(document)
+    except LdmError as error:
+        raise ManifestError(f"{path}: {error}") from None
+
+
+def _parse(document: Any) -> Manifest:
+    top = _mapping("manifest", document)
+    if top.get("format") != FORMAT:
+        raise ManifestError(f"format: got {top.get('format')!r}, expected {FORMAT!r}")
+    version = top.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ManifestError(
+            f"version: got {version!r}, this ldm-export reads {VERSION}; "
+            "install the ldm-export that built the bundle, or rebuild it with this one"
+        )
+    files = _each("files", top, _file_fact)
+    for path in files:
+        safe_path("files", path)
+    manifest = Manifest(
+        components=_each("components", top, _component),
+        scheduler=_mapping("scheduler", top.get("scheduler")),
+        tokenizer=safe_path("tokenizer", top.get("tokenizer")),
+        files=files,
+        stages=_each("stages", top, _stage),
+        tools=_each("tools", top, _text),
+        asked=_mapping("asked", top.get("asked")),
+        measured=_mapping("measured", top.get("measured")),
+    )
+    missing = [name for name in COMPONENTS if name not in manifest.components]
+    if missing:
+        raise ManifestError(f"components: {', '.join(missing)} missing, expected {', '.join(COMPONENTS)}")
+    graphs = [graph for part in manifest.components.values() for graph in part.graphs.values()]
+    for path in (manifest.tokenizer, *graphs):
+        if path not in files:
+            raise ManifestError(f"files: no entry for {path}, so its digest cannot be checked; rebuild the bundle")
+    return manifest
+
+
+def safe_path(where: str, path: Any) -> str:
+    """The path itself if it stays inside the bundle.
+
+    Raises:
+        ManifestError: absolute, with ``..``, a backslash, a drive, or no text at all.
+    """
+    text = _text(where, path)
+    pure = PurePosixPath(text)
+    if not text or pure.is_absolute() or ".." in pure.parts or str(pure) != text or re.search(r"[\\:\0]", text):
+        raise ManifestError(f"{where}: path {text!r} is not a plain path inside the bundle; do not use this bundle")
+    return text
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where}: got {type(value).__name__}, expected an object; rebuild the bundle")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ManifestError(f"{where}: got {value!r:.60}, expected a text; rebuild the bundle")
+    return value
+
+
+def _each(where: str, top: Mapping[str, Any], read: Callable[[str, Any], _T]) -> dict[str, _T]:
+    return {name: read(f"{where}.{name}", value) for name, value in _mapping(where, top.get(where)).items()}
+
+
+def _file_fact(where: str, value: Any) -> FileFact:
+    entry = _mapping(where, value)
+    digest, size = entry.get("sha256"), entry.get("size")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int or size < 0:
+        raise ManifestError(f"{where}: got sha256 {digest!r:.80}, size {size!r:.20}, expected 64 hex digits and bytes")
+    return FileFact(digest, size)
+
+
+def _stage(where: str, value: Any) -> Stage:
+    entry = _mapping(where, value)
+    files = entry.get("files")
+    if not isinstance(files, list):
+        raise ManifestError(f"{where}.files: expected a list of paths; rebuild the bundle")
+    return Stage(_text(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files))
+
+
+def _spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
+    tensors = spec.inputs + spec.outputs
+    axes = {dim.name: dim for tensor in tensors for dim in tensor.shape if isinstance(dim, Axis)}
+
+    def tensor_to_json(tensor: TensorSpec) -> dict[str, Any]:
+        shape = [dim.symbol if isinstance(dim, Axis) else dim for dim in tensor.shape]
+        return {"name": tensor.name, "dtype": tensor.dtype, "shape": shape}
+
+    return {
+        "axes": {name: [axis.min, axis.opt, axis.max] for name, axis in axes.items()},
+        "inputs": [tensor_to_json(tensor) for tensor in spec.inputs],
+        "outputs": [tensor_to_json(tensor) for tensor in spec.outputs],
+    }
+
+
+def _component(where: str, value: Any) -> Component:
+    entry = _mapping(where, value)
+    axes = _each("axes", entry, _axis)
+    inputs, outputs = (_tensors(f"{where}.{side}", entry.get(side), axes) for side in ("inputs", "outputs"))
+    graphs = {name: safe_path(f"{where}.graphs", path) for name, path in _mapping(where, entry.get("graphs")).items()}
+    return Component(ComponentSpec(where.rpartition(".")[2], inputs, outputs), graphs)
+
+
+def _axis(where: str, value: Any) -> Axis:
+    if not isinstance(value, list) or len(value) != 3 or any(type(bound) is not int for bound in value):
+        raise ManifestError(f"{where}: got {value!r:.60}, expected [min, opt, max]; rebuild the bundle")
+    return Axis(where.rpartition(".")[2], *value)
+
+
+def _tensors(where: str, value: Any, axes: Mapping[str, Axis]) -> tuple[TensorSpec, ...]:
+    if not isinstance(value, list) or not value:
+        raise ManifestError(f"{where}: expected a list of tensors; rebuild the bundle")
+    return tuple(_tensor(f"{where}[{i}]", _mapping(where, entry), axes) for i, entry in enumerate(value))
+
+
+def _tensor(where: str, entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> TensorSpec:
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) > 8:
+        raise ManifestError(f"{where}.shape: expected a list of at most 8 dimensions; rebuild the bundle")
+    dims = tuple(_dim(where, dim, axes) for dim in shape)
+    return TensorSpec(_text(f"{where}.name", entry.get("name")), _text(f"{where}.dtype", entry.get("dtype")), dims)
+
+
+def _dim(where: str, dim: Any, axes: Mapping[str, Axis]) -> Dim:
+    if type(dim) is int and dim >= 1:
+        return dim
+    match = _SYMBOL.fullmatch(dim) if isinstance(dim, str) else None
+    if match is None or match[2] not in axes:
+        raise ManifestError(f"{where}.shape: {dim!r:.40} is neither a size nor one of the axes {', '.join(axes)}")
+    return axes[match[2]] * int(match[1] or 1)

@@ -1,0 +1,128 @@
+"""Prompts to token ids, as transformers' BertTokenizer gives them, with the ``tokenizers`` package alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from ldm_runtime.errors import ManifestError, SpecError
+
+MAX_BYTES = 64 * 2**20
+"""Largest tokenizer.json that is read; BERT's largest published ones are under 10 MiB."""
+
+MAX_CHARACTERS = 10_000
+"""Longest prompt taken. 77 tokens are some 400 characters of prose; the tokens after them are cut off unread."""
+
+MAX_LENGTH = 2**16
+"""Most tokens per prompt; the least is 2, for [CLS] and [SEP]."""
+
+
+class Tokenizer:
+    """Prompts → ids [N, length], as ``BertTokenizer(..., padding="max_length", truncation=True)`` gives them.
+
+    Text is cleaned, split and lower-cased as the file says (Devlin et al. 2019, WordPiece); special tokens typed in a
+    prompt become their ids, as they do in transformers. One tokenizer may serve several threads.
+    """
+
+    def __init__(self, fast: tokenizers.Tokenizer, length: int, pad_token: str) -> None:
+        fast.enable_truncation(length)
+        fast.enable_padding(length=length, pad_id=fast.token_to_id(pad_token), pad_token=pad_token)
+        self._fast = fast
+        self.length = length
+
+    @classmethod
+    def from_file(cls, path: str | Path, length: int) -> Tokenizer:
+        """Read a bundle's ``tokenizer.json``; ``length`` is the number of tokens the text encoder takes.
+
+        The padding token is the one the file's padding section names, else [PAD].
+
+        Raises:
+            SpecError: ``length`` is no integer from 2 to MAX_LENGTH.
+            ManifestError: no such file, damaged, or not a BERT tokenizer as ``ldm-export build`` writes it.
+        """
+        if type(length) is not int or not 2 <= length <= MAX_LENGTH:
+            raise SpecError(f"tokenizer: got length {length!r:.40}, expected an integer from 2 to {MAX_LENGTH}")
+        path = Path(path)
+        if not path.is_file():
+            raise ManifestError(f"{path}: no such file, expected the bundle's tokenizer; rebuild the bundle")
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(
+                f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            pad = _pad_token(json.loads(text))
+            fast = tokenizers.Tokenizer.from_str(text) if pad else None
+        except Exception as error:  # tokenizers raises no narrower class
+            cause = " ".join(str(error).split())
+            raise ManifestError(f"{path}: not a tokenizer ({cause:.200}); rebuild the bundle") from None
+        if pad is None or fast is None:
+            raise ManifestError(
+                f"{path}: not a BERT tokenizer as `ldm-export build` writes it (BertNormalizer, BertPreTokenizer, "
+                "WordPiece, special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
+            )
+        return cls(fast, length, pad)
+
+    def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Ids int64 [N, length]: [CLS], the prompt's tokens, [SEP], then [PAD]; what does not fit is cut off.
+
+        The empty prompt is the unguided one: [CLS] [SEP] and padding.
+
+        Raises:
+            SpecError: no sequence of texts, or a prompt that is no text, has more than MAX_CHARACTERS
+                characters, or holds a lone surrogate (and so is not Unicode text).
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise SpecError(f"prompts: got one {type(prompts).__name__}, expected a list of texts; put it into a list")
+        for i, prompt in enumerate(prompts):
+            _check_prompt(f"prompt {i}", prompt)
+        rows = [self._fast.encode(prompt).ids for prompt in prompts]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), self.length)
+
+
+def _check_prompt(where: str, prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise SpecError(f"{where}: got {type(prompt).__name__}, expected a text")
+    if len(prompt) > MAX_CHARACTERS:
+        raise SpecError(f"{where}: got {len(prompt)} characters, expected at most {MAX_CHARACTERS}; shorten it")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"{where}: character {error.start} is the lone surrogate U+{ord(prompt[error.start]):04X}, "
+            "expected Unicode text; decode the prompt's bytes as UTF-8"
+        ) from None
+
+
+def _pad_token(document: Any) -> str | None:
+    """The padding token, or None where the file is not of the form expected.
+
+    Looked at before the library loads it: a template that names a token it does not define ends in a Rust panic.
+    """
+    match document:
+        case {
+            "model": {"type": "WordPiece", "unk_token": str(unknown), "vocab": {} as vocabulary},
+            "normalizer": {"type": "BertNormalizer"},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": str(first)}},
+                    {"Sequence": {"id": "A"}},
+                    {"SpecialToken": {"id": str(last)}},
+                ],
+                "special_tokens": {} as special,
+            },
+        }:
+            padding = document.get("padding")
+            pad = padding["pad_token"] if padding else "[PAD]"
+            ids = [entry["ids"] for entry in (special.get(first), special.get(last)) if len(entry["tokens"]) == 1]
+            if ids == [[vocabulary.get(first)], [vocabulary.get(last)]] and {pad, unknown} <= vocabulary.keys():
+                return str(pad)
+    return None

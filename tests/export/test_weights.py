@@ -1,0 +1,276 @@
+"""Reading weight files: every form, one tensor at a time; nothing damaged, unsafe or not finite passes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from ldm_export.weights import MAX_JSON, read_json, read_weights
+from ldm_runtime.errors import CheckpointError
+from tiny import edit_json, write_json, write_tensors, write_weights
+
+STATE = {
+    "conv.weight": torch.linspace(-2, 2, 24).reshape(2, 3, 2, 2),
+    "conv.bias": torch.tensor([0.5, -1.0]),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.empty(0, 4),
+}
+
+
+def values(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: stored.read() for name, stored in read_weights(folder, "unet").items()}
+
+
+def assert_read(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    got = values(folder)
+    assert got.keys() == state.keys()
+    for name, tensor in state.items():
+        assert got[name].dtype == torch.float32 and got[name].is_contiguous()
+        torch.testing.assert_close(got[name], tensor.to(torch.float32), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("transformers", [True, False])
+def test_every_form_reads_the_same(
+    tmp_path: Path, format: str, shards: int, dtype: torch.dtype, transformers: bool
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in STATE.items()}
+    write_weights(tmp_path, state, transformers=transformers, format=format, shards=shards)
+    stored = read_weights(tmp_path, "unet")["conv.weight"]
+    assert (stored.shape, stored.dtype) == ((2, 3, 2, 2), str(dtype).removeprefix("torch."))
+    assert_read(tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "model.bf16.safetensors",
+        "pytorch_model.fp16.bin",
+        "diffusion_model.pt",
+    ],
+)
+def test_other_file_names(tmp_path: Path, file: str) -> None:
+    write_tensors(tmp_path / file, STATE)
+    assert_read(tmp_path, STATE)
+
+
+def test_variant_shards(tmp_path: Path) -> None:
+    write_weights(tmp_path, STATE, format="safetensors", shards=2)
+    plain = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    plain.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json")
+    assert_read(tmp_path, STATE)
+
+
+def test_full_precision_first_then_safetensors(tmp_path: Path) -> None:
+    order = ["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "pytorch_model.fp16.bin"]
+    for number, file in enumerate(order):
+        write_tensors(tmp_path / file, {"x": torch.tensor([float(number)])})
+    for number, file in enumerate(order):
+        assert values(tmp_path)["x"].item() == number
+        (tmp_path / file).unlink()
+
+
+def test_bin_from_before_zip_files(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_read(tmp_path, STATE)
+
+
+def test_values_are_copies(tmp_path: Path) -> None:
+    for format in ("safetensors", "bin"):
+        write_weights(tmp_path, STATE, format=format)
+        stored = read_weights(tmp_path, "unet")["conv.bias"]
+        stored.read().zero_()
+        assert torch.equal(stored.read(), STATE["conv.bias"])
+        (tmp_path / f"diffusion_pytorch_model.{format}").unlink()
+
+
+def test_strided_bin_tensors_become_contiguous(tmp_path: Path) -> None:
+    torch.save({"x": STATE["conv.weight"].permute(1, 0, 2, 3)}, tmp_path / "pytorch_model.bin")
+    assert_read(tmp_path, {"x": STATE["conv.weight"].permute(1, 0, 2, 3).contiguous()})
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"unet: no weights in .*download the checkpoint whole"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.98])
+def test_truncated(tmp_path: Path, file: str, keep: float) -> None:
+    write_tensors(tmp_path / file, {"x": torch.ones(512), "y": torch.ones(8)})
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match=rf"unet: .*{file}: damaged or truncated .*download"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_other_content(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_bytes(b"<html>not found</html>" * 50)
+    with pytest.raises(CheckpointError, match=rf"{file}: damaged or truncated"):
+        read_weights(tmp_path, "unet")
+
+
+def test_git_lfs_pointer(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"is a Git LFS pointer.*git lfs pull"):
+        read_weights(tmp_path, "unet")
+
+
+def test_vanished_between_listing_and_reading(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", STATE)
+    stored = read_weights(tmp_path, "unet")["conv.bias"]
+    (tmp_path / "model.safetensors").write_bytes(b"gone")
+    with pytest.raises(CheckpointError, match=r"tensor conv.bias cannot be read"):
+        stored.read()
+
+
+class Touch:
+    """Pickles to a call that creates a file: what a malicious ``.bin`` does."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.open, (str(self.file), os.O_CREAT | os.O_WRONLY)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_bin_is_not_run(tmp_path: Path, zipped: bool) -> None:
+    trap = tmp_path / "trap"
+    pickle.loads(pickle.dumps(Touch(trap)))  # it does what it says where pickles are trusted
+    assert trap.exists()
+    trap.unlink()
+    state = STATE | {"evil": Touch(trap)}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"unet: .*pytorch_model.bin holds objects other than tensors"):
+        read_weights(tmp_path, "unet")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([torch.ones(2)], "holds a list"),
+        ({"state_dict": STATE}, "'state_dict' is a dict"),
+        ({"step": 3}, "'step' is a int"),
+        ({5: torch.ones(2)}, "5 is a Tensor"),
+        ({"x": torch.eye(3).to_sparse()}, "'x' is a Tensor torch.sparse_coo"),
+    ],
+)
+def test_bin_of_something_else(tmp_path: Path, content: object, what: str) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"{what}.*expected a dict from names to"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_not_finite(tmp_path: Path, file: str, dtype: torch.dtype, value: float) -> None:
+    weight = torch.zeros(3, 5, dtype=dtype)
+    weight[1, 2] = value
+    write_tensors(tmp_path / file, {"fine": torch.zeros(2), "bad": weight})
+    stored = read_weights(tmp_path, "unet")
+    assert torch.equal(stored["fine"].read(), torch.zeros(2))
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor bad holds NaN or infinite"):
+        stored["bad"].read()
+
+
+def test_other_dtypes_are_told(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", {"ids": torch.arange(4), "wide": torch.ones(2, dtype=torch.float64)})
+    assert {name: stored.dtype for name, stored in read_weights(tmp_path, "unet").items()} == {
+        "ids": "I64",
+        "wide": "F64",
+    }
+    (tmp_path / "model.safetensors").unlink()
+    write_tensors(tmp_path / "pytorch_model.bin", {"ids": torch.arange(4)})
+    assert read_weights(tmp_path, "unet")["ids"].dtype == "int64"
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_shard_missing(tmp_path: Path, format: str) -> None:
+    write_weights(tmp_path, STATE, format=format, shards=2)
+    (tmp_path / f"diffusion_pytorch_model-00002-of-00002.{format}").unlink()
+    with pytest.raises(CheckpointError, match=r"shard 'diffusion_pytorch_model-00002-of-00002\S*' is missing"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../outside.safetensors", "/{}/outside.safetensors", "sub/../../outside.safetensors", "..", "a\0b", "x" * 999],
+)
+def test_shard_outside_the_folder(tmp_path: Path, shard: str) -> None:
+    write_tensors(tmp_path / "outside.safetensors", STATE)
+    (tmp_path / "unet").mkdir()
+    index = {"weight_map": dict.fromkeys(STATE, shard.format(str(tmp_path).lstrip("/")))}
+    write_json(tmp_path / "unet" / "model.safetensors.index.json", index)
+    with pytest.raises(CheckpointError, match=r"leaves .*unet, expected the name of a file in that folder"):
+        read_weights(tmp_path / "unet", "unet")
+
+
+def test_shard_linked_outside_the_folder(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "outside.safetensors", STATE)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "a.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    write_json(
+        tmp_path / "unet" / "model.safetensors.index.json", {"weight_map": dict.fromkeys(STATE, "a.safetensors")}
+    )
+    with pytest.raises(CheckpointError, match=r"shard 'a.safetensors' leaves"):
+        read_weights(tmp_path / "unet", "unet")
+
+
+def test_shards_of_a_hugging_face_cache(tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "models--x--y" / "snapshots" / "0123" / "unet", tmp_path / "models--x--y" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    write_weights(folder, STATE, format="safetensors", shards=2)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("../../../blobs") / str(number))
+    assert_read(folder, STATE)
+
+
+def test_index_and_shard_disagree(tmp_path: Path) -> None:
+    write_weights(tmp_path, STATE, format="safetensors", shards=2)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    weight_map = read_json(index, "unet")["weight_map"]
+    edit_json(index, weight_map=weight_map | {"ghost": weight_map["scalar"]})
+    with pytest.raises(CheckpointError, match=r"differ in ghost: the index lists 3 tensors in that shard, it holds 2"):
+        read_weights(tmp_path, "unet")
+    edit_json(index, weight_map={name: shard for name, shard in weight_map.items() if name != "scalar"})
+    with pytest.raises(CheckpointError, match=r"differ in scalar: the index lists 1 tensors in that shard, it holds 2"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize("weight_map", [..., None, [], {"x": 3}, {"x": None}])
+def test_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
+    write_weights(tmp_path, STATE, format="safetensors", shards=2)
+    edit_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(CheckpointError, match=r"index.json: expected \"weight_map\" from tensor names to file names"):
+        read_weights(tmp_path, "unet")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'{"a": 1,\n "b": }', "line 2, column 7: not JSON"),
+        (b"", "line 1, column 1: not JSON"),
+        (b"[1]", "holds a JSON list, expected an object"),
+        (b'"text"', "holds a JSON str, expected an object"),
+        (b"\xff\xfe{}", "is not JSON: .*utf-8"),
+        (b"[" * 100_000, "is not JSON: .*recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: .*digits"),
+        (b" " * (MAX_JSON + 1), f"is {MAX_JSON + 1} bytes long, expected at most {MAX_JSON}"),
+    ],
+)
+def test_bad_json(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"unet: .*x.json:? {what}"):
+        read_json(tmp_path / "x.json", "unet")
