@@ -38,7 +38,7 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], args: argparse.Nam
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             eta=args.eta,
-            generator=torch.Generator().manual_seed(args.seed + index),
+            generator=torch.manual_seed(args.seed + index),
         ).images
         yield from (np.asarray(image.convert("RGB")) for image in images)
 

@@ -14,7 +14,7 @@ TOKENS = 77
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, the grammar's words, then characters alone and as continuations, so any Latin word can be spelled."""
+    """Special tokens, the grammar's words, then single characters and continuations, to spell others."""
     phrases = ("a an on background", *PLACES, *RELATIONS, *COLOURS, *SHAPES, *SIZES, *BACKGROUNDS)
     words = list(dict.fromkeys(word for phrase in phrases for word in phrase.split() if len(word) > 1))
     characters = string.ascii_lowercase + string.digits

@@ -43,6 +43,16 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 BATCH, SCENES, PROMPT_DROPOUT, MIN_SNR = 64, 65_536, 0.1, 5.0
 
 
+def new_model() -> nn.ModuleDict:
+    """Text encoder ("bert") and UNet ("unet") with fresh weights."""
+    return nn.ModuleDict({"bert": LDMBertModel(LDMBertConfig(**BERT)), "unet": UNet2DConditionModel(**UNET)})
+
+
+def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
+    """What latents are multiplied by, so that their root mean square is one."""
+    return 1.0 / (mean.square() + std.square()).mean().sqrt().item()
+
+
 @torch.no_grad()
 def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
     """Posterior mean and deviation, each float32 [SCENES, 4, 8, 8], and the sentences; kept in ``latents.pt``."""
@@ -76,8 +86,7 @@ def main() -> None:
     autoencoder = AutoencoderKL.from_pretrained(args.autoencoder).eval()
     tokenizer = make_tokenizer(args.folder / "tokenizer")
     mean, std, sentences = encoded_scenes(autoencoder, args.folder, args.seed)
-    scale = 1.0 / (mean.square() + std.square()).mean().sqrt().item()
-    model = nn.ModuleDict({"bert": LDMBertModel(LDMBertConfig(**BERT)), "unet": UNet2DConditionModel(**UNET)})
+    scale, model = scaling_factor(mean, std), new_model()
     average = deepcopy(model)
     run = Run(args.folder, model, average, steps=args.steps, lr=8e-4, seed=args.seed, decay=0.999)
     alpha_bar = DDIMScheduler(**SCHEDULER).alphas_cumprod
@@ -97,7 +106,9 @@ def main() -> None:
         level = alpha_bar[timestep][:, None, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             context = model["bert"](ids)[0]
-            predicted = model["unet"](level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context).sample.float()
+            predicted = model["unet"](
+                level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context
+            ).sample.float()
         snr = alpha_bar[timestep] / (1 - alpha_bar[timestep])
         return ((predicted - noise).square().mean((1, 2, 3)) * (snr.clamp(max=MIN_SNR) / snr)).mean()
 

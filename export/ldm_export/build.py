@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ldm_export.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from ldm_export.components import MODULES, model_shape
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph
 from ldm_export.publish import publish
-from ldm_export.spelling import spelling_tokenizer
+from ldm_export.spelling import tokenizer_folder
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
 from ldm_export.tokenizer_files import write_tokenizer_json
 from ldm_runtime.bundle import NAME, Bundle, sha256, write_whole
@@ -109,10 +110,8 @@ def _stages(
     checkpoint: Checkpoint, specs: dict[str, ComponentSpec], precision: str, tools: dict[str, str]
 ) -> list[Stage]:
     def tokenizer(folder: Path) -> list[str]:
-        source = checkpoint.tokenizer
-        if checkpoint.random_seed is not None and not (source / "vocab.txt").exists():
-            source = spelling_tokenizer(folder / "spelling", source)
-        write_tokenizer_json(source, folder / TOKENIZER)
+        with TemporaryDirectory() as room:
+            write_tokenizer_json(tokenizer_folder(checkpoint, Path(room)), folder / TOKENIZER)
         return [TOKENIZER]
 
     def graph(name: str, spec: ComponentSpec) -> Callable[[Path], list[str]]:

@@ -6,17 +6,22 @@ import shutil
 import string
 from pathlib import Path
 
+from ldm_export.checkpoint import Checkpoint
 
-def spelling_tokenizer(folder: Path, configs: Path) -> Path:
-    """Write ``vocab.txt`` with BERT's special tokens and single characters, and copy the tokenizer's configs beside it.
 
-    For random weights only, where no word means anything.
+def tokenizer_folder(checkpoint: Checkpoint, room: Path) -> Path:
+    """The checkpoint's tokenizer; for random weights without a vocabulary, a stand-in made in the folder ``room``.
+
+    The stand-in has BERT's special tokens and single characters, and the checkpoint's tokenizer configs beside them:
+    with random weights no word means anything.
     """
-    folder.mkdir(parents=True)
-    for config in configs.glob("*.json"):
-        shutil.copyfile(config, folder / config.name)
+    source = checkpoint.tokenizer
+    if checkpoint.random_seed is None or any((source / name).exists() for name in ("vocab.txt", "tokenizer.json")):
+        return source
+    for config in source.glob("*.json"):
+        shutil.copyfile(config, room / config.name)
     characters = string.ascii_letters + string.digits
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = [*special, *characters, *string.punctuation, *(f"##{character}" for character in characters)]
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    return folder
+    (room / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return room

@@ -36,6 +36,7 @@ _SPECIAL = {
 }
 _NAMED = ("bos_token", "eos_token", *_SPECIAL)  # in the order transformers adds them, which numbers them
 _BERT = {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CONFIG = "tokenizer_config.json"
 
 
@@ -138,10 +139,10 @@ def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], 
     if "added_tokens_decoder" in config:
         with _errors_of(folder / _CONFIG):
             return config, {int(index): dict(token) for index, token in config["added_tokens_decoder"].items()}
-    for key, value in (_read_json(folder / "special_tokens_map.json") or {}).items():
-        if key == "extra_special_tokens" and isinstance(value, list):
-            value = [*(config.get(key) or []), *value]
-        config[key] = value
+    with _errors_of(folder / "special_tokens_map.json"):
+        for key, value in (_read_json(folder / "special_tokens_map.json") or {}).items():
+            joined = key == "extra_special_tokens" and isinstance(value, list)
+            config[key] = [*(config.get(key) or []), *value] if joined else value
     if "additional_special_tokens" in config:
         config.setdefault("extra_special_tokens", config["additional_special_tokens"])
     added = {}
@@ -208,7 +209,7 @@ def _added_tokens(config: dict[str, Any], added: dict[int, dict[str, Any]]) -> l
         if text is None or text in tokens:
             continue
         fields = {"special": True} if isinstance(token, str) else token
-        tokens[text] = AddedToken(text, **{k: v for k, v in fields.items() if k not in ("id", "__type", "content")})
+        tokens[text] = AddedToken(text, **{flag: fields[flag] for flag in _FLAGS if flag in fields})
         if text in names:
             tokens[text].special = True
     return list(tokens.values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from transformers import BertTokenizerFast
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
 from ldm_export.modules import load_module
+from ldm_export.spelling import tokenizer_folder
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -137,10 +140,12 @@ def verify(
 
 def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
     """diffusers' own pipeline of the checkpoint, float32 on the CPU."""
+    with TemporaryDirectory() as room:
+        tokenizer = BertTokenizerFast.from_pretrained(str(tokenizer_folder(checkpoint, Path(room))))
     pipeline = LDMTextToImagePipeline(
         vqvae=load_module(checkpoint, "autoencoder"),
         bert=load_module(checkpoint, "text_encoder"),
-        tokenizer=BertTokenizerFast.from_pretrained(str(checkpoint.tokenizer)),
+        tokenizer=tokenizer,
         unet=load_module(checkpoint, "unet"),
         scheduler=DDIMScheduler.from_config(dict(checkpoint.scheduler_config)),
     )

@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What a call gives: PIL images in the order of the prompts (images of one prompt side by side), and the latents."""
+    """What a call gives: PIL images in the order of the prompts, those of one prompt side by side, and the latents."""
 
     images: list[Image.Image]
     latents: F32

@@ -17,7 +17,7 @@ from ldm_runtime.specs import Axis, TensorSpec
 
 @dataclass(frozen=True)
 class Geometry:
-    """What sizes the loaded graphs take: latent channels, latent height and width, images at once, pixels per latent."""
+    """What the loaded graphs take: latent channels, latent height and width, images at once; and pixels per latent."""
 
     channels: int
     height: Axis

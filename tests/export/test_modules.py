@@ -12,14 +12,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+from safetensors.torch import load_file
+from tiny import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
+from torch import nn
+
 from ldm_export import modules
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.modules import load_module
 from ldm_export.weights import StoredTensor
 from ldm_runtime.errors import CheckpointError, SpecError
-from safetensors.torch import load_file
-from tiny import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
-from torch import nn
 
 FILES = {"bert": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
 FILES["vqvae"] = FILES["unet"]

@@ -20,11 +20,7 @@ VOCABULARY = [*SPECIAL, *WORDS, *(f"##{c}" for c in "edRDcirlaféÉ"), *"dRDcirl
 RENAMED = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "[NEW]"}
 PROMPTS = [
     *("", "red Red CIRCLE", "café cafe\u0301 CAFÉ É", "猫犬 猫", "zebra", "a" * 101, "red " * 99, "<s> <pad>a</s>"),
-    *(
-        "a [MASK] red[SEP]circle [PAD] [CLS] [UNK] [mask]",
-        "<unk> [NEW] [new] red[MASK]",
-        "<cat> <CAT>red <dog>  <Dog>!",
-    ),
+    *("a [MASK] red[SEP]circle [PAD] [CLS] [UNK] [mask]", "<unk> [NEW] [new] red[MASK]", "<cat> <CAT>red <dog> <D>"),
 ]
 
 
@@ -205,6 +201,10 @@ REFUSED = {
     "padding on the left": (VOCAB | config(padding_side="left"), r"tokenizer_config\.json: padding_side is 'left'"),
     "cut on the left": (VOCAB | config(truncation_side="left"), r"tokenizer_config\.json: truncation_side is 'left'"),
     "baked padding on the left": (json_form(padding=PADDING | {"direction": "Left"}), "padding_side is 'left'"),
+    "extra tokens of a wrong type": (
+        VOCAB | {MAP: {"extra_special_tokens": 7}},
+        r"tokenizer_config\.json: .*TypeError",
+    ),
     "special tokens as text": (VOCAB | config(split_special_tokens=True), "split_special_tokens"),
     "padding of a wrong type": (json_form(padding=[1]), r"tokenizer\.json: .*AttributeError"),
     "decoder of a wrong type": (VOCAB | config(added_tokens_decoder=[1]), r"tokenizer_config\.json: .*AttributeError"),

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ldm_runtime.ddim import DDIM, FOREIGN, MAX_TRAIN_TIMESTEPS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 

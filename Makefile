@@ -1,0 +1,61 @@
+# `make demo` and `make test` do all the set-up themselves. PYTHON must be 3.11 or newer.
+PYTHON ?= python3
+VENV   ?= .venv
+THIN   := .venv-thin
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibration -type f -not -name '*.pyc')
+BUNDLE := build/shapes
+PROMPT := a small red circle left of a large blue square on a yellow background
+
+.PHONY: demo test lint bench model clean
+
+demo: $(VENV)/.export
+	$(BIN)/ldm-export build -o $(BUNDLE)
+	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
+	@echo "The picture is in $(CURDIR)/build/demo.png"
+
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
+
+# Trains the shipped model anew, from a seed; goes on where it was stopped.
+model: $(VENV)/.dev
+	$(BIN)/python training/train_autoencoder.py
+	$(BIN)/python training/train_diffusion.py
+	$(BIN)/python training/train_decoder.py
+	$(BIN)/python training/assemble.py
+	$(BIN)/python training/evaluate.py export/ldm_export/shapes \
+		--json export/ldm_export/shapes/accuracy.json --grid export/ldm_export/shapes/samples.png
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[export]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.export
+
+# What an inference server gets: the wheel, and no torch, diffusers, transformers or onnx; with NumPy 2 and with 1.26.
+$(THIN)/.thin: $(SOURCES) | $(VENV)/bin/python
+	$(PYTHON) -m venv --clear $(THIN)
+	$(THIN)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[onnxruntime]"
+	touch $@
+
+$(THIN)-numpy1/.thin: $(SOURCES) | $(VENV)/bin/python
+	$(PYTHON) -m venv --clear $(THIN)-numpy1
+	sed 's/^numpy==.*/numpy==1.26.4/' constraints.txt > $(THIN)-numpy1/constraints.txt
+	$(THIN)-numpy1/bin/python -m pip install --disable-pip-version-check -q -c $(THIN)-numpy1/constraints.txt ".[onnxruntime]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1

@@ -1,0 +1,65 @@
+"""How close a bundle's pictures are to diffusers' own, over settings, seeds and batch sizes: the shipped model.
+
+Writes a table of the largest difference of any pixel, and of the share of pixel values that differ at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export.build import SHIPPED
+from ldm_runtime import LatentDiffusionPipeline
+
+ETAS, GUIDANCES, STEPS = (0.0, 0.3), (1.0, 6.0), (1, 7, 50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    theirs = DiffusionPipeline.from_pretrained(SHIPPED)
+    theirs.set_progress_bar_config(disable=True)
+    settings = list(itertools.product(ETAS, GUIDANCES, STEPS))
+    rows = []
+    with LatentDiffusionPipeline.from_bundle(args.bundle) as ours:
+        for eta, guidance, steps in track(settings, console=Console(stderr=True)):
+            worst, differing, count = 0, 0, 0
+            for seed, batch in itertools.product(range(args.seeds), args.batches):
+                prompts = held_out_prompts(0, batch, seed)
+                options = {"eta": eta, "guidance_scale": guidance, "num_inference_steps": steps}
+                mine = ours(prompts, seed=seed, **options).images
+                reference = theirs(prompts, generator=torch.manual_seed(seed), **options).images
+                for pair in zip(mine, reference, strict=True):
+                    one, other = (np.asarray(image).astype(int) for image in pair)
+                    worst = max(worst, int(np.abs(one - other).max()))
+                    differing, count = differing + int((one != other).sum()), count + one.size
+            rows.append({"eta": eta, "guidance": guidance, "steps": steps, "max": worst, "share": differing / count})
+    table = Table("eta", "guidance", "steps", "largest difference", "values that differ")
+    for row in rows:
+        setting = (f"{row[name]:g}" for name in ("eta", "guidance", "steps"))
+        table.add_row(*setting, f"{row['max']}/255", f"{row['share']:.5%}")
+    Console().print(table)
+    if args.json:
+        tools = {name: version(name) for name in ("torch", "diffusers", "onnxruntime", "numpy")}
+        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "rows": rows}
+        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

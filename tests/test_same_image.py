@@ -1,0 +1,115 @@
+"""The same seed gives the same picture as diffusers' own pipeline: the shipped model, at most 1/255 anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LDMTextToImagePipeline
+
+from ldm_export.build import SHIPPED
+from ldm_runtime import LatentDiffusionPipeline, Request
+
+PROMPTS = [
+    "a large red circle in the center on a white background",
+    "a small blue triangle left of a large yellow cross on a gray background",
+    "a small green square above a large purple square on a black background",
+]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> LDMTextToImagePipeline:
+    pipeline = DiffusionPipeline.from_pretrained(SHIPPED)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def ours(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle) as pipeline:
+        yield pipeline
+
+
+def reference(pipeline: LDMTextToImagePipeline, prompts: list[str], seed: int, **options) -> np.ndarray:
+    images = pipeline(prompts, generator=torch.manual_seed(seed), **options).images
+    return np.stack([np.asarray(image) for image in images])
+
+
+def picture(pipeline: LatentDiffusionPipeline, prompts: list[str], **options) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pipeline(prompts, **options).images])
+
+
+def assert_same(one: np.ndarray, other: np.ndarray) -> None:
+    assert one.shape == other.shape and one.dtype == other.dtype == np.uint8
+    assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+    assert one.std() > 5  # a flat picture would agree with anything flat
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("seed", [0, 42, 2**40 + 1])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_same_image(ours, theirs, eta: float, guidance: float, steps: int, seed: int, count: int) -> None:
+    options = {"eta": eta, "guidance_scale": guidance, "num_inference_steps": steps}
+    expected = reference(theirs, PROMPTS[:count], seed, **options)
+    assert_same(picture(ours, PROMPTS[:count], seed=seed, **options), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 88), (128, 64)])
+def test_same_image_of_other_sizes(ours, theirs, height: int, width: int) -> None:
+    options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7, "height": height, "width": width}
+    assert_same(picture(ours, PROMPTS, seed=5, **options), reference(theirs, PROMPTS, 5, **options))
+
+
+def test_same_image_from_given_latents(ours, theirs) -> None:
+    latents = np.random.default_rng(0).standard_normal((3, 8, 8, 8)).astype(np.float32)
+    options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
+    expected = reference(theirs, PROMPTS, 9, latents=torch.from_numpy(latents.copy()), **options)
+    assert_same(picture(ours, PROMPTS, seed=9, latents=latents, **options), expected)
+
+
+def test_a_list_of_seeds_gives_each_image_the_picture_it_has_alone(ours, theirs) -> None:
+    options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
+    expected = [reference(theirs, [prompt], seed, **options) for prompt, seed in zip(PROMPTS, (3, 1, 4), strict=True)]
+    assert_same(picture(ours, PROMPTS, seed=[3, 1, 4], **options), np.concatenate(expected))
+
+
+def test_images_per_prompt_are_the_prompt_repeated(ours, theirs) -> None:
+    options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
+    repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    ours_twice = picture(ours, PROMPTS[:2], images_per_prompt=2, seed=8, **options)
+    assert_same(ours_twice, reference(theirs, repeated, 8, **options))
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(ours) -> None:
+    options = {"seed": 1, "guidance_scale": 6.0, "num_inference_steps": 7}
+    plain = picture(ours, PROMPTS[:1], **options)
+    assert np.array_equal(picture(ours, PROMPTS[:1], negative_prompt="", **options), plain)
+    away = picture(ours, PROMPTS[:1], negative_prompt="a large red circle", **options)
+    assert np.abs(away.astype(int) - plain.astype(int)).max() > 30
+
+
+def test_without_guidance_the_unguided_branch_is_not_computed(ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    run = ours.backends["unet"].run
+    monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
+    ours(PROMPTS, guidance_scale=1.0, num_inference_steps=2, seed=0)
+    ours(PROMPTS, guidance_scale=1.5, num_inference_steps=2, seed=0)
+    assert rows == [3, 3, 6, 6]
+
+
+def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:
+    request = Request(PROMPTS[:1], seed=0, num_inference_steps=5)
+    steps = ours.steps(request)
+    first = next(steps)
+    assert (first.index, first.total, first.timestep) == (0, 5, 800)
+    steps.close()
+    told = []
+    whole = ours(PROMPTS[:1], seed=0, num_inference_steps=5, progress=told.append)
+    assert [step.index for step in told] == [0, 1, 2, 3, 4]
+    assert np.array_equal(told[0].latents, first.latents) and np.array_equal(told[-1].latents, whole.latents)
+    assert np.array_equal(np.asarray(ours.decode(whole.latents)[0]), np.asarray(whole.images[0]))

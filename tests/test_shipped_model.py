@@ -1,0 +1,61 @@
+"""The checkpoint that ships: its size, its kind, and that its pictures show what the prompts say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMTextToImagePipeline, UNet2DConditionModel
+
+from ldm_calibration.shapes.grader import accuracy
+from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export.build import SHIPPED
+from ldm_runtime import LatentDiffusionPipeline
+
+MAX_BYTES = 16_000_000
+
+
+def test_it_loads_unchanged_in_diffusers() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(SHIPPED)
+    assert type(pipeline) is LDMTextToImagePipeline
+    assert type(pipeline.unet) is UNet2DConditionModel and type(pipeline.vqvae) is AutoencoderKL
+    assert type(pipeline.scheduler) is DDIMScheduler and type(pipeline.bert).__name__ == "LDMBertModel"
+    assert sum("CrossAttn" in block for block in pipeline.unet.config.down_block_types) >= 2
+    assert pipeline.vae_scale_factor == 8
+
+
+def test_it_is_small_half_precision_and_safe() -> None:
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 3
+    for path in weights:
+        header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+        assert {tensor["dtype"] for name, tensor in json.loads(header).items() if name != "__metadata__"} == {"F16"}
+
+
+def test_pictures_of_held_out_prompts_are_right(shapes_bundle: Path) -> None:
+    """A sample of the full measurement, which `training/evaluate.py` makes: the bars less what 48 pictures vary by."""
+    prompts = held_out_prompts(24, 24, seed=1)
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle) as pipeline:
+        pictures = [
+            np.asarray(image)
+            for start in range(0, len(prompts), 24)
+            for image in pipeline(
+                prompts[start : start + 24], seed=start, eta=0.3, guidance_scale=6.0, num_inference_steps=50
+            ).images
+        ]
+    result = accuracy(pictures, prompts)
+    assert result.one_object is not None and result.one_object.right >= 0.85
+    assert result.two_objects is not None and result.two_objects.right >= 0.7
+
+
+def test_the_measured_accuracy_meets_the_bars() -> None:
+    measured = json.loads((SHIPPED / "accuracy.json").read_text())
+    settings, figures = measured["settings"], measured["accuracy"]
+    assert (settings["steps"], settings["eta"], settings["guidance"]) == (50, 0.3, 6.0)
+    assert figures["one_object"]["number"] + figures["two_objects"]["number"] >= 200
+    assert figures["one_object"]["right"] >= 0.95
+    assert figures["two_objects"]["right"] >= 0.80

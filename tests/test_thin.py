@@ -1,0 +1,82 @@
+"""What an inference server gets: the wheel with the runtime's extra alone runs, says what is missing, and draws."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_export import cli
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "safetensors")
+PROMPT = "a large red circle in the center on a white background"
+
+IMPORT_ALL = f"""
+import importlib, importlib.util, json, pkgutil, sys, ldm_runtime
+for name in {HEAVY}:
+    assert importlib.util.find_spec(name) is None, name + " is installed: this environment is not thin"
+names = [module.name for module in pkgutil.walk_packages(ldm_runtime.__path__, "ldm_runtime.")]
+for name in names:
+    importlib.import_module(name)
+assert "onnxruntime" not in sys.modules, "an engine is loaded before it is asked for"
+print(json.dumps(names))
+"""
+
+
+@pytest.fixture(params=[".venv-thin", ".venv-thin-numpy1"], ids=["numpy2", "numpy1"])
+def thin(request: pytest.FixtureRequest) -> Path:
+    folder = ROOT / request.param
+    assert (folder / ".thin").exists(), f"{folder} is missing: `make test` makes it"
+    return folder / "bin"
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd="/", timeout=300)
+
+
+def test_every_module_of_the_runtime_imports(thin: Path) -> None:
+    done = run(thin / "python", "-c", IMPORT_ALL)
+    assert done.returncode == 0, done.stderr
+    present = {path.stem for path in (ROOT / "runtime/ldm_runtime").rglob("*.py") if path.stem != "__init__"}
+    assert present == {name.rpartition(".")[2] for name in json.loads(done.stdout)} - {"backends"}
+
+
+@pytest.mark.parametrize("verb", [None, "build", "generate", "verify", "inspect"])
+def test_help_of_every_verb(thin: Path, verb: str | None) -> None:
+    done = run(thin / "ldm-export", *([verb] if verb else []), "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ldm-export"), done.stderr
+
+
+def test_every_verb_is_tested_for_its_help() -> None:
+    (action,) = [action for action in cli.make_parser()._actions if hasattr(action, "choices") and action.choices]
+    assert set(action.choices) == {"build", "generate", "verify", "inspect"}
+
+
+@pytest.mark.parametrize("verb", ["build", "verify"])
+def test_what_needs_torch_says_what_to_install(thin: Path, verb: str, shapes_bundle: Path, tmp_path: Path) -> None:
+    place = ["-o", tmp_path / "bundle"] if verb == "build" else [shapes_bundle]
+    done = run(thin / "ldm-export", verb, *place)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert 'pip install "ldm-export[export]"' in done.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_picture_from_a_bundle_built_beforehand(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
+    thin_picture, full_picture = tmp_path / "thin.png", tmp_path / "full.png"
+    options = ["--seed", "3", "--steps", "20"]
+    done = run(thin / "ldm-export", "generate", shapes_bundle, PROMPT, *options, "-o", thin_picture)
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["generate", str(shapes_bundle), PROMPT, *options, "-o", str(full_picture), "--quiet"]) == 0
+    pair = [np.asarray(Image.open(path)).astype(int) for path in (thin_picture, full_picture)]
+    assert pair[0].shape == (64, 64, 3) and np.abs(pair[0] - pair[1]).max() <= 1 and pair[0].std() > 5
+
+
+def test_inspect_without_onnx(thin: Path, shapes_bundle: Path) -> None:
+    done = run(thin / "ldm-export", "inspect", shapes_bundle, "--check", "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["components"]) == {"text_encoder", "unet", "decoder"}
