@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES, model_shape
 from ldm_export.modules import load_module
@@ -112,6 +114,7 @@ def _stages(
     def tokenizer(folder: Path) -> list[str]:
         with TemporaryDirectory() as room:
             write_tokenizer_json(tokenizer_folder(checkpoint, Path(room)), folder / TOKENIZER)
+        _check_ids(folder / TOKENIZER, checkpoint)
         return [TOKENIZER]
 
     def graph(name: str, spec: ComponentSpec) -> Callable[[Path], list[str]]:
@@ -135,6 +138,16 @@ def _stages(
         }
         stages.append(Stage(f"{name}.{precision}", depends, graph(name, spec)))
     return stages
+
+
+def _check_ids(tokenizer: Path, checkpoint: Checkpoint) -> None:
+    token, highest = max(Tokenizer.from_file(str(tokenizer)).get_vocab().items(), key=lambda item: item[1])
+    rows = checkpoint.components["text_encoder"].config["vocab_size"]
+    if highest >= rows:
+        raise CheckpointError(
+            f"tokenizer: {checkpoint.tokenizer}: token {token!r:.40} has id {highest}, but the text encoder embeds "
+            f"{rows} tokens; use the tokenizer and the text encoder of one checkpoint"
+        )
 
 
 def _digests(folder: Path) -> dict[str, str]:

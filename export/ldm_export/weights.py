@@ -210,7 +210,7 @@ def _shard_path(index: Path, shard: str, where: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a zero byte
         inside, exists = False, False
     if shard != Path(shard).name or not inside:
-        raise CheckpointError(f"{where}: shard {shard!r} leaves {folder}, expected the name of a file in that folder")
+        raise CheckpointError(f"{where}: shard {shard!r} leads elsewhere, expected the name of a file in {folder}")
     if not exists:
         raise CheckpointError(f"{where}: shard {shard!r} is missing from {folder}; download the checkpoint whole")
     return folder / shard

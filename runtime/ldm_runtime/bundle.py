@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ class Bundle:
         fact, path = self.manifest.files.get(name), self.folder / name
         if fact is None:
             raise ManifestError(f"{self.folder / NAME}: lists no file {name!r}; rebuild the bundle")
+        try:
+            self._check(path, fact)
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read ({error.strerror}); copy the file again or rebuild") from None
+        return path
+
+    def _check(self, path: Path, fact: FileFact) -> None:
         if not path.is_file():
             raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
         if not path.resolve().is_relative_to(self.folder.resolve()):
@@ -51,7 +58,6 @@ class Bundle:
         digest = sha256(path)
         if digest != fact.sha256:
             raise ManifestError(f"{path}: got sha256 {digest}, expected {fact.sha256}; copy the file again or rebuild")
-        return path
 
     def graph(self, component: str, precision: str) -> Path:
         """The checked ONNX graph of a component; its external weights, if any, are checked too.
@@ -84,15 +90,17 @@ class Bundle:
         """Write report files and measured figures into the bundle; the manifest is replaced last, at once.
 
         Args:
-            measured: merged into the manifest's ``measured``.
+            measured: merged into the manifest's ``measured``; numbers must be finite.
             reports: relative path → content.
+
+        Raises:
+            OSError: the disk is full or refuses; the bundle is as before.
         """
-        files = dict(self.manifest.files)
-        for name, content in reports.items():
-            write_whole(self.folder / name, content)
-            files[name] = FileFact(hashlib.sha256(content).hexdigest(), len(content))
-        manifest = replace(self.manifest, files=files, measured={**self.manifest.measured, **measured})
-        write_whole(self.folder / NAME, manifest.to_json().encode())
+        facts = {name: FileFact(hashlib.sha256(text).hexdigest(), len(text)) for name, text in reports.items()}
+        files, figures = {**self.manifest.files, **facts}, {**self.manifest.measured, **measured}
+        manifest = replace(self.manifest, files=files, measured=figures)
+        contents = {self.folder / name: content for name, content in reports.items()}
+        write_together({**contents, self.folder / NAME: manifest.to_json().encode()})
         return replace(self, manifest=manifest)
 
 
@@ -113,14 +121,23 @@ def file_facts(folder: Path, names: Iterable[str]) -> dict[str, FileFact]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or as it was before: to a neighbour, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """``write_whole`` of several files: none of them is replaced before all are on the disk."""
+    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
+    for path in contents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        for path, content in contents.items():
+            with parts[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            part.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
         raise

@@ -15,10 +15,14 @@ from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 FORMAT, VERSION = "ldm-export bundle", 1
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
+MAX_NESTING = 32
+MAX_DIM = 2**31 - 1
+"""Largest bound of an axis and largest fixed dimension: engines count them in int32."""
 COMPONENTS = ("text_encoder", "unet", "decoder")
 _SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")
 _T = TypeVar("_T")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -96,16 +100,20 @@ def read_manifest(bundle: Path) -> Manifest:
         ManifestError: no bundle, damaged, another format or a newer version, or an unsafe path in it.
     """
     path = bundle / NAME
-    if not bundle.is_dir():
-        raise ManifestError(f"{bundle}: no such folder; expected a bundle made by `ldm-export build -o {bundle}`")
-    if not path.is_file():
-        raise ManifestError(
-            f"{path}: no such file, so {bundle} is no bundle; make one with `ldm-export build -o BUNDLE`"
-        )
-    if path.stat().st_size > MAX_BYTES:
-        raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            missing = path if bundle.is_dir() else bundle
+            raise ManifestError(f"{missing}: not there, expected a bundle; make it with `ldm-export build -o {bundle}`")
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    try:
+        document = json.loads(content.decode())
+        if not _shallow(document):
+            raise ValueError(f"nested more than {MAX_NESTING} deep")
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # no NaN, infinity, lone surrogate
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not valid JSON ({error}); rebuild the bundle") from None
     try:
@@ -114,26 +122,34 @@ def read_manifest(bundle: Path) -> Manifest:
         raise ManifestError(f"{path}: {error}") from None
 
 
+def _shallow(document: Any) -> bool:
+    """True where nothing lies deeper than MAX_NESTING, so that no reader of the facts needs a deep stack."""
+    level = [document]
+    for _ in range(MAX_NESTING):
+        level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]
+    return not level
+
+
 def _parse(document: Any) -> Manifest:
     top = _mapping("manifest", document)
     if top.get("format") != FORMAT:
-        raise ManifestError(f"format: got {top.get('format')!r}, expected {FORMAT!r}")
+        raise ManifestError(f"format: got {top.get('format')!r:.60}, expected {FORMAT!r}")
     version = top.get("version")
     if type(version) is not int or version != VERSION:
         raise ManifestError(
-            f"version: got {version!r}, this ldm-export reads {VERSION}; "
+            f"version: got {version!r:.60}, this ldm-export reads {VERSION}; "
             "install the ldm-export that built the bundle, or rebuild it with this one"
         )
-    files = _each("files", top, _file_fact)
+    files = _each("files", top.get("files"), _file_fact)
     for path in files:
         safe_path("files", path)
     manifest = Manifest(
-        components=_each("components", top, _component),
+        components=_each("components", top.get("components"), _component),
         scheduler=_mapping("scheduler", top.get("scheduler")),
         tokenizer=safe_path("tokenizer", top.get("tokenizer")),
         files=files,
-        stages=_each("stages", top, _stage),
-        tools=_each("tools", top, _text),
+        stages=_each("stages", top.get("stages"), _stage),
+        tools=_each("tools", top.get("tools"), _text),
         asked=_mapping("asked", top.get("asked")),
         measured=_mapping("measured", top.get("measured")),
     )
@@ -151,12 +167,12 @@ def safe_path(where: str, path: Any) -> str:
     """The path itself if it stays inside the bundle.
 
     Raises:
-        ManifestError: absolute, with ``..``, a backslash, a drive, or no text at all.
+        ManifestError: absolute, with ``..``, a backslash, a drive, a control character, or no text at all.
     """
     text = _text(where, path)
     pure = PurePosixPath(text)
-    if not text or pure.is_absolute() or ".." in pure.parts or str(pure) != text or re.search(r"[\\:\0]", text):
-        raise ManifestError(f"{where}: path {text!r} is not a plain path inside the bundle; do not use this bundle")
+    if not text or pure.is_absolute() or ".." in pure.parts or str(pure) != text or _UNSAFE.search(text):
+        raise ManifestError(f"{where}: path {text!r:.80} is not a plain path inside the bundle; do not use this bundle")
     return text
 
 
@@ -172,8 +188,8 @@ def _text(where: str, value: Any) -> str:
     return value
 
 
-def _each(where: str, top: Mapping[str, Any], read: Callable[[str, Any], _T]) -> dict[str, _T]:
-    return {name: read(f"{where}.{name}", value) for name, value in _mapping(where, top.get(where)).items()}
+def _each(where: str, value: Any, read: Callable[[str, Any], _T]) -> dict[str, _T]:
+    return {name: read(f"{where}.{name}", each) for name, each in _mapping(where, value).items()}
 
 
 def _file_fact(where: str, value: Any) -> FileFact:
@@ -209,25 +225,26 @@ def _spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
 
 def _component(where: str, value: Any) -> Component:
     entry = _mapping(where, value)
-    axes = _each("axes", entry, _axis)
+    axes = _each(f"{where}.axes", entry.get("axes"), _axis)
     inputs, outputs = (_tensors(f"{where}.{side}", entry.get(side), axes) for side in ("inputs", "outputs"))
-    graphs = {name: safe_path(f"{where}.graphs", path) for name, path in _mapping(where, entry.get("graphs")).items()}
+    graphs = _each(f"{where}.graphs", entry.get("graphs"), safe_path)
     return Component(ComponentSpec(where.rpartition(".")[2], inputs, outputs), graphs)
 
 
 def _axis(where: str, value: Any) -> Axis:
-    if not isinstance(value, list) or len(value) != 3 or any(type(bound) is not int for bound in value):
-        raise ManifestError(f"{where}: got {value!r:.60}, expected [min, opt, max]; rebuild the bundle")
+    if not isinstance(value, list) or len(value) != 3 or any(type(n) is not int or n > MAX_DIM for n in value):
+        raise ManifestError(f"{where}: got {value!r:.60}, expected [min, opt, max] up to {MAX_DIM}; rebuild the bundle")
     return Axis(where.rpartition(".")[2], *value)
 
 
 def _tensors(where: str, value: Any, axes: Mapping[str, Axis]) -> tuple[TensorSpec, ...]:
     if not isinstance(value, list) or not value:
         raise ManifestError(f"{where}: expected a list of tensors; rebuild the bundle")
-    return tuple(_tensor(f"{where}[{i}]", _mapping(where, entry), axes) for i, entry in enumerate(value))
+    return tuple(_tensor(f"{where}[{i}]", entry, axes) for i, entry in enumerate(value))
 
 
-def _tensor(where: str, entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> TensorSpec:
+def _tensor(where: str, value: Any, axes: Mapping[str, Axis]) -> TensorSpec:
+    entry = _mapping(where, value)
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) > 8:
         raise ManifestError(f"{where}.shape: expected a list of at most 8 dimensions; rebuild the bundle")
@@ -236,7 +253,7 @@ def _tensor(where: str, entry: Mapping[str, Any], axes: Mapping[str, Axis]) -> T
 
 
 def _dim(where: str, dim: Any, axes: Mapping[str, Axis]) -> Dim:
-    if type(dim) is int and dim >= 1:
+    if type(dim) is int and 1 <= dim <= MAX_DIM:
         return dim
     match = _SYMBOL.fullmatch(dim) if isinstance(dim, str) else None
     if match is None or match[2] not in axes:

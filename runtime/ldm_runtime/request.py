@@ -27,9 +27,19 @@ class Geometry:
 
     @classmethod
     def of(cls, latents: TensorSpec, image: TensorSpec) -> Geometry:
-        """From the decoder's input [images, channels, height, width] and output [images, 3, factor × height, …]."""
+        """From the decoder's input [images, channels, height, width] and output [images, 3, factor × height, …].
+
+        Raises:
+            SpecError: they have other ranks, or the image is smaller than the latents.
+        """
+        expected = "expected [images, channels, height, width] and an image at least as high"
+        if len(latents.shape) != 4 or len(image.shape) != 4:
+            raise SpecError(f"decoder: got {latents} and {image}, {expected}; rebuild the bundle")
         batch, channels, height, width = map(_axis, latents.shape)
-        return cls(channels.max, height, width, batch.max, image.bounds("opt")[2] // latents.bounds("opt")[2])
+        factor = image.bounds("opt")[2] // latents.bounds("opt")[2]
+        if factor < 1:
+            raise SpecError(f"decoder: got {latents} and {image}, {expected}; rebuild the bundle")
+        return cls(channels.max, height, width, batch.max, factor)
 
 
 def _axis(dim: Axis | int) -> Axis:

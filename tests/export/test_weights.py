@@ -205,14 +205,23 @@ def test_shard_missing(tmp_path: Path, format: str) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../outside.safetensors", "/{}/outside.safetensors", "sub/../../outside.safetensors", "..", "a\0b", "x" * 999],
+    [
+        "../outside.safetensors",
+        "/{}/outside.safetensors",
+        "sub/../../outside.safetensors",
+        "sub/inside.safetensors",
+        "..",
+        "a\0b",
+        "x" * 999,
+    ],
 )
 def test_shard_outside_the_folder(tmp_path: Path, shard: str) -> None:
     write_tensors(tmp_path / "outside.safetensors", STATE)
-    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "sub").mkdir(parents=True)
+    write_tensors(tmp_path / "unet" / "sub" / "inside.safetensors", STATE)
     index = {"weight_map": dict.fromkeys(STATE, shard.format(str(tmp_path).lstrip("/")))}
     write_json(tmp_path / "unet" / "model.safetensors.index.json", index)
-    with pytest.raises(CheckpointError, match=r"leaves .*unet, expected the name of a file in that folder"):
+    with pytest.raises(CheckpointError, match=r"shard '.*' leads elsewhere, expected the name of a file in .*unet"):
         read_weights(tmp_path / "unet", "unet")
 
 
@@ -223,7 +232,7 @@ def test_shard_linked_outside_the_folder(tmp_path: Path) -> None:
     write_json(
         tmp_path / "unet" / "model.safetensors.index.json", {"weight_map": dict.fromkeys(STATE, "a.safetensors")}
     )
-    with pytest.raises(CheckpointError, match=r"shard 'a.safetensors' leaves"):
+    with pytest.raises(CheckpointError, match=r"shard 'a.safetensors' leads elsewhere"):
         read_weights(tmp_path / "unet", "unet")
 
 

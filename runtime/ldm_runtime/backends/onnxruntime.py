@@ -43,12 +43,12 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        providers = _providers(device, ort.get_available_providers())
+        providers = providers(device, ort.get_availableproviders())
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:  # onnxruntime raises bare classes of its C++ side
             raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {_first_line(error)}") from None
-        self.device = "cuda" if self._session.get_providers()[0] == DEVICES["cuda"] else "cpu"
+        self.device = "cuda" if self._session.getproviders()[0] == DEVICES["cuda"] else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
         self._check_names(graph)
@@ -97,7 +97,12 @@ class OnnxRuntimeBackend:
         del self._session
 
 
-def _providers(device: str, available: Sequence[str]) -> list[str]:
+def providers(device: str, available: Sequence[str]) -> list[str]:
+    """The execution providers to ask for, of those ``available``, in order.
+
+    Raises:
+        BackendError: the device is unknown, or CUDA is asked for and there is no provider for it.
+    """
     if device not in ("auto", *DEVICES):
         raise BackendError(f"device: got {device!r}, expected auto, {' or '.join(DEVICES)}")
     if device == "cuda" and DEVICES["cuda"] not in available:
