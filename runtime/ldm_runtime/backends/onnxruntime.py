@@ -45,7 +45,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         providers = providers(device, ort.get_availableproviders())
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=providers)
+            self._session = ort.InferenceSession(str(graph), options, providers=wanted)
         except Exception as error:  # onnxruntime raises bare classes of its C++ side
             raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {_first_line(error)}") from None
         self.device = "cuda" if self._session.getproviders()[0] == DEVICES["cuda"] else "cpu"
