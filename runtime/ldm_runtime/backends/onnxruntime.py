@@ -43,12 +43,12 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        providers = providers(device, ort.get_availableproviders())
+        wanted = providers(device, ort.get_available_providers())
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=wanted)
         except Exception as error:  # onnxruntime raises bare classes of its C++ side
             raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {_first_line(error)}") from None
-        self.device = "cuda" if self._session.getproviders()[0] == DEVICES["cuda"] else "cpu"
+        self.device = "cuda" if self._session.get_providers()[0] == DEVICES["cuda"] else "cpu"
         if device == "cuda" and self.device != "cuda":
             raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
         self._check_names(graph)
