@@ -26,7 +26,7 @@ from ldm_export.stages import Outcome, Stage, run_stage, work_folder
 from ldm_export.tokenizer_files import write_tokenizer_json
 from ldm_runtime.bundle import NAME, Bundle, sha256, write_whole
 from ldm_runtime.ddim import DDIM
-from ldm_runtime.errors import BuildError, CheckpointError, LdmError, ManifestError
+from ldm_runtime.errors import BuildError, CheckpointError, ManifestError
 from ldm_runtime.manifest import Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.specs import ComponentSpec
@@ -41,10 +41,10 @@ _WEIGHTS_OF = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "autoe
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle and, per stage, whether it was kept from before."""
+    """A bundle and, per stage, where its files came from: "made", "resumed" or "kept"."""
 
     bundle: Bundle
-    kept: dict[str, bool]
+    origins: dict[str, str]
 
 
 def build(
@@ -90,11 +90,12 @@ def build(
             tools=tools,
             asked=_asked(checkpoint, precision),
         )
-        if previous is None or not _same(previous, manifest):
-            _assemble(work, target, manifest, outcomes)
-        else:
+        untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
+        if untouched and previous is not None and _same(previous, manifest):
             shutil.rmtree(work)
-    return Built(Bundle.open(target), {name: outcome.kept for name, outcome in outcomes.items()})
+        else:
+            _assemble(work, target, manifest, outcomes)
+    return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
 
 
 def _previous(target: Path) -> Bundle | None:
@@ -163,11 +164,7 @@ def _asked(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
 
 
 def _same(previous: Bundle, manifest: Manifest) -> bool:
-    """True where the previous bundle is what this build would write, with reports and measurements added at most."""
-    try:
-        previous.check()
-    except LdmError:
-        return False
+    """True where the previous bundle says what this build would, with reports and measurements added at most."""
     before = previous.manifest
     return (before.stages, before.scheduler, before.components, before.asked) == (
         manifest.stages,
@@ -188,7 +185,7 @@ def _assemble(work: Path, target: Path, manifest: Manifest, outcomes: dict[str, 
         "host": platform.platform(),
         "python": platform.python_version(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "stages": {name: {"seconds": round(o.seconds, 3), "kept": o.kept} for name, o in outcomes.items()},
+        "stages": {name: {"seconds": round(o.seconds, 3), "origin": o.origin} for name, o in outcomes.items()},
     }
     write_whole(finished / LOG, (json.dumps(log, indent=2) + "\n").encode())
     publish(finished, target)

@@ -27,7 +27,7 @@ def build(args: argparse.Namespace, screen: Screen) -> None:
             checkpoint, args.output, args.precision, lambda stage, done, total: bar.to(done, total, stage)
         )
     size = sum(fact.size for fact in built.bundle.manifest.files.values())
-    made = [name for name, kept in built.kept.items() if not kept]
+    made = [name for name, origin in built.origins.items() if origin == "made"]
     if args.json:
         result = {"bundle": str(args.output), "bytes": size, "made": made, "seconds": time.monotonic() - begun}
         screen.out.print_json(json.dumps(result))
@@ -44,7 +44,9 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_runtime.request import Request, fresh_seed
 
     seed = fresh_seed() if args.seed is None else args.seed
-    with LatentDiffusionPipeline.from_bundle(args.bundle, device=args.device, threads=args.threads) as pipeline:
+    with screen.bar("loading"):
+        loaded = LatentDiffusionPipeline.from_bundle(args.bundle, device=args.device, threads=args.threads)
+    with loaded as pipeline:
         request = Request(
             args.prompts,
             negative_prompt=args.negative_prompt,

@@ -42,11 +42,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage gave: its key, its files' facts, whether they were kept from before, and the seconds it took."""
+    """What a stage gave: its key, its files' facts, and the seconds it took.
+
+    ``origin`` is "made", "resumed" (a killed build had finished it) or "kept" (the bundle that is there has it, whole).
+    """
 
     key: str
     files: Mapping[str, FileFact]
-    kept: bool
+    origin: str
     seconds: float
 
 
@@ -79,13 +82,16 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
-    """Have the stage's files in ``work``: those of a killed build, else those of the previous bundle, else new ones."""
+    """Have the stage's files in ``work``: those of the previous bundle, else those of a killed build, else new ones."""
     begun = time.monotonic()
     record = work / f"{stage.name}.stage"
-    kept = _recorded(record, stage.key, work) or _linked(stage, work, previous)
-    facts = kept or file_facts(work, _made(stage, work))
+    origin, facts = "kept", _linked(stage, work, previous)
+    if facts is None:
+        origin, facts = "resumed", _recorded(record, stage.key, work)
+    if facts is None:
+        origin, facts = "made", file_facts(work, _made(stage, work))
     write_whole(record, json.dumps({"key": stage.key, "files": {k: asdict(v) for k, v in facts.items()}}).encode())
-    return Outcome(stage.key, facts, kept is not None, time.monotonic() - begun)
+    return Outcome(stage.key, facts, origin, time.monotonic() - begun)
 
 
 def _recorded(record: Path, key: str, work: Path) -> dict[str, FileFact] | None:
