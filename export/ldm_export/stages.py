@@ -55,7 +55,9 @@ class Outcome:
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for a build's finished stages; it outlives a killed build, for the next to use.
+    """A hidden folder beside ``target`` for a build's finished stages.
+
+    It outlives a build that was killed or interrupted, for the next to use; after an error it is removed.
 
     Raises:
         BuildError: another build of the same target runs, or the place cannot be written.
@@ -73,12 +75,12 @@ def work_folder(target: Path) -> Iterator[Path]:
             raise BuildError(f"{target}: another build is writing it; wait for it or choose another -o") from None
         try:
             yield work
-        except OSError as error:
+        except Exception as error:
             shutil.rmtree(work, ignore_errors=True)
-            where = error.filename or target
-            raise BuildError(
-                f"{where}: {error.strerror or error}; free some disk space or choose another -o"
-            ) from error
+            if not isinstance(error, OSError):
+                raise
+            what, where = error.strerror or error, error.filename or target
+            raise BuildError(f"{where}: {what}; free some disk space or choose another -o") from error
 
 
 def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
