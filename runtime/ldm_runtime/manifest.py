@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm_runtime.errors import LdmError, ManifestError
-from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
+from ldm_runtime.fields import each, mapping, text
+from ldm_runtime.spec_json import spec_from_json, spec_to_json
+from ldm_runtime.specs import ComponentSpec
 
 FORMAT, VERSION = "ldm-export bundle", 1
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
 MAX_NESTING = 32
-MAX_DIM = 2**31 - 1
-"""Largest bound of an axis and largest fixed dimension: engines count them in int32."""
 COMPONENTS = ("text_encoder", "unet", "decoder")
-_SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")
-_T = TypeVar("_T")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -79,8 +77,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "components": {
-                name: {**_spec_to_json(part.spec), "graphs": dict(part.graphs)}
-                for name, part in self.components.items()
+                name: {**spec_to_json(part.spec), "graphs": dict(part.graphs)} for name, part in self.components.items()
             },
             "scheduler": dict(self.scheduler),
             "tokenizer": self.tokenizer,
@@ -131,7 +128,7 @@ def _shallow(document: Any) -> bool:
 
 
 def _parse(document: Any) -> Manifest:
-    top = _mapping("manifest", document)
+    top = mapping("manifest", document)
     if top.get("format") != FORMAT:
         raise ManifestError(f"format: got {top.get('format')!r:.60}, expected {FORMAT!r}")
     version = top.get("version")
@@ -140,18 +137,18 @@ def _parse(document: Any) -> Manifest:
             f"version: got {version!r:.60}, this ldm-export reads {VERSION}; "
             "install the ldm-export that built the bundle, or rebuild it with this one"
         )
-    files = _each("files", top.get("files"), _file_fact)
+    files = each("files", top.get("files"), _file_fact)
     for path in files:
         safe_path("files", path)
     manifest = Manifest(
-        components=_each("components", top.get("components"), _component),
-        scheduler=_mapping("scheduler", top.get("scheduler")),
+        components=each("components", top.get("components"), _component),
+        scheduler=mapping("scheduler", top.get("scheduler")),
         tokenizer=safe_path("tokenizer", top.get("tokenizer")),
         files=files,
-        stages=_each("stages", top.get("stages"), _stage),
-        tools=_each("tools", top.get("tools"), _text),
-        asked=_mapping("asked", top.get("asked")),
-        measured=_mapping("measured", top.get("measured")),
+        stages=each("stages", top.get("stages"), _stage),
+        tools=each("tools", top.get("tools"), text),
+        asked=mapping("asked", top.get("asked")),
+        measured=mapping("measured", top.get("measured")),
     )
     missing = [name for name in COMPONENTS if name not in manifest.components]
     if missing:
@@ -169,31 +166,17 @@ def safe_path(where: str, path: Any) -> str:
     Raises:
         ManifestError: absolute, with ``..``, a backslash, a drive, a control character, or no text at all.
     """
-    text = _text(where, path)
-    pure = PurePosixPath(text)
-    if not text or pure.is_absolute() or ".." in pure.parts or str(pure) != text or _UNSAFE.search(text):
-        raise ManifestError(f"{where}: path {text!r:.80} is not a plain path inside the bundle; do not use this bundle")
-    return text
-
-
-def _mapping(where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ManifestError(f"{where}: got {type(value).__name__}, expected an object; rebuild the bundle")
-    return value
-
-
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ManifestError(f"{where}: got {value!r:.60}, expected a text; rebuild the bundle")
-    return value
-
-
-def _each(where: str, value: Any, read: Callable[[str, Any], _T]) -> dict[str, _T]:
-    return {name: read(f"{where}.{name}", each) for name, each in _mapping(where, value).items()}
+    given = text(where, path)
+    pure = PurePosixPath(given)
+    if not given or pure.is_absolute() or ".." in pure.parts or str(pure) != given or _UNSAFE.search(given):
+        raise ManifestError(
+            f"{where}: path {given!r:.80} is not a plain path inside the bundle; do not use this bundle"
+        )
+    return given
 
 
 def _file_fact(where: str, value: Any) -> FileFact:
-    entry = _mapping(where, value)
+    entry = mapping(where, value)
     digest, size = entry.get("sha256"), entry.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int or size < 0:
         raise ManifestError(f"{where}: got sha256 {digest!r:.80}, size {size!r:.20}, expected 64 hex digits and bytes")
@@ -201,61 +184,14 @@ def _file_fact(where: str, value: Any) -> FileFact:
 
 
 def _stage(where: str, value: Any) -> Stage:
-    entry = _mapping(where, value)
+    entry = mapping(where, value)
     files = entry.get("files")
     if not isinstance(files, list):
         raise ManifestError(f"{where}.files: expected a list of paths; rebuild the bundle")
-    return Stage(_text(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files))
-
-
-def _spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
-    tensors = spec.inputs + spec.outputs
-    axes = {dim.name: dim for tensor in tensors for dim in tensor.shape if isinstance(dim, Axis)}
-
-    def tensor_to_json(tensor: TensorSpec) -> dict[str, Any]:
-        shape = [dim.symbol if isinstance(dim, Axis) else dim for dim in tensor.shape]
-        return {"name": tensor.name, "dtype": tensor.dtype, "shape": shape}
-
-    return {
-        "axes": {name: [axis.min, axis.opt, axis.max] for name, axis in axes.items()},
-        "inputs": [tensor_to_json(tensor) for tensor in spec.inputs],
-        "outputs": [tensor_to_json(tensor) for tensor in spec.outputs],
-    }
+    return Stage(text(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files))
 
 
 def _component(where: str, value: Any) -> Component:
-    entry = _mapping(where, value)
-    axes = _each(f"{where}.axes", entry.get("axes"), _axis)
-    inputs, outputs = (_tensors(f"{where}.{side}", entry.get(side), axes) for side in ("inputs", "outputs"))
-    graphs = _each(f"{where}.graphs", entry.get("graphs"), safe_path)
-    return Component(ComponentSpec(where.rpartition(".")[2], inputs, outputs), graphs)
-
-
-def _axis(where: str, value: Any) -> Axis:
-    if not isinstance(value, list) or len(value) != 3 or any(type(n) is not int or n > MAX_DIM for n in value):
-        raise ManifestError(f"{where}: got {value!r:.60}, expected [min, opt, max] up to {MAX_DIM}; rebuild the bundle")
-    return Axis(where.rpartition(".")[2], *value)
-
-
-def _tensors(where: str, value: Any, axes: Mapping[str, Axis]) -> tuple[TensorSpec, ...]:
-    if not isinstance(value, list) or not value:
-        raise ManifestError(f"{where}: expected a list of tensors; rebuild the bundle")
-    return tuple(_tensor(f"{where}[{i}]", entry, axes) for i, entry in enumerate(value))
-
-
-def _tensor(where: str, value: Any, axes: Mapping[str, Axis]) -> TensorSpec:
-    entry = _mapping(where, value)
-    shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) > 8:
-        raise ManifestError(f"{where}.shape: expected a list of at most 8 dimensions; rebuild the bundle")
-    dims = tuple(_dim(where, dim, axes) for dim in shape)
-    return TensorSpec(_text(f"{where}.name", entry.get("name")), _text(f"{where}.dtype", entry.get("dtype")), dims)
-
-
-def _dim(where: str, dim: Any, axes: Mapping[str, Axis]) -> Dim:
-    if type(dim) is int and 1 <= dim <= MAX_DIM:
-        return dim
-    match = _SYMBOL.fullmatch(dim) if isinstance(dim, str) else None
-    if match is None or match[2] not in axes:
-        raise ManifestError(f"{where}.shape: {dim!r:.40} is neither a size nor one of the axes {', '.join(axes)}")
-    return axes[match[2]] * int(match[1] or 1)
+    entry = mapping(where, value)
+    graphs = {name: safe_path(f"{where}.graphs", path) for name, path in mapping(where, entry.get("graphs")).items()}
+    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs)

@@ -92,7 +92,14 @@ def test_shape_follows_the_configs(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "tiny")
     edit_json(folder / "bert/config.json", max_position_embeddings=512, d_model=32)
     edit_json(folder / "unet/config.json", cross_attention_dim=32, sample_size=16, in_channels=6, out_channels=6)
-    edit_json(folder / "vqvae/config.json", latent_channels=6, out_channels=1, block_out_channels=[32, 32, 64])
+    edit_json(
+        folder / "vqvae/config.json",
+        latent_channels=6,
+        out_channels=1,
+        block_out_channels=[32, 32, 64],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+    )
     assert model_shape(open_checkpoint(folder)) == ModelShape(77, 32, 6, 16, image_channels=1, latent_factor=4)
     edit_json(folder / "bert/config.json", max_position_embeddings=20)
     assert model_shape(open_checkpoint(folder)).tokens == 20
