@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,30 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 BATCH, SCENES, PROMPT_DROPOUT, MIN_SNR = 64, 65_536, 0.1, 5.0
 
 
+@dataclass(frozen=True)
+class Phase:
+    """How batches are drawn from step ``start`` on.
+
+    Where nothing is to be seen yet, in the noisiest timesteps, the prompt alone says what goes where; but there an error
+    of the predicted noise that moves the whole picture is small. So later phases draw the share ``noisy`` of a batch from
+    timesteps ``noisy_from`` and up and weigh them more, and the share ``single`` from one-object scenes.
+    """
+
+    start: int
+    noisy: float = 0.0
+    noisy_from: int = 0
+    single: float = 0.0
+    rate: float = 1.0
+
+
+PHASES = (Phase(0), Phase(4364, 0.5, 500), Phase(5390, 0.75, 800, 0.5, rate=1.75))
+
+
+def phase_of(step: int) -> Phase:
+    """The phase a step belongs to."""
+    return [phase for phase in PHASES if phase.start <= step][-1]
+
+
 def new_model() -> nn.ModuleDict:
     """Text encoder ("bert") and UNet ("unet") with fresh weights."""
     return nn.ModuleDict({"bert": LDMBertModel(LDMBertConfig(**BERT)), "unet": UNet2DConditionModel(**UNET)})
@@ -76,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=8600)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     args = parser.parse_args()
@@ -88,12 +113,17 @@ def main() -> None:
     mean, std, sentences = encoded_scenes(autoencoder, args.folder, args.seed)
     scale, model = scaling_factor(mean, std), new_model()
     average = deepcopy(model)
-    run = Run(args.folder, model, average, steps=args.steps, lr=8e-4, seed=args.seed, decay=0.999)
+    singles = np.flatnonzero([len(sentence.things) == 1 for sentence in sentences])
+    rate = {"lr": 8e-4, "factor": lambda step: phase_of(step).rate}
+    run = Run(args.folder, model, average, steps=args.steps, seed=args.seed, decay=0.999, **rate)
     alpha_bar = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([args.seed, step, 7])
+        phase = phase_of(step)
         rows = rng.integers(SCENES, size=BATCH)
+        few = int(phase.single * BATCH)
+        rows[:few] = rng.choice(singles, few)
         dropped = rng.random(BATCH) < PROMPT_DROPOUT
         prompts = ["" if drop else str(loosen(sentences[row], rng)) for row, drop in zip(rows, dropped, strict=True)]
         ids = tokenizer(
@@ -103,6 +133,9 @@ def main() -> None:
         latents = scale * (pair[0] + pair[1] * torch.randn(pair[0].shape, generator=generator))
         noise = torch.randn(latents.shape, generator=generator)
         timestep = torch.randint(0, 1000, (BATCH,), generator=generator)
+        noisy = torch.from_numpy(rng.random(BATCH) < phase.noisy)
+        raised = phase.noisy_from + timestep * (1000 - phase.noisy_from) // 1000
+        timestep = torch.where(noisy, raised, timestep)
         level = alpha_bar[timestep][:, None, None, None]
         with torch.autocast("cpu", torch.bfloat16):
             context = model["bert"](ids)[0]
@@ -110,7 +143,10 @@ def main() -> None:
                 level.sqrt() * latents + (1 - level).sqrt() * noise, timestep, context
             ).sample.float()
         snr = alpha_bar[timestep] / (1 - alpha_bar[timestep])
-        return ((predicted - noise).square().mean((1, 2, 3)) * (snr.clamp(max=MIN_SNR) / snr)).mean()
+        weight = snr.clamp(max=MIN_SNR) / snr  # arXiv 2303.09556
+        if phase.noisy:
+            weight = torch.maximum(weight, snr.rsqrt())
+        return ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
 
     run.train(loss_of_step)
 

@@ -27,7 +27,7 @@ from ldm_export.tokenizer_files import write_tokenizer_json
 from ldm_runtime.bundle import NAME, Bundle, sha256, write_whole
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError, CheckpointError, ManifestError
-from ldm_runtime.manifest import Component, Manifest
+from ldm_runtime.manifest import FORMAT, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.specs import ComponentSpec
 
@@ -69,6 +69,7 @@ def build(
     """
     if precision not in PRECISIONS:
         raise BuildError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    target = target.resolve()  # a link stays a link
     previous = _previous(target)
     specs = model_shape(checkpoint).specs()
     scheduler = DDIM.from_config(checkpoint.scheduler_config).to_config()
@@ -101,12 +102,18 @@ def build(
 def _previous(target: Path) -> Bundle | None:
     if not target.exists():
         return None
-    if not target.is_dir() or (any(target.iterdir()) and not (target / NAME).exists()):
-        raise BuildError(f"{target}: exists and is no bundle; choose another -o, nothing was changed")
+    if not target.is_dir() or (any(target.iterdir()) and not _has_manifest(target)):
+        raise BuildError(f"{target}: exists and is no bundle; choose another -o or remove it, nothing was changed")
     try:
         return Bundle.open(target)
     except ManifestError:
         return None  # damaged, or of another version: build all of it
+
+
+def _has_manifest(folder: Path) -> bool:
+    """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
+    manifest = folder / NAME
+    return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
 
 def _stages(
@@ -166,6 +173,11 @@ def _asked(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
 def _same(previous: Bundle, manifest: Manifest) -> bool:
     """True where the previous bundle says what this build would, with reports and measurements added at most."""
     before = previous.manifest
+    try:
+        for name in before.files.keys() - manifest.files.keys():
+            previous.file(name)
+    except ManifestError:
+        return False  # a damaged report: leave the reports out
     return (before.stages, before.scheduler, before.components, before.asked) == (
         manifest.stages,
         manifest.scheduler,

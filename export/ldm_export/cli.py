@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from ldm_export import commands
-from ldm_export.screen import Screen
+from ldm_export.screen import Screen, printable
 from ldm_runtime.errors import LdmError
 
 
@@ -18,20 +19,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 after an error told in one line on standard error; bad usage exits with 2."""
     parser = make_parser()
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    if not args.verbose:
-        logging.getLogger().setLevel(logging.ERROR)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger().setLevel(logging.DEBUG if args.verbose else logging.ERROR)
+    logging.captureWarnings(True)
     try:
         return int(args.command(args, Screen(quiet=args.quiet)) or 0)
     except LdmError as error:
-        print(f"ldm-export: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _told(str(error))
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone, e.g. `| head`
         return 1
+    except OSError as error:  # a path that was given: too long, not ours to read, on a disk that fails
+        return _told(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
     except KeyboardInterrupt:
         print("ldm-export: interrupted", file=sys.stderr)
         return 130
+
+
+def _told(message: str) -> int:
+    print(f"ldm-export: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return 1
 
 
 def make_parser() -> argparse.ArgumentParser:

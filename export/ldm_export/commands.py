@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle, write_whole
 from ldm_runtime.errors import BuildError, SpecError
+
+MAX_THREADS = 1024
 
 
 def build(args: argparse.Namespace, screen: Screen) -> None:
@@ -30,11 +32,11 @@ def build(args: argparse.Namespace, screen: Screen) -> None:
     made = [name for name, origin in built.origins.items() if origin == "made"]
     if args.json:
         result = {"bundle": str(args.output), "bytes": size, "made": made, "seconds": time.monotonic() - begun}
-        screen.out.print_json(json.dumps(result))
+        screen.json(result)
         return
     what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
-    screen.notes.print(f"{what}; {time.monotonic() - begun:.0f} s")
-    screen.out.print(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
+    screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
+    screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
 
 
 def generate(args: argparse.Namespace, screen: Screen) -> None:
@@ -43,6 +45,10 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_runtime.pipeline import LatentDiffusionPipeline
     from ldm_runtime.request import Request, fresh_seed
 
+    if not args.output.name or args.output.is_dir():
+        raise BuildError(f"{args.output}: is a folder, expected the name of a picture; choose another -o")
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise SpecError(f"threads: got {args.threads}, expected 1..{MAX_THREADS}; leave it out for all cores")
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("loading"):
         loaded = LatentDiffusionPipeline.from_bundle(args.bundle, device=args.device, threads=args.threads)
@@ -69,11 +75,11 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
     for path, picture in pictures.items():
         _write(path, to_png(picture))
     if args.json:
-        screen.out.print_json(json.dumps({"files": [str(path) for path in pictures], "seed": seed}))
+        screen.json({"files": [str(path) for path in pictures], "seed": seed})
         return
-    screen.notes.print(f"seed {seed}")
+    screen.note(f"seed {seed}")
     for path in pictures:
-        screen.out.print(str(path))
+        screen.result(str(path))
 
 
 def verify(args: argparse.Namespace, screen: Screen) -> int:
@@ -85,6 +91,8 @@ def verify(args: argparse.Namespace, screen: Screen) -> int:
         from ldm_export.checkpoint import open_checkpoint
         from ldm_export.page import page
         from ldm_export.verification import PROMPTS, Tolerance, verify
+    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
+        raise SpecError(f"tolerance: got {args.tolerance}, expected a finite number >= 0")
     prompts = _lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
     checkpoint = open_checkpoint(args.against or SHIPPED, random_weights=args.random_weights)
@@ -94,17 +102,20 @@ def verify(args: argparse.Namespace, screen: Screen) -> int:
             bundle, checkpoint, prompts, args.steps, tolerance, lambda *told: bar.to(told[1], told[2], told[0])
         )
     reports = {"report/verify.html": page(result).encode()}
-    bundle.with_measured({"verify": result.facts()}, reports)
+    try:
+        bundle.with_measured({"verify": result.facts()}, reports)
+    except OSError as error:
+        raise _unwritten(args.bundle, error, "free some disk space or verify a copy") from None
     if args.json:
-        screen.out.print_json(json.dumps(result.facts()))
+        screen.json(result.facts())
     else:
         rows = [[c.name, f"{c.max_error:.2e}", f"{c.cosine:.7f}", _decibel(c.psnr)] for c in result.components]
         screen.table("components, against torch", ["component", "max error", "cosine", "PSNR dB"], rows)
         rows = [[p.prompt, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.pictures]
         screen.table("pictures, against diffusers", ["prompt", "max pixel", "PSNR dB"], rows)
-        screen.out.print(str(args.bundle / "report/verify.html"))
+        screen.result(str(args.bundle / "report/verify.html"))
         for failure in result.failures:
-            screen.out.print(f"beyond tolerance: {failure}")
+            screen.result(f"beyond tolerance: {failure}")
     return 1 if result.failures else 0
 
 
@@ -119,7 +130,7 @@ def inspect(args: argparse.Namespace, screen: Screen) -> None:
             bundle.check(lambda name: bar.to(names.index(name), what=name))
     facts = inspect_bundle(bundle)
     if args.json:
-        screen.out.print_json(json.dumps(facts))
+        screen.json(facts)
         return
     for name, component in facts["components"].items():
         rows = [[direction, text] for direction in ("inputs", "outputs") for text in component[direction]]
@@ -160,4 +171,8 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_whole(path, content)
     except OSError as error:
-        raise BuildError(f"{path}: cannot be written ({error.strerror or error}); choose another -o") from None
+        raise _unwritten(path, error, "choose another -o") from None
+
+
+def _unwritten(path: Path, error: OSError, advice: str) -> BuildError:
+    return BuildError(f"{path}: cannot be written ({error.strerror or error}); {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -53,7 +54,7 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
             f"{spec.name}: cannot be traced: {_first_line(error)}; report it with the model's config"
         ) from error
     _name(model, spec)
-    DeduplicateInitializersPass()(model)
+    _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     data = target.with_name(f"{target.name}.data") if size > INLINE_BYTES else None
@@ -131,10 +132,22 @@ def _name(model: ir.Model, spec: ComponentSpec) -> None:
     model.metadata_props.clear()
 
 
+def _share_equal_weights(graph: ir.Graph) -> None:
+    """Keep one of the initialisers that are equal; onnx_ir's passes skip large ones or stumble on transposed views."""
+    first: dict[object, ir.Value] = {}
+    for value in tuple(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None:
+            key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+            if (kept := first.setdefault(key, value)) is not value:
+                value.replace_all_uses_with(kept)
+                graph.initializers.pop(value.name)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own chatter (missing torchvision, axis names it drops) off the user's screen."""
-    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
     levels = [log.level for log in chatter]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,13 +17,27 @@ class Screen:
     """Results go to standard output, progress and notes to standard error, the latter not when ``quiet``."""
 
     def __init__(self, quiet: bool = False):
-        self.out = Console(soft_wrap=True, highlight=False)
-        self.notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        plain = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+        self.out = Console(**plain)
+        self.notes = Console(stderr=True, quiet=quiet, **plain)
+
+    def result(self, text: str) -> None:
+        """A line on standard output."""
+        self.out.print(printable(text))
+
+    def note(self, text: str) -> None:
+        """A line on standard error."""
+        self.notes.print(printable(text))
+
+    def json(self, facts: Any) -> None:
+        """Facts as indented JSON on standard output, without colour, whatever reads it."""
+        print(json.dumps(facts, indent=2, allow_nan=False), file=self.out.file, flush=True)
 
     @contextmanager
     def bar(self, what: str, total: int | None = None) -> Iterator[_Bar]:
         """A bar while the block runs, removed at its end; shown on a terminal only."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        what_column = TextColumn("{task.description}", markup=False)
+        columns = (SpinnerColumn(), what_column, BarColumn(), MofNCompleteColumn())
         off = not self.notes.is_terminal or self.notes.quiet
         with Progress(
             *columns, TimeElapsedColumn(), TimeLeft(), console=self.notes, transient=True, disable=off
@@ -34,7 +50,7 @@ class Screen:
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         self.out.print(table)
 
 
@@ -44,7 +60,12 @@ class _Bar:
 
     def to(self, done: int, total: int | None = None, what: str | None = None) -> None:
         """Show ``done`` of ``total``, doing ``what``."""
-        self._live.update(self._task, completed=done, total=total, description=what)
+        self._live.update(self._task, completed=done, total=total, description=what and printable(what))
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates spelled out: a bundle's names may come from strangers."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def human_bytes(size: float) -> str:

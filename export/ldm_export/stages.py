@@ -71,8 +71,11 @@ def work_folder(target: Path) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"{target}: another build is writing it; wait for it or choose another -o") from None
+            held = os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False  # locked by another build, or removed by it at its end
+        if not held:
+            raise BuildError(f"{target}: another build is writing it; wait for it or choose another -o")
         try:
             yield work
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,20 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """``write_whole`` of several files: none of them is replaced before all are on the disk."""
-    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
-    for path in contents:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    parts, made = {path: path.with_name(f".{path.name}.part") for path in contents}, list[Path]()
     try:
         for path, content in contents.items():
+            made += [folder for folder in reversed(path.parents) if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
             with parts[path].open("wb") as file:
+                made.append(parts[path])
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, part in parts.items():
             part.replace(path)
     except BaseException:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for path in reversed(made):
+            with suppress(OSError):  # gone already, or a folder that has more in it by now
+                path.rmdir() if path.is_dir() else path.unlink()
         raise

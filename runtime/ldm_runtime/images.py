@@ -31,9 +31,15 @@ def to_pil(images: NDArray[np.float32]) -> list[Image.Image]:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """One picture of equally sized images, row by row, ``gap`` white pixels apart; as square as may be by default."""
+    """One picture of equally sized images, row by row, ``gap`` white pixels apart; as square as may be by default.
+
+    Raises:
+        SpecError: no images, or no columns.
+    """
     if not images:
         raise SpecError("grid: got no images, expected at least one")
+    if columns is not None and columns < 1:
+        raise SpecError(f"grid: got {columns} columns, expected at least one")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)

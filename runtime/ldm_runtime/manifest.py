@@ -99,8 +99,8 @@ def read_manifest(bundle: Path) -> Manifest:
     path = bundle / NAME
     try:
         if not path.is_file():
-            missing = path if bundle.is_dir() else bundle
-            raise ManifestError(f"{missing}: not there, expected a bundle; make it with `ldm-export build -o {bundle}`")
+            missing = f"{path}: no such file" if bundle.is_dir() else f"{bundle}: no such folder"
+            raise ManifestError(f"{missing}, expected a bundle; make it with `ldm-export build -o {bundle}`")
         if path.stat().st_size > MAX_BYTES:
             raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild it")
         content = path.read_bytes()
@@ -193,5 +193,5 @@ def _stage(where: str, value: Any) -> Stage:
 
 def _component(where: str, value: Any) -> Component:
     entry = mapping(where, value)
-    graphs = {name: safe_path(f"{where}.graphs", path) for name, path in mapping(where, entry.get("graphs")).items()}
+    graphs = each(f"{where}.graphs", entry.get("graphs"), safe_path)
     return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.ddim import FLOAT32_MAX
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.specs import Axis, TensorSpec
@@ -185,5 +186,5 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SpecError(f"{name}: got {value!r}, expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
+        raise SpecError(f"{name}: got {reprlib.repr(value)}, expected a finite number of float32's range")

@@ -37,7 +37,7 @@ def spec_from_json(where: str, name: str, entry: Mapping[str, Any]) -> Component
     Raises:
         ManifestError, SpecError: a field is missing or cannot be used; ``where`` and the field are named.
     """
-    axes = each("axes", entry, _axis)
+    axes = each(f"{where}.axes", entry.get("axes"), _axis)
     inputs, outputs = (_tensors(f"{where}.{side}", entry.get(side), axes) for side in ("inputs", "outputs"))
     return ComponentSpec(name, inputs, outputs)
 

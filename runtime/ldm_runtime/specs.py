@@ -32,7 +32,7 @@ class Axis:
         if not 1 <= self.min <= self.opt <= self.max or self.scale < 1:
             raise SpecError(
                 f"axis {self.name}: got {self.min}:{self.opt}:{self.max} times {self.scale}, "
-                "expected 1 <= min <= opt <= max; give the bounds as min:opt:max"
+                "expected 1 <= min <= opt <= max times at least 1; give the bounds as min:opt:max"
             )
 
     def __mul__(self, factor: int) -> Axis:
@@ -64,7 +64,7 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise SpecError(f"tensor {self.name}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise SpecError(f"tensor {self.name}: dtype {self.dtype!r:.40} is none of {', '.join(DTYPES)}")
 
     def bounds(self, which: str) -> tuple[int, ...]:
         """The shape at ``which`` of "min", "opt", "max"."""

@@ -1,0 +1,125 @@
+"""What exporting a model of any size costs: seconds of each stage, and the most memory the build held at once.
+
+Builds a bundle of random weights from a folder of configs through the command line, in a process of its own, and exits
+with 1 where the peak is beyond 1.3 × the largest component's float32 weights + 3 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+FACTOR, BASE = 1.3, 3e9
+INTERVAL = 0.02  # seconds between two samples
+TOOLS = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
+
+
+@dataclass
+class Peak:
+    """The most resident memory of a process in bytes: as the kernel counted it, and of samples split by kind."""
+
+    resident: int = 0
+    sampled: dict[str, int] = field(default_factory=lambda: {"VmRSS": 0, "RssAnon": 0, "RssFile": 0})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, required=True, metavar="FOLDER", help="a checkpoint's config files")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the bundle to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args()
+    work = args.output.parent / f".{args.output.name}.part"
+    for folder in (args.output, work):
+        if folder.exists():  # stages kept from before would cost nothing
+            parser.error(f"{folder} exists; remove it, or choose another --output")
+    command = ["build", str(args.configs), "--random-weights", "-o", str(args.output), "--quiet"]
+    begun = time.monotonic()
+    code, peak = run([sys.executable, "-m", "ldm_export.cli", *command])
+    if code:
+        return code
+    stages = json.loads((args.output / "build-log.json").read_text())["stages"]
+    weights = component_bytes(args.output)
+    bound = FACTOR * max(weights.values()) + BASE
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "tools": {name: version(name) for name in TOOLS},
+        "seconds": {"all": round(time.monotonic() - begun, 1), **{name: s["seconds"] for name, s in stages.items()}},
+        "component_bytes": weights,
+        "peak_bytes": {"resident": peak.resident, **peak.sampled},
+        "bound_bytes": round(bound),
+        "within_bound": peak.resident <= bound,
+    }
+    show(facts)
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return 0 if facts["within_bound"] else 1
+
+
+def run(command: list[str]) -> tuple[int, Peak]:
+    """Run a command; its exit code, and the memory it held at most."""
+    process, peak, ended = subprocess.Popen(command), Peak(), threading.Event()
+    sampler = threading.Thread(target=sample, args=(process.pid, peak, ended))
+    sampler.start()
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    finally:
+        ended.set()
+        sampler.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    peak.resident = usage.ru_maxrss * 1024  # getrusage(2): kilobytes
+    return abs(process.returncode), peak
+
+
+def sample(pid: int, peak: Peak, ended: threading.Event) -> None:
+    """Raise the sampled peaks to what /proc/PID/status tells, until ``ended``; see proc_pid_status(5)."""
+    status = Path(f"/proc/{pid}/status")
+    while not ended.wait(INTERVAL):
+        try:
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        for name in peak.sampled:
+            kilobytes = int(lines.get(name, "0 kB").split()[0])  # a process that has ended has no such line
+            peak.sampled[name] = max(peak.sampled[name], kilobytes * 1024)
+
+
+def component_bytes(bundle: Path) -> dict[str, int]:
+    """Component → bytes of its float32 graph and of the weights beside it."""
+    sizes: dict[str, int] = {}
+    for file in [*bundle.glob("*/fp32.onnx"), *bundle.glob("*/fp32.onnx.data")]:
+        sizes[file.parent.name] = sizes.get(file.parent.name, 0) + file.stat().st_size
+    return sizes
+
+
+def show(facts: dict) -> None:
+    table = Table("stage", "seconds", "GB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, seconds in facts["seconds"].items():
+        size = facts["component_bytes"].get(name.removesuffix(".fp32"))
+        table.add_row(name, f"{seconds:.1f}", f"{size / 1e9:.2f}" if size else "")
+    table.add_section()
+    peaks = facts["peak_bytes"]
+    table.add_row("peak resident memory", "", f"{peaks['resident'] / 1e9:.2f}")
+    table.add_row("  of it anonymous, sampled", "", f"{peaks['RssAnon'] / 1e9:.2f}")
+    table.add_row("  of it mapped files, sampled", "", f"{peaks['RssFile'] / 1e9:.2f}")
+    table.add_row(f"bound: {FACTOR} × largest + {BASE / 1e9:g} GB", "", f"{facts['bound_bytes'] / 1e9:.2f}")
+    console = Console()
+    console.print(table)
+    console.print("within the bound" if facts["within_bound"] else "beyond the bound")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Checkpoints and bundles that several tests share: made once, read by all, copied by those that damage them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from listing import contents
+from tiny import write_tiny_checkpoint
+
+from ldm_export.build import SHIPPED, build
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.cli import main
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+hypothesis.settings.register_profile("ldm", deadline=None)
+hypothesis.settings.load_profile("ldm")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with random weights, not to be changed."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``tiny_checkpoint``, not to be changed."""
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    build(open_checkpoint(tiny_checkpoint), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoint that ships, not to be changed."""
+    folder = tmp_path_factory.mktemp("shapes") / "bundle"
+    build(open_checkpoint(SHIPPED), folder)
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of ``tiny_bundle`` in the test's own folder, to be damaged at will."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs a command in the test's folder: exit code 1, one line that says ``said``, and the folder as it was."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, said: str) -> None:
+        before = contents(tmp_path)
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 1
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("ldm-export: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert said in err
+        assert contents(tmp_path) == before
+
+    return run

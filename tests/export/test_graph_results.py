@@ -1,0 +1,116 @@
+"""Exported graphs in ONNX Runtime compute what the torch modules compute, at any batch and size, wherever they lie."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+from ldm_export import onnx_graph
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.components import MODULES
+from ldm_export.modules import load_module
+from ldm_export.onnx_graph import export_graph
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.specs import Axis, ComponentSpec
+
+NAMES = tuple(MODULES)
+
+
+@pytest.fixture(scope="module")
+def specs(tiny_bundle: Path) -> dict[str, ComponentSpec]:
+    return {name: part.spec for name, part in Bundle.open(tiny_bundle).manifest.components.items()}
+
+
+@pytest.fixture(scope="module")
+def modules(tiny_checkpoint: Path) -> dict[str, nn.Module]:
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    return {name: MODULES[name](load_module(checkpoint, name)).eval() for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def backends(tiny_bundle: Path, specs: dict[str, ComponentSpec]) -> Iterator[dict[str, OnnxRuntimeBackend]]:
+    loaded = {
+        name: OnnxRuntimeBackend(tiny_bundle / name / "fp32.onnx", spec, "cpu", threads=1)
+        for name, spec in specs.items()
+    }
+    yield loaded
+    for backend in loaded.values():
+        backend.close()
+
+
+def feed_of(spec: ComponentSpec, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
+    """Random inputs of the given sizes: tokens of the whole vocabulary, timesteps from start to end."""
+    rng = np.random.default_rng(seed)
+    feed = {}
+    for tensor in spec.inputs:
+        shape = [sizes[dim.name] * dim.scale if isinstance(dim, Axis) else dim for dim in tensor.shape]
+        high = 1000 if tensor.name == "timestep" else 50
+        values = rng.integers(0, high, shape) if tensor.dtype == "int64" else rng.standard_normal(shape)
+        feed[tensor.name] = values.astype(tensor.dtype)
+    return feed
+
+
+def assert_equals_torch(backend: OnnxRuntimeBackend, module: nn.Module, feed: Mapping[str, np.ndarray]) -> None:
+    with torch.inference_mode():
+        expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy()
+    (got,) = backend.run(feed).values()
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 32])
+def test_text_encoder_equals_torch(backends, modules, specs, batch: int) -> None:
+    feed = feed_of(specs["text_encoder"], batch, batch=batch)
+    assert_equals_torch(backends["text_encoder"], modules["text_encoder"], feed)
+
+
+@pytest.mark.parametrize("name", ["unet", "decoder"])
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]
+)
+def test_images_of_any_size_equal_torch(
+    backends, modules, specs, name: str, batch: int, height: int, width: int
+) -> None:
+    feed = feed_of(specs[name], batch + height, batch=batch, height=height, width=width)
+    assert_equals_torch(backends[name], modules[name], feed)
+
+
+def test_each_sample_has_a_timestep_of_its_own(backends, specs) -> None:
+    feed = feed_of(specs["unet"], 7, batch=4, height=9, width=6)
+    feed["sample"][:], feed["context"][:] = feed["sample"][0], feed["context"][0]
+    feed["timestep"] = np.array([0, 1, 500, 999])
+    together = backends["unet"].run(feed)["noise_pred"]
+    for row in range(4):
+        alone = backends["unet"].run({key: array[row : row + 1] for key, array in feed.items()})["noise_pred"]
+        assert np.abs(together[row] - alone[0]).max() <= 1e-5 * np.abs(alone).max()
+        assert all(np.abs(together[row] - together[other]).max() > 1e-3 for other in range(row))
+
+
+def test_large_weights_lie_beside_the_graph(
+    modules, specs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backends
+) -> None:
+    monkeypatch.setattr(onnx_graph, "INLINE_BYTES", 1000)
+    (tmp_path / "made").mkdir()
+    graph, data = export_graph(modules["text_encoder"], specs["text_encoder"], tmp_path / "made" / "fp32.onnx")
+    assert [graph.name, data.name] == ["fp32.onnx", "fp32.onnx.data"]
+    assert set(graph.parent.iterdir()) == {graph, data}
+    tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
+    outside = [tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
+    assert {entry.value for t in outside for entry in t.external_data if entry.key == "location"} == {data.name}
+    assert max(tensor.ByteSize() for tensor in tensors) < 1000 < data.stat().st_size
+    moved = Path(shutil.move(graph.parent, tmp_path / "moved")) / graph.name
+    onnx.checker.check_model(str(moved), full_check=True)
+    feed = feed_of(specs["text_encoder"], batch=3)
+    backend = OnnxRuntimeBackend(moved, specs["text_encoder"], "cpu", threads=1)
+    assert np.array_equal(backend.run(feed)["context"], backends["text_encoder"].run(feed)["context"])
+    backend.close()
