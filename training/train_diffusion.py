@@ -48,9 +48,9 @@ BATCH, SCENES, PROMPT_DROPOUT, MIN_SNR = 64, 65_536, 0.1, 5.0
 class Phase:
     """How batches are drawn from step ``start`` on.
 
-    Where nothing is to be seen yet, in the noisiest timesteps, the prompt alone says what goes where; but there an error
-    of the predicted noise that moves the whole picture is small. So later phases draw the share ``noisy`` of a batch from
-    timesteps ``noisy_from`` and up and weigh them more, and the share ``single`` from one-object scenes.
+    Where nothing is to be seen yet, in the noisiest timesteps, the prompt alone says what goes where; but there an
+    error of the predicted noise that moves the whole picture is small. So later phases draw the share ``noisy`` of a
+    batch from timesteps ``noisy_from`` and up and weigh them more, and the share ``single`` from one-object scenes.
     """
 
     start: int
@@ -60,7 +60,12 @@ class Phase:
     rate: float = 1.0
 
 
-PHASES = (Phase(0), Phase(4364, 0.5, 500), Phase(5390, 0.75, 800, 0.5, rate=1.75))
+PHASES = (
+    Phase(0),
+    Phase(4364, 0.5, 500),
+    Phase(5390, 0.75, 800, 0.5, rate=1.75),
+    Phase(6307, 0.6, 700, 0.3, rate=1.75),
+)
 
 
 def phase_of(step: int) -> Phase:
@@ -101,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
-    parser.add_argument("--steps", type=int, default=8600)
+    parser.add_argument("--steps", type=int, default=9700)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     args = parser.parse_args()
