@@ -31,7 +31,7 @@ def main() -> None:
     model.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["average"])
     autoencoder = AutoencoderKL.from_pretrained(args.runs / "decoder/model")
     mean, std = torch.load(folder / "latents.pt", weights_only=True)
-    autoencoder.register_to_config(scaling_factor=scaling_factor(mean, std))
+    autoencoder.register_to_config(scaling_factor=scaling_factor(mean, std), _name_or_path="")
     pipeline = LDMTextToImagePipeline(
         vqvae=autoencoder,
         bert=model["bert"],

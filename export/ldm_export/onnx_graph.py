@@ -51,7 +51,7 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
         model = _trace(module, spec)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise BuildError(
-            f"{spec.name}: cannot be traced: {_first_line(error)}; report it with the model's config"
+            f"{spec.name}: cannot be traced: {_first_line(_cause(error))}; report it with the model's config"
         ) from error
     _name(model, spec)
     _share_equal_weights(model.graph)
@@ -68,7 +68,7 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
 
 def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights = dict(module.named_parameters()) | dict(module.named_buffers())
+    weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     dims = {name: Dim(name, min=1 if name == "batch" else TRACED_MIN, max=2**20) for name in axes}
@@ -147,18 +147,22 @@ def _share_equal_weights(graph: ir.Graph) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own chatter (missing torchvision, axis names it drops) off the user's screen."""
-    chatter = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
-    levels = [log.level for log in chatter]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for log in chatter:
-            log.setLevel(logging.ERROR)
+        logging.disable(max(before, logging.WARNING))
         try:
             yield
         finally:
-            for log, level in zip(chatter, levels, strict=True):
-                log.setLevel(level)
+            logging.disable(before)
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong at first: the exporter wraps it in advice of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:300]
