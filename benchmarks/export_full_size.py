@@ -78,7 +78,7 @@ def run(command: list[str]) -> tuple[int, Peak]:
         ended.set()
         sampler.join()
     process.returncode = os.waitstatus_to_exitcode(status)
-    peak.resident = usage.ru_maxrss * 1024  # getrusage(2): kilobytes
+    peak.resident = max(usage.ru_maxrss * 1024, peak.sampled["VmRSS"])  # getrusage(2): kilobytes, and may lag a little
     return abs(process.returncode), peak
 
 

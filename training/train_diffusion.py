@@ -65,6 +65,7 @@ PHASES = (
     Phase(4364, 0.5, 500),
     Phase(5390, 0.75, 800, 0.5, rate=1.75),
     Phase(6307, 0.6, 700, 0.3, rate=1.75),
+    Phase(8379, 0.5, 700, 0.1, rate=4.0),
 )
 
 
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
-    parser.add_argument("--steps", type=int, default=9700)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     args = parser.parse_args()

@@ -80,7 +80,8 @@ def build(
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
-            gc.collect()
+            if outcomes[stage.name].origin == "made":
+                gc.collect()  # a traced module is full of cycles
         progress("bundle", len(stages), len(stages))
         manifest = Manifest(
             components={name: Component(spec, {precision: f"{name}/{precision}.onnx"}) for name, spec in specs.items()},

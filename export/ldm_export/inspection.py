@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.manifest import COMPONENTS
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -17,8 +18,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """
     manifest = bundle.manifest
     components = {}
-    for name, component in manifest.components.items():
-        graphs = {}
+    for name in COMPONENTS:
+        component, graphs = manifest.components[name], {}
         for precision, graph in component.graphs.items():
             files = [file for file in manifest.files if file in (graph, f"{graph}.data")]
             size = sum(manifest.files[file].size for file in files)

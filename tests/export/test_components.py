@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
+from small import narrow_unet
 from tiny import VOCABULARY, edit_json, tiny_modules, write_tiny_checkpoint
 from torch import nn
 
@@ -24,24 +23,6 @@ TINY = ModelShape(tokens=77, context_width=24, latent_channels=4, latent_size=8)
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def deep_unet(levels: int, **changes: Any) -> UNet2DConditionModel:
-    """A narrow UNet of diffusers: with four levels, as the published model has, latents of 9×11 shrink to 2×2."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(levels)
-        cross = levels - 1
-        config = {
-            "sample_size": 8,
-            "block_out_channels": (8, 16, 16, 16)[:levels],
-            "down_block_types": ("CrossAttnDownBlock2D",) * cross + ("DownBlock2D",),
-            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * cross,
-            "layers_per_block": 1,
-            "cross_attention_dim": 24,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
-        }
-        return UNet2DConditionModel(**config | changes).eval()
 
 
 def test_shapes_of_the_published_model() -> None:
@@ -117,7 +98,7 @@ def test_text_encoder_gives_the_last_hidden_state() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("levels", [2, 4])
 def test_unet_gives_diffusers_noise(levels: int, size: tuple[int, int]) -> None:
-    theirs = deep_unet(levels)
+    theirs = narrow_unet(levels, levels - 1)
     sample, timestep, context = random(3, 4, *size), torch.tensor([0, 500, 999]), random(3, 77, 24, seed=1)
     with torch.inference_mode():
         noise = UNet(copy.deepcopy(theirs)).eval()(sample, timestep, context)
@@ -126,7 +107,7 @@ def test_unet_gives_diffusers_noise(levels: int, size: tuple[int, int]) -> None:
 
 
 def test_unet_of_a_large_batch() -> None:
-    theirs = deep_unet(2)
+    theirs = narrow_unet(2, 1)
     sample, context = random(64, 4, 9, 6), random(64, 77, 24, seed=1)
     timestep = torch.arange(64) * 15
     with torch.inference_mode():
@@ -163,7 +144,7 @@ def test_decoder_scales_and_clamps() -> None:
 @pytest.mark.parametrize(
     ("make", "call"),
     [
-        (lambda: deep_unet(4), lambda m: m(random(2, 4, 8, 8), 7, encoder_hidden_states=random(2, 77, 24)).sample),
+        (lambda: narrow_unet(4, 3), lambda m: m(random(2, 4, 8, 8), 7, encoder_hidden_states=random(2, 77, 24)).sample),
         (lambda: tiny_modules()["vqvae"], lambda m: m(random(1, 3, 32, 32)).sample),
         (lambda: tiny_modules(vq=True)["vqvae"], lambda m: m(random(1, 3, 32, 32)).sample),
     ],

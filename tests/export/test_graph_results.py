@@ -11,11 +11,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from small import narrow_unet
 from torch import nn
 
 from ldm_export import onnx_graph
 from ldm_export.checkpoint import open_checkpoint
-from ldm_export.components import MODULES
+from ldm_export.components import MODULES, ModelShape, UNet
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -23,6 +24,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import Axis, ComponentSpec
 
 NAMES = tuple(MODULES)
+SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]  # batch, height, width
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +77,22 @@ def test_text_encoder_equals_torch(backends, modules, specs, batch: int) -> None
 
 
 @pytest.mark.parametrize("name", ["unet", "decoder"])
-@pytest.mark.parametrize(
-    ("batch", "height", "width"), [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]
-)
+@pytest.mark.parametrize(("batch", "height", "width"), SIZES)
 def test_images_of_any_size_equal_torch(
     backends, modules, specs, name: str, batch: int, height: int, width: int
 ) -> None:
     feed = feed_of(specs[name], batch + height, batch=batch, height=height, width=width)
     assert_equals_torch(backends[name], modules[name], feed)
+
+
+def test_four_levels_of_any_size_equal_torch(tmp_path: Path) -> None:
+    spec = ModelShape(tokens=5, context_width=24, latent_channels=4, latent_size=8).specs()["unet"]
+    module = UNet(narrow_unet(4, 1)).eval().requires_grad_(False)
+    export_graph(module, spec, tmp_path / "unet.onnx")
+    backend = OnnxRuntimeBackend(tmp_path / "unet.onnx", spec, "cpu", threads=1)
+    for seed, (batch, height, width) in enumerate(SIZES):
+        assert_equals_torch(backend, module, feed_of(spec, seed, batch=batch, height=height, width=width))
+    backend.close()
 
 
 def test_each_sample_has_a_timestep_of_its_own(backends, specs) -> None:
