@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_runtime.bundle import Bundle, write_whole
+from ldm_runtime.bundle import Bundle, write_together
 from ldm_runtime.errors import BuildError, SpecError
 
 MAX_THREADS = 1024
@@ -22,6 +22,7 @@ def build(args: argparse.Namespace, screen: Screen) -> None:
     with needs("export"):
         from ldm_export import build as building
         from ldm_export.checkpoint import open_checkpoint
+    _quieten(args.verbose)
     begun = time.monotonic()
     checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
     with screen.bar("reading", None) as bar:
@@ -72,8 +73,10 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
     if args.each and len(images) > 1:
         stem, suffix = args.output.stem, args.output.suffix
         pictures |= {args.output.with_name(f"{stem}-{index}{suffix}"): image for index, image in enumerate(images)}
-    for path, picture in pictures.items():
-        _write(path, to_png(picture))
+    try:
+        write_together({path: to_png(picture) for path, picture in pictures.items()})
+    except OSError as error:
+        raise _unwritten(args.output, error, "choose another -o") from None
     if args.json:
         screen.json({"files": [str(path) for path in pictures], "seed": seed})
         return
@@ -91,6 +94,7 @@ def verify(args: argparse.Namespace, screen: Screen) -> int:
         from ldm_export.checkpoint import open_checkpoint
         from ldm_export.page import page
         from ldm_export.verification import PROMPTS, Tolerance, verify
+    _quieten(args.verbose)
     if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
         raise SpecError(f"tolerance: got {args.tolerance}, expected a finite number >= 0")
     prompts = _lines(args.prompts) if args.prompts else PROMPTS
@@ -167,12 +171,16 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise _unwritten(path, error, "choose another -o") from None
-
-
 def _unwritten(path: Path, error: OSError, advice: str) -> BuildError:
-    return BuildError(f"{path}: cannot be written ({error.strerror or error}); {advice}")
+    what = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+    return BuildError(f"{path}: cannot be written ({what}); {advice}")
+
+
+def _quieten(verbose: bool) -> None:
+    """Keep off the screen what these libraries print by log handlers of their own."""
+    import diffusers
+    import transformers
+
+    if not verbose:
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()

@@ -45,10 +45,11 @@ class Screen:
             yield _Bar(live, what, total)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; columns after the first are set flush right."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        """A table; under a header row the columns after the first are set flush right, as numbers are."""
+        headed = any(columns)
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=headed)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+            table.add_column(column, justify="right" if index and headed else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(printable, row))
         self.out.print(table)

@@ -16,7 +16,7 @@ from listing import contents
 from tiny import write_tiny_checkpoint
 
 PROMPT = ("a red circle", "--steps", "1", "--seed", "0", "--threads", "1")
-SMALL, GRAPH = 1000, 100_000
+SMALL, GRAPH = 1000, 30_000
 """Bytes a file may have: less than any file that is written, and less than a graph but more than a tokenizer."""
 
 
