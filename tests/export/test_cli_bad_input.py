@@ -94,7 +94,7 @@ ASKED = {
     "threads 10**12": (["--threads", str(10**12), PROMPT], "threads: got 1000000000000"),
     "no folder": (
         ["-o", "file/out.png", PROMPT],
-        "file/out.png: cannot be written (file is no folder); choose another",
+        "file/out.png: cannot be written (file is no folder); choose",
     ),
     "a folder": (["-o", "folder", PROMPT], "folder: is a folder, expected the name of a picture; choose another -o"),
     "no name": (["-o", ".", PROMPT], ".: is a folder"),
