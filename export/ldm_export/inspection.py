@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import COMPONENTS
 
 
@@ -43,7 +44,11 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
 def _operators(graph: Path) -> dict[str, int] | None:
     try:
         import onnx
+        from google.protobuf.message import DecodeError
     except ModuleNotFoundError:
         return None
-    model = onnx.load(str(graph), load_external_data=False)
+    try:
+        model = onnx.load(str(graph), load_external_data=False)
+    except DecodeError as error:
+        raise ManifestError(f"{graph}: no ONNX graph ({error}); rebuild the bundle") from None
     return dict(Counter(node.op_type for node in model.graph.node).most_common())

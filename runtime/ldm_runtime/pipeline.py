@@ -20,6 +20,7 @@ from ldm_runtime.images import to_pil
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.request import Geometry, Plan, Request
 from ldm_runtime.schedule import Schedule
+from ldm_runtime.signature import check_signature
 from ldm_runtime.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -74,6 +75,7 @@ class LatentDiffusionPipeline:
         """
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         manifest = bundle.manifest
+        check_signature(manifest.components)
         scheduler = DDIM.from_config(manifest.scheduler)
         backends: dict[str, Backend] = {
             name: OnnxRuntimeBackend(bundle.graph(name, precision), manifest.components[name].spec, device, threads)
