@@ -151,7 +151,9 @@ class LatentDiffusionPipeline:
         """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
         rows = [*plan.negative_rows, *plan.rows] if plan.guided else list(plan.rows)
         texts = list(dict.fromkeys(rows))
-        encoded = self.backends["text_encoder"].run({"input_ids": self.tokenizer(texts)})["context"]
+        most = self.geometry.images  # with guidance there may be one text more than images
+        parts = [self.tokenizer(texts[start : start + most]) for start in range(0, len(texts), most)]
+        encoded = np.concatenate([self.backends["text_encoder"].run({"input_ids": ids})["context"] for ids in parts])
         context: F32 = encoded[[texts.index(row) for row in rows]]
         return context
 
