@@ -9,9 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 SAVE_EVERY, LOG_EVERY = 250, 25
 
@@ -23,7 +27,7 @@ class Run:
     see the same batches and the same noise.
 
     Args:
-        folder: where ``state.pt`` and ``loss.json`` live.
+        folder: where ``state.pt``, ``loss.json`` and, at the end, ``loss.png`` live.
         model: trained in place.
         average: receives the exponential moving average of the weights (``decay``).
         lr: peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
@@ -119,3 +123,11 @@ class Run:
                     self._save()
                 if self.stopped:
                     raise SystemExit(f"stopped after step {self.step}; start again to go on")
+        self._draw_losses()
+
+    def _draw_losses(self) -> None:
+        figure, axis = plt.subplots(figsize=(4, 3), constrained_layout=True)
+        axis.semilogy(*zip(*self.losses, strict=True), linewidth=0.8)
+        axis.set(title=self.folder.name, xlabel="step", ylabel="loss")
+        axis.grid(alpha=0.3, which="both")
+        figure.savefig(self.folder / "loss.png", dpi=80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
+import torch
 from transformers import BertTokenizer
 
 from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
@@ -29,3 +30,8 @@ def make_tokenizer(folder: Path) -> BertTokenizer:
     tokenizer = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def token_ids(tokenizer: BertTokenizer, prompts: list[str]) -> torch.Tensor:
+    """The prompts' token ids, int64 [B, TOKENS], padded as LDMTextToImagePipeline does."""
+    return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
