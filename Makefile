@@ -31,6 +31,7 @@ model: $(VENV)/.dev
 	$(BIN)/python training/train_decoder.py
 	$(BIN)/python training/train_text.py
 	$(BIN)/python training/train_diffusion.py
+	$(BIN)/python training/train_finish.py
 	$(BIN)/python training/assemble.py
 	$(BIN)/python training/evaluate.py export/ldm_export/shapes \
 		--json export/ldm_export/shapes/accuracy.json --grid export/ldm_export/shapes/samples.png

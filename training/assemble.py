@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from text import make_tokenizer
 from train_diffusion import SCHEDULER, UNET, scaling_factor
 
-RUNS = ("autoencoder", "decoder", "text", "diffusion")
+RUNS = ("autoencoder", "decoder", "text", "diffusion", "finish")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the four runs")
+    parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the five runs")
     parser.add_argument("--output", type=Path, default=Path("export/ldm_export/shapes"))
     args = parser.parse_args()
     folder = args.runs / "diffusion"
     unet = UNet2DConditionModel(**UNET)
     unet.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["average"])
-    autoencoder = AutoencoderKL.from_pretrained(args.runs / "decoder/model")
+    autoencoder = AutoencoderKL.from_pretrained(args.runs / "finish/model")
     mean, std = torch.load(folder / "latents.pt", weights_only=True)
     autoencoder.register_to_config(scaling_factor=scaling_factor(mean, std), _name_or_path="")
     pipeline = LDMTextToImagePipeline(

@@ -38,6 +38,8 @@ SCHEDULER = {
 BATCH, SCENES, PROMPT_DROPOUT = 32, 65_536, 0.1
 NOISY, NOISY_FROM = 0.4, 600
 """The share of a batch drawn from timesteps NOISY_FROM and up, where the prompt alone says what goes where."""
+OVERSHOT, OVERSHOT_FROM = 0.5, 4500
+"""The share of a batch, from that step on, whose noisy latents overshoot as those of guided sampling do."""
 
 
 def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
@@ -64,12 +66,24 @@ def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple
     return mean, std, sentences
 
 
+def overshoot(level: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """How far beyond the truth guided latents lie at a timestep at most, as a share of their distance to the mean.
+
+    Guidance at scale 6 was seen to carry latents 1.0 times that distance too far at timestep 880, 0.5 at 480, 0.26 at
+    80. Near timestep 0 it is held down, where what to predict would grow without bound.
+
+    Args:
+        level: alpha_bar at ``timestep``; both [B].
+    """
+    return torch.minimum(0.2 + 0.9 * timestep / 1000, 2 * ((1 - level) / level).sqrt())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/autoencoder/model"))
     parser.add_argument("--text", type=Path, default=Path("build/training/text/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     args = parser.parse_args()
@@ -82,7 +96,7 @@ def main() -> None:
     text_encoder = LDMBertModel.from_pretrained(args.text).eval()
     scale, model = scaling_factor(mean, std), UNet2DConditionModel(**UNET)
     run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=8e-4, seed=args.seed, decay=0.999)
-    scheduler = DDIMScheduler(**SCHEDULER)
+    alpha_bar, middle = DDIMScheduler(**SCHEDULER).alphas_cumprod, scale * mean.mean(0)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([args.seed, step, 7])
@@ -93,12 +107,17 @@ def main() -> None:
         noise = torch.randn(latents.shape, generator=generator)
         lowest = np.where(rng.random(BATCH) < NOISY, NOISY_FROM, 0)
         timestep = torch.from_numpy(rng.integers(lowest, 1000))
-        noisy = scheduler.add_noise(latents, noise, timestep)
+        level = alpha_bar[timestep]
+        beyond = torch.from_numpy(rng.random(BATCH) * (rng.random(BATCH) < OVERSHOT)) * overshoot(level, timestep)
+        beyond = (beyond * (step >= OVERSHOT_FROM)).float()[:, None, None, None]
+        signal, spread = level.sqrt()[:, None, None, None], (1 - level).sqrt()[:, None, None, None]
+        noisy = signal * (latents + beyond * (latents - middle)) + spread * noise
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 context = text_encoder(token_ids(tokenizer, prompts))[0]
             predicted = model(noisy, timestep, context).sample.float()
-        return (predicted - scheduler.get_velocity(latents, noise, timestep)).square().mean()
+        velocity = (signal * noisy - latents) / spread  # arXiv 2202.00512; of the truth, not of where it overshoots
+        return (predicted - velocity).square().mean()
 
     run.train(loss_of_step)
 
