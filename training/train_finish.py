@@ -22,8 +22,8 @@ BATCH, SQUARE_WEIGHT = 16, 4.0
 PAIRS, AT_ONCE = 4096, 64
 """Pictures denoised beforehand, and how many in one go."""
 FROM, STRIDE, GUIDANCE, ETA, OVERSHOT = 400, 40, 6.0, 0.3, 0.5
-"""Where denoising begins, timesteps between its steps, its options, and how far the latents lie beyond the truth at most
-where it begins: late enough that the picture stays the same, early enough for the UNet to leave its own marks."""
+"""Where denoising begins (late, so that the picture stays the same; early, so that the UNet leaves its marks), the
+timesteps between its steps, its options, and how far beyond the truth the latents lie at most where it begins."""
 
 
 @torch.no_grad()
