@@ -11,32 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from ldm_export.build_stages import TOKENIZER, graph_file, graph_stage, half_stage, ranges_stage, tokenizer_stage
 from ldm_export.checkpoint import Checkpoint
-from ldm_export.components import MODULES, model_shape
-from ldm_export.modules import load_module
-from ldm_export.onnx_graph import OPSET, export_graph
+from ldm_export.components import model_shape
 from ldm_export.publish import publish
-from ldm_export.spelling import tokenizer_folder
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
-from ldm_export.tokenizer_files import write_tokenizer_json
-from ldm_runtime.bundle import NAME, Bundle, sha256, write_whole
+from ldm_runtime.bundle import NAME, Bundle, write_whole
 from ldm_runtime.ddim import DDIM
-from ldm_runtime.errors import BuildError, CheckpointError, ManifestError
+from ldm_runtime.errors import BuildError, ManifestError
 from ldm_runtime.manifest import FORMAT, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.specs import ComponentSpec
 
 SHIPPED = Path(__file__).parent / "shapes"
 """The checkpoint that comes with ldm-export: 64×64 pictures of coloured shapes."""
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
-TOKENIZER, LOG = "tokenizer.json", "build-log.json"
-_WEIGHTS_OF = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "autoencoder"}
+LOG = "build-log.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ def build(
     Args:
         checkpoint: an opened checkpoint.
         target: the bundle's folder; one that is no bundle is refused.
-        precision: "fp32".
+        precision: "fp32", "fp16" or "bf16"; the fp32 graphs, which the others are made of, are kept beside them.
         progress: told stage name, stages done and stages in all, before each stage and at the end.
 
     Raises:
@@ -72,11 +65,12 @@ def build(
     target = target.resolve()  # a link stays a link
     previous = _previous(target)
     specs = model_shape(checkpoint).specs()
-    scheduler = DDIM.from_config(checkpoint.scheduler_config).to_config()
+    scheduler = DDIM.from_config(checkpoint.scheduler_config)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
-    stages = _stages(checkpoint, specs, precision, tools)
+    precisions = tuple(dict.fromkeys(("fp32", precision)))
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
+        stages = _stages(checkpoint, specs, scheduler, precisions, work, tools)
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
@@ -84,8 +78,11 @@ def build(
                 gc.collect()  # a traced module is full of cycles
         progress("bundle", len(stages), len(stages))
         manifest = Manifest(
-            components={name: Component(spec, {precision: f"{name}/{precision}.onnx"}) for name, spec in specs.items()},
-            scheduler=scheduler,
+            components={
+                name: Component(spec, {given: graph_file(name, given) for given in precisions})
+                for name, spec in specs.items()
+            },
+            scheduler=scheduler.to_config(),
             tokenizer=TOKENIZER,
             files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
             stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
@@ -118,52 +115,19 @@ def _has_manifest(folder: Path) -> bool:
 
 
 def _stages(
-    checkpoint: Checkpoint, specs: dict[str, ComponentSpec], precision: str, tools: dict[str, str]
+    checkpoint: Checkpoint,
+    specs: dict[str, ComponentSpec],
+    scheduler: DDIM,
+    precisions: tuple[str, ...],
+    work: Path,
+    tools: dict[str, str],
 ) -> list[Stage]:
-    def tokenizer(folder: Path) -> list[str]:
-        with TemporaryDirectory() as room:
-            write_tokenizer_json(tokenizer_folder(checkpoint, Path(room)), folder / TOKENIZER)
-        _check_ids(folder / TOKENIZER, checkpoint)
-        return [TOKENIZER]
-
-    def graph(name: str, spec: ComponentSpec) -> Callable[[Path], list[str]]:
-        def run(folder: Path) -> list[str]:
-            (folder / name).mkdir()
-            module = MODULES[name](load_module(checkpoint, name)).eval()
-            files = export_graph(module, spec, folder / name / f"{precision}.onnx")
-            return [str(file.relative_to(folder)) for file in files]
-
-        return run
-
-    stages = [Stage("tokenizer", {"inputs": _digests(checkpoint.tokenizer), "tools": tools}, tokenizer)]
-    for name, spec in specs.items():
-        depends: dict[str, Any] = {
-            "inputs": _digests(checkpoint.components[_WEIGHTS_OF[name]].folder),
-            "spec": repr(spec),
-            "seed": checkpoint.random_seed,
-            "precision": precision,
-            "opset": OPSET,
-            "tools": tools,
-        }
-        stages.append(Stage(f"{name}.{precision}", depends, graph(name, spec)))
+    stages = [tokenizer_stage(checkpoint, tools)]
+    stages += [graph_stage(checkpoint, name, spec, tools) for name, spec in specs.items()]
+    if halves := precisions[1:]:
+        ranges = ranges_stage(work, specs, scheduler, stages, tools)
+        stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
     return stages
-
-
-def _check_ids(tokenizer: Path, checkpoint: Checkpoint) -> None:
-    token, highest = max(Tokenizer.from_file(str(tokenizer)).get_vocab().items(), key=lambda item: item[1])
-    rows = checkpoint.components["text_encoder"].config["vocab_size"]
-    if highest >= rows:
-        raise CheckpointError(
-            f"tokenizer: {checkpoint.tokenizer}: token {token!r:.40} has id {highest}, but the text encoder embeds "
-            f"{rows} tokens; use the tokenizer and the text encoder of one checkpoint"
-        )
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    try:
-        return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); check the checkpoint") from None
 
 
 def _asked(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from ldm_export import commands
 from ldm_export.screen import Screen, printable
 from ldm_runtime.errors import LdmError
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 after an error told in one line on standard error; bad usage exits with 2."""
@@ -66,7 +68,7 @@ def _verb(verbs: argparse._SubParsersAction, name: str, text: str, command: obje
 def _build(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder; left out: the shipped shapes model")
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    verb.add_argument("--precision", choices=("fp32",), default="fp32", help="of weights and arithmetic (default fp32)")
+    verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     verb.add_argument(
         "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
     )
@@ -87,6 +89,7 @@ def _generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)"
     )
+    verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
@@ -96,8 +99,10 @@ def _verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the shipped shapes model")
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
     verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
-    verb.add_argument("--tolerance", type=float, default=1e-3, help="largest error of a component, of its own scale")
-    verb.add_argument("--max-pixel", type=int, default=1, help="largest difference of a pixel, of 255 (default 1)")
+    verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
+    verb.add_argument("--tolerance", type=float, help="largest error of a component, of its own scale")
+    verb.add_argument("--max-pixel", type=int, help="largest difference of a pixel, of 255 (default 1 for fp32)")
+    verb.add_argument("--min-psnr", type=float, metavar="DB", help="least PSNR of a picture (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
 
 

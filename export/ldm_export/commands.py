@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
         raise SpecError(f"threads: got {args.threads}, expected 1..{MAX_THREADS}; leave it out for all cores")
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("loading"):
-        loaded = LatentDiffusionPipeline.from_bundle(args.bundle, device=args.device, threads=args.threads)
+        loaded = LatentDiffusionPipeline.from_bundle(
+            args.bundle, precision=args.precision, device=args.device, threads=args.threads
+        )
     with loaded as pipeline:
         request = Request(
             args.prompts,
@@ -93,17 +96,27 @@ def verify(args: argparse.Namespace, screen: Screen) -> int:
         from ldm_export.build import SHIPPED
         from ldm_export.checkpoint import open_checkpoint
         from ldm_export.page import page
-        from ldm_export.verification import PROMPTS, Tolerance, verify
+        from ldm_export.prompts import PROMPTS
+        from ldm_export.verification import TOLERANCES, verify
     _quieten(args.verbose)
-    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
-        raise SpecError(f"tolerance: got {args.tolerance}, expected a finite number >= 0")
     prompts = _lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
     checkpoint = open_checkpoint(args.against or SHIPPED, random_weights=args.random_weights)
-    tolerance = Tolerance(args.tolerance, args.max_pixel)
+    precision = args.precision or bundle.precision
+    given = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
+    for name, value in given.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise SpecError(f"tolerance of {name}: got {value}, expected a finite number >= 0")
+    tolerance = replace(TOLERANCES[precision], **{name: value for name, value in given.items() if value is not None})
     with screen.bar("verifying") as bar:
         result = verify(
-            bundle, checkpoint, prompts, args.steps, tolerance, lambda *told: bar.to(told[1], told[2], told[0])
+            bundle,
+            checkpoint,
+            prompts,
+            args.steps,
+            precision,
+            tolerance,
+            progress=lambda *told: bar.to(told[1], told[2], told[0]),
         )
     reports = {"report/verify.html": page(result).encode()}
     try:
@@ -143,6 +156,10 @@ def inspect(args: argparse.Namespace, screen: Screen) -> None:
             if graph.get("operators"):
                 most = sorted(graph["operators"].items(), key=lambda item: -item[1])[:8]
                 rows.append(["operators", ", ".join(f"{count} {kind}" for kind, count in most)])
+            if graph.get("islands"):
+                half, *kept = graph["islands"].items()
+                reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
+                rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
         screen.table(name, ["", ""], rows)
     screen.table("asked", ["", ""], _flat(facts["asked"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))

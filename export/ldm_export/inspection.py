@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             size = sum(manifest.files[file].size for file in files)
             operators = _operators(bundle.graph(name, precision))
             graphs[precision] = {"file": graph, "bytes": size} | ({"operators": operators} if operators else {})
+            if (report := f"report/{name}.{precision}.json") in manifest.files:
+                graphs[precision]["islands"] = _islands(bundle.file(report))
         components[name] = {
             "inputs": [str(tensor) for tensor in component.spec.inputs],
             "outputs": [str(tensor) for tensor in component.spec.outputs],
@@ -39,6 +42,13 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "tools": dict(manifest.tools),
         "files": {name: fact.size for name, fact in manifest.files.items()},
     }
+
+
+def _islands(report: Path) -> dict[str, int]:
+    """How many nodes compute in half precision, and how many stay in fp32 for which reason."""
+    facts = json.loads(report.read_text())
+    reasons = Counter(str(reason).partition(":")[0] for reason in facts["islands"].values())
+    return {"half": facts["half"], **reasons}
 
 
 def _operators(graph: Path) -> dict[str, int] | None:

@@ -56,13 +56,22 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
     _name(model, spec)
     _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)
+    return save_graph(model, target)
+
+
+def save_graph(model: ir.Model, target: Path) -> list[Path]:
+    """Write a graph, and ``target``.data beside it beyond INLINE_BYTES of weights; returns the files written.
+
+    Raises:
+        BuildError: the graph does not pass ``onnx.checker``.
+    """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     data = target.with_name(f"{target.name}.data") if size > INLINE_BYTES else None
     ir.save(model, target, external_data=data.name if data else None)
     try:
         onnx.checker.check_model(str(target))
     except onnx.checker.ValidationError as error:
-        raise BuildError(f"{spec.name}: {target} fails onnx.checker: {_first_line(error)}") from error
+        raise BuildError(f"{model.graph.name}: {target} fails onnx.checker: {_first_line(error)}") from error
     return [target, data] if data else [target]
 
 

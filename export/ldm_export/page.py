@@ -7,7 +7,7 @@ from html import escape
 
 from PIL import Image, ImageChops
 
-from ldm_export.verification import Verification
+from ldm_export.verification import Tolerance, Verification
 from ldm_runtime.images import to_png
 
 AMPLIFIED = 64
@@ -43,19 +43,23 @@ def page(result: Verification) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(result.bundle)}: verification</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
-<h1>{escape(result.bundle)}: measured against its checkpoint</h1>{verdict}
+<h1>{escape(result.bundle)}, {result.precision}: measured against its checkpoint</h1>{verdict}
 <h2>Components, against torch</h2>
 <p>The same inputs to both. The error is the largest, as a share of the largest value; at most
 {result.tolerance.component:.0e} is accepted.</p>
 <table><tr><th>component</th><th class=n>max error</th><th class=n>cosine</th><th class=n>PSNR dB</th></tr>
 {components}</table>
 <h2>Pictures, against diffusers</h2>
-<p>The same prompt and seed, {result.steps} steps; at most {result.tolerance.pixel}/255 is accepted.
+<p>The same prompt and seed, {result.steps} steps; {_accepted(result.tolerance)} is accepted.
 The difference is shown {AMPLIFIED} times as bright as it is.</p>
 <table><tr><th>prompt</th><th>diffusers</th><th>bundle</th><th>difference × {AMPLIFIED}</th>
 <th class=n>max pixel</th><th class=n>PSNR dB</th></tr>
 {pictures}</table></body></html>
 """
+
+
+def _accepted(tolerance: Tolerance) -> str:
+    return f"at most {tolerance.pixel}/255" if tolerance.pixel < 255 else f"at least {tolerance.psnr:g} dB"
 
 
 def _difference(one: Image.Image, other: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,26 +19,30 @@ from transformers import BertTokenizerFast
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
 from ldm_export.modules import load_module
+from ldm_export.prompts import PROMPTS
 from ldm_export.spelling import tokenizer_folder
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-PROMPTS = (
-    "a large red circle in the center on a white background",
-    "a small blue triangle at the top left on a yellow background",
-    "a small green square left of a large purple cross on a gray background",
-    "a large orange triangle above a small blue circle on a black background",
-)
 ETA, GUIDANCE, MAX_PROMPTS = 0.3, 6.0, 1000
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is accepted: ``component`` as a share of the reference's largest value, ``pixel`` in 1/255."""
+    """What is accepted: ``component`` as a share of the largest value, ``pixel`` in 1/255 at most, ``psnr`` in dB."""
 
-    component: float = 1e-3
-    pixel: int = 1
+    component: float
+    pixel: int
+    psnr: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(component=1e-3, pixel=1, psnr=0),
+    "fp16": Tolerance(component=0.02, pixel=255, psnr=45),
+    "bf16": Tolerance(component=0.1, pixel=255, psnr=30),
+}
+"""What is accepted of each precision unless told otherwise: fp32 draws the same picture, the others one close to it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Verification:
     """All that was measured, and what of it is beyond the tolerance."""
 
     bundle: str
+    precision: str
     steps: int
     tolerance: Tolerance
     components: tuple[ComponentResult, ...]
@@ -85,10 +90,15 @@ class Verification:
             for c in self.components
             if not c.max_error <= allowed
         ]
-        return lines + [
+        lines += [
             f"picture {p.prompt!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
             for p in self.pictures
             if p.max_pixel > pixel
+        ]
+        return lines + [
+            f"picture {p.prompt!r}: PSNR {p.psnr:.1f} dB, expected at least {self.tolerance.psnr:g} dB"
+            for p in self.pictures
+            if p.psnr is not None and not p.psnr >= self.tolerance.psnr
         ]
 
     def facts(self) -> dict[str, Any]:
@@ -100,8 +110,13 @@ class Verification:
             "pictures": [
                 {"prompt": p.prompt, "seed": p.seed, "max_pixel": p.max_pixel, "psnr": p.psnr} for p in self.pictures
             ],
-            "settings": {"steps": self.steps, "eta": ETA, "guidance_scale": GUIDANCE},
-            "tolerance": {"component": self.tolerance.component, "pixel": self.tolerance.pixel},
+            "settings": {
+                "precision": self.precision,
+                "steps": self.steps,
+                "eta": ETA,
+                "guidance_scale": GUIDANCE,
+            },
+            "tolerance": asdict(self.tolerance),
             "within_tolerance": not self.failures,
         }
 
@@ -111,7 +126,8 @@ def verify(
     checkpoint: Checkpoint,
     prompts: Sequence[str] = PROMPTS,
     steps: int = 50,
-    tolerance: Tolerance = Tolerance(),
+    precision: str = "fp32",
+    tolerance: Tolerance = TOLERANCES["fp32"],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Verification:
     """Run bundle and checkpoint on the same prompts and seeds (0, 1, …) and compare.
@@ -123,7 +139,7 @@ def verify(
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
     total = 3 + len(prompts)
-    with LatentDiffusionPipeline.from_bundle(bundle) as ours:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision) as ours:
         feeds = _feeds(ours, prompts)
         components = []
         for done, (name, feed) in enumerate(feeds.items()):
@@ -135,7 +151,7 @@ def verify(
             progress("pictures", 3 + seed, total)
             pictures.append(_picture(ours, theirs, prompt, seed, steps))
         progress("pictures", total, total)
-    return Verification(bundle.folder.name, steps, tolerance, tuple(components), tuple(pictures))
+    return Verification(bundle.folder.name, precision, steps, tolerance, tuple(components), tuple(pictures))
 
 
 def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:

@@ -33,6 +33,13 @@ class Bundle:
         path = Path(folder)
         return cls(path, read_manifest(path))
 
+    @property
+    def precision(self) -> str:
+        """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
+        asked = self.manifest.asked.get("precision")
+        held = isinstance(asked, str) and all(asked in part.graphs for part in self.manifest.components.values())
+        return str(asked) if held else "fp32"
+
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked.
 

@@ -59,13 +59,18 @@ class LatentDiffusionPipeline:
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, *, precision: str = "fp32", device: str = "auto", threads: int | None = None
+        cls,
+        path: str | Path | Bundle,
+        *,
+        precision: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> LatentDiffusionPipeline:
         """Load a bundle; every file it uses is checked against the manifest first.
 
         Args:
             path: the bundle's folder.
-            precision: which graphs, "fp32".
+            precision: which graphs: "fp32", "fp16" or "bf16"; None for what the bundle was built for.
             device: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
 
@@ -77,6 +82,7 @@ class LatentDiffusionPipeline:
         manifest = bundle.manifest
         check_signature(manifest.components)
         scheduler = DDIM.from_config(manifest.scheduler)
+        precision = precision or bundle.precision
         backends: dict[str, Backend] = {
             name: OnnxRuntimeBackend(bundle.graph(name, precision), manifest.components[name].spec, device, threads)
             for name in COMPONENTS

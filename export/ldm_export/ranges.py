@@ -1,0 +1,121 @@
+"""How large each tensor of a model's graphs grows over real denoising trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.ddim import DDIM
+from ldm_runtime.errors import BuildError
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.specs import ComponentSpec, TensorSpec
+from ldm_runtime.tokenizer import Tokenizer
+
+HIGHEST, LOWEST = "range/highest", "range/lowest"
+
+
+class RangeBackend:
+    """Runs a component's graph and keeps the largest magnitude of every tensor it computes.
+
+    ``ranges`` is tensor name → largest magnitude so far. A probe is written beside the graph while it loads: the same
+    graph, weights referred to, in which each tensor's maximum and minimum are two numbers more; no tensor is kept.
+    """
+
+    def __init__(self, graph: Path, spec: ComponentSpec):
+        self._spec = spec
+        probe = graph.with_name(f".{graph.stem}.probe.onnx")
+        self._names = _write_probe(graph, probe)
+        extremes = tuple(TensorSpec(name, "float32", (len(self._names),)) for name in (HIGHEST, LOWEST))
+        try:
+            self._backend = OnnxRuntimeBackend(probe, replace(spec, outputs=spec.outputs + extremes), "cpu")
+        finally:
+            probe.unlink()
+        self.ranges = dict.fromkeys(self._names, 0.0)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns."""
+        return self._spec.outputs
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once.
+
+        Raises:
+            BuildError: a tensor is not finite.
+        """
+        found = self._backend.run(feed)
+        highest, lowest = found.pop(HIGHEST), found.pop(LOWEST)
+        for name, high, low in zip(self._names, highest.tolist(), lowest.tolist(), strict=True):
+            if not (math.isfinite(high) and math.isfinite(low)):
+                raise BuildError(
+                    f"{self._spec.name}: tensor {name!r} is not finite in fp32; check the checkpoint's weights"
+                )
+            self.ranges[name] = max(self.ranges[name], high, -low)
+        return found
+
+    def close(self) -> None:
+        """Free the session."""
+        self._backend.close()
+
+
+def measure_ranges(
+    graphs: Mapping[str, Path],
+    specs: Mapping[str, ComponentSpec],
+    tokenizer: Path,
+    scheduler: DDIM,
+    prompts: Sequence[str],
+    steps: int,
+) -> dict[str, dict[str, float]]:
+    """Component → tensor → largest magnitude, over one guided trajectory for each prompt, seeds 0, 1, ….
+
+    Args:
+        graphs: component → fp32 graph; the folders must be writable.
+        tokenizer: ``tokenizer.json``.
+        steps: denoising steps of each trajectory, spread over the whole schedule; eta 0.3, guidance 6.0.
+
+    Raises:
+        BuildError: the model gives NaN or infinity.
+    """
+    backends = {name: RangeBackend(graphs[name], spec) for name, spec in specs.items()}
+    given: dict[str, Backend] = dict(backends)
+    tokens = int(specs["text_encoder"].inputs[0].bounds("opt")[1])
+    with LatentDiffusionPipeline(given, Tokenizer.from_file(tokenizer, tokens), scheduler) as pipeline:
+        for seed, prompt in enumerate(prompts):
+            pipeline(prompt, seed=seed, eta=0.3, guidance_scale=6.0, num_inference_steps=steps)
+        return {name: backend.ranges for name, backend in backends.items()}
+
+
+def _write_probe(graph: Path, probe: Path) -> list[str]:
+    """Write the probe and return the names of the tensors it measures."""
+    model = ir.load(graph)
+    tensors = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    one = ir.Value(name="range/one", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    one.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name="range/one")
+    model.graph.initializers["range/one"] = one
+    for name, kind in ((HIGHEST, "ReduceMax"), (LOWEST, "ReduceMin")):
+        numbers = []
+        for value in tensors:
+            reduced = ir.node(kind, [value], {"keepdims": 0}, name=f"range/{kind}/{value.name}")
+            lifted = ir.node("Reshape", [reduced.outputs[0], one], name=f"range/{kind}/Reshape/{value.name}")
+            model.graph.extend([reduced, lifted])
+            numbers.append(lifted.outputs[0])
+        joined = ir.node("Concat", numbers, {"axis": 0}, name=name)
+        joined.outputs[0].name, joined.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+        joined.outputs[0].shape = ir.Shape([len(numbers)])
+        model.graph.append(joined)
+        model.graph.outputs.append(joined.outputs[0])
+    ir.save(model, probe)
+    return [value.name or "" for value in tensors]

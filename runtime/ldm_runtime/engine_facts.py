@@ -1,0 +1,110 @@
+"""What a bundle says of one engine: enough to refuse a wrong one before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.fields import mapping, text
+
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Input name → (min, opt, max) shapes."""
+MAX_PROFILES, MAX_RANK = 64, 8
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine of a component.
+
+    Attributes:
+        file: its path in the bundle.
+        package, version: what built it: "tensorrt-rtx" or "tensorrt"; only the same version loads it.
+        compute_capabilities: the GPUs it was built for, e.g. ("8.6", "8.9").
+        precision: of the graph it was built from.
+        graph: SHA-256 of that graph's file.
+        profiles: the shapes it takes; the first that fits is used, so tighter ones come first.
+        proof: how the precision of its matrix work was read, and what was found.
+    """
+
+    file: str
+    package: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    graph: str
+    profiles: tuple[Profile, ...]
+    proof: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able facts."""
+        shapes = [{name: [list(s) for s in bounds] for name, bounds in one.items()} for one in self.profiles]
+        return {
+            "file": self.file,
+            "package": self.package,
+            "version": self.version,
+            "compute_capabilities": list(self.compute_capabilities),
+            "precision": self.precision,
+            "graph": self.graph,
+            "profiles": shapes,
+            "proof": dict(self.proof),
+        }
+
+    def fitting(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The index of the first profile that takes inputs of these shapes; None where none does."""
+        for index, one in enumerate(self.profiles):
+            if set(one) == set(shapes) and all(_within(shapes[name], *bounds) for name, bounds in one.items()):
+                return index
+        return None
+
+
+def engine_from_json(where: str, value: Any) -> Engine:
+    """Read what ``to_json`` wrote; every field is checked, paths but for their place in the bundle.
+
+    Raises:
+        ManifestError: names the field, what it holds and what is expected.
+    """
+    entry = mapping(where, value)
+    capabilities = _list(f"{where}.compute_capabilities", entry.get("compute_capabilities"))
+    given = _list(f"{where}.profiles", entry.get("profiles"))
+    if not 1 <= len(given) <= MAX_PROFILES:
+        raise ManifestError(f"{where}.profiles: got {len(given)}, expected 1..{MAX_PROFILES}")
+    return Engine(
+        **{
+            name: text(f"{where}.{name}", entry.get(name))
+            for name in ("file", "package", "version", "precision", "graph")
+        },
+        compute_capabilities=tuple(text(f"{where}.compute_capabilities", item) for item in capabilities),
+        profiles=tuple(_profile(f"{where}.profiles", item) for item in given),
+        proof=mapping(f"{where}.proof", entry.get("proof")),
+    )
+
+
+def _profile(where: str, value: Any) -> Profile:
+    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    for name, bounds in mapping(where, value).items():
+        shapes = [_shape(f"{where}.{name}", shape) for shape in _list(f"{where}.{name}", bounds)]
+        if len(shapes) != 3 or not _within(shapes[1], shapes[0], shapes[2]):
+            raise ManifestError(f"{where}.{name}: got {bounds!r:.80}, expected min, opt and max shapes in this order")
+        found[name] = (shapes[0], shapes[1], shapes[2])
+    return found
+
+
+def _shape(where: str, value: Any) -> Shape:
+    sizes = _list(where, value)
+    if len(sizes) > MAX_RANK or any(type(size) is not int or not 0 < size < 2**31 for size in sizes):
+        raise ManifestError(f"{where}: got {value!r:.80}, expected a shape of at most {MAX_RANK} positive sizes")
+    return tuple(sizes)
+
+
+def _within(shape: Shape, low: Shape, high: Shape) -> bool:
+    same = len(shape) == len(low) == len(high)
+    return same and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ManifestError(f"{where}: got {value!r:.60}, expected a list; rebuild the bundle")
+    return value

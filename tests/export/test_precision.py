@@ -1,0 +1,177 @@
+"""Half-precision graphs: close to fp32, islands where they are needed, and right where plain half is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from safetensors.torch import load_file
+from tiny import write_tensors, write_tiny_checkpoint
+
+from ldm_export.build import build
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.precision import MATRIX, half_graph
+from ldm_export.ranges import measure_ranges
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.ddim import DDIM
+from ldm_runtime.errors import BuildError
+from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.specs import dummy_inputs
+
+PROMPT, OPTIONS = "a red circle", {"seed": 1, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
+SCALE = 2e5
+OVERFLOWING = {
+    "unet": ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.time_emb_proj"),
+    "vqvae": ("decoder.mid_block.resnets.0.conv1",),
+}
+"""Layers whose results only a normalisation reads: scaled, they overflow in half, and the picture stays the same."""
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build(open_checkpoint(tiny_checkpoint), tmp_path_factory.mktemp("half") / "bundle", "fp16").bundle
+
+
+@pytest.fixture(scope="module")
+def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("overflowing") / "tiny")
+    for component, layers in OVERFLOWING.items():
+        file = folder / component / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        for layer in layers:
+            for name in (f"{layer}.weight", f"{layer}.bias"):
+                state[name] = state[name] * SCALE
+                assert state[name].abs().max() < 65504
+        write_tensors(file, state)
+    return build(open_checkpoint(folder), folder.parent / "bundle", "fp16").bundle
+
+
+def picture(bundle: Bundle, precision: str) -> np.ndarray:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision) as pipeline:
+        return np.asarray(pipeline(PROMPT, **OPTIONS).images[0], np.float64)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.square(one - other).mean(), 1e-12)))
+
+
+def test_the_picture_is_close_to_that_of_fp32(half_bundle: Bundle) -> None:
+    assert half_bundle.precision == "fp16"
+    assert psnr(picture(half_bundle, "fp32"), picture(half_bundle, "fp16")) >= 45
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_all_matrix_work_and_all_its_weights_are_half(half_bundle: Bundle, name: str) -> None:
+    graph = ir.load(half_bundle.graph(name, "fp16")).graph
+    work = [node for node in graph if node.op_type in MATRIX]
+    assert work
+    for node in work:
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value} == {ir.DataType.FLOAT16}, node.name
+    for side in (graph.inputs, graph.outputs):
+        assert {value.dtype for value in side} <= {ir.DataType.FLOAT, ir.DataType.INT64}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_statistics_and_softmax_are_fp32(half_bundle: Bundle, name: str) -> None:
+    graph = ir.load(half_bundle.graph(name, "fp16")).graph
+    kept = [node for node in graph if node.op_type in ("InstanceNormalization", "LayerNormalization", "Softmax")]
+    assert kept
+    for node in kept:
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value} == {ir.DataType.FLOAT}, node.name
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_types_are_consistent_and_no_cast_stands_twice(half_bundle: Bundle, name: str) -> None:
+    path = half_bundle.graph(name, "fp16")
+    onnx.checker.check_model(str(path), full_check=True)
+    casts = [(node.inputs[0], node.attributes["to"].value) for node in ir.load(path).graph if node.op_type == "Cast"]
+    assert len(casts) == len(set(casts))
+
+
+def test_half_graphs_are_half_the_size(half_bundle: Bundle) -> None:
+    files = half_bundle.manifest.files
+    for name in COMPONENTS:
+        assert files[f"{name}/fp16.onnx"].size < 0.65 * files[f"{name}/fp32.onnx"].size
+
+
+def test_building_again_does_nothing_and_other_precisions_keep_what_is_there(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint, folder = open_checkpoint(tiny_checkpoint), tmp_path / "bundle"
+    build(checkpoint, folder)
+    more = build(checkpoint, folder, "fp16").origins
+    assert {name for name, origin in more.items() if origin == "made"} == {"ranges", *(f"{c}.fp16" for c in COMPONENTS)}
+    assert set(build(checkpoint, folder, "fp16").origins.values()) == {"kept"}
+
+
+def test_activations_beyond_half_still_give_the_right_picture(overflowing_bundle: Bundle) -> None:
+    expected, found = picture(overflowing_bundle, "fp32"), picture(overflowing_bundle, "fp16")
+    assert found.std() > 1 and psnr(expected, found) >= 45
+    for component, name in (("unet", "down_blocks.0.resnets.0.conv1"), ("decoder", "mid_block.resnets.0.conv1")):
+        report = json.loads(overflowing_bundle.file(f"report/{component}.fp16.json").read_text())
+        reasons = {node: reason for node, reason in report["islands"].items() if reason.startswith("range")}
+        assert any(name in node for node in reasons), reasons
+        assert any(name in node for node in report["matrix_islands"])
+
+
+@pytest.mark.parametrize("name", ["unet", "decoder"])
+def test_without_islands_by_range_they_would_overflow(overflowing_bundle: Bundle, name: str, tmp_path: Path) -> None:
+    """The plain conversion, blind to ranges, gives infinities: so the picture above is the islands' doing."""
+    source = overflowing_bundle.graph(name, "fp32")
+    ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())[name]
+    made = half_graph(source, tmp_path / "blind.onnx", "fp16", dict.fromkeys(ranges, 0.0))
+    spec = overflowing_bundle.manifest.components[name].spec
+    feed = dummy_inputs(spec)
+    blind = OnnxRuntimeBackend(made.files[0], spec, "cpu").run(feed)
+    right = OnnxRuntimeBackend(source, spec, "cpu").run(feed)
+    aware = OnnxRuntimeBackend(overflowing_bundle.graph(name, "fp16"), spec, "cpu").run(feed)
+    (output,) = right
+    scale = np.abs(right[output]).max()
+    assert np.abs(aware[output] - right[output]).max() < 0.02 * scale
+    assert not np.abs(blind[output] - right[output]).max() < 0.02 * scale
+
+
+def test_bf16_keeps_the_structural_islands_only(overflowing_bundle: Bundle, tmp_path: Path) -> None:
+    ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())["unet"]
+    assert max(ranges.values()) > 65504
+    made = half_graph(overflowing_bundle.graph("unet", "fp32"), tmp_path / "unet.onnx", "bf16", ranges)
+    assert set(made.islands.values()) == {"statistics", "softmax", "timestep embedding"}
+    onnx.checker.check_model(str(made.files[0]), full_check=True)
+
+
+def test_a_tensor_nobody_measured_is_refused(half_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^decoder: \d+ tensors were not measured"):
+        half_graph(half_bundle.graph("decoder", "fp32"), tmp_path / "x.onnx", "fp16", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranges_are_those_of_the_trajectory(half_bundle: Bundle) -> None:
+    """Against the same tensors taken out of the graph whole, over the same trajectory."""
+    manifest = half_bundle.manifest
+    specs = {name: part.spec for name, part in manifest.components.items()}
+    graphs = {name: half_bundle.graph(name, "fp32") for name in specs}
+    tokenizer, scheduler = half_bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler)
+    ranges = measure_ranges(graphs, specs, tokenizer, scheduler, [PROMPT], 3)
+    with LatentDiffusionPipeline.from_bundle(half_bundle, precision="fp32") as pipeline:
+        made = pipeline(PROMPT, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=3)
+        image = pipeline.backends["decoder"].run({"latents": made.latents})["image"]
+    assert ranges["decoder"]["image"] == pytest.approx(float(np.abs(image).max()))
+    assert len(ranges["unet"]) > 100 and min(ranges["unet"].values()) >= 0
+    assert not [path for graph in graphs.values() for path in graph.parent.iterdir() if "probe" in path.name]
+
+
+def test_weights_that_give_infinity_are_refused(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.weight"] = state["conv_in.weight"] * 1e38
+    write_tensors(file, state)
+    with pytest.raises(BuildError, match=r"^unet: tensor '.*' is not finite in fp32"):
+        build(open_checkpoint(folder), tmp_path / "bundle", "fp16")
+    assert not (tmp_path / "bundle").exists()
