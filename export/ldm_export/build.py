@@ -13,13 +13,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm_export.build_stages import TOKENIZER, graph_file, graph_stage, half_stage, ranges_stage, tokenizer_stage
+from ldm_export.build_stages import (
+    TOKENIZER,
+    engine_file,
+    engine_stage,
+    graph_file,
+    graph_stage,
+    half_stage,
+    ranges_stage,
+    tokenizer_stage,
+)
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import model_shape
+from ldm_export.engine_build import EngineRequest
 from ldm_export.publish import publish
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
 from ldm_runtime.bundle import NAME, Bundle, write_whole
 from ldm_runtime.ddim import DDIM
+from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import BuildError, ManifestError
 from ldm_runtime.manifest import FORMAT, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
@@ -44,6 +55,7 @@ def build(
     checkpoint: Checkpoint,
     target: Path,
     precision: str = "fp32",
+    engines: EngineRequest | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Built:
     """Export a checkpoint's text encoder, UNet and decoder and write a bundle; what is there already is kept.
@@ -54,6 +66,7 @@ def build(
         checkpoint: an opened checkpoint.
         target: the bundle's folder; one that is no bundle is refused.
         precision: "fp32", "fp16" or "bf16"; the fp32 graphs, which the others are made of, are kept beside them.
+        engines: also build TensorRT engines of that precision.
         progress: told stage name, stages done and stages in all, before each stage and at the end.
 
     Raises:
@@ -70,7 +83,7 @@ def build(
     precisions = tuple(dict.fromkeys(("fp32", precision)))
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        stages = _stages(checkpoint, specs, scheduler, precisions, work, tools)
+        stages = _stages(checkpoint, specs, scheduler, precisions, engines, work, tools)
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
@@ -79,7 +92,11 @@ def build(
         progress("bundle", len(stages), len(stages))
         manifest = Manifest(
             components={
-                name: Component(spec, {given: graph_file(name, given) for given in precisions})
+                name: Component(
+                    spec,
+                    {given: graph_file(name, given) for given in precisions},
+                    () if engines is None else (_engine(work / engine_file(name, precision, engines)),),
+                )
                 for name, spec in specs.items()
             },
             scheduler=scheduler.to_config(),
@@ -87,7 +104,7 @@ def build(
             files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
             stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
             tools=tools,
-            asked=_asked(checkpoint, precision),
+            asked=_asked(checkpoint, precision, engines),
         )
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
         if untouched and previous is not None and _same(previous, manifest):
@@ -119,6 +136,7 @@ def _stages(
     specs: dict[str, ComponentSpec],
     scheduler: DDIM,
     precisions: tuple[str, ...],
+    engines: EngineRequest | None,
     work: Path,
     tools: dict[str, str],
 ) -> list[Stage]:
@@ -127,11 +145,25 @@ def _stages(
     if halves := precisions[1:]:
         ranges = ranges_stage(work, specs, scheduler, stages, tools)
         stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
+    if engines is not None:
+        made = {stage.name: stage for stage in stages}
+        last = precisions[-1]
+        stages += [engine_stage(work, spec, last, engines, made[f"{name}.{last}"]) for name, spec in specs.items()]
     return stages
 
 
-def _asked(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
+def _engine(file: Path) -> Engine:
+    return engine_from_json(file.name, json.loads(file.with_name(f"{file.name}.json").read_text()))
+
+
+def _asked(checkpoint: Checkpoint, precision: str, engines: EngineRequest | None) -> dict[str, Any]:
     asked: dict[str, Any] = {"checkpoint": checkpoint.folder.resolve().name, "precision": precision}
+    if engines is not None:
+        asked["engines"] = {
+            "target": engines.target,
+            "compute_capabilities": list(engines.compute_capabilities),
+            "bounds": {name: list(bounds) for name, bounds in engines.bounds},
+        }
     return asked if checkpoint.random_seed is None else {**asked, "random_weights_seed": checkpoint.random_seed}
 
 

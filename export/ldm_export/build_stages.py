@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
+from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_package import check_capabilities, open_package
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph
 from ldm_export.precision import MARGIN, half_graph
@@ -113,6 +115,32 @@ def half_stage(work: Path, name: str, precision: str, ranges: Stage) -> Stage:
 
     depends = {"ranges": ranges.key, "precision": precision, "margin": MARGIN}
     return Stage(f"{name}.{precision}", depends, run)
+
+
+def engine_file(component: str, precision: str, request: EngineRequest) -> str:
+    """Where a component's engine lies in the bundle; its facts lie beside it in ``.json``."""
+    return f"{component}/{precision}.{request.name}.engine"
+
+
+def engine_stage(work: Path, spec: ComponentSpec, precision: str, request: EngineRequest, graph: Stage) -> Stage:
+    """Builds an engine from the component's graph that lies in ``work``, and writes its facts beside it."""
+
+    def run(folder: Path) -> list[str]:
+        file = engine_file(spec.name, precision, request)
+        report = work / islands_file(spec.name, precision)
+        islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
+        (folder / spec.name).mkdir()
+        made = build_engine(
+            work / graph_file(spec.name, precision), spec, precision, request, folder / file, islands=islands
+        )
+        facts = folder / f"{file}.json"
+        facts.write_text(json.dumps(replace(made, file=file).to_json(), indent=1, sort_keys=True) + "\n")
+        return [file, f"{file}.json"]
+
+    package = open_package(request.target)
+    check_capabilities(package, request.compute_capabilities, precision)
+    depends = {"graph": graph.key, "request": repr(request), "version": package.__version__}
+    return Stage(f"{spec.name}.{precision}.{request.name}", depends, run)
 
 
 def _relative(files: list[Path], folder: Path) -> list[str]:

@@ -15,6 +15,8 @@ from ldm_export.screen import Screen, printable
 from ldm_runtime.errors import LdmError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+BACKENDS = ("onnxruntime", "tensorrt")
+TARGETS = ("tensorrt-rtx", "tensorrt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +71,13 @@ def _build(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder; left out: the shipped shapes model")
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
+    engines = verb.add_argument_group("engines")
+    engines.add_argument("--target", choices=TARGETS, help="also build TensorRT engines")
+    engines.add_argument(
+        "--compute-capability", metavar="LIST", help="of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)"
+    )
+    for name, unit in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
+        engines.add_argument(f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call that an engine takes")
     verb.add_argument(
         "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
     )
@@ -90,6 +99,7 @@ def _generate(verb: argparse.ArgumentParser) -> None:
         "--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)"
     )
     verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
+    verb.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="what runs it (default onnxruntime)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 

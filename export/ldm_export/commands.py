@@ -7,11 +7,14 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle, write_together
 from ldm_runtime.errors import BuildError, SpecError
+
+if TYPE_CHECKING:
+    from ldm_export.engine_build import EngineRequest
 
 MAX_THREADS = 1024
 
@@ -25,10 +28,11 @@ def build(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_export.checkpoint import open_checkpoint
     _quieten(args.verbose)
     begun = time.monotonic()
+    engines = _engines(args)
     checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
     with screen.bar("reading", None) as bar:
         built = building.build(
-            checkpoint, args.output, args.precision, lambda stage, done, total: bar.to(done, total, stage)
+            checkpoint, args.output, args.precision, engines, lambda stage, done, total: bar.to(done, total, stage)
         )
     size = sum(fact.size for fact in built.bundle.manifest.files.values())
     made = [name for name, origin in built.origins.items() if origin == "made"]
@@ -39,6 +43,20 @@ def build(args: argparse.Namespace, screen: Screen) -> None:
     what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
+
+
+def _engines(args: argparse.Namespace) -> EngineRequest | None:
+    from ldm_export.engine_build import EngineRequest
+    from ldm_export.engine_profiles import parse_bounds
+
+    given = {name: getattr(args, name) for name in ("batch", "height", "width")}
+    bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)
+    capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
+    if args.target is None:
+        if bounds or capabilities != ("",):
+            raise BuildError("batch, height, width and compute capability are an engine's; give --target too")
+        return None
+    return EngineRequest(args.target, tuple(filter(None, capabilities)), bounds)
 
 
 def generate(args: argparse.Namespace, screen: Screen) -> None:
@@ -54,7 +72,11 @@ def generate(args: argparse.Namespace, screen: Screen) -> None:
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("loading"):
         loaded = LatentDiffusionPipeline.from_bundle(
-            args.bundle, precision=args.precision, device=args.device, threads=args.threads
+            args.bundle,
+            precision=args.precision,
+            backend=args.backend,
+            device=args.device,
+            threads=args.threads,
         )
     with loaded as pipeline:
         request = Request(

@@ -55,7 +55,9 @@ class Engine:
     def fitting(self, shapes: Mapping[str, Shape]) -> int | None:
         """The index of the first profile that takes inputs of these shapes; None where none does."""
         for index, one in enumerate(self.profiles):
-            if set(one) == set(shapes) and all(_within(shapes[name], *bounds) for name, bounds in one.items()):
+            if set(one) == set(shapes) and all(
+                _within(shapes[name], low, high) for name, (low, _, high) in one.items()
+            ):
                 return index
         return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.fields import each, mapping, text
 from ldm_runtime.spec_json import spec_from_json, spec_to_json
@@ -17,7 +18,7 @@ from ldm_runtime.specs import ComponentSpec
 FORMAT, VERSION = "ldm-export bundle", 1
 NAME = "manifest.json"
 MAX_BYTES = 16 * 2**20
-MAX_NESTING = 32
+MAX_NESTING, MAX_ENGINES = 32, 64
 COMPONENTS = ("text_encoder", "unet", "decoder")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
@@ -41,10 +42,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Component:
-    """One model component: its spec and, per precision, the path of its ONNX graph in the bundle."""
+    """One model component: its spec, per precision the path of its ONNX graph in the bundle, and its engines."""
 
     spec: ComponentSpec
     graphs: Mapping[str, str]
+    engines: tuple[Engine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "components": {
-                name: {**spec_to_json(part.spec), "graphs": dict(part.graphs)} for name, part in self.components.items()
+                name: {
+                    **spec_to_json(part.spec),
+                    "graphs": dict(part.graphs),
+                    "engines": [engine.to_json() for engine in part.engines],
+                }
+                for name, part in self.components.items()
             },
             "scheduler": dict(self.scheduler),
             "tokenizer": self.tokenizer,
@@ -154,7 +161,8 @@ def _parse(document: Any) -> Manifest:
     if missing:
         raise ManifestError(f"components: {', '.join(missing)} missing, expected {', '.join(COMPONENTS)}")
     graphs = [graph for part in manifest.components.values() for graph in part.graphs.values()]
-    for path in (manifest.tokenizer, *graphs):
+    engines = [engine.file for part in manifest.components.values() for engine in part.engines]
+    for path in (manifest.tokenizer, *graphs, *engines):
         if path not in files:
             raise ManifestError(f"files: no entry for {path}, so its digest cannot be checked; rebuild the bundle")
     return manifest
@@ -194,4 +202,10 @@ def _stage(where: str, value: Any) -> Stage:
 def _component(where: str, value: Any) -> Component:
     entry = mapping(where, value)
     graphs = each(f"{where}.graphs", entry.get("graphs"), safe_path)
-    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs)
+    given = entry.get("engines", [])
+    if not isinstance(given, list) or len(given) > MAX_ENGINES:
+        raise ManifestError(f"{where}.engines: expected a list of at most {MAX_ENGINES}; rebuild the bundle")
+    engines = tuple(engine_from_json(f"{where}.engines", item) for item in given)
+    for engine in engines:
+        safe_path(f"{where}.engines", engine.file)
+    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs, engines)

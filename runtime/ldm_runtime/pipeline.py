@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.tensorrt import TensorRtBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BackendError
@@ -24,6 +25,7 @@ from ldm_runtime.signature import check_signature
 from ldm_runtime.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
+BACKENDS = ("onnxruntime", "tensorrt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class LatentDiffusionPipeline:
         path: str | Path | Bundle,
         *,
         precision: str | None = None,
+        backend: str = "onnxruntime",
         device: str = "auto",
         threads: int | None = None,
     ) -> LatentDiffusionPipeline:
@@ -71,8 +74,9 @@ class LatentDiffusionPipeline:
         Args:
             path: the bundle's folder.
             precision: which graphs: "fp32", "fp16" or "bf16"; None for what the bundle was built for.
-            device: "auto", "cpu" or "cuda".
-            threads: CPU threads of one operator; None for all cores this process may use.
+            backend: "onnxruntime", or "tensorrt" for the bundle's engines, on a GPU.
+            device: of onnxruntime: "auto", "cpu" or "cuda".
+            threads: of onnxruntime: CPU threads of one operator; None for all cores this process may use.
 
         Raises:
             ManifestError: the bundle is damaged or made for another version.
@@ -83,8 +87,12 @@ class LatentDiffusionPipeline:
         check_signature(manifest.components)
         scheduler = DDIM.from_config(manifest.scheduler)
         precision = precision or bundle.precision
+        if backend not in BACKENDS:
+            raise BackendError(f"backend: got {backend!r:.40}, expected one of {', '.join(BACKENDS)}")
         backends: dict[str, Backend] = {
-            name: OnnxRuntimeBackend(bundle.graph(name, precision), manifest.components[name].spec, device, threads)
+            name: TensorRtBackend(bundle, name, precision)
+            if backend == "tensorrt"
+            else OnnxRuntimeBackend(bundle.graph(name, precision), manifest.components[name].spec, device, threads)
             for name in COMPONENTS
         }
         tokens = backends["text_encoder"].inputs[0].shape[1]

@@ -1,0 +1,109 @@
+"""The TensorRT backend: what it refuses before an engine is opened, and, on a GPU, that it gives what the CPU gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_export.build import build
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.engine_build import EngineRequest
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.tensorrt import check_graph, choose, open_package, result_shape
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import BackendError
+from ldm_runtime.manifest import COMPONENTS
+
+CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("driven") / "bundle"
+    return build(open_checkpoint(tiny_checkpoint), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
+
+
+def engines(bundle: Bundle) -> tuple:
+    return bundle.manifest.components["unet"].engines
+
+
+def test_the_engine_for_this_version_and_gpu(bundle: Bundle) -> None:
+    (engine,) = engines(bundle)
+    assert choose("unet", [replace(engine, version="0.1"), engine], engine.version, "8.6") is engine
+
+
+def test_another_version_is_refused_with_both(bundle: Bundle) -> None:
+    (engine,) = engines(bundle)
+    with pytest.raises(
+        BackendError, match=rf"built by tensorrt-rtx {engine.version}, here is 9\.9; .*--target tensorrt-rtx"
+    ):
+        choose("unet", [engine], "9.9", "8.9")
+
+
+def test_another_gpu_is_refused_with_both(bundle: Bundle) -> None:
+    (engine,) = engines(bundle)
+    said = r"are for compute capability 8\.0, 8\.6, 8\.9, 12\.0, this GPU has 9\.0; .*--compute-capability 9\.0"
+    with pytest.raises(BackendError, match=said):
+        choose("unet", [engine], engine.version, "9.0")
+
+
+def test_an_engine_of_another_graph_is_refused(bundle: Bundle) -> None:
+    (engine,) = engines(bundle)
+    with pytest.raises(
+        BackendError, match=r"built from a graph of sha256 1{64}, the bundle's is [0-9a-f]{64}; rebuild"
+    ):
+        check_graph(bundle, "unet", "fp16", [replace(engine, graph="1" * 64)])
+
+
+def test_no_engine_of_that_precision(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"unet has no fp32 engine, only fp16; build it with `ldm-export build"):
+        check_graph(bundle, "unet", "fp32", [])
+
+
+def test_an_unknown_package_is_never_imported(bundle: Bundle) -> None:
+    (engine,) = engines(bundle)
+    with pytest.raises(BackendError, match=r"package 'os' is none of tensorrt-rtx, tensorrt"):
+        open_package([replace(engine, package="os")])
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_shapes_of_results_follow_from_the_inputs(bundle: Bundle, name: str) -> None:
+    spec = bundle.manifest.components[name].spec
+    shapes = {tensor.name: tensor.bounds("max") for tensor in spec.inputs}
+    for tensor in spec.outputs:
+        assert result_shape(spec, shapes, tensor) == tensor.bounds("max")
+
+
+def has_gpu() -> bool:
+    try:
+        Cuda()
+    except BackendError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(has_gpu(), reason="what a machine without a GPU says")
+def test_without_a_gpu_the_engine_is_not_opened(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"^no CUDA GPU can be used \(.*\); .*--backend onnxruntime"):
+        LatentDiffusionPipeline.from_bundle(bundle, backend="tensorrt")
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "", "TensorRT"])
+def test_unknown_backends(bundle: Bundle, backend: str) -> None:
+    with pytest.raises(BackendError, match="expected one of onnxruntime, tensorrt"):
+        LatentDiffusionPipeline.from_bundle(bundle, backend=backend)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_picture_is_that_of_the_cpu(bundle: Bundle) -> None:
+    options = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
+    pictures = []
+    for backend in ("onnxruntime", "tensorrt"):
+        with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, device="auto") as pipeline:
+            pictures.append(np.asarray(pipeline("a red circle", **options).images[0], np.float64))
+    error = np.square(pictures[0] - pictures[1]).mean()
+    assert 10 * np.log10(255**2 / max(error, 1e-12)) >= 40
