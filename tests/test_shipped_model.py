@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMTextToImagePipeline, UNet2DConditionModel
 
 from ldm_calibration.shapes.grader import accuracy
@@ -36,18 +37,21 @@ def test_it_is_small_half_precision_and_safe() -> None:
         assert {tensor["dtype"] for name, tensor in json.loads(header).items() if name != "__metadata__"} == {"F16"}
 
 
-def test_pictures_of_held_out_prompts_are_right(shapes_bundle: Path) -> None:
+@pytest.mark.parametrize(("one_object", "two_object", "least"), [(32, 0, 0.85), (0, 32, 0.6)])
+def test_pictures_of_held_out_prompts_are_right(
+    shapes_bundle: Path, one_object: int, two_object: int, least: float
+) -> None:
     """A sample of what `training/evaluate.py` measures in full: its bar less what 32 pictures vary by."""
-    prompts = held_out_prompts(32, 0, seed=1)
+    prompts = held_out_prompts(one_object, two_object, seed=1)
     with LatentDiffusionPipeline.from_bundle(shapes_bundle) as pipeline:
         images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=50).images
-    result = accuracy([np.asarray(image) for image in images], prompts)
-    assert result.overall.right >= 0.85
+    assert accuracy([np.asarray(image) for image in images], prompts).overall.right >= least
 
 
-def test_the_measured_accuracy_of_one_object_prompts_meets_its_bar() -> None:
+def test_the_measured_accuracy_meets_its_bars() -> None:
     measured = json.loads((SHIPPED / "accuracy.json").read_text())
     settings, figures = measured["settings"], measured["accuracy"]
     assert (settings["steps"], settings["eta"], settings["guidance"]) == (50, 0.3, 6.0)
     assert figures["one_object"]["number"] >= 100 and figures["two_objects"]["number"] >= 100
     assert figures["one_object"]["right"] >= 0.95
+    assert figures["two_objects"]["right"] >= 0.80

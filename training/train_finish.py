@@ -18,10 +18,10 @@ from run import Run
 from text import make_tokenizer, token_ids
 from train_diffusion import SCHEDULER, UNET, scaling_factor
 
-BATCH, SQUARE_WEIGHT = 16, 4.0
+BATCH, SQUARE_WEIGHT = 16, 1.0
 PAIRS, AT_ONCE = 4096, 64
 """Pictures denoised beforehand, and how many in one go."""
-FROM, STRIDE, GUIDANCE, ETA, OVERSHOT = 400, 40, 6.0, 0.3, 0.5
+FROM, STRIDE, GUIDANCE, ETA, OVERSHOT = 240, 40, 6.0, 0.3, 0.3
 """Where denoising begins (late, so that the picture stays the same; early, so that the UNet leaves its marks), the
 timesteps between its steps, its options, and how far beyond the truth the latents lie at most where it begins."""
 
@@ -59,7 +59,7 @@ def denoised_pairs(runs: Path, autoencoder: AutoencoderKL, seed: int) -> tuple[t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the other runs")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -71,12 +71,13 @@ def main() -> None:
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = np.random.default_rng([args.seed, step]).integers(PAIRS, size=BATCH * 3 // 4)
-        crowd = crowded_pictures(args.seed, step, BATCH // 4)
+        clean, denoised = rows[: BATCH // 4], rows[BATCH // 4 :]
+        truth = torch.cat([crowded_pictures(args.seed, step, BATCH // 4), wanted[clean]])
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                posterior = autoencoder.encode(crowd).latent_dist
+                posterior = autoencoder.encode(truth).latent_dist
                 drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            latents, images = torch.cat([found[rows], drawn.float()]), torch.cat([wanted[rows], crowd])
+            latents, images = torch.cat([found[denoised], drawn.float()]), torch.cat([wanted[denoised], truth])
             error = autoencoder.decode(latents).sample.float() - images
         return error.abs().mean() + SQUARE_WEIGHT * error.square().mean()
 

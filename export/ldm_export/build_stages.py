@@ -15,9 +15,10 @@ from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
 from ldm_export.engine_build import EngineRequest, build_engine
 from ldm_export.engine_package import check_capabilities, open_package
+from ldm_export.islands import MARGIN
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph
-from ldm_export.precision import MARGIN, half_graph
+from ldm_export.precision import half_graph
 from ldm_export.prompts import PROMPTS
 from ldm_export.ranges import measure_ranges
 from ldm_export.spelling import tokenizer_folder
@@ -31,6 +32,8 @@ from ldm_runtime.specs import ComponentSpec
 TOKENIZER, RANGES = "tokenizer.json", "report/ranges.json"
 RANGE_STEPS = 10
 """Denoising steps of each trajectory that ranges are measured on."""
+LARGEST_TOLD = 8
+"""Largest ranges told in the report on a half graph."""
 _WEIGHTS_OF = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "autoencoder"}
 
 
@@ -109,7 +112,8 @@ def half_stage(work: Path, name: str, precision: str, ranges: Stage) -> Stage:
         made = half_graph(work / graph_file(name, "fp32"), folder / graph_file(name, precision), precision, measured)
         report = folder / islands_file(name, precision)
         report.parent.mkdir()
-        facts = {key: value for key, value in asdict(made).items() if key != "files"}
+        largest = sorted(measured.items(), key=lambda item: -item[1])[:LARGEST_TOLD]
+        facts = {key: value for key, value in asdict(made).items() if key != "files"} | {"largest": dict(largest)}
         report.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         return _relative([*made.files, report], folder)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -67,6 +68,8 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     data = target.with_name(f"{target.name}.data") if size > INLINE_BYTES else None
+    if data is None:
+        load_to_model(model)  # weights of another graph's file must not be referred to
     ir.save(model, target, external_data=data.name if data else None)
     try:
         onnx.checker.check_model(str(target))

@@ -10,20 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+from ldm_export.islands import MATRIX, computes, find_islands
 from ldm_export.onnx_graph import save_graph
 from ldm_runtime.errors import BuildError
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 OPSETS = {"fp16": 20, "bf16": 22}
 """The first opsets in which every operator here takes the type."""
-LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
-MARGIN = 4.0
-"""A tensor whose measured magnitude comes within this factor of the largest half number stays in fp32."""
-STATISTICS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean", "Pow", "Sqrt")
-MATRIX = ("Conv", "Gemm", "MatMul")
 _FLOAT = ir.DataType.FLOAT
 _FLOAT_ONLY = {"Resize": (1, 2)}  # inputs that the standard wants in fp32 whatever the data's type
 
@@ -58,13 +54,15 @@ def half_graph(source: Path, target: Path, precision: str, ranges: Mapping[str, 
         BuildError: a tensor that is computed was not measured, or the graph cannot be rewritten.
     """
     model = ir.load(source)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph, half = model.graph, DTYPES[precision]
-    islands = _islands(graph, LARGEST[precision], ranges)
-    computing = [node for node in graph if _floats(node)]
     _check_measured(graph, ranges)
+    islands = find_islands(graph, precision, ranges)
+    computing = [node for node in graph if computes(node)]
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-    for node in computing:
-        wanted = _FLOAT if node.name in islands else half
+    reading = [node for node in graph if node not in computing and node.op_type not in ("Shape", "Size")]
+    for node in (*computing, *reading):  # comparisons and the like decide on fp32 values
+        wanted = half if node in computing and node.name not in islands else _FLOAT
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (_FLOAT, half):
                 continue
@@ -82,56 +80,6 @@ def half_graph(source: Path, target: Path, precision: str, ranges: Mapping[str, 
     files = save_graph(model, target)
     matrix = tuple(node.name or "" for node in computing if node.op_type in MATRIX and node.name in islands)
     return HalfGraph(tuple(files), len(computing) - len(islands), islands, matrix)
-
-
-def _floats(node: ir.Node) -> bool:
-    return any(value.dtype == _FLOAT for value in node.outputs)
-
-
-def _islands(graph: ir.Graph, largest: float, ranges: Mapping[str, float]) -> dict[str, str]:
-    """Node name → why it stays in fp32."""
-    embedding = _timestep_embedding(graph)
-    reasons = {}
-    for node in graph:
-        if not _floats(node):
-            continue
-        if node.op_type in STATISTICS:
-            reasons[node.name or ""] = "statistics"
-        elif node.op_type == "Softmax":
-            reasons[node.name or ""] = "softmax"
-        elif node in embedding:
-            reasons[node.name or ""] = "timestep embedding"
-        else:
-            for value in (*node.inputs, *node.outputs):
-                seen = _magnitude(value, ranges)
-                if seen * MARGIN > largest:
-                    reasons[node.name or ""] = f"range: |{value.name if value else ''}| reaches {seen:.4g}"
-                    break
-    return reasons
-
-
-def _timestep_embedding(graph: ir.Graph) -> set[ir.Node]:
-    """What is computed from an integer input alone, up to the first matrix product: sines of numbers up to 1000."""
-    reached = {value for value in graph.inputs if value.dtype != _FLOAT}
-    found = set()
-    for node in graph:
-        if node.op_type in (*MATRIX, "Gather", "Shape"):
-            continue
-        given = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        if given and all(value in reached for value in given):
-            reached.update(node.outputs)
-            if _floats(node):
-                found.add(node)
-    return found
-
-
-def _magnitude(value: ir.Value | None, ranges: Mapping[str, float]) -> float:
-    if value is None or value.dtype != _FLOAT:
-        return 0.0
-    if value.is_initializer():
-        array = value.const_value.numpy() if value.const_value is not None else np.zeros(1)
-        return float(np.abs(array).max()) if array.size else 0.0
-    return ranges.get(value.name or "", 0.0)
 
 
 def _check_measured(graph: ir.Graph, ranges: Mapping[str, float]) -> None:

@@ -1,0 +1,105 @@
+"""Which operations of a half-precision graph stay in fp32, and why: structure decides, and measured magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
+SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
+"""Smallest normal numbers: a tensor that stays below is rounded coarser than half precision rounds others."""
+MARGIN = 4.0
+"""A tensor whose measured magnitude comes within this factor of the largest half number stays in fp32."""
+MATRIX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NORMALISATIONS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
+_MEANS = ("ReduceMean", "ReduceSumSquare", "ReduceL2")
+_POINTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Clip", "Reciprocal")
+_SOFTMAX = ("Softmax", "LogSoftmax")
+_GENERATORS = ("ConstantOfShape", "Range")  # typed by an attribute, or without half-precision kernels
+_FACTORS = (*MATRIX, "Mul", "Div")
+"""Operations whose first two inputs are multiplied: there a small one counts, however large the other."""
+
+
+def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -> dict[str, str]:
+    """Node name → why it stays in fp32; of all others the weights and the arithmetic can be half.
+
+    Args:
+        graph: in fp32, its constants initialisers, every node named and every value typed.
+        precision: "fp16" or "bf16".
+        ranges: tensor name → largest magnitude seen.
+    """
+    structure = {node: "sizes" for node in graph if node.op_type in _GENERATORS}
+    structure |= _from_integers(graph)
+    structure |= {node: "softmax" for node in graph if node.op_type in _SOFTMAX}
+    structure |= dict.fromkeys(_statistics(graph), "statistics")
+    reasons = {}
+    for node in filter(computes, graph):
+        if reason := structure.get(node) or _out_of_range(node, precision, ranges):
+            reasons[node.name or ""] = reason
+    return reasons
+
+
+def computes(node: ir.Node) -> bool:
+    """True where a node gives a float tensor."""
+    return any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
+
+
+def _statistics(graph: ir.Graph) -> set[ir.Node]:
+    """Normalisations, and of decomposed ones all from the first mean to the division by the root of the variance."""
+    after: set[ir.Node] = set()
+    for node in graph:
+        behind = node.op_type in (*_POINTWISE, "Sqrt") and any(source in after for source in node.predecessors())
+        if node.op_type in _MEANS or behind:
+            after.add(node)
+    before: set[ir.Node] = set()
+    for node in reversed(graph):
+        if node.op_type == "Sqrt":
+            before.update((node, *(user for user in node.successors() if user.op_type in ("Div", "Reciprocal"))))
+        elif node.op_type in (*_POINTWISE, *_MEANS) and any(
+            user in before and user.op_type in (*_POINTWISE, *_MEANS, "Sqrt") for user in node.successors()
+        ):
+            before.add(node)
+    always = {node for node in graph if node.op_type in (*_NORMALISATIONS, *_MEANS, "Pow", "Sqrt")}
+    return always | (after & before)
+
+
+def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
+    """What is computed in float from integers alone, up to the first matrix product or table: half would round it.
+
+    "timestep embedding" is what follows from the graph's integer inputs, "sizes" what follows from its shapes.
+    """
+    reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT}
+    reasons: dict[ir.Node, str] = {}
+    for node in graph:
+        sources = [value for value in node.inputs if value is not None and not value.is_initializer()]
+        if not sources or node.op_type in (*MATRIX, "Gather", "Shape"):
+            continue
+        if all(value.dtype != ir.DataType.FLOAT or value.producer() in reasons for value in sources):
+            if timestep := any(value in reached for value in sources):
+                reached.update(node.outputs)
+            if computes(node):
+                reasons[node] = "timestep embedding" if timestep else "sizes"
+    return reasons
+
+
+def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
+    for value in (*node.inputs, *node.outputs):
+        seen = _magnitude(value, ranges)
+        if seen * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {seen:.4g}"
+    for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
+        seen = _magnitude(value, ranges)
+        if 0 < seen < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {seen:.4g}"
+    return None
+
+
+def _magnitude(value: ir.Value | None, ranges: Mapping[str, float]) -> float:
+    if value is None or value.dtype != ir.DataType.FLOAT:
+        return 0.0
+    if value.is_initializer():
+        array = value.const_value.numpy() if value.const_value is not None else np.zeros(1)
+        return float(np.abs(array).max()) if array.size else 0.0
+    return ranges.get(value.name or "", 0.0)
