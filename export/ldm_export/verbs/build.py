@@ -1,0 +1,74 @@
+"""``ldm-export build``: export a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_export.screen import Screen, human_bytes
+from ldm_export.verbs.options import PRECISIONS, quieten
+from ldm_runtime.errors import BuildError
+
+if TYPE_CHECKING:
+    from ldm_export.engine_build import EngineRequest
+
+TARGETS = ("tensorrt-rtx", "tensorrt")
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder; left out: the shipped shapes model")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
+    engines = verb.add_argument_group("engines")
+    engines.add_argument("--target", choices=TARGETS, help="also build TensorRT engines")
+    engines.add_argument(
+        "--compute-capability", metavar="LIST", help="of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)"
+    )
+    for name, unit in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
+        engines.add_argument(f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call that an engine takes")
+    verb.add_argument(
+        "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    """``ldm-export build``."""
+    from ldm_export.extras import needs
+
+    with needs("export"):
+        from ldm_export import build as building
+        from ldm_export.checkpoint import open_checkpoint
+    quieten(args.verbose)
+    begun = time.monotonic()
+    engines = _engines(args)
+    checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
+    with screen.bar("reading", None) as bar:
+        built = building.build(
+            checkpoint, args.output, args.precision, engines, lambda stage, done, total: bar.to(done, total, stage)
+        )
+    size = sum(fact.size for fact in built.bundle.manifest.files.values())
+    made = [name for name, origin in built.origins.items() if origin == "made"]
+    if args.json:
+        result = {"bundle": str(args.output), "bytes": size, "made": made, "seconds": time.monotonic() - begun}
+        screen.json(result)
+        return
+    what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
+    screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
+    screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
+
+
+def _engines(args: argparse.Namespace) -> EngineRequest | None:
+    from ldm_export.engine_build import EngineRequest
+    from ldm_export.engine_profiles import parse_bounds
+
+    given = {name: getattr(args, name) for name in ("batch", "height", "width")}
+    bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)
+    capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
+    if args.target is None:
+        if bounds or capabilities != ("",):
+            raise BuildError("batch, height, width and compute capability are an engine's; give --target too")
+        return None
+    return EngineRequest(args.target, tuple(filter(None, capabilities)), bounds)

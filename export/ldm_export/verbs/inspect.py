@@ -1,0 +1,54 @@
+"""``ldm-export inspect``: show what is in a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ldm_export.screen import Screen, human_bytes
+from ldm_runtime.bundle import Bundle
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    verb.add_argument("bundle", type=Path)
+    verb.add_argument("--check", action="store_true", help="check every file's digest too")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    """``ldm-export inspect``."""
+    from ldm_export.inspection import inspect_bundle
+
+    bundle = Bundle.open(args.bundle)
+    if args.check:
+        with screen.bar("checking", len(bundle.manifest.files)) as bar:
+            names = list(bundle.manifest.files)
+            bundle.check(lambda name: bar.to(names.index(name), what=name))
+    facts = inspect_bundle(bundle)
+    if args.json:
+        screen.json(facts)
+        return
+    for name, component in facts["components"].items():
+        rows = [[direction, text] for direction in ("inputs", "outputs") for text in component[direction]]
+        for precision, graph in component["graphs"].items():
+            rows.append([precision, f"{graph['file']}, {human_bytes(graph['bytes'])}"])
+            if graph.get("operators"):
+                most = sorted(graph["operators"].items(), key=lambda item: -item[1])[:8]
+                rows.append(["operators", ", ".join(f"{count} {kind}" for kind, count in most)])
+            if graph.get("islands"):
+                half, *kept = graph["islands"].items()
+                reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
+                rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
+        screen.table(name, ["", ""], rows)
+    screen.table("asked", ["", ""], _flat(facts["asked"]))
+    screen.table("tools", ["", ""], _flat(facts["tools"]))
+    screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+
+
+def _flat(facts: Any, prefix: str = "") -> list[list[str]]:
+    if isinstance(facts, dict):
+        return [row for key, value in facts.items() for row in _flat(value, f"{prefix}.{key}" if prefix else key)]
+    if isinstance(facts, list):
+        return [row for index, value in enumerate(facts) for row in _flat(value, f"{prefix}[{index}]")]
+    return [[prefix, f"{facts:.6g}" if isinstance(facts, float) else str(facts)]]

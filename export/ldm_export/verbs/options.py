@@ -1,0 +1,41 @@
+"""What several verbs share: choices, files of prompts, and errors of writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_runtime.errors import BuildError, SpecError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+BACKENDS = ("onnxruntime", "tensorrt")
+
+
+def lines(path: Path) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        SpecError: it cannot be read, or holds none.
+    """
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read as a text file of prompts ({error})") from None
+    if not any(found):
+        raise SpecError(f"{path}: got no prompts, expected one a line")
+    return [line for line in found if line]
+
+
+def unwritten(path: Path, error: OSError, advice: str) -> BuildError:
+    """What to raise where a result cannot be written."""
+    what = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+    return BuildError(f"{path}: cannot be written ({what}); {advice}")
+
+
+def quieten(verbose: bool) -> None:
+    """Keep off the screen what these libraries print by log handlers of their own."""
+    import diffusers
+    import transformers
+
+    if not verbose:
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
