@@ -14,6 +14,7 @@ from ldm_export import cli
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "safetensors")
+VERBS = [module.__name__.rpartition(".")[2] for module in cli.VERBS]
 PROMPT = "a large red circle in the center on a white background"
 
 IMPORT_ALL = f"""
@@ -46,15 +47,10 @@ def test_every_module_of_the_runtime_imports(thin: Path) -> None:
     assert present == {name.rpartition(".")[2] for name in json.loads(done.stdout)} - {"backends"}
 
 
-@pytest.mark.parametrize("verb", [None, "build", "generate", "verify", "inspect"])
+@pytest.mark.parametrize("verb", [None, *VERBS])
 def test_help_of_every_verb(thin: Path, verb: str | None) -> None:
     done = run(thin / "ldm-export", *([verb] if verb else []), "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: ldm-export"), done.stderr
-
-
-def test_every_verb_is_tested_for_its_help() -> None:
-    (action,) = [action for action in cli.make_parser()._actions if hasattr(action, "choices") and action.choices]
-    assert set(action.choices) == {"build", "generate", "verify", "inspect"}
 
 
 @pytest.mark.parametrize("verb", ["build", "verify"])
