@@ -57,7 +57,9 @@ def main() -> None:
     Console().print(table)
     if args.json:
         tools = {name: version(name) for name in ("torch", "diffusers", "onnxruntime", "numpy")}
-        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "rows": rows}
+        pictures = args.seeds * sum(args.batches)
+        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "pictures": pictures}
+        facts["rows"] = rows
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
