@@ -7,20 +7,26 @@ SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibratio
 BUNDLE := build/shapes
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint bench model clean
+.PHONY: demo test lint browser bench model clean
 
 demo: $(VENV)/.export
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The picture is in $(CURDIR)/build/demo.png"
 
-test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin lint
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin lint browser
 	$(BIN)/pytest -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo "No Chromium here, and it cannot be installed: tests that look at pages will fail"
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)

@@ -15,6 +15,7 @@ from tiny import write_tiny_checkpoint
 from ldm_export.build import SHIPPED, build
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.cli import main
+from ldm_runtime.bundle import Bundle
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 hypothesis.settings.register_profile("ldm", deadline=None)
@@ -33,6 +34,12 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("built") / "bundle"
     build(open_checkpoint(tiny_checkpoint), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of ``tiny_checkpoint`` in fp32 and fp16, not to be changed."""
+    return build(open_checkpoint(tiny_checkpoint), tmp_path_factory.mktemp("half") / "bundle", "fp16").bundle
 
 
 @pytest.fixture(scope="session")

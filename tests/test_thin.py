@@ -76,3 +76,9 @@ def test_inspect_without_onnx(thin: Path, shapes_bundle: Path) -> None:
     done = run(thin / "ldm-export", "inspect", shapes_bundle, "--check", "--json")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["components"]) == {"text_encoder", "unet", "decoder"}
+
+
+def test_report_without_torch_and_onnx(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
+    done = run(thin / "ldm-export", "report", shapes_bundle, "--steps", "2", "-o", tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<img ") == 4

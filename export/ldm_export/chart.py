@@ -18,11 +18,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _CHAR = 72, 190, 44, 52, 22, 6.6
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: its points (x, y) in order; ``joined`` False draws the points alone."""
+    """A named line: its points (x, y) in order, ``joined`` by a line, and each of them ``marked`` by a dot."""
 
     name: str
     points: tuple[tuple[float, float], ...]
     joined: bool = True
+    marked: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def lines(
     """
     points = [point for one in series for point in one.points]
     across, up = (Axis.over([point[side] for point in points], log[side]) for side in (0, 1))
-    wide, high = WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
+    right = max(_RIGHT, round(34 + _CHAR * max(len(one.name) for one in series)))
+    wide, high = max(120, WIDTH - _LEFT - right), height - _TOP - _BOTTOM
     marks = [_text(_LEFT, 24, title, "bold")]
     for tick in across.ticks():
         place = _LEFT + wide * across.at(tick)
@@ -109,10 +111,11 @@ def lines(
         if one.joined and len(places) > 1:
             way = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
             marks.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        marks += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="{colour}"/>' for px, py in places]
+        if one.marked or len(places) == 1:
+            marks += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="{colour}"/>' for px, py in places]
         below = _TOP + 14 + 18 * index
-        marks.append(f'<rect x="{WIDTH - _RIGHT + 14}" y="{below - 9}" width="10" height="10" fill="{colour}"/>')
-        marks.append(_text(WIDTH - _RIGHT + 30, below, one.name))
+        marks.append(f'<rect x="{_LEFT + wide + 14}" y="{below - 9}" width="10" height="10" fill="{colour}"/>')
+        marks.append(_text(_LEFT + wide + 30, below, one.name))
     return _svg(WIDTH, height, marks)
 
 

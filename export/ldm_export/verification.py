@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ldm_export.prompts import PROMPTS
 from ldm_export.spelling import tokenizer_folder
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
+from ldm_runtime.images import psnr
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 ETA, GUIDANCE, MAX_PROMPTS = 0.3, 6.0, 1000
@@ -139,7 +139,7 @@ def verify(
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
     total = 3 + len(prompts)
-    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as ours:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision) as ours:
         feeds = _feeds(ours, prompts)
         components = []
         for done, (name, feed) in enumerate(feeds.items()):
@@ -210,9 +210,3 @@ def _picture(
     pair = [np.asarray(image, np.float64) for image in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
     return PictureResult(prompt, seed, worst, psnr(*pair, peak=255.0), mine, reference)
-
-
-def psnr(one: NDArray[np.float64], other: NDArray[np.float64], peak: float) -> float | None:
-    """Peak signal-to-noise ratio in dB; None where the two are equal."""
-    error = float(np.square(one - other).mean())
-    return 10 * math.log10(peak**2 / error) if error else None

@@ -1,4 +1,4 @@
-"""Image arrays as PIL images, grids of them, and PNG bytes."""
+"""Image arrays as PIL images, grids of them, PNG bytes, and how far two of them differ."""
 
 from __future__ import annotations
 
@@ -55,3 +55,9 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def psnr(one: NDArray[np.float64], other: NDArray[np.float64], peak: float) -> float | None:
+    """Peak signal-to-noise ratio in dB; None where the two are equal."""
+    error = float(np.square(one - other).mean())
+    return 10 * math.log10(peak**2 / error) if error else None

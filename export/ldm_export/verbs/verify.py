@@ -33,9 +33,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     with needs("export"):
         from ldm_export.build import SHIPPED
         from ldm_export.checkpoint import open_checkpoint
-        from ldm_export.page import page
         from ldm_export.prompts import PROMPTS
         from ldm_export.verification import TOLERANCES, verify
+        from ldm_export.verification_page import page
     quieten(args.verbose)
     prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
