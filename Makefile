@@ -24,9 +24,10 @@ lint: $(VENV)/.dev
 
 # The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		{ [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; } || \
-		echo "No Chromium here, and it cannot be installed: tests that look at pages will fail"
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core && exit; fi; \
+	echo "No Chromium here, and it cannot be installed: tests that look at pages will fail"
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
