@@ -37,7 +37,7 @@ def main() -> None:
     theirs.set_progress_bar_config(disable=True)
     settings = list(itertools.product(ETAS, GUIDANCES, STEPS))
     rows = []
-    with LatentDiffusionPipeline.from_bundle(args.bundle) as ours:
+    with LatentDiffusionPipeline.from_bundle(args.bundle, precision="fp32") as ours:
         for eta, guidance, steps in track(settings, console=Console(stderr=True)):
             worst, differing, count = 0, 0, 0
             for seed, batch in itertools.product(range(args.seeds), args.batches):
@@ -57,7 +57,9 @@ def main() -> None:
     Console().print(table)
     if args.json:
         tools = {name: version(name) for name in ("torch", "diffusers", "onnxruntime", "numpy")}
-        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "rows": rows}
+        pictures = args.seeds * sum(args.batches)
+        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "pictures": pictures}
+        facts["rows"] = rows
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -29,7 +29,7 @@ def theirs() -> LDMTextToImagePipeline:
 
 @pytest.fixture(scope="module")
 def ours(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
-    with LatentDiffusionPipeline.from_bundle(shapes_bundle) as pipeline:
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32") as pipeline:
         yield pipeline
 
 

@@ -43,7 +43,7 @@ def test_pictures_of_held_out_prompts_are_right(
 ) -> None:
     """A sample of what `training/evaluate.py` measures in full: its bar less what 32 pictures vary by."""
     prompts = held_out_prompts(one_object, two_object, seed=1)
-    with LatentDiffusionPipeline.from_bundle(shapes_bundle) as pipeline:
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32") as pipeline:
         images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=50).images
     assert accuracy([np.asarray(image) for image in images], prompts).overall.right >= least
 

@@ -139,7 +139,7 @@ def verify(
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
     total = 3 + len(prompts)
-    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision) as ours:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as ours:
         feeds = _feeds(ours, prompts)
         components = []
         for done, (name, feed) in enumerate(feeds.items()):

@@ -25,3 +25,15 @@ class ManifestError(LdmError):
 
 class BackendError(LdmError):
     """An engine cannot be loaded or run on this machine."""
+
+
+class QueueFullError(LdmError):
+    """A request was refused: as many wait as may, or no picture can be made now; ask again later."""
+
+
+class CancelledError(LdmError):
+    """A request was cancelled by its caller, or by a shutdown."""
+
+
+class DeadlineError(LdmError):
+    """A request was not done in the time it was given."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,20 +13,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ldm_runtime.backends.tensorrt import TensorRtBackend
+from ldm_runtime.backends.choice import Choice, choose
+from ldm_runtime.backends.on_first_use import OnFirstUse
+from ldm_runtime.backends.opening import opener
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.images import to_pil
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.request import Geometry, Plan, Request
 from ldm_runtime.schedule import Schedule
 from ldm_runtime.signature import check_signature
 from ldm_runtime.tokenizer import Tokenizer
+from ldm_runtime.unet import UNet
 
 F32 = NDArray[np.float32]
-BACKENDS = ("onnxruntime", "tensorrt")
+MAX_CONTEXTS = 64
+"""Encoded texts kept for later requests, the unguided branch's above all: 0.4 MB each at full size."""
+MAX_LATENT = 1e9
+"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +55,26 @@ class Generation:
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time.
+    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that.
     """
 
-    def __init__(self, backends: dict[str, Backend], tokenizer: Tokenizer, scheduler: DDIM):
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        tokenizer: Tokenizer,
+        scheduler: DDIM,
+        *,
+        keep_loaded: bool = True,
+        choice: Choice | None = None,
+    ):
         missing = [name for name in COMPONENTS if name not in backends]
         if missing:
             raise BackendError(f"pipeline: no backend for {', '.join(missing)}; give one for each component")
-        self.backends, self.tokenizer, self.scheduler = backends, tokenizer, scheduler
+        self.backends, self.tokenizer, self.scheduler, self.choice = backends, tokenizer, scheduler, choice
         self.geometry = Geometry.of(backends["decoder"].inputs[0], backends["decoder"].outputs[0])
+        self.unet = UNet(backends["unet"])
+        self._keep_loaded = keep_loaded
+        self._contexts: OrderedDict[str, F32] = OrderedDict()
 
     @classmethod
     def from_bundle(
@@ -65,39 +82,46 @@ class LatentDiffusionPipeline:
         path: str | Path | Bundle,
         *,
         precision: str | None = None,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         device: str = "auto",
         threads: int | None = None,
+        cache: str | Path | None = None,
+        keep_loaded: bool = True,
     ) -> LatentDiffusionPipeline:
-        """Load a bundle; every file it uses is checked against the manifest first.
+        """Check a bundle's files against the manifest, and make ready to load its components when they are used.
 
         Args:
             path: the bundle's folder.
-            precision: which graphs: "fp32", "fp16" or "bf16"; None for what the bundle was built for.
-            backend: "onnxruntime", or "tensorrt" for the bundle's engines, on a GPU.
+            precision: "fp32", "fp16", "bf16" or "int8"; None for what the bundle was built for, and on OpenVINO for
+                bf16 arithmetic where the CPU has it. "fp32" is exact: the same seed gives the same picture.
+            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or "auto" for the fastest here.
             device: of onnxruntime: "auto", "cpu" or "cuda".
-            threads: of onnxruntime: CPU threads of one operator; None for all cores this process may use.
+            threads: CPU threads of one operator; None for all cores this process may use.
+            cache: folder where OpenVINO keeps what it compiled, so that the next process starts sooner.
+            keep_loaded: False frees each component after its use, for one generation in little memory.
 
         Raises:
             ManifestError: the bundle is damaged or made for another version.
-            BackendError: the engine is not installed or cannot load the graphs.
+            BackendError: the engine is not installed, or the machine lacks what was asked for.
         """
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         manifest = bundle.manifest
         check_signature(manifest.components)
         scheduler = DDIM.from_config(manifest.scheduler)
-        precision = precision or bundle.precision
-        if backend not in BACKENDS:
-            raise BackendError(f"backend: got {backend!r:.40}, expected one of {', '.join(BACKENDS)}")
-        backends: dict[str, Backend] = {
-            name: TensorRtBackend(bundle, name, precision)
-            if backend == "tensorrt"
-            else OnnxRuntimeBackend(bundle.graph(name, precision), manifest.components[name].spec, device, threads)
+        choice = choose(bundle, backend, precision, device)
+        backends = {
+            name: OnFirstUse(
+                manifest.components[name].spec,
+                opener(bundle, name, choice, threads, None if cache is None else Path(cache)),
+            )
             for name in COMPONENTS
         }
-        tokens = backends["text_encoder"].inputs[0].shape[1]
+        if choice.backend == "tensorrt":
+            for part in backends.values():
+                part.load()  # engines of another GPU or version are refused here
+        tokens = manifest.components["text_encoder"].spec.inputs[0].shape[1]
         tokenizer = Tokenizer.from_file(bundle.file(manifest.tokenizer), int(tokens))  # type: ignore[arg-type]
-        return cls(backends, tokenizer, scheduler)
+        return cls(backends, tokenizer, scheduler, keep_loaded=keep_loaded, choice=choice)
 
     def __call__(
         self,
@@ -147,14 +171,13 @@ class LatentDiffusionPipeline:
         return self._denoise(plan, self.scheduler.schedule(request.num_inference_steps, request.eta))
 
     def _denoise(self, plan: Plan, schedule: Schedule) -> Iterator[Step]:
-        context = self._context(plan)
+        conditioning = self.unet.encode(self._context(plan))
         noise = plan.noise()
         latents = next(noise) if plan.latents is None else plan.latents
         guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
         for index, timestep in enumerate(schedule.timesteps):
             sample = np.concatenate([latents, latents]) if plan.guided else latents
-            feed = {"sample": sample, "timestep": np.full(len(sample), timestep, np.int64), "context": context}
-            predicted = self.backends["unet"].run(feed)["noise_pred"]
+            predicted = self.unet(sample, np.full(len(sample), timestep, np.int64), conditioning)
             if plan.guided:
                 unguided, prompted = np.split(predicted, 2)
                 predicted = unguided + guidance * (prompted - unguided)
@@ -164,20 +187,48 @@ class LatentDiffusionPipeline:
     def _context(self, plan: Plan) -> F32:
         """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
         rows = [*plan.negative_rows, *plan.rows] if plan.guided else list(plan.rows)
-        texts = list(dict.fromkeys(rows))
-        most = self.geometry.images  # with guidance there may be one text more than images
-        parts = [self.tokenizer(texts[start : start + most]) for start in range(0, len(texts), most)]
-        encoded = np.concatenate([self.backends["text_encoder"].run({"input_ids": ids})["context"] for ids in parts])
-        context: F32 = encoded[[texts.index(row) for row in rows]]
-        return context
+        states = self.encode(list(dict.fromkeys(rows)))
+        return np.concatenate([states[row] for row in rows])
+
+    def encode(self, texts: Sequence[str]) -> dict[str, F32]:
+        """Text → hidden states float32 [1, T, D], as the UNet takes them; the latest MAX_CONTEXTS are kept.
+
+        Each text is encoded alone, so its states do not depend on what it comes with.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        found = {text: self._contexts[text] for text in texts if text in self._contexts}
+        for text in texts:
+            if text not in found:
+                ids = self.tokenizer([text])
+                found[text] = self.backends["text_encoder"].run({"input_ids": ids})["context"]
+        if not self._keep_loaded:
+            self.backends["text_encoder"].close()
+        for text in texts:
+            self._contexts[text] = found[text]
+            self._contexts.move_to_end(text)
+        while len(self._contexts) > MAX_CONTEXTS:
+            self._contexts.popitem(last=False)
+        return found
 
     def decode(self, latents: F32) -> list[Image.Image]:
         """Latents float32 [B, C, h, w] → B PIL images of 8h × 8w pixels.
 
         Raises:
-            SpecError: the latents do not fit the decoder.
+            SpecError: the latents do not fit the decoder, or are NaN or beyond MAX_LATENT.
         """
-        return to_pil(self.backends["decoder"].run({"latents": latents})["image"])
+        if not (np.abs(latents) <= MAX_LATENT).all():
+            raise SpecError(
+                f"latents: got up to {np.abs(latents).max():g} after denoising, expected at most {MAX_LATENT:g}; lower "
+                "guidance_scale, or use a higher precision"
+            )
+        if not self._keep_loaded:
+            self.backends["unet"].close()
+        image = self.backends["decoder"].run({"latents": latents})["image"]
+        if not self._keep_loaded:
+            self.backends["decoder"].close()
+        return to_pil(image)
 
     def close(self) -> None:
         """Free the engines."""

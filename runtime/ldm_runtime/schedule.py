@@ -104,7 +104,11 @@ class Schedule:
             moved = self._clipped_step(x, model_output, i)
         return np.asarray(moved if noise is None else moved + c * noise, np.float32)
 
-    def _clipped_step(self, x: F32, out: F32, i: int) -> F32:
+    def predicted(self, x: F32, model_output: F32, i: int) -> F32:
+        """x_0 as foreseen at step ``i``, clipped or thresholded, which a preview shows; shapes as in ``step``."""
+        return self._predicted(x, model_output, i)[0]
+
+    def _predicted(self, x: F32, out: F32, i: int) -> tuple[F32, F32]:
         signal, spread = self.signal[i], self.spread[i]
         if self.prediction_type == "epsilon":
             x_0, eps = (x - spread * out) / signal, out
@@ -116,6 +120,10 @@ class Schedule:
             x_0 = _threshold(x_0, *self.threshold)
         elif self.clip is not None:
             x_0 = np.clip(x_0, -self.clip, self.clip)
+        return x_0, eps
+
+    def _clipped_step(self, x: F32, out: F32, i: int) -> F32:
+        x_0, eps = self._predicted(x, out, i)
         return np.asarray(self.signal_prev[i] * x_0 + self.direction[i] * eps, np.float32)
 
 

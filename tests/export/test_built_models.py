@@ -44,7 +44,7 @@ def files(folder: Path) -> set[str]:
 
 
 def picture(bundle: Path, **options: Any) -> np.ndarray:
-    with LatentDiffusionPipeline.from_bundle(bundle, threads=1) as pipeline:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", threads=1) as pipeline:
         result = pipeline("a red circle", seed=1, guidance_scale=6.0, num_inference_steps=2, **options)
     return np.asarray(result.images[0])
 

@@ -81,7 +81,7 @@ def test_cuda_without_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
     assert_told(done, "CUDA")
     assert contents(tmp_path) == {}
     done = run("generate", tiny_bundle, *PROMPT, "-o", target, "--device", "auto", CUDA_VISIBLE_DEVICES="")
-    assert (done.returncode, done.stderr) == (0, "seed 0\n") and target.exists()
+    assert done.returncode == 0 and done.stderr.startswith("seed 0; ") and target.exists()
 
 
 def test_an_interrupt_is_one_line_and_leaves_no_picture(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_picture(tiny_bundle: Path, tmp_p
     command = [sys.executable, "-m", "ldm_export.cli", *map(str, arguments)]
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
-        while "onnxruntime" not in Path(f"/proc/{process.pid}/maps").read_text():  # then the command is under way
+        while "libopenvino_onnx" not in Path(f"/proc/{process.pid}/maps").read_text():  # then the command is under way
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)

@@ -48,7 +48,7 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def picture(bundle: Bundle, precision: str) -> np.ndarray:
-    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision) as pipeline:
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
         return np.asarray(pipeline(PROMPT, **OPTIONS).images[0], np.float64)
 
 
@@ -153,7 +153,7 @@ def test_ranges_are_those_of_the_trajectory(half_bundle: Bundle) -> None:
     graphs = {name: half_bundle.graph(name, "fp32") for name in specs}
     tokenizer, scheduler = half_bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler)
     ranges = measure_ranges(graphs, specs, tokenizer, scheduler, [PROMPT], 3)
-    with LatentDiffusionPipeline.from_bundle(half_bundle, precision="fp32") as pipeline:
+    with LatentDiffusionPipeline.from_bundle(half_bundle, precision="fp32", backend="onnxruntime") as pipeline:
         made = pipeline(PROMPT, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=3)
         image = pipeline.backends["decoder"].run({"latents": made.latents})["image"]
     assert ranges["decoder"]["image"] == pytest.approx(float(np.abs(image).max()))

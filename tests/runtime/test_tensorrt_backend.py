@@ -94,7 +94,7 @@ def test_without_a_gpu_the_engine_is_not_opened(bundle: Bundle, tmp_path: Path) 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "", "TensorRT"])
 def test_unknown_backends(bundle: Bundle, backend: str) -> None:
-    with pytest.raises(BackendError, match="expected one of onnxruntime, tensorrt"):
+    with pytest.raises(BackendError, match="expected one of auto, onnxruntime, openvino, tensorrt"):
         LatentDiffusionPipeline.from_bundle(bundle, backend=backend)
 
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import BACKENDS, PRECISIONS, unwritten
+from ldm_export.verbs.options import PRECISIONS, unwritten
+from ldm_runtime.backends.choice import BACKENDS
 from ldm_runtime.bundle import write_together
 from ldm_runtime.errors import BuildError, SpecError
 
@@ -29,10 +30,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)"
     )
-    verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
-    verb.add_argument("--backend", choices=BACKENDS, default="onnxruntime", help="what runs it (default onnxruntime)")
+    verb.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="fp32 is exact (default: the bundle's, or bf16 where it is faster; told)",
+    )
+    verb.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs it (default: the fastest here)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    verb.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what OpenVINO compiles, to start sooner")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -53,6 +59,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             backend=args.backend,
             device=args.device,
             threads=args.threads,
+            cache=args.cache,
+            keep_loaded=False,
         )
     with loaded as pipeline:
         request = Request(
@@ -79,8 +87,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     except OSError as error:
         raise unwritten(args.output, error, "choose another -o") from None
     if args.json:
-        screen.json({"files": [str(path) for path in pictures], "seed": seed})
+        screen.json({"files": [str(path) for path in pictures], "seed": seed, "choice": loaded.choice.facts()})
         return
-    screen.note(f"seed {seed}")
+    screen.note(f"seed {seed}; {loaded.choice}")
     for path in pictures:
         screen.result(str(path))

@@ -7,7 +7,6 @@ from pathlib import Path
 from ldm_runtime.errors import BuildError, SpecError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-BACKENDS = ("onnxruntime", "tensorrt")
 
 
 def lines(path: Path) -> list[str]:

@@ -1,0 +1,45 @@
+"""A backend that is loaded when it first runs, and can be freed and loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ldm_runtime.backends import Backend, Feed
+from ldm_runtime.specs import ComponentSpec, TensorSpec
+
+
+class OnFirstUse:
+    """Stands for a component that ``load`` loads; after ``close`` the next ``run`` loads it anew."""
+
+    def __init__(self, spec: ComponentSpec, load: Callable[[], Backend]):
+        self._spec, self._load = spec, load
+        self._loaded: Backend | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns."""
+        return self._spec.outputs
+
+    def load(self) -> Backend:
+        """The backend itself, loaded if it was not. Raises what its constructor raises."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run once. Raises what loading and the backend raise."""
+        return self.load().run(feed)
+
+    def close(self) -> None:
+        """Free it, if it was loaded."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.close()

@@ -1,0 +1,140 @@
+"""The requests in work: a batch for each picture size, which take turns at a step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.batch import F32, Batch, Conditioning, Member
+from ldm_runtime.errors import BackendError, LdmError, SpecError
+from ldm_runtime.images import to_uint8
+from ldm_runtime.limits import Limits
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.tally import Tally
+from ldm_runtime.ticket import Pictures, Progress, Ticket
+
+_log = logging.getLogger(__name__)
+Tell = Callable[[Ticket, Progress | Pictures | LdmError], None]
+
+
+class Running:
+    """Takes tickets from their first step to their pictures; every one that joins is told one outcome.
+
+    Args:
+        pipeline: what encodes, denoises and decodes.
+        limits: of rows and of sizes at once.
+        tally: where it counts.
+        drawer: draws noise beside the UNet.
+        tell: takes each progress and outcome.
+    """
+
+    def __init__(
+        self, pipeline: LatentDiffusionPipeline, limits: Limits, tally: Tally, drawer: Executor, tell: Tell
+    ) -> None:
+        self._pipeline, self._limits, self._tally, self._drawer = pipeline, limits, tally, drawer
+        self._tell = tell
+        self._batches: dict[tuple[int, int], Batch] = {}
+        self._turn = 0
+        self.broken = False
+        """True from a failure of the engine on, until someone has seen a picture made and sets it back."""
+
+    def __len__(self) -> int:
+        return sum(len(batch.members) for batch in list(self._batches.values()))
+
+    def fits(self, ticket: Ticket) -> bool:
+        """True where it could join now."""
+        batch = self._batches.get(ticket.plan.shape[2:])
+        return len(self._batches) < self._limits.heights_and_widths if batch is None else batch.fits(ticket)
+
+    def join(self, ticket: Ticket) -> None:
+        """Encode its prompts and let it run from the next step on; it must fit."""
+        ticket.begun = time.monotonic()
+        try:
+            with self._tally.time("encode"):
+                conditioning = {"context": self._pipeline._context(ticket.plan)}
+            with self._tally.time("step"):
+                size, limits = ticket.plan.shape[2:], self._limits
+                if size not in self._batches:
+                    self._batches[size] = Batch(self._unet, limits.rows, limits.call_rows, self._drawer)
+                self._batches[size].join(ticket, conditioning)
+        except Exception as error:
+            self._failed([ticket], error)
+
+    def sweep(self) -> None:
+        """Take out those that are cancelled or overdue."""
+        now = time.monotonic()
+        for batch in self._batches.values():
+            for member in list(batch.members):
+                if (reason := member.ticket.stopped(now)) is not None:
+                    batch.leave(member)
+                    self._tell(member.ticket, reason)
+        self._batches = {size: batch for size, batch in self._batches.items() if batch.members}
+
+    def step(self) -> None:
+        """One step of one size's requests; those that are done are decoded."""
+        if not self._batches:
+            return
+        self._turn += 1
+        batch = list(self._batches.values())[self._turn % len(self._batches)]
+        try:
+            batch.step(self._tally)
+        except Exception as error:
+            self._batches = {size: other for size, other in self._batches.items() if other is not batch}
+            self._failed([member.ticket for member in batch.members], error)
+            return
+        for member in list(batch.members):
+            if member.ticket.progress is not None:
+                self._progress(member)
+            if member.done:
+                self._finish(member.ticket, batch.leave(member))
+
+    def _unet(self, sample: F32, timestep: NDArray[np.int64], conditioning: Conditioning) -> F32:
+        feed: dict[str, NDArray[Any]] = {"sample": sample, "timestep": timestep, **conditioning}
+        predicted: F32 = self._pipeline.backends["unet"].run(feed)["noise_pred"]
+        return predicted
+
+    def abandon(self, reason: LdmError) -> None:
+        """End all of them."""
+        for batch in self._batches.values():
+            for member in batch.members:
+                self._tell(member.ticket, reason)
+        self._batches = {}
+
+    def _progress(self, member: Member) -> None:
+        preview = None
+        if member.foreseen is not None:
+            with suppress(SpecError), self._tally.time("decode"):  # one that cannot be shown is left out
+                preview = self._images(member.foreseen)
+            member.foreseen = None
+        self._tell(member.ticket, Progress(member.index - 1, len(member.ticket.schedule.timesteps), preview))
+
+    def _finish(self, ticket: Ticket, latents: F32) -> None:
+        try:
+            with self._tally.time("decode"):
+                images = self._images(latents)
+        except Exception as error:
+            self._failed([ticket], error)
+            return
+        begun = ticket.begun or ticket.submitted
+        worked = time.monotonic() - begun
+        self._tell(ticket, Pictures(images, ticket.plan.seeds, begun - ticket.submitted, worked))
+
+    def _images(self, latents: F32) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(to_uint8(self._pipeline.backends["decoder"].run({"latents": latents})["image"]))
+
+    def _failed(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        """End tickets with an error: their own, as that of a prompt that is no text, or the engine's."""
+        if not isinstance(error, SpecError):
+            self.broken = True
+            _log.error("%d requests failed: %s: %s", len(tickets), type(error).__name__, error)
+        if not isinstance(error, LdmError):
+            error = BackendError(f"engine room: {type(error).__name__}: {error}")
+        for ticket in tickets:
+            self._tell(ticket, error)
