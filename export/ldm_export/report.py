@@ -31,11 +31,13 @@ class Drawn:
     Attributes:
         images: one for each prompt; none where it could not be run.
         step: median seconds of one denoising step.
+        backend: what ran it.
         failure: why it could not be run.
     """
 
     images: tuple[Image.Image, ...] = ()
     step: float | None = None
+    backend: str = ""
     failure: str | None = None
 
 
@@ -48,14 +50,12 @@ class Report:
         prompts: one for each picture; picture ``i`` has seed ``seed + i``.
         drawn: precision → what it drew; fp32 first.
         files: path → content of the bundle's report files in JSON.
-        backend: what the pictures were drawn with.
     """
 
     bundle: Bundle
     prompts: tuple[str, ...]
     seed: int
     steps: int
-    backend: str
     drawn: Mapping[str, Drawn]
     files: Mapping[str, Mapping[str, Any]]
 
@@ -76,7 +76,7 @@ def make_report(
     prompts: Sequence[str],
     seed: int = 0,
     steps: int = 50,
-    backend: str = "onnxruntime",
+    backend: str = "auto",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
     """Draw the prompts with each precision the bundle holds, one after another, and read its report files.
@@ -101,7 +101,7 @@ def make_report(
             progress(what, before + done, len(held) * total)
 
         drawn[precision] = _draw(bundle, precision, requests, backend, told)
-    return Report(bundle, tuple(prompts), seed, steps, backend, drawn, files)
+    return Report(bundle, tuple(prompts), seed, steps, drawn, files)
 
 
 def precisions(bundle: Bundle) -> list[str]:
@@ -144,9 +144,10 @@ def _is_report(name: str) -> bool:
 def _draw(
     bundle: Bundle, precision: str, requests: Sequence[Request], backend: str, progress: Callable[[int], None]
 ) -> Drawn:
-    images, seconds = [], []
+    images, seconds, ran = list[Image.Image](), list[float](), backend
     try:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend=backend) as pipeline:
+            ran = pipeline.choice.backend if pipeline.choice else backend
             for index, request in enumerate(requests):
                 steps, begun = pipeline.steps(request), time.perf_counter()
                 for step in steps:
@@ -155,8 +156,8 @@ def _draw(
                     begun = time.perf_counter()
                 images += _decoded(pipeline, step.latents)
     except BackendError as error:
-        return Drawn(failure=str(error))
-    return Drawn(tuple(images), median(seconds))
+        return Drawn(backend=ran, failure=str(error))
+    return Drawn(tuple(images), median(seconds), ran)
 
 
 def _decoded(pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]]) -> list[Image.Image]:

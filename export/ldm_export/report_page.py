@@ -41,7 +41,7 @@ def _pictures(report: Report) -> Iterator[Markup]:
     times = {name: _amplification(report, name) for name in others}
     yield element(
         "p",
-        f"The same prompt and seed in each precision, {report.steps} steps, guidance 6, eta 0.3, {report.backend}."
+        f"The same prompt and seed in each precision, {report.steps} steps, guidance 6, eta 0.3."
         + (" Differences from fp32 are shown as many times brighter as told." if others else ""),
     )
     rows = []
@@ -81,15 +81,16 @@ def _precisions(report: Report) -> Iterator[Markup]:
                 Figure(f"{report.size(name) / report.size(REFERENCE):.0%}"),
                 "equal" if equal else Figure(f"{np.mean(found):.1f}") if found else None,
                 "equal" if equal else Figure(f"{min(found):.1f}") if found else None,
+                drawn.backend,
                 Figure(f"{1000 * drawn.step:.1f}") if drawn.step else None,
                 Figure(f"{first / drawn.step:.2f}×") if drawn.step and first else None,
             )
         )
-    yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "ms a step", "speed"), rows)
+    yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "engine", "ms a step", "speed"), rows)
     yield element(
         "p",
         f"PSNR is of the {len(report.prompts)} pictures above against fp32. A step is one denoising step of one prompt "
-        f"with guidance on {report.backend} on the machine that made this report: the median of all. The precisions "
+        "with guidance on the machine that made this report: the median of all. The precisions "
         "ran one after another, so take a few percent of speed for noise.",
         class_="note",
     )

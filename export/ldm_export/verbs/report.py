@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import BACKENDS, lines, unwritten
+from ldm_export.verbs.options import lines, unwritten
+from ldm_runtime.backends.choice import BACKENDS
 from ldm_runtime.bundle import Bundle, write_whole
 from ldm_runtime.errors import BuildError
 
@@ -20,9 +21,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
     verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
     verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
-    verb.add_argument(
-        "--backend", choices=BACKENDS, default="onnxruntime", help="what draws them (default onnxruntime)"
-    )
+    verb.add_argument("--backend", choices=BACKENDS, default="auto", help="what draws them (default: the fastest here)")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
