@@ -72,6 +72,13 @@ def test_a_picture_from_a_bundle_built_beforehand(thin: Path, shapes_bundle: Pat
     assert pair[0].shape == (64, 64, 3) and np.abs(pair[0] - pair[1]).max() <= 1 and pair[0].std() > 5
 
 
+def test_a_bundle_is_timed(thin: Path, shapes_bundle: Path) -> None:
+    options = ["--batch", "1", "--steps", "2", "--runs", "1", "--json"]
+    done = run(thin / "ldm-export", "bench", shapes_bundle, *options)
+    assert done.returncode == 0, done.stderr
+    assert {measure["part"] for measure in json.loads(done.stdout)["measures"]} >= {"unet", "image"}
+
+
 def test_inspect_without_onnx(thin: Path, shapes_bundle: Path) -> None:
     done = run(thin / "ldm-export", "inspect", shapes_bundle, "--check", "--json")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,124 @@
+"""``ldm-export bench``: every part on every backend asked for, in turns, and what it refuses. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from ldm_export.benchmark import PARTS
+from ldm_export.cli import main
+from ldm_export.figures import Timing, machine, speedup
+from ldm_export.workers import Worker, rounds
+from ldm_runtime.errors import BackendError
+
+FAST = ("--steps", "2", "--runs", "2", "--threads", "1")
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capfd.readouterr()
+
+
+def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> None:
+    chart = tmp_path / "bench.svg"
+    options = ("--backend", "onnxruntime", "openvino", "--precision", "fp32", "--batch", "1", "2", *FAST)
+    out, err = run(capfd, "bench", tiny_bundle, *options, "--json", "-o", chart)
+    facts = json.loads(out)
+    assert err == "" and facts["refused"] == {} and facts["machine"] == machine()
+    assert {"numpy", "onnxruntime", "openvino"} <= set(facts["tools"])
+    names = ["onnxruntime fp32", "openvino fp32"]
+    assert list(facts["combinations"]) == names
+    assert [part["choice"]["backend"] for part in facts["combinations"].values()] == ["onnxruntime", "openvino"]
+    measures = facts["measures"]
+    parts = [(part, batch) for batch in (1, 2) for part in PARTS if (part, batch) != ("text_encoder", 2)]
+    assert [(m["part"], m["batch"], m["combination"]) for m in measures] == [
+        (*p, name) for p in parts for name in names
+    ]
+    for measure in measures:
+        seconds = measure["seconds"]
+        assert len(seconds["runs"]) == 2 and 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
+        assert 1e7 < measure["peak_bytes"] < facts["machine"]["memory_bytes"]
+        expected = measure["batch"] / seconds["median"] if measure["part"] == "image" else None
+        assert measure["images_per_second"] == expected
+    assert all(m["ratio"] == 1 for m in measures if m["combination"] == names[0])
+    texts = {mark.text for mark in ElementTree.parse(chart).iter("{http://www.w3.org/2000/svg}text")}
+    assert {*names, "images a second", "unet × 2", "decoder"} <= texts
+
+
+def test_a_table_and_what_was_left_out(tiny_bundle: Path, capfd) -> None:
+    out, err = run(
+        capfd, "bench", tiny_bundle, "--backend", "onnxruntime", "--precision", "fp32", "fp16", "--batch", "1", *FAST
+    )
+    assert err.startswith("left out: onnxruntime fp16: ") and "has no fp16 graph" in err and err.count("\n") == 1
+    for text in ("image, 1", "unet, 1", "1.00×", "onnxruntime fp32: onnxruntime, fp32 graphs in fp32; loaded in "):
+        assert text in out
+
+
+REFUSED = {
+    "no bundle": (["nowhere"], "nowhere: no such folder, expected a bundle"),
+    "no runs": (["bundle", "--runs", "0"], "runs: got 0, expected 1..1000"),
+    "no images": (["bundle", "--batch", "0"], "batch: got 0, expected 1..1000000"),
+    "too many images": (["bundle", "--batch", "33", *FAST], "batch must lie in 1..64"),
+    "width": (["bundle", "--width", "63", *FAST], "width: got 63, expected a multiple of 8 from 16 to 1024 pixels"),
+    "steps": (["bundle", "--steps", "0", "--batch", "1"], "steps: got 0, expected 1..1000"),
+    "guidance": (["bundle", "--guidance", "nan", "--batch", "1"], "guidance_scale: got nan, expected a finite number"),
+    "nothing runs": (["bundle", "--precision", "fp16", "--backend", "onnxruntime"], "has no fp16 graph"),
+    "no chart": (["bundle", "-o", "bench.png"], "bench.png: expected the name of a picture that ends in .svg"),
+    "no place": (["bundle", "-o", "no/bundle.svg", "--batch", "1", *FAST], "no/bundle.svg: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_timed(refused, bundle_copy: Path, case: str) -> None:
+    (bundle_copy.parent / "no").write_text("a file")
+    arguments, said = REFUSED[case]
+    refused("bench", *arguments, said=said)
+
+
+ECHO = """
+from ldm_export.obeying import obey
+def start(settings):
+    if settings.get("refuse"): raise ValueError("it will\\nnot")
+    print("noise that is no answer")
+    def ready(command):
+        if command.get("die"): raise SystemExit(3)
+        return lambda: {"got": [settings["name"], command["number"]]}
+    return ready, {"hello": settings["name"]}
+obey(start)
+"""
+
+
+def echo(name: str, **settings: object) -> Worker:
+    return Worker(name, [sys.executable, "-c", ECHO], {"name": name, **settings})
+
+
+def test_workers_take_turns_and_each_answers_for_itself() -> None:
+    with echo("a") as one, echo("b") as other:
+        assert (one.facts["hello"], other.facts["hello"]) == ("a", "b")
+        seen: list[int] = []
+        answers = rounds([one, other], lambda number: {"number": number}, 3, lambda: seen.append(1))
+        assert [[answer["got"] for answer in worker] for worker in answers] == [
+            [[name, number] for number in range(3)] for name in "ab"
+        ]
+        assert len(seen) == 8 and all(answer["seconds"] > 0 for worker in answers for answer in worker)
+
+
+def test_a_worker_that_refuses_or_ends_is_told_in_one_line() -> None:
+    with pytest.raises(BackendError, match=r"^a: it will not$"):
+        echo("a", refuse=True)
+    with echo("b") as worker, pytest.raises(BackendError, match=r"^b: the process that runs it ended with code 3: "):
+        worker.ask({"number": 0, "die": True})
+    with pytest.raises(BackendError, match=r"^c: the process that runs it ended with code 1: .*no_such_module"):
+        Worker("c", [sys.executable, "-c", "import no_such_module"], {})
+
+
+def test_timings_and_ratios() -> None:
+    timing = Timing.of([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert (timing.median, timing.low, timing.high, timing.least, timing.most) == (3.0, 2.0, 4.0, 1.0, 5.0)
+    assert timing.spread == pytest.approx(2 / 3) and Timing.of([2.0]).spread == 0
+    assert speedup([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == statistics.median([2.0, 3.0, 1.0])
