@@ -1,4 +1,4 @@
-"""The command line: ``ldm-export build | generate | verify | report | inspect | bench``."""
+"""The command line: ``ldm-export build | generate | verify | report | inspect | bench | client``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from importlib.metadata import version
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable
-from ldm_export.verbs import bench, build, generate, inspect, report, verify
+from ldm_export.verbs import bench, build, client, generate, inspect, report, verify
 from ldm_runtime.errors import LdmError
 
-VERBS = (build, generate, verify, report, inspect, bench)
+VERBS = (build, generate, verify, report, inspect, bench, client)
 """Modules of one verb each: its name, its help in the first docstring line, ``add_arguments`` and ``run``."""
 
 

@@ -1,0 +1,51 @@
+"""Where a server listens: a URL's host, port and protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from ldm_runtime.errors import SpecError
+
+PROTOCOLS = {"http": 8000, "grpc": 8001}
+"""Protocol → Triton's usual port."""
+SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str
+    port: int
+    protocol: str
+    secure: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.protocol}{'s' if self.secure else ''}://{self.target}"
+
+    @property
+    def target(self) -> str:
+        """host:port, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_url(text: str, protocol: str | None = None) -> Address:
+    """``[http|https|grpc|grpcs://]host[:port]``; ``protocol`` decides where the text has no scheme (default http).
+
+    Raises:
+        SpecError: it is none, or its scheme is not the protocol asked for.
+    """
+    expected = "expected host, host:port, or one of " + ", ".join(f"{scheme}://host:port" for scheme in SCHEMES)
+    try:
+        parts = urlsplit(text if "://" in text else f"{protocol or 'http'}://{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise SpecError(f"url: got {text!r} ({error}), {expected}") from None
+    plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password)
+    if parts.scheme not in SCHEMES or not host or not plain or any(char.isspace() for char in text):
+        raise SpecError(f"url: got {text!r}, {expected}")
+    spoken, secure = SCHEMES[parts.scheme]
+    if protocol not in (None, spoken):
+        raise SpecError(f"url: {text!r} is for {spoken}, but --protocol is {protocol}; leave one of them out")
+    return Address(host, PROTOCOLS[spoken] if port is None else port, spoken, secure)

@@ -1,0 +1,104 @@
+"""The client where no server gives a picture: addresses, places to write, and what else may listen on a port."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ldm_export.server_address import Address, parse_url
+from ldm_runtime.errors import SpecError
+
+Refused = Callable[..., None]
+PROMPT = "a red circle"
+
+
+@pytest.mark.parametrize(
+    ("text", "protocol", "address"),
+    [
+        ("localhost", None, Address("localhost", 8000, "http")),
+        ("localhost", "grpc", Address("localhost", 8001, "grpc")),
+        ("10.0.0.1:80", None, Address("10.0.0.1", 80, "http")),
+        ("https://pictures.example", None, Address("pictures.example", 8000, "http", secure=True)),
+        ("grpcs://pictures.example:443/", "grpc", Address("pictures.example", 443, "grpc", secure=True)),
+        ("grpc://[::1]:1", None, Address("::1", 1, "grpc")),
+    ],
+)
+def test_addresses(text: str, protocol: str | None, address: Address) -> None:
+    assert parse_url(text, protocol) == address
+    assert parse_url(str(address)) == address
+
+
+NO_ADDRESSES = ["", "http://", "ftp://x", "x:99999", "x:port", "http://u:p@x", "x/v2", "http://x?a=b", "a b", "[::1"]
+
+
+@pytest.mark.parametrize("text", NO_ADDRESSES)
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(SpecError, match=r"url: got .*, expected host, host:port, or one of http://host:port"):
+        parse_url(text)
+
+
+ASKED = {
+    "two protocols": (["--url", "http://x", "--protocol", "grpc"], "url: 'http://x' is for http, but --protocol is"),
+    "a stream over HTTP": (["--url", "http://x", "--stream"], "url: http://x:8000 cannot stream; use gRPC"),
+    "previews without a stream": (["--preview-every", "5"], "--preview-every: got no --stream"),
+    "no time": (["--timeout", "0"], "timeout: got 0, expected a number of seconds above 0"),
+    "not a number of seconds": (["--timeout", "nan"], "timeout: got nan, expected a number"),
+    "a folder": (["-o", "."], ".: is a folder, expected the name of a picture; choose another -o"),
+    "nobody's name": (["--url", "nowhere.invalid"], "http://nowhere.invalid:8000: cannot be reached ("),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_what_cannot_be_asked(refused: Refused, case: str) -> None:
+    arguments, said = ASKED[case]
+    refused("client", PROMPT, *arguments, said=said)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_nobody_listens(refused: Refused, protocol: str) -> None:
+    url = f"{protocol}://127.0.0.1:{free_port()}"
+    refused("client", PROMPT, "--url", url, said=f"{url}: cannot be reached (Connection refused); start the server, or")
+
+
+@pytest.fixture(scope="module")
+def web_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a web server that is no Triton."""
+    port, folder = free_port(), tmp_path_factory.mktemp("web")
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(100):
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield port
+        process.terminate()
+
+
+@pytest.mark.parametrize(("scheme", "said"), [("http", "the server is not live"), ("grpc", "Failed parsing HTTP/2")])
+def test_another_server_listens(refused: Refused, web_server: int, scheme: str, said: str) -> None:
+    refused("client", PROMPT, "--url", f"{scheme}://127.0.0.1:{web_server}", said=said)
+
+
+def test_neither_torch_nor_an_engine_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ldm_export.cli import main; main(sys.argv[1:]);"
+        "print({'torch', 'onnx', 'onnxruntime', 'openvino', 'tritonclient.http'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "client", PROMPT, "--url", f"127.0.0.1:{free_port()}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.stdout == "{'tritonclient.http'}\n" and "cannot be reached" in done.stderr
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
