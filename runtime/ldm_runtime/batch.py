@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from ldm_runtime.tally import Tally
 from ldm_runtime.ticket import Ticket
+from ldm_runtime.unet import Conditioning, UNet
 
 F32 = NDArray[np.float32]
-Conditioning = Mapping[str, NDArray[Any]]
-UNet = Callable[[F32, NDArray[np.int64], Conditioning], F32]
-"""sample [R, C, h, w], timestep [R], conditioning of R rows → predicted noise [R, C, h, w]."""
 
 
 @dataclass(eq=False)
@@ -45,7 +43,7 @@ class Batch:
     up those behind it.
 
     Args:
-        unet: see ``UNet``.
+        unet: predicts the noise of the rows.
         most: rows of one call.
         sizes: rows a call may have, rising and ending with ``most``, for engines that like few shapes: calls are filled
             up to the next of them. None: as many as there are.

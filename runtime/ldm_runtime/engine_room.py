@@ -33,13 +33,14 @@ class EngineRoom:
     Args:
         pipeline: loaded; no other thread may use it until the room is closed.
         limits: see there.
+        prove: make a first picture before the constructor returns; else soon after it, on the room's own thread.
 
     Raises:
         SpecError: the UNet does not take so many rows.
         BackendError: the pipeline cannot make a picture.
     """
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, limits: Limits | None = None):
+    def __init__(self, pipeline: LatentDiffusionPipeline, limits: Limits | None = None, *, prove: bool = True):
         limits = limits or Limits()
         self._pipeline, self._limits = pipeline, limits
         self._queue = Admission(limits.queue, limits.patience)
@@ -51,12 +52,15 @@ class EngineRoom:
         self._drawer = ThreadPoolExecutor(1, "ldm-noise")
         self._notifier = Notifier()
         self._running = Running(pipeline, limits, self._tally, self._drawer, self._tell)
+        self._proving = False
         try:
-            self._prove()
+            if prove:
+                self._prove()
         except LdmError:
             self._drawer.shutdown()
             self._notifier.close(1)
             raise
+        self._running.broken = not prove
         self._thread = threading.Thread(target=self._run, name="ldm-engine-room", daemon=True)
         self._thread.start()
 
@@ -124,7 +128,7 @@ class EngineRoom:
     @property
     def ready(self) -> bool:
         """True where a picture can be made: the last try did, the thread lives, and no call hangs."""
-        idle = not self._running and not self._queue
+        idle = not (self._running or self._queue or self._proving)
         moving = idle or time.monotonic() - self._alive < self._limits.stall
         return not self._running.broken and not self._closing and self._thread.is_alive() and moving
 
@@ -171,26 +175,31 @@ class EngineRoom:
         self._running.abandon(reason)
 
     def _wait(self) -> bool:
-        """Wait for work; False when the room is to end."""
+        """Wait for work; False when the room is to end. After a failure, and now and then without work, see whether a
+        picture can be made."""
         delay = RETRY[0]
         while True:
             with self._changed:
-                while not (self._queue or self._running or self._closing or self._running.broken):
-                    self._changed.wait()
+                if self._running.broken:
+                    self._changed.wait(delay)
+                    self._sweep_queue()
+                else:
+                    self._changed.wait_for(lambda: self._queue or self._running or self._closing, self._limits.idle)
                 self._alive = time.monotonic()
                 idle = not (self._queue or self._running)
                 if self._closing and (idle or self._running.broken or self._alive > self._until):
                     return False
-                if not self._running.broken:
+                if not self._running.broken and not idle:
                     return True
-                self._changed.wait(delay)
-                self._sweep_queue()
-            delay = min(2 * delay, RETRY[1])
+            self._proving = True
             try:
                 self._prove()
                 self._running.broken = False
             except LdmError as error:
+                self._running.broken = True
+                delay = min(2 * delay, RETRY[1])
                 _log.error("no picture can be made: %s", error)
+            self._proving = False
 
     def _prove(self) -> None:
         """Make a picture of one step; one with NaN is refused."""

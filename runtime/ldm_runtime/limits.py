@@ -18,6 +18,7 @@ class Limits:
         queue: requests that may wait.
         heights_and_widths: picture sizes in work at once, which take turns; requests of one more wait.
         patience: seconds that a request waits longer, at most, for each step of priority it is less urgent.
+        idle: seconds without work after which a picture is made to see that it still can be.
         stall: seconds without a finished call, with work to do, after which the room is not ready.
     """
 
@@ -26,6 +27,7 @@ class Limits:
     queue: int = 256
     heights_and_widths: int = 4
     patience: float = 10.0
+    idle: float = 120.0
     stall: float = 300.0
 
     def __post_init__(self) -> None:

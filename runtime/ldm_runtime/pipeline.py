@@ -171,7 +171,7 @@ class LatentDiffusionPipeline:
         return self._denoise(plan, self.scheduler.schedule(request.num_inference_steps, request.eta))
 
     def _denoise(self, plan: Plan, schedule: Schedule) -> Iterator[Step]:
-        conditioning = self.unet.encode(self._context(plan))
+        conditioning = self.unet.encode(self.context(plan))
         noise = plan.noise()
         latents = next(noise) if plan.latents is None else plan.latents
         guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
@@ -184,7 +184,7 @@ class LatentDiffusionPipeline:
             latents = schedule.step(latents, predicted, index, next(noise) if schedule.needs_noise else None)
             yield Step(index, total, int(timestep), latents)
 
-    def _context(self, plan: Plan) -> F32:
+    def context(self, plan: Plan) -> F32:
         """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
         rows = [*plan.negative_rows, *plan.rows] if plan.guided else list(plan.rows)
         states = self.encode(list(dict.fromkeys(rows)))

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.batch import F32, Batch, Conditioning, Member
+from ldm_runtime.batch import F32, Batch, Member
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.images import to_uint8
 from ldm_runtime.limits import Limits
@@ -58,11 +57,11 @@ class Running:
         ticket.begun = time.monotonic()
         try:
             with self._tally.time("encode"):
-                conditioning = {"context": self._pipeline._context(ticket.plan)}
+                conditioning = self._pipeline.unet.encode(self._pipeline.context(ticket.plan))
             with self._tally.time("step"):
                 size, limits = ticket.plan.shape[2:], self._limits
                 if size not in self._batches:
-                    self._batches[size] = Batch(self._unet, limits.rows, limits.call_rows, self._drawer)
+                    self._batches[size] = Batch(self._pipeline.unet, limits.rows, limits.call_rows, self._drawer)
                 self._batches[size].join(ticket, conditioning)
         except Exception as error:
             self._failed([ticket], error)
@@ -94,11 +93,6 @@ class Running:
                 self._progress(member)
             if member.done:
                 self._finish(member.ticket, batch.leave(member))
-
-    def _unet(self, sample: F32, timestep: NDArray[np.int64], conditioning: Conditioning) -> F32:
-        feed: dict[str, NDArray[Any]] = {"sample": sample, "timestep": timestep, **conditioning}
-        predicted: F32 = self._pipeline.backends["unet"].run(feed)["noise_pred"]
-        return predicted
 
     def abandon(self, reason: LdmError) -> None:
         """End all of them."""

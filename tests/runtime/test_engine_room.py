@@ -345,6 +345,23 @@ def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room,
     room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2)).result(20)
 
 
+def test_an_engine_that_fails_without_work_makes_it_unready_too(pipeline, monkeypatch) -> None:
+    def fail(_):
+        raise BackendError("decoder: the GPU is lost")
+
+    with EngineRoom(pipeline, Limits(idle=0.05)) as room:
+        assert room.ready
+        monkeypatch.setattr(pipeline.backends["decoder"], "run", fail)
+        assert settled(lambda: not room.ready)
+        monkeypatch.undo()
+        assert settled(lambda: room.ready)
+
+
+def test_a_room_that_is_not_proven_at_once_is_ready_soon(pipeline) -> None:
+    with EngineRoom(pipeline, prove=False) as room:
+        assert settled(lambda: room.ready)
+
+
 def test_a_room_that_cannot_make_a_picture_does_not_open(pipeline, monkeypatch) -> None:
     decode = pipeline.backends["decoder"].run
     monkeypatch.setattr(

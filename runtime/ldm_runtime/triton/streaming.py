@@ -1,0 +1,100 @@
+"""The model `ldm_stream`: an engine room behind Triton, which tells each step and sends the pictures last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from ldm_runtime.engine_room import EngineRoom
+from ldm_runtime.errors import LdmError, QueueFullError
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.ticket import Pictures, Ticket
+from ldm_runtime.triton.meters import Meters
+from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
+from ldm_runtime.triton.per_step import PerStepUNet
+from ldm_runtime.triton.settings import PER_STEP, Settings, version_folder
+from ldm_runtime.triton.wire import CANCEL, CHECK, ID, answer, asked, parameters, told
+
+DRAIN = 25.0
+"""Seconds that running requests have to end when the model is unloaded; Triton itself waits for 30."""
+
+
+class Streaming:
+    """As Triton's python backend calls it; ``pb`` is triton_python_backend_utils."""
+
+    pb: Any
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the pipeline and make a first picture; a model that cannot is not ready.
+
+        Raises:
+            TritonModelException: in one line, why.
+        """
+        settings = Settings.of(args)
+        try:
+            self._pipeline = settings.open(version_folder(args))
+            pipeline = self._per_step(self._pipeline) if settings.unet == PER_STEP else self._pipeline
+            self._room = EngineRoom(pipeline, settings.limits, prove=settings.unet != PER_STEP)
+        except LdmError as error:
+            raise self.pb.TritonModelException(str(error)) from None
+        self._open = OpenRequests()
+        self._named: dict[str, Ticket] = {}
+        self._meters = Meters(self.pb, args, self._room.figures)
+
+    def _per_step(self, pipeline: LatentDiffusionPipeline) -> LatentDiffusionPipeline:
+        backends = {**pipeline.backends, "unet": PerStepUNet(self.pb, pipeline.backends["unet"])}
+        return LatentDiffusionPipeline(backends, pipeline.tokenizer, pipeline.scheduler)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Let requests in; returns at once, the answers follow."""
+        for each in requests:
+            request = OpenRequest(each, self.pb)
+            try:
+                self._let_in(request)
+            except Exception as error:
+                request.fail(error)
+
+    def _let_in(self, request: OpenRequest) -> None:
+        options = parameters(request.parameters)
+        if CANCEL in options:
+            if ticket := self._named.get(str(options[CANCEL])):
+                ticket.cancel()
+            return request.send({}, last=True)
+        if CHECK in options:
+            if not self._room.ready:
+                raise QueueFullError("engine room: the engine fails or hangs, no picture can be made now")
+            return request.send({}, last=True)
+        wish = asked(request.inputs)
+        streams = bool(request.wanted & {"STEP", "TOTAL"}) or wish.preview_every > 0
+        ticket = self._room.submit(
+            wish.request,
+            priority=wish.priority,
+            seconds=wish.seconds,
+            progress=(lambda step: self._tell(request, step)) if streams else None,
+            preview_every=wish.preview_every,
+        )
+        name = str(options.get(ID, id(ticket)))
+        self._named[name] = ticket
+        request.cancel = ticket.cancel
+        self._open.add(request)
+        return ticket.future.add_done_callback(lambda future: self._done(request, name, future))
+
+    def _tell(self, request: OpenRequest, step: Any) -> None:
+        if step.index + 1 < step.total:  # the last step's answer is that with the pictures
+            request.send(told(step, request.wanted), last=False)
+
+    def _done(self, request: OpenRequest, name: str, future: Future[Pictures]) -> None:
+        self._named.pop(name, None)
+        error = future.exception()
+        if error is not None:
+            return request.fail(error)
+        pictures = future.result()
+        return request.send(answer(pictures, request.wanted), last=True)
+
+    def finalize(self) -> None:
+        """Finish what runs, within bounds, and free everything."""
+        self._room.close(DRAIN)
+        self._open.close()
+        self._meters.close()
+        self._pipeline.close()

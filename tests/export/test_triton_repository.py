@@ -1,0 +1,213 @@
+"""Model repositories: configs that Triton's schema takes and that say what the bundle says, and whole versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from ldm_export.cli import main
+from ldm_export.pbtxt import Enum, MapOf, to_pbtxt
+from ldm_export.triton_config import DATA_TYPES, Serving, component_config
+from ldm_export.triton_models import MODELS
+from ldm_export.verbs.triton import call_rows
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.engine_facts import Engine
+from ldm_runtime.limits import Limits
+from ldm_runtime.specs import Axis, profile
+from ldm_runtime.triton.settings import Settings
+
+COMPONENTS = ("text_encoder", "unet", "decoder")
+
+
+def write(bundle: Path, repository: Path, *options: object) -> int:
+    return main(["triton", str(bundle), "-o", str(repository), "--quiet", *map(str, options)])
+
+
+def config(repository: Path, name: str) -> ModelConfig:
+    return text_format.Parse((repository / name / "config.pbtxt").read_text(), ModelConfig())
+
+
+def files(folder: Path) -> dict[str, os.stat_result]:
+    return {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_text_format_is_read_back_as_it_was_meant() -> None:
+    message = {
+        "name": 'a "quoted" name\n\u00e9',
+        "max_batch_size": 4,
+        "input": [{"name": "x", "data_type": Enum("TYPE_FP32"), "dims": [-1, 3], "reshape": {"shape": []}}],
+        "parameters": MapOf({"k": {"string_value": "v"}, "l": {"string_value": ""}}),
+        "dynamic_batching": {"preserve_ordering": True},
+    }
+    read = text_format.Parse(to_pbtxt(message), ModelConfig())
+    assert read.name == message["name"] and read.max_batch_size == 4
+    assert list(read.input[0].dims) == [-1, 3] and read.input[0].HasField("reshape")
+    assert {key: value.string_value for key, value in read.parameters.items()} == {"k": "v", "l": ""}
+    assert read.dynamic_batching.preserve_ordering
+
+
+@pytest.mark.parametrize("target", ["python", "onnxruntime"])
+def test_a_component_is_served_as_its_spec_says(tiny_bundle: Path, tmp_path: Path, target: str) -> None:
+    assert write(tiny_bundle, tmp_path / "repository", "--target", target, "--device", "cpu") == 0
+    for name, part in Bundle.open(tiny_bundle).manifest.components.items():
+        read = config(tmp_path / "repository", name)
+        assert read.name == name and read.version_policy.latest.num_versions == 1
+        assert (read.backend, read.platform) == {"python": ("python", ""), "onnxruntime": ("", "onnxruntime_onnx")}[
+            target
+        ]
+        for given, specs in ((read.input, part.spec.inputs), (read.output, part.spec.outputs)):
+            assert [tensor.name for tensor in given] == [tensor.name for tensor in specs]
+            for tensor, spec in zip(given, specs, strict=True):
+                assert (
+                    ModelConfig.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number[tensor.data_type].name
+                    == f"TYPE_{DATA_TYPES[spec.dtype]}"
+                )
+                expected = [-1 if isinstance(dim, Axis) else dim for dim in spec.shape[1:]]
+                assert list(tensor.dims) == (expected or [1])
+                assert tensor.HasField("reshape") == (not expected) and not tensor.reshape.shape
+                assert read.max_batch_size <= spec.bounds("max")[0]
+        (group,) = read.instance_group
+        assert (group.kind, group.count) == (group.KIND_CPU, 1)
+        assert read.dynamic_batching.max_queue_delay_microseconds == 0
+        assert read.dynamic_batching.default_queue_policy.max_queue_size > 0
+        (warmup,) = read.model_warmup
+        for spec in part.spec.inputs:
+            assert list(warmup.inputs[spec.name].dims) == (list(spec.bounds("opt")[1:]) or [1])
+        assert warmup.batch_size == part.spec.inputs[0].bounds("opt")[0]
+    assert (config(tmp_path / "repository", "unet").optimization.graph.level == 1) == (target == "onnxruntime")
+
+
+def test_a_gpu_is_asked_for_where_it_is_meant(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert write(tiny_bundle, tmp_path / "repository", "--target", "onnxruntime", "--device", "cuda") == 0
+    for name in (*COMPONENTS, "ldm_stream"):
+        (group,) = config(tmp_path / "repository", name).instance_group
+        assert group.kind == group.KIND_GPU and list(group.gpus) == [0]
+    (group,) = config(tmp_path / "repository", "ldm").instance_group
+    assert group.kind == group.KIND_CPU  # it only passes requests on
+
+
+def test_tensorrt_plans_are_chosen_by_compute_capability(tiny_bundle: Path) -> None:
+    spec = Bundle.open(tiny_bundle).manifest.components["unet"].spec
+    shapes = {name: (low, opt, (8, *high[1:])) for name, (low, opt, high) in profile(spec).items()}
+    engines = [Engine(f"unet/{c}.plan", "tensorrt", "10.3", (c,), "fp16", "0" * 64, (shapes,)) for c in ("8.6", "9.0")]
+    serving = Serving("tensorrt", True, Settings(precision="fp16"))
+    read = text_format.Parse(to_pbtxt(component_config(spec, serving, engines)), ModelConfig())
+    assert read.platform == "tensorrt_plan" and read.max_batch_size == 8
+    assert dict(read.cc_model_filenames) == {"8.6": "model-86.plan", "9.0": "model-90.plan"}
+    assert read.optimization.cuda.graphs and read.instance_group[0].kind == read.instance_group[0].KIND_GPU
+
+
+def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert write(tiny_bundle, tmp_path / "repository", "--rows", "16", "--queue", "7", "--threads", "1") == 0
+    stream, front = (config(tmp_path / "repository", name) for name in ("ldm_stream", "ldm"))
+    assert stream.model_transaction_policy.decoupled and not front.model_transaction_policy.decoupled
+    assert {tensor.name for tensor in stream.input} - {tensor.name for tensor in front.input} == {"PREVIEW_EVERY"}
+    assert {tensor.name for tensor in stream.output} - {tensor.name for tensor in front.output} == {"STEP", "TOTAL"}
+    assert [tensor.name for tensor in front.input if not tensor.optional] == ["PROMPT"]
+    assert front.max_batch_size == stream.max_batch_size == 0
+    args = {"parameters": {key: {"string_value": value.string_value} for key, value in stream.parameters.items()}}
+    settings = Settings.of({"model_config": json.dumps(args)})
+    assert settings.limits == Limits(rows=16, queue=7) and settings.unet == "in_process" and settings.threads == "1"
+
+
+def test_files_are_linked_not_copied(bundle_copy: Path, tmp_path: Path) -> None:
+    assert write(bundle_copy, tmp_path / "repository", "--target", "onnxruntime") == 0
+    graph = (bundle_copy / "unet" / "fp32.onnx").stat()
+    assert (tmp_path / "repository/unet/1/model.onnx").stat().st_ino == graph.st_ino
+    assert (tmp_path / "repository/ldm_stream/1/bundle/unet/fp32.onnx").stat().st_ino == graph.st_ino
+    Bundle.open(tmp_path / "repository/ldm_stream/1/bundle").check()
+
+
+def test_writing_again_adds_a_version_and_keeps_the_one_before(bundle_copy: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    for number in (1, 2, 3):
+        assert write(bundle_copy, repository, "--queue", number) == 0
+        for name in MODELS:
+            kept = sorted(path.name for path in (repository / name).iterdir() if path.is_dir())
+            assert kept == [str(n) for n in range(max(1, number - 1), number + 1)]
+        assert config(repository, "ldm").parameters["queue"].string_value == str(number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repository"]
+
+
+def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert write(tiny_bundle, tmp_path / "one", "--only", "ldm") == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["ldm", "ldm_stream"]
+    assert write(tiny_bundle, tmp_path / "two", "--only", "ldm_stream", "--per-step") == 0
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["ldm_stream", "unet"]
+    assert config(tmp_path / "two", "ldm_stream").parameters["unet"].string_value == "per_step"
+    (tmp_path / "two" / "mine").mkdir()
+    assert write(tiny_bundle, tmp_path / "two", "--only", "unet") == 0
+    assert (tmp_path / "two" / "mine").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "0"], "rows: got 0, expected 1..64"),
+        (["--rows", "65"], "rows: got 65"),
+        (["--queue", "0"], "queue: got 0"),
+        (["--threads", "0"], "threads: got 0"),
+        (["--precision", "fp16", "--target", "onnxruntime"], "has no fp16 graph"),
+        (["--target", "tensorrt"], "has no fp32 engine of TensorRT"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(tiny_bundle: Path, refused, options: list[str], said: str) -> None:
+    refused("triton", tiny_bundle, "-o", "repository", *options, said=said)
+
+
+def test_a_damaged_bundle_is_refused(bundle_copy: Path, refused) -> None:
+    graph = bundle_copy / "decoder" / "fp32.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
+    refused("triton", bundle_copy, "-o", "repository", said="decoder/fp32.onnx: got sha256")
+
+
+def test_a_model_of_somebody_else_is_left_alone(tiny_bundle: Path, tmp_path: Path, refused) -> None:
+    (tmp_path / "repository" / "unet" / "1").mkdir(parents=True)
+    (tmp_path / "repository" / "unet" / "config.pbtxt").write_text('name: "unet"')
+    refused("triton", tiny_bundle, "-o", "repository", said="is no model that `ldm-export triton` wrote")
+    (tmp_path / "file").write_text("")
+    refused("triton", tiny_bundle, "-o", "file", said="is a file, expected a folder")
+
+
+def test_a_full_disk_leaves_the_old_version_alone(bundle_copy: Path, tmp_path: Path, monkeypatch) -> None:
+    repository = tmp_path / "repository"
+    assert write(bundle_copy, repository) == 0
+    before = {name: (fact.st_ino, fact.st_size) for name, fact in files(repository).items()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert write(bundle_copy, repository) == 1
+    assert {name: (fact.st_ino, fact.st_size) for name, fact in files(repository).items()} == before
+
+
+def test_another_disk_gets_one_copy_for_all_models(bundle_copy: Path, tmp_path: Path, monkeypatch) -> None:
+    link = os.link
+
+    def link_on_this_disk(source: Path, target: Path) -> None:
+        if Path(source).is_relative_to(bundle_copy):
+            raise OSError(18, "Invalid cross-device link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_on_this_disk)
+    assert write(bundle_copy, tmp_path / "repository") == 0
+    copies = {
+        (tmp_path / f"repository/{name}/1/bundle/unet/fp32.onnx").stat().st_ino for name in (*COMPONENTS, "ldm_stream")
+    }
+    assert len(copies) == 1 and copies != {(bundle_copy / "unet/fp32.onnx").stat().st_ino}
+
+
+def test_row_counts_for_engines() -> None:
+    assert (
+        call_rows(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32] and call_rows(1) == [1] and call_rows(5) == [1, 2, 3, 4, 5]
+    )
+    for most in range(1, 65):
+        Limits(rows=most, call_rows=call_rows(most))
