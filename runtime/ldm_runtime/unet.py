@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend
+from ldm_runtime.backends import Backend, Preparing
 
 F32 = NDArray[np.float32]
 Conditioning = Mapping[str, NDArray[Any]]
@@ -22,12 +22,14 @@ class UNet:
         self._backend = backend
 
     def encode(self, context: F32) -> dict[str, NDArray[Any]]:
-        """What the steps of these rows share, from the text encoder's hidden states float32 [R, T, D].
+        """What the steps of these rows share, from the text encoder's hidden states float32 [R, T, D]: these, and with
+        OpenVINO the keys and values of every cross-attention.
 
         Raises:
             BackendError: the engine failed.
         """
-        return {"context": context}
+        given: dict[str, NDArray[Any]] = {"context": context}
+        return self._backend.prepare(given) if isinstance(self._backend, Preparing) else given
 
     def __call__(self, sample: F32, timestep: NDArray[np.int64], conditioning: Conditioning) -> F32:
         """Predicted noise float32 [R, C, h, w] of noisy latents of that shape, each row at its own ``timestep`` [R].

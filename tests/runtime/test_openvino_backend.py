@@ -15,6 +15,7 @@ from ldm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
 
+FAST = "bf16" if has_bf16() else "fp32"
 PROMPTS = ["a large red circle in the center on a white background", "a small blue cross"]
 OPTIONS = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 10}
 
@@ -59,8 +60,8 @@ def test_results_are_the_callers_and_shapes_are_kept(
     spec = bundle.manifest.components["decoder"].spec
     backend = OpenVinoBackend(bundle.graph("decoder", "fp32"), spec, cache=tmp_path / "cache")
     compiled: list[object] = []
-    monkeypatch.setattr(backend, "_kept", 2)
-    monkeypatch.setattr(backend, "_core", Counting(backend._core, compiled))
+    backend._main.kept = 2
+    monkeypatch.setattr(backend._main, "_core", Counting(backend._core, compiled))
     feeds = [dummy_inputs(spec, "min", seed) for seed in (1, 2)]
     first = backend.run(feeds[0])["image"]
     kept = first.copy()
@@ -86,6 +87,27 @@ class Counting:
         if name == "compile_model":
             self._compiled.append(name)
         return getattr(self._core, name)
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", FAST])
+def test_what_depends_on_the_context_alone_is_computed_once(tiny_bundle: Path, arithmetic: str) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    graph, spec = bundle.graph("unet", "fp32"), bundle.manifest.components["unet"].spec
+    plain, cut = (OpenVinoBackend(graph, spec, arithmetic, constant=name) for name in (None, "context"))
+    feed = dummy_inputs(spec, "opt", seed=4)
+    prepared = cut.prepare({"context": feed["context"]})
+    assert len(prepared) > 2 and all(len(array) == len(feed["context"]) for array in prepared.values())
+    expected = plain.run(feed)["noise_pred"]
+    assert np.array_equal(cut.run({**feed, **prepared})["noise_pred"], expected)
+    assert np.array_equal(cut.run(feed)["noise_pred"], expected)
+    assert plain.prepare({"context": feed["context"]}).keys() == {"context"}
+    moved = cut.prepare({"context": feed["context"][::-1]})
+    taken = {name: array[::-1] for name, array in moved.items()}
+    assert np.allclose(cut.run({**feed, **taken})["noise_pred"], expected, atol=1e-5)
+    changed = {**prepared, "context.0": prepared["context.0"] + 1}
+    assert not np.array_equal(cut.run({**feed, **changed})["noise_pred"], expected)
+    with pytest.raises(LdmError, match="got inputs"):
+        cut.run({**feed, **prepared, "context.99": feed["context"]})
 
 
 def test_what_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

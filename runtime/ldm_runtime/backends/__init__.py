@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -28,3 +28,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the engine; the backend cannot run afterwards."""
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A backend that computes once what follows from an input that many runs share."""
+
+    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """What ``run`` takes in place of that input; rows are the leading axis of every array."""

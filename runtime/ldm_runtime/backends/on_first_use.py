@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend, Feed
+from ldm_runtime.backends import Backend, Feed, Preparing
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
 
@@ -33,6 +33,11 @@ class OnFirstUse:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
+
+    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """As the backend does, or what it is given where the backend has nothing to prepare."""
+        loaded = self.load()
+        return loaded.prepare(feed) if isinstance(loaded, Preparing) else dict(feed)
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run once. Raises what loading and the backend raise."""

@@ -32,7 +32,8 @@ def opener(
     if choice.backend == "onnxruntime":
         return lambda: OnnxRuntimeBackend(graph, spec, choice.device, threads)
     folder = None if cache is None else cache / _digest(bundle, component, choice.graph)
-    return lambda: OpenVinoBackend(graph, spec, choice.arithmetic, threads, folder)
+    constant = "context" if component == "unet" else None
+    return lambda: OpenVinoBackend(graph, spec, choice.arithmetic, threads, folder, constant)
 
 
 def _digest(bundle: Bundle, component: str, precision: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -12,22 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
+from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
+from ldm_runtime.backends.openvino_shapes import ShapedGraph
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 """What OpenVINO calls a precision; what a graph says itself, int8 by Q/DQ above all, it keeps in either."""
-MAX_SHAPES = 8
-BUDGET = 2 * 2**30
-"""Bytes of weights that compiled sets of shapes may hold together beside the first, each a copy of its own. Where one
-more comes, a graph compiled for any shape takes the place of them all: about 5% slower, never compiled anew."""
-
-log = logging.getLogger(__name__)
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class OpenVinoBackend:
-    """Runs one ONNX graph with OpenVINO, compiled for each set of shapes when it first comes, up to MAX_SHAPES.
+    """Runs one ONNX graph with OpenVINO, compiled for each set of shapes when it first comes (``openvino_shapes``).
 
     Args:
         graph: path of the ``.onnx`` file; external weights lie beside it and are mapped, not read.
@@ -35,6 +29,8 @@ class OpenVinoBackend:
         arithmetic: "fp32", or "bf16" for matrix work in bf16 where the CPU has it.
         threads: CPU threads; None takes the cores this process may use.
         cache: folder where compiled graphs are kept for the next process; None keeps none. It must be this graph's own.
+        constant: an input that stays the same over many runs: what depends on it alone is a graph of its own, which
+            ``prepare`` runs once. The result is the same to the bit.
 
     Raises:
         BackendError: openvino is not installed, the CPU lacks the arithmetic, or the graph does not load.
@@ -47,25 +43,35 @@ class OpenVinoBackend:
         arithmetic: str = "fp32",
         threads: int | None = None,
         cache: Path | None = None,
+        constant: str | None = None,
     ):
         if arithmetic not in ARITHMETIC:
             raise BackendError(f"arithmetic: got {arithmetic!r:.40}, expected one of {', '.join(ARITHMETIC)}")
         if arithmetic == "bf16" and not has_bf16():
             raise BackendError("this CPU has no bf16 arithmetic; use precision fp32")
-        self._core, self._graph, self._spec = core(), graph, spec
-        self._options: dict[str, Any] = {
+        self._core, self._graph, self._spec, self._constant = core(), graph, spec, constant
+        options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
             "INFERENCE_PRECISION_HINT": ARITHMETIC[arithmetic],
         }
         if cache is not None:
-            self._options["CACHE_DIR"] = str(cache)
-        self._requests: dict[Shapes | None, Any] = {}
+            options["CACHE_DIR"] = str(cache)
         weights = graph.stat().st_size
         if (data := graph.with_name(f"{graph.name}.data")).is_file():
             weights += data.stat().st_size
-        self._kept = min(MAX_SHAPES, 1 + BUDGET // weights)
-        self._model = self._read()
+        self._spare: Any = self._read()
+        self._names = value_names(self._spare, constant) if constant else []
+        self._main = ShapedGraph(self._take, self._core, options, weights)
+        self._first: ShapedGraph | None = None
+        if constant and self._names:
+            self._main = ShapedGraph(lambda: after_cut(self._take(), constant), self._core, options, weights)
+            self._first = ShapedGraph(lambda: before_cut(self._take(), constant), self._core, options, weights)
+
+    def _take(self) -> Any:
+        """A graph of one's own: the first that was read, then new ones."""
+        model, self._spare = self._spare or self._read(), None
+        return model
 
     def _read(self) -> Any:
         try:
@@ -93,46 +99,51 @@ class OpenVinoBackend:
         """What ``run`` returns."""
         return self._spec.outputs
 
+    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """What ``run`` takes in place of the ``constant`` input: itself and what follows from it alone. Rows are the
+        leading axis of every array.
+
+        Raises:
+            BackendError: openvino failed.
+        """
+        if self._first is None:
+            return dict(feed)
+        request = self._guarded(self._first, feed)
+        values = (request.get_output_tensor(index).data.copy() for index in range(len(self._names)))
+        return {**feed, **dict(zip(self._names, values, strict=True))}
+
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run once; the first time with new shapes, compile for them before.
+
+        Args:
+            feed: the spec's inputs, and what ``prepare`` gave for the constant one or not.
 
         Raises:
             SpecError: the feed does not fit the spec.
             BackendError: openvino failed, e.g. out of memory.
         """
-        check_feed(self._spec, feed)
-        request = self._request(tuple(sorted((name, array.shape) for name, array in feed.items())))
+        prepared = {name: feed[name] for name in self._names if name in feed}
+        plain = {name: array for name, array in feed.items() if name not in prepared}
+        check_feed(self._spec, plain)
+        if len(prepared) != len(self._names) and self._constant:
+            prepared = self.prepare({self._constant: plain[self._constant]})
+        request = self._guarded(self._main, {**plain, **prepared})
+        return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self._spec.outputs}
+
+    def _guarded(self, graph: ShapedGraph, feed: Feed) -> Any:
         try:
-            request.infer({name: np.ascontiguousarray(array) for name, array in feed.items()}, share_inputs=True)
-            return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self._spec.outputs}
+            return graph.run({name: np.ascontiguousarray(array) for name, array in feed.items()})
+        except BackendError:
+            raise
         except Exception as error:  # as above
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
 
-    def _request(self, shapes: Shapes) -> Any:
-        if None in self._requests:
-            return self._requests[None]
-        if shapes not in self._requests:
-            key = shapes if len(self._requests) < self._kept else None
-            if key is None:
-                self._requests.clear()  # before another copy of the weights is made
-            self._requests[key] = self._compiled(key)
-            return self._requests[key]
-        return self._requests[shapes]
-
-    def _compiled(self, shapes: Shapes | None) -> Any:
-        log.info("%s: compiling for %s", self._spec.name, "any shape" if shapes is None else dict(shapes))
-        model, self._model = self._model or self._read(), None  # a model that was compiled would hold its weights
-        try:
-            if shapes is not None:
-                model.reshape({name: list(shape) for name, shape in shapes})
-            return self._core.compile_model(model, "CPU", self._options).create_infer_request()
-        except Exception as error:  # as above
-            raise BackendError(f"{self._spec.name}: openvino cannot compile the graph: {first_line(error)}") from None
-
     def close(self) -> None:
         """Free what was compiled."""
-        self._requests.clear()
-        self._model = None
+        self._spare = None
+        self._main.close()
+        if self._first is not None:
+            self._first.close()
 
 
 @cache

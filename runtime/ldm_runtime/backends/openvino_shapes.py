@@ -1,0 +1,55 @@
+"""One graph compiled by OpenVINO for the shapes that come: for each set of its own, then for any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm_runtime.backends import Feed
+
+MAX_SHAPES = 8
+BUDGET = 2 * 2**30
+"""Bytes of weights that compiled sets of shapes may hold together beside the first, each a copy of its own. Where one
+more comes, a graph compiled for any shape takes the place of them all: about 5% slower, never compiled anew."""
+
+log = logging.getLogger(__name__)
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class ShapedGraph:
+    """Compiles a graph when it runs with shapes that are new to it.
+
+    Args:
+        read: gives the graph, a new one at each call: one that was compiled would hold its weights a second time.
+        core: OpenVINO's.
+        options: of the compilation.
+        weights: bytes of weights the graph may have.
+    """
+
+    def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
+        self._read, self._core, self._options = read, core, dict(options)
+        self._requests: dict[Shapes | None, Any] = {}
+        self.kept = min(MAX_SHAPES, 1 + BUDGET // weights)
+
+    def run(self, feed: Feed) -> Any:
+        """The request, run: its outputs belong to it. Raises RuntimeError, as OpenVINO does."""
+        shapes = tuple(sorted((name, array.shape) for name, array in feed.items()))
+        request = self._requests.get(None) or self._requests.get(shapes) or self._compiled(shapes)
+        request.infer(dict(feed), share_inputs=True)
+        return request
+
+    def _compiled(self, shapes: Shapes) -> Any:
+        key = shapes if len(self._requests) < self.kept else None
+        if key is None:
+            self._requests.clear()  # before another copy of the weights is made
+        log.info("compiling for %s", "any shape" if key is None else dict(key))
+        model = self._read()
+        if key is not None:
+            model.reshape({name: list(shape) for name, shape in key})
+        self._requests[key] = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+        return self._requests[key]
+
+    def close(self) -> None:
+        """Free what was compiled."""
+        self._requests.clear()
