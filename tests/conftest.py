@@ -15,8 +15,10 @@ from tiny import write_tiny_checkpoint
 from ldm_export.build import SHIPPED, build
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.cli import main
+from ldm_export.engine_build import EngineRequest
 from ldm_runtime.bundle import Bundle
 
+CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 hypothesis.settings.register_profile("ldm", deadline=None)
 hypothesis.settings.load_profile("ldm")
@@ -48,6 +50,13 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "bundle"
     build(open_checkpoint(SHIPPED), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_engines(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of the checkpoint that ships with fp16 engines for all GPUs of ``CAPABILITIES``, not to be changed."""
+    folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
+    return build(open_checkpoint(SHIPPED), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from ldm_export.build_stages import (
     graph_stage,
     half_stage,
     ranges_stage,
+    step_stage,
     tokenizer_stage,
 )
 from ldm_export.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from ldm_export.components import model_shape
 from ldm_export.engine_build import EngineRequest
 from ldm_export.publish import publish
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
+from ldm_export.step_graph import step_specs
 from ldm_runtime.bundle import NAME, Bundle, write_whole
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.engine_facts import Engine, engine_from_json
@@ -67,7 +69,8 @@ def build(
         target: the bundle's folder; one that is no bundle is refused.
         precision: "fp32", "fp16" or "bf16"; the fp32 graphs, which the others are made of, are kept beside them.
         engines: also build TensorRT engines of that precision.
-        progress: told stage name, stages done and stages in all, before each stage and at the end.
+        progress: told stage name, stages done and stages in all, before each stage and at the end; within a long stage
+            the stage's name, and of its own steps those done and all.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -83,7 +86,8 @@ def build(
     precisions = tuple(dict.fromkeys(("fp32", precision)))
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        stages = _stages(checkpoint, specs, scheduler, precisions, engines, work, tools)
+        steps = step_specs(specs["unet"])
+        stages = _stages(checkpoint, specs, steps, scheduler, precisions, engines, work, tools, progress)
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
@@ -98,6 +102,14 @@ def build(
                     () if engines is None else (_engine(work / engine_file(name, precision, engines)),),
                 )
                 for name, spec in specs.items()
+            }
+            | {
+                name: Component(
+                    spec,
+                    {"fp32": graph_file(name, "fp32")},
+                    () if engines is None else (_engine(work / engine_file(name, "fp32", engines)),),
+                )
+                for name, spec in steps.items()
             },
             scheduler=scheduler.to_config(),
             tokenizer=TOKENIZER,
@@ -134,22 +146,42 @@ def _has_manifest(folder: Path) -> bool:
 def _stages(
     checkpoint: Checkpoint,
     specs: dict[str, ComponentSpec],
+    steps: dict[str, ComponentSpec],
     scheduler: DDIM,
     precisions: tuple[str, ...],
     engines: EngineRequest | None,
     work: Path,
     tools: dict[str, str],
+    progress: Callable[[str, int, int], None],
 ) -> list[Stage]:
+    def told(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(stage, done, total)
+
     stages = [tokenizer_stage(checkpoint, tools)]
     stages += [graph_stage(checkpoint, name, spec, tools) for name, spec in specs.items()]
+    step_stages = [step_stage(spec, tools) for spec in steps.values()]
     if halves := precisions[1:]:
-        ranges = ranges_stage(work, specs, scheduler, stages, tools)
+        ranges = ranges_stage(work, specs, scheduler, stages, tools, told("ranges"))
         stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
     if engines is not None:
-        made = {stage.name: stage for stage in stages}
-        last = precisions[-1]
-        stages += [engine_stage(work, spec, last, engines, made[f"{name}.{last}"]) for name, spec in specs.items()]
-    return stages
+        made = {stage.name: stage for stage in (*stages, *step_stages)}
+        pixels, latents = specs["decoder"].outputs[0].bounds("opt"), specs["decoder"].inputs[0].bounds("opt")
+        wanted = [(spec, precisions[-1], True) for spec in specs.values()]
+        wanted += [(spec, "fp32", False) for spec in steps.values()]
+        step_stages += [
+            engine_stage(
+                work,
+                spec,
+                precision,
+                engines,
+                made[f"{spec.name}.{precision}"],
+                pixels[2] // latents[2],
+                told(f"{spec.name}.{precision}.{engines.name}"),
+                matrix=matrix,
+            )
+            for spec, precision, matrix in wanted
+        ]
+    return stages + step_stages
 
 
 def _engine(file: Path) -> Engine:
@@ -163,6 +195,7 @@ def _asked(checkpoint: Checkpoint, precision: str, engines: EngineRequest | None
             "target": engines.target,
             "compute_capabilities": list(engines.compute_capabilities),
             "bounds": {name: list(bounds) for name, bounds in engines.bounds},
+            "refittable": engines.refittable,
         }
     return asked if checkpoint.random_seed is None else {**asked, "random_weights_seed": checkpoint.random_seed}
 

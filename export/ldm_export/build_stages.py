@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
 from ldm_export.engine_build import EngineRequest, build_engine
-from ldm_export.engine_package import check_capabilities, open_package
+from ldm_export.engine_messages import Progress
+from ldm_export.engine_package import check_request, open_package
 from ldm_export.islands import MARGIN
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph
@@ -23,6 +24,7 @@ from ldm_export.prompts import PROMPTS
 from ldm_export.ranges import measure_ranges
 from ldm_export.spelling import tokenizer_folder
 from ldm_export.stages import Stage
+from ldm_export.step_graph import export_step
 from ldm_export.tokenizer_files import write_tokenizer_json
 from ldm_runtime.bundle import sha256
 from ldm_runtime.ddim import DDIM
@@ -81,14 +83,29 @@ def graph_stage(checkpoint: Checkpoint, name: str, spec: ComponentSpec, tools: d
     return Stage(f"{name}.fp32", depends, run)
 
 
+def step_stage(spec: ComponentSpec, tools: dict[str, str]) -> Stage:
+    """Writes the graph of a DDIM step, which is the same for every model of these shapes."""
+
+    def run(folder: Path) -> list[str]:
+        (folder / spec.name).mkdir()
+        return _relative(export_step(spec, folder / graph_file(spec.name, "fp32")), folder)
+
+    return Stage(f"{spec.name}.fp32", {"spec": repr(spec), "tools": tools}, run)
+
+
 def ranges_stage(
-    work: Path, specs: dict[str, ComponentSpec], scheduler: DDIM, before: list[Stage], tools: dict[str, str]
+    work: Path,
+    specs: dict[str, ComponentSpec],
+    scheduler: DDIM,
+    before: list[Stage],
+    tools: dict[str, str],
+    progress: Progress,
 ) -> Stage:
     """Measures how large each tensor grows over denoising trajectories of the fp32 graphs that lie in ``work``."""
 
     def run(folder: Path) -> list[str]:
         graphs = {name: work / graph_file(name, "fp32") for name in specs}
-        ranges = measure_ranges(graphs, specs, work / TOKENIZER, scheduler, PROMPTS, RANGE_STEPS)
+        ranges = measure_ranges(graphs, specs, work / TOKENIZER, scheduler, PROMPTS, RANGE_STEPS, progress)
         (folder / RANGES).parent.mkdir()
         (folder / RANGES).write_text(json.dumps(ranges, indent=1, sort_keys=True) + "\n")
         return [RANGES]
@@ -126,23 +143,49 @@ def engine_file(component: str, precision: str, request: EngineRequest) -> str:
     return f"{component}/{precision}.{request.name}.engine"
 
 
-def engine_stage(work: Path, spec: ComponentSpec, precision: str, request: EngineRequest, graph: Stage) -> Stage:
-    """Builds an engine from the component's graph that lies in ``work``, and writes its facts beside it."""
+def engine_stage(
+    work: Path,
+    spec: ComponentSpec,
+    precision: str,
+    request: EngineRequest,
+    graph: Stage,
+    factor: int,
+    progress: Progress,
+    *,
+    matrix: bool = True,
+) -> Stage:
+    """Builds an engine from the component's graph that lies in ``work``, and writes its facts beside it.
+
+    Args:
+        matrix: the graph has convolutions or matrix products.
+
+    Raises:
+        BuildError: a request that the package cannot serve.
+    """
 
     def run(folder: Path) -> list[str]:
         file = engine_file(spec.name, precision, request)
         report = work / islands_file(spec.name, precision)
         islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
         (folder / spec.name).mkdir()
+        source = work / graph_file(spec.name, precision)
         made = build_engine(
-            work / graph_file(spec.name, precision), spec, precision, request, folder / file, islands=islands
+            source,
+            spec,
+            precision,
+            request,
+            folder / file,
+            factor=factor,
+            islands=islands,
+            progress=progress,
+            matrix=matrix,
         )
         facts = folder / f"{file}.json"
         facts.write_text(json.dumps(replace(made, file=file).to_json(), indent=1, sort_keys=True) + "\n")
         return [file, f"{file}.json"]
 
     package = open_package(request.target)
-    check_capabilities(package, request.compute_capabilities, precision)
+    check_request(package, request, precision, matrix)
     depends = {"graph": graph.key, "request": repr(request), "version": package.__version__}
     return Stage(f"{spec.name}.{precision}.{request.name}", depends, run)
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ldm_runtime.errors import BuildError
+from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.errors import BackendError, BuildError
+
+if TYPE_CHECKING:
+    from ldm_export.engine_build import EngineRequest
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Target → module."""
@@ -43,7 +48,7 @@ def known_capabilities(package: ModuleType) -> dict[str, object]:
 
 
 def check_capabilities(package: ModuleType, capabilities: Sequence[str], precision: str) -> None:
-    """Refuse, before anything is built, what the builder would refuse after minutes.
+    """Refuse compute capabilities that the builder does not know, or would refuse after minutes.
 
     Raises:
         BuildError: no capability where one is needed, an unknown one, or fp32 for one that has half precision only.
@@ -66,3 +71,29 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
             )
         if given in HALF_ONLY and precision == "fp32":
             raise BuildError(f"compute capability {given} has no fp32 matrix product here; use --precision fp16")
+
+
+def check_request(package: ModuleType, request: EngineRequest, precision: str, matrix: bool = True) -> None:
+    """Refuse, before anything is built, what the builder would refuse after minutes.
+
+    Args:
+        matrix: False for a graph without matrix work, which every GPU takes in fp32.
+
+    Raises:
+        BuildError: as ``check_capabilities``; refittable engines where no GPU is there, on which the builder compiles a
+            part of them; a file of timings where nothing is timed.
+    """
+    check_capabilities(package, request.compute_capabilities, precision if matrix else "fp16")
+    if request.refittable:
+        try:
+            Cuda()
+        except BackendError as error:
+            raise BuildError(
+                f"refittable: {package.__name__} needs a GPU to build engines whose weights can be exchanged "
+                f"({str(error).partition(';')[0]}); leave --refittable out, or build on a machine with one"
+            ) from None
+    if request.timings is not None and known_capabilities(package):
+        raise BuildError(
+            f"timing cache: {package.__name__} times no kernels while it builds; leave --timing-cache out, it is for "
+            "--target tensorrt"
+        )

@@ -61,6 +61,8 @@ def bounded(spec: ComponentSpec, bounds: Mapping[str, Bounds], factor: int) -> C
 
 
 def _latent_bounds(component: str, axis: Axis, bounds: Mapping[str, Bounds], factor: int) -> Bounds:
+    if axis.name == "images":
+        return bounds.get("batch", (1, 1, MOST_IMAGES))
     if axis.name == "batch":
         least, best, most = bounds.get("batch", (1, 1, MOST_IMAGES))
         return (least, 2 * best, 2 * most) if component in GUIDED else (least, best, most)

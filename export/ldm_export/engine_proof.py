@@ -49,13 +49,14 @@ class Proof:
         return {"read_from": "program", "matrix_work": dict(self.matrix_work)}
 
 
-def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
+def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: bool = True) -> Proof:
     """Read the types of all matrix work in an engine.
 
     Args:
         engine: the file, of any size.
         precision: what was asked for.
         islands: ONNX nodes that may compute in fp32.
+        matrix: False for an engine that has no matrix work at all.
 
     Raises:
         BuildError: no program can be read from it, or matrix work beyond the islands is in another precision.
@@ -75,7 +76,7 @@ def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
         nodes = _LAYER.findall(layers)
         if kind != wanted and not any(node in islands for node in nodes):
             beyond += nodes[:1] or ["a fused operation"]
-    if not counts:
+    if matrix and not counts:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
     proof = Proof(dict(sorted(counts.items())), tuple(dict.fromkeys(beyond)))
     if beyond:

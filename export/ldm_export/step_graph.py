@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_export.onnx_graph import OPSET
+from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
 
@@ -27,7 +28,7 @@ def step_spec(unet: ComponentSpec, guided: bool) -> ComponentSpec:
     doubled = images * 2 if guided else images
     tall = (doubled, channels, height, width)
     return ComponentSpec(
-        "guided_step" if guided else "step",
+        GUIDED_STEP if guided else STEP,
         (
             TensorSpec("sample", "float32", tall),
             TensorSpec("noise_pred", "float32", tall),
@@ -36,6 +37,11 @@ def step_spec(unet: ComponentSpec, guided: bool) -> ComponentSpec:
         ),
         (TensorSpec("next_sample", "float32", tall),),
     )
+
+
+def step_specs(unet: ComponentSpec) -> dict[str, ComponentSpec]:
+    """Component → spec of the steps without and with guidance."""
+    return {spec.name: spec for spec in (step_spec(unet, False), step_spec(unet, True))}
 
 
 def export_step(spec: ComponentSpec, target: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import NAME, FileFact, Manifest, read_manifest
+from ldm_runtime.manifest import COMPONENTS, NAME, FileFact, Manifest, read_manifest
 
 CHUNK = 4 * 2**20
 
@@ -37,7 +37,7 @@ class Bundle:
     def precision(self) -> str:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
         asked = self.manifest.asked.get("precision")
-        held = isinstance(asked, str) and all(asked in part.graphs for part in self.manifest.components.values())
+        held = isinstance(asked, str) and all(asked in self.manifest.components[name].graphs for name in COMPONENTS)
         return str(asked) if held else "fp32"
 
     def file(self, name: str) -> Path:

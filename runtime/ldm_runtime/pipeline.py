@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -14,10 +15,12 @@ from PIL import Image
 
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.choice import Choice, choose
+from ldm_runtime.backends.devices import device_loop
 from ldm_runtime.backends.on_first_use import OnFirstUse
 from ldm_runtime.backends.opening import opener
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
+from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.images import to_pil
 from ldm_runtime.manifest import COMPONENTS
@@ -36,12 +39,17 @@ MAX_LATENT = 1e9
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One finished denoising step: its index from 0, how many there are, its timestep, and the latents after it."""
+    """One finished denoising step: its index from 0, how many there are, its timestep, and what reads the latents."""
 
     index: int
     total: int
     timestep: int
-    latents: F32
+    read: Callable[[], F32]
+
+    @cached_property
+    def latents(self) -> F32:
+        """The latents after it, float32 [B, C, h, w]: to be asked for before the next step, where a device has them."""
+        return self.read()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,8 @@ class Generation:
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that.
+    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that. Steps that
+    are affine run in ``loop`` where there is one, on a GPU, else in NumPy.
     """
 
     def __init__(
@@ -66,11 +75,13 @@ class LatentDiffusionPipeline:
         *,
         keep_loaded: bool = True,
         choice: Choice | None = None,
+        loop: DeviceLoop | None = None,
     ):
         missing = [name for name in COMPONENTS if name not in backends]
         if missing:
             raise BackendError(f"pipeline: no backend for {', '.join(missing)}; give one for each component")
         self.backends, self.tokenizer, self.scheduler, self.choice = backends, tokenizer, scheduler, choice
+        self.loop = loop
         self.geometry = Geometry.of(backends["decoder"].inputs[0], backends["decoder"].outputs[0])
         self.unet = UNet(backends["unet"])
         self._keep_loaded = keep_loaded
@@ -121,7 +132,8 @@ class LatentDiffusionPipeline:
                 part.load()  # engines of another GPU or version are refused here
         tokens = manifest.components["text_encoder"].spec.inputs[0].shape[1]
         tokenizer = Tokenizer.from_file(bundle.file(manifest.tokenizer), int(tokens))  # type: ignore[arg-type]
-        return cls(backends, tokenizer, scheduler, keep_loaded=keep_loaded, choice=choice)
+        loop = device_loop(bundle, choice, backends["unet"].load)
+        return cls(backends, tokenizer, scheduler, keep_loaded=keep_loaded, choice=choice, loop=loop)
 
     def __call__(
         self,
@@ -172,6 +184,11 @@ class LatentDiffusionPipeline:
 
     def _denoise(self, plan: Plan, schedule: Schedule) -> Iterator[Step]:
         conditioning = self.unet.encode(self.context(plan))
+        if self.loop is not None and schedule.affine:
+            on_device = self.loop.steps(plan, schedule, conditioning)
+            for index, (timestep, read) in enumerate(zip(schedule.timesteps, on_device, strict=True)):
+                yield Step(index, len(schedule.timesteps), int(timestep), read)
+            return
         noise = plan.noise()
         latents = next(noise) if plan.latents is None else plan.latents
         guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
@@ -182,7 +199,7 @@ class LatentDiffusionPipeline:
                 unguided, prompted = np.split(predicted, 2)
                 predicted = unguided + guidance * (prompted - unguided)
             latents = schedule.step(latents, predicted, index, next(noise) if schedule.needs_noise else None)
-            yield Step(index, total, int(timestep), latents)
+            yield Step(index, total, int(timestep), partial(_itself, latents))
 
     def context(self, plan: Plan) -> F32:
         """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
@@ -224,7 +241,7 @@ class LatentDiffusionPipeline:
                 "guidance_scale, or use a higher precision"
             )
         if not self._keep_loaded:
-            self.backends["unet"].close()
+            self._close_unet()
         image = self.backends["decoder"].run({"latents": latents})["image"]
         if not self._keep_loaded:
             self.backends["decoder"].close()
@@ -232,8 +249,14 @@ class LatentDiffusionPipeline:
 
     def close(self) -> None:
         """Free the engines."""
+        self._close_unet()
         for backend in self.backends.values():
             backend.close()
+
+    def _close_unet(self) -> None:
+        if self.loop is not None:
+            self.loop.close()
+        self.backends["unet"].close()
 
     def __enter__(self) -> LatentDiffusionPipeline:
         return self
@@ -242,3 +265,7 @@ class LatentDiffusionPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _itself(latents: F32) -> F32:
+    return latents

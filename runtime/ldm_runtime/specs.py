@@ -70,6 +70,10 @@ class TensorSpec:
         """The shape at ``which`` of "min", "opt", "max"."""
         return tuple(getattr(dim, which) * dim.scale if isinstance(dim, Axis) else dim for dim in self.shape)
 
+    def shape_at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with these ``sizes_of``."""
+        return tuple(sizes[dim.symbol] if isinstance(dim, Axis) else dim for dim in self.shape)
+
     def __str__(self) -> str:
         dims = ", ".join(dim.symbol if isinstance(dim, Axis) else str(dim) for dim in self.shape)
         return f"{self.name}: {self.dtype} [{dims}]"
@@ -106,6 +110,28 @@ def dummy_inputs(spec: ComponentSpec, which: str = "opt", seed: int = 0) -> dict
         values = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
         feed[tensor.name] = values.astype(dtype)
     return feed
+
+
+def sizes_of(spec: ComponentSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Symbol of each free dimension of inputs and outputs → its size, for inputs of these shapes.
+
+    Raises:
+        SpecError: shapes the spec does not take.
+    """
+    values: dict[str, int] = {}
+    for tensor in spec.inputs:
+        shape = shapes[tensor.name]
+        where = f"{spec.name}: input {tensor}: got {list(shape)}"
+        if len(shape) != len(tensor.shape):
+            raise SpecError(f"{where}, expected another rank")
+        for dim, size in zip(tensor.shape, shape, strict=True):
+            fits = dim.admits(size) if isinstance(dim, Axis) else dim == size
+            if not fits or (
+                isinstance(dim, Axis) and values.setdefault(dim.name, size // dim.scale) * dim.scale != size
+            ):
+                raise SpecError(f"{where}, expected sizes within the bounds that agree with the other inputs")
+    dims = [dim for tensor in spec.inputs + spec.outputs for dim in tensor.shape if isinstance(dim, Axis)]
+    return {dim.symbol: values[dim.name] * dim.scale for dim in dims}
 
 
 def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:

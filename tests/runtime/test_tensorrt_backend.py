@@ -8,23 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.engine_build import EngineRequest
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.backends.tensorrt import check_graph, choose, open_package, result_shape
+from ldm_runtime.backends.engine_choice import check_graph, choose, open_package
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import COMPONENTS
-
-CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+from ldm_runtime.specs import sizes_of
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("driven") / "bundle"
-    return build(open_checkpoint(tiny_checkpoint), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
+def bundle(shapes_engines: Bundle) -> Bundle:
+    return shapes_engines
 
 
 def engines(bundle: Bundle) -> tuple:
@@ -75,7 +70,7 @@ def test_shapes_of_results_follow_from_the_inputs(bundle: Bundle, name: str) -> 
     spec = bundle.manifest.components[name].spec
     shapes = {tensor.name: tensor.bounds("max") for tensor in spec.inputs}
     for tensor in spec.outputs:
-        assert result_shape(spec, shapes, tensor) == tensor.bounds("max")
+        assert tensor.shape_at(sizes_of(spec, shapes)) == tensor.bounds("max")
 
 
 def has_gpu() -> bool:

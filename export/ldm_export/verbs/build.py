@@ -29,6 +29,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     for name, unit in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
         engines.add_argument(f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call that an engine takes")
+    engines.add_argument(
+        "--refittable", action="store_true", help="engines that take other weights without a rebuild (needs a GPU)"
+    )
+    engines.add_argument(
+        "--timing-cache", metavar="FILE", help="keep the builder's timings here for the next build (tensorrt)"
+    )
     verb.add_argument(
         "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
     )
@@ -68,7 +74,10 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
     if args.target is None:
-        if bounds or capabilities != ("",):
-            raise BuildError("batch, height, width and compute capability are an engine's; give --target too")
+        if bounds or capabilities != ("",) or args.refittable or args.timing_cache:
+            raise BuildError(
+                "batch, height, width, compute capability, refittable and timing cache are an engine's; "
+                "give --target too"
+            )
         return None
-    return EngineRequest(args.target, tuple(filter(None, capabilities)), bounds)
+    return EngineRequest(args.target, tuple(filter(None, capabilities)), bounds, args.refittable, args.timing_cache)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ldm_runtime.backends.engine_choice import MODULES
 from ldm_runtime.backends.onnxruntime import DEVICES
 from ldm_runtime.backends.openvino import has_bf16
-from ldm_runtime.backends.tensorrt import MODULES
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import COMPONENTS
@@ -65,6 +65,11 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None, 
     for choice in _candidates(bundle, graph, precision, device):
         return choice
     raise BackendError('no engine is installed; `pip install "ldm-export[openvino]"` (or [onnxruntime], [gpu])')
+
+
+def runs_on_cuda(choice: Choice) -> bool:
+    """True where ONNX Runtime will run on a GPU: it was asked for, or it is there."""
+    return choice.device == "cuda" or (choice.device == "auto" and _has_gpu() and _has_cuda_provider())
 
 
 def _candidates(bundle: Bundle, graph: str, precision: str | None, device: str) -> Iterator[Choice]:

@@ -60,6 +60,12 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
 
+    def move(self, source: int, target: int, size: int, stream: Any) -> None:
+        """Copy ``size`` bytes on the device, in the stream's order."""
+        self.call(
+            "cudaMemcpyAsync", target, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream
+        )
+
     def begin_capture(self, stream: Any) -> None:
         """From here on the stream's work is recorded, not done."""
         self.call("cudaStreamBeginCapture", stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CAPTURE_REFUSED = "cannot use the graph capture feature"
+"""What onnxruntime says where a part of a graph falls to the CPU, so that calls cannot be CUDA graphs."""
 
 
 class OnnxRuntimeBackend:
@@ -31,36 +33,8 @@ class OnnxRuntimeBackend:
     """
 
     def __init__(self, graph: Path, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            raise BackendError(
-                'onnxruntime is not installed; `pip install "ldm-export[onnxruntime]"` (or [gpu] for CUDA)'
-            ) from None
         self._spec = spec
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        wanted = providers(device, ort.get_available_providers())
-        try:
-            self._session = ort.InferenceSession(str(graph), options, providers=wanted)
-        except Exception as error:  # onnxruntime raises bare classes of its C++ side
-            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {_first_line(error)}") from None
-        self.device = "cuda" if self._session.get_providers()[0] == DEVICES["cuda"] else "cpu"
-        if device == "cuda" and self.device != "cuda":
-            raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
-        self._check_names(graph)
-
-    def _check_names(self, graph: Path) -> None:
-        for side, given, wanted in (
-            ("inputs", self._session.get_inputs(), self._spec.inputs),
-            ("outputs", self._session.get_outputs(), self._spec.outputs),
-        ):
-            got, expected = {arg.name for arg in given}, {tensor.name for tensor in wanted}
-            if got != expected:
-                raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
+        self._session, self.device = open_session(graph, spec, device, threads)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -88,13 +62,76 @@ class OnnxRuntimeBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as above
-            raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
+            raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
         names = [tensor.name for tensor in self._spec.outputs]
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     def close(self) -> None:
         """Free the session."""
         del self._session
+
+
+def open_session(
+    graph: Path,
+    spec: ComponentSpec,
+    device: str,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Any, str]:
+    """Load a graph.
+
+    Args:
+        graph, spec, device, threads: as of ``OnnxRuntimeBackend``.
+        sizes: symbol of a dimension → its only size in this session. On CUDA the session then captures its first call
+            as a CUDA graph and replays it on the same memory ever after, if all of the graph runs there.
+
+    Returns:
+        The session, and "cpu" or "cuda".
+
+    Raises:
+        BackendError: as ``OnnxRuntimeBackend``.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendError(
+            'onnxruntime is not installed; `pip install "ldm-export[onnxruntime]"` (or [gpu] for CUDA)'
+        ) from None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    for symbol, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(symbol, size)
+    wanted = providers(device, ort.get_available_providers())
+    tries: list[list[Any]] = [[*wanted]]
+    if sizes is not None and DEVICES["cuda"] in wanted:
+        tries.insert(0, [(name, {"enable_cuda_graph": "1"}) if name == DEVICES["cuda"] else name for name in wanted])
+    while True:
+        try:
+            session = ort.InferenceSession(str(graph), options, providers=tries[0])
+            break
+        except Exception as error:  # onnxruntime raises bare classes of its C++ side
+            if len(tries) > 1 and CAPTURE_REFUSED in str(error):
+                tries.pop(0)
+                continue
+            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {first_line(error)}") from None
+    found = "cuda" if session.get_providers()[0] == DEVICES["cuda"] else "cpu"
+    if device == "cuda" and found != "cuda":
+        raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
+    _check_names(session, spec, graph)
+    return session, found
+
+
+def _check_names(session: Any, spec: ComponentSpec, graph: Path) -> None:
+    for side, given, wanted in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        got, expected = {arg.name for arg in given}, {tensor.name for tensor in wanted}
+        if got != expected:
+            raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
 
 
 def providers(device: str, available: Sequence[str]) -> list[str]:
@@ -113,5 +150,6 @@ def providers(device: str, available: Sequence[str]) -> list[str]:
     return [DEVICES[name] for name in wanted if DEVICES[name] in available]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What onnxruntime says, without the lines it adds."""
     return str(error).strip().partition("\n")[0][:300]

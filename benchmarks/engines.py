@@ -1,0 +1,111 @@
+"""What building TensorRT for RTX engines of a model of any size costs: seconds and most memory of every engine.
+
+Builds a bundle of random weights from a folder of configs through the command line, in a process of its own; finished
+graphs of a bundle that is there already are kept. Exits with 1 where an engine takes longer than --seconds, or while it
+is built the process holds more than 1.3 × the component's float32 weights + 3 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from export_full_size import BASE, FACTOR, INTERVAL, component_bytes
+from rich.console import Console
+from rich.table import Table
+
+TOOLS = ("tensorrt-rtx", "onnx", "onnx-ir", "onnxruntime")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, required=True, metavar="FOLDER", help="a checkpoint's config files")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the bundle to write")
+    parser.add_argument("--precision", default="fp16", help="of the engines (default fp16)")
+    parser.add_argument("--compute-capability", default="8.9", metavar="LIST", help="default 8.9")
+    parser.add_argument("--seconds", type=float, default=60, help="most seconds of one engine (default 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args()
+    options = ["--precision", args.precision, "--target", "tensorrt-rtx", "--random-weights", "--quiet"]
+    command = ["build", str(args.configs), "-o", str(args.output), "--compute-capability", args.compute_capability]
+    work = args.output.resolve().parent / f".{args.output.name}.part"
+    code, peaks = run([sys.executable, "-m", "ldm_export.cli", *command, *options], work)
+    if code:
+        return code
+    stages = json.loads((args.output / "build-log.json").read_text())["stages"]
+    weights = component_bytes(args.output)
+    engines = {}
+    for file in sorted(args.output.glob(f"*/{args.precision}.tensorrt-rtx*.engine")):
+        component, stage = file.parent.name, f"{file.parent.name}.{file.stem}"
+        bound = FACTOR * weights[component] + BASE
+        engines[component] = {
+            "seconds": stages[stage]["seconds"],
+            "bytes": file.stat().st_size,
+            "fp32_bytes": weights[component],
+            "peak_bytes": peaks.get(stage, 0),
+            "bound_bytes": round(bound),
+            "matrix_work": json.loads(file.with_name(f"{file.name}.json").read_text())["proof"]["matrix_work"],
+            "within_bounds": stages[stage]["seconds"] <= args.seconds and 0 < peaks.get(stage, 0) <= bound,
+        }
+    facts = {
+        "machine": platform.processor() or platform.machine(),
+        "tools": {name: version(name) for name in TOOLS},
+        "precision": args.precision,
+        "compute_capability": args.compute_capability,
+        "engines": engines,
+        "stages": {
+            name: {**stage, "peak_bytes": peaks.get(name, 0)} for name, stage in stages.items() if name not in engines
+        },
+    }
+    show(facts)
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return 0 if all(engine["within_bounds"] for engine in engines.values()) else 1
+
+
+def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
+    """Run a build; its exit code, and the most resident bytes of it while each stage was made, by stage."""
+    process, peaks, ended = subprocess.Popen(command), dict[str, int](), threading.Event()
+    sampler = threading.Thread(target=sample, args=(process.pid, work, peaks, ended))
+    sampler.start()
+    try:
+        return process.wait(), peaks
+    finally:
+        ended.set()
+        sampler.join()
+
+
+def sample(pid: int, work: Path, peaks: dict[str, int], ended: threading.Event) -> None:
+    """Raise the peak of the stage being made, told by its folder in the build's work folder; see proc_pid_status(5)."""
+    status = Path(f"/proc/{pid}/status")
+    while not ended.is_set():
+        making = [path.name.removeprefix(".").removesuffix(".making") for path in work.glob(".*.making")]
+        try:
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        resident = int(lines.get("VmRSS", "0 kB").split()[0]) * 1024
+        for name in making:
+            peaks[name] = max(peaks.get(name, 0), resident)
+        time.sleep(INTERVAL)
+
+
+def show(facts: dict) -> None:
+    table = Table("engine", "seconds", "GB", "fp32 GB", "peak GB", "bound GB", "matrix work", "")
+    for name, engine in facts["engines"].items():
+        sizes = (f"{engine[key] / 1e9:.2f}" for key in ("bytes", "fp32_bytes", "peak_bytes", "bound_bytes"))
+        work = ", ".join(f"{count} {kind}" for kind, count in engine["matrix_work"].items())
+        verdict = "within" if engine["within_bounds"] else "beyond"
+        table.add_row(name, f"{engine['seconds']:.1f}", *sizes, work, verdict)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What a builder tells while it works, its steps and its errors, put so that it can be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+Progress = Callable[[int, int], None]
+"""Told steps done and in all."""
+_TRANSLATIONS = (
+    (
+        "could not find any implementation",
+        "out of memory",
+        "choose smaller --batch, --height and --width, or free memory",
+    ),
+    ("out of memory", "out of memory", "choose smaller --batch, --height and --width, or free memory"),
+    ("cuda_success", "it needs a GPU for this", "build on a machine with one and its driver, or ask for less"),
+    ("cuda error", "it needs a GPU for this", "build on a machine with one and its driver, or ask for less"),
+    ("fp32 gemm is not supported", "no fp32 matrix product on this GPU", "use --precision fp16"),
+    ("but must have type", "a tensor has a type that the builder does not take", "use another --precision"),
+)
+"""What the builder says, what it means, and what to do; the first that fits."""
+
+
+def builder_log(package: ModuleType) -> Any:
+    """An ``ILogger`` that keeps the builder's errors in ``errors`` instead of printing them."""
+
+    class Log(package.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            package.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (package.ILogger.ERROR, package.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def first(self) -> str:
+            return self.errors[0] if self.errors else "it does not say why"
+
+    return Log()
+
+
+def builder_monitor(package: ModuleType, progress: Progress) -> Any:
+    """An ``IProgressMonitor`` that tells the steps of the phase with the most of them, and not those within it.
+
+    Control-C cancels the build at the next step, and leaves ``interrupted`` true: the bindings swallow exceptions.
+    """
+
+    class Monitor(package.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            package.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interrupted = False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return self._tell(name, step + 1)
+
+        def phase_finish(self, name: str) -> None:
+            self._tell(name, self.steps[name])
+
+        def _tell(self, name: str, done: int) -> bool:
+            try:
+                if self.steps[name] == max(self.steps.values()):
+                    progress(done, self.steps[name])
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+    return Monitor()
+
+
+def translated(message: str) -> str:
+    """A builder's error in one line: what it means, what the builder said, what to do."""
+    line = one_line(message)
+    for said, meaning, advice in _TRANSLATIONS:
+        if said in line.lower():
+            return f"{meaning} ({line}); {advice}"
+    return f"{line}; choose other bounds or report it with the graph"
+
+
+def one_line(message: str) -> str:
+    """At most 300 characters, without line breaks."""
+    return " ".join(message.split())[:300]

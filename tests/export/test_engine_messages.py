@@ -1,0 +1,59 @@
+"""What builders tell: errors translated, steps told, interrupts that reach the caller; timings kept in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tensorrt_rtx
+
+from ldm_export.engine_config import load_timings, save_timings
+from ldm_export.engine_messages import builder_log, builder_monitor, translated
+from ldm_runtime.errors import BuildError
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Error Code 10: Could not find any implementation for node {…}.", "out of memory (Error Code 10"),
+        ("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)", "out of memory ("),
+        ("MyelinCheckException: graph_jit.cpp:278: CHECK(status == CUDA_SUCCESS) failed.", "it needs a GPU for this ("),
+        ("FP32 GEMM is not supported\n  on this device", "no fp32 matrix product on this GPU (FP32 GEMM is not"),
+        ("something\nelse", "something else; choose other bounds or report it"),
+    ],
+)
+def test_errors_are_translated_in_one_line(message: str, said: str) -> None:
+    assert translated(message).startswith(said) and "\n" not in translated(message)
+
+
+def test_control_c_cancels_the_build() -> None:
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monitor = builder_monitor(tensorrt_rtx, interrupted)
+    monitor.phase_start("building", None, 3)
+    assert monitor.step_complete("building", 0) is False and monitor.interrupted
+
+
+def test_steps_of_the_longest_phase_are_told() -> None:
+    told: list[tuple[int, int]] = []
+    monitor = builder_monitor(tensorrt_rtx, lambda *steps: told.append(steps))
+    monitor.phase_start("all", None, 4)
+    assert monitor.step_complete("all", 0)
+    monitor.phase_start("part", "all", 2)
+    assert monitor.step_complete("part", 0)
+    monitor.phase_finish("part")
+    monitor.phase_finish("all")
+    assert told == [(1, 4), (4, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
+def test_timings_are_kept_in_a_file(tmp_path: Path) -> None:
+    """The programming interface, with the real package: that of TensorRT for RTX keeps an empty cache."""
+    builder = tensorrt_rtx.Builder(builder_log(tensorrt_rtx))
+    config, file = builder.create_builder_config(), tmp_path / "timings"
+    save_timings(load_timings(config, file), file)
+    assert file.stat().st_size > 0
+    save_timings(load_timings(builder.create_builder_config(), file), file)
+    with pytest.raises(BuildError, match=r"cannot be read .*--timing-cache"):
+        load_timings(config, tmp_path)
