@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_export.islands import MATRIX
 from ldm_runtime.errors import BuildError
 
 TYPES = {"fp32": "float", "fp16": "half", "bf16": "bfloat"}
@@ -74,8 +75,9 @@ def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: boo
     for kind, layers in found:
         counts[kind] += 1
         nodes = _LAYER.findall(layers)
-        if kind != wanted and not any(node in islands for node in nodes):
-            beyond += nodes[:1] or ["a fused operation"]
+        work = [node for node in nodes if node.rpartition("/")[2].partition("_")[0] in MATRIX] or nodes[:1]
+        if kind != wanted:
+            beyond += [node for node in work or ["a fused operation"] if node not in islands]
     if matrix and not counts:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
     proof = Proof(dict(sorted(counts.items())), tuple(dict.fromkeys(beyond)))

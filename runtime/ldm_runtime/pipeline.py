@@ -63,8 +63,8 @@ class Generation:
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that. Steps that
-    are affine run in ``loop`` where there is one, on a GPU, else in NumPy.
+    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that. Affine
+    steps run in ``loop`` where there is one, on a GPU, else in NumPy.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from ldm_export.engine_package import known_capabilities
 from ldm_export.engine_proof import prove
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
 from ldm_runtime.manifest import COMPONENTS
 
@@ -83,7 +84,7 @@ def test_declared_islands_are_no_failure(shapes_engines: Bundle, tmp_path: Path)
     islands = {node.name for node in onnx.load(str(graph)).graph.node if node.op_type == "MatMul"}
     assert prove(file, "fp16", islands).beyond == ()
     with pytest.raises(BuildError, match="expected fp16"):
-        prove(file, "fp16", set(list(islands)[1:]))
+        prove(file, "fp16", sorted(islands)[1:])
 
 
 def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "ldm_export.cli", "build", "-o", str(bundle)]
     options = ["--target", "tensorrt-rtx", "--compute-capability", ",".join(CAPABILITIES), "--batch", "1:1:4"]
     done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=True)
-    stages = [f"{name}.fp32.{REQUEST.name}" for name in COMPONENTS]
+    stages = [f"{name}.fp32.{REQUEST.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
     assert sorted(json.loads(done.stdout)["made"]) == sorted(stages)
     components = Bundle.open(bundle).manifest.components
     assert components["unet"].engines[0].profiles[1]["timestep"] == ((1,), (2,), (8,))
