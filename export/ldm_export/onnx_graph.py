@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -58,6 +59,22 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
     _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)
     return save_graph(model, target)
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph of a bundle or of a build; weights beside it are mapped into memory, not read.
+
+    onnx_ir itself refuses files with several hard links, as those kept from an earlier build are.
+    """
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            file = path.with_name(Path(tensor.location).name)
+            shape = tuple(int(size) for size in tensor.shape)
+            mapped = np.memmap(file, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+            value.const_value = ir.Tensor(mapped, dtype=tensor.dtype, name=tensor.name)
+    return model
 
 
 def save_graph(model: ir.Model, target: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ldm_export.islands import MATRIX, computes, find_islands
-from ldm_export.onnx_graph import save_graph
+from ldm_export.onnx_graph import load_graph, save_graph
 from ldm_runtime.errors import BuildError
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -53,7 +53,7 @@ def half_graph(source: Path, target: Path, precision: str, ranges: Mapping[str, 
     Raises:
         BuildError: a tensor that is computed was not measured, or the graph cannot be rewritten.
     """
-    model = ir.load(source)
+    model = load_graph(source)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph, half = model.graph, DTYPES[precision]
     _check_measured(graph, ranges)

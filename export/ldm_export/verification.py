@@ -17,6 +17,7 @@ from transformers import BertTokenizerFast
 
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
+from ldm_export.measures import TOLERANCES, ComponentResult, Tolerance, compared, psnr, real_feeds
 from ldm_export.modules import load_module
 from ldm_export.prompts import PROMPTS
 from ldm_export.spelling import tokenizer_folder
@@ -26,36 +27,6 @@ from ldm_runtime.images import psnr
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 ETA, GUIDANCE, MAX_PROMPTS = 0.3, 6.0, 1000
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What is accepted: ``component`` as a share of the largest value, ``pixel`` in 1/255 at most, ``psnr`` in dB."""
-
-    component: float
-    pixel: int
-    psnr: float
-
-
-TOLERANCES = {
-    "fp32": Tolerance(component=1e-3, pixel=1, psnr=0),
-    "fp16": Tolerance(component=0.02, pixel=255, psnr=45),
-    "bf16": Tolerance(component=0.1, pixel=255, psnr=30),
-}
-"""What is accepted of each precision unless told otherwise: fp32 draws the same picture, the others one close to it."""
-
-
-@dataclass(frozen=True)
-class ComponentResult:
-    """One component on the same inputs as torch: largest |error| as a share of the largest |value|, cosine, PSNR dB.
-
-    ``psnr`` is None where the two are equal.
-    """
-
-    name: str
-    max_error: float
-    cosine: float
-    psnr: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +111,7 @@ def verify(
         raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
     total = 3 + len(prompts)
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as ours:
-        feeds = _feeds(ours, prompts)
+        feeds = real_feeds(ours, prompts)
         components = []
         for done, (name, feed) in enumerate(feeds.items()):
             progress(name, done, total)
@@ -169,33 +140,14 @@ def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
     return pipeline
 
 
-def _feeds(ours: LatentDiffusionPipeline, prompts: Sequence[str]) -> dict[str, dict[str, NDArray[Any]]]:
-    """Real inputs: the prompts' tokens and contexts, noise at timesteps from start to end, and latents."""
-    rng = np.random.default_rng(0)
-    geometry = ours.geometry
-    tokens = ours.tokenizer(list(prompts)[: geometry.images])
-    context = ours.backends["text_encoder"].run({"input_ids": tokens})["context"]
-    shape = (len(tokens), geometry.channels, geometry.height.opt, geometry.width.opt)
-    latents = rng.standard_normal(shape).astype(np.float32)
-    timestep = np.linspace(1, ours.scheduler.num_train_timesteps - 1, len(tokens)).astype(np.int64)
-    return {
-        "text_encoder": {"input_ids": tokens},
-        "unet": {"sample": latents, "timestep": timestep, "context": context},
-        "decoder": {"latents": latents},
-    }
-
-
 def _component(
     ours: LatentDiffusionPipeline, checkpoint: Checkpoint, name: str, feed: dict[str, NDArray[Any]]
 ) -> ComponentResult:
     module = MODULES[name](load_module(checkpoint, name)).eval()
     with torch.inference_mode():
-        expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy().astype(np.float64)
+        expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy()
     (got,) = ours.backends[name].run(feed).values()
-    got = got.astype(np.float64)
-    scale = float(np.abs(expected).max()) or 1.0
-    cosine = float((got * expected).sum() / (np.linalg.norm(got) * np.linalg.norm(expected) or 1.0))
-    return ComponentResult(name, float(np.abs(got - expected).max()) / scale, cosine, psnr(got, expected, scale))
+    return compared(name, got, expected)
 
 
 def _picture(

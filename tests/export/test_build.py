@@ -23,7 +23,7 @@ from ldm_export.checkpoint import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
-STAGES = {"tokenizer", "text_encoder.fp32", "unet.fp32", "decoder.fp32"}
+STAGES = {"tokenizer", *(f"{name}.fp32" for name in ("text_encoder", "unet", "decoder", "step", "guided_step"))}
 NOTES = {"manifest.json", "build-log.json"}
 
 
@@ -69,10 +69,10 @@ def texts(value: Any) -> Iterator[str]:
 def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
-    graphs = {f"{name}/fp32.onnx" for name in ("text_encoder", "unet", "decoder")}
+    graphs = {f"{name}/fp32.onnx" for name in ("text_encoder", "unet", "decoder", "step", "guided_step")}
     assert set(bundle.manifest.files) == graphs | {"tokenizer.json"}
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
-    assert {path.name for path in tiny_bundle.iterdir() if path.is_dir()} == {"text_encoder", "unet", "decoder"}
+    assert {path.name for path in tiny_bundle.iterdir() if path.is_dir()} == {str(Path(graph).parent) for graph in graphs}
     assert not list(tiny_bundle.parent.glob(".*"))
     made = [name for stage in bundle.manifest.stages.values() for name in stage.files]
     assert set(bundle.manifest.stages) == STAGES and sorted(made) == sorted(bundle.manifest.files)

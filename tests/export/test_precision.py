@@ -140,6 +140,18 @@ def test_bf16_keeps_the_structural_islands_only(overflowing_bundle: Bundle, tmp_
     onnx.checker.check_model(str(made.files[0]), full_check=True)
 
 
+def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bundle, tmp_path: Path) -> None:
+    """As those of a large model are: in a file of their own, which the bundle and the build share."""
+    name, folder = "decoder", tmp_path / "earlier"
+    folder.mkdir()
+    ir.save(ir.load(half_bundle.graph(name, "fp32")), folder / "fp32.onnx", external_data="fp32.onnx.data")
+    for file in ("fp32.onnx", "fp32.onnx.data"):
+        (tmp_path / file).hardlink_to(folder / file)
+    ranges = json.loads(half_bundle.file("report/ranges.json").read_text())[name]
+    made = half_graph(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", "fp16", ranges)
+    assert made.files[0].read_bytes() == half_bundle.graph(name, "fp16").read_bytes()
+
+
 def test_a_tensor_nobody_measured_is_refused(half_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"^decoder: \d+ tensors were not measured"):
         half_graph(half_bundle.graph("decoder", "fp32"), tmp_path / "x.onnx", "fp16", {})
