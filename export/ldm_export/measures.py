@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.images import psnr
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 
@@ -65,9 +65,3 @@ def compared(name: str, got: NDArray[Any], expected: NDArray[Any]) -> ComponentR
     scale = float(np.abs(other).max()) or 1.0
     cosine = float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other) or 1.0))
     return ComponentResult(name, float(np.abs(one - other).max()) / scale, cosine, psnr(one, other, scale))
-
-
-def psnr(one: NDArray[np.float64], other: NDArray[np.float64], peak: float) -> float | None:
-    """Peak signal-to-noise ratio in dB; None where the two are equal."""
-    error = float(np.square(one - other).mean())
-    return 10 * math.log10(peak**2 / error) if error else None

@@ -17,7 +17,7 @@ from transformers import BertTokenizerFast
 
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
-from ldm_export.measures import TOLERANCES, ComponentResult, Tolerance, compared, psnr, real_feeds
+from ldm_export.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds
 from ldm_export.modules import load_module
 from ldm_export.prompts import PROMPTS
 from ldm_export.spelling import tokenizer_folder

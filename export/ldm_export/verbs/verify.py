@@ -1,16 +1,20 @@
-"""``ldm-export verify``: measure a bundle against its checkpoint."""
+"""``ldm-export verify``: measure a bundle against its checkpoint, its backends or its precisions against each other."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import PRECISIONS, lines, quieten, unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
+
+if TYPE_CHECKING:
+    from ldm_export.measures import ComponentResult
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -24,10 +28,19 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-pixel", type=int, help="largest difference of a pixel, of 255 (default 1 for fp32)")
     verb.add_argument("--min-psnr", type=float, metavar="DB", help="least PSNR of a picture (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
+    others = verb.add_mutually_exclusive_group()
+    others.add_argument(
+        "--backends", metavar="LIST", help="compare these with the first instead, e.g. onnxruntime,openvino:fp32"
+    )
+    others.add_argument(
+        "--layers", action="store_true", help="compare half-precision graphs with fp32 tensor by tensor instead"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """``ldm-export verify``: 1 where a figure is beyond its tolerance."""
+    if args.backends or args.layers:
+        return _backends(args, screen) if args.backends else _layers(args, screen)
     from ldm_export.extras import needs
 
     with needs("export"):
@@ -64,7 +77,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if args.json:
         screen.json(result.facts())
     else:
-        rows = [[c.name, f"{c.max_error:.2e}", f"{c.cosine:.7f}", _decibel(c.psnr)] for c in result.components]
+        rows = [[c.name, *_figures(c)] for c in result.components]
         screen.table("components, against torch", ["component", "max error", "cosine", "PSNR dB"], rows)
         rows = [[p.prompt, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.pictures]
         screen.table("pictures, against diffusers", ["prompt", "max pixel", "PSNR dB"], rows)
@@ -72,6 +85,89 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         for failure in result.failures:
             screen.result(f"beyond tolerance: {failure}")
     return 1 if result.failures else 0
+
+
+def _backends(args: argparse.Namespace, screen: Screen) -> int:
+    from ldm_export.comparison import compare, facts, parse_runs
+    from ldm_export.prompts import PROMPTS
+
+    runs = parse_runs(args.backends, args.precision)
+    prompts = lines(args.prompts) if args.prompts else PROMPTS
+    bundle = Bundle.open(args.bundle)
+    with screen.bar("loading") as bar:
+        found = compare(bundle, runs, prompts, args.steps, lambda what, done, total: bar.to(done, total, what))
+    try:
+        bundle.with_measured({"backends": facts(runs, found)}, {})
+    except OSError as error:
+        raise unwritten(args.bundle, error, "free some disk space or verify a copy") from None
+    failures = [one.failure for one in found if one.failure]
+    if args.json:
+        screen.json(facts(runs, found))
+    else:
+        rows = [[f"{one.part}, {one.run}", *_figures(one.result)] for one in found]
+        screen.table(f"against {runs[0]}, on the same feed", ["part", "max error", "cosine", "PSNR dB"], rows)
+        for failure in failures:
+            screen.result(f"beyond tolerance: {failure}")
+    return 1 if failures else 0
+
+
+def _layers(args: argparse.Namespace, screen: Screen) -> int:
+    from ldm_export.extras import needs
+
+    with needs("export"):
+        from ldm_export.layerwise import compare_layers, first_beyond
+        from ldm_export.measures import TOLERANCES, real_feeds
+        from ldm_export.prompts import PROMPTS
+        from ldm_runtime.pipeline import LatentDiffusionPipeline
+    bundle = Bundle.open(args.bundle)
+    precision = args.precision or bundle.precision
+    if precision == "fp32":
+        raise SpecError("--layers: got fp32, which the others are compared with; give --precision fp16, bf16 or int8")
+    threshold = TOLERANCES[precision].component if args.tolerance is None else args.tolerance
+    with LatentDiffusionPipeline.from_bundle(
+        bundle, backend="onnxruntime", device="cpu", precision="fp32", keep_loaded=False
+    ) as pipeline:
+        feeds = real_feeds(pipeline, (lines(args.prompts) if args.prompts else PROMPTS)[:1])
+    told, beyond = {}, False
+    with screen.bar("comparing", len(feeds)) as bar:
+        for done, (name, feed) in enumerate(feeds.items()):
+            bar.to(done, len(feeds), name)
+            layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), feed)
+            first, worst = first_beyond(layers, threshold), max(layers, key=lambda layer: layer.error)
+            beyond = beyond or first is not None
+            told[name] = {"tensors": len(layers), "first_beyond": first, "worst": worst}
+    if args.json:
+        screen.json({"precision": precision, "threshold": threshold, "components": _plain(told)})
+        return int(beyond)
+    rows = []
+    for name, facts in told.items():
+        for what in ("first_beyond", "worst"):
+            if layer := facts[what]:
+                figures = [f"{layer.error:.2e}", f"{layer.largest:.4g}"]
+                rows.append([f"{name}, {what.replace('_', ' ')}", layer.tensor, *figures])
+    screen.table(f"{precision} against fp32, threshold {threshold:g}", ["", "tensor", "error", "largest"], rows)
+    for name, facts in told.items():
+        if first := facts["first_beyond"]:
+            screen.result(f"{name}: parts first at {first.tensor}, given by {first.node} in {first.dtype}")
+        else:
+            screen.result(f"{name}: all {facts['tensors']} tensors are within {threshold:g} of their largest value")
+    return int(beyond)
+
+
+def _plain(told: dict[str, Any]) -> dict[str, Any]:
+    """JSON-able: infinite errors as None."""
+
+    def layer(given: Any) -> Any:
+        return {**asdict(given), "error": given.error if math.isfinite(given.error) else None} if given else None
+
+    return {
+        name: {"tensors": facts["tensors"], **{key: layer(facts[key]) for key in ("first_beyond", "worst")}}
+        for name, facts in told.items()
+    }
+
+
+def _figures(result: ComponentResult) -> list[str]:
+    return [f"{result.max_error:.2e}", f"{result.cosine:.7f}", _decibel(result.psnr)]
 
 
 def _decibel(value: float | None) -> str:

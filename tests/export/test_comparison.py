@@ -1,0 +1,114 @@
+"""Backends compared on one feed, and precisions tensor by tensor: what parts, where first, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ldm_export.build import build
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.cli import main
+from ldm_export.comparison import Run, parse_runs
+from ldm_export.layerwise import compare_layers, first_beyond
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import BuildError, SpecError
+from ldm_runtime.specs import dummy_inputs
+
+
+@pytest.fixture(scope="module")
+def half(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("compared") / "bundle"))
+    return build(open_checkpoint(tiny_checkpoint), folder, "fp16").bundle
+
+
+def test_backends_are_compared_on_the_same_feed(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    given = "onnxruntime:fp32,onnxruntime:fp16,openvino:fp32"
+    assert main(["verify", str(half.folder), "--backends", given, "--steps", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["against"] == "onnxruntime:fp32" and told["within_tolerance"]
+    errors = {(one["run"], one["part"]): one["max_error"] for one in told["differences"]}
+    assert set(errors) == {
+        (run, part)
+        for run in ("onnxruntime:fp16", "openvino:fp32")
+        for part in ("text_encoder", "unet", "decoder", "picture")
+    }
+    assert 0 < errors["openvino:fp32", "unet"] < errors["onnxruntime:fp16", "unet"] < 0.02
+    assert Bundle.open(half.folder).manifest.measured["backends"] == told
+
+
+def test_a_backend_that_gives_something_else_is_named(
+    half: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its graph is another model's: the digest in the manifest is right, and all its results are wrong."""
+    import shutil
+
+    folder = Path(shutil.copytree(half.folder, tmp_path / "bundle"))
+    model = ir.load(folder / "decoder/fp16.onnx")
+    weight = next(value for value in model.graph.initializers.values() if len(value.shape or ()) == 4)
+    assert weight.const_value is not None
+    weight.const_value = ir.tensor(-weight.const_value.numpy(), name=weight.name)
+    ir.save(model, folder / "decoder/fp16.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    from ldm_runtime.bundle import sha256
+
+    file = folder / "decoder/fp16.onnx"
+    manifest["files"]["decoder/fp16.onnx"] = {"sha256": sha256(file), "size": file.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    given = "onnxruntime:fp32,onnxruntime:fp16"
+    assert main(["verify", str(folder), "--backends", given, "--steps", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "beyond tolerance: onnxruntime:fp16: decoder: max error" in out
+    assert "beyond tolerance: onnxruntime:fp16: text_encoder" not in out
+    assert main(["verify", str(folder), "--layers"]) == 1
+    out = capsys.readouterr().out
+    assert f"decoder: parts first at {next(iter(weight.uses())).node.outputs[0].name}" in out.replace("\n", "")
+    assert "unet: all" in out and "text_encoder: all" in out
+
+
+def test_layers_of_the_half_graphs_agree(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(half.folder), "--layers", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["precision"] == "fp16" and set(told["components"]) == {"text_encoder", "unet", "decoder"}
+    for component in told["components"].values():
+        assert component["tensors"] > 30 and component["first_beyond"] is None
+        assert 0 < component["worst"]["error"] < 0.02
+    assert main(["verify", str(half.folder), "--layers", "--tolerance", "1e-6", "--json"]) == 1
+    first = json.loads(capsys.readouterr().out)["components"]["unet"]["first_beyond"]
+    assert first["error"] > 1e-6 and first["node"]
+
+
+def test_the_first_tensor_is_that_of_the_graphs_order(half: Bundle) -> None:
+    spec = half.manifest.components["unet"].spec
+    layers = compare_layers(half.graph("unet", "fp16"), half.graph("unet", "fp32"), dummy_inputs(spec, "min"))
+    order = [value.name for node in ir.load(half.graph("unet", "fp16")).graph for value in node.outputs]
+    places = [order.index(layer.tensor) for layer in layers]
+    assert places == sorted(places)
+    first = first_beyond(layers, 1e-5)
+    assert first is not None and all(layer.error <= 1e-5 for layer in layers[: layers.index(first)])
+    assert layers[-1].tensor == "noise_pred" and np.isfinite(layers[-1].error)
+
+
+def test_graphs_of_two_components_share_nothing(half: Bundle) -> None:
+    spec = half.manifest.components["text_encoder"].spec
+    with pytest.raises(BuildError, match=r"cannot run it on the CPU|shares no tensor"):
+        compare_layers(half.graph("text_encoder", "fp16"), half.graph("decoder", "fp32"), dummy_inputs(spec, "min"))
+
+
+def test_runs_are_backends_with_or_without_a_precision() -> None:
+    assert parse_runs("onnxruntime, openvino:fp32", "fp16") == (Run("onnxruntime", "fp16"), Run("openvino", "fp32"))
+    for text in ("onnxruntime", "", "onnxruntime,onnxruntime", "openvino:fp16,openvino"):
+        with pytest.raises(SpecError, match="expected two or more that differ"):
+            parse_runs(text, "fp16")
+
+
+def test_what_is_refused(half: Bundle, refused: Callable[..., None]) -> None:
+    refused("verify", half.folder, "--layers", "--precision", "fp32", said="--layers: got fp32, which the others are")
+    refused("verify", half.folder, "--backends", "onnxruntime,caffe", said="backend: got 'caffe'")
+    refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", said="no fp8 graph")
