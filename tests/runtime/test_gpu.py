@@ -1,0 +1,115 @@
+"""On an NVIDIA GPU: engines, graphs on CUDA and the loop on the device give what ONNX Runtime gives on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.tensorrt import TensorRtBackend
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import BackendError
+from ldm_runtime.images import psnr
+from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.specs import ComponentSpec, dummy_inputs
+
+pytestmark = pytest.mark.gpu
+PROMPT = "a small red circle left of a large blue square on a yellow background"
+OPTIONS: dict[str, Any] = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def capability() -> str:
+    return Cuda().capability()
+
+
+@pytest.fixture(scope="module")
+def for_this_gpu(shapes_engines: Bundle, capability: str) -> Bundle:
+    """The bundle with engines, where they are for the GPU at hand."""
+    if capability not in shapes_engines.manifest.components["unet"].engines[0].compute_capabilities:
+        pytest.skip(f"no engine is for compute capability {capability}")
+    return shapes_engines
+
+
+@pytest.fixture(params=["tensorrt", "onnxruntime"])
+def on_gpu(request: pytest.FixtureRequest) -> Iterator[LatentDiffusionPipeline]:
+    bundle = request.getfixturevalue("for_this_gpu" if request.param == "tensorrt" else "shapes_engines")
+    device = "auto" if request.param == "tensorrt" else "cuda"
+    with LatentDiffusionPipeline.from_bundle(bundle, backend=request.param, device=device) as pipeline:
+        yield pipeline
+
+
+def picture(pipeline: LatentDiffusionPipeline, **options: Any) -> np.ndarray:
+    return np.asarray(pipeline(PROMPT, **OPTIONS | options).images[0], np.float64)
+
+
+def close(one: np.ndarray, other: np.ndarray, least: float) -> bool:
+    found = psnr(one, other, 255.0)
+    return found is None or found >= least
+
+
+def smallest(spec: ComponentSpec) -> dict[str, Any]:
+    feed = dummy_inputs(spec, "opt")
+    return {name: array * 37 if name == "timestep" else array for name, array in feed.items()}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_each_engine_gives_what_its_graph_gives_on_the_cpu(for_this_gpu: Bundle, name: str) -> None:
+    spec = for_this_gpu.manifest.components[name].spec
+    engine = TensorRtBackend(for_this_gpu, name, "fp16")
+    graph = OnnxRuntimeBackend(for_this_gpu.graph(name, "fp16"), spec, "cpu")
+    for _ in range(2):  # the second is the captured graph
+        (found,), (expected,) = (backend.run(smallest(spec)).values() for backend in (engine, graph))
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    engine.close()
+
+
+def test_the_picture_is_that_of_the_cpu(on_gpu: LatentDiffusionPipeline, shapes_engines: Bundle) -> None:
+    with LatentDiffusionPipeline.from_bundle(
+        shapes_engines, backend="onnxruntime", device="cpu", precision="fp32"
+    ) as reference:
+        for options in (
+            {},
+            {"guidance_scale": 1.0},
+            {"eta": 0.0},
+            {"height": 72, "width": 64} if _wide(on_gpu) else {},
+        ):
+            assert close(picture(on_gpu, **options), picture(reference, **options), 40)
+
+
+def test_the_loop_on_the_device_is_the_numpy_loop(on_gpu: LatentDiffusionPipeline) -> None:
+    assert on_gpu.loop is not None
+    on_device = picture(on_gpu)
+    assert close(on_device, picture(on_gpu), 60)
+    loop, on_gpu.loop = on_gpu.loop, None
+    in_numpy = picture(on_gpu)
+    on_gpu.loop = loop
+    assert close(on_device, in_numpy, 45)
+
+
+def test_in_fp32_onnxruntime_draws_the_same_picture(shapes_engines: Bundle) -> None:
+    pictures = []
+    for device in ("cuda", "cpu"):
+        with LatentDiffusionPipeline.from_bundle(
+            shapes_engines, backend="onnxruntime", device=device, precision="fp32"
+        ) as pipeline:
+            pictures.append(picture(pipeline))
+    assert close(*pictures, 45)  # TF32 may be used
+
+
+def test_an_engine_for_other_gpus_is_refused_before_it_is_opened(shapes_engines: Bundle, capability: str) -> None:
+    if capability in shapes_engines.manifest.components["unet"].engines[0].compute_capabilities:
+        pytest.skip("the engines are for this GPU")
+    with pytest.raises(BackendError, match=rf"this GPU has {capability}"):
+        LatentDiffusionPipeline.from_bundle(shapes_engines, backend="tensorrt")
+
+
+def _any_size(pipeline: LatentDiffusionPipeline) -> bool:
+    """True where other sizes than the model's are taken: the engines here were built for its own."""
+    return pipeline.choice is not None and pipeline.choice.backend == "onnxruntime"
