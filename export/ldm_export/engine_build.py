@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ldm_export.engine_config import add_profiles, choose_capabilities, limit_memory, load_timings, save_timings
+from ldm_export.engine_inspection import inspect_engine
 from ldm_export.engine_messages import Progress, builder_log, builder_monitor, one_line, translated
 from ldm_export.engine_package import check_request, open_package
 from ldm_export.engine_profiles import Bounds, bounded, profiles
@@ -91,6 +92,8 @@ def build_engine(
     timings = None if request.timings is None else load_timings(config, Path(request.timings))
     if request.refittable:
         config.set_flag(package.BuilderFlag.REFIT)
+    if not request.compute_capabilities:
+        config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # for the inspector
     monitor = builder_monitor(package, progress)
     config.progress_monitor = monitor
     if refused := add_profiles(builder, config, shapes):
@@ -107,7 +110,10 @@ def build_engine(
         file.flush()
         os.fsync(file.fileno())
     del built
-    proof = prove(target, precision, islands, matrix=matrix)
+    if request.compute_capabilities:
+        proof = prove(target, precision, islands, matrix=matrix)
+    else:
+        proof = inspect_engine(package, target, precision, islands, matrix=matrix)
     return Engine(
         file=target.name,
         package=request.target,

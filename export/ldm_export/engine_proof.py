@@ -11,7 +11,7 @@ import mmap
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,16 @@ class Proof:
     Attributes:
         matrix_work: type ("half", "float", "int8") → convolutions and matrix products that take it, over all profiles.
         beyond: ONNX nodes of matrix work in another type than asked that no island declares.
+        read_from: "program", the compiled text inside the engine, or "inspector", which opened it on a GPU.
     """
 
     matrix_work: Mapping[str, int]
     beyond: tuple[str, ...]
+    read_from: str
 
     def facts(self) -> dict[str, Any]:
         """JSON-able, as the manifest keeps it."""
-        return {"read_from": "program", "matrix_work": dict(self.matrix_work)}
+        return {"read_from": self.read_from, "matrix_work": dict(self.matrix_work)}
 
 
 def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: bool = True) -> Proof:
@@ -65,28 +67,48 @@ def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: boo
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         types = _types(content)
         found = [
-            (_kind(match, types), match["layers"].decode())
+            (_kind(match, types), _LAYER.findall(match["layers"].decode()))
             for statement in (_MATRIX, _FUSED)
             for match in statement.finditer(content)
         ]
-    counts: Counter[str] = Counter()
-    beyond: list[str] = []
-    wanted = TYPES[precision]
-    for kind, layers in found:
-        counts[kind] += 1
-        nodes = _LAYER.findall(layers)
-        work = [node for node in nodes if node.rpartition("/")[2].partition("_")[0] in MATRIX] or nodes[:1]
-        if kind != wanted:
-            beyond += [node for node in work or ["a fused operation"] if node not in islands]
-    if matrix and not counts:
+    if matrix and not found:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
-    proof = Proof(dict(sorted(counts.items())), tuple(dict.fromkeys(beyond)))
+    return checked(engine, found, precision, islands, "program")
+
+
+def checked(
+    engine: Path,
+    found: Sequence[tuple[str, Sequence[str]]],
+    precision: str,
+    islands: Collection[str],
+    read_from: str,
+) -> Proof:
+    """Count matrix work by type and compare it with what was asked.
+
+    Args:
+        found: of each operation its type, and the ONNX nodes it was made of.
+
+    Raises:
+        BuildError: work beyond the islands is in another precision.
+    """
+    wanted = TYPES[precision]
+    counts = Counter(kind for kind, _ in found)
+    beyond: list[str] = []
+    for kind, nodes in found:
+        if kind != wanted:
+            beyond += [node for node in matrix_nodes(nodes) or ["a fused operation"] if node not in islands]
+    proof = Proof(dict(sorted(counts.items())), tuple(dict.fromkeys(beyond)), read_from)
     if beyond:
         raise BuildError(
             f"{engine}: {len(proof.beyond)} matrix operations are in {_others(counts, wanted)}, expected {precision}, "
             f"first {proof.beyond[0]}; report it with the graph"
         )
     return proof
+
+
+def matrix_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of these ONNX nodes that are convolutions or matrix products, by the names that exports give them."""
+    return [node for node in nodes if node.rpartition("/")[2].partition("_")[0] in MATRIX]
 
 
 def _types(content: mmap.mmap) -> dict[str, list[tuple[int, str]]]:
