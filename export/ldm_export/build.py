@@ -87,7 +87,7 @@ def build(
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         steps = step_specs(specs["unet"])
-        stages = _stages(checkpoint, specs, steps, scheduler, precisions, engines, work, tools, progress)
+        stages = _stages(checkpoint, specs, steps, scheduler, precisions, engines, work, tools, progress, previous)
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
@@ -153,6 +153,7 @@ def _stages(
     work: Path,
     tools: dict[str, str],
     progress: Callable[[str, int, int], None],
+    previous: Bundle | None,
 ) -> list[Stage]:
     def told(stage: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(stage, done, total)
@@ -178,6 +179,7 @@ def _stages(
                 pixels[2] // latents[2],
                 told(f"{spec.name}.{precision}.{engines.name}"),
                 matrix=matrix,
+                previous=previous,
             )
             for spec, precision, matrix in wanted
         ]

@@ -26,7 +26,7 @@ from ldm_export.spelling import tokenizer_folder
 from ldm_export.stages import Stage
 from ldm_export.step_graph import export_step
 from ldm_export.tokenizer_files import write_tokenizer_json
-from ldm_runtime.bundle import sha256
+from ldm_runtime.bundle import Bundle, sha256
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.specs import ComponentSpec
@@ -153,11 +153,13 @@ def engine_stage(
     progress: Progress,
     *,
     matrix: bool = True,
+    previous: Bundle | None = None,
 ) -> Stage:
     """Builds an engine from the component's graph that lies in ``work``, and writes its facts beside it.
 
     Args:
         matrix: the graph has convolutions or matrix products.
+        previous: the bundle that is there, whose engine may take the new weights.
 
     Raises:
         BuildError: a request that the package cannot serve.
@@ -179,6 +181,7 @@ def engine_stage(
             islands=islands,
             progress=progress,
             matrix=matrix,
+            previous=previous,
         )
         facts = folder / f"{file}.json"
         facts.write_text(json.dumps(replace(made, file=file).to_json(), indent=1, sort_keys=True) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,8 @@ from ldm_export.engine_messages import Progress, builder_log, builder_monitor, o
 from ldm_export.engine_package import check_request, open_package
 from ldm_export.engine_profiles import Bounds, bounded, profiles
 from ldm_export.engine_proof import prove
-from ldm_runtime.bundle import sha256
+from ldm_export.engine_refit import refit_engine, refit_source, structure
+from ldm_runtime.bundle import Bundle, sha256
 from ldm_runtime.engine_facts import Engine
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
@@ -56,6 +57,7 @@ def build_engine(
     islands: Collection[str] = (),
     progress: Progress = lambda done, total: None,
     matrix: bool = True,
+    previous: Bundle | None = None,
 ) -> Engine:
     """Build one engine and prove its precision.
 
@@ -68,6 +70,7 @@ def build_engine(
         islands: matrix work of the graph that is meant to stay in fp32, by node name.
         progress: told steps done and in all of the builder's longest phase.
         matrix: the graph has convolutions or matrix products, whose precision is proven.
+        previous: where an engine may lie that takes the graph's weights without a rebuild.
 
     Returns:
         Facts for the manifest; ``file`` is the target's name.
@@ -78,7 +81,36 @@ def build_engine(
     """
     package = open_package(request.target)
     check_request(package, request, precision, matrix)
-    shapes = profiles(bounded(spec, dict(request.bounds), factor))
+    engine = Engine(
+        file=target.name,
+        package=request.target,
+        version=package.__version__,
+        compute_capabilities=request.compute_capabilities,
+        precision=precision,
+        graph=sha256(graph),
+        profiles=profiles(bounded(spec, dict(request.bounds), factor)),
+        structure=structure(graph) if request.refittable else "",
+    )
+    if source := refit_source(previous, spec.name, engine):
+        refit_engine(package, source, graph, target)
+    else:
+        _build(package, graph, spec, request, engine, target, progress)
+    if request.compute_capabilities:
+        proof = prove(target, precision, islands, matrix=matrix)
+    else:
+        proof = inspect_engine(package, target, precision, islands, matrix=matrix)
+    return replace(engine, proof=proof.facts())
+
+
+def _build(
+    package: ModuleType,
+    graph: Path,
+    spec: ComponentSpec,
+    request: EngineRequest,
+    engine: Engine,
+    target: Path,
+    progress: Progress,
+) -> None:
     log = builder_log(package)
     try:
         builder = package.Builder(log)
@@ -96,7 +128,7 @@ def build_engine(
         config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # for the inspector
     monitor = builder_monitor(package, progress)
     config.progress_monitor = monitor
-    if refused := add_profiles(builder, config, shapes):
+    if refused := add_profiles(builder, config, engine.profiles):
         raise BuildError(f"{spec.name}: {package.__name__} refuses the shapes {refused}; choose other bounds")
     built = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -109,21 +141,6 @@ def build_engine(
         file.write(built)
         file.flush()
         os.fsync(file.fileno())
-    del built
-    if request.compute_capabilities:
-        proof = prove(target, precision, islands, matrix=matrix)
-    else:
-        proof = inspect_engine(package, target, precision, islands, matrix=matrix)
-    return Engine(
-        file=target.name,
-        package=request.target,
-        version=package.__version__,
-        compute_capabilities=request.compute_capabilities,
-        precision=precision,
-        graph=sha256(graph),
-        profiles=shapes,
-        proof=proof.facts(),
-    )
 
 
 def _parse(package: ModuleType, network: Any, graph: Path, spec: ComponentSpec, log: Any) -> None:

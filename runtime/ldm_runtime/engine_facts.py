@@ -27,6 +27,7 @@ class Engine:
         graph: SHA-256 of that graph's file.
         profiles: the shapes it takes; the first that fits is used, so tighter ones come first.
         proof: how the precision of its matrix work was read, and what was found.
+        structure: SHA-256 of the graph without its weights' values, where the engine takes others; else "".
     """
 
     file: str
@@ -37,6 +38,7 @@ class Engine:
     graph: str
     profiles: tuple[Profile, ...]
     proof: Mapping[str, Any] = field(default_factory=dict)
+    structure: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able facts."""
@@ -50,6 +52,7 @@ class Engine:
             "graph": self.graph,
             "profiles": shapes,
             "proof": dict(self.proof),
+            "structure": self.structure,
         }
 
     def fitting(self, shapes: Mapping[str, Shape]) -> int | None:
@@ -81,6 +84,7 @@ def engine_from_json(where: str, value: Any) -> Engine:
         compute_capabilities=tuple(text(f"{where}.compute_capabilities", item) for item in capabilities),
         profiles=tuple(_profile(f"{where}.profiles", item) for item in given),
         proof=mapping(f"{where}.proof", entry.get("proof")),
+        structure=text(f"{where}.structure", entry.get("structure", "")),
     )
 
 
