@@ -13,7 +13,7 @@ from typing import Any
 from ldm_export.engine_proof import Proof, checked, matrix_nodes
 from ldm_runtime.errors import BuildError
 
-_KINDS = (("bfloat", "bfloat"), ("bf16", "bfloat"), ("half", "half"), ("fp16", "half"), ("int8", "int8"))
+_KINDS = (("bfloat", "bf16"), ("bf16", "bf16"), ("half", "half"), ("fp16", "half"), ("int8", "int8"))
 _KINDS += (("fp8", "fp8"), ("float", "float"), ("fp32", "float"))
 UNKNOWN = "unknown"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

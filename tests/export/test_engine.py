@@ -16,6 +16,7 @@ from ldm_export.checkpoint import open_checkpoint
 from ldm_export.engine_build import EngineRequest, build_engine
 from ldm_export.engine_package import known_capabilities
 from ldm_export.engine_proof import prove
+from ldm_export.precision import half_graph
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
@@ -73,6 +74,16 @@ def test_fp32_is_proven_fp32_and_never_taken_for_fp16(shapes_engines: Bundle, ca
     assert set(made.proof["matrix_work"]) == {"float"}
     with pytest.raises(BuildError, match=r"matrix operations are in float, expected fp16, first .*MatMul"):
         prove(file, "fp16", ())
+
+
+def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
+    ranges = json.loads(shapes_engines.file("report/ranges.json").read_text())["text_encoder"]
+    source, spec = shapes_engines.graph("text_encoder", "fp32"), shapes_engines.manifest.components["text_encoder"].spec
+    (graph,) = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges).files
+    made = build_engine(graph, spec, "bf16", EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "bf16.engine")
+    assert set(made.proof["matrix_work"]) == {"bf16"}
+    with pytest.raises(BuildError, match="matrix operations are in bf16, expected fp16"):
+        prove(tmp_path / "bf16.engine", "fp16", ())
 
 
 def test_declared_islands_are_no_failure(shapes_engines: Bundle, tmp_path: Path) -> None:

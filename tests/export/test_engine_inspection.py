@@ -42,7 +42,7 @@ def test_types_of_matrix_work_alone() -> None:
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [("Float", "float"), ("BFloat16", "bfloat"), ("Int8", "int8"), ("Row major linear FP32", "float"), ("", "unknown")],
+    [("Float", "float"), ("BFloat16", "bf16"), ("Int8", "int8"), ("Row major linear FP32", "float"), ("", "unknown")],
 )
 def test_every_spelling_of_a_type(text: str, kind: str) -> None:
     assert layer_work({"Layers": [{**CONVOLUTION, "Weights": {"Type": text}}]}) == [(kind, ["unet.conv_in/Conv"])]
