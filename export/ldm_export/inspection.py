@@ -19,7 +19,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         ManifestError: a graph is not the one that was built.
     """
     manifest = bundle.manifest
-    components = {}
+    components: dict[str, dict[str, Any]] = {}
     for name in COMPONENTS:
         component, graphs = manifest.components[name], {}
         for precision, graph in component.graphs.items():
@@ -34,6 +34,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "outputs": [str(tensor) for tensor in component.spec.outputs],
             "graphs": graphs,
         }
+        if component.engines:
+            components[name]["engines"] = [
+                {**engine.to_json(), "bytes": manifest.files[engine.file].size} for engine in component.engines
+            ]
     return {
         "components": components,
         "scheduler": dict(manifest.scheduler),

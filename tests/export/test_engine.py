@@ -13,6 +13,7 @@ import tensorrt_rtx
 
 from ldm_export.build import SHIPPED, build
 from ldm_export.checkpoint import open_checkpoint
+from ldm_export.cli import main
 from ldm_export.engine_build import EngineRequest, build_engine
 from ldm_export.engine_package import known_capabilities
 from ldm_export.engine_proof import prove
@@ -74,6 +75,14 @@ def test_fp32_is_proven_fp32_and_never_taken_for_fp16(shapes_engines: Bundle, ca
     assert set(made.proof["matrix_work"]) == {"float"}
     with pytest.raises(BuildError, match=r"matrix operations are in float, expected fp16, first .*MatMul"):
         prove(file, "fp16", ())
+
+
+def test_inspect_shows_engines(shapes_engines: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(shapes_engines.folder), "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["components"]["unet"]["engines"]
+    assert engine["compute_capabilities"] == list(CAPABILITIES) and set(engine["proof"]["matrix_work"]) == {"half"}
+    assert main(["inspect", str(shapes_engines.folder)]) == 0
+    assert "matrix work" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:

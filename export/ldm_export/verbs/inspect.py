@@ -40,10 +40,18 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 half, *kept = graph["islands"].items()
                 reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
                 rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
+        rows += [["engine", _engine(engine)] for engine in component.get("engines", ())]
         screen.table(name, ["", ""], rows)
     screen.table("asked", ["", ""], _flat(facts["asked"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    gpus = ", ".join(engine["compute_capabilities"]) or "the GPU it was built on"
+    work = ", ".join(f"{count} {kind}" for kind, count in engine["proof"].get("matrix_work", {}).items())
+    what = f"{engine['precision']} for {gpus}, {engine['package']} {engine['version']}"
+    return f"{engine['file']}, {human_bytes(engine['bytes'])}; {what}; matrix work: {work or 'none'}"
 
 
 def _flat(facts: Any, prefix: str = "") -> list[list[str]]:
