@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,9 @@ def open_session(
         options.add_free_dimension_override_by_name(symbol, size)
     wanted = providers(device, ort.get_available_providers())
     tries: list[list[Any]] = [[*wanted]]
+    if DEVICES["cuda"] in wanted and hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # where it prints what it does not find
+            ort.preload_dlls(directory="")  # CUDA and cuDNN as pip installs them
     if sizes is not None and DEVICES["cuda"] in wanted:
         tries.insert(0, [(name, {"enable_cuda_graph": "1"}) if name == DEVICES["cuda"] else name for name in wanted])
     while True:
