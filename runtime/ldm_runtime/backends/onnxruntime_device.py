@@ -43,6 +43,11 @@ class OnnxRuntimeDevice:
         if key == self._held:
             return
         self.close()
+        for component in components:
+            graph, spec = self._graphs[component]
+            sizes = sizes_of(spec, {tensor.name: tensors[tensor.name][0] for tensor in spec.inputs})
+            session, _ = open_session(graph, spec, self._device, sizes=sizes)
+            self._calls[component] = session, session.io_binding()
         import onnxruntime as ort
 
         try:
@@ -51,17 +56,13 @@ class OnnxRuntimeDevice:
                     list(shape), np.dtype(dtype).type, self._device, 0
                 )
         except Exception as error:  # onnxruntime raises bare classes of its C++ side
-            raise BackendError(f"onnxruntime: {first_line(error)}; check the driver, or free GPU memory") from None
-        for component in components:
-            graph, spec = self._graphs[component]
-            sizes = sizes_of(spec, {tensor.name: tensors[tensor.name][0] for tensor in spec.inputs})
-            session, _ = open_session(graph, spec, self._device, sizes=sizes)
-            binding = session.io_binding()
+            raise BackendError(f"onnxruntime: {first_line(error)}; free GPU memory") from None
+        for component, (_, binding) in self._calls.items():
+            spec = self._graphs[component][1]
             for tensor in spec.inputs:
                 binding.bind_ortvalue_input(tensor.name, self._values[tensor.name])
             for tensor in spec.outputs:
                 binding.bind_ortvalue_output(tensor.name, self._values[tensor.name])
-            self._calls[component] = session, binding
         self._held = key
 
     def write(self, name: str, array: NDArray[Any]) -> None:
