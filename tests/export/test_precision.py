@@ -18,6 +18,7 @@ from ldm_export.precision import MATRIX, half_graph
 from ldm_export.ranges import measure_ranges
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
@@ -138,6 +139,19 @@ def test_bf16_keeps_the_structural_islands_only(overflowing_bundle: Bundle, tmp_
     made = half_graph(overflowing_bundle.graph("unet", "fp32"), tmp_path / "unet.onnx", "bf16", ranges)
     assert set(made.islands.values()) == {"statistics", "softmax", "timestep embedding"}
     onnx.checker.check_model(str(made.files[0]), full_check=True)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_bf16_graphs_give_what_fp32_gives(overflowing_bundle: Bundle, name: str, tmp_path: Path) -> None:
+    """In OpenVINO, which has kernels for bf16 where ONNX Runtime's CPU has none."""
+    source, spec = overflowing_bundle.graph(name, "fp32"), overflowing_bundle.manifest.components[name].spec
+    ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())[name]
+    made = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges)
+    feed = dummy_inputs(spec)
+    (found,) = OpenVinoBackend(made.files[0], spec, "fp32").run(feed).values()
+    (expected,) = OnnxRuntimeBackend(source, spec, "cpu").run(feed).values()
+    assert found.dtype == expected.dtype
+    assert 1e-4 < np.abs(found - expected).max() / np.abs(expected).max() < 0.1
 
 
 def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bundle, tmp_path: Path) -> None:
