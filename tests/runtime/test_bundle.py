@@ -14,10 +14,11 @@ import pytest
 from listing import contents
 
 from ldm_runtime.bundle import Bundle, file_facts, sha256, write_together, write_whole
+from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import COMPONENTS, NAME, FileFact
 
-FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in COMPONENTS))
+FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in (*COMPONENTS, STEP, GUIDED_STEP)))
 
 
 def edit(folder: Path, **changes: object) -> Bundle:
