@@ -55,7 +55,8 @@ def test_text_format_is_read_back_as_it_was_meant() -> None:
 @pytest.mark.parametrize("target", ["python", "onnxruntime"])
 def test_a_component_is_served_as_its_spec_says(tiny_bundle: Path, tmp_path: Path, target: str) -> None:
     assert write(tiny_bundle, tmp_path / "repository", "--target", target, "--device", "cpu") == 0
-    for name, part in Bundle.open(tiny_bundle).manifest.components.items():
+    for name in COMPONENTS:
+        part = Bundle.open(tiny_bundle).manifest.components[name]
         read = config(tmp_path / "repository", name)
         assert read.name == name and read.version_policy.latest.num_versions == 1
         assert (read.backend, read.platform) == {"python": ("python", ""), "onnxruntime": ("", "onnxruntime_onnx")}[
