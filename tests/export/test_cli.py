@@ -154,7 +154,7 @@ def test_verify_measures_writes_a_page_and_inspect_tells(tiny_checkpoint, bundle
     assert bundle.manifest.measured == {"verify": facts}
     page = bundle.file("report/verify.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt;red&lt;/b&gt; circle" in page and page.count("data:image/png;base64,") == 6
-    assert "http" not in page and "within the tolerance" in page
+    assert "http:" not in page and "https:" not in page and "within the tolerance" in page
     out, err = run(capfd, *arguments)
     assert "a blue [/i] square" in out and f"{bundle_copy}/report/verify.html\n" in out and err == ""
     assert "verify.settings.steps" in run(capfd, "inspect", bundle_copy)[0]

@@ -75,7 +75,8 @@ class OpenVinoBackend:
 
     def _read(self) -> Any:
         try:
-            model = self._core.read_model(str(self._graph))
+            reader = onnx_reader()
+            model = reader.convert(reader.load(str(self._graph)))
         except Exception as error:  # openvino raises bare RuntimeErrors of its C++ side
             raise BackendError(f"{self._spec.name}: openvino cannot load {self._graph}: {first_line(error)}") from None
         for side, given, wanted in (
@@ -160,6 +161,14 @@ def core() -> Any:
     except ImportError as error:  # its libraries do not fit this machine
         raise BackendError(f"openvino cannot be loaded: {first_line(error)}; install it again") from None
     return openvino.Core()
+
+
+@cache
+def onnx_reader() -> Any:
+    """OpenVINO's reader of ONNX alone: asked for a file, the core would try each format it knows on a stranger's bytes."""
+    from openvino.frontend import FrontEndManager
+
+    return FrontEndManager().load_by_framework("onnx")
 
 
 def has_bf16() -> bool:
