@@ -165,7 +165,7 @@ def core() -> Any:
 
 @cache
 def onnx_reader() -> Any:
-    """OpenVINO's reader of ONNX alone: asked for a file, the core would try each format it knows on a stranger's bytes."""
+    """OpenVINO's reader of ONNX alone: asked for a file, the core would try every format on a stranger's bytes."""
     from openvino.frontend import FrontEndManager
 
     return FrontEndManager().load_by_framework("onnx")
