@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 THIN   := .venv-thin
+TRITON := .venv-triton
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
@@ -14,7 +15,7 @@ demo: $(VENV)/.export
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The picture is in $(CURDIR)/build/demo.png"
 
-test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin lint browser
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton lint browser
 	$(BIN)/pytest -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
@@ -66,5 +67,17 @@ $(THIN)-numpy1/.thin: $(SOURCES) | $(VENV)/bin/python
 	$(THIN)-numpy1/bin/python -m pip install --disable-pip-version-check -q -c $(THIN)-numpy1/constraints.txt ".[onnxruntime]"
 	touch $@
 
+# A Triton server with its python backend, and the wheel in the environment that the backend runs in: NumPy 1.26, as its
+# stub gives no data to NumPy 2. The server looks for the stub of its own Python beside the backend.
+$(TRITON)/.triton: $(SOURCES) | $(VENV)/bin/python
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	sed 's/^numpy==.*/numpy==1.26.4/' constraints.txt > $(TRITON)/constraints.txt
+	$(TRITON)/bin/python -m pip install --disable-pip-version-check -q -c $(TRITON)/constraints.txt ".[onnxruntime]" nvidia-pytriton
+	$(TRITON)/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall .
+	set -e; cd $(TRITON)/lib/python3*/site-packages/pytriton/tritonserver; \
+		version=$$($(CURDIR)/$(TRITON)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		cp python_backend_stubs/$$version/triton_python_backend_stub backends/python/
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +11,7 @@ import pytest
 import torch
 from listing import contents
 from tiny import write_tiny_checkpoint
+from triton_server import TritonServer
 
 from ldm_export.build import SHIPPED, build
 from ldm_export.checkpoint import open_checkpoint
@@ -57,6 +58,18 @@ def shapes_engines(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     """The bundle of the checkpoint that ships with fp16 engines for all GPUs of ``CAPABILITIES``, not to be changed."""
     folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
     return build(open_checkpoint(SHIPPED), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
+
+
+@pytest.fixture(scope="session")
+def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32."""
+    folder = tmp_path_factory.mktemp("triton")
+    options = ["--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
+    assert main(["triton", str(shapes_bundle), "-o", str(folder / "repository"), *options]) == 0
+    server = TritonServer(folder / "repository", folder / "log")
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -74,23 +74,23 @@ class Streaming:
             progress=(lambda step: self._tell(request, step)) if streams else None,
             preview_every=wish.preview_every,
         )
-        name = str(options.get(ID, id(ticket)))
+        name, steps = str(options.get(ID, id(ticket))), wish.request.num_inference_steps
         self._named[name] = ticket
         request.cancel = ticket.cancel
         self._open.add(request)
-        return ticket.future.add_done_callback(lambda future: self._done(request, name, future))
+        return ticket.future.add_done_callback(lambda future: self._done(request, name, steps, future))
 
     def _tell(self, request: OpenRequest, step: Any) -> None:
         if step.index + 1 < step.total:  # the last step's answer is that with the pictures
             request.send(told(step, request.wanted), last=False)
 
-    def _done(self, request: OpenRequest, name: str, future: Future[Pictures]) -> None:
+    def _done(self, request: OpenRequest, name: str, steps: int, future: Future[Pictures]) -> None:
         self._named.pop(name, None)
         error = future.exception()
         if error is not None:
             return request.fail(error)
         pictures = future.result()
-        return request.send(answer(pictures, request.wanted), last=True)
+        return request.send(answer(pictures, steps, request.wanted), last=True)
 
     def finalize(self) -> None:
         """Finish what runs, within bounds, and free everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ STREAM_INPUTS = (*INPUTS, Wire("PREVIEW_EVERY", "TYPE_INT32"))
 OUTPUTS = (
     Wire("IMAGE", "TYPE_UINT8", (-1, -1, -1, 3)),
     Wire("PNG", "TYPE_STRING", (-1,)),
+    Wire("PNG_BASE64", "TYPE_STRING", (-1,)),
     Wire("SEED_USED", "TYPE_INT64", (-1,)),
 )
 STREAM_OUTPUTS = (*OUTPUTS, Wire("STEP", "TYPE_INT32"), Wire("TOTAL", "TYPE_INT32"))
@@ -109,10 +111,10 @@ def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
     return texts
 
 
-def answer(pictures: Pictures, wanted: set[str]) -> Tensors:
-    """The last answer: those of STREAM_OUTPUTS that are wanted, but STEP and TOTAL. A PNG costs time, so ask for it."""
+def answer(pictures: Pictures, steps: int, wanted: set[str]) -> Tensors:
+    """The last answer: all that is wanted."""
     tensors: Tensors = {"SEED_USED": np.array(pictures.seeds, np.int64)} if "SEED_USED" in wanted else {}
-    return tensors | shown(pictures.images, wanted)
+    return tensors | told(Progress(steps - 1, steps, pictures.images), wanted)
 
 
 def told(progress: Progress, wanted: set[str]) -> Tensors:
@@ -123,10 +125,15 @@ def told(progress: Progress, wanted: set[str]) -> Tensors:
 
 
 def shown(images: NDArray[np.uint8], wanted: set[str]) -> Tensors:
-    """IMAGE and PNG of uint8 [images, H, W, 3], where wanted."""
+    """IMAGE, PNG and PNG_BASE64 of uint8 [images, H, W, 3], where wanted.
+
+    A caller who names no outputs gets no PNG: its bytes are no text, and would spoil an answer in JSON.
+    """
     tensors: Tensors = {"IMAGE": images} if "IMAGE" in wanted else {}
-    if "PNG" in wanted:
-        tensors["PNG"] = np.array([to_png(Image.fromarray(image)) for image in images], object)
+    if (named := wanted & {"PNG", "PNG_BASE64"}) and not {wire.name for wire in OUTPUTS} <= wanted:
+        files = [to_png(Image.fromarray(image)) for image in images]
+        coded = {"PNG": files, "PNG_BASE64": [base64.b64encode(file) for file in files]}
+        tensors |= {name: np.array(coded[name], object) for name in named}
     return tensors
 
 

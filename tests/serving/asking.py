@@ -1,0 +1,120 @@
+"""Asking a Triton server as its users do, with tritonclient or with nothing but HTTP and JSON."""
+
+from __future__ import annotations
+
+import json
+import queue
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+
+KINDS = {
+    "PROMPT": "BYTES",
+    "NEGATIVE_PROMPT": "BYTES",
+    "SEED": "INT64",
+    **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
+    **dict.fromkeys(("ETA", "GUIDANCE", "TIMEOUT"), "FP32"),
+}
+DTYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
+WAIT = 120
+"""Seconds that one answer may take."""
+
+
+def tensors(api: Any, wish: dict[str, Any]) -> list[Any]:
+    """Inputs of `ldm` from plain values: one, or a list."""
+    made = []
+    for name, value in wish.items():
+        listed = value if isinstance(value, list) else [value]
+        listed = [text.encode() if isinstance(text, str) else text for text in listed]
+        made.append(tensor(api, name, np.array(listed, DTYPES[KINDS[name]]), KINDS[name]))
+    return made
+
+
+def tensor(api: Any, name: str, array: np.ndarray, kind: str) -> Any:
+    given = api.InferInput(name, list(array.shape), kind)
+    given.set_data_from_numpy(array)
+    return given
+
+
+def wanted(api: Any, outputs: tuple[str, ...]) -> list[Any]:
+    return [api.InferRequestedOutput(name) for name in outputs]
+
+
+def over_http(url: str, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> Any:
+    """One answer over HTTP: a result with ``as_numpy``."""
+    api = tritonclient.http
+    with api.InferenceServerClient(url, network_timeout=WAIT, connection_timeout=WAIT) as client:
+        return client.infer(model, tensors(api, wish), outputs=wanted(api, outputs))
+
+
+class Grpc:
+    """A gRPC connection, for several requests at once."""
+
+    def __init__(self, url: str):
+        self._api = tritonclient.grpc
+        self.client = self._api.InferenceServerClient(url)
+
+    def ask(self, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> Asked:
+        """Ask, and do not wait."""
+        asked = Asked()
+        asked.call = self.client.async_infer(
+            model,
+            tensors(self._api, wish),
+            lambda result, error: asked.answers.put((result, error)),
+            outputs=wanted(self._api, outputs),
+        )
+        return asked
+
+    def stream(self, wish: dict[str, Any], outputs: tuple[str, ...]) -> Iterator[Any]:
+        """The answers of `ldm_stream` as they come; closing it early cancels."""
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.client.start_stream(lambda result, error: answers.put((result, error)))
+        whole = False
+        try:
+            self.client.async_stream_infer(
+                "ldm_stream",
+                tensors(self._api, wish),
+                outputs=wanted(self._api, outputs),
+                enable_empty_final_response=True,
+            )
+            while not whole:
+                result, error = answers.get(timeout=WAIT)
+                if error is not None:
+                    raise error
+                whole = result.get_response().parameters["triton_final_response"].bool_param
+                if result.get_response().outputs:
+                    yield result
+        finally:
+            self.client.stop_stream(cancel_requests=not whole)
+
+
+class Asked:
+    """A request that is on its way."""
+
+    def __init__(self) -> None:
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.call: Any = None
+
+    def result(self) -> Any:
+        """Its answer; raises the server's error."""
+        result, error = self.answers.get(timeout=WAIT)
+        if error is not None:
+            raise error
+        return result
+
+
+def post(url: str, path: str, document: Any) -> tuple[int, Any]:
+    """Plain HTTP: status and parsed JSON."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    request = urllib.request.Request(f"http://{url}{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as answer:
+            text, status = answer.read(), answer.status
+    except urllib.error.HTTPError as error:
+        text, status = error.read(), error.code
+    return status, json.loads(text) if text else None

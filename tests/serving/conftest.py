@@ -1,0 +1,38 @@
+"""One server for all tests of serving, and the same model in this process to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from asking import Grpc
+from triton_server import TritonServer
+
+from ldm_runtime import LatentDiffusionPipeline, Request
+
+
+@pytest.fixture(scope="session")
+def local(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle, backend="onnxruntime", precision="fp32") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="session")
+def drawn(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
+    """Request → uint8 [images, H, W, 3], made in this process."""
+
+    def draw(request: Request) -> np.ndarray:
+        for step in local.steps(request):
+            latents = step.latents
+        return np.stack([np.asarray(image) for image in local.decode(latents)])
+
+    return draw
+
+
+@pytest.fixture
+def grpc(triton_server: TritonServer) -> Iterator[Grpc]:
+    connection = Grpc(triton_server.grpc)
+    yield connection
+    connection.client.close()

@@ -1,0 +1,197 @@
+"""Pictures from a real Triton server: the same bytes as in this process, whole, streamed, and many at once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from asking import Grpc, over_http, post, tensor
+from PIL import Image
+from triton_server import TritonServer
+
+from ldm_runtime import LatentDiffusionPipeline, Request
+from ldm_runtime.specs import dummy_inputs
+
+Draw = Callable[[Request], np.ndarray]
+PROMPTS = [
+    "a large red circle in the center on a white background",
+    "a small blue triangle left of a large yellow cross on a gray background",
+    "a small green square above a large purple square on a black background",
+]
+NAMES = {
+    "SEED": "seed",
+    "STEPS": "num_inference_steps",
+    "ETA": "eta",
+    "GUIDANCE": "guidance_scale",
+    "HEIGHT": "height",
+    "WIDTH": "width",
+    "NEGATIVE_PROMPT": "negative_prompt",
+    "IMAGES_PER_PROMPT": "images_per_prompt",
+}
+WISHES = [
+    {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 5, "ETA": 0.0, "GUIDANCE": 1.0},
+    {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9},
+    {"PROMPT": PROMPTS, "SEED": [3, 4, 5], "STEPS": 4, "GUIDANCE": 3.0, "NEGATIVE_PROMPT": "a circle"},
+    {"PROMPT": PROMPTS[2], "SEED": 2**40, "STEPS": 6, "HEIGHT": 96, "WIDTH": 64, "ETA": 1.0},
+    {"PROMPT": PROMPTS[:2], "SEED": -7, "STEPS": 3, "IMAGES_PER_PROMPT": 2, "NEGATIVE_PROMPT": ["red", "blue"]},
+]
+
+
+def request(wish: dict) -> Request:
+    """The same wish for this process, with the defaults of `ldm-export generate`."""
+    options = {"eta": 0.3, "guidance_scale": 6.0} | {
+        NAMES[name]: value for name, value in wish.items() if name in NAMES
+    }
+    return Request(wish["PROMPT"], **options)
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> int:
+    assert one.shape == other.shape and one.dtype == other.dtype == np.uint8
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
+@pytest.mark.parametrize("api", [tritonclient.http, tritonclient.grpc], ids=["http", "grpc"])
+def test_a_component_alone_gives_what_it_gives_here(triton_server, local: LatentDiffusionPipeline, name, api) -> None:
+    backend = local.backends[name]
+    for rows, size in ((2, 8), (3, 12)):
+        feed = {}
+        for spec in backend.inputs:
+            shape = [
+                rows if index == 0 else dim if isinstance(dim, int) else size for index, dim in enumerate(spec.shape)
+            ]
+            values = np.random.default_rng(rows).standard_normal(shape)
+            feed[spec.name] = (
+                (abs(values) * 20).astype(np.int64) if spec.dtype == "int64" else values.astype(np.float32)
+            )
+        kinds = {"int64": "INT64", "float32": "FP32"}
+        url = triton_server.http if api is tritonclient.http else triton_server.grpc
+        with api.InferenceServerClient(url) as client:
+            inputs = [
+                tensor(
+                    api,
+                    spec.name,
+                    feed[spec.name].reshape(rows, -1) if feed[spec.name].ndim == 1 else feed[spec.name],
+                    kinds[spec.dtype],
+                )
+                for spec in backend.inputs
+            ]
+            result = client.infer(name, inputs)
+        for output, expected in backend.run(feed).items():
+            assert np.array_equal(result.as_numpy(output), expected)
+
+
+def test_rows_of_many_callers_share_a_call_of_a_component(triton_server, local) -> None:
+    feeds = [dummy_inputs(_spec(local, "text_encoder"), seed=seed) for seed in range(32)]
+    with ThreadPoolExecutor(32) as threads:
+        found = list(threads.map(lambda feed: _infer(triton_server, "text_encoder", feed), feeds))
+    for feed, result in zip(feeds, found, strict=True):
+        expected = local.backends["text_encoder"].run(feed)["context"]
+        assert np.abs(result.as_numpy("context") - expected).max() < 1e-4
+    counts = {
+        (line.partition("{")[0], 'model="text_encoder"' in line): float(line.rpartition(" ")[2])
+        for line in _metrics(triton_server)
+        if line.startswith(("nv_inference_count", "nv_inference_exec_count")) and 'model="text_encoder"' in line
+    }
+    assert counts["nv_inference_exec_count", True] < counts["nv_inference_count", True]
+
+
+def _spec(local: LatentDiffusionPipeline, name: str):
+    from ldm_runtime.specs import ComponentSpec
+
+    backend = local.backends[name]
+    return ComponentSpec(name, backend.inputs, backend.outputs)
+
+
+def _infer(server: TritonServer, name: str, feed: dict[str, np.ndarray]):
+    api = tritonclient.http
+    with api.InferenceServerClient(server.http) as client:
+        return client.infer(name, [tensor(api, key, array, "INT64") for key, array in feed.items()])
+
+
+def _metrics(server: TritonServer) -> list[str]:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
+        return answer.read().decode().splitlines()
+
+
+@pytest.mark.parametrize("wish", WISHES, ids=range(len(WISHES)))
+def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, drawn: Draw, wish: dict) -> None:
+    result = over_http(triton_server.http, wish)
+    assert np.array_equal(result.as_numpy("IMAGE"), drawn(request(wish)))
+    assert result.as_numpy("IMAGE").std() > 5 and result.as_numpy("PNG") is None
+
+
+def test_over_grpc_as_png_and_with_the_seed_told(triton_server, grpc: Grpc, drawn: Draw) -> None:
+    wish = {"PROMPT": PROMPTS[:2], "STEPS": 3}
+    result = grpc.ask(wish, ("PNG", "SEED_USED")).result()
+    (seed,) = result.as_numpy("SEED_USED").tolist()
+    pictures = [np.asarray(Image.open(io.BytesIO(png))) for png in result.as_numpy("PNG")]
+    assert np.array_equal(np.stack(pictures), drawn(request(wish | {"SEED": seed})))
+    other = grpc.ask(wish, ("SEED_USED",)).result().as_numpy("SEED_USED").tolist()
+    assert other != [seed]  # a fresh one each time
+
+
+def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
+    prompt = {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [PROMPTS[0]]}
+    steps = {"name": "STEPS", "shape": [1], "datatype": "INT32", "data": [2]}
+    seed = {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [9]}
+    document = {"inputs": [prompt, steps, seed], "outputs": [{"name": "IMAGE"}]}
+    status, answer = post(triton_server.http, "/v2/models/ldm/infer", document)
+    (image,) = answer["outputs"]
+    assert status == 200 and image["datatype"] == "UINT8"
+    found = np.array(image["data"], np.uint8).reshape(image["shape"])
+    expected = drawn(Request(PROMPTS[0], seed=9, num_inference_steps=2, eta=0.3, guidance_scale=6.0))
+    assert np.array_equal(found, expected)
+    document["outputs"] = [{"name": "PNG_BASE64"}]
+    (png,) = post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]
+    picture = Image.open(io.BytesIO(base64.b64decode(png["data"][0])))
+    assert np.array_equal(np.asarray(picture), expected[0])
+    del document["outputs"]
+    told = [output["name"] for output in post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]]
+    assert sorted(told) == ["IMAGE", "SEED_USED"]
+
+
+def test_a_stream_tells_each_step_and_shows_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
+    wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 10, "PREVIEW_EVERY": 4}
+    answers = list(grpc.stream(wish, ("STEP", "TOTAL", "IMAGE", "SEED_USED")))
+    assert [answer.as_numpy("STEP").tolist() for answer in answers] == [[step] for step in range(1, 11)]
+    assert all(answer.as_numpy("TOTAL").tolist() == [10] for answer in answers)
+    shown = [answer.as_numpy("STEP")[0] for answer in answers if answer.as_numpy("IMAGE") is not None]
+    assert shown == [4, 8, 10]
+    last = answers[-1].as_numpy("IMAGE")
+    assert np.array_equal(last, drawn(request(wish))) and answers[-1].as_numpy("SEED_USED").tolist() == [2]
+    foreseen = [np.abs(answers[step - 1].as_numpy("IMAGE").astype(int) - last).mean() for step in (4, 8)]
+    assert foreseen[1] < foreseen[0]
+
+
+def test_a_stream_over_plain_http(triton_server) -> None:
+    body = json.dumps({"PROMPT": PROMPTS[0], "STEPS": 3, "SEED": 1}).encode()
+    url = f"http://{triton_server.http}/v2/models/ldm_stream/generate_stream"
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
+        events = [json.loads(line[len(b"data: ") :]) for line in answer if line.startswith(b"data: ")]
+    assert [event["STEP"] for event in events] == [1, 2, 3] and len(events[-1]["IMAGE"]) == 64 * 64 * 3
+
+
+def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, drawn: Draw) -> None:
+    singles = [wish for wish in WISHES if not isinstance(wish["PROMPT"], list)]
+    wishes = [wish | {"SEED": number // 8} for number in range(16) for wish in singles]
+    wishes += [wish for _ in range(8) for wish in WISHES if wish not in singles]
+    assert len(wishes) == 64
+    before = triton_server.figures()
+    found = [ask.result().as_numpy("IMAGE") for ask in [grpc.ask(wish) for wish in wishes]]
+    expected: dict[str, np.ndarray] = {}
+    for wish, image in zip(wishes, found, strict=True):
+        key = repr(wish)
+        expected[key] = expected[key] if key in expected else drawn(request(wish))
+        assert apart(image, expected[key]) <= 1
+    after = triton_server.figures()
+    calls = after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"]
+    assert calls < sum(wish["STEPS"] for wish in wishes) / 2  # they shared them

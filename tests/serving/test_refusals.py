@@ -1,0 +1,136 @@
+"""What a server does not take, or is told to stop: one clear line each, and it stays ready."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tritonclient.http
+from asking import Grpc, over_http, post, tensor
+from triton_server import TritonServer
+from tritonclient.utils import InferenceServerException
+
+PROMPT = "a large red circle in the center on a white background"
+CHECK = {
+    "parameters": {"check": True},
+    "inputs": [{"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": ["x"]}],
+}
+
+
+def settled(check: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not check():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"PROMPT": ""}, "prompts: got an empty prompt"),
+        ({"PROMPT": []}, "prompts: got an empty prompt"),
+        ({"PROMPT": b"\xff\xfe"}, "PROMPT 0: is no UTF-8 text"),
+        ({"PROMPT": "a" * 10_001}, "10001 characters"),
+        ({"PROMPT": ["a"] * 33}, "prompts: got 33 images"),
+        ({"PROMPT": ["a"] * 32}, "need 64 rows of a UNet call"),
+        ({"PROMPT": PROMPT, "STEPS": 0}, "steps: got 0"),
+        ({"PROMPT": PROMPT, "STEPS": [3, 4]}, "STEPS"),
+        ({"PROMPT": PROMPT, "STEPS": 2**31 - 1}, "steps: got 2147483647"),
+        ({"PROMPT": PROMPT, "ETA": -1.0}, "eta: got -1"),
+        ({"PROMPT": PROMPT, "ETA": float("nan")}, "eta: got nan"),
+        ({"PROMPT": PROMPT, "GUIDANCE": float("inf")}, "guidance_scale: got inf"),
+        ({"PROMPT": PROMPT, "HEIGHT": 65}, "height: got 65"),
+        ({"PROMPT": PROMPT, "WIDTH": 1 << 20}, "width: got 1048576"),
+        ({"PROMPT": PROMPT, "SEED": [1, 2]}, "seed: got 2 seeds for 1 images"),
+        ({"PROMPT": PROMPT, "NEGATIVE_PROMPT": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
+        ({"PROMPT": PROMPT, "PRIORITY": 9}, "priority: got 9"),
+        ({"PROMPT": PROMPT, "TIMEOUT": 0.0}, "seconds: got 0"),
+        ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
+    ],
+)
+def test_a_bad_request_is_told_why(triton_server: TritonServer, wish: dict, said: str) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        over_http(triton_server.http, wish)
+    assert said in caught.value.message() and "Traceback" not in caught.value.message()
+    assert triton_server.ready() and post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200
+
+
+def test_a_component_is_told_why_too(triton_server: TritonServer) -> None:
+    api = tritonclient.http
+    context = tensor(api, "context", np.zeros((1, 77, 128), np.float32), "FP32")
+    time_ = tensor(api, "timestep", np.zeros((1, 1), np.int64), "INT64")
+    with api.InferenceServerClient(triton_server.http) as client:
+        huge = tensor(api, "sample", np.zeros((1, 8, 8, 1000), np.float32), "FP32")
+        with pytest.raises(InferenceServerException, match="width must lie in"):
+            client.infer("unet", [huge, time_, context])
+        wrong = tensor(api, "sample", np.zeros((1, 3, 8, 8), np.float32), "FP32")
+        with pytest.raises(InferenceServerException, match="unexpected shape"):
+            client.infer("unet", [wrong, time_, context])
+    assert triton_server.ready()
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"inputs": []}', json.dumps({"inputs": [{"name": "PROMPT"}]}).encode()])
+def test_a_body_that_is_no_request_is_a_client_error(triton_server: TritonServer, body: bytes) -> None:
+    status, answer = post(triton_server.http, "/v2/models/ldm/infer", body)
+    assert status >= 400 and "error" in answer
+    assert triton_server.ready()
+
+
+def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
+    before = triton_server.figures()
+    asked = grpc.ask({"PROMPT": PROMPT, "STEPS": 1000})
+    assert settled(lambda: triton_server.figures()["ldm_running_requests"] > 0)
+    asked.call.cancel()
+    with pytest.raises(InferenceServerException, match=r"(?i)cancel"):
+        asked.result()
+    cancelled = 'ldm_requests_total{outcome="cancelled"}'
+    assert settled(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
+    after = triton_server.figures()
+    assert after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
+    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+
+
+def test_a_stream_that_is_closed_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
+    before = triton_server.figures()
+    answers = grpc.stream({"PROMPT": PROMPT, "STEPS": 1000}, ("STEP",))
+    assert next(answers).as_numpy("STEP").tolist() == [1]
+    answers.close()
+    cancelled = 'ldm_requests_total{outcome="cancelled"}'
+    assert settled(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
+    assert triton_server.figures()["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
+
+
+def test_a_deadline_that_passes(triton_server: TritonServer, grpc: Grpc) -> None:
+    wish = {"PROMPT": PROMPT, "STEPS": 1000, "TIMEOUT": 0.2}
+    with pytest.raises(InferenceServerException, match=r"still running after its 0\.2"):
+        grpc.ask(wish).result()
+    with pytest.raises(InferenceServerException, match=r"still running after its 0\.2"):
+        list(grpc.stream(wish, ("STEP",)))
+    assert triton_server.ready()
+
+
+def test_an_urgent_request_does_not_wait_for_those_that_wait(triton_server: TritonServer, grpc: Grpc) -> None:
+    """More are asked for than run at once; the last, the most urgent, is among the first to be done."""
+    wish = {"PROMPT": [PROMPT] * 8, "STEPS": 10}
+    usual = [grpc.ask(wish | {"SEED": seed}) for seed in range(8)]
+    assert settled(lambda: triton_server.figures()["ldm_queue_length"] > 3)
+    grpc.ask({"PROMPT": PROMPT, "STEPS": 1, "PRIORITY": 0}).result()
+    assert sum(asked.answers.empty() for asked in usual) >= 3
+    for asked in usual:
+        asked.result()
+
+
+def test_the_figures_are_on_the_metrics_endpoint(triton_server: TritonServer) -> None:
+    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+    figures = triton_server.figures()
+    assert figures["ldm_ready"] == 1 and figures["ldm_queue_length"] == 0
+    assert figures["ldm_unet_rows_total"] > figures["ldm_unet_calls_total"] > 0
+    assert 0 <= figures["ldm_batch_fill"] <= 1 and figures["ldm_steps_per_second"] >= 0
+    for stage in ("encode", "unet", "noise", "step", "decode"):
+        assert figures[f'ldm_stage_seconds_total{{stage="{stage}"}}'] > 0
+    assert figures['ldm_requests_total{outcome="done"}'] > 0
