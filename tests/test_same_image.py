@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 
 from ldm_export.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline, Request
+from ldm_runtime.errors import SpecError
 
 PROMPTS = [
     "a large red circle in the center on a white background",
@@ -100,6 +101,23 @@ def test_without_guidance_the_unguided_branch_is_not_computed(ours, monkeypatch:
     ours(PROMPTS, guidance_scale=1.0, num_inference_steps=2, seed=0)
     ours(PROMPTS, guidance_scale=1.5, num_inference_steps=2, seed=0)
     assert rows == [3, 3, 6, 6]
+
+
+def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    run = ours.backends["unet"].run
+    options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0}
+    whole = picture(ours, PROMPTS[:1], **options)
+    assert np.array_equal(picture(ours, PROMPTS[:1], guidance_interval=(0.0, 1.0), **options), whole)
+    none = picture(ours, PROMPTS[:1], guidance_interval=(0.3, 0.3), **options)
+    assert_same(none, picture(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0}))
+    monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
+    some = picture(ours, PROMPTS[:1], guidance_interval=(0.2, 0.7), **options)
+    assert rows == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert not np.array_equal(some, whole) and not np.array_equal(some, none)
+    for wrong in ((0.5, 0.2), (-0.1, 1), (0, 1.5), (0,), ("0", 1), float("nan")):
+        with pytest.raises(SpecError, match="guidance_interval: got"):
+            ours.steps(Request(PROMPTS[:1]), wrong)
 
 
 def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:

@@ -24,7 +24,7 @@ from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.images import to_pil
 from ldm_runtime.manifest import COMPONENTS
-from ldm_runtime.request import Geometry, Plan, Request
+from ldm_runtime.request import WHOLE, Geometry, Plan, Request, guided_steps
 from ldm_runtime.schedule import Schedule
 from ldm_runtime.signature import check_signature
 from ldm_runtime.tokenizer import Tokenizer
@@ -148,9 +148,10 @@ class LatentDiffusionPipeline:
         width: int | None = None,
         images_per_prompt: int = 1,
         latents: F32 | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
         progress: Callable[[Step], None] = lambda step: None,
     ) -> Generation:
-        """Generate images; the arguments are those of ``Request``, and ``progress`` is called after each step.
+        """Generate images; arguments as in ``Request`` and ``steps``, and ``progress`` is called after each step.
 
         Raises:
             SpecError: a value cannot be used; the message names it.
@@ -169,33 +170,41 @@ class LatentDiffusionPipeline:
             latents=latents,
         )
         last = None
-        for last in self.steps(request):
+        for last in self.steps(request, guidance_interval):
             progress(last)
         assert last is not None
         return Generation(self.decode(last.latents), last.latents)
 
-    def steps(self, request: Request) -> Iterator[Step]:
+    def steps(self, request: Request, guidance_interval: tuple[float, float] = WHOLE) -> Iterator[Step]:
         """The denoising loop, a step at a time: the caller owns progress and may stop at any of them.
 
         The request is checked before the iterator is returned; errors as in ``__call__``.
+
+        Args:
+            guidance_interval: shares of the steps between which guidance is on; the others compute the prompted branch
+                alone, half the work, and give another picture (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         plan = request.plan(self.geometry)
-        return self._denoise(plan, self.scheduler.schedule(request.num_inference_steps, request.eta))
+        schedule = self.scheduler.schedule(request.num_inference_steps, request.eta)
+        return self._denoise(plan, schedule, guided_steps(guidance_interval, len(schedule.timesteps)))
 
-    def _denoise(self, plan: Plan, schedule: Schedule) -> Iterator[Step]:
+    def _denoise(self, plan: Plan, schedule: Schedule, guided_at: range) -> Iterator[Step]:
         conditioning = self.unet.encode(self.context(plan))
-        if self.loop is not None and schedule.affine:
+        if self.loop is not None and schedule.affine and len(guided_at) == len(schedule.timesteps):
             on_device = self.loop.steps(plan, schedule, conditioning)
             for index, (timestep, read) in enumerate(zip(schedule.timesteps, on_device, strict=True)):
                 yield Step(index, len(schedule.timesteps), int(timestep), read)
             return
+        prompted_alone = {name: array[-plan.shape[0] :] for name, array in conditioning.items()}
         noise = plan.noise()
         latents = next(noise) if plan.latents is None else plan.latents
         guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
         for index, timestep in enumerate(schedule.timesteps):
-            sample = np.concatenate([latents, latents]) if plan.guided else latents
-            predicted = self.unet(sample, np.full(len(sample), timestep, np.int64), conditioning)
-            if plan.guided:
+            guided = plan.guided and index in guided_at
+            sample = np.concatenate([latents, latents]) if guided else latents
+            shared = conditioning if guided else prompted_alone
+            predicted = self.unet(sample, np.full(len(sample), timestep, np.int64), shared)
+            if guided:
                 unguided, prompted = np.split(predicted, 2)
                 predicted = unguided + guidance * (prompted - unguided)
             latents = schedule.step(latents, predicted, index, next(noise) if schedule.needs_noise else None)

@@ -19,6 +19,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundle", type=Path)
     add_request(verb)
     verb.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        metavar=("START", "END"),
+        help="shares of the steps that are guided; the others take half the time and change the picture (default 0 1)",
+    )
+    verb.add_argument(
         "--precision",
         choices=PRECISIONS,
         help="fp32 is exact (default: the bundle's, or bf16 where it is faster; told)",
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             images_per_prompt=args.images_per_prompt,
         )
         with screen.bar("denoising") as bar:
-            for step in pipeline.steps(request):
+            for step in pipeline.steps(request, tuple(args.guidance_interval)):
                 bar.to(step.index + 1, step.total)
             images = pipeline.decode(step.latents)
     written = write_pictures(args, images)

@@ -57,9 +57,8 @@ class OpenVinoBackend:
         }
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
-        weights = graph.stat().st_size
-        if (data := graph.with_name(f"{graph.name}.data")).is_file():
-            weights += data.stat().st_size
+        data = graph.with_name(f"{graph.name}.data")
+        weights = (data if data.is_file() else graph).stat().st_size
         self._spare: Any = self._read()
         self._names = value_names(self._spare, constant) if constant else []
         self._main = ShapedGraph(self._take, self._core, options, weights)

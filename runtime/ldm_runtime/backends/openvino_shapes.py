@@ -6,12 +6,17 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ldm_runtime.backends import Feed
+from ldm_runtime.backends.mapped import given_back
 
 MAX_SHAPES = 8
 BUDGET = 2 * 2**30
 """Bytes of weights that compiled sets of shapes may hold together beside the first, each a copy of its own. Where one
 more comes, a graph compiled for any shape takes the place of them all: about 5% slower, never compiled anew."""
+LARGE = 2**16
+"""Bytes from which a constant's pages are worth giving back."""
 
 log = logging.getLogger(__name__)
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -24,7 +29,7 @@ class ShapedGraph:
         read: gives the graph, a new one at each call: one that was compiled would hold its weights a second time.
         core: OpenVINO's.
         options: of the compilation.
-        weights: bytes of weights the graph may have.
+        weights: their bytes.
     """
 
     def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
@@ -47,9 +52,17 @@ class ShapedGraph:
         model = self._read()
         if key is not None:
             model.reshape({name: list(shape) for name, shape in key})
-        self._requests[key] = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+        with given_back(_weights(model)):
+            compiled = self._core.compile_model(model, "CPU", self._options)
+        self._requests[key] = compiled.create_infer_request()
         return self._requests[key]
 
     def close(self) -> None:
         """Free what was compiled."""
         self._requests.clear()
+
+
+def _weights(model: Any) -> list[NDArray[Any]]:
+    """The graph's larger constants, as they lie in memory."""
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    return [node.data for node in constants if node.get_byte_size() >= LARGE]

@@ -1,0 +1,45 @@
+"""From the start of a process to its first picture, in a thin environment: the command line, as a user runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROMPT = "a large red circle in the center on a white background"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--python", default=sys.executable, help="of the environment, e.g. .venv-thin/bin/python")
+    parser.add_argument("--backend", nargs="+", default=["onnxruntime"])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    seconds: dict[str, list[float]] = {backend: [] for backend in args.backend}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.runs):
+            for backend, found in seconds.items():
+                picture = Path(folder, "first.png")
+                command = [args.python, "-m", "ldm_export.cli", "generate", args.bundle, PROMPT, "-o", picture]
+                start = time.perf_counter()
+                subprocess.run([*map(str, command), "--backend", backend, "--quiet"], check=True, capture_output=True)
+                found.append(time.perf_counter() - start)
+                picture.unlink()
+    rows = {backend: {"median": statistics.median(s), "least": min(s)} for backend, s in seconds.items()}
+    facts = {"machine": platform.processor() or platform.machine(), "steps": 50, "seconds": rows}
+    print(json.dumps(facts, indent=1))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
