@@ -1,0 +1,74 @@
+"""A histogram of magnitudes that grows with what it is shown: memory stays the same however many values come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 4096
+
+
+@dataclass
+class Histogram:
+    """Counts of |x| in ``BINS`` equal bins from 0 to ``top``.
+
+    ``top`` is a power of two; it doubles, and neighbouring bins are merged, when a larger value comes. So the counts do
+    not depend on the order of the values.
+
+    Attributes:
+        top: upper end of the last bin; 0 while nothing but zeros has been seen.
+        counts: int64 [BINS].
+        largest: largest magnitude seen.
+        lowest: lowest value seen.
+        moving: exponential moving average of each call's ``quantile`` (None before the first).
+    """
+
+    top: float = 0.0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    largest: float = 0.0
+    lowest: float = 0.0
+    moving: float | None = None
+
+    def add(self, values: NDArray[np.float32], quantile: float = 0.9999, momentum: float = 0.9) -> None:
+        """Count the values, all finite, and move the moving quantile by this call's.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        magnitudes = np.abs(values).ravel()
+        largest = float(magnitudes.max(initial=0.0))
+        if not np.isfinite(largest):
+            raise ValueError("not finite")
+        self.largest = max(self.largest, largest)
+        self.lowest = min(self.lowest, float(values.min(initial=0.0)))
+        self._reach(largest)
+        if self.top:
+            places = np.minimum((magnitudes * np.float32(BINS / self.top)).astype(np.int32), BINS - 1)
+            fresh = np.bincount(places, minlength=BINS)
+            self.counts += fresh
+            now = quantile_of(fresh, self.top, quantile)
+        else:
+            self.counts[0] += magnitudes.size
+            now = 0.0
+        self.moving = now if self.moving is None else momentum * self.moving + (1 - momentum) * now
+
+    def _reach(self, largest: float) -> None:
+        if largest and not self.top:
+            self.top = float(2.0 ** np.ceil(np.log2(largest)))
+        while largest > self.top:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
+            self.top *= 2
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """The middle of each bin, float64 [BINS]."""
+        return (np.arange(BINS) + 0.5) * (self.top / BINS)
+
+
+def quantile_of(counts: NDArray[np.int64], top: float, quantile: float) -> float:
+    """The upper end of the first bin at which ``quantile`` of the counted values are below."""
+    total = int(counts.sum())
+    place = int(np.searchsorted(np.cumsum(counts), quantile * total))
+    return (min(place, BINS - 1) + 1) * top / BINS

@@ -1,0 +1,99 @@
+"""Pictures drawn on trial: with some components' graphs changed, against those of fp32 with the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_calibration.quality import Picture, mean_psnr, psnr, right, ssim
+from ldm_calibration.trajectories import Model
+from ldm_runtime.backends import Backend
+from ldm_runtime.images import to_uint8
+from ldm_runtime.request import Request
+
+F32 = NDArray[np.float32]
+FIRST_SEED = 1000
+"""Seed of the first trial picture; those of calibration start from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Final latents float32 [prompts, C, h, w] and pictures, one for each prompt."""
+
+    latents: F32
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pictures against those of fp32: of each PSNR in dB (None where equal), SSIM, and whether it is as its prompt says.
+
+    ``right_fp32`` and ``right_int8`` are None where the grader cannot tell.
+    """
+
+    psnr: tuple[float | None, ...]
+    ssim: tuple[float, ...]
+    right_fp32: tuple[bool, ...] | None
+    right_int8: tuple[bool, ...] | None
+
+    @property
+    def psnr_mean(self) -> float:
+        return mean_psnr(self.psnr)
+
+    @property
+    def accuracy_loss(self) -> float | None:
+        """Share of prompts that fp32 drew right less the share drawn right now."""
+        if self.right_fp32 is None or self.right_int8 is None:
+            return None
+        return (sum(self.right_fp32) - sum(self.right_int8)) / len(self.right_fp32)
+
+
+def draw(
+    model: Model,
+    prompts: Sequence[str],
+    steps: int,
+    eta: float,
+    guidance: float,
+    changed: Mapping[str, Backend] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Drawn:
+    """One picture for each prompt; picture ``i`` has seed ``FIRST_SEED`` + i."""
+    latents, pictures = [], []
+    batches = model.batches(prompts)
+    with model.pipeline(changed) as pipeline:
+        for number, (texts, seeds) in enumerate(batches):
+            request = Request(
+                texts,
+                seed=[FIRST_SEED + seed for seed in seeds],
+                eta=eta,
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+            )
+            for step in pipeline.steps(request):
+                progress(number * step.total + step.index + 1, len(batches) * step.total)
+                last = step.latents
+            latents.append(last)
+            pictures += list(to_uint8(pipeline.backends["decoder"].run({"latents": last})["image"]))
+    return Drawn(np.concatenate(latents), pictures)
+
+
+def decode(decoder: Backend, model: Model, latents: F32) -> list[Picture]:
+    """Pictures of latents, as many at once as ``model`` draws."""
+    found: list[Picture] = []
+    for _, seeds in model.batches([""] * len(latents)):
+        found += list(to_uint8(decoder.run({"latents": latents[seeds]})["image"]))
+    return found
+
+
+def compare(exact: Sequence[Picture], found: Sequence[Picture], prompts: Sequence[str]) -> Comparison:
+    """Compare pictures with those of fp32."""
+    pairs = list(zip(exact, found, strict=True))
+    graded = [right(pictures, prompts) for pictures in (exact, found)]
+    return Comparison(
+        tuple(psnr(*pair) for pair in pairs),
+        tuple(ssim(*pair) for pair in pairs),
+        *(None if marks is None else tuple(marks) for marks in graded),
+    )

@@ -1,0 +1,40 @@
+"""Weights in int8: symmetric, one scale for each output channel."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_calibration.observers import LEVELS
+
+
+def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights float32 → int8 of the same shape in -127 … 127, and float32 scales, one for each slice along ``axis``.
+
+    A slice of zeros has scale 1.
+    """
+    others = tuple(i for i in range(weights.ndim) if i != axis)
+    largest = np.abs(weights).max(others, keepdims=True)
+    scales = np.where(largest > 0, largest / np.float32(LEVELS), np.float32(1)).astype(np.float32)
+    return np.clip(np.rint(weights / scales), -LEVELS, LEVELS).astype(np.int8), scales.reshape(-1)
+
+
+def migration_factors(
+    activations: NDArray[np.float32], weights: NDArray[np.float32], exponent: float
+) -> NDArray[np.float32]:
+    """What each input channel's activations are divided by and its weights multiplied with, float32 [channels].
+
+    SmoothQuant, arXiv 2211.10438 equation 4: max|X|^α / max|W|^(1-α), here with a geometric mean of 1.
+
+    Args:
+        activations: largest magnitude of each input channel.
+        weights: the same of the weights that read it.
+        exponent: α in [0, 1]; 0 gives factors that leave the activations as they are.
+    """
+    if not exponent:
+        return np.ones_like(activations)
+    floor = np.float32(1e-5)
+    x = np.maximum(activations, floor * max(float(activations.max()), 1e-30))
+    w = np.maximum(weights, floor * max(float(weights.max()), 1e-30))
+    logs = exponent * np.log(x.astype(np.float64)) - (1 - exponent) * np.log(w.astype(np.float64))
+    return np.exp(np.clip(logs - logs.mean(), -8, 8)).astype(np.float32)
