@@ -1,4 +1,4 @@
-"""Which layers become int8: as much of the work as the budget lets, the layers that cost most for what they save left out."""
+"""Which layers become int8: as much work as the budget lets; those that cost most for what they save stay float."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Chooses how each tensor becomes int8: the observer, and SmoothQuant's migration, with the least error of the results."""
+"""Chooses how each tensor becomes int8, observer and migration, by the least error of the layers' results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ldm_calibration.choices import Choice, Choices
 from ldm_calibration.histogram import Histogram
 from ldm_calibration.layers import Layer, find_layers
 from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
@@ -19,35 +19,11 @@ from ldm_calibration.qdq import Scaling, along
 from ldm_calibration.sessions import Session, load_graph
 from ldm_calibration.weights import migration_factors, quantize_weights
 
-EXPONENTS = (0.0, 0.3, 0.5, 0.7)
+EXPONENTS = (0.0, 0.5, 0.7, 0.85)
+"""Of migration; 0 is none."""
+WORTH = 0.8
+"""Migration costs a multiplication: the error must fall by a fifth at least, one decibel."""
 F32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one tensor is quantized.
-
-    Attributes:
-        observer: where the threshold comes from.
-        exponent: of the migration; 0 for none.
-        scaling: threshold and factors.
-        thresholds: of all observers without migration.
-    """
-
-    observer: str
-    exponent: float
-    scaling: Scaling
-    thresholds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """``sources``: tensor that layers read → choice; ``results``: convolution's result → threshold;
-    ``output_db``: layer → signal-to-noise ratio of its result with this choice, in dB."""
-
-    sources: Mapping[str, Choice]
-    results: Mapping[str, float]
-    output_db: Mapping[str, float]
 
 
 def choose(
@@ -56,7 +32,7 @@ def choose(
     feeds: Sequence[Feed],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choices:
-    """Try all observers with all exponents on real inputs, each layer computed alone, and keep the best for each source.
+    """Try observers and exponents on real inputs, each layer computed alone, and keep the best for each source.
 
     Args:
         graph: fp32.
@@ -83,7 +59,7 @@ def choose(
                 _try(trials[source], single[layer.name], layer, held.numpy(), values)
     chosen, decibels = {}, {}
     for source, tried in trials.items():
-        best = min(tried, key=lambda trial: sum(trial.error[name] / trial.power[name] for name in trial.error))
+        best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
         thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
         chosen[source] = Choice(best.observer, best.exponent, best.scaling, thresholds)
         decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
@@ -95,7 +71,7 @@ def choose(
             results[layer.result] = (
                 same.scaling.threshold if same and plain else threshold(seen.histograms[layer.result], "mse")
             )
-    return Choices(chosen, results, decibels)
+    return Choices(chosen, results, decibels, seen.flops)
 
 
 class _Trial:
@@ -105,6 +81,11 @@ class _Trial:
         self.observer, self.exponent, self.scaling = observer, exponent, scaling
         self.error: dict[str, float] = {}
         self.power: dict[str, float] = {}
+
+    @property
+    def loss(self) -> float:
+        """Error as a share of the results, summed over the layers."""
+        return sum(self.error[name] / max(self.power[name], 1e-30) for name in self.error)
 
 
 def _trials(

@@ -40,8 +40,8 @@ class Layer:
 def find_layers(graph: ir.Graph) -> list[Layer]:
     """All matrix work of an fp32 graph in its order.
 
-    In float stay: products of two computed tensors (attention's), convolutions on the graph's input, layers that give its
-    output, layers of one row a sample (the time embedding) and grouped convolutions: a few percent of a UNet's work.
+    In float stay: products of two computed tensors (attention's), convolutions on the graph's input, layers that give
+    its output, layers of one row a sample (the time embedding) and grouped convolutions: some percent of a UNet's work.
     """
     return [_layer(node) for node in graph if node.op_type in ("Conv", "MatMul", "Gemm")]
 

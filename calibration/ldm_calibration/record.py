@@ -1,4 +1,4 @@
-"""The calibration record: what was run, seen and decided. It and the fp32 graphs give the int8 graphs, byte for byte."""
+"""The calibration record: what was run, seen and decided; with the fp32 graphs it gives the int8 ones exactly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm_calibration.choosing import Choices
+from ldm_calibration.choices import Choices
 from ldm_calibration.layers import Layer
 from ldm_calibration.qdq import Scaling
 from ldm_calibration.settings import Settings
+from ldm_runtime.bundle import sha256
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.fields import each, mapping, text
 
@@ -69,24 +70,16 @@ class Record:
         return json.dumps(self.document, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
+def graph_digest(graph: Path) -> str:
+    """SHA-256 of a graph and, where its weights lie in a file beside it, of that file behind it."""
+    data = graph.with_name(f"{graph.name}.data")
+    return sha256(graph) + (f"-{sha256(data)}" if data.is_file() else "")
+
+
 def component_facts(graph: str, choices: Choices, layers: list[dict[str, Any]], why: str) -> dict[str, Any]:
     """One component as the record has it."""
-    return {
-        "graph": graph,
-        "sources": {
-            name: {
-                "observer": choice.observer,
-                "exponent": choice.exponent,
-                "threshold": choice.scaling.threshold,
-                "factors": None if choice.scaling.factors is None else choice.scaling.factors.tolist(),
-                "thresholds": dict(choice.thresholds),
-            }
-            for name, choice in choices.sources.items()
-        },
-        "results": dict(choices.results),
-        "layers": layers,
-        "why": why,
-    }
+    held = choices.facts()
+    return {"graph": graph, "sources": held["sources"], "results": held["results"], "layers": layers, "why": why}
 
 
 def layer_facts(layer: Layer, flops: int, choices: Choices, latent_db: float | None, why: str) -> dict[str, Any]:
@@ -106,7 +99,7 @@ def layer_facts(layer: Layer, flops: int, choices: Choices, latent_db: float | N
 
 
 def make_record(
-    settings: Settings, components: Mapping[str, Any], budget: Mapping[str, Any], ranges: Mapping[str, Any]
+    settings: Settings, components: Mapping[str, Any], pictures: list[dict[str, Any]], ranges: Mapping[str, Any]
 ) -> Record:
     """A record of what was found."""
     document = {
@@ -114,7 +107,7 @@ def make_record(
         "version": VERSION,
         "settings": asdict(settings),
         "components": dict(components),
-        "budget": dict(budget),
+        "pictures": pictures,
         "ranges": dict(ranges),
     }
     return read_document(json.loads(json.dumps(document)))

@@ -21,7 +21,7 @@ def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
         largest: of each tensor at each step, float32 [steps, tensors].
         count: at least 2.
 
-    The density at a step is half even and half in proportion to how far the ranges have moved since the step before: the
+    The density at a step is half even and half in proportion to how far the ranges moved since the step before: the
     mean over the tensors of |log(range / range before)|.
     """
     steps = len(largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ldm_runtime.errors import SpecError
 
@@ -18,8 +19,8 @@ class Settings:
         prompts: of the trajectories that are observed; picture ``i`` has seed ``i``.
         steps: denoising steps of these trajectories, spread over the whole schedule.
         samples: steps of each at which every tensor is observed.
-        sensitivity: what layers are ranked by: "latents", each layer's own effect on the final latents, or "results", on its
-            own result alone, which is much faster for a large model.
+        sensitivity: what layers are ranked by: "latents", each layer's own effect on the final latents, or "results",
+            on its own result alone, which is much faster for a large model.
         trial_prompts: of the pictures the budget is kept on; picture ``i`` has seed 1000 + ``i``.
         trial_steps: denoising steps of these.
         eta, guidance_scale: of all trajectories.
@@ -41,6 +42,11 @@ class Settings:
     guidance_scale: float = 6.0
     min_psnr: float | None = 35.0
     max_accuracy_loss: float | None = None
+
+    @property
+    def observed(self) -> tuple[Any, ...]:
+        """What ranges, observers and sensitivities depend on; the budget is none of it."""
+        return self.prompts, self.steps, self.samples, self.sensitivity, self.eta, self.guidance_scale
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.trial_prompts:

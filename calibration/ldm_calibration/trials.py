@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures against those of fp32: of each PSNR in dB (None where equal), SSIM, and whether it is as its prompt says.
+    """Pictures against those of fp32: PSNR in dB (None where equal), SSIM, and whether each is as its prompt says.
 
     ``right_fp32`` and ``right_int8`` are None where the grader cannot tell.
     """
@@ -39,8 +40,23 @@ class Comparison:
     right_fp32: tuple[bool, ...] | None
     right_int8: tuple[bool, ...] | None
 
+    def pictures(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Facts of each picture, JSON-able."""
+        return [
+            {
+                "prompt": prompt,
+                "seed": FIRST_SEED + i,
+                "psnr": self.psnr[i],
+                "ssim": self.ssim[i],
+                "right_fp32": None if self.right_fp32 is None else self.right_fp32[i],
+                "right_int8": None if self.right_int8 is None else self.right_int8[i],
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+
     @property
     def psnr_mean(self) -> float:
+        """Mean PSNR in dB."""
         return mean_psnr(self.psnr)
 
     @property

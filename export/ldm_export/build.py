@@ -7,12 +7,13 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ldm_calibration.settings import Settings
 from ldm_export.build_stages import (
     TOKENIZER,
     engine_file,
@@ -27,6 +28,7 @@ from ldm_export.build_stages import (
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import model_shape
 from ldm_export.engine_build import EngineRequest
+from ldm_export.int8_stages import int8_stages
 from ldm_export.publish import publish
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
 from ldm_export.step_graph import step_specs
@@ -40,7 +42,7 @@ from ldm_runtime.specs import ComponentSpec
 
 SHIPPED = Path(__file__).parent / "shapes"
 """The checkpoint that comes with ldm-export: 64×64 pictures of coloured shapes."""
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
 LOG = "build-log.json"
 
@@ -59,6 +61,7 @@ def build(
     precision: str = "fp32",
     engines: EngineRequest | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    settings: Settings | None = None,
 ) -> Built:
     """Export a checkpoint's text encoder, UNet and decoder and write a bundle; what is there already is kept.
 
@@ -67,10 +70,11 @@ def build(
     Args:
         checkpoint: an opened checkpoint.
         target: the bundle's folder; one that is no bundle is refused.
-        precision: "fp32", "fp16" or "bf16"; the fp32 graphs, which the others are made of, are kept beside them.
+        precision: "fp32", "fp16", "bf16" or "int8"; the fp32 graphs, which the others are made of, stay beside them.
         engines: also build TensorRT engines of that precision.
         progress: told stage name, stages done and stages in all, before each stage and at the end; within a long stage
             the stage's name, and of its own steps those done and all.
+        settings: of int8's calibration.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -78,6 +82,8 @@ def build(
     """
     if precision not in PRECISIONS:
         raise BuildError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if (precision == "int8") != (settings is not None):
+        raise BuildError("int8 needs prompts to calibrate with, and other precisions take none")
     target = target.resolve()  # a link stays a link
     previous = _previous(target)
     specs = model_shape(checkpoint).specs()
@@ -87,7 +93,9 @@ def build(
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         steps = step_specs(specs["unet"])
-        stages = _stages(checkpoint, specs, steps, scheduler, precisions, engines, work, tools, progress, previous)
+        stages = _stages(
+            checkpoint, specs, steps, scheduler, precisions, engines, settings, work, tools, progress, previous
+        )
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
@@ -98,7 +106,7 @@ def build(
             components={
                 name: Component(
                     spec,
-                    {given: graph_file(name, given) for given in precisions},
+                    graph_files(name, precisions, outcomes),
                     () if engines is None else (_engine(work / engine_file(name, precision, engines)),),
                 )
                 for name, spec in specs.items()
@@ -122,7 +130,7 @@ def build(
         if untouched and previous is not None and _same(previous, manifest):
             shutil.rmtree(work)
         else:
-            _assemble(work, target, manifest, outcomes)
+            assemble(work, target, manifest, outcomes)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
 
 
@@ -150,6 +158,7 @@ def _stages(
     scheduler: DDIM,
     precisions: tuple[str, ...],
     engines: EngineRequest | None,
+    settings: Settings | None,
     work: Path,
     tools: dict[str, str],
     progress: Callable[[str, int, int], None],
@@ -161,7 +170,9 @@ def _stages(
     stages = [tokenizer_stage(checkpoint, tools)]
     stages += [graph_stage(checkpoint, name, spec, tools) for name, spec in specs.items()]
     step_stages = [step_stage(spec, tools) for spec in steps.values()]
-    if halves := precisions[1:]:
+    if settings is not None:
+        stages += int8_stages(work, specs, scheduler, settings, {s.name: s.key for s in stages}, progress)
+    elif halves := precisions[1:]:
         ranges = ranges_stage(work, specs, scheduler, stages, tools, told("ranges"))
         stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
     if engines is not None:
@@ -184,6 +195,13 @@ def _stages(
             for spec, precision, matrix in wanted
         ]
     return stages + step_stages
+
+
+def graph_files(component: str, precisions: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """Precision → the graph that serves it: that of fp32 where a component stays in fp32 as a whole."""
+    files = {given: graph_file(component, given) for given in precisions}
+    made = {file for outcome in outcomes.values() for file in outcome.files}
+    return {given: file if file in made else files["fp32"] for given, file in files.items()}
 
 
 def _engine(file: Path) -> Engine:
@@ -218,7 +236,8 @@ def _same(previous: Bundle, manifest: Manifest) -> bool:
     )
 
 
-def _assemble(work: Path, target: Path, manifest: Manifest, outcomes: dict[str, Outcome]) -> None:
+def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
+    """Put the manifest's files, which lie in ``work``, in the bundle's place at once, and remove ``work``."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     for name in manifest.files:

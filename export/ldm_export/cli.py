@@ -1,4 +1,4 @@
-"""The command line: ``ldm-export build | generate | verify | report | inspect | bench | triton | client``."""
+"""The command line: ``ldm-export build | calibrate | generate | verify | report | inspect | bench | triton | client``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from importlib.metadata import version
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable
-from ldm_export.verbs import bench, build, client, generate, inspect, report, triton, verify
+from ldm_export.verbs import bench, build, calibrate, client, generate, inspect, report, triton, verify
 from ldm_runtime.errors import LdmError
 
-VERBS = (build, generate, verify, report, inspect, bench, triton, client)
+VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, client)
 """Modules of one verb each: its name, its help in the first docstring line, ``add_arguments`` and ``run``."""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ldm_export.islands import MATRIX
 from ldm_runtime.errors import BuildError
 
-TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16"}
+TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 _TENSOR = re.compile(rb'tensor=\{[^\n]{0,400}? name="([^"\n]{1,400})"[^\n]{0,400}? type=(\w{1,16}) \}')
 _MATRIX = re.compile(
     rb'(?:fully_connected|corrltn|bmm)=\{ name="[^"\n]*" output=\{(?P<out>[^}\n]*)\} input=\{(?P<in>[^}\n]*)\}'

@@ -49,10 +49,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _islands(report: Path) -> dict[str, int]:
-    """How many nodes compute in half precision, and how many stay in fp32 for which reason."""
+    """How many nodes compute in lower precision, and how many stay in fp32 for which reason."""
     facts = json.loads(report.read_text())
     reasons = Counter(str(reason).partition(":")[0] for reason in facts["islands"].values())
-    return {"half": facts["half"], **reasons}
+    return {**{kind: facts[kind] for kind in ("half", "int8") if kind in facts}, **reasons}
 
 
 def _operators(graph: Path) -> dict[str, int] | None:

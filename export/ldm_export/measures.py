@@ -26,6 +26,7 @@ TOLERANCES = {
     "fp32": Tolerance(component=1e-3, pixel=1, psnr=0),
     "fp16": Tolerance(component=0.02, pixel=255, psnr=45),
     "bf16": Tolerance(component=0.1, pixel=255, psnr=30),
+    "int8": Tolerance(component=0.5, pixel=255, psnr=25),
 }
 """What is accepted of each precision unless told otherwise: fp32 draws the same picture, the others one close to it."""
 

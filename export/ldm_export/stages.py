@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,9 +115,18 @@ def _linked(stage: Stage, work: Path, previous: Bundle | None) -> dict[str, File
     if before.key != stage.key:
         return None
     try:
-        sources = {name: previous.file(name) for name in before.files}
+        return link_files(before.files, work, previous)
     except ManifestError:
         return None  # damaged since: make it anew
+
+
+def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, FileFact]:
+    """Have these files of a bundle in ``work``, as links where the file system has them.
+
+    Raises:
+        ManifestError: one of them is missing or not what was built; none is linked then.
+    """
+    sources = {name: bundle.file(name) for name in names}
     for name, source in sources.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).unlink(missing_ok=True)
@@ -125,7 +134,7 @@ def _linked(stage: Stage, work: Path, previous: Bundle | None) -> dict[str, File
             os.link(source, work / name)
         except OSError:
             shutil.copyfile(source, work / name)
-    return {name: previous.manifest.files[name] for name in before.files}
+    return {name: bundle.manifest.files[name] for name in sources}
 
 
 def _made(stage: Stage, work: Path) -> list[str]:

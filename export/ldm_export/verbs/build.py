@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.options import PRECISIONS, quieten
+from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
+from ldm_export.verbs.options import PRECISIONS, quieten, unwritten
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     engines.add_argument(
         "--timing-cache", metavar="FILE", help="keep the builder's timings here for the next build (tensorrt)"
     )
+    add_int8_arguments(verb)
     verb.add_argument(
         "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
     )
@@ -47,14 +50,31 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with needs("export"):
         from ldm_export import build as building
         from ldm_export.checkpoint import open_checkpoint
+        from ldm_export.int8_report import write_report
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
+    shapes = args.checkpoint is None or args.checkpoint.resolve() == building.SHIPPED
+    settings = settings_of(args, shapes) if args.precision == "int8" else None
+    if settings is None and given(args):
+        raise BuildError(f"{', '.join(given(args))}: of int8; give --precision int8 too")
     checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
     with screen.bar("reading", None) as bar:
         built = building.build(
-            checkpoint, args.output, args.precision, engines, lambda stage, done, total: bar.to(done, total, stage)
+            checkpoint,
+            args.output,
+            args.precision,
+            engines,
+            lambda stage, done, total: bar.to(done, total, stage),
+            settings,
         )
+        if settings is not None:
+            bar.to(0, 1, "report")
+            try:
+                bundle, report = write_report(built.bundle)
+            except OSError as error:
+                raise unwritten(args.output, error, "free some disk space") from None
+            built = replace(built, bundle=bundle)
     size = sum(fact.size for fact in built.bundle.manifest.files.values())
     made = [name for name, origin in built.origins.items() if origin == "made"]
     if args.json:
@@ -63,6 +83,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         return
     what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
+    if settings is not None:
+        show(report, screen)
     screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm_runtime.errors import BuildError, SpecError
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 def lines(path: Path) -> list[str]:

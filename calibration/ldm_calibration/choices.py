@@ -1,0 +1,81 @@
+"""How each tensor of a graph becomes int8, as chosen by measurement; as JSON too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ldm_calibration.qdq import Scaling
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one tensor is quantized.
+
+    Attributes:
+        observer: where the threshold comes from.
+        exponent: of the migration; 0 for none.
+        scaling: threshold and factors.
+        thresholds: of all observers without migration.
+    """
+
+    observer: str
+    exponent: float
+    scaling: Scaling
+    thresholds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen for a graph.
+
+    Attributes:
+        sources: tensor that layers read → choice.
+        results: convolution's result → the magnitude that becomes 127.
+        output_db: layer → signal-to-noise ratio of its result with this choice, in dB.
+        flops: every layer of the graph → its operations for one row.
+    """
+
+    sources: Mapping[str, Choice]
+    results: Mapping[str, float]
+    output_db: Mapping[str, float]
+    flops: Mapping[str, int]
+
+    @property
+    def scalings(self) -> dict[str, Scaling]:
+        """Tensor → its scaling."""
+        return {name: choice.scaling for name, choice in self.sources.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "sources": {name: _choice_facts(choice) for name, choice in self.sources.items()},
+            "results": dict(self.results),
+            "output_db": dict(self.output_db),
+            "flops": dict(self.flops),
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Choices:
+        """From what ``facts`` gave."""
+        sources = {name: _choice(given) for name, given in facts["sources"].items()}
+        return cls(sources, facts["results"], facts["output_db"], facts["flops"])
+
+
+def _choice_facts(choice: Choice) -> dict[str, Any]:
+    factors = choice.scaling.factors
+    return {
+        "observer": choice.observer,
+        "exponent": choice.exponent,
+        "threshold": choice.scaling.threshold,
+        "factors": None if factors is None else factors.tolist(),
+        "thresholds": dict(choice.thresholds),
+    }
+
+
+def _choice(given: Mapping[str, Any]) -> Choice:
+    factors = None if given["factors"] is None else np.array(given["factors"], np.float32)
+    return Choice(given["observer"], given["exponent"], Scaling(given["threshold"], factors), given["thresholds"])
