@@ -1,4 +1,4 @@
-"""The command line, ``ldm-export VERB …``: build, calibrate, generate, verify, report, inspect, bench, triton, client."""
+"""The command line: ``ldm-export VERB …``, the verbs being those of ``VERBS``."""
 
 from __future__ import annotations
 
