@@ -111,7 +111,7 @@ def measure_ranges(
     given: dict[str, Backend] = dict(backends)
     tokens = int(specs["text_encoder"].inputs[0].bounds("opt")[1])
     with LatentDiffusionPipeline(given, Tokenizer.from_file(tokenizer, tokens), scheduler) as pipeline:
-        pipeline.encode([*prompts, ""])  # kept for the requests below
+        pipeline.texts.encode([*prompts, ""])  # kept for the requests below
         backends["text_encoder"].close()
         made = []
         for seed, prompt in enumerate(prompts):

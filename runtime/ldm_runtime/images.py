@@ -12,6 +12,22 @@ from PIL import Image
 
 from ldm_runtime.errors import SpecError
 
+MAX_LATENT = 1e9
+"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
+
+
+def check_latents(latents: NDArray[np.float32]) -> None:
+    """Refuse latents that no picture can be made of.
+
+    Raises:
+        SpecError: NaN, or beyond MAX_LATENT.
+    """
+    if not (np.abs(latents) <= MAX_LATENT).all():
+        raise SpecError(
+            f"latents: got up to {np.abs(latents).max():g} after denoising, expected at most {MAX_LATENT:g}; lower "
+            "guidance_scale, or use a higher precision"
+        )
+
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Float [B, 3, H, W] in [0, 1] → uint8 [B, H, W, 3], rounded half to even as diffusers' ``numpy_to_pil`` does.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,20 +20,17 @@ from ldm_runtime.backends.opening import opener
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, SpecError
-from ldm_runtime.images import to_pil
+from ldm_runtime.errors import BackendError
+from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.request import WHOLE, Geometry, Plan, Request, guided_steps
 from ldm_runtime.schedule import Schedule
 from ldm_runtime.signature import check_signature
+from ldm_runtime.texts import Texts
 from ldm_runtime.tokenizer import Tokenizer
 from ldm_runtime.unet import UNet
 
 F32 = NDArray[np.float32]
-MAX_CONTEXTS = 64
-"""Encoded texts kept for later requests, the unguided branch's above all: 0.4 MB each at full size."""
-MAX_LATENT = 1e9
-"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +81,7 @@ class LatentDiffusionPipeline:
         self.geometry = Geometry.of(backends["decoder"].inputs[0], backends["decoder"].outputs[0])
         self.unet = UNet(backends["unet"])
         self._keep_loaded = keep_loaded
-        self._contexts: OrderedDict[str, F32] = OrderedDict()
+        self.texts = Texts(tokenizer, backends["text_encoder"])
 
     @classmethod
     def from_bundle(
@@ -213,42 +209,18 @@ class LatentDiffusionPipeline:
     def context(self, plan: Plan) -> F32:
         """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
         rows = [*plan.negative_rows, *plan.rows] if plan.guided else list(plan.rows)
-        states = self.encode(list(dict.fromkeys(rows)))
-        return np.concatenate([states[row] for row in rows])
-
-    def encode(self, texts: Sequence[str]) -> dict[str, F32]:
-        """Text → hidden states float32 [1, T, D], as the UNet takes them; the latest MAX_CONTEXTS are kept.
-
-        Each text is encoded alone, so its states do not depend on what it comes with.
-
-        Raises:
-            BackendError: the engine failed.
-        """
-        found = {text: self._contexts[text] for text in texts if text in self._contexts}
-        for text in texts:
-            if text not in found:
-                ids = self.tokenizer([text])
-                found[text] = self.backends["text_encoder"].run({"input_ids": ids})["context"]
+        states = self.texts.encode(list(dict.fromkeys(rows)))
         if not self._keep_loaded:
             self.backends["text_encoder"].close()
-        for text in texts:
-            self._contexts[text] = found[text]
-            self._contexts.move_to_end(text)
-        while len(self._contexts) > MAX_CONTEXTS:
-            self._contexts.popitem(last=False)
-        return found
+        return np.concatenate([states[row] for row in rows])
 
     def decode(self, latents: F32) -> list[Image.Image]:
         """Latents float32 [B, C, h, w] → B PIL images of 8h × 8w pixels.
 
         Raises:
-            SpecError: the latents do not fit the decoder, or are NaN or beyond MAX_LATENT.
+            SpecError: the latents do not fit the decoder, or are NaN or far too large.
         """
-        if not (np.abs(latents) <= MAX_LATENT).all():
-            raise SpecError(
-                f"latents: got up to {np.abs(latents).max():g} after denoising, expected at most {MAX_LATENT:g}; lower "
-                "guidance_scale, or use a higher precision"
-            )
+        check_latents(latents)
         if not self._keep_loaded:
             self._close_unet()
         image = self.backends["decoder"].run({"latents": latents})["image"]
