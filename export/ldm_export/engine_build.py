@@ -68,7 +68,7 @@ def build_engine(
         target: file to write.
         factor: pixels of one latent.
         islands: matrix work of the graph that is meant to stay in fp32, by node name.
-        progress: told steps done and in all of the builder's longest phase.
+        progress: told how far the builder is, in thousandths.
         matrix: the graph has convolutions or matrix products, whose precision is proven.
         previous: where an engine may lie that takes the graph's weights without a rebuild.
 

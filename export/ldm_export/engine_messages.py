@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -42,7 +43,7 @@ def builder_log(package: ModuleType) -> Any:
 
 
 def builder_monitor(package: ModuleType, progress: Progress) -> Any:
-    """An ``IProgressMonitor`` that tells the steps of the phase with the most of them, and not those within it.
+    """An ``IProgressMonitor`` that tells how far the outermost phase is, in thousandths, with those nested in it.
 
     Control-C cancels the build at the next step, and leaves ``interrupted`` true: the bindings swallow exceptions.
     """
@@ -50,27 +51,50 @@ def builder_monitor(package: ModuleType, progress: Progress) -> Any:
     class Monitor(package.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             package.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
+            self.phases: dict[str, _Phase] = {}
+            self.furthest = 0.0
             self.interrupted = False
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.steps[name] = steps
+            self.phases[name] = _Phase(parent, max(steps, 1))
 
         def step_complete(self, name: str, step: int) -> bool:
-            return self._tell(name, step + 1)
+            if name in self.phases:
+                self.phases[name].done = step + 1
+            return self._tell()
 
         def phase_finish(self, name: str) -> None:
-            self._tell(name, self.steps[name])
+            if name in self.phases:
+                self.phases[name].done = self.phases[name].steps
+                self._tell()
+                del self.phases[name]
 
-        def _tell(self, name: str, done: int) -> bool:
+        def _tell(self) -> bool:
+            self.furthest = max(self.furthest, _fraction(self.phases, None))
             try:
-                if self.steps[name] == max(self.steps.values()):
-                    progress(done, self.steps[name])
+                progress(round(1000 * self.furthest), 1000)
             except KeyboardInterrupt:
                 self.interrupted = True
             return not self.interrupted
 
     return Monitor()
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+def _fraction(phases: Mapping[str, _Phase], parent: str | None) -> float:
+    """How far the phases right under a parent are, the furthest of them: each counts what runs in its next step."""
+    inner = [
+        min(1.0, (phase.done + (_fraction(phases, name) if phase.done < phase.steps else 0)) / phase.steps)
+        for name, phase in phases.items()
+        if phase.parent == parent
+    ]
+    return max(inner, default=0.0)
 
 
 def translated(message: str) -> str:

@@ -35,16 +35,19 @@ def test_control_c_cancels_the_build() -> None:
     assert monitor.step_complete("building", 0) is False and monitor.interrupted
 
 
-def test_steps_of_the_longest_phase_are_told() -> None:
+def test_how_far_the_outermost_phase_is() -> None:
     told: list[tuple[int, int]] = []
     monitor = builder_monitor(tensorrt_rtx, lambda *steps: told.append(steps))
     monitor.phase_start("all", None, 4)
     assert monitor.step_complete("all", 0)
     monitor.phase_start("part", "all", 2)
     assert monitor.step_complete("part", 0)
+    monitor.phase_start("part of it", "part", 5)
+    assert monitor.step_complete("part of it", 3)
+    monitor.phase_finish("part of it")
     monitor.phase_finish("part")
     monitor.phase_finish("all")
-    assert told == [(1, 4), (4, 4)]
+    assert told == [(250, 1000), (375, 1000), (475, 1000), (500, 1000), (500, 1000), (1000, 1000)]
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
