@@ -83,18 +83,31 @@ def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
 
 
 def sample(pid: int, work: Path, peaks: dict[str, int], ended: threading.Event) -> None:
-    """Raise the peak of the stage being made, told by its folder in the build's work folder; see proc_pid_status(5)."""
-    status = Path(f"/proc/{pid}/status")
+    """Raise the peak of the stage being made, told by its folder in the build's work folder; children count."""
     while not ended.is_set():
         making = [path.name.removeprefix(".").removesuffix(".making") for path in work.glob(".*.making")]
-        try:
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        resident = int(lines.get("VmRSS", "0 kB").split()[0]) * 1024
+        total = resident(pid) + sum(map(resident, children(pid)))
         for name in making:
-            peaks[name] = max(peaks.get(name, 0), resident)
+            peaks[name] = max(peaks.get(name, 0), total)
         time.sleep(INTERVAL)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started; see proc_pid_task_children(5)."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process, 0 where it has ended; see proc_pid_status(5)."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    return int(lines.get("VmRSS", "0 kB").split()[0]) * 1024
 
 
 def show(facts: dict) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +103,7 @@ def build(
             outcomes[stage.name] = run_stage(stage, work, previous)
             if outcomes[stage.name].origin == "made":
                 gc.collect()  # a traced module is full of cycles
+                _trim()
         progress("bundle", len(stages), len(stages))
         manifest = Manifest(
             components={
@@ -132,6 +135,12 @@ def build(
         else:
             assemble(work, target, manifest, outcomes)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
+
+
+def _trim() -> None:
+    """Have the C library give back what was freed, so that stages do not add up."""
+    with suppress(AttributeError, OSError):  # there is none but glibc that knows it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _previous(target: Path) -> Bundle | None:

@@ -16,6 +16,7 @@ from ldm_export.components import MODULES
 from ldm_export.engine_build import EngineRequest, build_engine
 from ldm_export.engine_messages import Progress
 from ldm_export.engine_package import check_request, open_package
+from ldm_export.engine_process import build_apart
 from ldm_export.islands import MARGIN
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph
@@ -171,18 +172,11 @@ def engine_stage(
         islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
         (folder / spec.name).mkdir()
         source = work / graph_file(spec.name, precision)
-        made = build_engine(
-            source,
-            spec,
-            precision,
-            request,
-            folder / file,
-            factor=factor,
-            islands=islands,
-            progress=progress,
-            matrix=matrix,
-            previous=previous,
-        )
+        options = {"factor": factor, "islands": islands, "progress": progress, "previous": previous}
+        if matrix:
+            made = build_apart(source, spec, precision, request, folder / file, **options)
+        else:
+            made = build_engine(source, spec, precision, request, folder / file, matrix=False, **options)
         facts = folder / f"{file}.json"
         facts.write_text(json.dumps(replace(made, file=file).to_json(), indent=1, sort_keys=True) + "\n")
         return [file, f"{file}.json"]

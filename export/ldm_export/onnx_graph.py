@@ -26,15 +26,16 @@ from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
 
 OPSET = 20
-INLINE_BYTES = 1_500_000_000
-"""Weights beyond this go to one ``.onnx.data`` file beside the graph: a protobuf file cannot exceed 2 GB."""
+INLINE_BYTES = 500_000_000
+"""Weights beyond this go to one ``.onnx.data`` file beside the graph: a protobuf file cannot exceed 2 GB, and
+is held in memory several times where it is written and read."""
 TRACED_MIN = 17
 """Smallest height and width assumed in a trace, so that no level of a UNet of up to five is one pixel wide; a size of
 one would be a special case to the tracer, though not to the graph it makes."""
 
 
 def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
-    """Trace ``module`` and write ``target`` (and ``target``.data beyond 1.5 GB of weights).
+    """Trace ``module`` and write ``target`` (and ``target``.data beyond 0.5 GB of weights).
 
     The trace runs on fake tensors, so no activation and no second copy of the weights is held.
 
