@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,26 +98,15 @@ def build(
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
-            if outcomes[stage.name].origin == "made":
-                gc.collect()  # a traced module is full of cycles
-                _trim()
         progress("bundle", len(stages), len(stages))
         manifest = Manifest(
             components={
                 name: Component(
                     spec,
-                    graph_files(name, precisions, outcomes),
-                    () if engines is None else (_engine(work / engine_file(name, precision, engines)),),
+                    graph_files(name, precisions if name in specs else ("fp32",), outcomes),
+                    _engines(work, name, precision if name in specs else "fp32", engines),
                 )
-                for name, spec in specs.items()
-            }
-            | {
-                name: Component(
-                    spec,
-                    {"fp32": graph_file(name, "fp32")},
-                    () if engines is None else (_engine(work / engine_file(name, "fp32", engines)),),
-                )
-                for name, spec in steps.items()
+                for name, spec in {**specs, **steps}.items()
             },
             scheduler=scheduler.to_config(),
             tokenizer=TOKENIZER,
@@ -135,12 +121,6 @@ def build(
         else:
             assemble(work, target, manifest, outcomes)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
-
-
-def _trim() -> None:
-    """Have the C library give back what was freed, so that stages do not add up."""
-    with suppress(AttributeError, OSError):  # there is none but glibc that knows it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _previous(target: Path) -> Bundle | None:
@@ -213,8 +193,11 @@ def graph_files(component: str, precisions: tuple[str, ...], outcomes: Mapping[s
     return {given: file if file in made else files["fp32"] for given, file in files.items()}
 
 
-def _engine(file: Path) -> Engine:
-    return engine_from_json(file.name, json.loads(file.with_name(f"{file.name}.json").read_text()))
+def _engines(work: Path, component: str, precision: str, request: EngineRequest | None) -> tuple[Engine, ...]:
+    if request is None:
+        return ()
+    facts = work / f"{engine_file(component, precision, request)}.json"
+    return (engine_from_json(facts.name, json.loads(facts.read_text())),)
 
 
 def _asked(checkpoint: Checkpoint, precision: str, engines: EngineRequest | None) -> dict[str, Any]:

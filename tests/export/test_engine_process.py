@@ -45,5 +45,5 @@ def test_a_builder_that_is_killed_is_told_in_one_line(tiny_bundle: Path, tmp_pat
         os.kill(int(child), signal.SIGKILL)
 
     graph, spec = bundle.graph("unet", "fp32"), bundle.manifest.components["unet"].spec
-    with pytest.raises(BuildError, match="^unet: the builder was killed, out of memory most likely; free memory"):
+    with pytest.raises(BuildError, match=r"^unet: the builder was killed, out of memory most likely; free memory"):
         build_apart(graph, spec, "fp32", REQUEST, tmp_path / "x.engine", **{**OPTIONS, "progress": kill})
