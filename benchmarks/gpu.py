@@ -112,7 +112,7 @@ def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
         options = {"seed": 0, "num_inference_steps": args.steps, "images_per_prompt": args.images, **OPTIONS}
         request = Request(next(prompts), **options)
         begun = time.perf_counter()
-        pipeline.encode([str(request.prompts), ""])
+        pipeline.texts.encode([str(request.prompts), ""])
         encoded = time.perf_counter()
         *_, last = pipeline.steps(request)
         latents = last.latents  # waits for the device
