@@ -171,14 +171,16 @@ def engine_stage(
         report = work / islands_file(spec.name, precision)
         islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
         (folder / spec.name).mkdir()
-        source = work / graph_file(spec.name, precision)
+        source, computed = work / graph_file(spec.name, precision), precision
+        if not source.is_file():  # the component stays in fp32 as a whole
+            source, computed = work / graph_file(spec.name, "fp32"), "fp32"
         options = {"factor": factor, "islands": islands, "progress": progress, "previous": previous}
         if matrix:
-            made = build_apart(source, spec, precision, request, folder / file, **options)
+            made = build_apart(source, spec, computed, request, folder / file, **options)
         else:
-            made = build_engine(source, spec, precision, request, folder / file, matrix=False, **options)
-        facts = folder / f"{file}.json"
-        facts.write_text(json.dumps(replace(made, file=file).to_json(), indent=1, sort_keys=True) + "\n")
+            made = build_engine(source, spec, computed, request, folder / file, matrix=False, **options)
+        told = replace(made, file=file, precision=precision).to_json()
+        (folder / f"{file}.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
         return [file, f"{file}.json"]
 
     package = open_package(request.target)
