@@ -74,8 +74,9 @@ class Streaming:
             progress=(lambda step: self._tell(request, step)) if streams else None,
             preview_every=wish.preview_every,
         )
-        name, steps = str(options.get(ID, id(ticket))), wish.request.num_inference_steps
-        self._named[name] = ticket
+        name, steps = str(options.get(ID, "")), wish.request.num_inference_steps
+        if name:
+            self._named[name] = ticket
         request.cancel = ticket.cancel
         self._open.add(request)
         return ticket.future.add_done_callback(lambda future: self._done(request, name, steps, future))
