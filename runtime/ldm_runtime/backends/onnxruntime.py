@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
+from ldm_runtime.backends.cores import usable_cores
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
 
@@ -100,7 +100,7 @@ def open_session(
             'onnxruntime is not installed; `pip install "ldm-export[onnxruntime]"` (or [gpu] for CUDA)'
         ) from None
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3

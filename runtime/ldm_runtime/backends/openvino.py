@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
+from ldm_runtime.backends.cores import usable_cores
 from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
 from ldm_runtime.errors import BackendError
@@ -52,7 +52,7 @@ class OpenVinoBackend:
         self._core, self._graph, self._spec, self._constant = core(), graph, spec, constant
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "INFERENCE_PRECISION_HINT": ARITHMETIC[arithmetic],
         }
         if cache is not None:

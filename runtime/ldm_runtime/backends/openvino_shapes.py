@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.mapped import given_back
+from ldm_runtime.backends.openvino_upsample import fold_upsampling
 
 MAX_SHAPES = 8
 BUDGET = 2 * 2**30
@@ -52,6 +53,8 @@ class ShapedGraph:
         model = self._read()
         if key is not None:
             model.reshape({name: list(shape) for name, shape in key})
+            if self._options["INFERENCE_PRECISION_HINT"] == "bf16":
+                fold_upsampling(model)
         with given_back(_weights(model)):
             compiled = self._core.compile_model(model, "CPU", self._options)
         self._requests[key] = compiled.create_infer_request()
