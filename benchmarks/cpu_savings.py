@@ -82,7 +82,7 @@ def timestep_share(bundle: Bundle) -> float:
     profiled._main._options["PERF_COUNT"] = True
     for _ in range(4):
         profiled.run(feed)
-    (request,) = profiled._main._requests.values()
+    ((request, _),) = profiled._main._requests.values()
     times = [(node.node_name, node.real_time.total_seconds()) for node in request.profiling_info]
     return sum(spent for name, spent in times if "time_emb" in name) / sum(spent for _, spent in times)
 

@@ -106,6 +106,11 @@ def test_what_depends_on_the_context_alone_is_computed_once(tiny_bundle: Path, a
     assert np.allclose(cut.run({**feed, **taken})["noise_pred"], expected, atol=1e-5)
     changed = {**prepared, "context.0": prepared["context.0"] + 1}
     assert not np.array_equal(cut.run({**feed, **changed})["noise_pred"], expected)
+    fixed = {name: array.copy() for name, array in prepared.items()}
+    for array in fixed.values():
+        array.flags.writeable = False
+    for given in (prepared, fixed, prepared):  # those that are held already, others, and the first again
+        assert np.array_equal(cut.run({**feed, **given})["noise_pred"], expected)
     with pytest.raises(LdmError, match="got inputs"):
         cut.run({**feed, **prepared, "context.99": feed["context"]})
 

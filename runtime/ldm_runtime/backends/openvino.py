@@ -132,7 +132,7 @@ class OpenVinoBackend:
 
     def _guarded(self, graph: ShapedGraph, feed: Feed) -> Any:
         try:
-            return graph.run({name: np.ascontiguousarray(array) for name, array in feed.items()})
+            return graph.run({name: np.require(array, requirements=("C", "W")) for name, array in feed.items()})
         except BackendError:
             raise
         except Exception as error:  # as above

@@ -21,6 +21,8 @@ LARGE = 2**16
 
 log = logging.getLogger(__name__)
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Ready = tuple[Any, dict[str, NDArray[Any]]]
+"""A request and the inputs it has."""
 
 
 class ShapedGraph:
@@ -35,17 +37,26 @@ class ShapedGraph:
 
     def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
         self._read, self._core, self._options = read, core, dict(options)
-        self._requests: dict[Shapes | None, Any] = {}
+        self._requests: dict[Shapes | None, Ready] = {}
         self.kept = min(MAX_SHAPES, 1 + BUDGET // weights)
 
     def run(self, feed: Feed) -> Any:
-        """The request, run: its outputs belong to it. Raises RuntimeError, as OpenVINO does."""
+        """The request, run: its outputs belong to it. Raises RuntimeError, as OpenVINO does.
+
+        Arrays are shared with the request; one that it has already, such as a prompt's keys, is not given to it again.
+        """
+        import openvino
+
         shapes = tuple(sorted((name, array.shape) for name, array in feed.items()))
-        request = self._requests.get(None) or self._requests.get(shapes) or self._compiled(shapes)
-        request.infer(dict(feed), share_inputs=True)
+        request, held = self._requests.get(None) or self._requests.get(shapes) or self._compiled(shapes)
+        for name, array in feed.items():
+            if held.get(name) is not array:
+                request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+                held[name] = array
+        request.infer()
         return request
 
-    def _compiled(self, shapes: Shapes) -> Any:
+    def _compiled(self, shapes: Shapes) -> Ready:
         key = shapes if len(self._requests) < self.kept else None
         if key is None:
             self._requests.clear()  # before another copy of the weights is made
@@ -57,7 +68,7 @@ class ShapedGraph:
                 fold_upsampling(model)
         with given_back(_weights(model)):
             compiled = self._core.compile_model(model, "CPU", self._options)
-        self._requests[key] = compiled.create_infer_request()
+        self._requests[key] = compiled.create_infer_request(), {}
         return self._requests[key]
 
     def close(self) -> None:
