@@ -13,10 +13,13 @@ from listing import contents
 from tiny import write_tiny_checkpoint
 from triton_server import TritonServer
 
+from ldm_calibration.settings import Settings
 from ldm_export.build import SHIPPED, build
+from ldm_export.calibrate import calibrate
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine_build import EngineRequest
+from ldm_export.int8_report import write_report
 from ldm_runtime.bundle import Bundle
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
@@ -43,6 +46,14 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of ``tiny_checkpoint`` in fp32 and fp16, not to be changed."""
     return build(open_checkpoint(tiny_checkpoint), tmp_path_factory.mktemp("half") / "bundle", "fp16").bundle
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """``tiny_bundle`` calibrated on one short trajectory, with its report, not to be changed."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("int8") / "bundle"))
+    settings = Settings(("a red circle",), ("a blue square",), steps=4, samples=2, trial_steps=4, min_psnr=20.0)
+    return write_report(calibrate(folder, settings).bundle)[0]
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ A page that only shows them need not fail on one that a later version writes in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+SMALLEST = 1e-30
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -21,7 +22,8 @@ def mappings(value: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a finite number of float64's range, else None."""
-    if type(value) is int and abs(value) < 2**63:
-        return value
-    return value if type(value) is float and math.isfinite(value) else None
+    """The value where it is a number of a size that something measured has: 0, or from 1e-30 to 1e30; else None."""
+    if type(value) not in (int, float) or not (value == 0 or SMALLEST <= abs(value) <= 1 / SMALLEST):
+        return None
+    found: float = value
+    return found

@@ -147,7 +147,8 @@ def _draw(
     images, seconds, ran = list[Image.Image](), list[float](), backend
     try:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend=backend) as pipeline:
-            ran = pipeline.choice.backend if pipeline.choice else backend
+            if pipeline.choice:
+                ran = f"{pipeline.choice.backend}, computing in {pipeline.choice.arithmetic}"
             for index, request in enumerate(requests):
                 steps, begun = pipeline.steps(request), time.perf_counter()
                 for step in steps:

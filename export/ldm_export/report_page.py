@@ -12,6 +12,7 @@ import numpy as np
 from ldm_export.chart import Series, lines
 from ldm_export.document import Figure, Markup, decibel, difference, document, element, number, picture, table, text
 from ldm_export.fact_tables import fact_tables
+from ldm_export.int8_section import FILE, int8_section
 from ldm_export.loose import finite, mapping
 from ldm_export.report import REFERENCE, Report
 from ldm_export.screen import human_bytes
@@ -24,7 +25,7 @@ MAX_LISTED = 40
 
 def report_page(report: Report) -> str:
     """HTML with inline pictures and plots; opens without a network."""
-    sections = (_pictures, _precisions, _half, _engines, _measured, _origin)
+    sections = (_pictures, _precisions, _int8, _half, _engines, _measured, _origin)
     return document(
         f"{report.bundle.folder.resolve().name}: report", (part for section in sections for part in section(report))
     )
@@ -96,12 +97,17 @@ def _precisions(report: Report) -> Iterator[Markup]:
     )
 
 
+def _int8(report: Report) -> Iterator[Markup]:
+    if facts := report.files.get(FILE):
+        yield from int8_section(facts)
+
+
 def _half(report: Report) -> Iterator[Markup]:
     rows, listed = [], []
     for precision in report.drawn:
         for component in COMPONENTS:
             facts = report.files.get(f"report/{component}.{precision}.json")
-            if facts is None:
+            if facts is None or "islands" not in facts:
                 continue
             islands = mapping(facts.get("islands"))
             reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())
@@ -154,6 +160,8 @@ def _engines(report: Report) -> Iterator[Markup]:
 
 def _measured(report: Report) -> Iterator[Markup]:
     for name, facts in report.bundle.manifest.measured.items():
+        if name == "int8" and FILE in report.files:
+            continue  # told in its own section
         yield element("h2", f"Measured: {name}")
         yield from fact_tables(facts)
 

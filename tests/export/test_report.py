@@ -79,7 +79,8 @@ def test_precisions_islands_and_origin_are_told(half_bundle: Bundle, half_page: 
     for row, precision in ((full, "fp32"), (half, "fp16")):
         files = [half_bundle.manifest.files[f"{name}/{precision}.onnx"] for name in COMPONENTS]
         assert row[:2] == [precision, human_bytes(sum(fact.size for fact in files))]
-        assert row[5] in ("onnxruntime", "openvino") and float(row[6]) > 0
+        assert row[5].endswith(f", computing in {precision}") or row[5] == "openvino, computing in fp32"
+        assert float(row[6]) > 0
     assert full[3] == "–" and (half[3] == "equal" or float(half[3]) > 45)
     islands = page.table("nodes in fp32")[1:]
     assert [row[0] for row in islands] == list(COMPONENTS)
@@ -89,6 +90,28 @@ def test_precisions_islands_and_origin_are_told(half_bundle: Bundle, half_page: 
         assert f"{sum(reason == 'softmax' for reason in facts['islands'].values())} softmax" in why
     assert page.text.count("largest fp16 number") == 1
     assert ["checkpoint", "tiny"] in page.table("asked for")
+
+
+def test_int8_its_outcome_and_its_most_sensitive_layers_are_told(int8_bundle: Bundle, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    assert main(["report", str(int8_bundle.folder), "--steps", "2", "-o", str(target), "--quiet"]) == 0
+    page, facts = Page.read(target), json.loads(int8_bundle.file("report/int8.json").read_text())
+    assert_self_contained(page)
+    assert page.table("prompt")[0][:3] == ["prompt", "fp32", "int8"]
+    assert "Budget: a mean PSNR of at least 20 dB: met." in page.text and facts["record"]["sha256"] in page.text
+    (outcome,) = [rows for rows in page.tables if any(row[0] == "UNet operations in int8" for row in rows)]
+    told = {row[0]: row[1] for row in outcome}
+    assert told["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"
+    assert told["PSNR against fp32"] == f"{facts['summary']['psnr_mean']:.1f} dB"
+    layers = [layer for layer in facts["components"]["unet"]["layers"] if layer["latent_db"] is not None]
+    assert len(layers) > 5
+    by_name = {layer["name"]: layer for layer in layers}
+    (listed,) = [rows[1:] for rows in page.tables if rows[0][1] == "most sensitive first" and rows[1][1] in by_name]
+    assert [float(row[4]) for row in listed] == sorted(float(row[4]) for row in listed)
+    assert listed[0][4] == f"{min(layer['latent_db'] for layer in layers):.1f}"
+    assert all((row[5] == "int8") is by_name[row[1]]["int8"] for row in listed)
+    assert sum(name == "circle" for name, _ in page.elements) >= len(layers)
+    assert "unet: ranges over timesteps" in page.text
 
 
 def test_a_bundle_of_fp32_alone_gives_a_page_without_comparisons(tiny_bundle: Path, tmp_path: Path, capfd) -> None:
@@ -107,6 +130,20 @@ def test_names_of_strangers_stay_text(half_bundle: Bundle, tmp_path: Path) -> No
     hostile = {HOSTILE: HOSTILE, "rows": [{HOSTILE: HOSTILE}], "named": {HOSTILE: {HOSTILE: [HOSTILE, {"a": None}]}}}
     islands = {"half": HOSTILE, "islands": {HOSTILE: f"range: {HOSTILE}"}, "matrix_islands": []}
     reports = {"report/unet.fp16.json": islands, "report/ranges.json": {HOSTILE: {HOSTILE: 1.0, "b": HOSTILE}}}
+    layer = {"name": HOSTILE, "op": HOSTILE, "flops": -1, "int8": HOSTILE, "why": HOSTILE, "latent_db": 1e30}
+    part = {"why": HOSTILE, "bytes_int8": 5e-324, "layers": [layer, HOSTILE, {**layer, "latent_db": -0.0}]}
+    part["ranges"] = {"timesteps": [3, 3], "tensors": {HOSTILE: [1e-30, 1e30], "b": [0, 1], "c": [HOSTILE]}}
+    told = {
+        "budget": HOSTILE,
+        "settings": {"steps": HOSTILE},
+        "summary": {"psnr_mean": HOSTILE},
+        "record": {"file": HOSTILE},
+    }
+    reports["report/int8.json"] = {
+        **told,
+        "components": {HOSTILE: part, "b": HOSTILE},
+        "speed": {"ratio": 1, "unet_ms": 7},
+    }
     measured = bundle.with_measured({HOSTILE: hostile}, {name: json.dumps(v).encode() for name, v in reports.items()})
     manifest = replace(measured.manifest, asked={HOSTILE: HOSTILE}, tools={HOSTILE: HOSTILE})
     (bundle.folder / NAME).write_text(manifest.to_json())
@@ -116,7 +153,7 @@ def test_names_of_strangers_stay_text(half_bundle: Bundle, tmp_path: Path) -> No
     assert main(["report", str(bundle.folder), *options]) == 0
     page = Page.read(target)
     assert_self_contained(page)
-    assert page.text.count(HOSTILE.replace("\u202e", "\\u202e")) >= 14 and "\u202e" not in page.text
+    assert page.text.count(HOSTILE.replace("\u202e", "\\u202e")) >= 20 and "\u202e" not in page.text
     assert "<title>bundle&lt;i&gt;: report</title>" in shown(target)
 
 
