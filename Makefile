@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 THIN   := .venv-thin
 TRITON := .venv-triton
+KSERVE := .venv-kserve
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
@@ -15,7 +16,7 @@ demo: $(VENV)/.export
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The picture is in $(CURDIR)/build/demo.png"
 
-test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton lint browser
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
 	$(BIN)/pytest -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
@@ -79,5 +80,10 @@ $(TRITON)/.triton: $(SOURCES) | $(VENV)/bin/python
 		cp python_backend_stubs/$$version/triton_python_backend_stub backends/python/
 	touch $@
 
+# KServe's types, to check the manifest against; without what the SDK needs to run.
+$(KSERVE)/.types: | $(VENV)/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(KSERVE) kserve==0.21.0
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON)
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE)

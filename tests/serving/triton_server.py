@@ -8,20 +8,33 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-triton"
 STARTED, STOPPED = 120, 60
 """Seconds that it may take."""
+OPTIONS = (
+    "--model-control-mode=explicit",
+    "--load-model=*",
+    "--disable-auto-complete-config",
+    "--metrics-interval-ms=200",
+    "--exit-timeout-secs=10",
+)
 
 
 @dataclass
 class TritonServer:
-    """``http``, ``grpc`` and ``metrics`` are host:port; models are loaded and unloaded when a client says so."""
+    """``http``, ``grpc`` and ``metrics`` are host:port; models are loaded and unloaded when a client says so.
+
+    Its python backend runs in ``python``, an environment's folder, with what is installed there.
+    """
 
     repository: Path
     log: Path
+    options: Sequence[str] = OPTIONS
+    python: Path = ENVIRONMENT
     http: str = ""
     grpc: str = ""
     metrics: str = ""
@@ -37,16 +50,12 @@ class TritonServer:
             home / "bin" / "tritonserver",
             f"--model-repository={self.repository}",
             f"--backend-directory={home / 'backends'}",
-            "--model-control-mode=explicit",
-            "--load-model=*",
-            "--disable-auto-complete-config",
             "--allow-gpu-metrics=false",
-            "--metrics-interval-ms=200",
-            "--exit-timeout-secs=10",
+            *self.options,
         ]
         for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
-        path = f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}"
+        path = f"{self.python / 'bin'}:{os.environ['PATH']}"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)),
@@ -85,14 +94,14 @@ class TritonServer:
                 found[f"{family}{{{','.join(own)}}}" if own else family] = float(value)
         return found
 
-    def stop(self) -> None:
-        """Stop it as an operator does; kill it where it does not listen."""
+    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """Stop it as an operator does, and give its exit code; kill it where it does not listen."""
         if self.process is None:
-            return
+            return 0
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(how)
         try:
-            self.process.wait(STOPPED)
+            return self.process.wait(STOPPED)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
