@@ -14,6 +14,7 @@ import numpy as np
 from ldm_calibration.choices import Choices
 from ldm_calibration.layers import Layer
 from ldm_calibration.qdq import Scaling
+from ldm_calibration.sessions import files_of
 from ldm_calibration.settings import Settings
 from ldm_runtime.bundle import sha256
 from ldm_runtime.errors import ManifestError
@@ -72,8 +73,7 @@ class Record:
 
 def graph_digest(graph: Path) -> str:
     """SHA-256 of a graph and, where its weights lie in a file beside it, of that file behind it."""
-    data = graph.with_name(f"{graph.name}.data")
-    return sha256(graph) + (f"-{sha256(data)}" if data.is_file() else "")
+    return "-".join(sha256(file) for file in files_of(graph))
 
 
 def component_facts(graph: str, choices: Choices, layers: list[dict[str, Any]], why: str) -> dict[str, Any]:

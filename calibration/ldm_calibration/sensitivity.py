@@ -12,6 +12,7 @@ from ldm_calibration.sessions import Session, SessionBackend, load_graph
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.on_first_use import OnFirstUse
 from ldm_runtime.request import Request
 
 PROMPTS, STEPS = 4, 10
@@ -41,11 +42,15 @@ def unet_sensitivity(
 
 def int8_backend(
     model: Model, component: str, sources: Mapping[str, Scaling], results: Mapping[str, float], layers: Sequence[str]
-) -> SessionBackend:
-    """A component with these layers in int8, on ONNX Runtime."""
-    graph = load_graph(model.graphs[component])
-    insert_qdq(graph, sources, results, layers)
-    return SessionBackend(Session(graph, model.graphs[component].parent), model.specs[component])
+) -> Backend:
+    """A component with these layers in int8, on ONNX Runtime; made when it is first used."""
+
+    def made() -> Backend:
+        graph = load_graph(model.graphs[component])
+        insert_qdq(graph, sources, results, layers)
+        return SessionBackend(Session(graph, model.graphs[component].parent), model.specs[component])
+
+    return OnFirstUse(model.specs[component], made)
 
 
 def _latents(model: Model, settings: Settings, changed: Mapping[str, Backend]) -> np.ndarray:

@@ -20,14 +20,12 @@ LARGE = 1_000_000_000
 class Session:
     """A model on the CPU; ``run`` gives its outputs by name."""
 
-    def __init__(self, model: ir.Model, folder: Path, threads: int | None = None, profile: Path | None = None):
-        """``folder`` holds the files of external weights; with ``profile`` every kernel run is written there."""
+    def __init__(self, model: ir.Model, folder: Path, threads: int | None = None):
+        """``folder`` holds the files of external weights."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if _weight_bytes(model) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -50,16 +48,13 @@ class Session:
         except Exception as error:
             raise BuildError(f"onnxruntime failed: {error!s:.300}") from None
 
-    def close(self) -> Path:
-        """Free the session; the path of the profile, where one was asked for."""
-        return Path(self._session.end_profiling())
-
 
 class SessionBackend:
     """A session as a pipeline's backend."""
 
     def __init__(self, session: Session, spec: ComponentSpec):
-        self._session, self._spec = session, spec
+        self._session: Session | None = session
+        self._spec = spec
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -73,11 +68,19 @@ class SessionBackend:
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once."""
+        assert self._session is not None
         check_feed(self._spec, feed)
         return self._session.run(feed, [tensor.name for tensor in self._spec.outputs])
 
     def close(self) -> None:
-        """Nothing to do: the session goes with its last user."""
+        """Free the session."""
+        self._session = None
+
+
+def files_of(graph: Path) -> list[Path]:
+    """A graph's file and, where it has one, that of its external weights."""
+    data = graph.with_name(f"{graph.name}.data")
+    return [graph, data] if data.is_file() else [graph]
 
 
 def load_graph(graph: Path) -> ir.Model:

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.layers import find_layers
-from ldm_calibration.sessions import Session, SessionBackend, load_graph
+from ldm_calibration.sessions import LARGE, Session, SessionBackend, files_of, load_graph
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.on_first_use import OnFirstUse
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -37,13 +38,19 @@ class Model:
     scheduler: DDIM
 
     def pipeline(self, changed: Mapping[str, Backend] | None = None) -> LatentDiffusionPipeline:
-        """A pipeline of the fp32 graphs on ONNX Runtime, ``changed`` in place of some."""
-        backends: dict[str, Backend] = dict(changed or {})
-        for name, spec in self.specs.items():
-            if name not in backends:
-                backends[name] = SessionBackend(Session(load_graph(self.graphs[name]), self.graphs[name].parent), spec)
+        """A pipeline of the fp32 graphs on ONNX Runtime, ``changed`` in place of some.
+
+        Components are loaded when they are used; those of a large model are freed before the next is.
+        """
+        backends = {name: self._backend(name) for name in self.specs} | dict(changed or {})
         tokens = self.specs["text_encoder"].inputs[0].bounds("opt")[1]
-        return LatentDiffusionPipeline(backends, Tokenizer.from_file(self.tokenizer, tokens), self.scheduler)
+        small = sum(file.stat().st_size for graph in self.graphs.values() for file in files_of(graph)) <= LARGE
+        tokenizer = Tokenizer.from_file(self.tokenizer, tokens)
+        return LatentDiffusionPipeline(backends, tokenizer, self.scheduler, keep_loaded=small)
+
+    def _backend(self, name: str) -> Backend:
+        graph, spec = self.graphs[name], self.specs[name]
+        return OnFirstUse(spec, lambda: SessionBackend(Session(load_graph(graph), graph.parent), spec))
 
     def batches(self, prompts: Sequence[str]) -> list[tuple[list[str], list[int]]]:
         """Prompts with their seeds (0, 1, …: a seed for each picture), as many in one as fit a call."""

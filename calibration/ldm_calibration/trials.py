@@ -92,7 +92,7 @@ def draw(
                 progress(number * step.total + step.index + 1, len(batches) * step.total)
                 last = step.latents
             latents.append(last)
-            pictures += list(to_uint8(pipeline.backends["decoder"].run({"latents": last})["image"]))
+            pictures += [np.asarray(image) for image in pipeline.decode(last)]
     return Drawn(np.concatenate(latents), pictures)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PROMPTS, TRIALS, GRADED = 16, 16, 100
 """Trajectories that are observed, and pictures the budget is kept on: more where their prompts are graded."""
-OPTIONS = ("prompts", "min_psnr", "max_accuracy_loss", "calibration_steps", "sensitivity", "trials")
+OPTIONS = ("prompts", "min_psnr", "max_accuracy_loss", "calibration_steps", "sensitivity", "trials", "trial_steps")
 
 
 def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         help="rank layers by the final latents, or by their own results",
     )
     int8.add_argument("--trials", type=int, metavar="N", help="pictures the budget is kept on (default 16)")
+    int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of these (default 50)")
 
 
 def given(args: argparse.Namespace) -> list[str]:
@@ -71,6 +72,7 @@ def settings_of(args: argparse.Namespace, shapes: bool) -> Settings:
         prompts=prompts,
         trial_prompts=tried,
         steps=20 if args.calibration_steps is None else args.calibration_steps,
+        trial_steps=50 if args.trial_steps is None else args.trial_steps,
         sensitivity=args.sensitivity or "latents",
         min_psnr=args.min_psnr if bounded else 35.0,
         max_accuracy_loss=args.max_accuracy_loss,

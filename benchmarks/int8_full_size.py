@@ -1,0 +1,146 @@
+"""int8 at full size: the memory that calibrating takes, and a UNet call in int8 against the best float one, by turns.
+
+Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. It is
+calibrated beside where it lies, on hard links; the bundle itself stays as it is. With random weights the pictures mean
+nothing, so the budget is open; memory and speed are those of a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from ldm_export.figures import machine, speedup, versions
+from ldm_runtime import Bundle
+from ldm_runtime.specs import dummy_inputs
+
+OPTIONS = (
+    "--calibration-steps",
+    "3",
+    "--sensitivity",
+    "results",
+    "--trials",
+    "1",
+    "--trial-steps",
+    "2",
+    "--min-psnr",
+    "0",
+)
+ROUNDS = 9
+ALLOWED_BEYOND_WEIGHTS = 4e9
+
+
+def linked(bundle: Path, place: Path) -> Path:
+    """A copy of a bundle made of hard links."""
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            (place / file.relative_to(bundle)).parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, place / file.relative_to(bundle))
+    return place
+
+
+def calibrated(bundle: Path) -> dict[str, Any]:
+    """Calibrate in a process of its own: seconds and peak memory."""
+    prompts = bundle.with_name("prompts.txt")
+    prompts.write_text("a painting of a squirrel eating a burger\n")
+    command = [sys.executable, "-m", "ldm_export.cli", "calibrate", str(bundle), "--prompts", str(prompts), *OPTIONS]
+    begun = time.monotonic()
+    subprocess.run(command, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    files = Bundle.open(bundle).manifest.files
+    weights = sum(fact.size for name, fact in files.items() if name.startswith("unet/fp32.onnx"))
+    allowed = weights + ALLOWED_BEYOND_WEIGHTS
+    return {
+        "seconds": time.monotonic() - begun,
+        "peak_bytes": peak,
+        "unet_weights_bytes": weights,
+        "allowed_bytes": int(allowed),
+        "within": peak <= allowed,
+    }
+
+
+def compiled(graph: Path, feed: dict[str, NDArray[Any]], hint: str) -> openvino.CompiledModel:
+    core = openvino.Core()
+    model = core.read_model(graph)
+    model.reshape({name: list(array.shape) for name, array in feed.items()})
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+
+
+def kinds(model: openvino.CompiledModel) -> dict[str, int]:
+    """Type → convolutions and matrix products that the executed graph computes in it."""
+    found: Counter[str] = Counter()
+    for operation in model.get_runtime_model().get_ops():
+        facts = operation.get_rt_info()
+        if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul"):
+            found[facts["runtimePrecision"].get()] += 1
+    return dict(found)
+
+
+def timed(bundle: Path) -> dict[str, Any]:
+    """One UNet call of one guided picture: fp32 graph in bf16, and the int8 graph, interleaved."""
+    held = Bundle.open(bundle)
+    feed = {
+        name: np.resize(array, (2, *array.shape[1:]))
+        for name, array in dummy_inputs(held.manifest.components["unet"].spec).items()
+    }
+    models = {
+        "bf16": compiled(held.graph("unet", "fp32"), feed, "bf16"),
+        "int8": compiled(held.graph("unet", "int8"), feed, "bf16"),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for name, model in (*models.items(), *(list(models.items()) * ROUNDS)):
+        begun = time.perf_counter()
+        model(feed)
+        taken[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    return {
+        "seconds": medians,
+        "least_seconds": {name: min(times) for name, times in taken.items()},
+        "ratio": speedup(taken["int8"][1:], taken["bf16"][1:]),
+        "computed_in": {name: kinds(model) for name, model in models.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--keep", type=Path, help="calibrate here and keep it; one that is there is timed only")
+    parser.add_argument("--part", choices=("memory", "speed", "both"), default="both")
+    parser.add_argument("--json", type=Path, help="write the figures here; those of the other part stay")
+    args = parser.parse_args()
+    with TemporaryDirectory(dir=args.bundle.parent) as room:
+        place = args.keep or Path(room) / "bundle"
+        facts: dict[str, Any] = {}
+        if args.json and args.json.is_file():
+            facts = json.loads(args.json.read_text())
+        if not (place / "manifest.json").is_file():
+            linked(args.bundle, place)
+        if args.part != "speed":
+            facts["calibration"] = calibrated(place)
+        if args.part != "memory":
+            facts["unet_call"] = timed(place)
+        report = json.loads(Bundle.open(place).file("report/int8.json").read_text())
+    facts["unet_int8_share"] = report["summary"]["unet_int8_share"]
+    facts["bytes"] = {side: report["summary"][f"bytes_{side}"] for side in ("fp32", "int8")}
+    facts |= {"machine": machine(), "tools": versions()}
+    print(json.dumps(facts, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
