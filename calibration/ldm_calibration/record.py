@@ -23,6 +23,9 @@ from ldm_runtime.fields import each, mapping, text
 FORMAT, VERSION = "ldm-export calibration", 1
 MAX_BYTES = 256 * 2**20
 MAX_CHANNELS = 1_000_000
+_SETTINGS = ("trial_steps", "eta", "guidance_scale", "min_psnr", "max_accuracy_loss")
+_RANGES = ("timesteps", "tensors")
+_PICTURE = ("prompt", "seed", "psnr", "ssim", "right_fp32", "right_int8")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,24 @@ def read_document(document: Any) -> Record:
             f"got format {top.get('format')!r:.40} version {top.get('version')!r:.20}, expected {FORMAT!r} {VERSION}; "
             "calibrate anew"
         )
+    settings, ranges = mapping("settings", top.get("settings")), mapping("ranges", top.get("ranges"))
+    pictures = top.get("pictures")
+    whole = isinstance(pictures, list) and pictures and all(_is_picture(picture) for picture in pictures)
+    if not whole or not set(_SETTINGS) <= settings.keys() or set(_RANGES) != ranges.keys():
+        raise ManifestError("settings, ranges or pictures: not as a calibration writes them; calibrate anew")
     return Record(top, each("components", top.get("components"), _component))
+
+
+def _is_picture(picture: Any) -> bool:
+    if not isinstance(picture, dict) or set(picture) != set(_PICTURE):
+        return False
+    number, marks = (int, float, type(None)), (picture["right_fp32"], picture["right_int8"])
+    return (
+        isinstance(picture["prompt"], str)
+        and isinstance(picture["psnr"], number)
+        and isinstance(picture["ssim"], int | float)
+        and all(isinstance(mark, bool | type(None)) for mark in marks)
+    )
 
 
 def _component(where: str, value: Any) -> ComponentRecord:
@@ -165,6 +185,7 @@ def _is_layer(layer: Any) -> bool:
         and isinstance(layer.get("name"), str)
         and type(layer.get("flops")) is int
         and type(layer.get("int8")) is bool
+        and isinstance(layer.get("why"), str)
     )
 
 

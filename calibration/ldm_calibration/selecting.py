@@ -145,7 +145,8 @@ def _cannot(settings: Settings, found: Selection) -> str:
     asked += [] if settings.max_accuracy_loss is None else [f"{settings.max_accuracy_loss:.1%} of the prompts"]
     can = "; ".join(f"{psnr:.1f} dB with {share:.0%} of the UNet's work in int8" for share, psnr in found.tried)
     best = max(psnr for _, psnr in found.tried) - RESERVE["unet"]
+    advice = "Allow a greater loss" if settings.min_psnr is None else f"Ask for --min-psnr {best:.1f} or less"
     return (
         f"unet: the budget ({' and '.join(asked)}) cannot be met with {LEAST_SHARE:.0%} of the work in int8. "
-        f"What can be: {can}. Ask for --min-psnr {best:.1f} or less, or use fp16"
+        f"What can be: {can}. {advice}, or use fp16"
     )

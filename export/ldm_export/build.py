@@ -27,7 +27,7 @@ from ldm_export.build_stages import (
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import model_shape
 from ldm_export.engine_build import EngineRequest
-from ldm_export.int8_stages import int8_stages
+from ldm_export.int8_stages import graph_files, int8_stages
 from ldm_export.publish import publish
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder
 from ldm_export.step_graph import step_specs
@@ -184,13 +184,6 @@ def _stages(
             for spec, precision, matrix in wanted
         ]
     return stages + step_stages
-
-
-def graph_files(component: str, precisions: tuple[str, ...], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
-    """Precision → the graph that serves it: that of fp32 where a component stays in fp32 as a whole."""
-    files = {given: graph_file(component, given) for given in precisions}
-    made = {file for outcome in outcomes.values() for file in outcome.files}
-    return {given: file if file in made else files["fp32"] for given, file in files.items()}
 
 
 def _engines(work: Path, component: str, precision: str, request: EngineRequest | None) -> tuple[Engine, ...]:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm_calibration.settings import Settings
-from ldm_export.build import Built, assemble, graph_files
+from ldm_export.build import Built, assemble
 from ldm_export.int8_report import REPORT
-from ldm_export.int8_stages import int8_stages
+from ldm_export.int8_stages import graph_files, int8_stages
 from ldm_export.stages import Outcome, link_files, run_stage, work_folder
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
@@ -24,12 +24,13 @@ SOURCES = ("tokenizer", *(f"{name}.fp32" for name in COMPONENTS))
 
 def calibrate(
     folder: Path,
-    settings: Settings,
+    settings: Settings | Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Built:
     """Add int8 graphs to a bundle, or keep those that these settings have given already.
 
-    Other precisions' graphs, engines and reports stay. The bundle is exchanged at the end, whole.
+    In place of settings a calibration record may be given: then nothing is measured. Other precisions' graphs, engines
+    and reports stay. The bundle is exchanged at the end, whole.
 
     Raises:
         ManifestError: no bundle, or a file of it is not what was built.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ldm_calibration.sessions import load_graph
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model, Trajectories, run_trajectories
 from ldm_export.onnx_graph import save_graph
-from ldm_export.stages import Stage, run_stage
+from ldm_export.stages import Outcome, Stage, run_stage
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
@@ -40,14 +41,26 @@ def int8_stages(
     work: Path,
     specs: Mapping[str, ComponentSpec],
     scheduler: DDIM,
-    settings: Settings,
+    settings: Settings | Path,
     before: Mapping[str, str],
     told: Progress,
 ) -> list[Stage]:
-    """The record and a graph for each component, made of the fp32 graphs and ``tokenizer.json`` in ``work``."""
+    """The record and a graph for each component, made of the fp32 graphs and ``tokenizer.json`` in ``work``.
+
+    In place of settings a record may be given: then nothing is measured.
+    """
     graphs = {name: work / f"{name}/fp32.onnx" for name in specs}
-    record = record_stage(work, Model(graphs, specs, work / "tokenizer.json", scheduler), settings, before, told)
+    model = Model(graphs, specs, work / "tokenizer.json", scheduler)
+    given = isinstance(settings, Path)
+    record = given_stage(settings) if given else record_stage(work, model, settings, before, told)
     return [record, *(int8_stage(work, name, f"{name}/fp32.onnx", record) for name in specs)]
+
+
+def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """Precision → the graph that serves it: that of fp32 where a component stays in fp32 as a whole."""
+    files = {given: f"{component}/{given}.onnx" for given in precisions}
+    made = {file for outcome in outcomes.values() for file in outcome.files}
+    return {given: file if file in made else files["fp32"] for given, file in files.items()}
 
 
 def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[str, str], told: Progress) -> Stage:
@@ -79,6 +92,21 @@ def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[s
         return [RECORD]
 
     return Stage("calibration", {**depends, "settings": repr(settings)}, run)
+
+
+def given_stage(file: Path) -> Stage:
+    """Takes over a record that was made before.
+
+    Raises:
+        ManifestError: it is none.
+    """
+    content = read_record(file).to_json()
+
+    def run(folder: Path) -> list[str]:
+        (folder / RECORD).write_text(content)
+        return [RECORD]
+
+    return Stage("calibration", {"record": hashlib.sha256(content.encode()).hexdigest()}, run)
 
 
 def int8_stage(work: Path, name: str, fp32: str, record: Stage) -> Stage:

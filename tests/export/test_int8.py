@@ -147,20 +147,18 @@ def test_the_form_of_the_graph(int8_bundle: Bundle, name: str) -> None:
 
 
 def test_the_same_record_gives_the_same_graphs_byte_for_byte(
-    int8_bundle: Bundle, tiny_bundle: Path, tmp_path: Path
+    int8_bundle: Bundle, bundle_copy: Path, tmp_path: Path
 ) -> None:
-    record = read_record(int8_bundle.file(RECORD))
-    assert record.to_json() == int8_bundle.file(RECORD).read_text()
-    from ldm_export.int8_stages import int8_stage
-    from ldm_export.stages import Stage
-
-    shutil.copytree(tiny_bundle, tmp_path / "work")
-    (tmp_path / "work" / RECORD).write_text(record.to_json())
-    for name in COMPONENTS:
-        (tmp_path / name).mkdir()
-        stage = int8_stage(tmp_path / "work", name, f"{name}/fp32.onnx", Stage("calibration", {}, lambda folder: []))
-        graph, *_ = stage.run(tmp_path / name)
-        assert (tmp_path / name / graph).read_bytes() == int8_bundle.graph(name, "int8").read_bytes()
+    record = int8_bundle.file(RECORD)
+    assert read_record(record).to_json() == record.read_text()
+    again = calibrate(bundle_copy, record).bundle
+    for name in ("text_encoder/int8.onnx", "unet/int8.onnx", "decoder/int8.onnx", RECORD):
+        assert again.file(name).read_bytes() == int8_bundle.file(name).read_bytes()
+    other = json.loads(record.read_text())
+    other["components"]["unet"]["graph"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(BuildError, match=r"^unet: calibration\.json was made for another fp32 graph"):
+        calibrate(bundle_copy, tmp_path / "other.json")
 
 
 def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
@@ -301,6 +299,8 @@ def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
         lambda d: next(iter(d["components"]["unet"]["sources"].values())).update(factors=["x"]),
         lambda d: d["components"]["unet"].update(results=[]),
         lambda d: d.update(components=None),
+        lambda d: d.update(pictures=[{"prompt": 1}]),
+        lambda d: d.update(settings={}),
     ],
 )
 def test_a_damaged_record_is_told_in_one_line(

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.int8_options import add_int8_arguments, settings_of, show
+from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
 from ldm_export.verbs.options import unwritten
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import SpecError
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """The verb's options."""
     verb.add_argument("bundle", type=Path)
+    verb.add_argument("--record", type=Path, metavar="FILE", help="a calibration.json to follow; nothing is measured")
     add_int8_arguments(verb)
 
 
@@ -28,7 +30,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_export.int8_report import write_report
     begun = time.monotonic()
     asked = Bundle.open(args.bundle).manifest.asked
-    settings = settings_of(args, asked.get("checkpoint") == SHIPPED.name)
+    if args.record is not None and given(args):
+        raise SpecError(f"--record: says all of the calibration; leave {', '.join(given(args))} out")
+    settings = args.record or settings_of(args, asked.get("checkpoint") == SHIPPED.name)
     with screen.bar("reading") as bar:
         built = calibrate(args.bundle, settings, lambda stage, done, total: bar.to(done, total, stage))
         bar.to(0, 1, "report")
