@@ -69,7 +69,7 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
                 f"compute capability: got {given!r:.20}, expected some of {', '.join(known)} "
                 f"({package.__name__} {package.__version__})"
             )
-        if given in HALF_ONLY and precision == "fp32":
+        if given in HALF_ONLY and precision in ("fp32", "int8"):  # what is not int8 is fp32
             raise BuildError(f"compute capability {given} has no fp32 matrix product here; use --precision fp16")
 
 
