@@ -34,13 +34,13 @@ class Choices:
 
     Attributes:
         sources: tensor that layers read → choice.
-        results: convolution's result → the magnitude that becomes 127.
+        results: convolution's result → scaling.
         output_db: layer → signal-to-noise ratio of its result with this choice, in dB.
         flops: every layer of the graph → its operations for one row.
     """
 
     sources: Mapping[str, Choice]
-    results: Mapping[str, float]
+    results: Mapping[str, Scaling]
     output_db: Mapping[str, float]
     flops: Mapping[str, int]
 
@@ -53,7 +53,7 @@ class Choices:
         """JSON-able."""
         return {
             "sources": {name: _choice_facts(choice) for name, choice in self.sources.items()},
-            "results": dict(self.results),
+            "results": {name: _scaling_facts(scaling) for name, scaling in self.results.items()},
             "output_db": dict(self.output_db),
             "flops": dict(self.flops),
         }
@@ -62,20 +62,23 @@ class Choices:
     def from_facts(cls, facts: Mapping[str, Any]) -> Choices:
         """From what ``facts`` gave."""
         sources = {name: _choice(given) for name, given in facts["sources"].items()}
-        return cls(sources, facts["results"], facts["output_db"], facts["flops"])
+        results = {name: _scaling(given) for name, given in facts["results"].items()}
+        return cls(sources, results, facts["output_db"], facts["flops"])
+
+
+def _scaling_facts(scaling: Scaling) -> dict[str, Any]:
+    factors = scaling.factors
+    return {"threshold": scaling.threshold, "factors": None if factors is None else factors.tolist()}
 
 
 def _choice_facts(choice: Choice) -> dict[str, Any]:
-    factors = choice.scaling.factors
-    return {
-        "observer": choice.observer,
-        "exponent": choice.exponent,
-        "threshold": choice.scaling.threshold,
-        "factors": None if factors is None else factors.tolist(),
-        "thresholds": dict(choice.thresholds),
-    }
+    facts = {"observer": choice.observer, "exponent": choice.exponent, "thresholds": dict(choice.thresholds)}
+    return facts | _scaling_facts(choice.scaling)
+
+
+def _scaling(given: Mapping[str, Any]) -> Scaling:
+    return Scaling(given["threshold"], None if given["factors"] is None else np.array(given["factors"], np.float32))
 
 
 def _choice(given: Mapping[str, Any]) -> Choice:
-    factors = None if given["factors"] is None else np.array(given["factors"], np.float32)
-    return Choice(given["observer"], given["exponent"], Scaling(given["threshold"], factors), given["thresholds"])
+    return Choice(given["observer"], given["exponent"], _scaling(given), given["thresholds"])

@@ -23,6 +23,8 @@ EXPONENTS = (0.0, 0.5, 0.7, 0.85)
 """Of migration; 0 is none."""
 WORTH = 0.8
 """Migration costs a multiplication: the error must fall by a fifth at least, one decibel."""
+LEAST_CHANNEL = 1e-3
+"""Share of the largest channel's magnitude that a result's channel counts as at least."""
 F32 = NDArray[np.float32]
 
 
@@ -63,15 +65,15 @@ def choose(
         thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
         chosen[source] = Choice(best.observer, best.exponent, best.scaling, thresholds)
         decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
-    results = {}
-    for layer in layers:
-        if layer.op == "Conv":
-            same = chosen.get(layer.result)
-            plain = same is not None and same.scaling.factors is None
-            results[layer.result] = (
-                same.scaling.threshold if same and plain else threshold(seen.histograms[layer.result], "mse")
-            )
+    results = {layer.result: _equalized(seen.channels[layer.result]) for layer in layers if layer.op == "Conv"}
     return Choices(chosen, results, decibels, seen.flops)
+
+
+def _equalized(channels: F32) -> Scaling:
+    """A scaling that brings all channels of a result to the largest of them; those of next to nothing not quite."""
+    top = float(channels.max()) or 1.0
+    factors = np.maximum(channels / np.float32(top), np.float32(LEAST_CHANNEL)).astype(np.float32)
+    return Scaling(top, factors)
 
 
 class _Trial:

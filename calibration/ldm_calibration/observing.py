@@ -28,7 +28,7 @@ class Observations:
 
     Attributes:
         histograms: of every source and every convolution's result.
-        channels: source → the largest magnitude of each of its channels.
+        channels: each of these → the largest magnitude of each of its channels.
         flops: layer → operations of one row, a multiply-add counted as two.
         shapes: tensor → its shape in one call.
     """
@@ -59,10 +59,11 @@ def observe(
     work = {layer.name: flops(layer, sizes.get(layer.weight or ""), shapes) // rows for layer in layers}
     candidates = [layer for layer in layers if not layer.float_only]
     axes = {layer.source: layer.channel_axis for layer in candidates}
-    tensors = dict.fromkeys([*axes, *(layer.result for layer in candidates if layer.op == "Conv")])
+    axes |= {layer.result: 1 for layer in candidates if layer.op == "Conv"}
+    tensors = list(axes)
     histograms = {name: Histogram() for name in tensors}
     channels: dict[str, NDArray[np.float32]] = {}
-    for found in tensors_of(graph, list(tensors), shapes, feeds, progress):
+    for found in tensors_of(graph, tensors, shapes, feeds, progress):
         for name, values in found.items():
             try:
                 histograms[name].add(values)
@@ -70,8 +71,7 @@ def observe(
                 raise BuildError(
                     f"{graph.parent.name}: tensor {name!r} is not finite in fp32; check the checkpoint's weights"
                 ) from None
-            if name in axes:
-                channels[name] = _largest(values, axes[name], channels.get(name))
+            channels[name] = _largest(values, axes[name], channels.get(name))
     return Observations(histograms, channels, work, shapes)
 
 

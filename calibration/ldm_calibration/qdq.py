@@ -6,7 +6,8 @@ One form serves ONNX Runtime, OpenVINO and TensorRT:
 - biases in float (TensorRT refuses int32 ones; ONNX Runtime and OpenVINO make theirs);
 - each layer reads through a pair of its own, though others read the same tensor: ONNX Runtime turns int8 into the
   uint8 its kernels want only where one DequantizeLinear reads a QuantizeLinear. The other engines merge equal pairs;
-- a convolution's result passes a pair too: without, ONNX Runtime computes it in float.
+- a convolution's result passes a pair too: without, ONNX Runtime computes it in float. Its channels are brought to one
+  size before, which costs its weights' scales and its bias nothing, and back by a multiplication behind.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Scaling:
 
 
 def insert_qdq(
-    model: ir.Model, sources: Mapping[str, Scaling], results: Mapping[str, float], chosen: Collection[str]
+    model: ir.Model, sources: Mapping[str, Scaling], results: Mapping[str, Scaling], chosen: Collection[str]
 ) -> list[str]:
     """Quantize layers of an fp32 graph in place; weights that are no longer used are removed.
 
     Args:
         model: constants are initialisers.
         sources: tensor that layers read → its scaling.
-        results: convolutions' results → the magnitude that becomes 127.
+        results: convolutions' results → their scaling, with factors.
         chosen: names of the layers to quantize.
 
     Returns:
@@ -119,12 +120,31 @@ def _migrate(
     return _typed(multiply.outputs[0], f"{layer.source}/migrated", ir.DataType.FLOAT, source.shape)
 
 
-def _quantize_result(graph: ir.Graph, node: ir.Node, threshold: float) -> None:
-    uses = list(node.outputs[0].uses())
-    pair, back = _pair(graph, node.outputs[0], np.float32(threshold / LEVELS), f"{node.name}/result")
-    graph.insert_after(node, pair)
+def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
+    """Pass a convolution's result through int8, its channels divided by the factors and multiplied with them behind."""
+    assert scaling.factors is not None
+    restore, result = node.inputs[1], node.outputs[0]
+    assert restore is not None
+    dequantize = restore.producer()
+    assert dequantize is not None and dequantize.inputs[1] is not None
+    scales = dequantize.inputs[1].const_value
+    assert scales is not None
+    dequantize.replace_input_with(
+        1, _constant(graph, f"{node.name}/weight_scale_divided", scales.numpy() / scaling.factors)
+    )
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        assert bias.const_value is not None
+        divided = bias.const_value.numpy() / scaling.factors
+        node.replace_input_with(2, _constant(graph, f"{node.name}/bias_divided", divided))
+    uses = list(result.uses())
+    pair, back = _pair(graph, result, scaling.scale, f"{node.name}/result")
+    factors = _constant(graph, f"{node.name}/result/factors", along(scaling.factors, 0, 3))
+    multiply = ir.node("Mul", [back, factors], name=f"{node.name}/result/Mul")
+    graph.insert_after(node, [*pair, multiply])
+    whole = _typed(multiply.outputs[0], f"{node.name}/result/whole", ir.DataType.FLOAT, result.shape)
     for user, index in uses:
-        user.replace_input_with(index, back)
+        user.replace_input_with(index, whole)
 
 
 def _pair(graph: ir.Graph, value: ir.Value, scale: np.float32, stem: str) -> tuple[list[ir.Node], ir.Value]:

@@ -35,14 +35,14 @@ class ComponentRecord:
     Attributes:
         graph: SHA-256 of its fp32 graph.
         sources: tensor that layers read → its scaling.
-        results: convolution's result → the magnitude that becomes 127.
+        results: convolution's result → its scaling.
         layers: facts of every layer, JSON-able, as ``report/int8.json`` has them.
         why: why it stays in fp32 as a whole; empty where it does not.
     """
 
     graph: str
     sources: Mapping[str, Scaling]
-    results: Mapping[str, float]
+    results: Mapping[str, Scaling]
     layers: tuple[Mapping[str, Any], ...]
     why: str
 
@@ -173,7 +173,7 @@ def _component(where: str, value: Any) -> ComponentRecord:
     return ComponentRecord(
         text(f"{where}.graph", held.get("graph")),
         each(f"{where}.sources", held.get("sources"), _scaling),
-        each(f"{where}.results", held.get("results"), _magnitude),
+        each(f"{where}.results", held.get("results"), _scaling),
         tuple(layers),
         text(f"{where}.why", held.get("why")),
     )

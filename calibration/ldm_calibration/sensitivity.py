@@ -23,7 +23,7 @@ def unet_sensitivity(
     model: Model,
     settings: Settings,
     sources: Mapping[str, Scaling],
-    results: Mapping[str, float],
+    results: Mapping[str, Scaling],
     layers: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
@@ -41,7 +41,7 @@ def unet_sensitivity(
 
 
 def int8_backend(
-    model: Model, component: str, sources: Mapping[str, Scaling], results: Mapping[str, float], layers: Sequence[str]
+    model: Model, component: str, sources: Mapping[str, Scaling], results: Mapping[str, Scaling], layers: Sequence[str]
 ) -> Backend:
     """A component with these layers in int8, on ONNX Runtime; made when it is first used."""
 
