@@ -17,7 +17,7 @@ from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
 from ldm_calibration.observing import Feed, Observations, tensors_of
 from ldm_calibration.qdq import Scaling, along
 from ldm_calibration.sessions import Session, load_graph
-from ldm_calibration.weights import migration_factors, quantize_weights
+from ldm_calibration.weights import migration_factors, quantize_weights, weights_of
 
 EXPONENTS = (0.0, 0.5, 0.7, 0.85)
 """Of migration; 0 is none."""
@@ -56,9 +56,7 @@ def choose(
             for layer in readers[source]:
                 if layer.name not in single:
                     single[layer.name] = _Single(model, layer, graph.parent)
-                held = weights[layer.weight or ""].const_value
-                assert held is not None
-                _try(trials[source], single[layer.name], layer, held.numpy(), values)
+                _try(trials[source], single[layer.name], layer, weights_of(weights[layer.weight or ""]), values)
     chosen, decibels = {}, {}
     for source, tried in trials.items():
         best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
@@ -109,9 +107,7 @@ def _trials(
 
 def _reading(weights: Mapping[str, ir.Value], layer: Layer) -> F32:
     """The largest magnitude of the weights that read each input channel."""
-    held = weights[layer.weight or ""].const_value
-    assert held is not None
-    array = np.abs(held.numpy())
+    array = np.abs(weights_of(weights[layer.weight or ""]))
     return array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ldm_calibration.layers import Layer, find_layers
 from ldm_calibration.observers import LEVELS
-from ldm_calibration.weights import quantize_weights
+from ldm_calibration.weights import quantize_weights, weights_of
 from ldm_runtime.errors import BuildError
 
 
@@ -80,8 +80,8 @@ def insert_qdq(
 
 def _quantize(graph: ir.Graph, node: ir.Node, layer: Layer, scaling: Scaling, migrated: dict[str, ir.Value]) -> None:
     source, weight = node.inputs[0], node.inputs[1]
-    assert source is not None and weight is not None and weight.const_value is not None
-    weights = weight.const_value.numpy()
+    assert source is not None and weight is not None
+    weights = weights_of(weight)
     if scaling.factors is not None:
         weights = weights * along(scaling.factors, layer.in_axis, weights.ndim)
         if layer.source not in migrated:

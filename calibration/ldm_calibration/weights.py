@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.observers import LEVELS
+
+
+def weights_of(value: ir.Value) -> NDArray[np.float32]:
+    """A copy of an initialiser's values; the file they come from, if any, does not stay mapped."""
+    tensor = value.const_value
+    assert tensor is not None
+    array = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array
 
 
 def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
