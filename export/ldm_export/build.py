@@ -17,7 +17,6 @@ from ldm_export.build_stages import (
     TOKENIZER,
     engine_file,
     engine_stage,
-    graph_file,
     graph_stage,
     half_stage,
     ranges_stage,
