@@ -1,0 +1,65 @@
+"""Graphs on OpenVINO: those in its own format as a backend, and in which precision each graph's matrix work runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.backends.openvino import core
+from ldm_runtime.specs import ComponentSpec
+
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+class OpenVinoFormat:
+    """Runs a graph in OpenVINO's own format, which NNCF writes: what is not int8 in fp32."""
+
+    def __init__(self, graph: Path, spec: ComponentSpec):
+        self.inputs, self.outputs = spec.inputs, spec.outputs
+        options = {**FP32, "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)), "PERFORMANCE_HINT": "LATENCY"}
+        self._compiled = core().compile_model(str(graph), "CPU", options)
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        found = self._compiled(dict(feed))
+        return {tensor.name: np.array(found[tensor.name]) for tensor in self.outputs}
+
+    def close(self) -> None:
+        del self._compiled
+
+
+def int8_share(graph: Path, spec: ComponentSpec) -> float:
+    """Of the operations of all convolutions and matrix products, those that OpenVINO runs in int8, by its own account.
+
+    They are counted in the graph as read, for one prompt with guidance; what each runs in, the compiled model says.
+    """
+    model = core().read_model(str(graph))
+    model.reshape({tensor.name: [2, *tensor.bounds("opt")[1:]] for tensor in spec.inputs})
+    counted = {}
+    for operation in model.get_ops():
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            counted[operation.get_friendly_name()] = 2 * prod(operation.output(0).shape) * summed(operation)
+    compiled = core().compile_model(model, "CPU", FP32)
+    in_int8 = 0
+    for executed in compiled.get_runtime_model().get_ops():
+        facts = executed.get_rt_info()
+        if facts["runtimePrecision"].astype(str) in ("i8", "u8"):
+            names = [
+                name.partition("/Dequantization")[0] for name in facts["originalLayersNames"].astype(str).split(",")
+            ]
+            in_int8 += sum(counted.pop(name, 0) for name in names)
+    return in_int8 / (in_int8 + sum(counted.values()))
+
+
+def summed(operation: Any) -> int:
+    """How many products are added up for one result."""
+    if operation.get_type_name() == "MatMul":
+        shape = list(operation.input_value(0).shape)
+        return shape[-2] if operation.get_attributes()["transpose_a"] else shape[-1]
+    weights = list(operation.input_value(1).shape)
+    return prod(weights[1:]) if operation.get_type_name() == "Convolution" else prod(weights[2:])

@@ -1,0 +1,250 @@
+"""Our int8 UNet beside those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
+
+The same fp32 graph, the same calibration samples, the same prompts and seeds, the same engine; text encoder and decoder
+stay in fp32. Writes for each the share of the UNet's operations the engine runs in int8, PSNR and SSIM of the pictures
+against fp32, and the share of prompts drawn right, by the grader without a learned part.
+
+The bundle is one with int8 graphs: ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an
+environment of its own, made in the work folder unless one is given. Killed, it goes on with what it has not drawn yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from executed import OpenVinoFormat, int8_share
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldm_calibration.record import read_record
+from ldm_calibration.sampling import unet_feeds
+from ldm_calibration.shapes.grader import accuracy
+from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_calibration.trajectories import Model, run_trajectories
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.backends import Backend
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.openvino import OpenVinoBackend
+from ldm_runtime.bundle import Bundle, sha256
+from ldm_runtime.ddim import DDIM
+from ldm_runtime.images import psnr
+from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.specs import ComponentSpec
+
+NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
+BATCH, STEPS, ETA, GUIDANCE = 10, 50, 0.3, 6.0
+MATRIX = ("Conv", "MatMul", "Gemm")
+"""``quantize_static`` with every default ends in an error on this graph ("Quantization parameter shared mode is not
+supported for weight yet", preprocessed or not), and with Reshape left out gives one that OpenVINO refuses to load."""
+Feed = Mapping[str, NDArray[Any]]
+Pictures = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A UNet to compare: its name, how it was made, and its graph, ONNX or OpenVINO's own."""
+
+    name: str
+    how: str
+    graph: Path
+
+
+class Reader(CalibrationDataReader):
+    """The samples as ONNX Runtime's quantizer reads them."""
+
+    def __init__(self, feeds: Sequence[Feed]):
+        self.feeds = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        return next(self.feeds, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=Path("build/shapes-int8"), help="built with --precision int8")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts, a third of them with one object")
+    parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
+    parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="of an environment with nncf (default: made anew)")
+    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for what is made")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
+    args.work.mkdir(parents=True, exist_ok=True)
+    variants = list(make_variants(bundle, args))
+    drawn = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
+    spec = bundle.manifest.components["unet"].spec
+    rows = []
+    for variant in variants:
+        share = int8_share(variant.graph, spec) if args.backend == "openvino" else None
+        rows.append({"name": variant.name, "how": variant.how, "int8_share": share})
+        rows[-1] |= quality(drawn[variant.name], drawn["fp32"], prompts)
+    tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")} | {
+        "nncf": NNCF[0].partition("==")[2]
+    }
+    settings = {"backend": args.backend, "prompts": len(prompts), "steps": STEPS, "eta": ETA, "guidance": GUIDANCE}
+    figures = {
+        "settings": settings,
+        "machine": platform.processor() or platform.machine(),
+        "tools": tools,
+        "rows": rows,
+    }
+    show(rows)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]:
+    """fp32, ours, and the peers': with their defaults, and on the very layers that ours quantizes."""
+    source = bundle.graph("unet", "fp32")
+    yield Variant("fp32", "the reference", source)
+    yield Variant("ours", "ldm-export build --precision int8", bundle.graph("unet", "int8"))
+    layers = json.loads(bundle.file("report/int8.json").read_text())["components"]["unet"]["layers"]
+    floats = [layer["name"] for layer in layers if not layer["int8"]]
+    record = bundle.file("calibration.json")
+    folder = args.work / digest(sha256(source), sha256(record))[:16]  # what is made of other inputs is made anew
+    folder.mkdir(exist_ok=True)
+    feeds = calibration_feeds(bundle)
+    same = {"op_types_to_quantize": list(MATRIX), "nodes_to_exclude": floats}
+    peers = {
+        "all layers": ("defaults but for op_types_to_quantize", {"op_types_to_quantize": list(MATRIX)}),
+        "our layers": ("the layers ours quantizes", same),
+        "our layers, per channel": ("the same, per_channel=True", {**same, "per_channel": True}),
+    }
+    for name, (how, options) in peers.items():
+        target = folder / f"onnxruntime {name}.onnx"
+        if not target.exists():
+            quantize_static(source, target.with_suffix(".part"), Reader(feeds), **options)
+            target.with_suffix(".part").rename(target)
+        yield Variant(f"onnxruntime, {name}", how, target)
+    if args.backend == "openvino":
+        yield from nncf_variants(source, floats, feeds, folder, args)
+
+
+def nncf_variants(
+    source: Path, floats: list[str], feeds: Sequence[Feed], folder: Path, args: argparse.Namespace
+) -> Iterator[Variant]:
+    """NNCF's, in OpenVINO's own format."""
+    leave = folder / "floats.json"
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    leave.write_text(json.dumps([[node.name, *node.output] for node in nodes if node.name in floats]))
+    peers = {
+        "defaults": ("nncf.quantize(model, samples)", []),
+        "transformer": ("model_type=TRANSFORMER", ["--transformer"]),
+        "our layers": ("the layers ours quantizes", ["--leave", str(leave)]),
+        "our layers, transformer": ("the same, model_type=TRANSFORMER", ["--leave", str(leave), "--transformer"]),
+    }
+    for name, (how, options) in peers.items():
+        target = folder / f"nncf {name}.xml"
+        if not target.exists():
+            samples = write_samples(feeds, folder / "samples")
+            script = Path(__file__).with_name("quantize_with_nncf.py")
+            subprocess.run([nncf_python(args), script, source, samples, target, *options], check=True)
+        yield Variant(f"nncf, {name}", how, target)
+
+
+def digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def calibration_feeds(bundle: Bundle) -> list[Feed]:
+    """The samples ours was calibrated with: the record's prompts, seeds and steps run again."""
+    manifest = bundle.manifest
+    specs = {name: part.spec for name, part in manifest.components.items() if name in COMPONENTS}
+    graphs = {name: bundle.graph(name, "fp32") for name in specs}
+    model = Model(graphs, specs, bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler))
+    asked = read_record(bundle.file("calibration.json")).document["settings"]
+    held = run_trajectories(model, asked["prompts"], asked["steps"], asked["eta"], asked["guidance_scale"])
+    return unet_feeds(held, asked["samples"])
+
+
+def write_samples(feeds: Sequence[Feed], folder: Path) -> Path:
+    """A file for each feed, for another process."""
+    folder.mkdir(exist_ok=True)
+    for index, feed in enumerate(feeds):
+        np.savez(folder / f"{index:05}.npz", **feed)
+    return folder
+
+
+def nncf_python(args: argparse.Namespace) -> str:
+    """The Python with NNCF: as given, or of an environment made now."""
+    if args.nncf:
+        return str(args.nncf)
+    folder = args.work / "venv"
+    if not (folder / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", *NNCF], check=True)
+        (folder / ".ready").touch()
+    return str(folder / "bin/python")
+
+
+def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Pictures:
+    """One picture for each prompt, uint8 [prompts, 64, 64, 3]; a picture's seed is its place. Kept for the next run."""
+    weights = graph.with_suffix(".bin")  # of OpenVINO's own format
+    files = [sha256(file) for file in (graph, weights) if file.exists()]
+    kept = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
+    if kept.exists():
+        return np.load(kept)
+    made = list[Pictures]()
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=backend) as pipeline:
+        spec = bundle.manifest.components["unet"].spec
+        backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
+        changed = LatentDiffusionPipeline(backends, pipeline.tokenizer, pipeline.scheduler)
+        starts = range(0, len(prompts), BATCH)
+        for start in track(starts, description=graph.stem, console=Console(stderr=True)):
+            texts = prompts[start : start + BATCH]
+            seeds = list(range(start, start + len(texts)))
+            images = changed(texts, seed=seeds, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
+            made += [np.asarray(image) for image in images]
+    np.save(kept, np.stack(made))
+    return np.stack(made)
+
+
+def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
+    """The UNet's graph on an engine; what is not int8 is computed in fp32."""
+    if backend == "onnxruntime":
+        return OnnxRuntimeBackend(graph, spec, "cpu")
+    return OpenVinoBackend(graph, spec) if graph.suffix == ".onnx" else OpenVinoFormat(graph, spec)
+
+
+def quality(pictures: Pictures, reference: Pictures, prompts: list[str]) -> dict[str, float | None]:
+    """PSNR in dB, mean and worst, and the share drawn right; PSNR is None where all are equal."""
+    pairs = zip(pictures.astype(np.float64), reference.astype(np.float64), strict=True)
+    found = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
+    return {
+        "psnr_mean": float(np.mean(found)) if found else None,
+        "psnr_worst": min(found) if found else None,
+        "right": accuracy(list(pictures), prompts).overall.right,
+    }
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The figures as a table."""
+    table = Table("UNet", "operations in int8", "PSNR mean, dB", "worst", "drawn right")
+    for row in rows:
+        numbers = [row["psnr_mean"], row["psnr_worst"]]
+        shown = ["–" if value is None else f"{value:.1f}" for value in numbers]
+        share = "–" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
+        table.add_row(row["name"], share, *shown, f"{row['right']:.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantizer advises to preprocess; the graph is folded
+    main()
