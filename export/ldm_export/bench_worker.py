@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm_export.obeying import Command, obey
 from ldm_export.prompts import PROMPTS
@@ -16,60 +17,57 @@ MIDDLE = 500
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Load the pipeline that ``settings`` describe: bundle, backend, precision, device, threads, height, width."""
+    """Load the pipeline that ``settings`` describe: bundle, backend, precision, device, threads."""
     options = {name: settings[name] for name in ("backend", "precision", "device", "threads")}
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
-    task = _Task(pipeline, settings.get("height"), settings.get("width"))
     facts = {"choice": pipeline.choice.facts()} if pipeline.choice else {}
-    return task.ready, facts
+    return _Timed(pipeline).ready, facts
 
 
-class _Task:
-    def __init__(self, pipeline: LatentDiffusionPipeline, height: int | None, width: int | None):
-        self.pipeline, self.size, self._number = pipeline, {"height": height, "width": width}, count()
+class _Timed:
+    def __init__(self, pipeline: LatentDiffusionPipeline):
+        self.pipeline, self._number = pipeline, count()
 
     def ready(self, command: Command) -> Callable[[], object]:
-        """The call for ``command``: what, batch (images), guidance, and of "image" steps, eta and seed."""
-        what, batch = command["what"], command["batch"]
-        rows = batch if command["guidance"] == 1 else 2 * batch
-        rng, geometry = np.random.default_rng(0), self.pipeline.geometry
-        sides = [
-            axis.opt if pixels is None else pixels // geometry.factor
-            for axis, pixels in ((geometry.height, self.size["height"]), (geometry.width, self.size["width"]))
-        ]
-        latents = rng.standard_normal((batch, geometry.channels, *sides)).astype(np.float32)
-        if what == "text_encoder":
+        """The call for a command: what, batch, guidance, height and width (pixels or null), steps, eta, seed."""
+        backends = self.pipeline.backends
+        if command["what"] == "text_encoder":
             tokens = self.pipeline.tokenizer(self._prompts(1))
-            return lambda: self.pipeline.backends["text_encoder"].run({"input_ids": tokens}) and None
-        if what == "decoder":
-            return lambda: self.pipeline.backends["decoder"].run({"latents": latents}) and None
-        if what == "image":
+            return lambda: backends["text_encoder"].run({"input_ids": tokens}) is None
+        if command["what"] == "decoder":
+            latents = self._latents(command)
+            return lambda: backends["decoder"].run({"latents": latents}) is None
+        if command["what"] == "image":
             return lambda: self._image(command)
-        (context,) = (
-            self.pipeline.backends["text_encoder"]
-            .run({"input_ids": self.pipeline.tokenizer(self._prompts(1))})
-            .values()
-        )
-        conditioning = self.pipeline.unet.encode(np.repeat(context, rows, axis=0))
-        if what == "conditioning":
-            return lambda: self.pipeline.unet.encode(np.repeat(context, rows, axis=0)) and None
-        sample = np.concatenate([latents] * (rows // batch))
-        return lambda: self._step(sample, conditioning)
-
-    def _step(self, sample: np.ndarray, conditioning: dict) -> None:
-        self.pipeline.unet(sample, np.full(len(sample), MIDDLE, np.int64), conditioning)
+        sample = self._latents(command)
+        if command["guidance"] != 1:
+            sample = np.concatenate([sample, sample])
+        (states,) = self.pipeline.texts.encode(self._prompts(1)).values()
+        context = np.repeat(states, len(sample), axis=0)
+        if command["what"] == "conditioning":
+            return lambda: self.pipeline.unet.encode(context) is None
+        conditioning = self.pipeline.unet.encode(context)
+        timestep = np.full(len(sample), MIDDLE, np.int64)
+        return lambda: self.pipeline.unet(sample, timestep, conditioning) is None
 
     def _image(self, command: Command) -> None:
         self.pipeline(
             self._prompts(command["batch"]),
-            seed=command["seed"],
-            eta=command["eta"],
             guidance_scale=command["guidance"],
             num_inference_steps=command["steps"],
-            **self.size,
+            **{name: command[name] for name in ("seed", "eta", "height", "width")},
         )
 
-    def _prompts(self, number: int) -> Sequence[str]:
+    def _latents(self, command: Command) -> NDArray[np.float32]:
+        geometry = self.pipeline.geometry
+        sides = [
+            axis.opt if command[name] is None else command[name] // geometry.factor
+            for name, axis in (("height", geometry.height), ("width", geometry.width))
+        ]
+        shape = (command["batch"], geometry.channels, *sides)
+        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+    def _prompts(self, number: int) -> list[str]:
         """Prompts that no call had before, as different users' would be."""
         return [f"{PROMPTS[index % len(PROMPTS)]}, number {next(self._number)}" for index in range(number)]
 

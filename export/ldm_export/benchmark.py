@@ -17,8 +17,9 @@ from ldm_runtime.errors import BackendError, SpecError
 
 MAX_COMBINATIONS, MAX_RUNS, MAX_BATCHES = 8, 1000, 16
 SEED = 0
-PARTS = ("text_encoder", "unet", "decoder", "image")
-"""What is timed: one text, one step, one decoding of the batch; and pictures from prompt to pixels."""
+PARTS = ("text_encoder", "conditioning", "unet", "decoder", "image")
+"""What is timed: one text; what the UNet computes once a prompt; a step, and the decoding, of the batch; and pictures
+from prompt to pixels."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def benchmark(
                 "guidance": settings.guidance,
                 "eta": settings.eta,
                 "seed": SEED,
+                "height": settings.height,
+                "width": settings.width,
             }
             answers = rounds(workers, lambda number, command=command: command, settings.runs, step)
             measures += _measures(part, batch, [worker.name for worker in workers], answers)
@@ -184,7 +187,7 @@ def _worker(bundle: Path, combination: Combination, settings: Settings) -> Worke
     told = {
         "bundle": str(bundle),
         **asdict(combination),
-        **{name: getattr(settings, name) for name in ("device", "threads", "height", "width")},
+        **{name: getattr(settings, name) for name in ("device", "threads")},
     }
     return Worker(combination.name, [sys.executable, "-m", "ldm_export.bench_worker"], told)
 

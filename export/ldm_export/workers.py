@@ -96,7 +96,8 @@ def rounds(
     """Let the workers take turns: each warms up once, then ``runs`` rounds, every round begun by another worker.
 
     Args:
-        command: the round's number → what to do in it, the same for all workers; -1 is the warm-up.
+        command: the round's number → what to do in it, the same for all workers; -1 is the warm-up. Without ``times``
+            in it, calls are repeated until a timing lasts LEAST_SECONDS.
         done: called after every answer.
 
     Returns:
@@ -117,6 +118,6 @@ def rounds(
         for turn in range(len(workers)):
             index = (number + turn) % len(workers)
             time.sleep(PAUSE)
-            answers[index].append(workers[index].ask({**command(number), "times": times[index]}))
+            answers[index].append(workers[index].ask({"times": times[index], **command(number)}))
             done()
     return answers

@@ -1,0 +1,99 @@
+"""Where the time of one guided UNet step goes, by kind of operation: ONNX Runtime's and OpenVINO's own counters.
+
+The graph is the bundle's, run by the engine itself, so what the runtime computes once a prompt is counted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ldm_export.figures import machine, versions
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.specs import dummy_inputs
+
+MIDDLE = 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--engine", choices=("onnxruntime", "openvino"), default="openvino")
+    parser.add_argument("--precision", default="fp32", help="whose graph (default fp32)")
+    parser.add_argument("--arithmetic", choices=("f32", "bf16"), default="bf16", help="of openvino (default bf16)")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    graph = str(bundle.graph("unet", args.precision))
+    feed = dummy_inputs(bundle.manifest.components["unet"].spec)
+    feed = {name: np.concatenate([array[:1]] * 2) for name, array in feed.items()}
+    feed["timestep"] = np.full(2, MIDDLE, np.int64)
+    if args.engine == "openvino":
+        milliseconds, counts = openvino(graph, feed, args.arithmetic, args.runs)
+    else:
+        milliseconds, counts = onnxruntime(graph, feed, args.runs)
+    total = sum(milliseconds.values())
+    table = Table("operation", "number", "ms", "share", title=f"{args.bundle.absolute().name}: {total:.1f} ms a step")
+    rows = []
+    for kind, spent in milliseconds.most_common():
+        rows.append({"operation": kind, "number": counts[kind], "ms": spent, "share": spent / total})
+        if spent / total >= 0.005:
+            table.add_row(kind, str(counts[kind]), f"{spent:.1f}", f"{spent / total:.1%}")
+    Console().print(table)
+    if args.json:
+        arithmetic = args.arithmetic if args.engine == "openvino" else args.precision
+        facts = {"machine": machine(), "tools": versions(), "engine": args.engine, "graph": args.precision}
+        args.json.write_text(json.dumps({**facts, "arithmetic": arithmetic, "operations": rows}, indent=2) + "\n")
+
+
+def openvino(graph: str, feed: dict, arithmetic: str, runs: int) -> tuple[Counter[str], Counter[str]]:
+    """Milliseconds and number by kind and kernel: what OpenVINO's CPU plugin ran, fused as it runs it."""
+    from openvino import Core
+
+    core = Core()
+    model = core.read_model(graph)
+    model.reshape({name: list(array.shape) for name, array in feed.items()})
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": arithmetic, "PERF_COUNT": True}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    spent, counts = Counter[str](), Counter[str]()
+    for number in range(runs + 1):
+        request.infer(feed)
+        for info in request.profiling_info if number else ():
+            if microseconds := info.real_time.total_seconds() * 1e6:
+                kind = f"{info.node_type} {info.exec_type}"
+                spent[kind] += microseconds / 1e3 / runs  # type: ignore[assignment]
+                counts[kind] += 1
+    return spent, Counter({kind: count // runs for kind, count in counts.items()})
+
+
+def onnxruntime(graph: str, feed: dict, runs: int) -> tuple[Counter[str], Counter[str]]:
+    """Milliseconds and number by operator, fused ones under the names ONNX Runtime gives them."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.enable_profiling = True
+    spent, counts = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as room:
+        options.profile_file_prefix = str(Path(room) / "profile")
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for _ in range(runs):
+            session.run(None, feed)
+        for event in json.loads(Path(session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                spent[event["args"]["op_name"]] += event["dur"] / 1e3 / runs
+                counts[event["args"]["op_name"]] += 1
+    return spent, Counter({kind: count // runs for kind, count in counts.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A bundle on the runtime of this repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from task import Command, Task, latents
+
+from ldm_export.figures import versions
+from ldm_export.obeying import obey
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+
+
+def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
+    """Settings: bundle, backend, precision, threads."""
+    options = {name: settings[name] for name in ("backend", "precision", "threads")}
+    pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
+    kept: dict[int, dict] = {}
+
+    def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
+        if id(context) not in kept:  # once a prompt, as the pipeline does: the other steps find it done
+            kept.clear()
+            kept[id(context)] = pipeline.unet.encode(context)
+        return pipeline.unet(sample, np.full(len(sample), timestep, np.int64), kept[id(context)])
+
+    def draw(command: Command) -> list:
+        options = {name: command[name] for name in ("height", "width")}
+        return pipeline(
+            command["prompts"],
+            guidance_scale=command["guidance"],
+            num_inference_steps=command["steps"],
+            latents=latents(command),
+            **options,
+        ).images
+
+    return Task(step, draw).ready, {"tools": versions(), "choice": pipeline.choice.facts()}
+
+
+if __name__ == "__main__":
+    obey(start)
