@@ -100,7 +100,7 @@ def test_generate_several_of_another_size_each_and_as_a_grid(tiny_bundle, capfd)
     out, _ = run(capfd, "generate", tiny_bundle, "a circle", "a square", *STEPS, *size, "--json")
     files = ["new/a.png", *(f"new/a-{index}.png" for index in range(4))]
     told = json.loads(out)
-    assert (told["files"], told["seed"], told["choice"]["backend"]) == (files, 7, "openvino")
+    assert (told["files"], told["seed"], told["choice"]["backend"]) == (files, 7, "onnxruntime")
     sheet = pixels("new/a.png")
     assert sheet.shape == (2 * 16 + 2, 2 * 24 + 2, 3)
     assert sorted(str(path) for path in Path("new").iterdir()) == sorted(files)

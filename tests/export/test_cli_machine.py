@@ -89,7 +89,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_picture(tiny_bundle: Path, tmp_p
     command = [sys.executable, "-m", "ldm_export.cli", *map(str, arguments)]
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
-        while "libopenvino_onnx" not in Path(f"/proc/{process.pid}/maps").read_text():  # then the command is under way
+        while "onnxruntime" not in Path(f"/proc/{process.pid}/maps").read_text():  # then the command is under way
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)

@@ -45,11 +45,29 @@ def test_openvino_computes_in_bf16_unless_fp32_is_asked_for(bundle, precision, g
     assert (choice.backend, choice.graph, choice.arithmetic) == ("openvino", graph, arithmetic)
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts every model as a large one."""
+    monkeypatch.setattr(module, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("built", "graph"), [("fp16", "fp32"), ("bf16", "fp32"), ("int8", "int8")])
 def test_openvino_runs_what_the_bundle_was_built_for(bundle, built: str, graph: str) -> None:
     assert choose(built_for(bundle, built), "auto").graph == graph
 
 
+def test_a_small_model_runs_on_onnxruntime_where_that_is_installed(bundle, installed) -> None:
+    installed("onnxruntime", "openvino")
+    for one in (bundle, built_for(bundle, "fp16")):
+        choice = choose(one)
+        assert (choice.backend, choice.graph, choice.arithmetic) == ("onnxruntime", "fp32", "fp32")
+    assert choose(built_for(bundle, "int8")).backend == choose(bundle, precision="bf16").backend == "openvino"
+    installed("openvino")
+    assert choose(bundle).backend == "openvino"
+
+
+@pytest.mark.usefixtures("large")
 def test_auto_takes_the_fastest_installed_and_says_why(bundle, installed) -> None:
     installed("onnxruntime", "openvino")
     assert choose(bundle).backend == "openvino" and "fastest" in str(choose(bundle))
@@ -74,6 +92,7 @@ def test_what_is_asked_for_is_taken_or_refused(bundle, monkeypatch) -> None:
     assert choose(bundle, "auto", "bf16").backend == "onnxruntime"
 
 
+@pytest.mark.usefixtures("large")
 def test_the_pipeline_says_what_runs_it_and_frees_what_it_has_used(tiny_bundle: Path) -> None:
     for keep in (True, False):
         with LatentDiffusionPipeline.from_bundle(tiny_bundle, keep_loaded=keep, threads=1) as pipeline:
