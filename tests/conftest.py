@@ -18,7 +18,7 @@ from ldm_export.build import SHIPPED, build
 from ldm_export.calibrate import calibrate
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.cli import main
-from ldm_export.engine_build import EngineRequest
+from ldm_export.engine_request import EngineRequest
 from ldm_export.int8_report import write_report
 from ldm_runtime.bundle import Bundle
 

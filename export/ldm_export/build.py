@@ -25,7 +25,7 @@ from ldm_export.build_stages import (
 )
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import model_shape
-from ldm_export.engine_build import EngineRequest
+from ldm_export.engine_request import EngineRequest
 from ldm_export.int8_stages import graph_files, int8_stages
 from ldm_export.publish import publish
 from ldm_export.stages import Outcome, Stage, run_stage, work_folder

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 
 from ldm_export.checkpoint import Checkpoint
 from ldm_export.components import MODULES
-from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_build import build_engine
 from ldm_export.engine_messages import Progress
 from ldm_export.engine_package import check_request, open_package
 from ldm_export.engine_process import build_apart
+from ldm_export.engine_request import EngineRequest
 from ldm_export.islands import MARGIN
 from ldm_export.modules import load_module
 from ldm_export.onnx_graph import OPSET, export_graph

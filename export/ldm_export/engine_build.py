@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,37 +13,14 @@ from ldm_export.engine_config import add_profiles, choose_capabilities, limit_me
 from ldm_export.engine_inspection import inspect_engine
 from ldm_export.engine_messages import Progress, builder_log, builder_monitor, one_line, translated
 from ldm_export.engine_package import check_request, open_package
-from ldm_export.engine_profiles import Bounds, bounded, profiles
+from ldm_export.engine_profiles import bounded, profiles
 from ldm_export.engine_proof import prove
 from ldm_export.engine_refit import refit_engine, refit_source, structure
+from ldm_export.engine_request import EngineRequest
 from ldm_runtime.bundle import Bundle, sha256
 from ldm_runtime.engine_facts import Engine
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """What engines are asked for.
-
-    Attributes:
-        target: "tensorrt-rtx" or "tensorrt".
-        compute_capabilities: e.g. ("8.6", "8.9"); empty for "tensorrt", which builds for the GPU at hand.
-        bounds: (name, min:opt:max) of "batch" in images and of "height" and "width" in pixels.
-        refittable: keep what is needed to exchange the weights later without a rebuild; needs a GPU to build.
-        timings: a file of kernel timings, kept from build to build; "tensorrt" only.
-    """
-
-    target: str
-    compute_capabilities: tuple[str, ...] = ()
-    bounds: tuple[tuple[str, Bounds], ...] = ()
-    refittable: bool = False
-    timings: str | None = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """Short, for file names: ``tensorrt-rtx-8.6-8.9``."""
-        return "-".join((self.target, *self.compute_capabilities))
 
 
 def build_engine(

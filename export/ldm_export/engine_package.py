@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+from ldm_export.engine_request import EngineRequest
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.errors import BackendError, BuildError
-
-if TYPE_CHECKING:
-    from ldm_export.engine_build import EngineRequest
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Target → module."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_build import build_engine
 from ldm_export.engine_messages import Progress, one_line
+from ldm_export.engine_request import EngineRequest
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import BuildError, LdmError

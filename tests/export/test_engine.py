@@ -14,9 +14,10 @@ import tensorrt_rtx
 from ldm_export.build import SHIPPED, build
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.cli import main
-from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_build import build_engine
 from ldm_export.engine_package import known_capabilities
 from ldm_export.engine_proof import prove
+from ldm_export.engine_request import EngineRequest
 from ldm_export.precision import half_graph
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle

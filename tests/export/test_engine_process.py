@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_build import build_engine
 from ldm_export.engine_process import build_apart
+from ldm_export.engine_request import EngineRequest
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 

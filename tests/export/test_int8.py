@@ -35,7 +35,8 @@ from ldm_calibration.trials import Comparison
 from ldm_export.build import build
 from ldm_export.calibrate import calibrate
 from ldm_export.checkpoint import open_checkpoint
-from ldm_export.engine_build import EngineRequest, build_engine
+from ldm_export.engine_build import build_engine
+from ldm_export.engine_request import EngineRequest
 from ldm_export.int8_report import write_report
 from ldm_export.int8_stages import RECORD
 from ldm_runtime import LatentDiffusionPipeline

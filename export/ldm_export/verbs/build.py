@@ -14,7 +14,7 @@ from ldm_export.verbs.options import PRECISIONS, quieten, unwritten
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
-    from ldm_export.engine_build import EngineRequest
+    from ldm_export.engine_request import EngineRequest
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _engines(args: argparse.Namespace) -> EngineRequest | None:
-    from ldm_export.engine_build import EngineRequest
     from ldm_export.engine_profiles import parse_bounds
+    from ldm_export.engine_request import EngineRequest
 
     given = {name: getattr(args, name) for name in ("batch", "height", "width")}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)
