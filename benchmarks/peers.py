@@ -160,7 +160,7 @@ def measure(
     side = unet["sample_size"]
     command = {"what": args.what, "batch": args.batch, "seed": SEED, "steps": args.steps, "guidance": GUIDANCE}
     command |= {"latent": [unet.get("in_channels", 4), side, side], "context": [TOKENS, unet["cross_attention_dim"]]}
-    command |= {"height": None, "width": None, "prompts": [PROMPTS[index % 4] for index in range(args.batch)]}
+    command |= {"height": None, "width": None}
     with ExitStack() as stack:
         workers = list[Worker]()
         for name in names:
@@ -181,17 +181,22 @@ def measure(
         if args.what == "image":
             command["times"] = 1
         dot = partial(print, end=".", file=sys.stderr, flush=True)
-        answers = rounds(workers, lambda number: warm if number < 0 else command, args.runs, dot)
+
+        def told(number: int) -> Facts:  # prompts that no round had before: encoded texts may be kept
+            prompts = [f"{PROMPTS[index % len(PROMPTS)]}, number {number}" for index in range(args.batch)]
+            return {**(warm if number < 0 else command), "prompts": prompts}
+
+        answers = rounds(workers, told, args.runs, dot)
         for worker in workers:
             worker.ask({"what": "save", "path": str(results / f"{worker.name}.npy")})
     seconds = [[answer["seconds"] for answer in worker] for worker in answers]
     expected = np.load(results / f"{workers[0].name}.npy").astype(np.float64)
-    for worker, runs, told in zip(workers, seconds, answers, strict=True):
+    for worker, runs, given in zip(workers, seconds, answers, strict=True):
         got = np.load(results / f"{worker.name}.npy").astype(np.float64)
         fact = {
             "speedup": speedup(runs, seconds[0]),
             "seconds": Timing.of(runs).facts(),
-            "peak_bytes": max(answer["peak_bytes"] for answer in told),
+            "peak_bytes": max(answer["peak_bytes"] for answer in given),
             "load_seconds": worker.facts["seconds"],
             "error": float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())),
             "group": group,
