@@ -19,6 +19,8 @@ from ldm_runtime.errors import BuildError
 
 RESERVE = {"unet": 1.0, "decoder": 0.3, "text_encoder": 0.0}
 """Decibels that each component in its turn leaves of the budget to those after it."""
+OWN_LOSS = 1.5
+"""Decibels that the decoder and the text encoder may each cost at most: they run once a picture, and save little time."""
 Progress = Callable[[int, int], None]
 
 
@@ -52,6 +54,8 @@ def select_layers(
         of_results = component != "unet" or not latent_db
         order = ranked(choices[component].output_db if of_results else latent_db, choices[component].flops)
         wanted = None if settings.min_psnr is None else settings.min_psnr + reserve
+        if component != "unet":
+            wanted = max(wanted or 0.0, trials.best.psnr_mean - OWN_LOSS)
         budget = Budget(wanted, settings.max_accuracy_loss)
         found = select(order, choices[component].flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
         if component == "unet" and not found.layers:

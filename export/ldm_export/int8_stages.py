@@ -28,7 +28,7 @@ from ldm_runtime.specs import ComponentSpec
 
 RECORD = "calibration.json"
 TOOLS = ("ldm-export", "onnx", "onnx-ir", "onnxruntime")
-METHOD = 1
+METHOD = 2
 """Raised when the same settings come to give another record."""
 TRIED = 4
 """Of the samples that are observed, every so-manieth is one that observers and migration are tried on."""
