@@ -20,7 +20,7 @@ from ldm_runtime.errors import BuildError
 RESERVE = {"unet": 1.0, "decoder": 0.3, "text_encoder": 0.0}
 """Decibels that each component in its turn leaves of the budget to those after it."""
 OWN_LOSS = 1.5
-"""Decibels that the decoder and the text encoder may each cost at most: they run once a picture, and save little time."""
+"""Decibels that decoder and text encoder may each cost at most: they run once a picture, and save little time."""
 Progress = Callable[[int, int], None]
 
 
