@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -10,13 +12,28 @@ from ldm_calibration.observers import LEVELS
 
 
 def weights_of(value: ir.Value) -> NDArray[np.float32]:
-    """A copy of an initialiser's values; the file they come from, if any, does not stay mapped."""
+    """A copy of an initialiser's values; the file they come from, if any, is read and closed."""
     tensor = value.const_value
     assert tensor is not None
-    array = np.array(tensor.numpy())
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return array
+    return _read(tensor).numpy() if isinstance(tensor, ir.ExternalTensor) else np.array(tensor.numpy())
+
+
+def read_when_used(model: ir.Model) -> None:
+    """Have external weights read from their file, each when it is used, in place of mapping the whole file.
+
+    onnx-ir refuses to map a file with several hard links, as those that a bundle's stages keep have.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.LazyTensor(
+                partial(_read, tensor), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
+
+
+def _read(tensor: ir.ExternalTensor) -> ir.Tensor:
+    array = np.fromfile(tensor.path, tensor.dtype.numpy(), int(tensor.size), offset=tensor.offset or 0)
+    return ir.Tensor(array.reshape(tensor.shape.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -20,6 +20,7 @@ from ldm_calibration.sensitivity import unet_sensitivity
 from ldm_calibration.sessions import load_graph
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model, Trajectories, run_trajectories
+from ldm_calibration.weights import read_when_used
 from ldm_export.onnx_graph import save_graph
 from ldm_export.stages import Outcome, Stage, run_stage
 from ldm_runtime.ddim import DDIM
@@ -126,6 +127,7 @@ def int8_stage(work: Path, name: str, fp32: str, record: Stage) -> Stage:
         (folder / name).mkdir()
         model = load_graph(source)
         done = insert_qdq(model, held.sources, held.results, held.chosen)
+        read_when_used(model)
         files = save_graph(model, folder / name / "int8.onnx")
         left = {layer["name"]: layer["why"] for layer in held.layers if not layer["int8"]}
         report.parent.mkdir()
