@@ -157,6 +157,10 @@ def main() -> int:
                 over.set()
                 watcher.join()
             seconds = time.monotonic() - begun
+            if server.process.poll() is not None:
+                print(server.log.read_text(errors="replace")[-3000:], file=sys.stderr)
+                print(f"tritonserver ended with {server.process.returncode}: {outcomes}", file=sys.stderr)
+                return 1
             time.sleep(2)
             figures = server.figures()
             samples.append({"done": sum(outcomes.values()), "bytes": memory(server)})
