@@ -134,8 +134,7 @@ def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
     )
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        assert bias.const_value is not None
-        divided = bias.const_value.numpy() / scaling.factors
+        divided = weights_of(bias) / scaling.factors
         node.replace_input_with(2, _constant(graph, f"{node.name}/bias_divided", divided))
     uses = list(result.uses())
     pair, back = _pair(graph, result, scaling.scale, f"{node.name}/result")

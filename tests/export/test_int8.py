@@ -22,7 +22,7 @@ import pytest
 
 from ldm_calibration.budget import Budget, ranked, select
 from ldm_calibration.layers import find_layers
-from ldm_calibration.qdq import Scaling
+from ldm_calibration.qdq import Scaling, insert_qdq
 from ldm_calibration.quality import psnr, right, ssim
 from ldm_calibration.record import ComponentRecord, read_record
 from ldm_calibration.sensitivity import unet_sensitivity
@@ -30,12 +30,14 @@ from ldm_calibration.sessions import load_graph
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model, run_trajectories
 from ldm_calibration.trials import Comparison
+from ldm_calibration.weights import read_when_used
 from ldm_export.calibrate import calibrate
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.engine_build import build_engine
 from ldm_export.engine_request import EngineRequest
 from ldm_export.int8_report import write_report
 from ldm_export.int8_stages import RECORD
+from ldm_export.onnx_graph import save_graph
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
@@ -157,6 +159,17 @@ def test_the_same_record_gives_the_same_graphs_byte_for_byte(
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(BuildError, match=r"^unet: calibration\.json was made for another fp32 graph"):
         calibrate(bundle_copy, tmp_path / "other.json")
+
+
+def test_weights_beside_the_graph_in_a_file_of_several_links(int8_bundle: Bundle, tmp_path: Path) -> None:
+    """As a large model's lie in the work folder of a bundle that is calibrated anew."""
+    ir.save(ir.load(int8_bundle.graph("unet", "fp32")), tmp_path / "fp32.onnx", external_data="fp32.onnx.data")
+    (tmp_path / "second").hardlink_to(tmp_path / "fp32.onnx.data")
+    held, model = part(int8_bundle, "unet"), load_graph(tmp_path / "fp32.onnx")
+    insert_qdq(model, held.sources, held.results, held.chosen)
+    read_when_used(model)
+    save_graph(model, tmp_path / "int8.onnx")
+    assert (tmp_path / "int8.onnx").read_bytes() == int8_bundle.graph("unet", "int8").read_bytes()
 
 
 def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
