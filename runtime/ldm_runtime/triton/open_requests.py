@@ -55,8 +55,9 @@ class OpenRequest:
                 _log.exception("an answer could not be sent")
 
     def gone(self) -> bool:
-        """True where the caller has cancelled it."""
-        return bool(self._sender.is_cancelled())
+        """True where the caller has cancelled it; a sender that has sent its last answer must not be asked."""
+        with self._lock:
+            return not self.over and bool(self._sender.is_cancelled())
 
 
 class OpenRequests:
