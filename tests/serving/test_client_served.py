@@ -1,0 +1,95 @@
+"""`ldm-export client` against a real server: the right pictures, and one line for whatever the server refuses."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http
+from PIL import Image
+from triton_server import TritonServer
+
+from ldm_export.cli import main
+from ldm_runtime import Request
+
+Refused = Callable[..., None]
+PROMPT = "a large red circle in the center on a white background"
+
+
+@pytest.fixture(params=["http", "grpc", "stream"])
+def way(request: pytest.FixtureRequest, triton_server: TritonServer) -> list[str]:
+    """Options that lead to the server in one of three ways."""
+    stream = ["--stream"] if request.param == "stream" else []
+    return ["--url", triton_server.http if request.param == "http" else f"grpc://{triton_server.grpc}", *stream]
+
+
+def test_pictures_are_those_of_the_same_request_here(way: list[str], drawn, tmp_path: Path, capfd) -> None:
+    other, place = "a small blue triangle in the center on a black background", tmp_path / "out.png"
+    options = ["--seed", "3", "--steps", "6", "--eta", "0.5", "--guidance", "4", "--negative-prompt", "blue"]
+    size = ["--height", "72", "--width", "56", "--images-per-prompt", "2", "--priority", "1"]
+    assert main(["client", PROMPT, other, *way, *options, *size, "--each", "-o", str(place)]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [str(place), *(str(tmp_path / f"out-{index}.png") for index in range(4))]
+    assert err == "seed 3\n"
+    request = Request([PROMPT, other], "blue", 3, 0.5, 4.0, 6, 72, 56, images_per_prompt=2)
+    for index, expected in enumerate(drawn(request)):
+        picture = np.asarray(Image.open(tmp_path / f"out-{index}.png"))
+        assert picture.shape == (72, 56, 3) and np.abs(picture.astype(int) - expected).max() <= 1
+
+
+def test_previews_come_before_the_picture(triton_server: TritonServer, tmp_path: Path) -> None:
+    url = ["--url", f"grpc://{triton_server.grpc}", "--stream", "--preview-every", "2", "--quiet"]
+    assert main(["client", PROMPT, *url, "--steps", "6", "--seed", "1", "-o", str(tmp_path / "a.png")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-4.png", "a.png"]
+
+
+def test_what_the_server_refuses_is_one_line(refused: Refused, way: list[str]) -> None:
+    for options, said in (
+        (["--width", "63"], "width: got 63, expected a multiple of 8"),
+        (["--guidance", "nan"], "guidance_scale: got nan, expected a finite number"),
+        (["--priority", "9"], "priority: got 9, expected 0"),
+        (["--steps", "1000", "--timeout", "0.2"], "not done in 0.2 s (request: still running after its 0.2"),
+        (["--model", "nowhere"], "has no model 'nowhere', but decoder, ldm, ldm_stream, text_encoder, unet; choose"),
+        (["--model", "unet"], "takes no PROMPT, but sample, timestep, context"),
+        (["--seed", str(2**63)], "SEED: "),
+        (["--negative-prompt", "\udcff"], "NEGATIVE_PROMPT: "),
+    ):
+        refused("client", PROMPT, *way, *options, said=said)
+
+
+def test_a_model_that_is_not_ready(refused: Refused, triton_server: TritonServer) -> None:
+    with tritonclient.http.InferenceServerClient(triton_server.http) as client:
+        client.unload_model("ldm")
+        try:
+            while client.is_model_ready("ldm"):
+                time.sleep(0.05)
+            for url in (triton_server.http, f"grpc://{triton_server.grpc}"):
+                refused("client", PROMPT, "--url", url, said="model 'ldm' is not ready (un")
+        finally:
+            client.load_model("ldm")
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["answer", "stream"])
+def test_an_interrupt_cancels_the_request(triton_server: TritonServer, tmp_path: Path, stream: list[str]) -> None:
+    cancelled = 'ldm_requests_total{outcome="cancelled"}'
+    before = triton_server.figures()[cancelled]
+    url = ["--url", f"grpc://{triton_server.grpc}", *stream]
+    command = [sys.executable, "-m", "ldm_export.cli", "client", PROMPT, "--steps", "1000", *url]
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **heard) as process:
+        while triton_server.figures()["ldm_running_requests"] == 0:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "ldm-export: interrupted\n") and not list(tmp_path.iterdir())
+    end = time.monotonic() + 20
+    while triton_server.figures()[cancelled] == before:
+        assert time.monotonic() < end
+        time.sleep(0.1)
