@@ -42,7 +42,10 @@ def test_a_builder_that_is_killed_is_told_in_one_line(tiny_bundle: Path, tmp_pat
     bundle = Bundle.open(tiny_bundle)
 
     def kill(done: int, total: int) -> None:
-        (child,) = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        (child,) = (
+            one for one in children if b"ldm_export.engine_process" in Path(f"/proc/{one}/cmdline").read_bytes()
+        )
         os.kill(int(child), signal.SIGKILL)
 
     graph, spec = bundle.graph("unet", "fp32"), bundle.manifest.components["unet"].spec
