@@ -10,8 +10,9 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from ldm_runtime.backends.described import Described
 from ldm_runtime.errors import BuildError
-from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
+from ldm_runtime.specs import ComponentSpec, check_feed
 
 LARGE = 1_000_000_000
 """Weights beyond this are used where they lie: no copy of them is packed for speed."""
@@ -49,22 +50,12 @@ class Session:
             raise BuildError(f"onnxruntime failed: {error!s:.300}") from None
 
 
-class SessionBackend:
+class SessionBackend(Described):
     """A session as a pipeline's backend."""
 
     def __init__(self, session: Session, spec: ComponentSpec):
         self._session: Session | None = session
         self._spec = spec
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once."""

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from ldm_calibration.layers import find_layers
 from ldm_calibration.sessions import LARGE, Session, SessionBackend, files_of, load_graph
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.on_first_use import OnFirstUse
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
-from ldm_runtime.specs import ComponentSpec, TensorSpec
+from ldm_runtime.specs import ComponentSpec
 from ldm_runtime.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -105,7 +106,7 @@ class Trajectories:
             )
 
 
-class _Watched:
+class _Watched(Described):
     """The UNet with, at each call, the largest magnitude of each source, reduced inside the graph; keeps its feeds."""
 
     def __init__(self, graph: Path, spec: ComponentSpec):
@@ -115,14 +116,6 @@ class _Watched:
         self._session = Session(model, graph.parent)
         self.feeds: list[Mapping[str, NDArray[Any]]] = []
         self.largest: list[F32] = []
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         found = self._session.run(feed)

@@ -13,18 +13,19 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.onnxruntime import first_line
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
-from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
+from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.tokenizer import Tokenizer
 
 HIGHEST, LOWEST = "range/highest", "range/lowest"
 
 
-class RangeBackend:
+class RangeBackend(Described):
     """Runs a component's graph and keeps the largest magnitude of every tensor it computes.
 
     ``ranges`` is tensor name → largest magnitude so far. The graph is loaded at the first run. Meanwhile a probe lies
@@ -51,16 +52,6 @@ class RangeBackend:
             raise BuildError(f"{self._spec.name}: onnxruntime cannot load {self._graph}: {first_line(error)}") from None
         finally:
             probe.unlink()
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once.

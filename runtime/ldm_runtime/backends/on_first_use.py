@@ -8,25 +8,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend, Feed, Preparing
-from ldm_runtime.specs import ComponentSpec, TensorSpec
+from ldm_runtime.backends.described import Described
+from ldm_runtime.specs import ComponentSpec
 
 
-class OnFirstUse:
+class OnFirstUse(Described):
     """Stands for a component that ``load`` loads; after ``close`` the next ``run`` loads it anew."""
 
     def __init__(self, spec: ComponentSpec, load: Callable[[], Backend]):
         self._spec, self._load = spec, load
         self._loaded: Backend | None = None
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def load(self) -> Backend:
         """The backend itself, loaded if it was not. Raises what its constructor raises."""

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.cores import usable_cores
+from ldm_runtime.backends.described import Described
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
+from ldm_runtime.specs import ComponentSpec, check_feed
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CAPTURE_REFUSED = "cannot use the graph capture feature"
 """What onnxruntime says where a part of a graph falls to the CPU, so that calls cannot be CUDA graphs."""
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Described):
     """Runs one ONNX graph with ONNX Runtime through IO binding.
 
     Args:
@@ -37,16 +38,6 @@ class OnnxRuntimeBackend:
     def __init__(self, graph: Path, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
         self._spec = spec
         self._session, self.device = open_session(graph, spec, device, threads)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run once.

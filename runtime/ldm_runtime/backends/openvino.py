@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.cores import usable_cores
+from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs import ComponentSpec, TensorSpec, check_feed
+from ldm_runtime.specs import ComponentSpec, check_feed
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 """What OpenVINO calls a precision; what a graph says itself, int8 by Q/DQ above all, it keeps in either."""
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Described):
     """Runs one ONNX graph with OpenVINO, compiled for each set of shapes when it first comes (``openvino_shapes``).
 
     Args:
@@ -88,16 +89,6 @@ class OpenVinoBackend:
                     f"{self._graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild"
                 )
         return model
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """What ``run`` takes in place of the ``constant`` input: itself and what follows from it alone. Rows are the

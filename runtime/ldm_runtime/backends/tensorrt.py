@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.cuda import Buffer, Cuda, empty
+from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.engine_choice import check_graph, choose, open_package, rebuild_command
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs import TensorSpec, check_feed, sizes_of
+from ldm_runtime.specs import check_feed, sizes_of
 
 MAX_GRAPHS = 16
 """Captured CUDA graphs kept, one for each set of input shapes and places seen."""
@@ -107,7 +108,7 @@ class LoadedEngine:
         del self._context, self._engine, self._runtime
 
 
-class TensorRtBackend:
+class TensorRtBackend(Described):
     """Runs one engine of a bundle: buffers kept on the device, copies and work in the order of one stream.
 
     Arguments and errors are those of ``LoadedEngine``.
@@ -118,16 +119,6 @@ class TensorRtBackend:
         self._spec, self._cuda = self.engine.spec, self.engine.cuda
         self._stream = self._cuda.call("cudaStreamCreate")
         self._buffers = {t.name: Buffer(self._cuda) for t in (*self._spec.inputs, *self._spec.outputs)}
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run once.

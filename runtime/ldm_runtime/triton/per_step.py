@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend, Feed
+from ldm_runtime.backends.described import Described
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs import TensorSpec
+from ldm_runtime.specs import ComponentSpec
 
 MODEL = "unet"
 
 
-class PerStepUNet:
+class PerStepUNet(Described):
     """A backend that asks the model `unet` of this server (Triton's business logic scripting).
 
     Args:
@@ -23,17 +24,7 @@ class PerStepUNet:
     """
 
     def __init__(self, pb: Any, stands_for: Backend):
-        self._pb, self._spec = pb, stands_for
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
-        return self._spec.outputs
+        self._pb, self._spec = pb, ComponentSpec(MODEL, stands_for.inputs, stands_for.outputs)
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """One call.
