@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ldm_export.screen import Screen, printable
 from ldm_export.verbs import bench, build, calibrate, client, generate, inspect, report, triton, verify
-from ldm_runtime.errors import LdmError
+from ldm_runtime.errors import LdmError, interrupted
 
 VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, client)
 """Modules of one verb each: its name, its help in the first docstring line, ``add_arguments`` and ``run``."""
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a path that was given: too long, not ours to read, on a disk that fails
         return _told(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if not interrupted(error):
+            raise
         print("ldm-export: interrupted", file=sys.stderr)
         return 130
 

@@ -7,6 +7,13 @@ class LdmError(Exception):
     """Root of all errors of ldm-export; the command line prints its message as one line."""
 
 
+def interrupted(error: BaseException | None) -> bool:
+    """True if a ``KeyboardInterrupt`` is behind an error: a compiled module makes an ``ImportError`` of one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class SpecError(LdmError, ValueError):
     """A value, shape or option is outside what the model or the scheduler takes."""
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ldm_runtime.backends.engine_choice import MODULES
-from ldm_runtime.backends.onnxruntime import DEVICES
+from ldm_runtime.backends.onnxruntime import DEVICES, load_onnxruntime
 from ldm_runtime.backends.openvino import has_bf16
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
@@ -118,6 +118,4 @@ def _has_gpu() -> bool:
 
 
 def _has_cuda_provider() -> bool:
-    import onnxruntime
-
-    return DEVICES["cuda"] in onnxruntime.get_available_providers()
+    return DEVICES["cuda"] in load_onnxruntime().get_available_providers()

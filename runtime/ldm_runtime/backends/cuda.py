@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.backends.package import load
 from ldm_runtime.errors import BackendError
 
 
@@ -14,14 +15,11 @@ class Cuda:
     """The CUDA runtime with errors raised.
 
     Raises:
-        BackendError: cuda-python is not installed, or there is no GPU or driver.
+        BackendError: cuda-python is not installed or broken, or there is no GPU or driver.
     """
 
     def __init__(self) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            raise BackendError('cuda-python is not installed; `pip install "ldm-export[tensorrt-rtx]"`') from None
+        runtime: Any = load("cuda.bindings.runtime", 'pip install "ldm-export[tensorrt-rtx]"')
         self._runtime = runtime
         try:
             error, count = runtime.cudaGetDeviceCount()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from ldm_runtime.backends.package import load
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine
 from ldm_runtime.errors import BackendError
@@ -40,15 +40,12 @@ def open_package(engines: Sequence[Engine]) -> Any:
     """The module that runs the first of these engines.
 
     Raises:
-        BackendError: unknown, or not installed.
+        BackendError: unknown, not installed, or broken.
     """
     name = engines[0].package
     if name not in MODULES:
         raise BackendError(f"{engines[0].file}: package {name!r:.40} is none of {', '.join(MODULES)}; rebuild it")
-    try:
-        return importlib.import_module(MODULES[name])
-    except ImportError:
-        raise BackendError(f'{MODULES[name]} is not installed; `pip install "ldm-export[{name}]"`') from None
+    return load(MODULES[name], f'pip install "ldm-export[{name}]"')
 
 
 def choose(component: str, engines: Sequence[Engine], version: str, capability: str) -> Engine:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.cores import usable_cores
 from ldm_runtime.backends.described import Described
+from ldm_runtime.backends.package import load
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -84,12 +85,7 @@ def open_session(
     Raises:
         BackendError: as ``OnnxRuntimeBackend``.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        raise BackendError(
-            'onnxruntime is not installed; `pip install "ldm-export[onnxruntime]"` (or [gpu] for CUDA)'
-        ) from None
+    ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
@@ -144,6 +140,15 @@ def providers(device: str, available: Sequence[str]) -> list[str]:
         )
     wanted = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
     return [DEVICES[name] for name in wanted if DEVICES[name] in available]
+
+
+def load_onnxruntime() -> Any:
+    """The package.
+
+    Raises:
+        BackendError: not installed, or broken.
+    """
+    return load("onnxruntime", 'pip install "ldm-export[onnxruntime]"')
 
 
 def first_line(error: Exception) -> str:

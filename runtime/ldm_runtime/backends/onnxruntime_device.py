@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends.onnxruntime import first_line, open_session
+from ldm_runtime.backends.onnxruntime import first_line, load_onnxruntime, open_session
 from ldm_runtime.device_loop import Tensor
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, sizes_of
@@ -48,8 +48,7 @@ class OnnxRuntimeDevice:
             sizes = sizes_of(spec, {tensor.name: tensors[tensor.name][0] for tensor in spec.inputs})
             session, _ = open_session(graph, spec, self._device, sizes=sizes)
             self._calls[component] = session, session.io_binding()
-        import onnxruntime as ort
-
+        ort = load_onnxruntime()
         try:
             for name, (shape, dtype) in tensors.items():
                 self._values[name] = ort.OrtValue.ortvalue_from_shape_and_type(

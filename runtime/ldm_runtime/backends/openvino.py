@@ -14,6 +14,7 @@ from ldm_runtime.backends.cores import usable_cores
 from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
+from ldm_runtime.backends.package import load
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -144,13 +145,7 @@ def core() -> Any:
     Raises:
         BackendError: openvino is not installed, or broken.
     """
-    try:
-        import openvino
-    except ModuleNotFoundError:
-        raise BackendError('openvino is not installed; `pip install "ldm-export[openvino]"`') from None
-    except ImportError as error:  # its libraries do not fit this machine
-        raise BackendError(f"openvino cannot be loaded: {first_line(error)}; install it again") from None
-    return openvino.Core()
+    return load("openvino", 'pip install "ldm-export[openvino]"').Core()
 
 
 @cache
