@@ -128,9 +128,9 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     """diffusers' pipeline on the same device, as it is and with its UNet compiled."""
     import torch
 
-    from ldm_export.build import SHIPPED
-    from ldm_export.checkpoint import open_checkpoint
-    from ldm_export.verification import reference_pipeline
+    from ldm_export.bundle.build import SHIPPED
+    from ldm_export.checkpoint.folder import open_checkpoint
+    from ldm_export.quality.verification import reference_pipeline
     from ldm_runtime.errors import BackendError
 
     if args.device == "cuda" and not torch.cuda.is_available():

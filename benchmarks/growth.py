@@ -21,10 +21,10 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_export.build import SHIPPED
-from ldm_export.chart import Series, lines, sheet
-from ldm_export.figures import machine, versions
-from ldm_export.workers import Worker, rounds
+from ldm_export.bench.figures import machine, versions
+from ldm_export.bench.workers import Worker, rounds
+from ldm_export.bundle.build import SHIPPED
+from ldm_export.page.chart import Series, lines, sheet
 
 TOKENS = 77
 
@@ -47,7 +47,7 @@ def main() -> None:
     config = json.loads((args.checkpoint / "unet/config.json").read_text())
     facts: dict = {"machine": machine(), "tools": versions(), "bundle": args.bundle.resolve().name}
     with Worker(
-        "bench", [sys.executable, "-m", "ldm_export.bench_worker"], settings | {"device": "cpu", "threads": None}
+        "bench", [sys.executable, "-m", "ldm_export.bench.bundle_worker"], settings | {"device": "cpu", "threads": None}
     ) as one:
         facts |= {"choice": one.facts["choice"], "grid": [], "steps": []}
         for size in args.sizes:

@@ -24,7 +24,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from ldm_export.figures import machine, speedup, versions
+from ldm_export.bench.figures import machine, speedup, versions
 from ldm_runtime import Bundle
 from ldm_runtime.specs import dummy_inputs
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ldm_export.figures import machine, versions
+from ldm_export.bench.figures import machine, versions
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import dummy_inputs
 

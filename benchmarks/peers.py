@@ -28,9 +28,9 @@ from peer_environments import HERE, PYTHONPATH, made, run
 from rich.console import Console
 from rich.table import Table
 
-from ldm_export.figures import Timing, machine, speedup
+from ldm_export.bench.figures import Timing, machine, speedup
+from ldm_export.bench.workers import Facts, Worker, rounds
 from ldm_export.prompts import PROMPTS
-from ldm_export.workers import Facts, Worker, rounds
 from ldm_runtime.errors import BackendError
 
 REFERENCE = "diffusers fp32"

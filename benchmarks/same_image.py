@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ldm_calibration.shapes.grammar import held_out_prompts
-from ldm_export.build import SHIPPED
+from ldm_export.bundle.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline
 
 ETAS, GUIDANCES, STEPS = (0.0, 0.3), (1.0, 6.0), (1, 7, 50)

@@ -14,12 +14,12 @@ from tiny import write_tiny_checkpoint
 from triton_server import TritonServer
 
 from ldm_calibration.settings import Settings
-from ldm_export.build import SHIPPED, build
-from ldm_export.calibrate import calibrate
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.int8_report import write_report
+from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
-from ldm_export.engine_request import EngineRequest
-from ldm_export.int8_report import write_report
+from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 
-from ldm_export.build import SHIPPED
+from ldm_export.bundle.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.errors import SpecError
 

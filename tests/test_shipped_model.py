@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMTextTo
 
 from ldm_calibration.shapes.grader import accuracy
 from ldm_calibration.shapes.grammar import held_out_prompts
-from ldm_export.build import SHIPPED
+from ldm_export.bundle.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline
 
 MAX_BYTES = 16_000_000

@@ -14,7 +14,7 @@ import torch
 from pictures import draw, pipeline
 from task import Command, Task
 
-from ldm_export.obeying import obey
+from ldm_export.bench.obeying import obey
 
 
 class Compiled:

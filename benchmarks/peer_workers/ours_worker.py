@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from task import Command, Task, latents
 
-from ldm_export.figures import versions
-from ldm_export.obeying import obey
+from ldm_export.bench.figures import versions
+from ldm_export.bench.obeying import obey
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 

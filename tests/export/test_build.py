@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from small import write_configs
 from tiny import edit_json, write_json, write_tensors
 
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from small import write_configs
 from tiny import edit_json, write_tensors, write_tiny_checkpoint
 
-from ldm_export import onnx_graph
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.verification import verify
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.graph import onnx_graph
+from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS

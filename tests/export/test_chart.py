@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_export.chart import HEIGHT, WIDTH, Axis, Series, bars, lines, sheet
+from ldm_export.page.chart import HEIGHT, WIDTH, Axis, Series, bars, lines, sheet
 from ldm_runtime.errors import SpecError
 
 SVG = "{http://www.w3.org/2000/svg}"

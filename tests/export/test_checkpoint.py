@@ -10,8 +10,8 @@ import pytest
 from diffusers import DDIMScheduler
 from tiny import edit_json, write_json, write_tiny_checkpoint
 
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.modules import load_module
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.checkpoint.modules import load_module
 from ldm_runtime.errors import CheckpointError
 
 LARGE = {  # the published model's configs, with the keys it has and no others

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_export.server_address import Address, parse_url
+from ldm_export.serving.address import Address, parse_url
 from ldm_runtime.errors import SpecError
 
 Refused = Callable[..., None]

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
-from ldm_export.comparison import Run, parse_runs
-from ldm_export.layerwise import compare_layers, first_beyond
+from ldm_export.quality.comparison import Run, parse_runs
+from ldm_export.quality.layerwise import compare_layers, first_beyond
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.specs import dummy_inputs

@@ -13,8 +13,8 @@ from small import narrow_unet
 from tiny import VOCABULARY, edit_json, tiny_modules, write_tiny_checkpoint
 from torch import nn
 
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
 from ldm_runtime.specs import Axis, dummy_inputs
 
 SIZES = [(8, 8), (16, 24), (9, 11), (7, 2), (2, 2), (5, 16)]

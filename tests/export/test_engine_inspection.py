@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
-from ldm_export.engine_inspection import inspect_engine, layer_work
-from ldm_export.engine_proof import checked
+from ldm_export.engine.inspection import inspect_engine, layer_work
+from ldm_export.engine.proof import checked
 from ldm_runtime.errors import BuildError
 
 CONVOLUTION = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
-from ldm_export.engine_config import load_timings, save_timings
-from ldm_export.engine_messages import builder_log, builder_monitor, translated
+from ldm_export.engine.config import load_timings, save_timings
+from ldm_export.engine.messages import builder_log, builder_monitor, translated
 from ldm_runtime.errors import BuildError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ldm_export.engine_build import build_engine
-from ldm_export.engine_process import build_apart
-from ldm_export.engine_request import EngineRequest
+from ldm_export.engine.build import build_engine
+from ldm_export.engine.process import build_apart
+from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
@@ -44,7 +44,7 @@ def test_a_builder_that_is_killed_is_told_in_one_line(tiny_bundle: Path, tmp_pat
     def kill(done: int, total: int) -> None:
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         (child,) = (
-            one for one in children if b"ldm_export.engine_process" in Path(f"/proc/{one}/cmdline").read_bytes()
+            one for one in children if b"ldm_export.engine.process" in Path(f"/proc/{one}/cmdline").read_bytes()
         )
         os.kill(int(child), signal.SIGKILL)
 

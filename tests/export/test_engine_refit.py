@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx
 
-from ldm_export.build import SHIPPED, build
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.engine_refit import refit_engine, refit_source, structure
-from ldm_export.engine_request import EngineRequest
+from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.engine.refit import refit_engine, refit_source, structure
+from ldm_export.engine.request import EngineRequest
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine

@@ -14,11 +14,11 @@ from onnx import TensorProto
 from small import narrow_unet
 from torch import nn
 
-from ldm_export import onnx_graph
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.components import MODULES, ModelShape, UNet
-from ldm_export.modules import load_module
-from ldm_export.onnx_graph import export_graph
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.graph import onnx_graph
+from ldm_export.graph.components import MODULES, ModelShape, UNet
+from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import Axis, ComponentSpec

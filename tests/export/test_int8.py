@@ -31,13 +31,13 @@ from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model, run_trajectories
 from ldm_calibration.trials import Comparison
 from ldm_calibration.weights import read_when_used
-from ldm_export.calibrate import calibrate
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.engine_build import build_engine
-from ldm_export.engine_request import EngineRequest
-from ldm_export.int8_report import write_report
-from ldm_export.int8_stages import RECORD
-from ldm_export.onnx_graph import save_graph
+from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.int8_report import write_report
+from ldm_export.bundle.int8_stages import RECORD
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.engine.build import build_engine
+from ldm_export.engine.request import EngineRequest
+from ldm_export.graph.onnx_graph import save_graph
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
@@ -218,8 +218,8 @@ def test_flops_are_those_of_torch(tiny_checkpoint: Path, int8_bundle: Bundle) ->
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ldm_export.components import MODULES
-    from ldm_export.modules import load_module
+    from ldm_export.checkpoint.modules import load_module
+    from ldm_export.graph.components import MODULES
 
     spec = int8_bundle.manifest.components["unet"].spec
     module = MODULES["unet"](load_module(open_checkpoint(tiny_checkpoint), "unet")).eval()
@@ -245,7 +245,7 @@ def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path)
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     script = (
-        "import sys; from pathlib import Path; from ldm_export.calibrate import calibrate; "
+        "import sys; from pathlib import Path; from ldm_export.bundle.calibrate import calibrate; "
         "from ldm_calibration.settings import Settings; "
         f"calibrate(Path(sys.argv[1]), {SETTINGS!r})"
     )

@@ -13,16 +13,16 @@ import pytest
 from small import write_configs
 from tiny import edit_json
 
-from ldm_export import publish as publishing
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.bundle import publish as publishing
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_runtime.bundle import Bundle
 
 DEADLINE = 600  # seconds
 KILLED_IN_PUBLISH = """
 import os, signal, sys
 from pathlib import Path
-from ldm_export import publish
+from ldm_export.bundle import publish
 
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)

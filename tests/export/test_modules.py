@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
 from torch import nn
 
-from ldm_export import modules
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.modules import load_module
-from ldm_export.weights import StoredTensor
+from ldm_export.checkpoint import modules
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.checkpoint.weights import StoredTensor
 from ldm_runtime.errors import CheckpointError, SpecError
 
 FILES = {"bert": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}

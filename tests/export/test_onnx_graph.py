@@ -15,10 +15,10 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.components import MODULES
-from ldm_export.modules import load_module
-from ldm_export.onnx_graph import OPSET, export_graph
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.graph.components import MODULES
+from ldm_export.graph.onnx_graph import OPSET, export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError

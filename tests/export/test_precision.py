@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 from tiny import write_tensors, write_tiny_checkpoint
 
-from ldm_export.build import build
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.precision import MATRIX, half_graph
-from ldm_export.ranges import measure_ranges
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.graph.precision import MATRIX, half_graph
+from ldm_export.graph.ranges import measure_ranges
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend

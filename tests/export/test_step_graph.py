@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_export.components import ModelShape
-from ldm_export.step_graph import export_step, step_spec
+from ldm_export.graph.components import ModelShape
+from ldm_export.graph.step_graph import export_step, step_spec
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.ddim import DDIM
 

@@ -9,8 +9,8 @@ import pytest
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import BertTokenizer
 
-from ldm_export import tokenizer_files
-from ldm_export.tokenizer_files import write_tokenizer_json
+from ldm_export.checkpoint import tokenizer_files
+from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.tokenizer import Tokenizer
 

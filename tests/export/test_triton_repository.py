@@ -12,9 +12,9 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ldm_export.cli import main
-from ldm_export.pbtxt import Enum, MapOf, to_pbtxt
-from ldm_export.triton_config import DATA_TYPES, Serving, component_config
-from ldm_export.triton_models import MODELS
+from ldm_export.serving.config import DATA_TYPES, Serving, component_config
+from ldm_export.serving.models import MODELS
+from ldm_export.serving.pbtxt import Enum, MapOf, to_pbtxt
 from ldm_export.verbs.triton import call_rows
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import edit_json, write_json, write_tensors, write_weights
 
-from ldm_export.weights import MAX_JSON, read_json, read_weights
+from ldm_export.checkpoint.weights import MAX_JSON, read_json, read_weights
 from ldm_runtime.errors import CheckpointError
 
 STATE = {

@@ -10,7 +10,7 @@ import pytest
 
 COUNT = "import json, sys; before = set(sys.modules); import {}; print(json.dumps(sorted(set(sys.modules) - before)))"
 LATER = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "onnx", "diffusers", "transformers"}
-LATER |= {"cuda", "ldm_export.build", "asyncio", "multiprocessing", "matplotlib", "scipy", "pandas", "requests"}
+LATER |= {"cuda", "ldm_export.bundle.build", "asyncio", "multiprocessing", "matplotlib", "scipy", "pandas", "requests"}
 
 
 @pytest.mark.parametrize(("name", "most"), [("ldm_runtime", 300), ("ldm_export.cli", 450)])

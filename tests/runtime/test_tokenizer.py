@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from ldm_export.tokenizer_files import write_tokenizer_json
+from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
 from ldm_runtime import tokenizer as module
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.tokenizer import MAX_CHARACTERS, MAX_LENGTH, Tokenizer

@@ -36,7 +36,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export bench``."""
-    from ldm_export.benchmark import Combination, Settings, benchmark
+    from ldm_export.bench.benchmark import Combination, Settings, benchmark
 
     if args.output:
         _check(args.output)

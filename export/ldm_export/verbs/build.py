@@ -14,7 +14,7 @@ from ldm_export.verbs.options import PRECISIONS, quieten, unwritten
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
-    from ldm_export.engine_request import EngineRequest
+    from ldm_export.engine.request import EngineRequest
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export import build as building
-        from ldm_export.checkpoint import open_checkpoint
-        from ldm_export.int8_report import write_report
+        from ldm_export.bundle import build as building
+        from ldm_export.bundle.int8_report import write_report
+        from ldm_export.checkpoint.folder import open_checkpoint
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _engines(args: argparse.Namespace) -> EngineRequest | None:
-    from ldm_export.engine_profiles import parse_bounds
-    from ldm_export.engine_request import EngineRequest
+    from ldm_export.engine.profiles import parse_bounds
+    from ldm_export.engine.request import EngineRequest
 
     given = {name: getattr(args, name) for name in ("batch", "height", "width")}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)

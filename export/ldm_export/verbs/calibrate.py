@@ -25,9 +25,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.build import SHIPPED
-        from ldm_export.calibrate import calibrate
-        from ldm_export.int8_report import write_report
+        from ldm_export.bundle.build import SHIPPED
+        from ldm_export.bundle.calibrate import calibrate
+        from ldm_export.bundle.int8_report import write_report
     begun = time.monotonic()
     asked = Bundle.open(args.bundle).manifest.asked
     if args.record is not None and given(args):

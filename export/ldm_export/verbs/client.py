@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_export.screen import Screen
-from ldm_export.server_address import PROTOCOLS, Address, parse_url
-from ldm_export.triton_client import Arrays, Connection, ServerError
+from ldm_export.serving.address import PROTOCOLS, Address, parse_url
+from ldm_export.serving.client import Arrays, Connection, ServerError
 from ldm_export.verbs.pictures import add_request, check_output, write_pictures
 from ldm_runtime.errors import SpecError
 

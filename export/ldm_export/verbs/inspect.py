@@ -18,7 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export inspect``."""
-    from ldm_export.inspection import inspect_bundle
+    from ldm_export.bundle.inspection import inspect_bundle
 
     bundle = Bundle.open(args.bundle)
     if args.check:

@@ -27,8 +27,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
     from ldm_export.prompts import PROMPTS
-    from ldm_export.report import make_report
-    from ldm_export.report_page import report_page
+    from ldm_export.report.contents import make_report
+    from ldm_export.report.page import report_page
 
     if not args.output.name or args.output.is_dir():
         raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")

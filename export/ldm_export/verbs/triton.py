@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.triton_config import TARGETS, Serving
-from ldm_export.triton_models import MODELS, make_model
-from ldm_export.triton_repository import write_models
+from ldm_export.serving.config import TARGETS, Serving
+from ldm_export.serving.models import MODELS, make_model
+from ldm_export.serving.repository import write_models
 from ldm_export.verbs.options import PRECISIONS
 from ldm_runtime.backends.choice import BACKENDS
 from ldm_runtime.bundle import Bundle

@@ -14,7 +14,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
-    from ldm_export.measures import ComponentResult
+    from ldm_export.quality.measures import ComponentResult
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.build import SHIPPED
-        from ldm_export.checkpoint import open_checkpoint
+        from ldm_export.bundle.build import SHIPPED
+        from ldm_export.checkpoint.folder import open_checkpoint
         from ldm_export.prompts import PROMPTS
-        from ldm_export.verification import TOLERANCES, verify
-        from ldm_export.verification_page import page
+        from ldm_export.quality.verification import TOLERANCES, verify
+        from ldm_export.quality.verification_page import page
     quieten(args.verbose)
     prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def _backends(args: argparse.Namespace, screen: Screen) -> int:
-    from ldm_export.comparison import compare, facts, parse_runs
     from ldm_export.prompts import PROMPTS
+    from ldm_export.quality.comparison import compare, facts, parse_runs
 
     runs = parse_runs(args.backends, args.precision)
     prompts = lines(args.prompts) if args.prompts else PROMPTS
@@ -115,9 +115,9 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.layerwise import compare_layers, first_beyond
-        from ldm_export.measures import TOLERANCES, real_feeds
         from ldm_export.prompts import PROMPTS
+        from ldm_export.quality.layerwise import compare_layers, first_beyond
+        from ldm_export.quality.measures import TOLERANCES, real_feeds
         from ldm_runtime.pipeline import LatentDiffusionPipeline
     bundle = Bundle.open(args.bundle)
     precision = args.precision or bundle.precision

@@ -1,0 +1,1 @@
+"""Timings of what takes turns, each in a process of its own."""

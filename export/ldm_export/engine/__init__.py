@@ -1,0 +1,1 @@
+"""TensorRT engines: asked for, built from graphs, and their precision proven."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: traced from a checkpoint's modules, and rewritten in half precision."""

@@ -1,0 +1,1 @@
+"""How close a bundle's results are to what they should be."""

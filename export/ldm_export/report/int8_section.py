@@ -1,0 +1,156 @@
+"""A bundle's int8 report as parts of a page: budget and outcome, layers by sensitivity, ranges over timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ldm_export.page.chart import Series, lines
+from ldm_export.page.document import Figure, Markup, element, number, table
+from ldm_export.report.loose import finite, mapping, mappings
+from ldm_export.screen import human_bytes, printable
+
+FILE = "report/int8.json"
+MAX_LISTED, MAX_LINES, MAX_NAME = 15, 6, 44
+"""Rows of the list of sensitive layers, lines in one plot of ranges, and letters of a name beside a plot."""
+
+MEASURES = {"latent_db": "the final latents", "output_db": "the layer's own result"}
+
+Facts = Mapping[str, Any]
+
+
+def int8_section(facts: Facts) -> Iterator[Markup]:
+    """All parts in their order; what is missing or is not what it should be is left out."""
+    yield element("h2", "int8")
+    yield from _outcome(facts)
+    given = mapping(facts.get("components"))
+    components = {name: given[name] for name in sorted(given, key=lambda name: name != "unet")}
+    yield from _components(components)
+    for name, part in components.items():
+        yield from _sensitivity(name, mappings(mapping(part).get("layers")))
+    for name, part in components.items():
+        yield from _ranges(name, mapping(mapping(part).get("ranges")))
+    record = mapping(facts.get("record"))
+    if record:
+        digest = element("code", record.get("sha256"))
+        yield element("p", f"The calibration record is {record.get('file')}, SHA-256 ", digest, ".", class_="note")
+
+
+def _outcome(facts: Facts) -> Iterator[Markup]:
+    budget, summary = mapping(facts.get("budget")), mapping(facts.get("summary"))
+    settings, speed = mapping(facts.get("settings")), mapping(facts.get("speed"))
+    if budget:
+        least, loss = finite(budget.get("min_psnr")), finite(budget.get("max_accuracy_loss"))
+        asked = [f"a mean PSNR of at least {least:g} dB"] if least is not None else []
+        asked += [f"at most {100 * loss:g} points of accuracy lost"] if loss is not None else []
+        met = budget.get("met") is True
+        verdict = "met" if met else "not met"
+        yield element("p", f"Budget: {' and '.join(asked) or 'none'}: {verdict}.", class_="good" if met else "bad")
+    rows = [
+        ("pictures", finite(settings.get("prompts")), f"{settings.get('steps')} steps on {settings.get('backend')}"),
+        ("PSNR against fp32", _decibel(summary, "psnr_mean"), f"worst {_decibel(summary, 'psnr_worst') or 'unknown'}"),
+        ("SSIM against fp32", _digits(summary, "ssim_mean"), f"worst {_digits(summary, 'ssim_worst') or 'unknown'}"),
+        ("drawn right", _share(summary, "right_int8"), f"{_share(summary, 'right_fp32') or 'not graded'} in fp32"),
+        ("UNet operations in int8", _share(summary, "unet_int8_share"), "of its multiply-adds"),
+        ("graphs", _bytes(summary, "bytes_int8"), f"{_bytes(summary, 'bytes_fp32') or 'unknown'} in fp32"),
+    ]
+    times = mapping(speed.get("unet_ms"))
+    if (ratio := finite(speed.get("ratio"))) is not None:
+        told = ", ".join(
+            f"{name} {number(ms)} ms" for name, value in times.items() if (ms := finite(value)) is not None
+        )
+        rows.append(("UNet, times as fast", Figure(f"{ratio:.2f}"), f"{told}; {speed.get('backend')}, interleaved"))
+    yield table(("", "", ""), rows)
+
+
+def _components(components: Facts) -> Iterator[Markup]:
+    rows = []
+    for name, given in components.items():
+        part = mapping(given)
+        layers = mappings(part.get("layers"))
+        quantized = sum(layer.get("int8") is True for layer in layers)
+        size, before = _bytes(part, "bytes_int8"), _bytes(part, "bytes_fp32")
+        why = "" if part.get("quantized") is True else part.get("why")
+        rows.append((name, Figure(f"{quantized} of {len(layers)}"), _share(part, "int8_share"), size, before, why))
+    if rows:
+        yield table(("component", "layers in int8", "of its operations", "int8", "fp32", "why not"), rows)
+
+
+def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
+    """Each layer's own effect, on the final latents where that was measured, and the most sensitive by name."""
+    key = next((key for key in MEASURES if any(finite(layer.get(key)) is not None for layer in layers)), None)
+    if key is None:
+        return
+    numbers = [(place, layer, finite(layer.get(key))) for place, layer in enumerate(layers, 1)]
+    measured = [(place, layer, value) for place, layer, value in numbers if value is not None]
+    kinds = (("in int8", True), ("kept in float", False))
+    points = {
+        name: tuple((float(place), value) for place, layer, value in measured if (layer.get("int8") is True) is kind)
+        for name, kind in kinds
+    }
+    series = [Series(name, found, joined=False) for name, found in points.items() if found]
+    yield element("h3", f"{component}: sensitivity of each layer")
+    told = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8: the lower, the more sensitive."
+    yield element("p", told, class_="note")
+    yield Markup(lines(f"{printable(component)}: sensitivity", "layer, in the graph's order", "dB", series))
+    measured.sort(key=lambda item: item[2])
+    rows = [
+        (
+            place,
+            layer.get("name"),
+            layer.get("op"),
+            finite(layer.get("flops")),
+            Figure(f"{value:.1f}"),
+            "int8" if layer.get("int8") is True else f"float: {layer.get('why')}",
+            layer.get("observer"),
+        )
+        for place, layer, value in measured[:MAX_LISTED]
+    ]
+    yield table(("", "most sensitive first", "", "operations", "dB", "computed in", "range by"), rows)
+
+
+def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
+    """Those tensors whose largest magnitude moves most along the trajectory, and those where it is largest."""
+    given = ranges.get("timesteps")
+    timesteps = [finite(value) for value in given] if isinstance(given, list) else []
+    found = {}
+    for name, values in mapping(ranges.get("tensors")).items():
+        numbers = [finite(value) for value in values] if isinstance(values, list) else []
+        if len(numbers) == len(timesteps) > 1 and all(value is not None and value > 0 for value in numbers):
+            found[name] = [value for value in numbers if value is not None]
+    steps = [value for value in timesteps if value is not None]
+    if not found or len(steps) != len(timesteps):
+        return
+    yield element("h3", f"{component}: ranges over timesteps")
+    yield element("p", "Denoising runs from the largest timestep, on the right, to the left.", class_="note")
+    moves = sorted(found, key=lambda name: -max(found[name]) / min(found[name]))[:MAX_LINES]
+    largest = sorted(found, key=lambda name: -max(found[name]))[:MAX_LINES]
+    for title, names in (("Layer inputs that move most", moves), ("Largest layer inputs", largest)):
+        series = [Series(_shortened(name), tuple(zip(steps, found[name], strict=True)), marked=False) for name in names]
+        yield Markup(lines(title, "timestep", "largest magnitude", series, log=(False, True)))
+
+
+def _shortened(name: str) -> str:
+    """A tensor's name without what all have, its end kept."""
+    shown = printable(name)
+    return shown if len(shown) <= MAX_NAME else f"…{shown[1 - MAX_NAME :]}"
+
+
+def _share(facts: Facts, key: str) -> Figure | None:
+    value = finite(facts.get(key))
+    return None if value is None else Figure(f"{value:.1%}")
+
+
+def _decibel(facts: Facts, key: str) -> Figure | None:
+    value = finite(facts.get(key))
+    return None if value is None else Figure(f"{value:.1f} dB")
+
+
+def _digits(facts: Facts, key: str) -> Figure | None:
+    value = finite(facts.get(key))
+    return None if value is None else Figure(f"{value:.4f}")
+
+
+def _bytes(facts: Facts, key: str) -> Figure | None:
+    value = finite(facts.get(key))
+    return None if value is None else Figure(human_bytes(value))

@@ -1,0 +1,190 @@
+"""The report as one self-contained HTML page: pictures of each precision side by side, figures, plots, and proofs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ldm_export.page.chart import Series, lines
+from ldm_export.page.document import (
+    Figure,
+    Markup,
+    decibel,
+    difference,
+    document,
+    element,
+    number,
+    picture,
+    table,
+    text,
+)
+from ldm_export.page.fact_tables import fact_tables
+from ldm_export.report.contents import REFERENCE, Report
+from ldm_export.report.int8_section import FILE, int8_section
+from ldm_export.report.loose import finite, mapping
+from ldm_export.screen import human_bytes
+from ldm_runtime.manifest import COMPONENTS, NAME
+
+RANGES = "report/ranges.json"
+MAX_LISTED = 40
+"""Rows of the lists that may be long."""
+
+
+def report_page(report: Report) -> str:
+    """HTML with inline pictures and plots; opens without a network."""
+    sections = (_pictures, _precisions, _int8, _half, _engines, _measured, _origin)
+    return document(
+        f"{report.bundle.folder.resolve().name}: report", (part for section in sections for part in section(report))
+    )
+
+
+def _pictures(report: Report) -> Iterator[Markup]:
+    others = [name for name, drawn in report.drawn.items() if name != REFERENCE and drawn.images]
+    yield element("h2", "Pictures")
+    for name, drawn in report.drawn.items():
+        if drawn.failure:
+            yield element("p", f"{name} was not drawn: {drawn.failure}", class_="bad")
+    if not report.drawn[REFERENCE].images:
+        return
+    times = {name: _amplification(report, name) for name in others}
+    yield element(
+        "p",
+        f"The same prompt and seed in each precision, {report.steps} steps, guidance 6, eta 0.3."
+        + (" Differences from fp32 are shown as many times brighter as told." if others else ""),
+    )
+    rows = []
+    for index, prompt in enumerate(report.prompts):
+        images = {name: report.drawn[name].images[index] for name in (REFERENCE, *others)}
+        row = [Markup(f"{text(prompt)}<br><span class=note>seed {report.seed + index}</span>")]
+        row += [picture(image, f"{prompt}, {name}") for name, image in images.items()]
+        row += [
+            Markup(
+                picture(difference(images[name], images[REFERENCE], times[name]), f"difference of {name}")
+                + element("span", f"PSNR {decibel(report.psnr(name)[index])}", class_="note")
+            )
+            for name in others
+        ]
+        rows.append(row)
+    yield table(("prompt", REFERENCE, *others, *(f"|{name} − fp32| × {times[name]}" for name in others)), rows)
+
+
+def _amplification(report: Report, precision: str) -> int:
+    """A power of two that makes the largest difference bright and no more: at most 64."""
+    pairs = zip(report.drawn[REFERENCE].images, report.drawn[precision].images, strict=True)
+    largest = max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
+    return int(2 ** min(6, max(0, np.floor(np.log2(255 / max(largest, 1))))))
+
+
+def _precisions(report: Report) -> Iterator[Markup]:
+    yield element("h2", "Precisions")
+    first = report.drawn[REFERENCE].step
+    rows = []
+    for name, drawn in report.drawn.items():
+        found = [value for value in report.psnr(name) if value is not None] if name != REFERENCE else []
+        equal = bool(drawn.images) and name != REFERENCE and not found
+        rows.append(
+            (
+                name,
+                Figure(human_bytes(report.size(name))),
+                Figure(f"{report.size(name) / report.size(REFERENCE):.0%}"),
+                "equal" if equal else Figure(f"{np.mean(found):.1f}") if found else None,
+                "equal" if equal else Figure(f"{min(found):.1f}") if found else None,
+                drawn.backend,
+                Figure(f"{1000 * drawn.step:.1f}") if drawn.step else None,
+                Figure(f"{first / drawn.step:.2f}×") if drawn.step and first else None,
+            )
+        )
+    yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "engine", "ms a step", "speed"), rows)
+    yield element(
+        "p",
+        f"PSNR is of the {len(report.prompts)} pictures above against fp32. A step is one denoising step of one prompt "
+        "with guidance on the machine that made this report: the median of all. The precisions "
+        "ran one after another, so take a few percent of speed for noise.",
+        class_="note",
+    )
+
+
+def _int8(report: Report) -> Iterator[Markup]:
+    if facts := report.files.get(FILE):
+        yield from int8_section(facts)
+
+
+def _half(report: Report) -> Iterator[Markup]:
+    rows, listed = [], []
+    for precision in report.drawn:
+        for component in COMPONENTS:
+            facts = report.files.get(f"report/{component}.{precision}.json")
+            if facts is None or "islands" not in facts:
+                continue
+            islands = mapping(facts.get("islands"))
+            reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())
+            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            rows.append((component, precision, finite(facts.get("half")), len(islands), told))
+            listed += [
+                (component, precision, node, reason) for node, reason in islands.items() if "range" in str(reason)
+            ]
+    if not rows:
+        return
+    yield element("h2", "Half precision: what stays in fp32")
+    yield table(("component", "precision", "nodes in half", "nodes in fp32", "why"), rows)
+    if listed:
+        yield element("p", "Kept for their measured range:")
+        yield table(("component", "precision", "node", "why"), listed[:MAX_LISTED])
+        if len(listed) > MAX_LISTED:
+            yield element("p", f"… and {len(listed) - MAX_LISTED} more.", class_="note")
+    yield from _magnitudes(report.files.get(RANGES, {}))
+
+
+def _magnitudes(ranges: Mapping[str, Any]) -> Iterator[Markup]:
+    """How large the tensors of each component grow, from the largest to the smallest."""
+    series = []
+    for component in COMPONENTS:
+        values = [value for value in map(finite, mapping(ranges.get(component)).values()) if value and value > 0]
+        if values:
+            points = tuple((float(rank), value) for rank, value in enumerate(sorted(values, reverse=True), 1))
+            series.append(Series(component, points, marked=False))
+    if series:
+        longest = max(len(one.points) for one in series)
+        limit = float(np.finfo(np.float16).max)
+        series.append(Series("largest fp16 number", ((1.0, limit), (longest, limit)), marked=False))
+        title = "Largest magnitude of each tensor along denoising trajectories"
+        yield Markup(lines(title, "tensors, the largest first", "magnitude", series, log=(False, True)))
+
+
+def _engines(report: Report) -> Iterator[Markup]:
+    rows = []
+    for component, part in report.bundle.manifest.components.items():
+        for engine in part.engines:
+            work = mapping(engine.proof.get("matrix_work"))
+            told = ", ".join(f"{count} {kind}" for kind, count in work.items())
+            built = f"{engine.package} {engine.version}"
+            rows.append((component, engine.precision, built, ", ".join(engine.compute_capabilities), told or "none"))
+    if rows:
+        yield element("h2", "Engines")
+        columns = ("component", "precision", "built by", "compute capability", "proof: matrix work")
+        yield table(columns, rows)
+
+
+def _measured(report: Report) -> Iterator[Markup]:
+    for name, facts in report.bundle.manifest.measured.items():
+        if name == "int8" and FILE in report.files:
+            continue  # told in its own section
+        yield element("h2", f"Measured: {name}")
+        yield from fact_tables(facts)
+
+
+def _origin(report: Report) -> Iterator[Markup]:
+    manifest = report.bundle.manifest
+    yield element("h2", "Origin")
+    yield table(("asked for", ""), [(key, _short(value)) for key, value in sorted(manifest.asked.items())])
+    yield table(("built with", ""), sorted(manifest.tools.items()))
+    digest = hashlib.sha256((report.bundle.folder / NAME).read_bytes()).hexdigest()
+    yield element("p", "SHA-256 of the manifest: ", element("code", digest), class_="note")
+
+
+def _short(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)

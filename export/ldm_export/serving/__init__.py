@@ -1,0 +1,1 @@
+"""A bundle on a Triton server: its model repository, and a client."""

@@ -1,0 +1,88 @@
+"""Puts models into a Triton model repository: files are linked, and a new version is there at once or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm_export.bundle.stages import work_folder
+from ldm_export.serving.models import Model
+from ldm_export.serving.pbtxt import to_pbtxt
+from ldm_runtime.bundle import write_whole
+from ldm_runtime.errors import BuildError
+
+CONFIG = "config.pbtxt"
+HEADER = "# Written by ldm-export triton; it is written anew with each version.\n"
+KEPT = 2
+"""Versions of a model that stay: the new one, and the one before it, which a server may still run."""
+
+
+def write_models(repository: Path, models: Sequence[Model]) -> int:
+    """Add a version of each model, in their order, and give its number; other models there are left alone.
+
+    All files are ready, on the same disk, before the first model is changed; each model's version then appears by one
+    rename, and its config by another. A server takes it up when it is told to load, or polls.
+
+    Raises:
+        BuildError: a model of that name is there that is not ours, another process writes, or the disk refuses.
+    """
+    _check_ours(repository, models)
+    version = 1 + max([0, *(number for model in models for number in versions(repository / model.name))])
+    with work_folder(repository) as work:
+        stage = work / "models"
+        shutil.rmtree(stage, ignore_errors=True)
+        placed: dict[Path, Path] = {}
+        for model in models:
+            _fill(stage / model.name / str(version), model, placed)
+            (stage / model.name / CONFIG).write_text(HEADER + to_pbtxt(model.config), encoding="utf-8")
+        if repository.exists():
+            for model in models:
+                _put(stage / model.name, repository / model.name, version)
+        else:
+            stage.rename(repository)
+        shutil.rmtree(work)
+    return version
+
+
+def versions(folder: Path) -> list[int]:
+    """The versions of a model, rising."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and int(name) > 0)
+
+
+def _check_ours(repository: Path, models: Sequence[Model]) -> None:
+    if repository.exists() and not repository.is_dir():
+        raise BuildError(f"{repository}: is a file, expected a folder of models; choose another -o")
+    for model in models:
+        config = repository / model.name / CONFIG
+        if config.parent.exists() and not (config.is_file() and config.read_text(errors="replace").startswith(HEADER)):
+            raise BuildError(
+                f"{config.parent}: is no model that `ldm-export triton` wrote; move it or choose another -o"
+            )
+
+
+def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
+    """The files of one version: a hard link each, or on another disk one copy for all models."""
+    for name, source in model.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, str):
+            path.write_text(source, encoding="utf-8")
+            continue
+        try:
+            os.link(placed.get(source, source.resolve()), path)
+        except OSError:
+            shutil.copyfile(source, path)
+        placed.setdefault(source, path)
+
+
+def _put(staged: Path, model: Path, version: int) -> None:
+    if not model.exists():
+        staged.rename(model)
+        return
+    (staged / str(version)).rename(model / str(version))
+    write_whole(model / CONFIG, (staged / CONFIG).read_bytes())
+    for old in versions(model)[:-KEPT]:
+        shutil.rmtree(model / str(old))
