@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from ldm_calibration.shapes.grader import grade
 from ldm_calibration.shapes.grammar import held_out_prompts, parse
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.images import psnr
 
 OPTIONS = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
 
@@ -27,9 +29,9 @@ def main() -> None:
     args = parser.parse_args()
     prompts = held_out_prompts(args.pictures // 2, args.pictures // 2)
     drawn = {precision: pictures(args.bundle, *precision, prompts) for precision in BOTH}
-    exact, rounded = (np.stack(drawn[which]).astype(float) for which in BOTH)
-    errors = np.square(exact - rounded).reshape(len(prompts), -1).mean(axis=1)
-    decibels = 10 * np.log10(255**2 / errors)
+    exact, rounded = (drawn[which] for which in BOTH)
+    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
+    decibels = np.array([math.inf if value is None else value for value in found])
     facts = {
         "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         **OPTIONS,

@@ -16,6 +16,7 @@ from rich.table import Table
 from ldm_calibration.shapes.grader import grade
 from ldm_calibration.shapes.grammar import held_out_prompts, parse
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.images import psnr
 
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.0, 0.6), (0.1, 1.0), (0.2, 0.8))
 
@@ -37,8 +38,8 @@ def main() -> None:
             ]
             pictures = [np.asarray(image).astype(float) for image in images]
             reference = reference or pictures
-            errors = [np.square(one - other).mean() for one, other in zip(pictures, reference, strict=True)]
-            decibels = [10 * np.log10(255**2 / error) for error in errors if error]
+            found = [psnr(one, other, 255.0) for one, other in zip(pictures, reference, strict=True)]
+            decibels = [value for value in found if value is not None]
             right = [grade(np.asarray(one), parse(prompt)).right for one, prompt in zip(images, prompts, strict=True)]
             rows.append(
                 {
@@ -50,9 +51,9 @@ def main() -> None:
             )
     table = Table("guided steps", "UNet rows", "median PSNR dB", "right")
     for row in rows:
-        psnr = "equal" if row["median_psnr"] is None else f"{row['median_psnr']:.1f}"
+        told = "equal" if row["median_psnr"] is None else f"{row['median_psnr']:.1f}"
         table.add_row(
-            "{:g} to {:g}".format(*row["interval"]), f"{row['rows_of_the_unet']:.0%}", psnr, f"{row['right']:.1%}"
+            "{:g} to {:g}".format(*row["interval"]), f"{row['rows_of_the_unet']:.0%}", told, f"{row['right']:.1%}"
         )
     Console().print(table)
     if args.json:

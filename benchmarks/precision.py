@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +21,11 @@ from rich.table import Table
 from ldm_calibration.shapes.grader import accuracy
 from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.images import psnr
 
 BATCH = 10
+EQUAL = 10 * math.log10(255**2 / 1e-10)
+"""What equal pictures count as, in dB."""
 
 
 def pictures(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:
@@ -42,17 +46,14 @@ def main() -> None:
     args = parser.parse_args()
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
     made = {precision: pictures(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
-    errors = [
-        max(float(np.square(one.astype(float) - other).mean()), 1e-10)
-        for one, other in zip(made["fp32"], made["fp16"], strict=True)
-    ]
-    psnr = 10 * np.log10(255**2 / np.array(errors))
+    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(made["fp32"], made["fp16"], strict=True)]
+    decibels = np.array([EQUAL if value is None else value for value in found])
     right = {precision: accuracy(images, prompts).overall.right for precision, images in made.items()}
     pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(made["fp32"], made["fp16"], strict=True)]
     figures = {
         "prompts": len(prompts),
-        "psnr_mean": float(psnr.mean()),
-        "psnr_worst": float(psnr.min()),
+        "psnr_mean": float(decibels.mean()),
+        "psnr_worst": float(decibels.min()),
         "max_pixel": int(max(pixels)),
         "right": right,
         "machine": platform.processor() or platform.machine(),
