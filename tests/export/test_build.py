@@ -23,7 +23,8 @@ from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
-STAGES = {"tokenizer", *(f"{name}.fp32" for name in ("text_encoder", "unet", "decoder", "step", "guided_step"))}
+PARTS = ("text_encoder", "unet", "decoder", "step", "guided_step")
+STAGES = {"tokenizer", "keyed_unet.fp32", *(f"{name}.fp32" for name in PARTS)}
 NOTES = {"manifest.json", "build-log.json"}
 
 
@@ -69,8 +70,8 @@ def texts(value: Any) -> Iterator[str]:
 def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
-    graphs = {f"{name}/fp32.onnx" for name in ("text_encoder", "unet", "decoder", "step", "guided_step")}
-    assert set(bundle.manifest.files) == graphs | {"tokenizer.json"}
+    graphs = {f"{name}/fp32.onnx" for name in PARTS} | {"unet/keys.onnx", "unet/keyed.onnx"}
+    assert set(bundle.manifest.files) == graphs | {"decoder/fp32.onnx.data", "tokenizer.json"}
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
     assert folders == {str(Path(graph).parent) for graph in graphs}
@@ -106,24 +107,42 @@ def change_word(tokenizer: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "what", "stage", "file"),
+    ("part", "change", "what", "stages", "files"),
     [
-        ("tokenizer", change_word, ("circle", "disc"), "tokenizer", "tokenizer.json"),
-        ("bert/model.safetensors", change_weight, ("model.layer_norm.bias",), "text_encoder.fp32", "text_encoder"),
-        ("unet/diffusion_pytorch_model.safetensors", change_weight, ("conv_in.bias",), "unet.fp32", "unet"),
+        ("tokenizer", change_word, ("circle", "disc"), {"tokenizer"}, {"tokenizer.json"}),
+        (
+            "bert/model.safetensors",
+            change_weight,
+            ("model.layer_norm.bias",),
+            {"text_encoder.fp32"},
+            {"text_encoder/fp32.onnx"},
+        ),
+        (
+            "unet/diffusion_pytorch_model.safetensors",
+            change_weight,
+            ("conv_in.bias",),
+            {"unet.fp32", "keyed_unet.fp32"},
+            {"unet/fp32.onnx", "unet/keyed.onnx"},
+        ),
     ],
     ids=["tokenizer", "text_encoder", "unet"],
 )
-def test_a_change_redoes_its_own_stage_only(
-    checkpoint_copy: Path, bundle_copy: Path, part: str, change: Callable[..., None], what: Any, stage: str, file: str
+def test_a_change_redoes_what_depends_on_it_only(
+    checkpoint_copy: Path,
+    bundle_copy: Path,
+    part: str,
+    change: Callable[..., None],
+    what: Any,
+    stages: set[str],
+    files: set[str],
 ) -> None:
     before = contents(bundle_copy)
     change(checkpoint_copy / part, *what)
-    assert rebuilt(checkpoint_copy, bundle_copy) == {stage}
+    assert rebuilt(checkpoint_copy, bundle_copy) == stages
     after = contents(bundle_copy)
     assert set(after) == set(before)
     changed = {name for name in after if after[name] != before[name]} - NOTES
-    assert changed == {file if file in after else f"{file}/fp32.onnx"}
+    assert changed == files
     assert rebuilt(checkpoint_copy, bundle_copy) == set()
 
 

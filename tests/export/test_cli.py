@@ -50,7 +50,10 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
     told = json.loads(out)
     assert err == "" and set(told) == {"bundle", "bytes", "made", "seconds"}
     assert told["bundle"] == "sub/bundle"
-    assert told["made"] == ["tokenizer", *(f"{name}.fp32" for name in (*COMPONENTS, "step", "guided_step"))]
+    assert told["made"] == [
+        "tokenizer",
+        *(f"{name}.fp32" for name in (*COMPONENTS, "step", "guided_step", "keyed_unet")),
+    ]
     built = Bundle.open(place / "sub/bundle")
     built.check()
     assert told["bytes"] == sum(fact.size for fact in built.manifest.files.values())
@@ -63,7 +66,7 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
 def test_build_keeps_what_is_there_and_makes_what_is_damaged(tiny_checkpoint, bundle_copy, capfd) -> None:
     before = (bundle_copy / NAME).read_bytes()
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
-    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 6 files\n", out)
+    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 9 files\n", out)
     assert re.fullmatch(r"nothing to do, all of it is there; \d+ s\n", err)
     (bundle_copy / "tokenizer.json").write_bytes(b"{}")
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
@@ -136,7 +139,7 @@ def test_inspect_shows_what_is_there(tiny_bundle, capfd) -> None:
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
     assert facts["asked"] == {"checkpoint": "tiny", "precision": "fp32"}
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
-    assert facts["files"] == sizes and len(sizes) == 6
+    assert facts["files"] == sizes and len(sizes) == 9
 
 
 def test_verify_measures_writes_a_page_and_inspect_tells(tiny_checkpoint, bundle_copy, place, capfd) -> None:

@@ -18,7 +18,10 @@ from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import COMPONENTS, NAME, FileFact
 
-FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in (*COMPONENTS, STEP, GUIDED_STEP)))
+FILES = (
+    *("tokenizer.json", "decoder/fp32.onnx.data", "unet/keys.onnx", "unet/keyed.onnx"),
+    *(f"{name}/fp32.onnx" for name in (*COMPONENTS, STEP, GUIDED_STEP)),
+)
 
 
 def edit(folder: Path, **changes: object) -> Bundle:

@@ -19,6 +19,7 @@ from ldm_export.bundle.build_stages import (
     engine_stage,
     graph_stage,
     half_stage,
+    keyed_stage,
     ranges_stage,
     step_stage,
     tokenizer_stage,
@@ -29,7 +30,9 @@ from ldm_export.bundle.stages import Outcome, Stage, run_stage, work_folder
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.components import model_shape
+from ldm_export.graph.keyed_unet import FILES, keyed_specs
 from ldm_export.graph.step_graph import step_specs
+from ldm_runtime.backends.onnxruntime_keyed import KEYS
 from ldm_runtime.bundle import NAME, Bundle, write_whole
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.engine_facts import Engine, engine_from_json
@@ -98,15 +101,16 @@ def build(
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, previous)
         progress("bundle", len(stages), len(stages))
+        components = {
+            name: Component(
+                spec,
+                graph_files(name, precisions if name in specs else ("fp32",), outcomes),
+                _engines(work, name, precision if name in specs else "fp32", engines),
+            )
+            for name, spec in {**specs, **steps}.items()
+        }
         manifest = Manifest(
-            components={
-                name: Component(
-                    spec,
-                    graph_files(name, precisions if name in specs else ("fp32",), outcomes),
-                    _engines(work, name, precision if name in specs else "fp32", engines),
-                )
-                for name, spec in {**specs, **steps}.items()
-            },
+            components=components | _keyed(work, specs["unet"]),
             scheduler=scheduler.to_config(),
             tokenizer=TOKENIZER,
             files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
@@ -158,6 +162,7 @@ def _stages(
     stages = [tokenizer_stage(checkpoint, tools)]
     stages += [graph_stage(checkpoint, name, spec, tools) for name, spec in specs.items()]
     step_stages = [step_stage(spec, tools) for spec in steps.values()]
+    step_stages.append(keyed_stage(work, next(stage for stage in stages if stage.name == "unet.fp32")))
     if settings is not None:
         stages += int8_stages(work, specs, scheduler, settings, {s.name: s.key for s in stages}, progress)
     elif halves := precisions[1:]:
@@ -183,6 +188,13 @@ def _stages(
             for spec, precision, matrix in wanted
         ]
     return stages + step_stages
+
+
+def _keyed(work: Path, unet: ComponentSpec) -> dict[str, Component]:
+    if not (work / FILES[KEYS]).exists():
+        return {}
+    specs = keyed_specs(unet, work / FILES[KEYS])
+    return {name: Component(spec, {"fp32": FILES[name]}) for name, spec in specs.items()}
 
 
 def _engines(work: Path, component: str, precision: str, request: EngineRequest | None) -> tuple[Engine, ...]:

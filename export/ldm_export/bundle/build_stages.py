@@ -23,7 +23,8 @@ from ldm_export.engine.process import build_apart
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.components import MODULES
 from ldm_export.graph.islands import MARGIN
-from ldm_export.graph.onnx_graph import OPSET, export_graph
+from ldm_export.graph.keyed_unet import FILES, FORM, export_keyed
+from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, export_graph
 from ldm_export.graph.precision import half_graph
 from ldm_export.graph.ranges import measure_ranges
 from ldm_export.graph.step_graph import export_step
@@ -80,6 +81,7 @@ def graph_stage(checkpoint: Checkpoint, name: str, spec: ComponentSpec, tools: d
         "seed": checkpoint.random_seed,
         "precision": "fp32",
         "opset": OPSET,
+        "inline": INLINE_BYTES,
         "tools": tools,
     }
     return Stage(f"{name}.fp32", depends, run)
@@ -93,6 +95,18 @@ def step_stage(spec: ComponentSpec, tools: dict[str, str]) -> Stage:
         return _relative(export_step(spec, folder / graph_file(spec.name, "fp32")), folder)
 
     return Stage(f"{spec.name}.fp32", {"spec": repr(spec), "tools": tools}, run)
+
+
+def keyed_stage(work: Path, unet: Stage) -> Stage:
+    """Writes the UNet's fp32 graph, which lies in ``work``, as ONNX Runtime takes it on a CPU; nothing where its form
+    is another."""
+
+    def run(folder: Path) -> list[str]:
+        targets = {component: folder / file for component, file in FILES.items()}
+        (folder / "unet").mkdir()
+        return _relative(export_keyed(work / graph_file("unet", "fp32"), targets), folder)
+
+    return Stage("keyed_unet.fp32", {"graph": unet.key, "form": FORM}, run)
 
 
 def ranges_stage(

@@ -26,9 +26,9 @@ from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
 
 OPSET = 20
-INLINE_BYTES = 500_000_000
-"""Weights beyond this go to one ``.onnx.data`` file beside the graph: a protobuf file cannot exceed 2 GB, and
-is held in memory several times where it is written and read."""
+INLINE_BYTES = 1_000_000
+"""Weights beyond this go to one ``.onnx.data`` file beside the graph: engines map it and other graphs can refer to it,
+while a protobuf file cannot exceed 2 GB and is held in memory several times where it is written and read."""
 TRACED_MIN = 17
 """Smallest height and width assumed in a trace, so that no level of a UNet of up to five is one pixel wide; a size of
 one would be a special case to the tracer, though not to the graph it makes."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.choice import Choice
+from ldm_runtime.backends.choice import Choice, runs_on_cuda
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.backends.tensorrt import TensorRtBackend
 from ldm_runtime.bundle import Bundle
@@ -29,11 +30,18 @@ def opener(
     if choice.backend == "tensorrt":
         return lambda: TensorRtBackend(bundle, component, choice.graph)
     graph = bundle.graph(component, choice.graph)
+    if choice.backend == "onnxruntime" and component == "unet" and _is_keyed(bundle, choice):
+        keys, keyed = ((bundle.graph(name, "fp32"), bundle.manifest.components[name].spec) for name in (KEYS, KEYED))
+        return lambda: KeyedUNetBackend(spec, keys, keyed, threads)
     if choice.backend == "onnxruntime":
         return lambda: OnnxRuntimeBackend(graph, spec, choice.device, threads)
     folder = None if cache is None else cache / _digest(bundle, component, choice.graph)
     constant = "context" if component == "unet" else None
     return lambda: OpenVinoBackend(graph, spec, choice.arithmetic, threads, folder, constant)
+
+
+def _is_keyed(bundle: Bundle, choice: Choice) -> bool:
+    return choice.graph == "fp32" and KEYED in bundle.manifest.components and not runs_on_cuda(choice)
 
 
 def _digest(bundle: Bundle, component: str, precision: str) -> str:
