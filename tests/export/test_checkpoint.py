@@ -44,16 +44,6 @@ LARGE = {  # the published model's configs, with the keys it has and no others
 }
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("original") / "tiny")
-
-
-@pytest.fixture
-def tiny(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "tiny"))
-
-
 def write_configs(folder: Path) -> Path:
     for name, content in LARGE.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

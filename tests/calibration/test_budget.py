@@ -1,0 +1,22 @@
+"""Which layers stay in int8 within a budget."""
+
+from __future__ import annotations
+
+from ldm_calibration.budget import Budget, ranked, select
+from ldm_calibration.trials import Comparison
+
+
+def test_the_selection_releases_the_worst_for_its_work_first() -> None:
+    flops = {"a": 100, "b": 100, "c": 10, "float": 40}
+    order = ranked({"a": 40.0, "b": 20.0, "c": 30.0}, flops)
+    assert order == ["c", "b", "a"] or order == ["b", "c", "a"]
+    quality = {0: 30.0, 1: 38.0, 2: 44.0}
+
+    def trial(layers: list[str]) -> Comparison:
+        return Comparison((quality[3 - len(layers)],), (1.0,), None, None)
+
+    assert select(order, flops, Budget(37, None), trial).layers == tuple(sorted(order[1:]))
+    assert select(order, flops, Budget(30, None), trial).layers == ("a", "b", "c")
+    assert select(order, flops, Budget(44, None), trial).layers == ("a",)
+    failed = select(order, flops, Budget(50, None), trial)
+    assert failed.layers == () and failed.tried[-1] == (0.4, 44.0)

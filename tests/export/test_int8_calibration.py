@@ -1,0 +1,117 @@
+"""Calibrating a real bundle: again, after a kill, within a budget, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from tiny_int8 import PROMPTS, SETTINGS, model_of, part
+
+from ldm_calibration.layers import find_layers
+from ldm_calibration.qdq import Scaling
+from ldm_calibration.sensitivity import unet_sensitivity
+from ldm_calibration.sessions import load_graph
+from ldm_calibration.trajectories import run_trajectories
+from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.int8_report import write_report
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import BuildError
+
+
+def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
+    calibrated: Bundle, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(calibrated.folder, tmp_path / "bundle")
+    before = (folder / "manifest.json").read_bytes()
+    again = calibrate(folder, SETTINGS)
+    assert set(again.origins.values()) == {"kept"}
+    assert write_report(again.bundle)[0].manifest == again.bundle.manifest
+    assert (folder / "manifest.json").read_bytes() == before
+    strict = calibrate(folder, replace(SETTINGS, min_psnr=18.0))
+    assert strict.origins["calibration"] == "made" and strict.origins["unet.fp32"] == "kept"
+    assert "int8" not in strict.bundle.manifest.measured
+    strict.bundle.check()
+
+
+def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(calibrated: Bundle) -> None:
+    held = part(calibrated, "unet")
+    layer = held.chosen[0]
+    source = next(
+        one.source for one in find_layers(load_graph(calibrated.graph("unet", "fp32")).graph) if one.name == layer
+    )
+    fine = unet_sensitivity(model_of(calibrated), SETTINGS, held.sources, held.results, [layer])
+    coarse = {**held.sources, source: Scaling(held.sources[source].threshold * 10, held.sources[source].factors)}
+    rough = unet_sensitivity(model_of(calibrated), SETTINGS, coarse, held.results, [layer])
+    assert rough[layer] < fine[layer] - 6
+
+
+def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    script = (
+        "import sys; from pathlib import Path; from ldm_export.bundle.calibrate import calibrate; "
+        "from ldm_calibration.settings import Settings; "
+        f"calibrate(Path(sys.argv[1]), {SETTINGS!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)])
+    work = tmp_path / ".bundle.part"
+    try:
+        while not (work / "calibration.text_encoder.stage").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    Bundle.open(folder).check()
+    assert Bundle.open(folder).precision == "fp32"
+    told: list[str] = []
+    built = calibrate(folder, SETTINGS, lambda stage, done, total: told.append(stage))
+    assert "calibration.trajectories" not in told and "calibration.text_encoder.ranges" not in told
+    assert "calibration.decoder.ranges" in told and built.bundle.precision == "int8" and not work.exists()
+    built.bundle.check()
+
+
+def test_a_budget_that_cannot_be_met_says_what_can_be(bundle_copy: Path) -> None:
+    before = (bundle_copy / "manifest.json").read_bytes()
+    with pytest.raises(
+        BuildError, match=r"^unet: the budget \(90 dB\) cannot be met .*What can be: [\d.]+ dB with 8\d%.*--min-psnr"
+    ) as caught:
+        calibrate(bundle_copy, replace(SETTINGS, min_psnr=90.0))
+    assert "\n" not in str(caught.value)
+    assert (bundle_copy / "manifest.json").read_bytes() == before
+
+
+def test_without_prompts_it_is_refused(bundle_copy: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
+    refused("calibrate", bundle_copy, said="int8 is calibrated on real prompts, got none")
+    refused("build", "-o", "new", "--min-psnr", "30", said="--min-psnr: of int8; give --precision int8 too")
+    refused("calibrate", tmp_path / "none", said="no such folder")
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    for options, said in (
+        (("--min-psnr", "-1"), "min psnr: got -1.0"),
+        (("--max-accuracy-loss", "2"), "max accuracy loss: got 2.0"),
+        (("--calibration-steps", "1"), "steps: got 1"),
+        (("--trials", "0"), "--trials: got 0"),
+    ):
+        refused("calibrate", bundle_copy, "--prompts", "p.txt", *options, said=said)
+
+
+def test_a_model_that_gives_nan_is_refused(calibrated: Bundle, tmp_path: Path) -> None:
+    model = model_of(calibrated)
+    damaged = ir.load(model.graphs["unet"])
+    weight = damaged.graph.initializers["unet.conv_in.weight"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e38), name=weight.name)
+    ir.save(damaged, tmp_path / "unet.onnx")
+    broken = replace(model, graphs={**model.graphs, "unet": tmp_path / "unet.onnx"})
+    with pytest.raises(BuildError, match=r"^unet: gives NaN or infinity in fp32"):
+        run_trajectories(broken, PROMPTS, 3, 0.3, 6.0)
+    with pytest.raises(BuildError, match=r"^prompts: got none"):
+        run_trajectories(model, [], 3, 0.3, 6.0)

@@ -1,0 +1,43 @@
+"""Engine rooms of the shipped model: open ones, and ones whose steps stand at a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from gate import Gate
+
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.engine_room import EngineRoom
+from ldm_runtime.limits import Limits
+
+
+@pytest.fixture(scope="module")
+def pipeline(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle, backend="onnxruntime", precision="fp32") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def room(pipeline: LatentDiffusionPipeline) -> Iterator[EngineRoom]:
+    with EngineRoom(pipeline) as open_room:
+        yield open_room
+
+
+@pytest.fixture
+def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple]]:
+    """Makes a room whose UNet calls stand at a gate, with one request of many steps running already."""
+    rooms = []
+
+    def make(**limits) -> tuple[EngineRoom, Gate]:
+        gate = Gate(pipeline.backends["unet"].run)
+        room = EngineRoom(pipeline, Limits(**limits))
+        monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
+        rooms.append((room, gate))
+        return room, gate
+
+    yield make
+    for room, gate in rooms:
+        gate.open()
+        room.close()
