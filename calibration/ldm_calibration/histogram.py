@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 4096
+LOWEST_TOP = 2.0**-100
+"""Bins of a smaller range could not be told apart in float32; what is smaller falls in the first."""
 
 
 @dataclass
 class Histogram:
     """Counts of |x| in ``BINS`` equal bins from 0 to ``top``.
 
-    ``top`` is a power of two; it doubles, and neighbouring bins are merged, when a larger value comes. So the counts do
+    ``top`` is a power of two, at least ``LOWEST_TOP``; it doubles, and neighbouring bins are merged, when a larger value comes. So the counts do
     not depend on the order of the values.
 
     Attributes:
@@ -56,7 +58,7 @@ class Histogram:
 
     def _reach(self, largest: float) -> None:
         if largest and not self.top:
-            self.top = float(2.0 ** np.ceil(np.log2(largest)))
+            self.top = max(float(2.0 ** np.ceil(np.log2(largest))), LOWEST_TOP)
         while largest > self.top:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
