@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +17,8 @@ LOWEST_TOP = 2.0**-100
 class Histogram:
     """Counts of |x| in ``BINS`` equal bins from 0 to ``top``.
 
-    ``top`` is a power of two, at least ``LOWEST_TOP``; it doubles, and neighbouring bins are merged, when a larger value comes. So the counts do
-    not depend on the order of the values.
+    ``top`` is a power of two above all values, at least ``LOWEST_TOP``; it doubles, and neighbouring bins are merged,
+    when a larger value comes. So the counts do not depend on the order of the values.
 
     Attributes:
         top: upper end of the last bin; 0 while nothing but zeros has been seen.
@@ -47,7 +48,7 @@ class Histogram:
         self.lowest = min(self.lowest, float(values.min(initial=0.0)))
         self._reach(largest)
         if self.top:
-            places = np.minimum((magnitudes * np.float32(BINS / self.top)).astype(np.int32), BINS - 1)
+            places = (magnitudes * np.float32(BINS / self.top)).astype(np.int32)
             fresh = np.bincount(places, minlength=BINS)
             self.counts += fresh
             now = quantile_of(fresh, self.top, quantile)
@@ -57,9 +58,11 @@ class Histogram:
         self.moving = now if self.moving is None else momentum * self.moving + (1 - momentum) * now
 
     def _reach(self, largest: float) -> None:
-        if largest and not self.top:
-            self.top = max(float(2.0 ** np.ceil(np.log2(largest))), LOWEST_TOP)
-        while largest > self.top:
+        if not largest:
+            return
+        if not self.top:
+            self.top = max(2.0 ** math.frexp(largest)[1], LOWEST_TOP)
+        while largest >= self.top:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
 

@@ -40,6 +40,7 @@ def quantized(array: np.ndarray, clip: float) -> np.ndarray:
 
 
 @example([1.4e-45, 0.0], 1, Random(0))
+@example([0.5, 1.0], 2, Random(0))
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60), st.integers(1, 8), st.randoms())
 def test_counts_are_numpys_whatever_the_order_and_the_parts(given_: list[float], parts: int, random: object) -> None:
     array = np.array(given_, np.float32)
@@ -50,7 +51,7 @@ def test_counts_are_numpys_whatever_the_order_and_the_parts(given_: list[float],
     assert (histogram.top, histogram.counts.tolist()) == (other.top, other.counts.tolist())
     assert histogram.counts.sum() == len(array) and histogram.largest == np.abs(array).max()
     if histogram.top > 1e-30:
-        assert histogram.top / 2 < histogram.largest <= histogram.top
+        assert histogram.top / 2 <= histogram.largest < histogram.top
 
 
 @pytest.mark.parametrize("name", SPREADS)
