@@ -134,8 +134,9 @@ class Plan:
         """Standard normal float32 of ``shape`` without end: the starting latents unless given, then each step's."""
         generators = [TorchGenerator(seed) for seed in self.seeds]
         shape = self.shape if len(generators) == 1 else (1, *self.shape[1:])
+        streams = [generator.endless(shape) for generator in generators]
         while True:
-            yield np.concatenate([generator.randn(shape) for generator in generators])
+            yield np.concatenate([next(stream) for stream in streams])
 
 
 def guided_steps(interval: tuple[float, float], steps: int) -> range:

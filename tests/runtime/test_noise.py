@@ -20,12 +20,16 @@ def assert_same_stream(seed: int, shapes: list[tuple[int, ...]]) -> None:
     theirs, ours = torch.Generator().manual_seed(seed), TorchGenerator(seed)
     for shape in shapes:
         expected, found = torch.randn(shape, generator=theirs).numpy(), ours.randn(shape)
-        assert found.dtype == np.float32
-        assert found.shape == shape
-        if VECTORISED or expected.size < 16:
-            assert found.tobytes() == expected.tobytes(), (seed, shape)
-        else:
-            np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
+        assert_same(expected, found)
+
+
+def assert_same(expected: np.ndarray, found: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    if VECTORISED or expected.size < 16:
+        assert found.tobytes() == expected.tobytes()
+    else:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -36,6 +40,13 @@ def test_latents_and_the_noise_of_the_steps_after_them(seed: int) -> None:
 @pytest.mark.parametrize("size", range(50))
 def test_every_small_size_and_what_follows_it(size: int) -> None:
     assert_same_stream(size, [(size,), (1,), (size,), (16,)])
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 4, 8, 8), (2, 4, 5, 6), (1, 4, 64, 64), (1, 4, 7, 7), (0, 16)])
+def test_endless_noise_is_torchs_call_after_call(shape: tuple[int, ...]) -> None:
+    generator, found = torch.Generator().manual_seed(6), TorchGenerator(6).endless(shape)
+    for _ in range(40):
+        assert_same(torch.randn(shape, generator=generator).numpy(), next(found))
 
 
 def test_a_million_values() -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from ldm_runtime.errors import LdmError
 from ldm_runtime.triton.wire import Tensors
 
-WATCH = 0.02
-"""Seconds between two looks at whether callers still want their answers."""
+WATCH, LOOK = 0.02, 0.004
+"""Seconds from one look at whether callers still want their answers to the next, and at least so many per caller: each
+look is a message to the server and back, and takes its time from the cores that the UNet runs on."""
 _log = logging.getLogger(__name__)
 
 
@@ -93,7 +94,7 @@ class OpenRequests:
                     request.cancel()
                     request.cancel = None
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, WATCH)
+                self._changed.wait_for(lambda: self._closing, max(WATCH, LOOK * len(watched)))
 
     def close(self) -> None:
         """End the thread."""

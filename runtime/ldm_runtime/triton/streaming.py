@@ -75,10 +75,11 @@ class Streaming:
             preview_every=wish.preview_every,
         )
         name, steps = str(options.get(ID, "")), wish.request.num_inference_steps
-        if name:
+        if name:  # of `ldm`, which tells when its caller has gone
             self._named[name] = ticket
-        request.cancel = ticket.cancel
-        self._open.add(request)
+        else:
+            request.cancel = ticket.cancel
+            self._open.add(request)
         return ticket.future.add_done_callback(lambda future: self._done(request, name, steps, future))
 
     def _tell(self, request: OpenRequest, step: Any) -> None:
