@@ -216,6 +216,7 @@ def main() -> None:
         "bars": {
             "share at 16, steps": last["room_steps_share"] >= BAR,
             "share at 16, whole pictures": last["room_share"] >= BAR,
+            "share at 16, through Triton": last["triton_share"] >= BAR,
             "own work a step at 16": most <= STEP_BAR,
         },
     }

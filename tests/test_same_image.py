@@ -120,6 +120,43 @@ def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.Monk
             ours.steps(Request(PROMPTS[:1]), wrong)
 
 
+def held_by_hand(ours, every: int, steps: int) -> np.ndarray:
+    plan = Request(PROMPTS[0], seed=0, guidance_scale=6.0, num_inference_steps=steps).plan(ours.geometry)
+    schedule, context = ours.scheduler.schedule(steps, 0.0), ours.context(plan)
+    latents = next(plan.noise())
+    for index, timestep in enumerate(schedule.timesteps):
+        times = np.full(1, timestep, np.int64)
+        if index % every:
+            prompted = ours.unet(latents, times, ours.unet.encode(context[1:]))
+        else:
+            both = ours.unet(latents.repeat(2, 0), times.repeat(2), ours.unet.encode(context))
+            direction, prompted = both[1:] - both[:1], both[1:]
+        latents = schedule.step(latents, prompted + np.float32(5) * direction, index)
+    return np.asarray(ours.decode(latents)[0])
+
+
+def test_guidance_held_between_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    run = ours.backends["unet"].run
+    options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0}
+    whole = picture(ours, PROMPTS[:1], **options)
+    assert np.array_equal(picture(ours, PROMPTS[:1], guidance_every=1, **options), whole)
+    monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
+    held = picture(ours, PROMPTS[:1], guidance_every=3, **options)
+    assert rows == [2, 1, 1, 2, 1, 1, 2, 1, 1, 2]
+    rows.clear()
+    picture(ours, PROMPTS[:1], guidance_every=2, guidance_interval=(0.3, 0.8), **options)
+    assert rows == [1, 1, 1, 2, 1, 2, 1, 2, 1, 1]
+    unguided = picture(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0})
+    assert_same(held, held_by_hand(ours, 3, 10)[None])
+    np.testing.assert_array_equal(
+        picture(ours, PROMPTS[:1], guidance_every=3, **options | {"guidance_scale": 1.0}), unguided
+    )
+    for wrong in (0, -1, 1.5, True, "2"):
+        with pytest.raises(SpecError, match="guidance_every: got"):
+            ours.steps(Request(PROMPTS[:1]), guidance_every=wrong)
+
+
 def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:
     request = Request(PROMPTS[:1], seed=0, num_inference_steps=5)
     steps = ours.steps(request)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -21,9 +20,11 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
+from ldm_runtime.generation import Generation, Step
+from ldm_runtime.guidance import WHOLE, Branches, branches
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.manifest import COMPONENTS
-from ldm_runtime.request import WHOLE, Geometry, Plan, Request, guided_steps
+from ldm_runtime.request import Geometry, Plan, Request
 from ldm_runtime.schedule import Schedule
 from ldm_runtime.signature import check_signature
 from ldm_runtime.texts import Texts
@@ -31,29 +32,6 @@ from ldm_runtime.tokenizer import Tokenizer
 from ldm_runtime.unet import UNet
 
 F32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One finished denoising step: its index from 0, how many there are, its timestep, and what reads the latents."""
-
-    index: int
-    total: int
-    timestep: int
-    read: Callable[[], F32]
-
-    @cached_property
-    def latents(self) -> F32:
-        """The latents after it, float32 [B, C, h, w]: to be asked for before the next step, where a device has them."""
-        return self.read()
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """What a call gives: PIL images in the order of the prompts, those of one prompt side by side, and the latents."""
-
-    images: list[Image.Image]
-    latents: F32
 
 
 class LatentDiffusionPipeline:
@@ -145,6 +123,7 @@ class LatentDiffusionPipeline:
         images_per_prompt: int = 1,
         latents: F32 | None = None,
         guidance_interval: tuple[float, float] = WHOLE,
+        guidance_every: int = 1,
         progress: Callable[[Step], None] = lambda step: None,
     ) -> Generation:
         """Generate images; arguments as in ``Request`` and ``steps``, and ``progress`` is called after each step.
@@ -166,27 +145,29 @@ class LatentDiffusionPipeline:
             latents=latents,
         )
         last = None
-        for last in self.steps(request, guidance_interval):
+        for last in self.steps(request, guidance_interval, guidance_every):
             progress(last)
         assert last is not None
         return Generation(self.decode(last.latents), last.latents)
 
-    def steps(self, request: Request, guidance_interval: tuple[float, float] = WHOLE) -> Iterator[Step]:
+    def steps(
+        self, request: Request, guidance_interval: tuple[float, float] = WHOLE, guidance_every: int = 1
+    ) -> Iterator[Step]:
         """The denoising loop, a step at a time: the caller owns progress and may stop at any of them.
 
         The request is checked before the iterator is returned; errors as in ``__call__``.
 
         Args:
-            guidance_interval: shares of the steps between which guidance is on; the others compute the prompted branch
-                alone, half the work, and give another picture (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+            guidance_interval, guidance_every: as of ``guidance.branches``; steps that do not compute the unguided
+                branch are half the work, and give another picture.
         """
         plan = request.plan(self.geometry)
         schedule = self.scheduler.schedule(request.num_inference_steps, request.eta)
-        return self._denoise(plan, schedule, guided_steps(guidance_interval, len(schedule.timesteps)))
+        return self._denoise(plan, schedule, branches(guidance_interval, guidance_every, len(schedule.timesteps)))
 
-    def _denoise(self, plan: Plan, schedule: Schedule, guided_at: range) -> Iterator[Step]:
+    def _denoise(self, plan: Plan, schedule: Schedule, computed: Sequence[Branches]) -> Iterator[Step]:
         conditioning = self.unet.encode(self.context(plan))
-        if self.loop is not None and schedule.affine and len(guided_at) == len(schedule.timesteps):
+        if self.loop is not None and schedule.affine and set(computed) <= {Branches.BOTH}:
             on_device = self.loop.steps(plan, schedule, conditioning)
             for index, (timestep, read) in enumerate(zip(schedule.timesteps, on_device, strict=True)):
                 yield Step(index, len(schedule.timesteps), int(timestep), read)
@@ -195,14 +176,18 @@ class LatentDiffusionPipeline:
         noise = plan.noise()
         latents = next(noise) if plan.latents is None else plan.latents
         guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
-        for index, timestep in enumerate(schedule.timesteps):
-            guided = plan.guided and index in guided_at
-            sample = np.concatenate([latents, latents]) if guided else latents
-            shared = conditioning if guided else prompted_alone
+        direction = np.zeros_like(latents)
+        for index, (timestep, branch) in enumerate(zip(schedule.timesteps, computed, strict=True)):
+            both = plan.guided and branch is Branches.BOTH
+            sample = np.concatenate([latents, latents]) if both else latents
+            shared = conditioning if both else prompted_alone
             predicted = self.unet(sample, np.full(len(sample), timestep, np.int64), shared)
-            if guided:
+            if both:
                 unguided, prompted = np.split(predicted, 2)
-                predicted = unguided + guidance * (prompted - unguided)
+                direction = prompted - unguided
+                predicted = unguided + guidance * direction
+            elif plan.guided and branch is Branches.HELD:
+                predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
             latents = schedule.step(latents, predicted, index, next(noise) if schedule.needs_noise else None)
             yield Step(index, total, int(timestep), partial(_itself, latents))
 

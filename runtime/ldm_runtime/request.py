@@ -15,8 +15,6 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.specs import Axis, TensorSpec
 
-WHOLE = (0.0, 1.0)
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -137,21 +135,6 @@ class Plan:
         streams = [generator.endless(shape) for generator in generators]
         while True:
             yield np.concatenate([next(stream) for stream in streams])
-
-
-def guided_steps(interval: tuple[float, float], steps: int) -> range:
-    """The indices of the steps that lie between two shares of them, 0 ≤ start ≤ end ≤ 1.
-
-    Raises:
-        SpecError: not two such numbers.
-    """
-    fits = isinstance(interval, list | tuple) and len(interval) == 2
-    if not fits or any(isinstance(share, bool) or not isinstance(share, int | float) for share in interval):
-        raise SpecError(f"guidance_interval: got {reprlib.repr(interval)}, expected two numbers from 0 to 1")
-    start, end = interval
-    if not 0 <= start <= end <= 1:
-        raise SpecError(f"guidance_interval: got {start:g} to {end:g}, expected 0 <= start <= end <= 1")
-    return range(round(start * steps), round(end * steps))
 
 
 def fresh_seed() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.tally import Tally
 from ldm_runtime.ticket import Pictures, Progress, Ticket
 
+PIXELS_AT_ONCE = 2**18
+"""Pixels that are decoded together, as many as one picture of 512×512 has: more take more memory, not less time."""
 _log = logging.getLogger(__name__)
 Tell = Callable[[Ticket, Progress | Pictures | LdmError], None]
 
@@ -88,11 +92,10 @@ class Running:
             self._batches = {size: other for size, other in self._batches.items() if other is not batch}
             self._failed([member.ticket for member in batch.members], error)
             return
-        for member in list(batch.members):
+        for member in batch.members:
             if member.ticket.progress is not None:
                 self._progress(member)
-            if member.done:
-                self._finish(member.ticket, batch.leave(member))
+        self._finish([(member.ticket, batch.leave(member)) for member in list(batch.members) if member.done])
 
     def abandon(self, reason: LdmError) -> None:
         """End all of them."""
@@ -109,16 +112,33 @@ class Running:
             member.foreseen = None
         self._tell(member.ticket, Progress(member.index - 1, len(member.ticket.schedule.timesteps), preview))
 
-    def _finish(self, ticket: Ticket, latents: F32) -> None:
-        try:
-            with self._tally.time("decode"):
-                images = self._images(latents)
-        except Exception as error:
-            self._failed([ticket], error)
-            return
-        begun = ticket.begun or ticket.submitted
-        worked = time.monotonic() - begun
-        self._tell(ticket, Pictures(images, ticket.plan.seeds, begun - ticket.submitted, worked))
+    def _finish(self, done: Sequence[tuple[Ticket, F32]]) -> None:
+        """Decode those that are done, small ones together; where that fails, each alone."""
+        left = list(done)
+        while left:
+            count = self._decoded_at_once([latents for _, latents in left])
+            group, left = left[:count], left[count:]
+            try:
+                with self._tally.time("decode"):
+                    images = self._images(np.concatenate([latents for _, latents in group]))
+            except Exception as error:
+                if count > 1:
+                    for alone in group:
+                        self._finish([alone])
+                else:
+                    self._failed([group[0][0]], error)
+                continue
+            for ticket, latents in group:
+                own, images = images[: len(latents)], images[len(latents) :]
+                begun = ticket.begun or ticket.submitted
+                worked = time.monotonic() - begun
+                self._tell(ticket, Pictures(own, ticket.plan.seeds, begun - ticket.submitted, worked))
+
+    def _decoded_at_once(self, latents: Sequence[F32]) -> int:
+        """How many of them, from the first on: at least one."""
+        geometry = self._pipeline.geometry
+        room = min(geometry.images, PIXELS_AT_ONCE // (math.prod(latents[0].shape[2:]) * geometry.factor**2))
+        return max(1, sum(total <= room for total in accumulate(map(len, latents))))
 
     def _images(self, latents: F32) -> NDArray[np.uint8]:
         return np.ascontiguousarray(to_uint8(self._pipeline.backends["decoder"].run({"latents": latents})["image"]))

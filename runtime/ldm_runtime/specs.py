@@ -146,19 +146,23 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in spec.inputs:
         array = feed[tensor.name]
-        where = f"{spec.name}: input {tensor}: got {array.dtype} {list(array.shape)}"
-        if array.dtype != np.dtype(tensor.dtype) or array.ndim != len(tensor.shape):
-            raise SpecError(f"{where}, expected another dtype or rank; convert it with astype or reshape")
-        for dim, size in zip(tensor.shape, array.shape, strict=True):
-            if isinstance(dim, int):
-                if size != dim:
-                    raise SpecError(f"{where}, expected {dim} where {size} stands")
-                continue
-            low, high = dim.min * dim.scale, dim.max * dim.scale
-            if not dim.admits(size):
-                raise SpecError(f"{where}, {dim.symbol} must lie in {low}..{high} in steps of {dim.scale}")
-            value, first = sizes.setdefault(dim.name, (size // dim.scale, tensor.name))
-            if value != size // dim.scale:
-                raise SpecError(
-                    f"{where}, {dim.name} is {value} in {first} and {size // dim.scale} here; they must agree"
-                )
+        if wrong := _misfit(tensor, array, sizes):
+            got = f"{spec.name}: input {tensor}: got {array.dtype} {list(array.shape)}"
+            raise SpecError(f"{got}, {wrong}")
+
+
+def _misfit(tensor: TensorSpec, array: NDArray[Any], sizes: dict[str, tuple[int, str]]) -> str | None:
+    """What is wrong with one input; ``sizes`` has each axis' size so far and where it stood, and gets those of this."""
+    if array.dtype != tensor.dtype or array.ndim != len(tensor.shape):
+        return "expected another dtype or rank; convert it with astype or reshape"
+    for dim, size in zip(tensor.shape, array.shape, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                return f"expected {dim} where {size} stands"
+            continue
+        if not dim.admits(size):
+            return f"{dim.symbol} must lie in {dim.min * dim.scale}..{dim.max * dim.scale} in steps of {dim.scale}"
+        value, first = sizes.setdefault(dim.name, (size // dim.scale, tensor.name))
+        if value != size // dim.scale:
+            return f"{dim.name} is {value} in {first} and {size // dim.scale} here; they must agree"
+    return None

@@ -195,3 +195,11 @@ def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grp
     after = triton_server.figures()
     calls = after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"]
     assert calls < sum(wish["STEPS"] for wish in wishes) / 2  # they shared them
+
+
+def test_answers_that_come_at_once_are_all_given(grpc: Grpc) -> None:
+    wish = {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 1}
+    first = grpc.ask(wish).result().as_numpy("IMAGE")
+    for _ in range(60):
+        for ask in [grpc.ask(wish) for _ in range(16)]:
+            assert apart(ask.result().as_numpy("IMAGE"), first) <= 1

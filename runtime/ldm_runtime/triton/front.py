@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_runtime.errors import LdmError, QueueFullError
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
+from ldm_runtime.triton.parcels import Parcels
 from ldm_runtime.triton.settings import Settings
 from ldm_runtime.triton.wire import CANCEL, ID, Tensors, parameters
 
@@ -39,7 +40,7 @@ class Front:
         self._most = limits.queue + limits.rows * limits.heights_and_widths + SPARE
         self._threads = ThreadPoolExecutor(self._most, "ldm-front")
         self._cancels = ThreadPoolExecutor(4, "ldm-cancel")
-        self._open = OpenRequests()
+        self._open, self._parcels = OpenRequests(), Parcels()
         self._passed = threading.Semaphore(self._most)
 
     def execute(self, requests: list[Any]) -> None:
@@ -58,10 +59,13 @@ class Front:
         try:
             options = {**parameters(request.parameters), ID: name}
             options.pop(CANCEL, None)
-            request.send(self._ask(request.inputs, options, request.wanted), last=True)
+            self._parcels.open(name)
+            found = self._ask(request.inputs, options, request.wanted)
+            request.send(self._parcels.take(name) or found, last=True)
         except Exception as error:
             request.fail(error)
         finally:
+            self._parcels.drop(name)
             self._passed.release()
 
     def _cancel(self, name: str) -> None:
@@ -86,3 +90,4 @@ class Front:
         self._threads.shutdown()
         self._cancels.shutdown()
         self._open.close()
+        self._parcels.close()

@@ -12,6 +12,7 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.ticket import Pictures, Ticket
 from ldm_runtime.triton.meters import Meters
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
+from ldm_runtime.triton.parcels import Parcels
 from ldm_runtime.triton.per_step import PerStepUNet
 from ldm_runtime.triton.settings import PER_STEP, Settings, version_folder
 from ldm_runtime.triton.wire import CANCEL, CHECK, ID, answer, asked, parameters, told
@@ -38,7 +39,7 @@ class Streaming:
             self._room = EngineRoom(pipeline, settings.limits, prove=settings.unet != PER_STEP)
         except LdmError as error:
             raise self.pb.TritonModelException(str(error)) from None
-        self._open = OpenRequests()
+        self._open, self._parcels = OpenRequests(), Parcels()
         self._named: dict[str, Ticket] = {}
         self._meters = Meters(self.pb, args, self._room.figures)
 
@@ -91,8 +92,14 @@ class Streaming:
         error = future.exception()
         if error is not None:
             return request.fail(error)
-        pictures = future.result()
-        return request.send(answer(pictures, steps, request.wanted), last=True)
+        tensors = answer(future.result(), steps, request.wanted)
+        try:
+            if self._parcels.awaited(name):
+                self._parcels.fill(name, tensors)
+                tensors = {}
+        except OSError as full:
+            return request.fail(full)
+        return request.send(tensors, last=True)
 
     def finalize(self) -> None:
         """Finish what runs, within bounds, and free everything."""
