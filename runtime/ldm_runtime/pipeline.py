@@ -93,7 +93,7 @@ class LatentDiffusionPipeline:
         manifest = bundle.manifest
         check_signature(manifest.components)
         scheduler = DDIM.from_config(manifest.scheduler)
-        choice = choose(bundle, backend, precision, device)
+        choice = choose(bundle, backend, precision, device, once=not keep_loaded)
         backends = {
             name: OnFirstUse(
                 manifest.components[name].spec,

@@ -17,8 +17,8 @@ from ldm_runtime.manifest import COMPONENTS
 BACKENDS = ("auto", "onnxruntime", "openvino", "tensorrt")
 
 SMALL = 100 * 10**6
-"""Bytes of a UNet in fp32 below which ONNX Runtime's calls, which cost less, outweigh OpenVINO's faster products. On
-two cores ONNX Runtime was 1.2 times as fast with 22 MB, OpenVINO in bf16 2.3 times with 3.5 GB: between is a guess."""
+"""Bytes of a UNet in fp32 below which one picture is there sooner with ONNX Runtime: OpenVINO draws it faster, but
+compiles longer than that before. With 22 MB, 0.6 s against 1.4 s from start to end; with more a guess."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,19 @@ class Choice:
         return f"{self.backend}, {self.graph} graphs computed in {self.arithmetic}: {self.reason}"
 
 
-def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None, device: str = "auto") -> Choice:
+def choose(
+    bundle: Bundle,
+    backend: str = "auto",
+    precision: str | None = None,
+    device: str = "auto",
+    *,
+    once: bool = False,
+) -> Choice:
     """Decide what runs a bundle; nothing of it is loaded.
 
     "auto" takes, of what is installed and has what it needs here: TensorRT with an engine in the bundle, ONNX Runtime
-    on CUDA, OpenVINO, ONNX Runtime on the CPU; a small model runs on the latter before OpenVINO. OpenVINO computes in
-    bf16 where the CPU does, unless ``precision`` is "fp32"; the others compute in their graphs' precision.
+    on CUDA, OpenVINO, ONNX Runtime on the CPU; for a small model that is run ``once``, the latter before OpenVINO.
+    OpenVINO computes in bf16 where the CPU does, unless ``precision`` is "fp32"; the others in their graphs' precision.
 
     Raises:
         BackendError: the backend is unknown or not installed, or the CPU lacks what was asked for.
@@ -66,7 +73,7 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None, 
         return _openvino(bundle, precision, "as asked")
     if backend != "auto":
         return Choice(backend, device, graph, graph, "as asked")
-    for choice in _candidates(bundle, graph, precision, device):
+    for choice in _candidates(bundle, graph, precision, device, once):
         return choice
     raise BackendError('no engine is installed; `pip install "ldm-export[openvino]"` (or [onnxruntime], [gpu])')
 
@@ -76,17 +83,16 @@ def runs_on_cuda(choice: Choice) -> bool:
     return choice.device == "cuda" or (choice.device == "auto" and _has_gpu() and _has_cuda_provider())
 
 
-def _candidates(bundle: Bundle, graph: str, precision: str | None, device: str) -> Iterator[Choice]:
+def _candidates(bundle: Bundle, graph: str, precision: str | None, device: str, once: bool) -> Iterator[Choice]:
     if device in ("auto", "cuda"):
         if _has_engines(bundle, graph) and _has_gpu():
             yield Choice("tensorrt", device, graph, graph, "the bundle has engines and there is a GPU")
         if find_spec("onnxruntime") and (device == "cuda" or (_has_gpu() and _has_cuda_provider())):
             yield Choice("onnxruntime", device, graph, graph, "it has a CUDA provider")
     if device in ("auto", "cpu"):
-        if find_spec("onnxruntime") and precision in (None, "fp32") and graph != "int8" and _is_small(bundle):
-            yield Choice(
-                "onnxruntime", "cpu", "fp32", "fp32", "the fastest installed for this CPU and so small a model"
-            )
+        exact = precision in (None, "fp32") and graph != "int8"
+        if once and exact and find_spec("onnxruntime") and _is_small(bundle):
+            yield Choice("onnxruntime", "cpu", "fp32", "fp32", "the soonest done with one picture of so small a model")
         if find_spec("openvino") and (precision != "bf16" or has_bf16()):
             yield _openvino(bundle, precision, "the fastest installed for this CPU")
         if find_spec("onnxruntime"):
