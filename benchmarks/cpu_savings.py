@@ -1,5 +1,6 @@
-"""What each saving of the OpenVINO backend is worth by itself: with and without it in turns, in one process.
+"""What each saving on the CPU is worth by itself: with and without it in turns, in one process.
 
+keyed, in ONNX Runtime: fused attention, and keys and values computed once for a prompt; and by how much results differ.
 prepared: keys and values of cross-attention, computed once for a prompt, not at every step; equal to the bit.
 folded: doubling and convolution as four small convolutions, in bf16 arithmetic; error against fp32 with and without.
 And the share of a step that the timestep's embedding and projections take, which are computed at every step.
@@ -21,6 +22,8 @@ import numpy as np
 
 from ldm_runtime import Bundle
 from ldm_runtime.backends import openvino_shapes
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.specs import dummy_inputs
 
@@ -35,13 +38,14 @@ def main() -> None:
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     savings = {
+        "keyed, unet": keyed(bundle, args.runs),
         "prepared, unet": prepared(bundle, args.runs),
         "folded, unet": folded(bundle, "unet", args.runs),
         "folded, decoder": folded(bundle, "decoder", args.runs),
     }
     facts = {
         "machine": platform.processor() or platform.machine(),
-        "tools": {"openvino": version("openvino")},
+        "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         "bundle": str(bundle.manifest.asked.get("checkpoint")),
         "savings": savings,
         "timestep_share_of_a_step": timestep_share(bundle),
@@ -50,6 +54,17 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def keyed(bundle: Bundle, runs: int) -> dict[str, Any]:
+    feed, parts = given(bundle, "unet"), bundle.manifest.components
+    plain = OnnxRuntimeBackend(bundle.graph("unet", "fp32"), parts["unet"].spec, "cpu")
+    graphs = [(bundle.graph(name, "fp32"), parts[name].spec) for name in (KEYS, KEYED)]
+    made = KeyedUNetBackend(parts["unet"].spec, *graphs)
+    shared = {**feed, **made.prepare({"context": feed["context"]})}
+    results, speed = in_turns(lambda: plain.run(feed)["noise_pred"], lambda: made.run(shared)["noise_pred"], runs)
+    apart = np.abs(results[0] - results[1]).max() / np.abs(results[0]).max()
+    return {"speed": speed, "largest_difference_of_scale": float(apart)}
 
 
 def prepared(bundle: Bundle, runs: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ldm_export.bench.figures import Timing, machine, speedup
 from ldm_export.bench.workers import Facts, Worker, rounds
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import BackendError
+from ldm_runtime.images import psnr
 
 REFERENCE = "diffusers fp32"
 GUIDANCE, SEED, TOKENS, WARM_STEPS = 6.0, 7, 77, 2
@@ -58,8 +59,8 @@ def openvino_peer(unet: str, share: float) -> Peer:
     return Peer("openvino_worker.py", "optimum", {"unet": unet, "precision": "bf16"}, share, unet)
 
 
-def ours(backend: str, precision: str | None, share: float) -> Peer:
-    return Peer("ours_worker.py", "", {"backend": backend, "precision": precision}, share)
+def ours(backend: str, precision: str, share: float, every: int = 1) -> Peer:
+    return Peer("ours_worker.py", "", {"backend": backend, "precision": precision, "every": every}, share)
 
 
 PEERS = {
@@ -72,9 +73,12 @@ PEERS = {
     "optimum-intel int8": openvino_peer("unet-int8.xml", 0.6),
     "ldm-export onnxruntime fp32": ours("onnxruntime", "fp32", 1.4),
     "ldm-export openvino fp32": ours("openvino", "fp32", 2.1),
-    "ldm-export float": ours("auto", None, 1.6),
+    "ldm-export float": ours("auto", "float", 1.6),
     "ldm-export int8": ours("auto", "int8", 0.6),
+    "ldm-export float, guidance each 3rd step": ours("auto", "float", 1.6, 3),
+    "ldm-export int8, guidance each 3rd step": ours("auto", "int8", 1.2, 3),
 }
+"""The last two draw nearly the same pictures (benchmarks/guidance.py), by the steps of the two before."""
 
 
 def main() -> None:
@@ -96,6 +100,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="make what is missing, and time nothing")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    if args.what == "unet":
+        args.only = [name for name in args.only if PEERS[name].settings.get("every", 1) == 1]
     checkpoint, exports = prepare(args)
     if args.prepare:
         return
@@ -204,8 +210,7 @@ def measure(
             **({"choice": worker.facts["choice"]} if "choice" in worker.facts else {}),
         }
         if args.what == "image":
-            error = float(np.square(got - expected).mean())
-            fact["psnr"] = 10 * float(np.log10(255**2 / error)) if error else None
+            fact["psnr"] = psnr(got, expected, 255.0)
         facts["peers"].setdefault(worker.name, fact)
 
 

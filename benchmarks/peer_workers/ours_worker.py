@@ -9,12 +9,15 @@ from task import Command, Task, latents
 
 from ldm_export.bench.figures import versions
 from ldm_export.bench.obeying import obey
+from ldm_runtime.backends.openvino import has_bf16
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: bundle, backend, precision, threads."""
+    """Settings: bundle, backend, precision ("float": the fastest that is no int8), every (of guidance), threads."""
     options = {name: settings[name] for name in ("backend", "precision", "threads")}
+    if options["precision"] == "float":
+        options["precision"] = "bf16" if has_bf16() else "fp32"
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
     kept: dict[int, dict] = {}
 
@@ -31,6 +34,7 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
             guidance_scale=command["guidance"],
             num_inference_steps=command["steps"],
             latents=latents(command),
+            guidance_every=settings["every"],
             **options,
         ).images
 

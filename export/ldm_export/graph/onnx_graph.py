@@ -35,7 +35,7 @@ one would be a special case to the tracer, though not to the graph it makes."""
 
 
 def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
-    """Trace ``module`` and write ``target`` (and ``target``.data beyond 0.5 GB of weights).
+    """Trace ``module`` and write ``target`` (and ``target``.data beyond 1 MB of weights).
 
     The trace runs on fake tensors, so no activation and no second copy of the weights is held.
 

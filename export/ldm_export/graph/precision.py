@@ -46,7 +46,7 @@ def half_graph(source: Path, target: Path, precision: str, ranges: Mapping[str, 
 
     Args:
         source: an fp32 graph of ``export_graph``; it stays as it is.
-        target: path to write, with ``.data`` beside it beyond 0.5 GB of weights; its folder exists.
+        target: path to write, with ``.data`` beside it beyond 1 MB of weights; its folder exists.
         precision: "fp16" or "bf16".
         ranges: tensor name → largest magnitude seen, of ``ranges.measure_ranges``.
 
