@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_runtime.backends.mapped import given_back, mapped_ranges
+from ldm_runtime.backends.mapped import give_back_files, given_back, mapped_ranges
 
 PAGES = 2000
 
@@ -27,6 +27,20 @@ def test_read_only_maps_of_a_file_are_dropped_and_read_again(tmp_path: Path) -> 
         pass
     assert before - resident() > 0.9 * PAGES * 4096  # code may be read in meanwhile
     assert np.array_equal(weights, content[3:])
+
+
+def test_the_mapped_files_of_a_folder_are_dropped_and_no_others(tmp_path: Path) -> None:
+    content = np.arange(PAGES * 4096 // 8, dtype=np.int64)
+    maps = {}
+    for folder in ("a cache", "else"):
+        (tmp_path / folder).mkdir()
+        content.tofile(tmp_path / folder / "weights")
+        maps[folder] = np.memmap(tmp_path / folder / "weights", np.int64, "r")
+        assert maps[folder].sum() == content.sum()
+    before = resident()
+    give_back_files(tmp_path / "a cache")
+    assert 0.9 * PAGES * 4096 < before - resident() < 1.1 * PAGES * 4096
+    assert np.array_equal(maps["a cache"], content)
 
 
 def test_what_can_be_written_or_is_no_file_is_left_alone(tmp_path: Path) -> None:

@@ -37,9 +37,14 @@ def given_back(arrays: Sequence[NDArray[Any]]) -> Iterator[None]:
         worker.join()
 
 
+def give_back_files(folder: Path) -> None:
+    """Drop the pages of all files below a folder that are mapped to be read only; as ``given_back``, once."""
+    _drop([place for path, place in _read_only_files() if path.is_relative_to(folder.resolve())])
+
+
 def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
     """First and last address of the whole pages of arrays that lie in files' mappings which cannot be written."""
-    held = _read_only_files()
+    held = [place for _, place in _read_only_files()]
     starts = np.array([start for start, _ in held], np.uint64)
     found = []
     for array in arrays:
@@ -50,20 +55,24 @@ def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
     return [(start, end) for start, end in found if start < end]
 
 
-def _read_only_files() -> list[Range]:
+def _read_only_files() -> list[tuple[Path, Range]]:
     """The process's mappings of files that it can read and not write, by address."""
     if not MAPS.exists():
         return []
     lines = (line.split(maxsplit=5) for line in MAPS.read_text().splitlines())
-    places = [place for place, permissions, _, _, inode, *_ in lines if permissions[:2] == "r-" and inode != "0"]
-    return [(int(start, 16), int(end, 16)) for start, end in (place.split("-") for place in places)]
+    places = [(place, path) for place, mode, _, _, inode, *path in lines if mode[:2] == "r-" and inode != "0"]
+    return [(Path(*path), (int(place.split("-")[0], 16), int(place.split("-")[1], 16))) for place, path in places]
 
 
 def _rounds(ranges: Sequence[Range], done: threading.Event) -> None:
-    libc = ctypes.CDLL(None)
     while ranges:
         last = done.wait(EVERY)
-        for start, end in ranges:
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+        _drop(ranges)
         if last:
             return
+
+
+def _drop(ranges: Sequence[Range]) -> None:
+    libc = ctypes.CDLL(None)
+    for start, end in ranges:
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
-from ldm_runtime.backends.mapped import given_back
+from ldm_runtime.backends.mapped import give_back_files, given_back
 from ldm_runtime.backends.openvino_upsample import fold_upsampling
 
 MAX_SHAPES = 8
@@ -68,6 +69,8 @@ class ShapedGraph:
                 fold_upsampling(model)
         with given_back(_weights(model)):
             compiled = self._core.compile_model(model, "CPU", self._options)
+        if "CACHE_DIR" in self._options:  # from which it may have come: the file stays mapped, with weights in fp32
+            give_back_files(Path(self._options["CACHE_DIR"]))
         self._requests[key] = compiled.create_infer_request(), {}
         return self._requests[key]
 

@@ -1,7 +1,7 @@
-"""Answers that `ldm_stream` leaves for `ldm` in files: a model's tensors must not come to another model through Triton.
+"""Answers that `ldm_stream` leaves for `ldm` in files: a model's tensors must not come to another through Triton.
 
-Up to 25.01 Triton's python backend makes the arrays of such an answer without Python's lock, and when several come at
-once the process that asked dies (triton-inference-server/python_backend, pull request 394).
+Triton 24.10's python backend makes the arrays of such an answer without Python's lock, and when several come at once
+the process that asked dies (mended by pull request 394 of triton-inference-server/python_backend, January 2025).
 """
 
 from __future__ import annotations
