@@ -125,8 +125,8 @@ def main() -> None:
 
 def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
     """Make what the peers need; the checkpoint with weights, and the folder of its exports."""
-    name = args.bundle.absolute().name
-    for environment in {PEERS[peer].environment for peer in (args.reference, *args.only)} - {""}:
+    name, names = args.bundle.absolute().name, (args.reference, *args.only)
+    for environment in {PEERS[peer].environment for peer in names} - {""}:
         made(args.work, environment)
     checkpoint = args.checkpoint
     if args.random_weights:
@@ -134,8 +134,8 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
         peer_checkpoint.write(args.checkpoint, checkpoint)
     exports = args.work / f"{name}-exports"
     for file, what in FILES.items():
-        needed = any(PEERS[peer].needs == file for peer in args.only) or (
-            file == "unet.xml" and "optimum-intel int8" in args.only
+        needed = any(PEERS[peer].needs == file for peer in names) or (
+            file == "unet.xml" and "optimum-intel int8" in names
         )
         if needed and not (exports / file).exists():
             extra = ["--random"] if args.random_weights else []
@@ -181,6 +181,8 @@ def measure(
             try:
                 workers.append(stack.enter_context(Worker(name, line, {**shared, **peer.settings}, environment)))
             except BackendError as error:
+                if name == args.reference:
+                    raise SystemExit(f"{name}, with which all is compared: {error}") from None
                 print(f"left out: {error}", file=sys.stderr)
                 facts["refused"][name] = str(error)
         warm = {**command, "steps": WARM_STEPS, "times": 1}
