@@ -25,6 +25,7 @@ from ldm_export.bench.figures import machine, versions
 from ldm_export.bench.workers import Worker, rounds
 from ldm_export.bundle.build import SHIPPED
 from ldm_export.page.chart import Series, lines, sheet
+from ldm_runtime.errors import BackendError
 
 TOKENS = 77
 
@@ -46,19 +47,26 @@ def main() -> None:
     settings = {"bundle": str(args.bundle), "backend": args.backend, "precision": args.precision}
     config = json.loads((args.checkpoint / "unet/config.json").read_text())
     facts: dict = {"machine": machine(), "tools": versions(), "bundle": args.bundle.resolve().name}
-    with Worker(
-        "bench", [sys.executable, "-m", "ldm_export.bench.bundle_worker"], settings | {"device": "cpu", "threads": None}
-    ) as one:
-        facts |= {"choice": one.facts["choice"], "grid": [], "steps": []}
-        for size in args.sizes:
+    command = [sys.executable, "-m", "ldm_export.bench.bundle_worker"]
+    settings |= {"device": "cpu", "threads": None}
+    facts |= {"grid": [], "steps": [], "refused": []}
+    for size in args.sizes:  # a process for each: what it holds for one size is not for the next
+        with Worker("bench", command, settings) as one:
+            facts["choice"] = one.facts["choice"]
             for batch in args.batches:
                 if args.corners and args.batches[0] != batch and args.sizes[0] != size:
                     continue
                 point = {"batch": batch, "size": size, "pixels": size * size}
-                for part in ("unet", "decoder"):
-                    point[part] = seconds(one, part, batch, size, args.runs)
+                try:
+                    for part in ("unet", "decoder"):
+                        point[part] = seconds(one, part, batch, size, args.runs)
+                except BackendError as error:  # larger batches of this size would not run either
+                    facts["refused"].append(point | {"error": str(error)})
+                    print(error, file=sys.stderr)
+                    break
                 facts["grid"].append(point | {"gflop": gigaflop(config, 2 * batch, size // 8)})
                 print(point, file=sys.stderr)
+    with Worker("bench", command, settings) as one:
         for steps in args.steps:
             facts["steps"].append({"steps": steps, "image": seconds(one, "image", 1, args.sizes[0], args.runs, steps)})
             print(facts["steps"][-1], file=sys.stderr)

@@ -48,6 +48,29 @@ def test_an_engine_that_fails_without_work_makes_it_unready_too(pipeline, monkey
         assert settled(lambda: room.ready)
 
 
+def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
+    room, gate = gated()
+    held = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    assert gate.arrived.acquire(timeout=20)
+    tickets = [room.submit(Request(PROMPTS[number], seed=number, num_inference_steps=1)) for number in range(3)]
+    decode, batches, bad = pipeline.backends["decoder"].run, [], []
+
+    def spoilt(feed):
+        latents, image = feed["latents"], decode(feed)["image"].copy()
+        batches.append(len(latents))
+        bad[:] = bad or [latents[1].copy()]
+        image[[np.array_equal(one, bad[0]) for one in latents]] = np.nan
+        return {"image": image}
+
+    monkeypatch.setattr(pipeline.backends["decoder"], "run", spoilt)
+    gate.open()
+    outcomes = [ticket.future.exception(20) for ticket in (held, *tickets)]
+    assert [isinstance(outcome, SpecError) for outcome in outcomes] == [False, True, False, False]
+    assert [ticket.result().images.shape for ticket in (held, *tickets[1:])] == [(1, 64, 64, 3)] * 3
+    assert batches == [4, 1, 1, 1, 1]
+    assert room.ready
+
+
 def test_a_room_that_is_not_proven_at_once_is_ready_soon(pipeline) -> None:
     with EngineRoom(pipeline, prove=False) as room:
         assert settled(lambda: room.ready)

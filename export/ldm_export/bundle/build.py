@@ -191,9 +191,7 @@ def _stages(
 
 
 def _keyed(work: Path, unet: ComponentSpec) -> dict[str, Component]:
-    if not (work / FILES[KEYS]).exists():
-        return {}
-    specs = keyed_specs(unet, work / FILES[KEYS])
+    specs = keyed_specs(unet, work / FILES[KEYS]) if (work / FILES[KEYS]).exists() else {}
     return {name: Component(spec, {"fp32": FILES[name]}) for name, spec in specs.items()}
 
 
