@@ -1,6 +1,7 @@
 """Where the time of one guided UNet step goes, by kind of operation: ONNX Runtime's and OpenVINO's own counters.
 
-The graph is the bundle's, run by the engine itself, so what the runtime computes once a prompt is counted too.
+The graph is the bundle's, run by the engine itself: of `unet` what the runtime computes once a prompt is counted too, of
+`keyed_unet`, which ONNX Runtime runs on a CPU, it is not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_export.bench.figures import machine, versions
+from ldm_runtime.backends.onnxruntime_keyed import KEYED
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import dummy_inputs
 
@@ -27,14 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
     parser.add_argument("--engine", choices=("onnxruntime", "openvino"), default="openvino")
+    parser.add_argument("--component", choices=("unet", KEYED), default="unet")
     parser.add_argument("--precision", default="fp32", help="whose graph (default fp32)")
     parser.add_argument("--arithmetic", choices=("f32", "bf16"), default="bf16", help="of openvino (default bf16)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    graph = str(bundle.graph("unet", args.precision))
-    feed = dummy_inputs(bundle.manifest.components["unet"].spec)
+    graph = str(bundle.graph(args.component, args.precision))
+    feed = dummy_inputs(bundle.manifest.components[args.component].spec)
     feed = {name: np.concatenate([array[:1]] * 2) for name, array in feed.items()}
     feed["timestep"] = np.full(2, MIDDLE, np.int64)
     if args.engine == "openvino":
@@ -51,7 +54,8 @@ def main() -> None:
     Console().print(table)
     if args.json:
         arithmetic = args.arithmetic if args.engine == "openvino" else args.precision
-        facts = {"machine": machine(), "tools": versions(), "engine": args.engine, "graph": args.precision}
+        facts = {"machine": machine(), "tools": versions(), "engine": args.engine, "component": args.component}
+        facts |= {"graph": args.precision}
         args.json.write_text(json.dumps({**facts, "arithmetic": arithmetic, "operations": rows}, indent=2) + "\n")
 
 
