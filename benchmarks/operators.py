@@ -1,7 +1,7 @@
 """Where the time of one guided UNet step goes, by kind of operation: ONNX Runtime's and OpenVINO's own counters.
 
-The graph is the bundle's, run by the engine itself: of `unet` what the runtime computes once a prompt is counted too, of
-`keyed_unet`, which ONNX Runtime runs on a CPU, it is not.
+The graph is the bundle's, run by the engine itself: of `unet` what the runtime computes once a prompt is counted too,
+of `keyed_unet`, which ONNX Runtime runs on a CPU, it is not.
 """
 
 from __future__ import annotations
