@@ -110,10 +110,21 @@ def test_a_newer_version_is_told_by_verify_too(refused: Refused, tiny_checkpoint
     refused("verify", bundle_copy, "--against", tiny_checkpoint, said="version: got 2, this ldm-export reads 1")
 
 
+def replace_unet(bundle: Path, content: bytes) -> None:
+    """As ONNX Runtime takes it on the CPU, and as the others do."""
+    replace(bundle, "unet/keyed.onnx", content)
+    replace(bundle, "unet/fp32.onnx", content)
+
+
 HOSTILE: dict[str, Callable[[Path], None]] = {
-    "graph that is none": lambda b: replace(b, "unet/fp32.onnx", b"\x08\xff not protobuf"),
-    "empty graph": lambda b: replace(b, "unet/fp32.onnx", b""),
-    "another component's graph": lambda b: replace(b, "unet/fp32.onnx", (b / "decoder/fp32.onnx").read_bytes()),
+    "graph that is none": lambda b: replace_unet(b, b"\x08\xff not protobuf"),
+    "empty graph": lambda b: replace_unet(b, b""),
+    "another component's graph": lambda b: replace_unet(b, (b / "text_encoder/fp32.onnx").read_bytes()),
+    "keys that are none": lambda b: replace(b, "unet/keys.onnx", b"\x08\xff not protobuf"),
+    "keys of another component": lambda b: replace(b, "unet/keys.onnx", (b / "text_encoder/fp32.onnx").read_bytes()),
+    "fewer keys": lambda b: edit(b, "components unet_keys outputs", []),
+    "no keys": lambda b: edit(b, "components unet_keys", None),
+    "a step that gives something else": lambda b: edit(b, "components keyed_unet outputs 0 name", "x"),
     "tokenizer that is none": lambda b: replace(b, "tokenizer.json", b"{}"),
     "scheduler option": lambda b: edit(b, "scheduler beta_start", -1),
     "unknown scheduler option": lambda b: edit(b, "scheduler solver", "euler"),

@@ -89,7 +89,7 @@ def test_inspect_shows_engines(shapes_engines: Bundle, capsys: pytest.CaptureFix
 def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
     ranges = json.loads(shapes_engines.file("report/ranges.json").read_text())["text_encoder"]
     source, spec = shapes_engines.graph("text_encoder", "fp32"), shapes_engines.manifest.components["text_encoder"].spec
-    (graph,) = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges).files
+    graph, *_ = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges).files
     made = build_engine(graph, spec, "bf16", EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "bf16.engine")
     assert set(made.proof["matrix_work"]) == {"bf16"}
     with pytest.raises(BuildError, match="matrix operations are in bf16, expected fp16"):

@@ -80,7 +80,20 @@ def test_an_interrupt_cancels_the_request(triton_server: TritonServer, tmp_path:
     cancelled = 'ldm_requests_total{outcome="cancelled"}'
     before = triton_server.figures()[cancelled]
     url = ["--url", f"grpc://{triton_server.grpc}", *stream]
-    command = [sys.executable, "-m", "ldm_export.cli", "client", PROMPT, "--steps", "1000", *url]
+    command = [
+        sys.executable,
+        "-m",
+        "ldm_export.cli",
+        "client",
+        PROMPT,
+        "--steps",
+        "1000",
+        "--height",
+        "256",
+        "--width",
+        "256",
+        *url,
+    ]
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **heard) as process:
         while triton_server.figures()["ldm_running_requests"] == 0:

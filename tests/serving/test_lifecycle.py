@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post
+from asking import Grpc, over_http, post, settled
 from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
 
@@ -85,7 +85,7 @@ def test_a_full_queue_refuses_with_a_word_and_the_rest_is_done(triton_server, sh
             refused.append(error.message())
     grpc.client.close()
     assert done >= 3 and refused and all("2 requests wait already" in text for text in refused)
-    assert triton_server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused)
+    assert settled(lambda: triton_server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
 
 
 def test_the_unet_called_at_each_step_gives_the_same_bytes(triton_server, shapes_bundle, expected) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post, tensor
+from asking import Grpc, over_http, post, settled, tensor
 from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
 
@@ -18,15 +16,6 @@ CHECK = {
     "parameters": {"check": True},
     "inputs": [{"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": ["x"]}],
 }
-
-
-def settled(check: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.mark.parametrize(
@@ -81,9 +70,13 @@ def test_a_body_that_is_no_request_is_a_client_error(triton_server: TritonServer
     assert triton_server.ready()
 
 
+LONG = {"PROMPT": PROMPT, "STEPS": 1000, "HEIGHT": 256, "WIDTH": 256}
+"""Half a minute and more."""
+
+
 def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
     before = triton_server.figures()
-    asked = grpc.ask({"PROMPT": PROMPT, "STEPS": 1000})
+    asked = grpc.ask(LONG)
     assert settled(lambda: triton_server.figures()["ldm_running_requests"] > 0)
     asked.call.cancel()
     with pytest.raises(InferenceServerException, match=r"(?i)cancel"):
@@ -97,7 +90,7 @@ def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc)
 
 def test_a_stream_that_is_closed_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
     before = triton_server.figures()
-    answers = grpc.stream({"PROMPT": PROMPT, "STEPS": 1000}, ("STEP",))
+    answers = grpc.stream(LONG, ("STEP",))
     assert next(answers).as_numpy("STEP").tolist() == [1]
     answers.close()
     cancelled = 'ldm_requests_total{outcome="cancelled"}'

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ldm_runtime.backends import Feed
 from ldm_runtime.backends.described import Described
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
 KEYS, KEYED = "unet_keys", "keyed_unet"
@@ -27,13 +28,19 @@ class KeyedUNetBackend(Described):
         threads: of one operator; None takes the cores this process may use.
 
     Raises:
-        BackendError: as ``OnnxRuntimeBackend``.
+        BackendError: the two do not fit together or the UNet, or as ``OnnxRuntimeBackend``.
     """
 
     def __init__(self, spec: ComponentSpec, keys: Graph, keyed: Graph, threads: int | None = None):
         self._spec = spec
         self._names = [tensor.name for tensor in keys[1].outputs]
         self._wanted = [tensor.name for tensor in keyed[1].inputs]
+        known = {*self._names, *(tensor.name for tensor in spec.inputs)}
+        if not known.issuperset(self._wanted) or keyed[1].outputs != spec.outputs:
+            raise BackendError(
+                f"{KEYED}: takes {', '.join(self._wanted)} and gives {', '.join(t.name for t in keyed[1].outputs)}, "
+                f"which is not what {KEYS} and the UNet have; rebuild the bundle"
+            )
         self._keys = OnnxRuntimeBackend(*keys, "cpu", threads)
         self._keyed = OnnxRuntimeBackend(*keyed, "cpu", threads)
 

@@ -41,7 +41,8 @@ def opener(
 
 
 def _is_keyed(bundle: Bundle, choice: Choice) -> bool:
-    return choice.graph == "fp32" and KEYED in bundle.manifest.components and not runs_on_cuda(choice)
+    held = KEYS in bundle.manifest.components and KEYED in bundle.manifest.components
+    return held and choice.graph == "fp32" and not runs_on_cuda(choice)
 
 
 def _digest(bundle: Bundle, component: str, precision: str) -> str:
