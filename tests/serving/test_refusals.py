@@ -75,6 +75,7 @@ LONG = {"PROMPT": PROMPT, "STEPS": 1000, "HEIGHT": 256, "WIDTH": 256}
 
 
 def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
+    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
     before = triton_server.figures()
     asked = grpc.ask(LONG)
     assert settled(lambda: triton_server.figures()["ldm_running_requests"] > 0)
