@@ -27,18 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.captureWarnings(True)
     try:
         return int(args.command(args, Screen(quiet=args.quiet)) or 0)
-    except LdmError as error:
-        return _told(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone, e.g. `| head`
         return 1
     except OSError as error:  # a path that was given: too long, not ours to read, on a disk that fails
         return _told(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
-    except (KeyboardInterrupt, ImportError) as error:
-        if not interrupted(error):
-            raise
-        print("ldm-export: interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, ImportError, LdmError) as error:
+        if interrupted(error):  # or what a package that was loading made of it, and what we said of that
+            print("ldm-export: interrupted", file=sys.stderr)
+            return 130
+        if isinstance(error, LdmError):
+            return _told(str(error))
+        raise
 
 
 def _told(message: str) -> int:

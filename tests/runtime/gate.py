@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 PROMPTS = [
     "a large red circle in the center on a white background",
     "a small blue triangle left of a large yellow cross on a gray background",
     "a small green square above a large purple square on a black background",
 ]
-
-
-def settled(check: Callable[[], bool], seconds: float = 20) -> bool:
-    """True as soon as ``check`` is, False where it is not in time."""
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 class Gate:

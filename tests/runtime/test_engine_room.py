@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gate import PROMPTS, settled
+from gate import PROMPTS
+from settled import settled
 
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.engine_room import EngineRoom

@@ -6,7 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-from gate import PROMPTS, settled
+from gate import PROMPTS
+from settled import settled
 
 from ldm_runtime import Request
 from ldm_runtime.engine_room import EngineRoom

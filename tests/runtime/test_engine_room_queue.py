@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from gate import PROMPTS, Gate, settled
+from gate import PROMPTS, Gate
+from settled import settled
 
 from ldm_runtime import Request
 from ldm_runtime.engine_room import EngineRoom

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm_export import cli
+from ldm_export.engine.package import PACKAGES, open_package
 from ldm_export.verbs import inspect
 from ldm_runtime.backends.package import load
 from ldm_runtime.errors import BackendError
@@ -64,5 +65,9 @@ def test_an_interrupt_while_loading_ends_the_command_in_one_line(
 ) -> None:
     package.write_text(code)
     monkeypatch.setattr(inspect, "run", lambda *_: __import__("ldm_test_engine"))
+    assert cli.main(["inspect", "bundle"]) == 130
+    assert capsys.readouterr() == ("", "ldm-export: interrupted\n")
+    monkeypatch.setitem(PACKAGES, "tensorrt", "ldm_test_engine")  # whose loader has words of its own
+    monkeypatch.setattr(inspect, "run", lambda *_: open_package("tensorrt"))
     assert cli.main(["inspect", "bundle"]) == 130
     assert capsys.readouterr() == ("", "ldm-export: interrupted\n")

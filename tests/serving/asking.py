@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import queue
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,6 @@ KINDS = {
 DTYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 WAIT = 120
 """Seconds that one answer may take."""
-
-
-def settled(check: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def tensors(api: Any, wish: dict[str, Any]) -> list[Any]:

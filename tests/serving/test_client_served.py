@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import settled
 from PIL import Image
+from settled import settled
 from triton_server import TritonServer
 
 from ldm_export.cli import main

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post, settled
+from asking import Grpc, over_http, post
+from settled import settled
 from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
 

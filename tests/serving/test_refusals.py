@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post, settled, tensor
+from asking import Grpc, over_http, post, tensor
+from settled import settled
 from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
 
