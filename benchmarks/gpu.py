@@ -199,7 +199,7 @@ def measured_bandwidth(cuda: Cuda) -> float:
 
 def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
     """Whether the UNet's engine loads on this GPU although it was built for others, as an 8.0 engine on 9.0."""
-    from ldm_runtime.backends.engine_choice import open_package
+    from ldm_runtime.backends.engine_match import open_package
 
     engines = [one for one in bundle.manifest.components["unet"].engines if one.compute_capabilities]
     if not engines or cuda.capability() in engines[0].compute_capabilities:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.bench.figures import machine, versions
-from ldm_export.bench.workers import Worker, rounds
+from ldm_export.bench.worker_pool import Worker, rounds
 from ldm_export.bundle.build import SHIPPED
 from ldm_export.page.chart import Series, lines, sheet
 from ldm_runtime.errors import BackendError

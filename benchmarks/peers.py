@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_export.bench.figures import Timing, machine, speedup
-from ldm_export.bench.workers import Facts, Worker, rounds
+from ldm_export.bench.worker_pool import Facts, Worker, rounds
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import BackendError
 from ldm_runtime.images import psnr

@@ -28,18 +28,18 @@ from rich.table import Table
 from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_export.cli import main as ldm_export
 from ldm_runtime import LatentDiffusionPipeline, Request
-from ldm_runtime.batch import Batch
+from ldm_runtime.batching.batch import Batch
+from ldm_runtime.batching.counters import Counters
+from ldm_runtime.batching.job import Job
+from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.ddim import DDIM
-from ldm_runtime.engine_room import EngineRoom
 from ldm_runtime.request import Geometry
 from ldm_runtime.specs import Axis
-from ldm_runtime.tally import Tally
-from ldm_runtime.ticket import Ticket
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "serving"))
-from asking import Grpc  # noqa: E402
-from triton_server import TritonServer  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tests.support.triton_client import Grpc  # noqa: E402
+from tests.support.triton_server import TritonServer  # noqa: E402
 
 CONCURRENT = (1, 2, 4, 8, 16)
 ETA, GUIDANCE = 0.3, 6.0
@@ -59,7 +59,7 @@ def raw(pipeline: LatentDiffusionPipeline, prompts: int, steps: int) -> float:
     return time.perf_counter() - begun
 
 
-def in_the_room(room: EngineRoom, prompts: list[str], steps: int) -> tuple[float, float, float]:
+def in_the_room(room: BatchScheduler, prompts: list[str], steps: int) -> tuple[float, float, float]:
     """Seconds for all prompts; of them those of text encoder and decoder; milliseconds of other work a step."""
     before, begun = room.figures(), time.perf_counter()
     options = {"num_inference_steps": steps, "eta": ETA, "guidance_scale": GUIDANCE}
@@ -98,11 +98,11 @@ def without_a_unet(images: int, seconds: float, eta: float, steps: int = 200) ->
             return predicted
 
     with ThreadPoolExecutor(1) as drawer:
-        batch, tally = Batch(Idle(), 2 * images, None, drawer), Tally(2 * images)
+        batch, tally = Batch(Idle(), 2 * images, None, drawer), Counters(2 * images)
         for seed in range(images):
             request = Request("a", seed=seed, eta=eta, guidance_scale=GUIDANCE, num_inference_steps=1000)
             plan, schedule = request.plan(geometry), scheduler.schedule(1000, eta)
-            ticket = Ticket(plan, schedule, priority=2, seconds=None, progress=None, preview_every=0)
+            ticket = Job(plan, schedule, priority=2, seconds=None, progress=None, preview_every=0)
             batch.join(ticket, {"context": np.zeros((2, 77, 1280), np.float32)})
         for _ in range(10):
             batch.step(tally)
@@ -149,7 +149,7 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", precision="fp32") as pipeline,
-        EngineRoom(pipeline) as room,
+        BatchScheduler(pipeline) as room,
     ):
         servers = Servers(bundle, Path(folder))
         try:

@@ -30,9 +30,9 @@ from ldm_export.cli import main as ldm_export
 from ldm_runtime import LatentDiffusionPipeline, Request
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "serving"))
-from asking import Grpc  # noqa: E402
-from triton_server import TritonServer  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tests.support.triton_client import Grpc  # noqa: E402
+from tests.support.triton_server import TritonServer  # noqa: E402
 
 BAD = (
     ({"PROMPT": ""}, "empty prompt"),

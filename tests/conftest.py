@@ -9,18 +9,18 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from listing import contents
-from tiny import write_tiny_checkpoint
-from triton_server import TritonServer
 
 from ldm_calibration.settings import Settings
+from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import SHIPPED, build
-from ldm_export.bundle.calibrate import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.snapshot import contents
+from tests.support.triton_server import TritonServer
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -13,7 +13,7 @@ import torch
 from pictures import draw, pipeline
 from task import Command, Task
 
-from ldm_export.bench.obeying import obey
+from ldm_export.bench.worker_process import obey
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:

@@ -8,7 +8,7 @@ import numpy as np
 from task import Command, Task, latents
 
 from ldm_export.bench.figures import versions
-from ldm_export.bench.obeying import obey
+from ldm_export.bench.worker_process import obey
 from ldm_runtime.backends.openvino import has_bf16
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 

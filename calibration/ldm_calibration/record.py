@@ -18,7 +18,7 @@ from ldm_calibration.sessions import files_of
 from ldm_calibration.settings import Settings
 from ldm_runtime.bundle import sha256
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.fields import each, mapping, text
+from ldm_runtime.json_fields import each, mapping, text
 
 FORMAT, VERSION = "ldm-export calibration", 1
 MAX_BYTES = 256 * 2**20

@@ -12,7 +12,7 @@ from ldm_calibration.sessions import Session, SessionBackend, load_graph
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.on_first_use import OnFirstUse
+from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.request import Request
 
 PROMPTS, STEPS = 4, 10
@@ -50,7 +50,7 @@ def int8_backend(
         insert_qdq(graph, sources, results, layers)
         return SessionBackend(Session(graph, model.graphs[component].parent), model.specs[component])
 
-    return OnFirstUse(model.specs[component], made)
+    return LazyBackend(model.specs[component], made)
 
 
 def _latents(model: Model, settings: Settings, changed: Mapping[str, Backend]) -> np.ndarray:

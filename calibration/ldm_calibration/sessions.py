@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from ldm_runtime.backends.described import Described
+from ldm_runtime.backends import SpecBackend
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -50,7 +50,7 @@ class Session:
             raise BuildError(f"onnxruntime failed: {error!s:.300}") from None
 
 
-class SessionBackend(Described):
+class SessionBackend(SpecBackend):
     """A session as a pipeline's backend."""
 
     def __init__(self, session: Session, spec: ComponentSpec):

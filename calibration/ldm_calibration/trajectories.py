@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from ldm_calibration.layers import find_layers
 from ldm_calibration.sessions import LARGE, Session, SessionBackend, files_of, load_graph
-from ldm_runtime.backends import Backend
-from ldm_runtime.backends.described import Described
-from ldm_runtime.backends.on_first_use import OnFirstUse
+from ldm_runtime.backends import Backend, SpecBackend
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
-from ldm_runtime.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
 ROOM = 2048
@@ -51,7 +50,7 @@ class Model:
 
     def _backend(self, name: str) -> Backend:
         graph, spec = self.graphs[name], self.specs[name]
-        return OnFirstUse(spec, lambda: SessionBackend(Session(load_graph(graph), graph.parent), spec))
+        return LazyBackend(spec, lambda: SessionBackend(Session(load_graph(graph), graph.parent), spec))
 
     def batches(self, prompts: Sequence[str]) -> list[tuple[list[str], list[int]]]:
         """Prompts with their seeds (0, 1, …: a seed for each picture), as many in one as fit a call."""
@@ -106,7 +105,7 @@ class Trajectories:
             )
 
 
-class _Watched(Described):
+class _Watched(SpecBackend):
     """The UNet with, at each call, the largest magnitude of each source, reduced inside the graph; keeps its feeds."""
 
     def __init__(self, graph: Path, spec: ComponentSpec):

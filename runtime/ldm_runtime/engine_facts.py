@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.fields import mapping, text
+from ldm_runtime.json_fields import mapping, text
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
-from ldm_runtime.fields import each, mapping, text
+from ldm_runtime.json_fields import each, mapping, text
 from ldm_runtime.spec_json import spec_from_json, spec_to_json
 from ldm_runtime.specs import ComponentSpec
 

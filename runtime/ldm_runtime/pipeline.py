@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.choice import Choice, choose
 from ldm_runtime.backends.devices import device_loop
-from ldm_runtime.backends.on_first_use import OnFirstUse
-from ldm_runtime.backends.opening import opener
+from ldm_runtime.backends.factory import backend_factory
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.backends.selection import Choice, choose
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.conditioning.text import TextConditioner
+from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.ddim import DDIM
+from ldm_runtime.denoiser import UNet
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
 from ldm_runtime.generation import Generation, Step
@@ -27,9 +30,6 @@ from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.request import Geometry, Plan, Request
 from ldm_runtime.schedule import Schedule
 from ldm_runtime.signature import check_signature
-from ldm_runtime.texts import Texts
-from ldm_runtime.tokenizer import Tokenizer
-from ldm_runtime.unet import UNet
 
 F32 = NDArray[np.float32]
 
@@ -59,7 +59,7 @@ class LatentDiffusionPipeline:
         self.geometry = Geometry.of(backends["decoder"].inputs[0], backends["decoder"].outputs[0])
         self.unet = UNet(backends["unet"])
         self._keep_loaded = keep_loaded
-        self.texts = Texts(tokenizer, backends["text_encoder"])
+        self.texts = TextConditioner(tokenizer, backends["text_encoder"])
 
     @classmethod
     def from_bundle(
@@ -95,9 +95,9 @@ class LatentDiffusionPipeline:
         scheduler = DDIM.from_config(manifest.scheduler)
         choice = choose(bundle, backend, precision, device, once=not keep_loaded)
         backends = {
-            name: OnFirstUse(
+            name: LazyBackend(
                 manifest.components[name].spec,
-                opener(bundle, name, choice, threads, None if cache is None else Path(cache)),
+                backend_factory(bundle, name, choice, threads, None if cache is None else Path(cache)),
             )
             for name in COMPONENTS
         }

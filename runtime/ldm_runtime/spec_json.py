@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.fields import each, mapping, text
+from ldm_runtime.json_fields import each, mapping, text
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
 MAX_DIM = 2**31 - 1

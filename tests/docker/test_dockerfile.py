@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dockerfile import FILE, ROOT, Image, stages
-from listing import contents
 from PIL import Image as Picture
-from triton_server import TritonServer
 
 from ldm_export.cli import main
+from tests.support.dockerfile import FILE, ROOT, Image, stages
+from tests.support.snapshot import contents
+from tests.support.triton_server import TritonServer
 
 STAGES = stages()
 PROMPT = "a large red circle in the center on a white background"

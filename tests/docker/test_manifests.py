@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dockerfile import ROOT, stages
-from kserve_types import MODELS, faults
+
+from tests.support.dockerfile import ROOT, stages
+from tests.support.kserve_types import MODELS, faults
 
 DOCKER = ROOT / "docker"
 COMPOSE = sorted(DOCKER.glob("compose*.yaml"))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dockerfile import ROOT, stages
 from PIL import Image
-from triton_server import TritonServer
 
 from ldm_export.cli import main, make_parser
-from ldm_runtime.triton.meters import COUNTERS, GAUGES
-from ldm_runtime.triton.wire import STREAM_INPUTS, STREAM_OUTPUTS
+from ldm_runtime.triton.prometheus import COUNTERS, GAUGES
+from ldm_runtime.triton.tensors import STREAM_INPUTS, STREAM_OUTPUTS
+from tests.support.dockerfile import ROOT, stages
+from tests.support.triton_server import TritonServer
 
 PAGE, EXAMPLES = ((ROOT / "docs" / name).read_text() for name in ("serving.md", "serving-examples.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", EXAMPLES, re.MULTILINE | re.DOTALL)

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_int8 import SETTINGS
 
-from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_runtime.bundle import Bundle
+from tests.support.tiny_int8 import SETTINGS
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from ldm_export.bench.benchmark import PARTS
 from ldm_export.bench.figures import Timing, machine, speedup
-from ldm_export.bench.workers import Worker, rounds
+from ldm_export.bench.worker_pool import Worker, rounds
 from ldm_export.cli import main
 from ldm_runtime.errors import BackendError
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_timed(refused, bundle_copy: Path, case: str) -> None:
 
 
 ECHO = """
-from ldm_export.bench.obeying import obey
+from ldm_export.bench.worker_process import obey
 def start(settings):
     if settings.get("refuse"): raise ValueError("it will\\nnot")
     print("noise that is no answer")

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small import write_configs
-from tiny import edit_json, write_json, write_tensors
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
+from tests.support.checkpoints import edit_json, write_json, write_tensors
+from tests.support.configs_only import write_configs
 
 PARTS = ("text_encoder", "unet", "decoder", "step", "guided_step")
 STAGES = {"tokenizer", "keyed_unet.fp32", *(f"{name}.fp32" for name in PARTS)}

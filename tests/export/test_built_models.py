@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from small import write_configs
-from tiny import edit_json, write_tensors, write_tiny_checkpoint
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
@@ -19,6 +17,8 @@ from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS
+from tests.support.checkpoints import edit_json, write_tensors, write_tiny_checkpoint
+from tests.support.configs_only import write_configs
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from diffusers import DDIMScheduler
-from tiny import edit_json, write_json, write_tiny_checkpoint
 
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_runtime.errors import CheckpointError
+from tests.support.checkpoints import edit_json, write_json, write_tiny_checkpoint
 
 LARGE = {  # the published model's configs, with the keys it has and no others
     "model_index.json": {

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small import write_configs
-from tiny import write_tiny_checkpoint
 
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS, NAME
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.configs_only import write_configs
 
 STEPS = ("--steps", "2", "--seed", "7", "--threads", "1")
 PROMPT = "a red circle left of the blue square"

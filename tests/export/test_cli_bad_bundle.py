@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import edit_json
 
 from ldm_runtime.manifest import COMPONENTS, NAME
+from tests.support.checkpoints import edit_json
 
 Refused = Callable[..., None]
 FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in COMPONENTS))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import edit_json
+
+from tests.support.checkpoints import edit_json
 
 Refused = Callable[..., None]
 PROMPT = "a red circle"

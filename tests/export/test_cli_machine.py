@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from listing import contents
-from tiny import write_tiny_checkpoint
+
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.snapshot import contents
 
 PROMPT = ("a red circle", "--steps", "1", "--seed", "0", "--threads", "1")
 SMALL, GRAPH = 1000, 30_000

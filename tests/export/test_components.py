@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
-from small import narrow_unet
-from tiny import VOCABULARY, edit_json, tiny_modules, write_tiny_checkpoint
 from torch import nn
 
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
 from ldm_runtime.specs import Axis, dummy_inputs
+from tests.support.checkpoints import VOCABULARY, edit_json, tiny_modules, write_tiny_checkpoint
+from tests.support.configs_only import narrow_unet
 
 SIZES = [(8, 8), (16, 24), (9, 11), (7, 2), (2, 2), (5, 16)]
 TINY = ModelShape(tokens=77, context_width=24, latent_channels=4, latent_size=8)

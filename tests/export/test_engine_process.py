@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ldm_export.engine.build import build_engine
+from ldm_export.engine.builder import build_engine
 from ldm_export.engine.process import build_apart
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle

@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from small import narrow_unet
 from torch import nn
 
 from ldm_export.checkpoint.folder import open_checkpoint
@@ -22,6 +21,7 @@ from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import Axis, ComponentSpec
+from tests.support.configs_only import narrow_unet
 
 NAMES = tuple(MODULES)
 SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]  # batch, height, width

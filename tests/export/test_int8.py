@@ -12,22 +12,22 @@ import onnx_ir as ir
 import onnxruntime
 import openvino
 import pytest
-from tiny_int8 import part
 
 from ldm_calibration.layers import find_layers
 from ldm_calibration.qdq import insert_qdq
 from ldm_calibration.record import read_record
 from ldm_calibration.sessions import load_graph
 from ldm_calibration.weights import read_when_used
-from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_stages import RECORD
-from ldm_export.engine.build import build_engine
+from ldm_export.engine.builder import build_engine
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
+from tests.support.tiny_int8 import part
 
 INTEGER = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger")
 

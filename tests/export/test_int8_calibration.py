@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tiny_int8 import PROMPTS, SETTINGS, model_of, part
 
 from ldm_calibration.layers import find_layers
 from ldm_calibration.qdq import Scaling
 from ldm_calibration.sensitivity import unet_sensitivity
 from ldm_calibration.sessions import load_graph
 from ldm_calibration.trajectories import run_trajectories
-from ldm_export.bundle.calibrate import calibrate
+from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
+from tests.support.tiny_int8 import PROMPTS, SETTINGS, model_of, part
 
 
 def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
@@ -58,7 +58,7 @@ def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path)
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     script = (
-        "import sys; from pathlib import Path; from ldm_export.bundle.calibrate import calibrate; "
+        "import sys; from pathlib import Path; from ldm_export.bundle.add_int8 import calibrate; "
         "from ldm_calibration.settings import Settings; "
         f"calibrate(Path(sys.argv[1]), {SETTINGS!r})"
     )

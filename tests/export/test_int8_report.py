@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_int8 import part
 
 from ldm_calibration.layers import find_layers
 from ldm_calibration.quality import psnr
@@ -20,6 +19,7 @@ from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.specs import dummy_inputs
+from tests.support.tiny_int8 import part
 
 
 def test_the_report_says_what_the_record_says(calibrated: Bundle) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small import narrow_unet
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
@@ -20,6 +19,7 @@ from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from tests.support.configs_only import narrow_unet
 
 SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (32, 3, 3)]  # rows, height, width
 SAMPLE = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 5}

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from small import write_configs
-from tiny import edit_json
 
 from ldm_export.bundle import publish as publishing
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_runtime.bundle import Bundle
+from tests.support.checkpoints import edit_json
+from tests.support.configs_only import write_configs
 
 DEADLINE = 600  # seconds
 KILLED_IN_PUBLISH = """

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from loaded import FILES, change, ours, run, theirs
 from safetensors.torch import load_file
-from tiny import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
 
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_runtime.errors import CheckpointError
+from tests.support.checkpoints import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
+from tests.support.reference_modules import FILES, change, ours, run, theirs
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "autoencoder", "decoder"])

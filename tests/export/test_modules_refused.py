@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loaded import FILES, change
-from tiny import edit_json, write_tiny_checkpoint
 
 from ldm_export.checkpoint import modules
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_runtime.errors import CheckpointError, SpecError
+from tests.support.checkpoints import edit_json, write_tiny_checkpoint
+from tests.support.reference_modules import FILES, change
 
 
 @pytest.mark.parametrize(

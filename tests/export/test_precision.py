@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file
-from tiny import write_tensors, write_tiny_checkpoint
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
@@ -24,6 +23,7 @@ from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
+from tests.support.checkpoints import write_tensors, write_tiny_checkpoint
 
 PROMPT, OPTIONS = "a red circle", {"seed": 1, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
 SCALE = 2e5

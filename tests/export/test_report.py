@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import screenshot, shown
-from markup import Page, assert_self_contained
 from PIL import Image
 
 from ldm_export.cli import main
@@ -22,6 +20,8 @@ from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.images import psnr
 from ldm_runtime.manifest import COMPONENTS, NAME
+from tests.support.browser import screenshot, shown
+from tests.support.markup import Page, assert_self_contained
 
 PROMPTS = ("a red circle", "a blue square left of a green cross")
 STEPS = 3

@@ -11,8 +11,8 @@ from transformers import BertTokenizer
 
 from ldm_export.checkpoint import tokenizer_files
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
+from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.errors import CheckpointError
-from ldm_runtime.tokenizer import Tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["red", "Red", "circle", "café", "cafe", "猫", "猫犬", *"aAÉe", "<s>", "</s>", "<pad>", "<unk>", "[NEW]"]

@@ -16,11 +16,11 @@ from ldm_export.serving.config import DATA_TYPES, Serving, component_config
 from ldm_export.serving.models import MODELS
 from ldm_export.serving.pbtxt import Enum, MapOf, to_pbtxt
 from ldm_export.verbs.triton import call_rows
+from ldm_runtime.batching.limits import Limits
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine
-from ldm_runtime.limits import Limits
 from ldm_runtime.specs import Axis, profile
-from ldm_runtime.triton.settings import Settings
+from ldm_runtime.triton.parameters import Settings
 
 COMPONENTS = ("text_encoder", "unet", "decoder")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import edit_json, write_json, write_tensors, write_weights
 
 from ldm_export.checkpoint.weights import MAX_JSON, read_json, read_weights
 from ldm_runtime.errors import CheckpointError
+from tests.support.checkpoints import edit_json, write_json, write_tensors, write_weights
 
 STATE = {
     "conv.weight": torch.linspace(-2, 2, 24).reshape(2, 3, 2, 2),

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from gate import Gate
 
 from ldm_runtime import LatentDiffusionPipeline
-from ldm_runtime.engine_room import EngineRoom
-from ldm_runtime.limits import Limits
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.scheduler import BatchScheduler
+from tests.support.step_gate import Gate
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def pipeline(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
 
 
 @pytest.fixture
-def room(pipeline: LatentDiffusionPipeline) -> Iterator[EngineRoom]:
-    with EngineRoom(pipeline) as open_room:
+def room(pipeline: LatentDiffusionPipeline) -> Iterator[BatchScheduler]:
+    with BatchScheduler(pipeline) as open_room:
         yield open_room
 
 
@@ -30,9 +30,9 @@ def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) ->
     """Makes a room whose UNet calls stand at a gate, with one request of many steps running already."""
     rooms = []
 
-    def make(**limits) -> tuple[EngineRoom, Gate]:
+    def make(**limits) -> tuple[BatchScheduler, Gate]:
         gate = Gate(pipeline.backends["unet"].run)
-        room = EngineRoom(pipeline, Limits(**limits))
+        room = BatchScheduler(pipeline, Limits(**limits))
         monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
         rooms.append((room, gate))
         return room, gate

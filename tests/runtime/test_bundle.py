@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from listing import contents
 
 from ldm_runtime.bundle import Bundle, file_facts, sha256, write_together, write_whole
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import COMPONENTS, NAME, FileFact
+from tests.support.snapshot import contents
 
 FILES = (
     *("tokenizer.json", "decoder/fp32.onnx.data", "unet/keys.onnx", "unet/keyed.onnx"),

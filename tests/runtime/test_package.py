@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ldm_export import cli
-from ldm_export.engine.package import PACKAGES, open_package
+from ldm_export.engine.builder_package import PACKAGES, open_package
 from ldm_export.verbs import inspect
-from ldm_runtime.backends.package import load
+from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError
 
 INSTALL = 'pip install "ldm-export[engine]"'
@@ -31,32 +31,32 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_package_is_loaded(package: Path) -> None:
     package.write_text("works = True")
-    assert load("ldm_test_engine", INSTALL).works
+    assert import_engine("ldm_test_engine", INSTALL).works
 
 
 def test_an_absent_package_says_what_to_install() -> None:
     with pytest.raises(BackendError, match=r'^ldm_test_engine is not installed; `pip install "ldm-export\[engine\]"`$'):
-        load("ldm_test_engine", INSTALL)
+        import_engine("ldm_test_engine", INSTALL)
 
 
 @pytest.mark.parametrize("failure", ["OSError('libcuda.so.1: no such file')", "ImportError('libcuda.so.1')"])
 def test_a_broken_package_says_what_is_wrong(package: Path, failure: str) -> None:
     package.write_text(f"raise {failure}")
     with pytest.raises(BackendError, match=r"^ldm_test_engine cannot be loaded: libcuda.*; install it again: `pip"):
-        load("ldm_test_engine", INSTALL)
+        import_engine("ldm_test_engine", INSTALL)
 
 
 def test_a_package_without_what_it_needs_is_broken_not_absent(package: Path) -> None:
     package.write_text("import ldm_test_needed")
     with pytest.raises(BackendError, match="cannot be loaded: No module named 'ldm_test_needed'"):
-        load("ldm_test_engine", INSTALL)
+        import_engine("ldm_test_engine", INSTALL)
 
 
 @pytest.mark.parametrize("code", CAUSES.values(), ids=CAUSES)
 def test_an_interrupt_while_loading_stays_one(package: Path, code: str) -> None:
     package.write_text(code)
     with pytest.raises(KeyboardInterrupt):
-        load("ldm_test_engine", INSTALL)
+        import_engine("ldm_test_engine", INSTALL)
 
 
 @pytest.mark.parametrize("code", CAUSES.values(), ids=CAUSES)

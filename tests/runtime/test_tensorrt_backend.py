@@ -9,7 +9,7 @@ import pytest
 
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.backends.engine_choice import check_graph, choose, open_package
+from ldm_runtime.backends.engine_match import check_graph, choose, open_package
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import COMPONENTS

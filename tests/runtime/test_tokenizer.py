@@ -14,8 +14,8 @@ from transformers import BertTokenizer
 
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
 from ldm_runtime import tokenizer as module
+from ldm_runtime.conditioning.tokenizer import MAX_CHARACTERS, MAX_LENGTH, Tokenizer
 from ldm_runtime.errors import ManifestError, SpecError
-from ldm_runtime.tokenizer import MAX_CHARACTERS, MAX_LENGTH, Tokenizer
 from text import TOKENS, make_tokenizer, vocabulary
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -246,5 +246,6 @@ def test_padding_token_of_the_file(shapes, tmp_path):
 
 
 def test_imports_neither_transformers_nor_torch():
-    code = "import sys, ldm_runtime.tokenizer; print(sorted({'transformers', 'torch', 'onnx'} & set(sys.modules)))"
+    heavy = "{'transformers', 'torch', 'onnx'} & set(sys.modules)"
+    code = f"import sys, ldm_runtime.conditioning.tokenizer; print(sorted({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

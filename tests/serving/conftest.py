@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asking import Grpc
-from triton_server import TritonServer
 
 from ldm_runtime import LatentDiffusionPipeline, Request
+from tests.support.triton_client import Grpc
+from tests.support.triton_server import TritonServer
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import tritonclient.http
 from PIL import Image
-from settled import settled
-from triton_server import TritonServer
 
 from ldm_export.cli import main
 from ldm_runtime import Request
+from tests.support.triton_server import TritonServer
+from tests.support.waiting import settled
 
 Refused = Callable[..., None]
 PROMPT = "a large red circle in the center on a white background"

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post
-from settled import settled
-from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
 
 from ldm_export.cli import main
 from ldm_runtime import Request
+from tests.support.triton_client import Grpc, over_http, post
+from tests.support.triton_server import TritonServer
+from tests.support.waiting import settled
 
 PROMPT = "a large red circle in the center on a white background"
 WISH = {"PROMPT": PROMPT, "SEED": 5, "STEPS": 8}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from asking import Grpc, over_http, post, tensor
 from PIL import Image
-from triton_server import TritonServer
 
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.specs import dummy_inputs
+from tests.support.triton_client import Grpc, over_http, post, tensor
+from tests.support.triton_server import TritonServer
 
 Draw = Callable[[Request], np.ndarray]
 PROMPTS = [

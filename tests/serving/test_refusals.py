@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import Grpc, over_http, post, tensor
-from settled import settled
-from triton_server import TritonServer
 from tritonclient.utils import InferenceServerException
+
+from tests.support.triton_client import Grpc, over_http, post, tensor
+from tests.support.triton_server import TritonServer
+from tests.support.waiting import settled
 
 PROMPT = "a large red circle in the center on a white background"
 CHECK = {

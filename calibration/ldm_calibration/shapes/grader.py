@@ -40,7 +40,7 @@ class Grade:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Counters:
     """Number of pictures and the shares, in [0, 1], that are right as a whole and in each attribute."""
 
     number: int
@@ -57,9 +57,9 @@ class Tally:
 class Accuracy:
     """Tallies over all pictures and over those of one-object and two-object sentences; None where there are none."""
 
-    overall: Tally
-    one_object: Tally | None
-    two_objects: Tally | None
+    overall: Counters
+    one_object: Counters | None
+    two_objects: Counters | None
 
 
 def accuracy(pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Accuracy:
@@ -82,9 +82,9 @@ def summarise(grades: Sequence[Grade], sentences: Sequence[Sentence]) -> Accurac
     return Accuracy(overall, _tally(one), _tally(two))
 
 
-def _tally(grades: list[Grade]) -> Tally | None:
+def _tally(grades: list[Grade]) -> Counters | None:
     shares = [sum(getattr(given, name) for given in grades) / max(len(grades), 1) for name in ("right", *ATTRIBUTES)]
-    return Tally(len(grades), *shares) if grades else None
+    return Counters(len(grades), *shares) if grades else None
 
 
 def grade(picture: NDArray[np.uint8], sentence: Sentence) -> Grade:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.figures import Timing, machine, speedup, versions
-from ldm_export.bench.workers import Facts, Worker, rounds
+from ldm_export.bench.worker_pool import Facts, Worker, rounds
 from ldm_export.page.chart import Series, bars, lines, sheet
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, SpecError

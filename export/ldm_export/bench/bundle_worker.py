@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_export.bench.obeying import Command, obey
+from ldm_export.bench.worker_process import Command, obey
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from ldm_export.bundle.stages import Stage
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.spelling import tokenizer_folder
+from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
-from ldm_export.engine.build import build_engine
+from ldm_export.engine.builder import build_engine
+from ldm_export.engine.builder_package import check_request, open_package
 from ldm_export.engine.messages import Progress
-from ldm_export.engine.package import check_request, open_package
 from ldm_export.engine.process import build_apart
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.components import MODULES

@@ -15,8 +15,8 @@ import numpy as np
 from ldm_calibration.quality import mean_psnr
 from ldm_calibration.record import ComponentRecord, read_record
 from ldm_export.bundle.int8_stages import RECORD
-from ldm_runtime.backends.choice import choose
-from ldm_runtime.backends.opening import opener
+from ldm_runtime.backends.factory import backend_factory
+from ldm_runtime.backends.selection import choose
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import dummy_inputs
 
@@ -115,7 +115,9 @@ def _speed(bundle: Bundle) -> dict[str, Any]:
     spec = bundle.manifest.components["unet"].spec
     feed = dummy_inputs(spec)
     feed = {name: np.resize(array, (2, *array.shape[1:])) for name, array in feed.items()}
-    units = {given: opener(bundle, "unet", choice)() for given, choice in (("fp32", float_choice), ("int8", chosen))}
+    units = {
+        given: backend_factory(bundle, "unet", choice)() for given, choice in (("fp32", float_choice), ("int8", chosen))
+    }
     times: dict[str, list[float]] = {given: [] for given in units}
     for unit in units.values():
         unit.run(feed)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm_calibration.choices import Choices
-from ldm_calibration.choosing import choose
-from ldm_calibration.observing import observe
+from ldm_calibration.layer_selection import select_layers
+from ldm_calibration.observation import observe
 from ldm_calibration.qdq import insert_qdq
 from ldm_calibration.record import graph_digest, read_record
 from ldm_calibration.sampling import feeds_of
-from ldm_calibration.selecting import select_layers
+from ldm_calibration.scaling_search import choose
 from ldm_calibration.sensitivity import unet_sensitivity
 from ldm_calibration.sessions import load_graph
 from ldm_calibration.settings import Settings

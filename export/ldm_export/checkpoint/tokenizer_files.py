@@ -18,8 +18,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
+from ldm_runtime.conditioning.tokenizer import MAX_BYTES, MAX_LENGTH
 from ldm_runtime.errors import CheckpointError
-from ldm_runtime.tokenizer import MAX_BYTES, MAX_LENGTH
 
 log = logging.getLogger(__name__)
 

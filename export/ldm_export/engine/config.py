@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ldm_export.engine.package import known_capabilities
+from ldm_export.engine.builder_package import known_capabilities
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import write_whole
 from ldm_runtime.engine_facts import Profile

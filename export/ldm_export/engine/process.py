@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ldm_export.engine.build import build_engine
+from ldm_export.engine.builder import build_engine
 from ldm_export.engine.messages import Progress, one_line
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle

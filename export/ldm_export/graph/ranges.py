@@ -12,20 +12,19 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend
-from ldm_runtime.backends.described import Described
+from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.onnxruntime import first_line
+from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec, check_feed
-from ldm_runtime.tokenizer import Tokenizer
 
 HIGHEST, LOWEST = "range/highest", "range/lowest"
 
 
-class RangeBackend(Described):
+class RangeBackend(SpecBackend):
     """Runs a component's graph and keeps the largest magnitude of every tensor it computes.
 
     ``ranges`` is tensor name → largest magnitude so far. The graph is loaded at the first run. Meanwhile a probe lies

@@ -17,7 +17,7 @@ from transformers import BertTokenizerFast
 
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.spelling import tokenizer_folder
+from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
 from ldm_export.graph.components import MODULES
 from ldm_export.prompts import PROMPTS
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds

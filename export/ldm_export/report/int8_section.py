@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm_export.page.chart import Series, lines
 from ldm_export.page.document import Figure, Markup, element, number, table
-from ldm_export.report.loose import finite, mapping, mappings
+from ldm_export.report.lenient_json import finite, mapping, mappings
 from ldm_export.screen import human_bytes, printable
 
 FILE = "report/int8.json"

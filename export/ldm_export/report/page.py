@@ -25,7 +25,7 @@ from ldm_export.page.document import (
 from ldm_export.page.fact_tables import fact_tables
 from ldm_export.report.contents import REFERENCE, Report
 from ldm_export.report.int8_section import FILE, int8_section
-from ldm_export.report.loose import finite, mapping
+from ldm_export.report.lenient_json import finite, mapping
 from ldm_export.screen import human_bytes
 from ldm_runtime.manifest import COMPONENTS, NAME
 

@@ -9,8 +9,8 @@ from typing import Any
 from ldm_export.serving.pbtxt import Enum, MapOf
 from ldm_runtime.engine_facts import Engine
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
-from ldm_runtime.triton.settings import Settings
-from ldm_runtime.triton.wire import INPUTS, OUTPUTS, STREAM_INPUTS, STREAM_OUTPUTS, Wire
+from ldm_runtime.triton.parameters import Settings
+from ldm_runtime.triton.tensors import INPUTS, OUTPUTS, STREAM_INPUTS, STREAM_OUTPUTS, TensorField
 
 TARGETS = ("python", "onnxruntime", "tensorrt")
 """What runs the separate components: our runtime in Triton's python backend, or Triton's own backends."""
@@ -99,8 +99,8 @@ def plan_name(engine: Engine) -> str:
     return "-".join(["model", *(c.replace(".", "") for c in engine.compute_capabilities)]) + ".plan"
 
 
-def _wired(inputs: Sequence[Wire], outputs: Sequence[Wire]) -> dict[str, Any]:
-    def message(wire: Wire) -> dict[str, Any]:
+def _wired(inputs: Sequence[TensorField], outputs: Sequence[TensorField]) -> dict[str, Any]:
+    def message(wire: TensorField) -> dict[str, Any]:
         return {"name": wire.name, "data_type": Enum(wire.data_type), "dims": list(wire.dims)}
 
     taken = [message(wire) | ({"optional": True} if wire.optional else {}) for wire in inputs]

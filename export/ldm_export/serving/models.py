@@ -11,7 +11,7 @@ from ldm_export.serving.config import Serving, component_config, front_config, p
 from ldm_runtime.bundle import NAME, Bundle
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
-from ldm_runtime.triton.settings import BUNDLE
+from ldm_runtime.triton.parameters import BUNDLE
 
 MODELS = (*COMPONENTS, "ldm_stream", "ldm")
 """In the order in which they are put in place: `ldm` asks `ldm_stream`."""
@@ -43,9 +43,9 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
         BuildError: the bundle has no engine that Triton itself loads.
     """
     if name == "ldm":
-        return Model(name, front_config(serving), {"model.py": CODE.format(module="front", name="Front")})
+        return Model(name, front_config(serving), {"model.py": CODE.format(module="unary", name="UnaryModel")})
     if name == "ldm_stream":
-        code = CODE.format(module="streaming", name="Streaming")
+        code = CODE.format(module="decoupled", name="DecoupledModel")
         return Model(name, room_config(serving), {"model.py": code, **_bundled(bundle)})
     spec, precision = bundle.manifest.components[name].spec, serving.settings.precision
     if serving.target == "onnxruntime":
@@ -68,7 +68,7 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
             )
         plans = {plan_name(engine): bundle.folder / engine.file for engine in engines}
         return Model(name, component_config(spec, serving, engines), plans)
-    code = CODE.format(module="alone", name="Alone")
+    code = CODE.format(module="component_model", name="ComponentModel")
     return Model(name, component_config(spec, serving), {"model.py": code, **_bundled(bundle)})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.options import PRECISIONS, unwritten
-from ldm_runtime.backends.choice import BACKENDS
+from ldm_runtime.backends.selection import BACKENDS
 from ldm_runtime.bundle import write_whole
 from ldm_runtime.errors import BuildError
 

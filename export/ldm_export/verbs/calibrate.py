@@ -25,8 +25,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.extras import needs
 
     with needs("export"):
+        from ldm_export.bundle.add_int8 import calibrate
         from ldm_export.bundle.build import SHIPPED
-        from ldm_export.bundle.calibrate import calibrate
         from ldm_export.bundle.int8_report import write_report
     begun = time.monotonic()
     asked = Bundle.open(args.bundle).manifest.asked

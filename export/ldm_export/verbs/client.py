@@ -13,7 +13,7 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection, ServerError
-from ldm_export.verbs.pictures import add_request, check_output, write_pictures
+from ldm_export.verbs.image_options import add_request, check_output, write_pictures
 from ldm_runtime.errors import SpecError
 
 MODEL, STREAM = "ldm", "ldm_stream"

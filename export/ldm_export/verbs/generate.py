@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
+from ldm_export.verbs.image_options import add_request, check_output, write_pictures
 from ldm_export.verbs.options import PRECISIONS
-from ldm_export.verbs.pictures import add_request, check_output, write_pictures
-from ldm_runtime.backends.choice import BACKENDS
+from ldm_runtime.backends.selection import BACKENDS
 from ldm_runtime.errors import SpecError
 
 MAX_THREADS = 1024

@@ -10,11 +10,11 @@ from ldm_export.serving.config import TARGETS, Serving
 from ldm_export.serving.models import MODELS, make_model
 from ldm_export.serving.repository import write_models
 from ldm_export.verbs.options import PRECISIONS
-from ldm_runtime.backends.choice import BACKENDS
+from ldm_runtime.backends.selection import BACKENDS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.signature import check_signature
-from ldm_runtime.triton.settings import IN_PROCESS, PER_STEP, Settings
+from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, Settings
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:

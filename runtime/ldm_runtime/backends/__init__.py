@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from ldm_runtime.specs import TensorSpec
+from ldm_runtime.specs import ComponentSpec, TensorSpec
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -36,3 +36,19 @@ class Preparing(Protocol):
 
     def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """What ``run`` takes in place of that input; rows are the leading axis of every array."""
+
+
+class SpecBackend:
+    """The first half of ``Backend``: a class that sets ``_spec`` has its inputs and outputs."""
+
+    _spec: ComponentSpec
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns."""
+        return self._spec.outputs

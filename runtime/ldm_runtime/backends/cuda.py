@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends.package import load
+from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError
 
 
@@ -19,7 +19,7 @@ class Cuda:
     """
 
     def __init__(self) -> None:
-        runtime: Any = load("cuda.bindings.runtime", 'pip install "ldm-export[tensorrt-rtx]"')
+        runtime: Any = import_engine("cuda.bindings.runtime", 'pip install "ldm-export[tensorrt-rtx]"')
         self._runtime = runtime
         try:
             error, count = runtime.cudaGetDeviceCount()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.choice import Choice, runs_on_cuda
 from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.selection import Choice, runs_on_cuda
 from ldm_runtime.backends.tensorrt import LoadedEngine, TensorRtBackend
 from ldm_runtime.backends.tensorrt_device import TensorRtDevice
 from ldm_runtime.bundle import Bundle

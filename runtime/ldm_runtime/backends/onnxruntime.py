@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed
-from ldm_runtime.backends.cores import usable_cores
-from ldm_runtime.backends.described import Described
-from ldm_runtime.backends.package import load
+from ldm_runtime.backends import Feed, SpecBackend
+from ldm_runtime.backends.host import import_engine, usable_cores
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -23,7 +21,7 @@ CAPTURE_REFUSED = "cannot use the graph capture feature"
 """What onnxruntime says where a part of a graph falls to the CPU, so that calls cannot be CUDA graphs."""
 
 
-class OnnxRuntimeBackend(Described):
+class OnnxRuntimeBackend(SpecBackend):
     """Runs one ONNX graph with ONNX Runtime through IO binding.
 
     Args:
@@ -149,7 +147,7 @@ def load_onnxruntime() -> Any:
     Raises:
         BackendError: not installed, or broken.
     """
-    return load("onnxruntime", 'pip install "ldm-export[onnxruntime]"')
+    return import_engine("onnxruntime", 'pip install "ldm-export[onnxruntime]"')
 
 
 def first_line(error: Exception) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed
-from ldm_runtime.backends.described import Described
+from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
@@ -19,7 +18,7 @@ in the context's place, the noise; the latter has attention as ONNX Runtime's ow
 Graph = tuple[Path, ComponentSpec]
 
 
-class KeyedUNetBackend(Described):
+class KeyedUNetBackend(SpecBackend):
     """Runs a UNet as the graphs of ``KEYS`` and ``KEYED``.
 
     Args:

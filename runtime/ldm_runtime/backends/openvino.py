@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed
-from ldm_runtime.backends.cores import usable_cores
-from ldm_runtime.backends.described import Described
+from ldm_runtime.backends import Feed, SpecBackend
+from ldm_runtime.backends.host import import_engine, usable_cores
 from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
-from ldm_runtime.backends.package import load
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -22,7 +20,7 @@ ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 """What OpenVINO calls a precision; what a graph says itself, int8 by Q/DQ above all, it keeps in either."""
 
 
-class OpenVinoBackend(Described):
+class OpenVinoBackend(SpecBackend):
     """Runs one ONNX graph with OpenVINO, compiled for each set of shapes when it first comes (``openvino_shapes``).
 
     Args:
@@ -145,7 +143,7 @@ def core() -> Any:
     Raises:
         BackendError: openvino is not installed, or broken.
     """
-    return load("openvino", 'pip install "ldm-export[openvino]"').Core()
+    return import_engine("openvino", 'pip install "ldm-export[openvino]"').Core()
 
 
 @cache

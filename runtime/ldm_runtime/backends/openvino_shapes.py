@@ -10,8 +10,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
-from ldm_runtime.backends.mapped import give_back_files, given_back
 from ldm_runtime.backends.openvino_upsample import fold_upsampling
+from ldm_runtime.backends.page_release import release_mapped_files, release_mapped_pages
 
 MAX_SHAPES = 8
 BUDGET = 2 * 2**30
@@ -67,10 +67,10 @@ class ShapedGraph:
             model.reshape({name: list(shape) for name, shape in key})
             if self._options["INFERENCE_PRECISION_HINT"] == "bf16":
                 fold_upsampling(model)
-        with given_back(_weights(model)):
+        with release_mapped_pages(_weights(model)):
             compiled = self._core.compile_model(model, "CPU", self._options)
         if "CACHE_DIR" in self._options:  # from which it may have come: the file stays mapped, with weights in fp32
-            give_back_files(Path(self._options["CACHE_DIR"]))
+            release_mapped_files(Path(self._options["CACHE_DIR"]))
         self._requests[key] = compiled.create_infer_request(), {}
         return self._requests[key]
 

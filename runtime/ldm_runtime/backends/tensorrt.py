@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed
+from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.backends.cuda import Buffer, Cuda, empty
-from ldm_runtime.backends.described import Described
-from ldm_runtime.backends.engine_choice import check_graph, choose, open_package, rebuild_command
+from ldm_runtime.backends.engine_match import check_graph, choose, open_package, rebuild_command
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import check_feed, sizes_of
@@ -108,7 +107,7 @@ class LoadedEngine:
         del self._context, self._engine, self._runtime
 
 
-class TensorRtBackend(Described):
+class TensorRtBackend(SpecBackend):
     """Runs one engine of a bundle: buffers kept on the device, copies and work in the order of one stream.
 
     Arguments and errors are those of ``LoadedEngine``.

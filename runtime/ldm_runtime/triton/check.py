@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 
-from ldm_runtime.triton.wire import CHECK
+from ldm_runtime.triton.tensors import CHECK
 
 BODY = {
     "parameters": {CHECK: True},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm_runtime.errors import LdmError
-from ldm_runtime.triton.wire import Tensors
+from ldm_runtime.triton.tensors import Tensors
 
 WATCH, LOOK = 0.02, 0.004
 """Seconds from one look at whether callers still want their answers to the next, and at least so many per caller: each

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend, Feed
-from ldm_runtime.backends.described import Described
+from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec
 
 MODEL = "unet"
 
 
-class PerStepUNet(Described):
+class PerStepUNet(SpecBackend):
     """A backend that asks the model `unet` of this server (Triton's business logic scripting).
 
     Args:

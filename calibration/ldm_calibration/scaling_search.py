@@ -1,0 +1,151 @@
+"""Chooses how each tensor becomes int8, observer and migration, by the least error of the layers' results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ldm_calibration.choices import Choice, Choices
+from ldm_calibration.histogram import Histogram
+from ldm_calibration.layers import Layer, find_layers
+from ldm_calibration.observation import Feed, Observations, tensors_of
+from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
+from ldm_calibration.qdq import Scaling, along
+from ldm_calibration.sessions import Session, load_graph
+from ldm_calibration.weights import migration_factors, quantize_weights, weights_of
+
+EXPONENTS = (0.0, 0.5, 0.7, 0.85)
+"""Of migration; 0 is none."""
+WORTH = 0.8
+"""Migration costs a multiplication: the error must fall by a fifth at least, one decibel."""
+LEAST_CHANNEL = 1e-3
+"""Share of the largest channel's magnitude that a result's channel counts as at least."""
+F32 = NDArray[np.float32]
+
+
+def choose(
+    graph: Path,
+    seen: Observations,
+    feeds: Sequence[Feed],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Choices:
+    """Try observers and exponents on real inputs, each layer computed alone, and keep the best for each source.
+
+    Args:
+        graph: fp32.
+        seen: of that graph.
+        feeds: a few of those that were observed.
+    """
+    model = load_graph(graph)
+    layers = [layer for layer in find_layers(model.graph) if not layer.float_only]
+    readers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(layer.source, []).append(layer)
+    weights = model.graph.initializers
+    trials: dict[str, list[_Trial]] = {}
+    single: dict[str, _Single] = {}
+    for found in tensors_of(graph, list(readers), seen.shapes, feeds, progress):
+        for source, values in found.items():
+            if source not in trials:
+                trials[source] = _trials(source, readers[source], seen, weights, values)
+            for layer in readers[source]:
+                if layer.name not in single:
+                    single[layer.name] = _Single(model, layer, graph.parent)
+                _try(trials[source], single[layer.name], layer, weights_of(weights[layer.weight or ""]), values)
+    chosen, decibels = {}, {}
+    for source, tried in trials.items():
+        best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
+        thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
+        chosen[source] = Choice(best.observer, best.exponent, best.scaling, thresholds)
+        decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
+    results = {layer.result: _equalized(seen.channels[layer.result]) for layer in layers if layer.op == "Conv"}
+    return Choices(chosen, results, decibels, seen.flops)
+
+
+def _equalized(channels: F32) -> Scaling:
+    """A scaling that brings all channels of a result to the largest of them; those of next to nothing not quite."""
+    top = float(channels.max()) or 1.0
+    factors = np.maximum(channels / np.float32(top), np.float32(LEAST_CHANNEL)).astype(np.float32)
+    return Scaling(top, factors)
+
+
+class _Trial:
+    """One observer with one exponent: what the layers' results lose by it."""
+
+    def __init__(self, observer: str, exponent: float, scaling: Scaling):
+        self.observer, self.exponent, self.scaling = observer, exponent, scaling
+        self.error: dict[str, float] = {}
+        self.power: dict[str, float] = {}
+
+    @property
+    def loss(self) -> float:
+        """Error as a share of the results, summed over the layers."""
+        return sum(self.error[name] / max(self.power[name], 1e-30) for name in self.error)
+
+
+def _trials(
+    source: str, readers: Sequence[Layer], seen: Observations, weights: Mapping[str, ir.Value], values: F32
+) -> list[_Trial]:
+    plain = {observer: threshold(seen.histograms[source], observer) for observer in OBSERVERS}
+    trials = [_Trial(observer, 0.0, Scaling(value)) for observer, value in plain.items()]
+    channels = seen.channels[source]
+    largest = np.max([_reading(weights, layer) for layer in readers], axis=0)
+    for exponent in EXPONENTS[1:]:
+        factors = migration_factors(channels, largest, exponent)
+        histogram = Histogram()
+        histogram.add(values / along(factors, readers[0].channel_axis % values.ndim, values.ndim))
+        bound = float((channels / factors).max())
+        trials.append(_Trial("minmax", exponent, Scaling(bound or 1.0, factors)))
+        trials.append(_Trial("mse", exponent, Scaling(threshold(histogram, "mse"), factors)))
+    return trials
+
+
+def _reading(weights: Mapping[str, ir.Value], layer: Layer) -> F32:
+    """The largest magnitude of the weights that read each input channel."""
+    array = np.abs(weights_of(weights[layer.weight or ""]))
+    return array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
+
+
+class _Single:
+    """One layer as a graph of its own, its weights an input."""
+
+    def __init__(self, model: ir.Model, layer: Layer, folder: Path):
+        node = next(node for node in model.graph if node.name == layer.name)
+        x, w = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in "xw")
+        alone = ir.Node("", node.op_type, [x, w], list(node.attributes.values()), num_outputs=1, name=layer.name)
+        (y,) = alone.outputs
+        y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph([x, w], [y], nodes=[alone], name=layer.name, opset_imports={"": model.opset_imports[""]})
+        self._session = Session(ir.Model(graph, ir_version=10), folder)
+
+    def __call__(self, x: F32, w: F32) -> F32:
+        """The layer's result without its bias."""
+        return self._session.run({"x": x, "w": w})["y"]
+
+
+def _try(trials: Sequence[_Trial], single: _Single, layer: Layer, weights: F32, values: F32) -> None:
+    exact = single(values, weights)
+    power = float(np.square(exact, dtype=np.float64).sum())
+    restored: dict[float, F32] = {}  # int8 weights as floats, by exponent
+    for trial in trials:
+        factors, given, taken = trial.scaling.factors, values, weights
+        if factors is not None:
+            given = values / along(factors, layer.channel_axis % values.ndim, values.ndim)
+            taken = weights * along(factors, layer.in_axis, weights.ndim)
+        if trial.exponent not in restored:
+            held, scales = quantize_weights(taken, layer.out_axis)
+            restored[trial.exponent] = held * along(scales, layer.out_axis, held.ndim)
+        step = trial.scaling.scale
+        rounded = np.clip(np.rint(given / step), -LEVELS - 1, LEVELS).astype(np.float32) * step
+        off = single(rounded, restored[trial.exponent]) - exact
+        trial.error[layer.name] = trial.error.get(layer.name, 0.0) + float(np.square(off, dtype=np.float64).sum())
+        trial.power[layer.name] = trial.power.get(layer.name, 0.0) + power
+
+
+def _decibel(power: float, error: float) -> float:
+    return 10 * math.log10(max(power, 1e-30) / max(error, 1e-30))

@@ -1,0 +1,1 @@
+"""Turns what a request asks for (text, class label, image, …) into the inputs of the denoiser."""

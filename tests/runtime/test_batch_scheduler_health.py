@@ -1,0 +1,126 @@
+"""When an engine room is ready: an engine that fails or hangs, and closing."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from ldm_runtime import Request
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.scheduler import BatchScheduler
+from ldm_runtime.errors import BackendError, CancelledError, QueueFullError, SpecError
+from tests.support.step_gate import PROMPTS
+from tests.support.waiting import settled
+
+
+def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room, pipeline, monkeypatch) -> None:
+    broken = threading.Event()
+    run = pipeline.backends["unet"].run
+
+    def sometimes(feed):
+        if broken.is_set():
+            raise BackendError("unet: out of memory")
+        return run(feed)
+
+    monkeypatch.setattr(pipeline.backends["unet"], "run", sometimes)
+    assert room.ready
+    broken.set()
+    with pytest.raises(BackendError, match="out of memory"):
+        room.submit(Request(PROMPTS[0], seed=0)).result(20)
+    assert settled(lambda: not room.ready)
+    with pytest.raises(QueueFullError, match="no picture can be made now"):
+        room.submit(Request(PROMPTS[0], seed=0))
+    broken.clear()
+    assert settled(lambda: room.ready)
+    room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2)).result(20)
+
+
+def test_an_engine_that_fails_without_work_makes_it_unready_too(pipeline, monkeypatch) -> None:
+    def fail(_):
+        raise BackendError("decoder: the GPU is lost")
+
+    with BatchScheduler(pipeline, Limits(idle=0.05)) as room:
+        assert room.ready
+        monkeypatch.setattr(pipeline.backends["decoder"], "run", fail)
+        assert settled(lambda: not room.ready)
+        monkeypatch.undo()
+        assert settled(lambda: room.ready)
+
+
+def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
+    room, gate = gated()
+    held = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    assert gate.arrived.acquire(timeout=20)
+    tickets = [room.submit(Request(PROMPTS[number], seed=number, num_inference_steps=1)) for number in range(3)]
+    decode, batches, bad = pipeline.backends["decoder"].run, [], []
+
+    def spoilt(feed):
+        latents, image = feed["latents"], decode(feed)["image"].copy()
+        batches.append(len(latents))
+        bad[:] = bad or [latents[1].copy()]
+        image[[np.array_equal(one, bad[0]) for one in latents]] = np.nan
+        return {"image": image}
+
+    monkeypatch.setattr(pipeline.backends["decoder"], "run", spoilt)
+    gate.open()
+    outcomes = [ticket.future.exception(20) for ticket in (held, *tickets)]
+    assert [isinstance(outcome, SpecError) for outcome in outcomes] == [False, True, False, False]
+    assert [ticket.result().images.shape for ticket in (held, *tickets[1:])] == [(1, 64, 64, 3)] * 3
+    assert batches == [4, 1, 1, 1, 1]
+    assert room.ready
+
+
+def test_a_room_that_is_not_proven_at_once_is_ready_soon(pipeline) -> None:
+    with BatchScheduler(pipeline, prove=False) as room:
+        assert settled(lambda: room.ready)
+
+
+def test_a_room_that_cannot_make_a_picture_does_not_open(pipeline, monkeypatch) -> None:
+    decode = pipeline.backends["decoder"].run
+    monkeypatch.setattr(
+        pipeline.backends["decoder"], "run", lambda feed: {"image": decode(feed)["image"] * np.float32(np.nan)}
+    )
+    before = threading.active_count()
+    with pytest.raises(SpecError, match="NaN"):
+        BatchScheduler(pipeline)
+    assert settled(lambda: threading.active_count() == before)
+
+
+def test_an_engine_that_hangs_makes_it_unready(gated) -> None:
+    room, gate = gated(stall=0.1)
+    ticket = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    assert settled(lambda: not room.ready)
+    gate.open()
+    ticket.result(20)
+    assert settled(lambda: room.ready)
+
+
+def test_closing_finishes_what_it_has_time_for_and_cancels_the_rest(gated, pipeline) -> None:
+    room, gate = gated(rows=1)
+    short = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    assert gate.arrived.acquire(timeout=20)
+    waiting = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3))
+    closing = threading.Thread(target=room.close, kwargs={"seconds": 30})
+    closing.start()
+    assert settled(lambda: not room.ready)
+    with pytest.raises(CancelledError, match="closing"):
+        room.submit(Request(PROMPTS[0]))
+    gate.open()
+    closing.join(30)
+    assert short.result(1) and waiting.result(1) and not closing.is_alive()
+
+
+def test_closing_at_once_cancels_everything(gated) -> None:
+    before = threading.active_count()
+    room, gate = gated(rows=1)
+    tickets = [room.submit(Request(PROMPTS[0], seed=0)) for _ in range(3)]
+    assert gate.arrived.acquire(timeout=20)
+    gate.open()
+    room.close()
+    for ticket in tickets:
+        with pytest.raises(CancelledError, match="closed before"):
+            ticket.result(1)
+    assert threading.active_count() == before
+    room.close()
