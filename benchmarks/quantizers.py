@@ -41,7 +41,8 @@ from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
-from ldm_runtime.bundle import Bundle, sha256
+from ldm_runtime.atomic_files import sha256
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.images import psnr
 from ldm_runtime.manifest import COMPONENTS

@@ -16,9 +16,9 @@ from ldm_calibration.layers import Layer
 from ldm_calibration.qdq import Scaling
 from ldm_calibration.sessions import files_of
 from ldm_calibration.settings import Settings
-from ldm_runtime.bundle import sha256
+from ldm_runtime.atomic_files import sha256
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.json_fields import each, mapping, text
+from ldm_runtime.json_fields import require_map, require_object, require_str
 
 FORMAT, VERSION = "ldm-export calibration", 1
 MAX_BYTES = 256 * 2**20
@@ -139,18 +139,18 @@ def read_record(file: Path) -> Record:
 
 def read_document(document: Any) -> Record:
     """A record from its JSON."""
-    top = mapping("record", document)
+    top = require_object("record", document)
     if (top.get("format"), top.get("version")) != (FORMAT, VERSION):
         raise ManifestError(
             f"got format {top.get('format')!r:.40} version {top.get('version')!r:.20}, expected {FORMAT!r} {VERSION}; "
             "calibrate anew"
         )
-    settings, ranges = mapping("settings", top.get("settings")), mapping("ranges", top.get("ranges"))
+    settings, ranges = require_object("settings", top.get("settings")), require_object("ranges", top.get("ranges"))
     pictures = top.get("pictures")
     whole = isinstance(pictures, list) and pictures and all(_is_picture(picture) for picture in pictures)
     if not whole or not set(_SETTINGS) <= settings.keys() or set(_RANGES) != ranges.keys():
         raise ManifestError("settings, ranges or pictures: not as a calibration writes them; calibrate anew")
-    return Record(top, each("components", top.get("components"), _component))
+    return Record(top, require_map("components", top.get("components"), _component))
 
 
 def _is_picture(picture: Any) -> bool:
@@ -166,16 +166,16 @@ def _is_picture(picture: Any) -> bool:
 
 
 def _component(where: str, value: Any) -> ComponentRecord:
-    held = mapping(where, value)
+    held = require_object(where, value)
     layers = held.get("layers")
     if not isinstance(layers, list) or not all(_is_layer(layer) for layer in layers):
         raise ManifestError(f"{where}.layers: expected a list of layers; calibrate anew")
     return ComponentRecord(
-        text(f"{where}.graph", held.get("graph")),
-        each(f"{where}.sources", held.get("sources"), _scaling),
-        each(f"{where}.results", held.get("results"), _scaling),
+        require_str(f"{where}.graph", held.get("graph")),
+        require_map(f"{where}.sources", held.get("sources"), _scaling),
+        require_map(f"{where}.results", held.get("results"), _scaling),
         tuple(layers),
-        text(f"{where}.why", held.get("why")),
+        require_str(f"{where}.why", held.get("why")),
     )
 
 
@@ -190,7 +190,7 @@ def _is_layer(layer: Any) -> bool:
 
 
 def _scaling(where: str, value: Any) -> Scaling:
-    held = mapping(where, value)
+    held = require_object(where, value)
     factors = held.get("factors")
     if factors is None:
         return Scaling(_magnitude(f"{where}.threshold", held.get("threshold")))

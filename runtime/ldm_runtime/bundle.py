@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm_runtime.atomic_files import sha256, write_together
+from ldm_runtime.bundle_layout import MANIFEST, files_of_graph
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import COMPONENTS, NAME, FileFact, Manifest, read_manifest
-
-CHUNK = 4 * 2**20
+from ldm_runtime.manifest import FileFact, Manifest, read_manifest
+from ldm_runtime.model import DECODER, UNET
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Bundle:
     @property
     def precision(self) -> str:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
-        asked = self.manifest.asked.get("precision")
-        held = isinstance(asked, str) and all(asked in self.manifest.components[name].graphs for name in COMPONENTS)
-        return str(asked) if held else "fp32"
+        wanted = self.manifest.request.get("precision")
+        components = [self.manifest.components[name] for name in (UNET, DECODER)]
+        return str(wanted) if all(wanted in component.graphs for component in components) else "fp32"
 
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked.
@@ -48,7 +47,7 @@ class Bundle:
         """
         fact, path = self.manifest.files.get(name), self.folder / name
         if fact is None:
-            raise ManifestError(f"{self.folder / NAME}: lists no file {name!r}; rebuild the bundle")
+            raise ManifestError(f"{self.folder / MANIFEST}: lists no file {name!r}; rebuild the bundle")
         try:
             self._check(path, fact)
         except OSError as error:
@@ -67,22 +66,24 @@ class Bundle:
         if digest != fact.sha256:
             raise ManifestError(f"{path}: got sha256 {digest}, expected {fact.sha256}; copy the file again or rebuild")
 
-    def graph(self, component: str, precision: str) -> Path:
+    def graph(self, component: str, precision: str, variant: str = "") -> Path:
         """The checked ONNX graph of a component; its external weights, if any, are checked too.
+
+        ``variant`` names an engine; its own variant of the graph is returned if the bundle has one.
 
         Raises:
             ManifestError: no graph of that precision, or a file of it is not what was built.
         """
-        graphs = self.manifest.components[component].graphs
-        if precision not in graphs:
+        part = self.manifest.components[component]
+        name = part.graph(precision, variant)
+        if name is None:
             raise ManifestError(
-                f"{self.folder}: component {component} has no {precision} graph, only {', '.join(graphs) or 'none'}; "
-                f"build it with `ldm-export build --precision {precision}`"
+                f"{self.folder}: component {component} has no {precision} graph, only "
+                f"{', '.join(part.graphs) or 'none'}; build it with `ldm-export build --precision {precision}`"
             )
-        name = graphs[precision]
-        if f"{name}.data" in self.manifest.files:
-            self.file(f"{name}.data")
-        return self.file(name)
+        for file in reversed(files_of_graph(name, self.manifest.files)):
+            path = self.file(file)
+        return path
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
         """Check every file the manifest lists.
@@ -108,46 +109,10 @@ class Bundle:
         files, figures = {**self.manifest.files, **facts}, {**self.manifest.measured, **measured}
         manifest = replace(self.manifest, files=files, measured=figures)
         contents = {self.folder / name: content for name, content in reports.items()}
-        write_together({**contents, self.folder / NAME: manifest.to_json().encode()})
+        write_together({**contents, self.folder / MANIFEST: manifest.to_json().encode()})
         return replace(self, manifest=manifest)
-
-
-def sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """Hex SHA-256 of a file; ``progress`` is told the bytes of each part read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-            progress(len(part))
-    return digest.hexdigest()
 
 
 def file_facts(folder: Path, names: Iterable[str]) -> dict[str, FileFact]:
     """Digest and size of files under ``folder``, by relative path."""
     return {name: FileFact(sha256(folder / name), (folder / name).stat().st_size) for name in names}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or as it was before: to a neighbour, flushed, then renamed."""
-    write_together({path: content})
-
-
-def write_together(contents: Mapping[Path, bytes]) -> None:
-    """``write_whole`` of several files: none of them is replaced before all are on the disk."""
-    parts, made = {path: path.with_name(f".{path.name}.part") for path in contents}, list[Path]()
-    try:
-        for path, content in contents.items():
-            made += [folder for folder in reversed(path.parents) if not folder.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with parts[path].open("wb") as file:
-                made.append(parts[path])
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, part in parts.items():
-            part.replace(path)
-    except BaseException:
-        for path in reversed(made):
-            with suppress(OSError):  # gone already, or a folder that has more in it by now
-                path.rmdir() if path.is_dir() else path.unlink()
-        raise

@@ -1,4 +1,4 @@
-"""The UNet as denoising loops use it: what is constant over a prompt's steps is computed once, then a call per step."""
+"""The denoiser: the UNet, with what is constant over a request or a schedule computed once instead of at every step."""
 
 from __future__ import annotations
 
@@ -8,36 +8,89 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend, Preparing
+from ldm_runtime.backends import Backend
+from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET, ModelDescription
+
+__all__ = ["Denoiser", "Tensors"]
 
 F32 = NDArray[np.float32]
-Conditioning = Mapping[str, NDArray[Any]]
-"""Name → what the steps of some rows share; rows are the leading axis: they may be taken and concatenated by key."""
+Tensors = dict[str, NDArray[Any]]
+"""Tensor name -> array whose leading axis is rows (or timesteps)."""
 
 
-class UNet:
-    """Predicts noise with a backend that takes ``sample``, ``timestep`` and ``context``."""
+class Denoiser:
+    """Predicts noise, and runs the components that derive UNet inputs.
 
-    def __init__(self, backend: Backend):
-        self._backend = backend
+    ``conditioning`` tensors (e.g. cross-attention keys and values) come from components that run once per request;
+    ``schedule`` tensors (e.g. projected timestep embeddings) from components that run once per schedule. Both are
+    selected by name from the model's description, so a UNet that takes ``timestep`` or ``context`` itself works too.
 
-    def encode(self, context: F32) -> dict[str, NDArray[Any]]:
-        """What the steps of these rows share, from the text encoder's hidden states float32 [R, T, D]: these, and with
-        OpenVINO the keys and values of every cross-attention.
+    Args:
+        model: Names and specs.
+        backends: By component.
+    """
+
+    def __init__(self, model: ModelDescription, backends: Mapping[str, Backend]):
+        self.unet = backends[UNET]
+        per_schedule = model.once_per("schedule")
+        self._inputs = tuple(tensor.name for tensor in model.components[UNET].inputs)
+        self._per_request = [(spec, backends[spec.name]) for spec in model.once_per("request")]
+        self._per_schedule = [(spec, backends[spec.name]) for spec in per_schedule]
+        derived = {tensor.name for spec in per_schedule for tensor in spec.outputs}
+        self.schedule_inputs = tuple(name for name in self._inputs if name == TIMESTEP or name in derived)
+        """Names of the UNet's inputs that depend on the timestep alone."""
+        self.conditioning_inputs = tuple(name for name in self._inputs if name not in (SAMPLE, *self.schedule_inputs))
+        """Names of the UNet's inputs that are constant over the steps of a request."""
+
+    def condition(self, encoded: Mapping[str, NDArray[Any]]) -> Tensors:
+        """Derive the UNet's conditioning inputs from what the conditioners encoded; rows stay rows.
 
         Raises:
-            BackendError: the engine failed.
+            SpecError: Shapes or dtypes a component does not take.
+            BackendError: The engine failed.
         """
-        given: dict[str, NDArray[Any]] = {"context": context}
-        return self._backend.prepare(given) if isinstance(self._backend, Preparing) else given
+        known = dict(encoded)
+        for spec, backend in self._per_request:
+            known |= backend.run({tensor.name: known[tensor.name] for tensor in spec.inputs})
+        return {name: known[name] for name in self.conditioning_inputs}
 
-    def __call__(self, sample: F32, timestep: NDArray[np.int64], conditioning: Conditioning) -> F32:
-        """Predicted noise float32 [R, C, h, w] of noisy latents of that shape, each row at its own ``timestep`` [R].
+    def embed(self, timesteps: NDArray[np.int64]) -> Tensors:
+        """Derive the UNet's schedule inputs for each timestep int64 [N]; every array is [N, …].
+
+        Equal timesteps are computed once, in calls that the components' batch allows.
 
         Raises:
-            SpecError: shapes or dtypes that the UNet does not take.
-            BackendError: the engine failed.
+            SpecError, BackendError: As ``condition``.
         """
-        feed: dict[str, NDArray[Any]] = {"sample": sample, "timestep": timestep, **conditioning}
-        predicted: F32 = self._backend.run(feed)["noise_pred"]
+        distinct, place = np.unique(timesteps, return_inverse=True)
+        known: Tensors = {TIMESTEP: distinct}
+        for spec, backend in self._per_schedule:
+            most = min(tensor.bounds("max")[0] for tensor in spec.inputs)
+            names = [tensor.name for tensor in spec.inputs]
+            parts = [
+                backend.run({name: known[name][start : start + most] for name in names})
+                for start in range(0, len(distinct), most)
+            ]
+            known |= {t.name: np.concatenate([part[t.name] for part in parts]) for t in spec.outputs}
+        return {name: known[name][place] for name in self.schedule_inputs}
+
+    def __call__(self, sample: F32, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, Any]) -> F32:
+        """Predict noise float32 [R, C, h, w] for noisy latents of that shape.
+
+        Args:
+            sample: Latents.
+            schedule: Schedule inputs of each row, [R, …], taken from what ``embed`` returned.
+            conditioning: Conditioning inputs of each row, [R, …].
+
+        Raises:
+            SpecError: Shapes or dtypes the UNet does not take.
+            BackendError: The engine failed.
+        """
+        predicted: F32 = self.unet.run({SAMPLE: sample, **schedule, **conditioning})[NOISE_PRED]
         return predicted
+
+    def close(self) -> None:
+        """Free the engines of the UNet and of the components that derive its inputs."""
+        for _, backend in (*self._per_request, *self._per_schedule):
+            backend.close()
+        self.unet.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.json_fields import mapping, text
+from ldm_runtime.json_fields import require_object, require_str
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -71,26 +71,26 @@ def engine_from_json(where: str, value: Any) -> Engine:
     Raises:
         ManifestError: names the field, what it holds and what is expected.
     """
-    entry = mapping(where, value)
+    entry = require_object(where, value)
     capabilities = _list(f"{where}.compute_capabilities", entry.get("compute_capabilities"))
     given = _list(f"{where}.profiles", entry.get("profiles"))
     if not 1 <= len(given) <= MAX_PROFILES:
         raise ManifestError(f"{where}.profiles: got {len(given)}, expected 1..{MAX_PROFILES}")
     return Engine(
         **{
-            name: text(f"{where}.{name}", entry.get(name))
+            name: require_str(f"{where}.{name}", entry.get(name))
             for name in ("file", "package", "version", "precision", "graph")
         },
-        compute_capabilities=tuple(text(f"{where}.compute_capabilities", item) for item in capabilities),
+        compute_capabilities=tuple(require_str(f"{where}.compute_capabilities", item) for item in capabilities),
         profiles=tuple(_profile(f"{where}.profiles", item) for item in given),
-        proof=mapping(f"{where}.proof", entry.get("proof")),
-        structure=text(f"{where}.structure", entry.get("structure", "")),
+        proof=require_object(f"{where}.proof", entry.get("proof")),
+        structure=require_str(f"{where}.structure", entry.get("structure", "")),
     )
 
 
 def _profile(where: str, value: Any) -> Profile:
     found: dict[str, tuple[Shape, Shape, Shape]] = {}
-    for name, bounds in mapping(where, value).items():
+    for name, bounds in require_object(where, value).items():
         shapes = [_shape(f"{where}.{name}", shape) for shape in _list(f"{where}.{name}", bounds)]
         if len(shapes) != 3 or not _within(shapes[1], shapes[0], shapes[2]):
             raise ManifestError(f"{where}.{name}: got {bounds!r:.80}, expected min, opt and max shapes in this order")

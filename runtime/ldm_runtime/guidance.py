@@ -1,47 +1,69 @@
-"""At which steps classifier-free guidance computes the unguided branch: at all of them, or at fewer."""
+"""Classifier-free guidance: which branches each denoising step evaluates, and how predictions are combined."""
 
 from __future__ import annotations
 
-import reprlib
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer, number, shown
 
-WHOLE = (0.0, 1.0)
+__all__ = ["FULL_INTERVAL", "StepBranches", "guide", "step_branches"]
+
+F32 = NDArray[np.float32]
+FULL_INTERVAL = (0.0, 1.0)
+MAX_EVERY = 1000
 
 
-class Branches(Enum):
-    """What one step computes.
+class StepBranches(Enum):
+    """What one denoising step evaluates.
 
-    BOTH: the unguided and the prompted branch, and so the direction from the one to the other. HELD: the prompted
-    branch, with the direction of the last step that had both. PROMPTED: the prompted branch, without guidance.
+    BOTH: The unconditional and the conditional branch, and from them the guidance direction.
+    REUSED: The conditional branch only, with the guidance direction of the last step that evaluated both.
+    CONDITIONAL: The conditional branch only, without guidance.
     """
 
     BOTH = "both"
-    HELD = "held"
-    PROMPTED = "prompted"
+    REUSED = "reused"
+    CONDITIONAL = "conditional"
 
 
-def branches(interval: tuple[float, float], every: int, steps: int) -> list[Branches]:
-    """What each of so many steps computes.
+def step_branches(interval: tuple[float, float], every: int, steps: int) -> tuple[StepBranches, ...]:
+    """Decide, for each denoising step, which branches of classifier-free guidance to evaluate.
 
     Args:
-        interval: shares of the steps, 0 ≤ start ≤ end ≤ 1: guidance is on between them (Kynkäänniemi et al. 2024,
-            arXiv:2404.07724).
-        every: of the guided steps each so-manieth computes both branches; those between hold its direction, which
-            changes little from a step to the next (as do the caches of Lv et al. 2024, arXiv:2410.19355).
+        interval: Start and end of guidance as shares of the steps, 0 <= start <= end <= 1; guidance is off outside
+            (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+        every: Evaluate both branches every N-th guided step. The steps between evaluate only the conditional branch
+            and reuse the last guidance direction, which changes slowly (compare Lv et al. 2024, arXiv:2410.19355).
+        steps: Number of UNet calls.
 
     Raises:
-        SpecError: not two such numbers, or no whole number from 1.
+        SpecError: ``interval`` is not two such numbers, or ``every`` is not a whole number from 1.
     """
-    fits = isinstance(interval, list | tuple) and len(interval) == 2
-    if not fits or any(isinstance(share, bool) or not isinstance(share, int | float) for share in interval):
-        raise SpecError(f"guidance_interval: got {reprlib.repr(interval)}, expected two numbers from 0 to 1")
-    start, end = interval
-    if not 0 <= start <= end <= 1:
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        raise SpecError(f"guidance_interval: got {shown(interval)}, expected two numbers from 0 to 1")
+    start, end = (number("guidance_interval", share, 0.0, 1.0) for share in interval)
+    if start > end:
         raise SpecError(f"guidance_interval: got {start:g} to {end:g}, expected 0 <= start <= end <= 1")
-    if type(every) is not int or every < 1:
-        raise SpecError(f"guidance_every: got {every!r:.40}, expected a whole number of steps, 1 or more")
+    every = integer("guidance_every", every, 1, MAX_EVERY)
     first, last = round(start * steps), round(end * steps)
-    guided = [Branches.HELD if (index - first) % every else Branches.BOTH for index in range(first, last)]
-    return [Branches.PROMPTED] * first + guided + [Branches.PROMPTED] * (steps - last)
+    guided = (StepBranches.REUSED if (index - first) % every else StepBranches.BOTH for index in range(first, last))
+    off = StepBranches.CONDITIONAL
+    return (*(off,) * first, *guided, *(off,) * (steps - last))
+
+
+def guide(unconditional: F32, conditional: F32, scale: np.float32 | F32) -> tuple[F32, F32]:
+    """Combine the two branches (Ho and Salimans 2022, arXiv:2207.12598).
+
+    Args:
+        unconditional, conditional: Predictions float32 [images, C, h, w].
+        scale: Guidance scale, one number or float32 [images, 1, 1, 1].
+
+    Returns:
+        The guided prediction and the guidance direction (conditional minus unconditional), shapes as given.
+    """
+    direction = conditional - unconditional
+    return unconditional + scale * direction, direction

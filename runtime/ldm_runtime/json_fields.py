@@ -1,4 +1,4 @@
-"""Fields of a JSON document from a stranger: each of the expected type, or one line that names it."""
+"""Typed access to untrusted JSON; a wrong type raises ManifestError naming the field."""
 
 from __future__ import annotations
 
@@ -7,20 +7,40 @@ from typing import Any, TypeVar
 
 from ldm_runtime.errors import ManifestError
 
+__all__ = ["require_integer", "require_list", "require_map", "require_object", "require_str"]
+
 _T = TypeVar("_T")
 
 
-def mapping(where: str, value: Any) -> dict[str, Any]:
+def require_object(where: str, value: Any) -> dict[str, Any]:
+    """Return ``value`` if it is a JSON object."""
     if not isinstance(value, dict):
         raise ManifestError(f"{where}: got {type(value).__name__}, expected an object; rebuild the bundle")
     return value
 
 
-def text(where: str, value: Any) -> str:
+def require_list(where: str, value: Any, most: int) -> list[Any]:
+    """Return ``value`` if it is a JSON array of at most ``most`` entries."""
+    if not isinstance(value, list) or len(value) > most:
+        got = f"{len(value)} entries" if isinstance(value, list) else f"{value!r:.60}"
+        raise ManifestError(f"{where}: got {got}, expected a list of at most {most}; rebuild the bundle")
+    return value
+
+
+def require_str(where: str, value: Any) -> str:
+    """Return ``value`` if it is a string."""
     if not isinstance(value, str):
         raise ManifestError(f"{where}: got {value!r:.60}, expected a text; rebuild the bundle")
     return value
 
 
-def each(where: str, value: Any, read: Callable[[str, Any], _T]) -> dict[str, _T]:
-    return {name: read(f"{where}.{name}", each) for name, each in mapping(where, value).items()}
+def require_integer(where: str, value: Any, low: int, high: int) -> int:
+    """Return ``value`` if it is a whole number from ``low`` to ``high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise ManifestError(f"{where}: got {value!r:.40}, expected a whole number from {low} to {high}; rebuild it")
+    return value
+
+
+def require_map(where: str, value: Any, read: Callable[[str, Any], _T]) -> dict[str, _T]:
+    """Read every entry of a JSON object with ``read(where, value)``."""
+    return {name: read(f"{where}.{name}", entry) for name, entry in require_object(where, value).items()}

@@ -1,25 +1,26 @@
-"""The facts of a bundle, as written in its ``manifest.json``: read from strangers, so every field is checked."""
+"""Reads and writes ``manifest.json``, which describes a bundle; its content is untrusted, so every field is checked."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
-from ldm_runtime.json_fields import each, mapping, text
+from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
+from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription, check_model
 from ldm_runtime.spec_json import spec_from_json, spec_to_json
 from ldm_runtime.specs import ComponentSpec
 
-FORMAT, VERSION = "ldm-export bundle", 1
-NAME = "manifest.json"
+FORMAT, VERSION = "ldm-export bundle", 2
 MAX_BYTES = 16 * 2**20
-MAX_NESTING, MAX_ENGINES = 32, 64
-COMPONENTS = ("text_encoder", "unet", "decoder")
+MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
+MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS = 1024, 256, 1000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -42,56 +43,85 @@ class Stage:
 
 @dataclass(frozen=True)
 class Component:
-    """One model component: its spec, per precision the path of its ONNX graph in the bundle, and its engines."""
+    """One model component.
+
+    Attributes:
+        spec: Inputs and outputs.
+        graphs: Precision -> path of the ONNX graph.
+        engines: TensorRT engines.
+        variants: Engine name -> precision -> path of a graph rewritten for that engine, e.g. for "onnxruntime-cpu".
+    """
 
     spec: ComponentSpec
     graphs: Mapping[str, str]
     engines: tuple[Engine, ...] = ()
+    variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def graph(self, precision: str, variant: str = "") -> str | None:
+        """Path of the graph for an engine: its own variant, else the portable graph; None if there is neither."""
+        return self.variants.get(variant, {}).get(precision) or self.graphs.get(precision)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All a bundle says of itself. Paths are relative, with forward slashes.
+    """Everything a bundle says about itself. Paths are relative, with forward slashes.
 
     Attributes:
-        components: by name: text_encoder, unet, decoder.
-        scheduler: configuration of the DDIM scheduler, in diffusers' keys.
-        tokenizer: path of the tokenizer's file.
-        files: every file of the bundle but the manifest itself and the build log.
-        stages: what each step of the build depended on and wrote.
-        tools: versions of the packages that built the bundle.
-        asked: what the build was asked for.
-        measured: what ``verify`` and others measured.
+        family: Pipeline family, e.g. "text_to_image".
+        components: By name.
+        conditioning, guidance, latents, scheduler, defaults: As in ``ModelDescription``.
+        files: Every file of the bundle except the manifest itself and the build log.
+        stages: What each stage of the build depended on and wrote.
+        tools: Versions of the packages that built the bundle.
+        request: What the build was asked for.
+        measured: What ``verify`` and others measured.
     """
 
+    family: str
     components: Mapping[str, Component]
+    conditioning: tuple[ConditioningSpec, ...]
+    guidance: tuple[str, ...]
+    latents: Latents
     scheduler: Mapping[str, Any]
-    tokenizer: str
     files: Mapping[str, FileFact]
+    defaults: Defaults = field(default_factory=Defaults)
     stages: Mapping[str, Stage] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelDescription:
+        """The model as the runtime sees it."""
+        specs = {name: component.spec for name, component in self.components.items()}
+        parts = (self.conditioning, self.guidance, self.latents, self.scheduler, self.defaults)
+        return ModelDescription(self.family, specs, *parts)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two spaces, a final newline; equal facts give equal bytes."""
         document = {
             "format": FORMAT,
             "version": VERSION,
+            "family": self.family,
             "components": {
                 name: {
                     **spec_to_json(part.spec),
                     "graphs": dict(part.graphs),
                     "engines": [engine.to_json() for engine in part.engines],
+                    "variants": {engine: dict(graphs) for engine, graphs in part.variants.items()},
                 }
                 for name, part in self.components.items()
             },
+            "order": list(self.components),
+            "conditioning": [asdict(entry) for entry in self.conditioning],
+            "guidance": list(self.guidance),
+            "latents": asdict(self.latents),
             "scheduler": dict(self.scheduler),
-            "tokenizer": self.tokenizer,
+            "defaults": asdict(self.defaults),
             "files": {path: {"sha256": fact.sha256, "size": fact.size} for path, fact in self.files.items()},
             "stages": {name: {"key": stage.key, "files": list(stage.files)} for name, stage in self.stages.items()},
             "tools": dict(self.tools),
-            "asked": dict(self.asked),
+            "request": dict(self.request),
             "measured": dict(self.measured),
         }
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -103,7 +133,7 @@ def read_manifest(bundle: Path) -> Manifest:
     Raises:
         ManifestError: no bundle, damaged, another format or a newer version, or an unsafe path in it.
     """
-    path = bundle / NAME
+    path = bundle / MANIFEST
     try:
         if not path.is_file():
             missing = f"{path}: no such file" if bundle.is_dir() else f"{bundle}: no such folder"
@@ -135,34 +165,40 @@ def _shallow(document: Any) -> bool:
 
 
 def _parse(document: Any) -> Manifest:
-    top = mapping("manifest", document)
+    top = require_object("manifest", document)
     if top.get("format") != FORMAT:
         raise ManifestError(f"format: got {top.get('format')!r:.60}, expected {FORMAT!r}")
     version = top.get("version")
     if type(version) is not int or version != VERSION:
         raise ManifestError(
-            f"version: got {version!r:.60}, this ldm-export reads {VERSION}; "
-            "install the ldm-export that built the bundle, or rebuild it with this one"
+            f"version: got {version!r:.60}, this ldm-export reads {VERSION}; rebuild the bundle with `ldm-export build`"
         )
-    files = each("files", top.get("files"), _file_fact)
+    files = require_map("files", top.get("files"), _file_fact)
     for path in files:
         safe_path("files", path)
     manifest = Manifest(
-        components=each("components", top.get("components"), _component),
-        scheduler=mapping("scheduler", top.get("scheduler")),
-        tokenizer=safe_path("tokenizer", top.get("tokenizer")),
+        family=require_str("family", top.get("family")),
+        components=_components(top),
+        conditioning=tuple(
+            _conditioning(f"conditioning[{index}]", entry)
+            for index, entry in enumerate(require_list("conditioning", top.get("conditioning"), MAX_CONDITIONING))
+        ),
+        guidance=_names("guidance", top.get("guidance")),
+        latents=_latents(require_object("latents", top.get("latents"))),
+        scheduler=require_object("scheduler", top.get("scheduler")),
+        defaults=_defaults(require_object("defaults", top.get("defaults"))),
         files=files,
-        stages=each("stages", top.get("stages"), _stage),
-        tools=each("tools", top.get("tools"), text),
-        asked=mapping("asked", top.get("asked")),
-        measured=mapping("measured", top.get("measured")),
+        stages=require_map("stages", top.get("stages"), _stage),
+        tools=require_map("tools", top.get("tools"), require_str),
+        request=require_object("request", top.get("request")),
+        measured=require_object("measured", top.get("measured")),
     )
-    missing = [name for name in COMPONENTS if name not in manifest.components]
-    if missing:
-        raise ManifestError(f"components: {', '.join(missing)} missing, expected {', '.join(COMPONENTS)}")
-    graphs = [graph for part in manifest.components.values() for graph in part.graphs.values()]
-    engines = [engine.file for part in manifest.components.values() for engine in part.engines]
-    for path in (manifest.tokenizer, *graphs, *engines):
+    check_model(manifest.model)
+    parts = manifest.components.values()
+    graphs = [graph for part in parts for graphs in (part.graphs, *part.variants.values()) for graph in graphs.values()]
+    engines = [engine.file for part in parts for engine in part.engines]
+    needed = [path for entry in manifest.conditioning for path in entry.files.values()]
+    for path in (*needed, *graphs, *engines):
         if path not in files:
             raise ManifestError(f"files: no entry for {path}, so its digest cannot be checked; rebuild the bundle")
     return manifest
@@ -174,7 +210,7 @@ def safe_path(where: str, path: Any) -> str:
     Raises:
         ManifestError: absolute, with ``..``, a backslash, a drive, a control character, or no text at all.
     """
-    given = text(where, path)
+    given = require_str(where, path)
     pure = PurePosixPath(given)
     if not given or pure.is_absolute() or ".." in pure.parts or str(pure) != given or _UNSAFE.search(given):
         raise ManifestError(
@@ -184,7 +220,7 @@ def safe_path(where: str, path: Any) -> str:
 
 
 def _file_fact(where: str, value: Any) -> FileFact:
-    entry = mapping(where, value)
+    entry = require_object(where, value)
     digest, size = entry.get("sha256"), entry.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int or size < 0:
         raise ManifestError(f"{where}: got sha256 {digest!r:.80}, size {size!r:.20}, expected 64 hex digits and bytes")
@@ -192,20 +228,62 @@ def _file_fact(where: str, value: Any) -> FileFact:
 
 
 def _stage(where: str, value: Any) -> Stage:
-    entry = mapping(where, value)
+    entry = require_object(where, value)
     files = entry.get("files")
     if not isinstance(files, list):
         raise ManifestError(f"{where}.files: expected a list of paths; rebuild the bundle")
-    return Stage(text(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files))
+    return Stage(
+        require_str(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files)
+    )
+
+
+def _components(top: dict[str, Any]) -> dict[str, Component]:
+    """Components in the order in which they run; JSON objects are sorted by name in a canonical manifest."""
+    found = require_map("components", top.get("components"), _component)
+    order = _names("order", top.get("order"))
+    if sorted(order) != sorted(found):
+        raise ManifestError(f"order: got {', '.join(order)!r:.200}, expected each component once; rebuild the bundle")
+    return {name: found[name] for name in order}
+
+
+def _names(where: str, value: Any) -> tuple[str, ...]:
+    return tuple(require_str(where, name) for name in require_list(where, value, MAX_NAMES))
+
+
+def _conditioning(where: str, value: Any) -> ConditioningSpec:
+    entry = require_object(where, value)
+    return ConditioningSpec(
+        require_str(f"{where}.kind", entry.get("kind")),
+        require_str(f"{where}.component", entry.get("component")),
+        require_map(f"{where}.files", entry.get("files"), safe_path),
+        _names(f"{where}.inputs", entry.get("inputs")),
+    )
+
+
+def _latents(entry: dict[str, Any]) -> Latents:
+    channels = require_integer("latents.channels", entry.get("channels"), 1, MAX_LATENT_CHANNELS)
+    return Latents(channels, require_integer("latents.factor", entry.get("factor"), 1, MAX_FACTOR))
+
+
+def _defaults(entry: dict[str, Any]) -> Defaults:
+    steps = require_integer("defaults.num_inference_steps", entry.get("num_inference_steps"), 1, MAX_STEPS)
+    for name in ("eta", "guidance_scale"):
+        value = entry.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_STEPS:
+            raise ManifestError(f"defaults.{name}: got {value!r:.40}, expected a number; rebuild the bundle")
+    return Defaults(steps, float(entry["eta"]), float(entry["guidance_scale"]))
+
+
+def _graphs(where: str, value: Any) -> dict[str, str]:
+    return require_map(where, value, safe_path)
 
 
 def _component(where: str, value: Any) -> Component:
-    entry = mapping(where, value)
-    graphs = each(f"{where}.graphs", entry.get("graphs"), safe_path)
-    given = entry.get("engines", [])
-    if not isinstance(given, list) or len(given) > MAX_ENGINES:
-        raise ManifestError(f"{where}.engines: expected a list of at most {MAX_ENGINES}; rebuild the bundle")
+    entry = require_object(where, value)
+    graphs = _graphs(f"{where}.graphs", entry.get("graphs"))
+    given = require_list(f"{where}.engines", entry.get("engines", []), MAX_ENGINES)
     engines = tuple(engine_from_json(f"{where}.engines", item) for item in given)
     for engine in engines:
         safe_path(f"{where}.engines", engine.file)
-    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs, engines)
+    variants = require_map(f"{where}.variants", entry.get("variants", {}), _graphs)
+    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs, engines, variants)

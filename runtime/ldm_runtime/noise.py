@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer, shown
 
 F32 = NDArray[np.float32]
 
@@ -42,9 +43,11 @@ class TorchGenerator:
     """
 
     def __init__(self, seed: int) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-            raise SpecError(f"seed: got {seed!r}, expected an integer from -2**63 to 2**64 - 1")
-        self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
+        try:
+            self.seed = integer("seed", seed, -(2**63), 2**64 - 1)
+        except SpecError:
+            raise SpecError(f"seed: got {shown(seed)}, expected an integer from -2**63 to 2**64 - 1") from None
+        self._twister = np.random.RandomState(self.seed & 0xFFFFFFFF)
         self._spare: float | None = None  # the second value of the last double precision pair
 
     def randn(self, shape: tuple[int, ...]) -> F32:

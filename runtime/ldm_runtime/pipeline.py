@@ -1,65 +1,108 @@
-"""Text to image from a bundle: tokenizer, text encoder, DDIM loop with guidance, decoder. No torch, no diffusers."""
+"""Sampling from a bundle: conditioning, denoising loop with guidance, decoder. No torch, no diffusers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.devices import device_loop
-from ldm_runtime.backends.factory import backend_factory
-from ldm_runtime.backends.lazy import LazyBackend
-from ldm_runtime.backends.selection import Choice, choose
+from ldm_runtime.backends.factory import OpenModel, open_model
+from ldm_runtime.backends.selection import Choice
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.conditioning.text import TextConditioner
-from ldm_runtime.conditioning.tokenizer import Tokenizer
-from ldm_runtime.ddim import DDIM
-from ldm_runtime.denoiser import UNet
+from ldm_runtime.conditioning import open_conditioner
+from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
-from ldm_runtime.generation import Generation, Step
-from ldm_runtime.guidance import WHOLE, Branches, branches
+from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.geometry import Geometry
+from ldm_runtime.guidance import StepBranches, guide, step_branches
 from ldm_runtime.images import check_latents, to_pil
-from ldm_runtime.manifest import COMPONENTS
-from ldm_runtime.request import Geometry, Plan, Request
-from ldm_runtime.schedule import Schedule
-from ldm_runtime.signature import check_signature
+from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
+from ldm_runtime.number_checks import integer, number
+from ldm_runtime.request import Plan, Request, RequestOptions, check_latents_given, seeds_of
+from ldm_runtime.schedulers import scheduler_from_config
+
+__all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
 
 F32 = NDArray[np.float32]
+MAX_COUNT = 4096
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One finished denoising step.
+
+    Attributes:
+        index, total: Index from 0, and the number of steps.
+        timestep: Training timestep.
+        read: Reads the latents; only valid until the next step when they are on a device.
+    """
+
+    index: int
+    total: int
+    timestep: int
+    read: Callable[[], F32]
+
+    @cached_property
+    def latents(self) -> F32:
+        """The latents after this step, float32 [B, C, h, w]. Read them before the next step."""
+        return self.read()
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """Result of a call: PIL images in the order of the prompts, those of one prompt side by side, and the latents."""
+
+    images: list[Image.Image]
+    latents: F32
 
 
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time. ``choice`` says what runs it, where ``from_bundle`` decided that. Affine
-    steps run in ``loop`` where there is one, on a GPU, else in NumPy.
+    One pipeline serves one thread at a time.
+
+    Args:
+        model: Description of the model, as in the manifest.
+        backends: A backend for each component that runs; closed with the pipeline.
+        files: Resolves the path of a file that a conditioning names, e.g. "tokenizer.json".
+        keep_loaded: False frees each component after its use, for one generation in little memory.
+        choice: What was selected to run it, if ``from_bundle`` did.
+        loop: Runs the denoising loop on a device, if there is one; otherwise NumPy does.
+
+    Example:
+        >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
+        >>> pipe("a red circle", seed=42, num_inference_steps=20).images[0].save("circle.png")
     """
 
     def __init__(
         self,
+        model: ModelDescription,
         backends: Mapping[str, Backend],
-        tokenizer: Tokenizer,
-        scheduler: DDIM,
+        files: Callable[[str], Path],
         *,
         keep_loaded: bool = True,
         choice: Choice | None = None,
         loop: DeviceLoop | None = None,
     ):
-        missing = [name for name in COMPONENTS if name not in backends]
-        if missing:
+        encoders = [entry.component for entry in model.conditioning if entry.component]
+        derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
+        if missing := [name for name in (*encoders, *derived, "unet", DECODER) if name not in backends]:
             raise BackendError(f"pipeline: no backend for {', '.join(missing)}; give one for each component")
-        self.backends, self.tokenizer, self.scheduler, self.choice = backends, tokenizer, scheduler, choice
-        self.loop = loop
-        self.geometry = Geometry.of(backends["decoder"].inputs[0], backends["decoder"].outputs[0])
-        self.unet = UNet(backends["unet"])
+        self.model, self.backends, self.choice, self.loop = model, dict(backends), choice, loop
+        self.geometry = Geometry.of(model)
+        self.scheduler = scheduler_from_config(model.scheduler)
+        self.conditioners = tuple(open_conditioner(entry, backends, files) for entry in model.conditioning)
+        self.denoiser = Denoiser(model, backends)
         self._keep_loaded = keep_loaded
-        self.texts = TextConditioner(tokenizer, backends["text_encoder"])
 
     @classmethod
     def from_bundle(
@@ -67,162 +110,189 @@ class LatentDiffusionPipeline:
         path: str | Path | Bundle,
         *,
         precision: str | None = None,
-        backend: str = "auto",
+        backend: str | object = "auto",
         device: str = "auto",
         threads: int | None = None,
         cache: str | Path | None = None,
         keep_loaded: bool = True,
     ) -> LatentDiffusionPipeline:
-        """Check a bundle's files against the manifest, and make ready to load its components when they are used.
+        """Check a bundle's files against the manifest and prepare its components, which are loaded on first use.
 
         Args:
-            path: the bundle's folder.
-            precision: "fp32", "fp16", "bf16" or "int8"; None for what the bundle was built for, and on OpenVINO for
-                bf16 arithmetic where the CPU has it. "fp32" is exact: the same seed gives the same picture.
-            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or "auto" for the fastest here.
-            device: of onnxruntime: "auto", "cpu" or "cuda".
+            path: The bundle's folder.
+            precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
+                arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
+            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, "auto" for the fastest here, or an
+                object with the interface of ``backends.Engine``.
+            device: For onnxruntime: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
-            cache: folder where OpenVINO keeps what it compiled, so that the next process starts sooner.
+            cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
             keep_loaded: False frees each component after its use, for one generation in little memory.
 
         Raises:
-            ManifestError: the bundle is damaged or made for another version.
-            BackendError: the engine is not installed, or the machine lacks what was asked for.
+            ManifestError: The bundle is damaged or made for another version.
+            BackendError: The engine is not installed, or the machine lacks what was asked for.
         """
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
-        manifest = bundle.manifest
-        check_signature(manifest.components)
-        scheduler = DDIM.from_config(manifest.scheduler)
-        choice = choose(bundle, backend, precision, device, once=not keep_loaded)
-        backends = {
-            name: LazyBackend(
-                manifest.components[name].spec,
-                backend_factory(bundle, name, choice, threads, None if cache is None else Path(cache)),
-            )
-            for name in COMPONENTS
-        }
-        if choice.backend == "tensorrt":
-            for part in backends.values():
-                part.load()  # engines of another GPU or version are refused here
-        tokens = manifest.components["text_encoder"].spec.inputs[0].shape[1]
-        tokenizer = Tokenizer.from_file(bundle.file(manifest.tokenizer), int(tokens))  # type: ignore[arg-type]
-        loop = device_loop(bundle, choice, backends["unet"].load)
-        return cls(backends, tokenizer, scheduler, keep_loaded=keep_loaded, choice=choice, loop=loop)
+        opened: OpenModel = open_model(
+            bundle,
+            backend,
+            precision=precision,
+            device=device,
+            threads=threads,
+            cache=None if cache is None else Path(cache),
+            once=not keep_loaded,
+        )
+        return cls(
+            bundle.manifest.model,
+            opened.backends,
+            bundle.file,
+            keep_loaded=keep_loaded,
+            choice=opened.choice,
+            loop=opened.loop,
+        )
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str | Sequence[str] = "",
-        seed: int | Sequence[int] | None = None,
-        eta: float = 0.0,
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
-        height: int | None = None,
-        width: int | None = None,
-        images_per_prompt: int = 1,
-        latents: F32 | None = None,
-        guidance_interval: tuple[float, float] = WHOLE,
-        guidance_every: int = 1,
-        progress: Callable[[Step], None] = lambda step: None,
+        on_progress: Callable[[Step], None] = lambda step: None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
-        """Generate images; arguments as in ``Request`` and ``steps``, and ``progress`` is called after each step.
+        """Generate images.
+
+        Args:
+            prompts: As in ``Request``.
+            on_progress: Called after each step.
+            options: Other fields of ``Request``.
 
         Raises:
-            SpecError: a value cannot be used; the message names it.
-            BackendError: the engine failed.
+            SpecError: A value cannot be used; the message names it.
+            BackendError: The engine failed.
         """
-        request = Request(
-            prompts,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            height=height,
-            width=width,
-            images_per_prompt=images_per_prompt,
-            latents=latents,
-        )
         last = None
-        for last in self.steps(request, guidance_interval, guidance_every):
-            progress(last)
+        for last in self.steps(Request(prompts, **options)):
+            on_progress(last)
         assert last is not None
         return Generation(self.decode(last.latents), last.latents)
 
-    def steps(
-        self, request: Request, guidance_interval: tuple[float, float] = WHOLE, guidance_every: int = 1
-    ) -> Iterator[Step]:
-        """The denoising loop, a step at a time: the caller owns progress and may stop at any of them.
-
-        The request is checked before the iterator is returned; errors as in ``__call__``.
-
-        Args:
-            guidance_interval, guidance_every: as of ``guidance.branches``; steps that do not compute the unguided
-                branch are half the work, and give another picture.
-        """
-        plan = request.plan(self.geometry)
-        schedule = self.scheduler.schedule(request.num_inference_steps, request.eta)
-        return self._denoise(plan, schedule, branches(guidance_interval, guidance_every, len(schedule.timesteps)))
-
-    def _denoise(self, plan: Plan, schedule: Schedule, computed: Sequence[Branches]) -> Iterator[Step]:
-        conditioning = self.unet.encode(self.context(plan))
-        if self.loop is not None and schedule.affine and set(computed) <= {Branches.BOTH}:
-            on_device = self.loop.steps(plan, schedule, conditioning)
-            for index, (timestep, read) in enumerate(zip(schedule.timesteps, on_device, strict=True)):
-                yield Step(index, len(schedule.timesteps), int(timestep), read)
-            return
-        prompted_alone = {name: array[-plan.shape[0] :] for name, array in conditioning.items()}
-        noise = plan.noise()
-        latents = next(noise) if plan.latents is None else plan.latents
-        guidance, total = np.float32(plan.guidance_scale), len(schedule.timesteps)
-        direction = np.zeros_like(latents)
-        for index, (timestep, branch) in enumerate(zip(schedule.timesteps, computed, strict=True)):
-            both = plan.guided and branch is Branches.BOTH
-            sample = np.concatenate([latents, latents]) if both else latents
-            shared = conditioning if both else prompted_alone
-            predicted = self.unet(sample, np.full(len(sample), timestep, np.int64), shared)
-            if both:
-                unguided, prompted = np.split(predicted, 2)
-                direction = prompted - unguided
-                predicted = unguided + guidance * direction
-            elif plan.guided and branch is Branches.HELD:
-                predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
-            latents = schedule.step(latents, predicted, index, next(noise) if schedule.needs_noise else None)
-            yield Step(index, total, int(timestep), partial(_itself, latents))
-
-    def context(self, plan: Plan) -> F32:
-        """Hidden states of the rows of one UNet call: with guidance the negative prompts' first. [rows, T, D]."""
-        rows = [*plan.negative_rows, *plan.rows] if plan.guided else list(plan.rows)
-        states = self.texts.encode(list(dict.fromkeys(rows)))
-        if not self._keep_loaded:
-            self.backends["text_encoder"].close()
-        return np.concatenate([states[row] for row in rows])
-
-    def decode(self, latents: F32) -> list[Image.Image]:
-        """Latents float32 [B, C, h, w] → B PIL images of 8h × 8w pixels.
+    def plan(self, request: Request) -> Plan:
+        """Check a request against the model and work out everything its denoising loop needs.
 
         Raises:
-            SpecError: the latents do not fit the decoder, or are NaN or far too large.
+            SpecError: Names the field, what was given and what is expected.
         """
+        known = {name for conditioner in self.conditioners for name in conditioner.fields}
+        of_kinds = {"prompts", "negative_prompt", "images_per_prompt"} - known
+        if foreign := sorted(of_kinds & request.given()):
+            takes = ", ".join(sorted(known)) or "count"
+            raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")
+        images = self._images(request)
+        geometry, defaults = self.geometry, self.model.defaults
+        shape = (
+            images,
+            geometry.channels,
+            geometry.latents_of("height", request.height),
+            geometry.latents_of("width", request.width),
+        )
+        scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
+        eta = _or(request.eta, defaults.eta)
+        trajectory = self.scheduler.trajectory(_or(request.num_inference_steps, defaults.num_inference_steps), eta)
+        steps = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
+        guided = bool(self.model.guidance) and scale != 1.0
+        return Plan(
+            request=request,
+            seeds=seeds_of(request.seed, images),
+            shape=shape,
+            latents=check_latents_given(request.latents, shape),
+            guidance_scale=scale,
+            branches=self.model.guidance if guided else ("conditional",),
+            steps=steps if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
+            trajectory=trajectory,
+        )
+
+    def _images(self, request: Request) -> int:
+        counts = [conditioner.images(request) for conditioner in self.conditioners]
+        if request.count is not None and counts:
+            raise SpecError("count: got a number, but this model's conditioning decides how many images there are")
+        images = max(counts, default=integer("count", _or(request.count, 1), 1, MAX_COUNT))
+        if images > self.geometry.images:
+            raise SpecError(f"images: got {images} in one call, expected 1..{self.geometry.images}; make several calls")
+        return images
+
+    def steps(self, request: Request) -> Iterator[Step]:
+        """Run the denoising loop one step at a time: the caller owns progress and may stop at any step.
+
+        The request is checked before the iterator is returned; errors as in ``__call__``.
+        """
+        return self._denoise(self.plan(request))
+
+    def _denoise(self, plan: Plan) -> Iterator[Step]:
+        trajectory, total = plan.trajectory, len(plan.trajectory)
+        conditioning = self.condition(plan)
+        schedule = self.denoiser.embed(trajectory.timesteps)
+        if self.loop is not None and self.loop.takes(plan):
+            reads = self.loop.steps(plan, schedule, conditioning)
+            for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
+                yield Step(index, total, int(timestep), read)
+            return
+        conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
+        noise = plan.noise()
+        state = plan.start(noise)
+        direction = np.zeros_like(state[0])
+        for index, (timestep, branches) in enumerate(zip(trajectory.timesteps, plan.steps, strict=True)):
+            scale = trajectory.input_scale[index]
+            sample = state[0] if scale == 1 else state[0] * scale
+            both = branches is StepBranches.BOTH
+            rows = np.concatenate([sample, sample]) if both else sample
+            embedded = {name: np.repeat(array[index : index + 1], len(rows), 0) for name, array in schedule.items()}
+            predicted = self.denoiser(rows, embedded, conditioning if both else conditional)
+            if both:
+                predicted, direction = guide(*np.split(predicted, 2), np.float32(plan.guidance_scale))
+            elif branches is StepBranches.REUSED:
+                predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
+            state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
+            yield Step(index, total, int(timestep), _reader(state[0]))
+
+    def condition(self, plan: Plan) -> Tensors:
+        """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
+        parts = [self._encode(plan.request, branch) for branch in plan.branches]
+        if not self._keep_loaded:
+            for conditioner in self.conditioners:
+                conditioner.close()
+        return self.denoiser.condition({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def _encode(self, request: Request, branch: str) -> Tensors:
+        return {name: rows for one in self.conditioners for name, rows in one.rows(request, branch).items()}
+
+    def decode(self, latents: F32) -> list[Image.Image]:
+        """Decode latents float32 [B, C, h, w] to B PIL images.
+
+        Raises:
+            SpecError: The latents do not fit the decoder, or are NaN or far too large.
+        """
+        return to_pil(self.decode_array(latents))
+
+    def decode_array(self, latents: F32) -> F32:
+        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``."""
         check_latents(latents)
         if not self._keep_loaded:
-            self._close_unet()
-        image = self.backends["decoder"].run({"latents": latents})["image"]
+            self._close_denoiser()
+        image: F32 = self.backends[DECODER].run({LATENTS: latents})[IMAGE]
         if not self._keep_loaded:
-            self.backends["decoder"].close()
-        return to_pil(image)
+            self.backends[DECODER].close()
+        return image
 
     def close(self) -> None:
         """Free the engines."""
-        self._close_unet()
+        self._close_denoiser()
         for backend in self.backends.values():
             backend.close()
 
-    def _close_unet(self) -> None:
+    def _close_denoiser(self) -> None:
         if self.loop is not None:
             self.loop.close()
-        self.backends["unet"].close()
+        self.denoiser.close()
 
     def __enter__(self) -> LatentDiffusionPipeline:
         return self
@@ -233,5 +303,9 @@ class LatentDiffusionPipeline:
         self.close()
 
 
-def _itself(latents: F32) -> F32:
-    return latents
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _reader(latents: F32) -> Callable[[], F32]:
+    return lambda: latents

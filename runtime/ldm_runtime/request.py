@@ -1,191 +1,170 @@
-"""What a caller asks for, and the plan it becomes once checked against what the model takes."""
+"""What a caller asks for, and the plan it becomes once checked against the model."""
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.ddim import FLOAT32_MAX
 from ldm_runtime.errors import SpecError
+from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
 from ldm_runtime.noise import TorchGenerator
-from ldm_runtime.specs import Axis, TensorSpec
+from ldm_runtime.schedulers.trajectory import Trajectory
+
+__all__ = ["Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
+
+F32 = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What the loaded graphs take: latent channels, latent height and width, images at once; and pixels per latent."""
+class RequestOptions(TypedDict, total=False):
+    """The fields of ``Request`` except ``prompts``, for functions that take them as keyword arguments."""
 
-    channels: int
-    height: Axis
-    width: Axis
-    images: int
-    factor: int
-
-    @classmethod
-    def of(cls, latents: TensorSpec, image: TensorSpec) -> Geometry:
-        """From the decoder's input [images, channels, height, width] and output [images, 3, factor × height, …].
-
-        Raises:
-            SpecError: they have other ranks, or the image is smaller than the latents.
-        """
-        expected = "expected [images, channels, height, width] and an image at least as high"
-        if len(latents.shape) != 4 or len(image.shape) != 4:
-            raise SpecError(f"decoder: got {latents} and {image}, {expected}; rebuild the bundle")
-        batch, channels, height, width = map(_axis, latents.shape)
-        factor = image.bounds("opt")[2] // latents.bounds("opt")[2]
-        if factor < 1:
-            raise SpecError(f"decoder: got {latents} and {image}, {expected}; rebuild the bundle")
-        return cls(channels.max, height, width, batch.max, factor)
-
-
-def _axis(dim: Axis | int) -> Axis:
-    return dim if isinstance(dim, Axis) else Axis("fixed", dim, dim, dim)
+    negative_prompt: str | Sequence[str]
+    count: int | None
+    seed: int | Sequence[int] | None
+    eta: float | None
+    guidance_scale: float | None
+    num_inference_steps: int | None
+    height: int | None
+    width: int | None
+    images_per_prompt: int
+    latents: F32 | None
+    guidance_interval: tuple[float, float]
+    guidance_every: int
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One generation, as asked.
+    """One generation, as asked. A field that is None takes the model's default from the bundle.
 
     Attributes:
-        prompts: what to draw: one text or several.
-        negative_prompt: what to steer away from, one for all or one per prompt; used with guidance only.
-        seed: an int seeds one stream for the whole batch, like one torch generator; a list gives each image a stream
-            of its own, so that its picture does not depend on the others; None draws a fresh seed.
-        eta: 0 is deterministic DDIM, above it the steps add noise (equation 16 of arXiv 2010.02502).
-        guidance_scale: 1 turns guidance off, and the unguided branch is then not computed.
-        num_inference_steps: denoising steps.
-        height, width: pixels, multiples of the autoencoder's factor, 8 as a rule; None for the model's own.
-        images_per_prompt: pictures for each prompt.
-        latents: starting noise float32 [images, channels, height/factor, width/factor] in place of the seed's.
+        prompts: What to draw, one text or several; for models conditioned on text.
+        negative_prompt: What to steer away from, one for all or one per prompt; used with guidance only.
+        count: Number of images; for models without conditioning.
+        seed: An int seeds one stream for the whole batch, like one torch generator. A list gives each image a stream
+            of its own, so that its result does not depend on the others. None draws a fresh seed.
+        eta: 0 is deterministic DDIM; above it the steps add noise (equation 16 of arXiv:2010.02502). Schedulers
+            without eta ignore it.
+        guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
+        num_inference_steps: Denoising steps.
+        height, width: Pixels, multiples of the model's factor.
+        images_per_prompt: Images for each prompt.
+        latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
+        guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
+            the work and change the image slightly.
     """
 
-    prompts: str | Sequence[str]
+    prompts: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] = ""
+    count: int | None = None
     seed: int | Sequence[int] | None = None
-    eta: float = 0.0
-    guidance_scale: float = 1.0
-    num_inference_steps: int = 50
+    eta: float | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
     height: int | None = None
     width: int | None = None
     images_per_prompt: int = 1
-    latents: NDArray[np.float32] | None = None
+    latents: F32 | None = None
+    guidance_interval: tuple[float, float] = FULL_INTERVAL
+    guidance_every: int = 1
 
-    def plan(self, geometry: Geometry) -> Plan:
-        """Check every field but eta and the number of steps, which the scheduler checks.
+    def given(self) -> set[str]:
+        """Names of the fields that differ from their defaults."""
+        return {item.name for item in fields(self) if not _is_default(getattr(self, item.name), item.default)}
 
-        Raises:
-            SpecError: names the field, what was given and what is expected.
-        """
-        prompts = _texts("prompts", self.prompts)
-        negative = _texts("negative_prompt", self.negative_prompt)
-        if len(negative) not in (1, len(prompts)):
-            raise SpecError(
-                f"negative_prompt: got {len(negative)} for {len(prompts)} prompts, expected one, or one each"
-            )
-        if not all(prompt.strip() for prompt in prompts) or not prompts:
-            raise SpecError("prompts: got an empty prompt, expected a text of at least one character")
-        _whole("images_per_prompt", self.images_per_prompt, 1, geometry.images)
-        images = len(prompts) * self.images_per_prompt
-        if images > geometry.images:
-            raise SpecError(
-                f"prompts: got {images} images in one call, expected 1..{geometry.images}; make several calls"
-            )
-        _number("guidance_scale", self.guidance_scale)
-        height, width = (
-            axis.opt if size is None else _latents(name, size, axis, geometry.factor)
-            for name, size, axis in (("height", self.height, geometry.height), ("width", self.width, geometry.width))
-        )
-        plan = Plan(
-            rows=_repeated(prompts, self.images_per_prompt),
-            negative_rows=_repeated(negative * (len(prompts) // len(negative)), self.images_per_prompt),
-            seeds=_seeds(self.seed, images),
-            guidance_scale=float(self.guidance_scale),
-            shape=(images, geometry.channels, height, width),
-            latents=self.latents,
-        )
-        _check_latents(self.latents, plan.shape)
-        return plan
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and not isinstance(value, np.ndarray) and value == default)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked request: prompt and negative prompt of every image, seeds, latents' shape [images, C, h, w]."""
+    """A checked request: everything the denoising loop needs. Made by ``LatentDiffusionPipeline.plan``.
 
-    rows: tuple[str, ...]
-    negative_rows: tuple[str, ...]
+    Attributes:
+        request: As asked.
+        seeds: One for the batch, or one per image.
+        shape: Of the latents: (images, channels, height, width).
+        latents: Initial noise float32 ``shape`` if the caller gave it.
+        guidance_scale: As asked or the model's default.
+        branches: Guidance branches whose rows are computed, in the order of their rows; the last is the conditional.
+        steps: What each UNet call evaluates.
+        trajectory: Timesteps and coefficients.
+    """
+
+    request: Request
     seeds: tuple[int, ...]
-    guidance_scale: float
     shape: tuple[int, int, int, int]
-    latents: NDArray[np.float32] | None
+    latents: F32 | None
+    guidance_scale: float
+    branches: tuple[str, ...]
+    steps: tuple[StepBranches, ...]
+    trajectory: Trajectory
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return self.shape[0]
 
     @property
     def guided(self) -> bool:
-        """True where each step computes the unguided branch too."""
-        return self.guidance_scale != 1.0
+        """True if some step evaluates the unconditional branch too."""
+        return len(self.branches) > 1
 
-    def noise(self) -> Iterator[NDArray[np.float32]]:
-        """Standard normal float32 of ``shape`` without end: the starting latents unless given, then each step's."""
+    @property
+    def rows(self) -> int:
+        """Rows of a UNet call that evaluates all branches."""
+        return self.images * len(self.branches)
+
+    def noise(self) -> Iterator[F32]:
+        """Standard normal noise float32 of ``shape`` without end: initial latents unless given, then each step's."""
         generators = [TorchGenerator(seed) for seed in self.seeds]
         shape = self.shape if len(generators) == 1 else (1, *self.shape[1:])
         streams = [generator.endless(shape) for generator in generators]
         while True:
             yield np.concatenate([next(stream) for stream in streams])
 
+    def start(self, noise: Iterator[F32]) -> list[F32]:
+        """The initial state of the trajectory, from the caller's latents or else drawn from ``noise``."""
+        latents = next(noise) if self.latents is None else self.latents
+        sigma = self.trajectory.init_noise_sigma
+        return self.trajectory.start(latents if sigma == 1 else latents * np.float32(sigma))
+
 
 def fresh_seed() -> int:
-    """A seed from the system's entropy, 0 … 2**32 - 1."""
+    """A seed from the system's entropy, 0 to 2**32 - 1."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
-def _texts(name: str, given: Any) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise SpecError(f"{name}: got {given!r:.60}, expected a text or a list of texts")
-    return tuple(texts)
+def seeds_of(seed: int | Sequence[int] | None, images: int) -> tuple[int, ...]:
+    """Check seeds: one for the whole batch, or one for each of ``images``.
 
-
-def _repeated(texts: tuple[str, ...], times: int) -> tuple[str, ...]:
-    return tuple(text for text in texts for _ in range(times))
-
-
-def _seeds(seed: int | Sequence[int] | None, images: int) -> tuple[int, ...]:
+    Raises:
+        SpecError: Another number of seeds, or one out of range.
+    """
     if seed is None:
         return (fresh_seed(),)
-    seeds = tuple(seed) if isinstance(seed, list | tuple) else (seed,)
-    if isinstance(seed, list | tuple) and len(seeds) != images:
+    listed = isinstance(seed, list | tuple | np.ndarray) and np.ndim(seed) == 1
+    seeds: tuple[Any, ...] = tuple(seed) if listed else (seed,)  # type: ignore[arg-type]
+    if listed and len(seeds) != images:
         raise SpecError(f"seed: got {len(seeds)} seeds for {images} images, expected one number, or one per image")
-    for one in seeds:
-        TorchGenerator(one)
-    return seeds
+    return tuple(TorchGenerator(one).seed for one in seeds)
 
 
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+def check_latents_given(latents: Any, shape: tuple[int, ...]) -> F32 | None:
+    """Check the initial latents a caller gave; None stays None.
+
+    Raises:
+        SpecError: Another dtype or shape, or values that are not finite.
+    """
     if latents is None:
-        return
+        return None
     if not isinstance(latents, np.ndarray) or latents.dtype != np.float32 or latents.shape != shape:
         got = f"{latents.dtype} {list(latents.shape)}" if isinstance(latents, np.ndarray) else type(latents).__name__
         raise SpecError(f"latents: got {got}, expected a float32 array {list(shape)}")
     if not np.isfinite(latents).all():
         raise SpecError("latents: got NaN or infinite values, expected finite ones")
-
-
-def _latents(name: str, pixels: Any, axis: Axis, factor: int) -> int:
-    low, high = axis.min * factor, axis.max * factor
-    if type(pixels) is not int or pixels % factor or not low <= pixels <= high:
-        raise SpecError(f"{name}: got {pixels!r}, expected a multiple of {factor} from {low} to {high} pixels")
-    return pixels // factor
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise SpecError(f"{name}: got {value!r}, expected a whole number from {low} to {high}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
-        raise SpecError(f"{name}: got {reprlib.repr(value)}, expected a finite number of float32's range")
+    return latents

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.json_fields import each, mapping, text
+from ldm_runtime.json_fields import require_map, require_object, require_str
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
 MAX_DIM = 2**31 - 1
@@ -16,7 +16,7 @@ _SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")
 
 
 def spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
-    """JSON-able fields ``axes``, ``inputs`` and ``outputs``."""
+    """JSON-able fields ``axes``, ``inputs``, ``outputs`` and ``runs``."""
     tensors = spec.inputs + spec.outputs
     axes = {dim.name: dim for tensor in tensors for dim in tensor.shape if isinstance(dim, Axis)}
 
@@ -28,18 +28,19 @@ def spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
         "axes": {name: [axis.min, axis.opt, axis.max] for name, axis in axes.items()},
         "inputs": [tensor_to_json(tensor) for tensor in spec.inputs],
         "outputs": [tensor_to_json(tensor) for tensor in spec.outputs],
+        "runs": spec.runs,
     }
 
 
 def spec_from_json(where: str, name: str, entry: Mapping[str, Any]) -> ComponentSpec:
-    """The spec of component ``name`` from its fields ``axes``, ``inputs`` and ``outputs``.
+    """The spec of component ``name`` from its fields ``axes``, ``inputs``, ``outputs`` and ``runs``.
 
     Raises:
         ManifestError, SpecError: a field is missing or cannot be used; ``where`` and the field are named.
     """
-    axes = each(f"{where}.axes", entry.get("axes"), _axis)
+    axes = require_map(f"{where}.axes", entry.get("axes"), _axis)
     inputs, outputs = (_tensors(f"{where}.{side}", entry.get(side), axes) for side in ("inputs", "outputs"))
-    return ComponentSpec(name, inputs, outputs)
+    return ComponentSpec(name, inputs, outputs, require_str(f"{where}.runs", entry.get("runs", "step")))
 
 
 def _axis(where: str, value: Any) -> Axis:
@@ -55,12 +56,14 @@ def _tensors(where: str, value: Any, axes: Mapping[str, Axis]) -> tuple[TensorSp
 
 
 def _tensor(where: str, value: Any, axes: Mapping[str, Axis]) -> TensorSpec:
-    entry = mapping(where, value)
+    entry = require_object(where, value)
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) > 8:
         raise ManifestError(f"{where}.shape: expected a list of at most 8 dimensions; rebuild the bundle")
     dims = tuple(_dim(where, dim, axes) for dim in shape)
-    return TensorSpec(text(f"{where}.name", entry.get("name")), text(f"{where}.dtype", entry.get("dtype")), dims)
+    return TensorSpec(
+        require_str(f"{where}.name", entry.get("name")), require_str(f"{where}.dtype", entry.get("dtype")), dims
+    )
 
 
 def _dim(where: str, dim: Any, axes: Mapping[str, Axis]) -> Dim:

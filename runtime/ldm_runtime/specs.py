@@ -79,13 +79,22 @@ class TensorSpec:
         return f"{self.name}: {self.dtype} [{dims}]"
 
 
+RUNS = ("request", "schedule", "step", "image")
+"""How often a component runs: once per request, once per schedule of timesteps, at every step, or once per image."""
+
+
 @dataclass(frozen=True)
 class ComponentSpec:
-    """One graph of the model: its name, inputs and outputs."""
+    """One graph of the model: its name, inputs and outputs, and how often it runs (one of ``RUNS``)."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    runs: str = "step"
+
+    def __post_init__(self) -> None:
+        if self.runs not in RUNS:
+            raise SpecError(f"component {self.name}: runs: got {self.runs!r:.40}, expected one of {', '.join(RUNS)}")
 
 
 def dynamic_axes(spec: ComponentSpec) -> dict[str, dict[int, str]]:

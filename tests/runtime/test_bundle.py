@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm_runtime.bundle import Bundle, file_facts, sha256, write_together, write_whole
+from ldm_runtime.atomic_files import sha256, write_together, write_whole
+from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import COMPONENTS, NAME, FileFact

@@ -32,8 +32,10 @@ from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.components import model_shape
 from ldm_export.graph.keyed_unet import FILES, keyed_specs
 from ldm_export.graph.step_graph import step_specs
+from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.onnxruntime_keyed import KEYS
-from ldm_runtime.bundle import NAME, Bundle, write_whole
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.engine_facts import Engine, engine_from_json
 from ldm_runtime.errors import BuildError, ManifestError
@@ -139,7 +141,7 @@ def _previous(target: Path) -> Bundle | None:
 
 def _has_manifest(folder: Path) -> bool:
     """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
-    manifest = folder / NAME
+    manifest = folder / MANIFEST
     return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
 
@@ -237,7 +239,7 @@ def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str
     for name in manifest.files:
         (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).rename(finished / name)
-    write_whole(finished / NAME, manifest.to_json().encode())
+    write_whole(finished / MANIFEST, manifest.to_json().encode())
     log = {
         "host": platform.platform(),
         "python": platform.python_version(),

@@ -29,7 +29,8 @@ from ldm_export.graph.precision import half_graph
 from ldm_export.graph.ranges import measure_ranges
 from ldm_export.graph.step_graph import export_step
 from ldm_export.prompts import PROMPTS
-from ldm_runtime.bundle import Bundle, sha256
+from ldm_runtime.atomic_files import sha256
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.specs import ComponentSpec

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_runtime.bundle import Bundle, file_facts, write_whole
+from ldm_runtime.atomic_files import write_whole
+from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.errors import BuildError, ManifestError
 from ldm_runtime.manifest import FileFact
 

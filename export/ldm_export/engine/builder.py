@@ -17,7 +17,8 @@ from ldm_export.engine.profiles import bounded, profiles
 from ldm_export.engine.proof import prove
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineRequest
-from ldm_runtime.bundle import Bundle, sha256
+from ldm_runtime.atomic_files import sha256
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import Engine
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec

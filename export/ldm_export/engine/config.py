@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from ldm_export.engine.builder_package import known_capabilities
+from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.bundle import write_whole
 from ldm_runtime.engine_facts import Profile
 from ldm_runtime.errors import BackendError, BuildError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.serving.config import Serving, component_config, front_config, plan_name, room_config
-from ldm_runtime.bundle import NAME, Bundle
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.triton.parameters import BUNDLE
@@ -74,4 +75,4 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
 
 def _bundled(bundle: Bundle) -> dict[str, Path]:
     """All of the bundle: which of its graphs run is decided where they are served."""
-    return {f"{BUNDLE}/{name}": bundle.folder / name for name in (*bundle.manifest.files, NAME)}
+    return {f"{BUNDLE}/{name}": bundle.folder / name for name in (*bundle.manifest.files, MANIFEST)}

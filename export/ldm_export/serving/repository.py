@@ -10,7 +10,7 @@ from pathlib import Path
 from ldm_export.bundle.stages import work_folder
 from ldm_export.serving.models import Model
 from ldm_export.serving.pbtxt import to_pbtxt
-from ldm_runtime.bundle import write_whole
+from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.errors import BuildError
 
 CONFIG = "config.pbtxt"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.options import PRECISIONS, unwritten
+from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.selection import BACKENDS
-from ldm_runtime.bundle import write_whole
 from ldm_runtime.errors import BuildError
 
 

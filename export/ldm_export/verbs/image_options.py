@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm_export.verbs.options import unwritten
-from ldm_runtime.bundle import write_together
+from ldm_runtime.atomic_files import write_together
 from ldm_runtime.errors import BuildError
 
 

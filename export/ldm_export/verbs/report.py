@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import lines, unwritten
+from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.selection import BACKENDS
-from ldm_runtime.bundle import Bundle, write_whole
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
 

@@ -1,1 +1,75 @@
-"""Turns what a request asks for (text, class label, image, …) into the inputs of the denoiser."""
+"""Conditioning: turns what a request asks for (a text, a class label, an image, …) into tensors the UNet takes.
+
+Each kind is one module with one class, registered in ``KINDS``. A bundle's manifest names the kinds its model uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.text import TextConditioner
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.model import ConditioningSpec
+from ldm_runtime.request import Request
+
+__all__ = ["KINDS", "Conditioner", "TextConditioner", "open_conditioner"]
+
+
+class Conditioner(Protocol):
+    """One kind of conditioning, ready to encode requests.
+
+    Attributes:
+        kind: Name in the manifest.
+        fields: Fields of ``Request`` it reads; a request that sets the field of a kind the model lacks is refused.
+    """
+
+    kind: ClassVar[str]
+    fields: ClassVar[frozenset[str]]
+
+    def images(self, request: Request) -> int:
+        """Check the request's fields of this kind and return how many images they ask for.
+
+        Raises:
+            SpecError: A field is missing or cannot be used.
+        """
+
+    def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
+        """Encode one guidance branch: tensor name -> array [images, …].
+
+        Args:
+            request: A request that ``images`` has accepted.
+            branch: "conditional" or "unconditional".
+
+        Raises:
+            SpecError: A value cannot be encoded.
+            BackendError: The engine failed.
+        """
+
+    def close(self) -> None:
+        """Free the engine of the component that encodes; the next call loads it again."""
+
+
+KINDS: Mapping[str, Callable[[ConditioningSpec, Mapping[str, Backend], Callable[[str], Path]], Conditioner]] = {
+    TextConditioner.kind: TextConditioner.open,
+}
+"""Kind -> constructor, called with the manifest's entry, the backends by component, and what resolves a file's path."""
+
+
+def open_conditioner(
+    spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
+) -> Conditioner:
+    """Construct the conditioner of a manifest entry.
+
+    Raises:
+        ManifestError: Unknown kind, or a file or component of it cannot be used.
+    """
+    if spec.kind not in KINDS:
+        raise ManifestError(
+            f"conditioning: kind {spec.kind!r:.60} is none of {', '.join(KINDS)}; install a newer ldm-export"
+        )
+    return KINDS[spec.kind](spec, backends, files)

@@ -1,43 +1,127 @@
-"""TextConditioner as the UNet takes them, each encoded once: of many requests most share the empty text of guidance."""
+"""Text conditioning: tokenizes prompts and runs the text encoder, with a cache of the latest prompts."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.tokenizer import Tokenizer
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.model import ConditioningSpec
+from ldm_runtime.number_checks import integer, shown
+from ldm_runtime.request import Request
+from ldm_runtime.specs import Axis
+
+__all__ = ["CACHE_SIZE", "TextConditioner"]
 
 F32 = NDArray[np.float32]
-MOST = 64
-"""Encoded texts kept for later requests: 0.4 MB each at full size."""
+CACHE_SIZE = 64
+"""Encoded prompts kept for later requests, 0.4 MB each at full size. Most requests share the empty negative prompt."""
+MAX_IMAGES = 4096
 
 
 class TextConditioner:
-    """Encodes texts with a tokenizer and a backend that takes ``input_ids``; keeps the latest MOST."""
+    """Encodes prompts to hidden states of a text encoder.
 
-    def __init__(self, tokenizer: Tokenizer, backend: Backend):
-        self._tokenizer, self._backend = tokenizer, backend
+    Args:
+        tokenizer: Prompts -> ids int64 [N, T].
+        backend: The text encoder: ``input_ids`` int64 [N, T] -> ``output`` float32 [N, T, D].
+        output: Name of the encoder's output tensor, which is the UNet's input.
+    """
+
+    kind: ClassVar[str] = "text"
+    fields: ClassVar[frozenset[str]] = frozenset({"prompts", "negative_prompt", "images_per_prompt"})
+
+    def __init__(self, tokenizer: Tokenizer, backend: Backend, output: str = "context"):
+        self.tokenizer = tokenizer
+        self._backend, self._output = backend, output
         self._states: OrderedDict[str, F32] = OrderedDict()
 
-    def encode(self, texts: Sequence[str]) -> dict[str, F32]:
-        """Text → hidden states float32 [1, T, D].
-
-        Each text is encoded alone, so its states do not depend on what it comes with.
+    @classmethod
+    def open(
+        cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
+    ) -> TextConditioner:
+        """Construct from a manifest entry with the file role "tokenizer".
 
         Raises:
-            SpecError: a text cannot be tokenized.
-            BackendError: the engine failed.
+            ManifestError: The tokenizer or the text encoder is missing or of another form.
+        """
+        if "tokenizer" not in spec.files or spec.component not in backends or len(spec.inputs) != 1:
+            raise ManifestError(f"conditioning: text: got {spec}, expected a tokenizer and a text encoder; rebuild it")
+        backend = backends[spec.component]
+        got = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in backend.inputs]
+        tokens = backend.inputs[0].shape[-1] if got == [("input_ids", "int64", 2)] else None
+        if not isinstance(tokens, int) or isinstance(tokens, Axis):
+            raise ManifestError(f"{spec.component}: inputs are {got}, expected input_ids int64 [N, T]; rebuild it")
+        return cls(Tokenizer.from_file(files(spec.files["tokenizer"]), tokens), backend, spec.inputs[0])
+
+    def images(self, request: Request) -> int:
+        """Check the prompts; one image for each, times ``images_per_prompt``.
+
+        Raises:
+            SpecError: No prompts, an empty one, or another number of negative prompts.
+        """
+        if request.prompts is None:
+            raise SpecError("prompts: got none, expected a text or a list of texts; this model draws from text")
+        prompts = _texts("prompts", request.prompts)
+        negative = _texts("negative_prompt", request.negative_prompt)
+        if len(negative) not in (1, len(prompts)):
+            raise SpecError(
+                f"negative_prompt: got {len(negative)} for {len(prompts)} prompts, expected one, or one each"
+            )
+        if not all(prompt.strip() for prompt in prompts) or not prompts:
+            raise SpecError("prompts: got an empty prompt, expected a text of at least one character")
+        return len(prompts) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
+
+    def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
+        """Hidden states float32 [images, T, D]; the "unconditional" branch is that of the negative prompts.
+
+        Raises:
+            SpecError: A text cannot be tokenized.
+            BackendError: The engine failed.
+        """
+        prompts = _texts("prompts", request.prompts)
+        texts = prompts
+        if branch == "unconditional":
+            negative = _texts("negative_prompt", request.negative_prompt)
+            texts = negative * (len(prompts) // len(negative))
+        states = self.encode(list(dict.fromkeys(texts)))
+        return {
+            self._output: np.concatenate([states[text] for text in texts for _ in range(request.images_per_prompt)])
+        }
+
+    def encode(self, texts: Sequence[str]) -> dict[str, F32]:
+        """Text -> hidden states float32 [1, T, D].
+
+        Each text is encoded alone, so its states do not depend on the others of a call.
+
+        Raises:
+            SpecError: A text cannot be tokenized.
+            BackendError: The engine failed.
         """
         found = {text: self._states[text] for text in texts if text in self._states}
         for text in texts:
             if text not in found:
-                found[text] = self._backend.run({"input_ids": self._tokenizer([text])})["context"]
+                found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
             self._states[text] = found[text]
             self._states.move_to_end(text)
-        while len(self._states) > MOST:
+        while len(self._states) > CACHE_SIZE:
             self._states.popitem(last=False)
         return found
+
+    def close(self) -> None:
+        """Free the text encoder; encoded prompts stay."""
+        self._backend.close()
+
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise SpecError(f"{name}: got {shown(given)}, expected a text or a list of texts")
+    return tuple(texts)

@@ -1,0 +1,56 @@
+"""Where everything lies in a bundle: the only place that spells the paths of graphs, weights, engines and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+__all__ = [
+    "BUILD_LOG",
+    "CALIBRATION_RECORD",
+    "INT8_REPORT",
+    "MANIFEST",
+    "RANGES_REPORT",
+    "TOKENIZER",
+    "VERIFY_PAGE",
+    "engine_file",
+    "files_of_graph",
+    "graph_file",
+    "precision_report",
+    "weights_beside",
+    "weights_file",
+]
+
+MANIFEST, BUILD_LOG, TOKENIZER = "manifest.json", "build-log.json", "tokenizer.json"
+CALIBRATION_RECORD = "calibration.json"
+RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
+
+
+def graph_file(component: str, precision: str, variant: str = "") -> str:
+    """Path of a component's ONNX graph; ``variant`` names the engine whose passes rewrote it."""
+    return f"{component}/{precision}.{variant}.onnx" if variant else f"{component}/{precision}.onnx"
+
+
+def weights_file(graph: str) -> str:
+    """Path of the external weights of a graph, which a small graph does not have."""
+    return f"{graph}.data"
+
+
+def weights_beside(graph: Path) -> Path:
+    """``weights_file`` for a graph on disk."""
+    return graph.with_name(weights_file(graph.name))
+
+
+def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
+    """A graph and, if it is among ``files``, the file of its external weights."""
+    return [name for name in (graph, weights_file(graph)) if name == graph or name in files]
+
+
+def engine_file(component: str, precision: str, request: str) -> str:
+    """Path of a TensorRT engine; ``request`` is the name of what it was built for."""
+    return f"{component}/{precision}.{request}.engine"
+
+
+def precision_report(component: str, precision: str) -> str:
+    """Path of the report on the operators of a reduced-precision graph that stay in fp32."""
+    return f"report/{component}.{precision}.json"

@@ -1,0 +1,130 @@
+"""A model as the runtime sees it: family, component specs, conditioning, guidance, latents, scheduler and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
+
+__all__ = ["DECODER", "UNET", "ConditioningSpec", "Defaults", "Latents", "ModelDescription", "check_model"]
+
+UNET, DECODER = "unet", "decoder"
+"""The two components every model has: the denoiser, and what turns latents into an image. Other names are free."""
+SAMPLE, TIMESTEP, NOISE_PRED, LATENTS, IMAGE = "sample", "timestep", "noise_pred", "latents", "image"
+"""Tensors with a fixed meaning: input and output of the UNet, the timestep, input and output of the decoder."""
+
+
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """One kind of conditioning and what it needs.
+
+    Attributes:
+        kind: Name of a module of ``ldm_runtime.conditioning``, e.g. "text".
+        component: The component that encodes it, e.g. "text_encoder"; "" if none does.
+        files: Role -> file of the bundle, e.g. {"tokenizer": "tokenizer.json"}.
+        inputs: Names of the tensors it provides to other components, e.g. ("context",).
+    """
+
+    kind: str
+    component: str
+    files: Mapping[str, str]
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Channels of the latents, and pixels per latent along each side (the autoencoder's downsampling factor)."""
+
+    channels: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Sampling options used where a request leaves them out: denoising steps, DDIM's eta, guidance scale (1: off)."""
+
+    num_inference_steps: int = 50
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Everything the runtime must know to sample from a model, apart from its files.
+
+    Attributes:
+        family: Name of the pipeline family, e.g. "text_to_image".
+        components: Spec of every component by name; ``UNET`` and ``DECODER`` are always present.
+        conditioning: What conditions the UNet; empty for an unconditional model.
+        guidance: Branches of classifier-free guidance in the order of their rows, e.g. ("unconditional",
+            "conditional"); empty for a model without guidance.
+        latents: Channels and factor.
+        scheduler: diffusers' scheduler options, with the class name under "class".
+        defaults: Sampling options of the model.
+    """
+
+    family: str
+    components: Mapping[str, ComponentSpec]
+    conditioning: tuple[ConditioningSpec, ...]
+    guidance: tuple[str, ...]
+    latents: Latents
+    scheduler: Mapping[str, Any]
+    defaults: Defaults = field(default_factory=Defaults)
+
+    def once_per(self, runs: str) -> tuple[ComponentSpec, ...]:
+        """Components that run once per "request" or "schedule" and derive UNet inputs, in the manifest's order.
+
+        Components that encode a conditioning are left out: their conditioner runs them.
+        """
+        encoders = {entry.component for entry in self.conditioning}
+        return tuple(spec for name, spec in self.components.items() if spec.runs == runs and name not in encoders)
+
+
+def check_model(model: ModelDescription) -> None:
+    """Check that the components fit together: every UNet input has a source, and latents have one shape.
+
+    Raises:
+        ManifestError: Names the component, what its spec says and what is expected.
+    """
+    missing = [name for name in (UNET, DECODER) if name not in model.components]
+    if missing:
+        raise ManifestError(f"components: {', '.join(missing)} missing, expected {UNET} and {DECODER}; rebuild it")
+    unet, decoder = model.components[UNET], model.components[DECODER]
+    for spec, side, tensors, wanted in (
+        (unet, "inputs", unet.inputs[:1], (SAMPLE,)),
+        (unet, "outputs", unet.outputs, (NOISE_PRED,)),
+        (decoder, "inputs", decoder.inputs, (LATENTS,)),
+        (decoder, "outputs", decoder.outputs, (IMAGE,)),
+    ):
+        got = tuple((tensor.name, tensor.dtype, len(tensor.shape)) for tensor in tensors)
+        if got != tuple((name, "float32", 4) for name in wanted):
+            raise ManifestError(f"{spec.name}: {side}: got {got}, expected {', '.join(wanted)} as float32 of 4 axes")
+    _check_sources(model)
+    channels = {model.latents.channels, decoder.inputs[0].shape[1], unet.outputs[0].shape[1]}
+    if len(channels) != 1:
+        raise ManifestError(f"latents: got channels {sorted(map(str, channels))}, expected one number; rebuild it")
+    for axis in (2, 3):
+        for which in ("min", "opt", "max"):
+            _check_factor(decoder.inputs[0], decoder.outputs[0], axis, which, model.latents.factor)
+
+
+def _check_sources(model: ModelDescription) -> None:
+    """Check that each component's inputs come from the sampler, a conditioning, or a component before it."""
+    known = {SAMPLE, TIMESTEP} | {name for entry in model.conditioning for name in entry.inputs}
+    for entry in model.conditioning:
+        if entry.component and entry.component not in model.components:
+            raise ManifestError(f"conditioning: {entry.kind}: component {entry.component!r:.60} is missing; rebuild it")
+    for spec in (*model.once_per("request"), *model.once_per("schedule"), model.components[UNET]):
+        if unknown := [tensor.name for tensor in spec.inputs if tensor.name not in known]:
+            raise ManifestError(f"{spec.name}: input {unknown[0]!r:.60} comes from nowhere; rebuild the bundle")
+        known |= {tensor.name for tensor in spec.outputs}
+
+
+def _check_factor(latents: TensorSpec, image: TensorSpec, side: int, which: str, factor: int) -> None:
+    if isinstance(latents.shape[side], Axis) != isinstance(image.shape[side], Axis) or (
+        latents.bounds(which)[side] * factor != image.bounds(which)[side]
+    ):
+        raise ManifestError(f"decoder: {latents} gives {image}, expected {factor} pixels per latent; rebuild it")
