@@ -1,0 +1,79 @@
+"""Schedulers: from options in diffusers' names to trajectories, in NumPy.
+
+A scheduler is a module with a class that satisfies ``Scheduler`` and one line in ``SCHEDULERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from ldm_runtime.errors import SpecError
+from ldm_runtime.schedulers.ddim import DDIM
+from ldm_runtime.schedulers.dpm_solver import DPMSolverMultistep
+from ldm_runtime.schedulers.options import shown
+from ldm_runtime.schedulers.pndm import PNDM
+from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory
+
+__all__ = [
+    "DDIM",
+    "PNDM",
+    "SCHEDULERS",
+    "Clip",
+    "DPMSolverMultistep",
+    "Scheduler",
+    "Threshold",
+    "Trajectory",
+    "scheduler_from_config",
+]
+
+
+class Scheduler(Protocol):
+    """The options of a sampling method, and the trajectories it computes from them."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a parsed scheduler_config.json or the result of ``to_config``; "class" and keys in "_" are ignored.
+
+        Raises:
+            SpecError: A key or a value is not supported.
+        """
+        ...
+
+    def to_config(self) -> dict[str, Any]:
+        """Return every option, ready for JSON, and the class name of diffusers as "class"."""
+        ...
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of timesteps that the model was trained with."""
+        ...
+
+    def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the calls of ``num_inference_steps`` steps. Methods without eta ignore it.
+
+        Raises:
+            SpecError: An argument is out of range, or the options give no finite trajectory for it.
+        """
+        ...
+
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    DDIM.CLASS: DDIM,
+    PNDM.CLASS: PNDM,
+    DPMSolverMultistep.CLASS: DPMSolverMultistep,
+}
+
+
+def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:
+    """Read the options of the scheduler that ``config["class"]`` names, the class name of diffusers.
+
+    Raises:
+        SpecError: The class is missing or unknown; a key or a value is not supported.
+    """
+    if not isinstance(config, Mapping):
+        raise SpecError(f"scheduler: got {shown(config)}, expected an object of options")
+    name = config.get("class")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise SpecError(f"scheduler: class: got {shown(name)}, expected one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(config)

@@ -1,0 +1,200 @@
+"""Noise schedule of training: betas, their cumulative products and timesteps, which all schedulers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.errors import SpecError
+from ldm_runtime.schedulers.options import among, beta, choice, fail, integer, shown
+
+__all__ = [
+    "BETA_SCHEDULES",
+    "EARLY_KEYS",
+    "MAX_TRAIN_TIMESTEPS",
+    "SIGMA_KEYS",
+    "TIMESTEP_SPACINGS",
+    "NoiseSchedule",
+    "spaced_timesteps",
+]
+
+F32 = NDArray[np.float32]
+
+MAX_TRAIN_TIMESTEPS = 100_000
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+# Keys of older versions and of other schedulers, as published latent diffusion checkpoints carry them, and the values
+# that change nothing (None: any value).
+EARLY_KEYS: Mapping[str, tuple[Any, ...] | None] = {
+    "tensor_format": None,  # early diffusers: numpy or torch
+    "timestep_values": (None,),  # early diffusers, never read; a list would be meant to be
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # DDPM; not learned
+    "interpolation_type": None,  # Euler
+    "timestep_type": (None, "discrete"),  # Euler
+}
+SIGMA_KEYS: Mapping[str, tuple[Any, ...] | None] = {
+    "final_sigmas_type": None,
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "use_karras_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Base of the schedulers: the options that define the betas, with the names and defaults of diffusers 0.42.
+
+    Raises:
+        SpecError: Names the option, the value and the expected values. Narrower than diffusers: num_train_timesteps is
+            at most 100 000, betas lie in (0, 1), and trained_betas has num_train_timesteps of them.
+    """
+
+    CLASS: ClassVar[str]
+    FOREIGN: ClassVar[Mapping[str, tuple[Any, ...] | None]]
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._set("num_train_timesteps", integer, 1, MAX_TRAIN_TIMESTEPS)
+        self._set("beta_start", beta)
+        self._set("beta_end", beta)
+        self._set("beta_schedule", choice, BETA_SCHEDULES)
+        if self.trained_betas is not None:
+            self._set("trained_betas", _trained, self.num_train_timesteps)
+
+    def _set(self, name: str, check: Any, *limits: Any) -> None:
+        """Replace an option by what ``check(name, value, *limits)`` makes of it."""
+        object.__setattr__(self, name, check(name, getattr(self, name), *limits))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a parsed scheduler_config.json or the result of ``to_config``.
+
+        Missing keys take diffusers' defaults. The key "class" and keys that begin with "_" are ignored, so the caller
+        decides whether the config belongs to this scheduler.
+
+        Raises:
+            SpecError: An unknown key, except one of another scheduler that changes nothing here; a bad value.
+        """
+        if not isinstance(config, Mapping):
+            raise SpecError(f"scheduler: got {shown(config)}, expected an object of options")
+        names = [field.name for field in dataclasses.fields(cls)]
+        options: dict[str, Any] = {}
+        for name, value in config.items():
+            if among(name, names):
+                options[name] = value
+            elif among(name, tuple(cls.FOREIGN)):
+                allowed = cls.FOREIGN[name]
+                if allowed is not None and not among(value, allowed):
+                    where = f"scheduler: {name}: got {shown(value)}, which {cls.CLASS} lacks"
+                    raise SpecError(f"{where}; expected one of {allowed}")
+            elif not (isinstance(name, str) and (name.startswith("_") or name == "class")):
+                near = difflib.get_close_matches(name[:50], names, 3) if isinstance(name, str) else []
+                expected = ", ".join(near or names[:3])
+                where = f"scheduler: unknown option {shown(name)}"
+                raise SpecError(f"{where}, expected an option of {cls.CLASS}, such as {expected}")
+        return cls(**options)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return every option, ready for JSON, and the class name of diffusers as "class".
+
+        ``from_config`` and the class of the same name in diffusers accept it.
+        """
+        config = dataclasses.asdict(self)
+        if self.trained_betas is not None:
+            config["trained_betas"] = list(self.trained_betas)
+        return {"class": self.CLASS, **config}
+
+    @property
+    def alphas_cumprod(self) -> F32:
+        """ᾱ of every training timestep, float32 [num_train_timesteps], rounded where torch rounds."""
+        return self._cumulative(False)
+
+    def _cumulative(self, rescale_zero_snr: bool) -> F32:
+        betas = self._betas()
+        return _cumprod(1 - (_rescale_zero_terminal_snr(betas) if rescale_zero_snr else betas))
+
+    def _betas(self) -> F32:
+        count = self.num_train_timesteps
+        if self.trained_betas is not None:
+            return np.array(self.trained_betas, np.float32)
+        if self.beta_schedule == "linear":
+            return _linspace(self.beta_start, self.beta_end, count)
+        if self.beta_schedule == "scaled_linear":
+            return _linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
+        bars = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        return np.array([min(1 - bars[i + 1] / bars[i], 0.999) for i in range(count)], np.float32)
+
+
+def spaced_timesteps(spacing: str, count: int, steps: int, offset: int) -> NDArray[np.int64]:
+    """Return descending timesteps as DDIM and PNDM space them (Lin et al. 2023, arXiv:2305.08891, table 2).
+
+    For some numbers of steps, "trailing" gives one timestep too many, -1, because of rounding. diffusers samples with
+    it: the model is called with timestep -1, and ᾱ is that of the last training timestep. The same happens here.
+
+    Args:
+        spacing: "leading", "linspace" or "trailing".
+        count: Number of training timesteps.
+        steps: Number of inference steps.
+        offset: Added to the timesteps of "leading".
+
+    Returns:
+        int64 [steps] or, with "trailing", [steps + 1].
+
+    Raises:
+        SpecError: The first timestep is beyond the training timesteps.
+    """
+    if spacing == "leading":
+        found: NDArray[Any] = np.arange(steps)[::-1] * (count // steps) + offset
+    elif spacing == "linspace":
+        found = np.linspace(0, count - 1, steps).round()[::-1]
+    else:
+        found = np.round(np.arange(count, 0, -(count / steps))) - 1
+    if found[0] >= count:
+        where = f"steps_offset: got {offset} with {steps} steps"
+        raise SpecError(f"{where}: timestep {found[0]}, expected at most {count - 1}; take fewer steps")
+    return found.astype(np.int64)
+
+
+def _trained(name: str, value: Any, count: int) -> tuple[float, ...]:
+    try:
+        if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != count:
+            raise SpecError(name)
+        return tuple(beta(name, number) for number in value)
+    except (SpecError, TypeError) as error:
+        expected = f"null or {count} numbers in (0, 1), one per training timestep"
+        raise fail(name, value, expected) from error
+
+
+def _linspace(start: float, end: float, count: int) -> F32:
+    """torch.linspace in float32: from both ends to the middle."""
+    first, last, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
+    step = (last - first) / np.float32(max(count - 1, 1))
+    return np.where(index < count // 2, first + step * index, last - step * index[::-1]) if count > 1 else index + first
+
+
+def _cumprod(alphas: F32) -> F32:
+    """torch.cumprod on the CPU: products in double precision, each rounded to float32."""
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def _rescale_zero_terminal_snr(betas: F32) -> F32:
+    """Betas whose last ᾱ is 0 (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = np.sqrt(_cumprod(1 - betas))
+    with np.errstate(all="ignore"):
+        bars = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return 1 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])

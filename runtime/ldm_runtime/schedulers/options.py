@@ -1,0 +1,165 @@
+"""Checks of scheduler options, and short text for values in error messages."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from ldm_runtime.errors import SpecError
+
+__all__ = [
+    "FLOAT32_MAX",
+    "among",
+    "beta",
+    "choice",
+    "eta_value",
+    "fail",
+    "integer",
+    "positive",
+    "real",
+    "shown",
+    "step_count",
+    "switch",
+]
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LONGEST = 60
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)`` on one line of at most 60 characters."""
+    try:
+        text = " ".join(reprlib.repr(value).split())
+    except Exception:  # the repr of a foreign object, or of an integer of more than 4300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def fail(name: str, value: object, expected: str) -> SpecError:
+    """Return the error for an option ``name`` of a scheduler that got ``value``."""
+    return SpecError(f"scheduler: {name}: got {shown(value)}, expected {expected}")
+
+
+def _as_integer(value: Any) -> int | None:
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer in low..high; NumPy's integers are accepted, booleans are not.
+
+    Raises:
+        SpecError: ``value`` is no such integer.
+    """
+    found = _as_integer(value)
+    if found is None or not low <= found <= high:
+        raise fail(name, value, f"{low}..{high}")
+    return found
+
+
+def real(name: str, value: Any, low: float, high: float) -> float:
+    """Return a number in [low, high] as a float; NumPy's numbers are accepted, booleans are not.
+
+    Raises:
+        SpecError: ``value`` is no such number.
+    """
+    found = _as_float(value)
+    if found is None or not low <= found <= high:
+        raise fail(name, value, f"a number in [{low:g}, {high:g}]")
+    return found
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a finite number above zero as a float.
+
+    Raises:
+        SpecError: ``value`` is no such number.
+    """
+    found = _as_float(value)
+    if found is None or not 0 < found <= FLOAT32_MAX:
+        raise fail(name, value, "a finite number > 0")
+    return found
+
+
+def beta(name: str, value: Any) -> float:
+    """Return a number in the open interval (0, 1) as a float.
+
+    Raises:
+        SpecError: ``value`` is no such number.
+    """
+    found = _as_float(value)
+    if found is None or not 0 < found < 1:
+        raise fail(name, value, "a number in (0, 1)")
+    return found
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return a boolean. 0 and 1 stand for false and true, and None for false, as in diffusers.
+
+    Raises:
+        SpecError: ``value`` is anything else.
+    """
+    if value is None or isinstance(value, (bool, np.bool_)) or _as_integer(value) in (0, 1):
+        return bool(value)
+    raise fail(name, value, "true or false")
+
+
+def among(value: Any, allowed: Collection[Any]) -> bool:
+    """True if ``value`` equals one of ``allowed``; False for arrays, which have no single truth value."""
+    try:
+        return value in allowed
+    except ValueError:
+        return False
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Return one of the strings ``allowed``.
+
+    Raises:
+        SpecError: ``value`` is another.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise fail(name, value, f"one of {', '.join(allowed)}")
+    return value
+
+
+def step_count(value: Any, highest: int) -> int:
+    """Return the number of inference steps, 1..highest.
+
+    Raises:
+        SpecError: ``value`` is no such integer.
+    """
+    found = _as_integer(value)
+    if found is None or not 1 <= found <= highest:
+        raise SpecError(f"steps: got {shown(value)}, expected 1..{highest}")
+    return found
+
+
+def eta_value(value: Any) -> float:
+    """Return eta as a float: 0 is deterministic, 1 is as noisy as DDPM.
+
+    Raises:
+        SpecError: ``value`` is no finite number, or negative.
+    """
+    found = _as_float(value)
+    if found is None or not (math.isfinite(found) and 0 <= found <= FLOAT32_MAX):
+        raise SpecError(f"eta: got {shown(value)}, expected a finite number >= 0; 0 to 1 is usual")
+    return found

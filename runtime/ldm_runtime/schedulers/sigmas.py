@@ -1,0 +1,71 @@
+"""Spacings of noise levels between the largest and the smallest sigma, as diffusers computes them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["beta_quantile", "beta_sigmas", "exponential_sigmas", "karras_sigmas", "sigma_timesteps"]
+
+F64 = NDArray[np.float64]
+
+KARRAS_RHO = 7.0
+BETA_SHAPE = 0.6  # both shape parameters of the beta distribution
+
+
+def karras_sigmas(low: float, high: float, steps: int) -> F64:
+    """Return ``steps`` descending sigmas by equation (5) of Karras et al. 2022 (arXiv:2206.00364); float64."""
+    first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+    return np.asarray((first + np.linspace(0, 1, steps) * (last - first)) ** KARRAS_RHO, np.float64)
+
+
+def exponential_sigmas(low: float, high: float, steps: int) -> F64:
+    """Return ``steps`` descending sigmas with evenly spaced logarithms; float64."""
+    return np.asarray(np.exp(np.linspace(math.log(high), math.log(low), steps)), np.float64)
+
+
+def beta_sigmas(low: float, high: float, steps: int) -> F64:
+    """Return ``steps`` descending sigmas at quantiles of the beta distribution (arXiv:2407.12173); float64."""
+    return low + beta_quantile(1 - np.linspace(0, 1, steps)) * (high - low)
+
+
+def beta_quantile(p: F64) -> F64:
+    """Return the quantiles of the beta distribution with both shape parameters 0.6.
+
+    The distribution function is a power series up to the median, inverted by bisection; the upper half is the mirror
+    image of the lower.
+
+    Args:
+        p: Probabilities in [0, 1], float64 [n].
+    """
+    order = np.arange(64)
+    factors = np.cumprod(np.concatenate([[1.0], (order[:-1] + 1 - BETA_SHAPE) / (order[:-1] + 1)]))
+    norm = math.gamma(BETA_SHAPE) ** 2 / math.gamma(2 * BETA_SHAPE)
+    coefficients = (factors / (BETA_SHAPE + order) / norm)[::-1]  # of x^63 first
+    target = np.minimum(p, 1 - p)
+    low, high = np.zeros_like(target), np.full_like(target, 0.5)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = middle**BETA_SHAPE * np.polyval(coefficients, middle) < target
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    found = np.where(target > 0, (low + high) / 2, 0.0)
+    return np.asarray(np.where(p > 0.5, 1 - found, found), np.float64)
+
+
+def sigma_timesteps(sigmas: F64, log_sigmas: F64) -> F64:
+    """Return the timestep of each sigma by linear interpolation of the logarithms; float64 [n], not rounded.
+
+    Args:
+        sigmas: Noise levels, float64 [n].
+        log_sigmas: Logarithm of the sigma of every training timestep, float64 [num_train_timesteps], two or more.
+    """
+    found = []
+    for log_sigma in np.log(np.maximum(sigmas, 1e-10)):
+        not_above = np.flatnonzero(log_sigmas <= log_sigma)
+        low = min(int(not_above[-1]) if len(not_above) else 0, len(log_sigmas) - 2)
+        weight = (log_sigmas[low] - log_sigma) / (log_sigmas[low] - log_sigmas[low + 1])
+        weight = np.clip(weight, 0, 1)
+        found.append((1 - weight) * low + weight * (low + 1))
+    return np.array(found, np.float64)

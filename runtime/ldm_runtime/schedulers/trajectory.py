@@ -1,0 +1,192 @@
+"""Trajectory: every number that one sampling run needs, and the arithmetic of its steps."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.errors import SpecError
+from ldm_runtime.schedulers.options import shown
+
+__all__ = ["Clip", "Threshold", "Trajectory"]
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Clip x0 to ± ``range``.
+
+    Args:
+        range: Largest magnitude of the result.
+    """
+
+    range: float
+
+    def __call__(self, x0: F32) -> F32:
+        """Clip ``x0`` (float32, any shape)."""
+        return np.asarray(np.clip(x0, -self.range, self.range), np.float32)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487): clip each sample to a quantile and divide by it.
+
+    Args:
+        ratio: Quantile of the magnitudes of a sample, in [0, 1].
+        max_value: Largest bound. The smallest is 1, unless ``max_value`` is below 1.
+    """
+
+    ratio: float
+    max_value: float
+
+    def __call__(self, x0: F32) -> F32:
+        """Threshold ``x0`` (float32 [batch, ...]); each entry of the batch has its own bound."""
+        ordered = np.sort(np.abs(x0).reshape(len(x0), -1))
+        rank = np.float32(self.ratio) * np.float32(ordered.shape[1] - 1)
+        low, high = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)]
+        quantile = low + (rank - np.floor(rank)) * (high - low)
+        bound = np.minimum(np.maximum(quantile, np.float32(1)), np.float32(self.max_value))
+        bound = bound.reshape(-1, *[1] * (x0.ndim - 1))
+        return np.asarray(np.clip(x0, -bound, bound) / bound, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The calls of one sampling run, as a linear recurrence over a state of ``slots`` arrays.
+
+    Slot 0 of the state is the latents x; the others are history (previous predictions, previous x0 or a saved x).
+    After call i::
+
+        state'[j] = sum_k rows[i, j, k] * state[k]
+                    + rows[i, j, slots] * prediction + rows[i, j, slots + 1] * x0 + rows[i, j, slots + 2] * noise
+
+    Arrays are read-only.
+
+    Args:
+        timesteps: int64 [calls], one entry per UNet call.
+        init_noise_sigma: The initial latents are standard normal noise times this.
+        input_scale: float32 [calls]. The latents are multiplied by this before the UNet call.
+        needs_noise: True if every call, the last included, draws standard normal noise in the shape of the latents.
+        rows: float32 [calls, slots, slots + 3].
+        x0_weights: float32 [calls, 2]. The predicted x0 before clipping is ``w[0] * x + w[1] * prediction``.
+        limit_x0: Clipping or thresholding of x0. If None, the x0 column of ``rows`` is zero.
+    """
+
+    timesteps: NDArray[np.int64]
+    init_noise_sigma: float
+    input_scale: F32
+    needs_noise: bool
+    rows: F32
+    x0_weights: F32
+    limit_x0: Clip | Threshold | None = None
+
+    def __post_init__(self) -> None:
+        for array in (self.timesteps, self.input_scale, self.rows, self.x0_weights):
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        """Number of UNet calls."""
+        return len(self.timesteps)
+
+    @property
+    def slots(self) -> int:
+        """Number of arrays in the state."""
+        return int(self.rows.shape[1])
+
+    @property
+    def affine(self) -> bool:
+        """True if a step is affine in state, prediction and noise, because x0 is neither clipped nor thresholded."""
+        return self.limit_x0 is None
+
+    def start(self, latents: F32) -> list[F32]:
+        """Return the initial state: the latents, already multiplied by ``init_noise_sigma``, and zeros as history.
+
+        Args:
+            latents: float32 [batch, ...].
+
+        Raises:
+            SpecError: ``latents`` has another dtype, fewer than two dimensions or no elements.
+        """
+        _check("latents", latents, latents)
+        return [latents, *(np.zeros_like(latents) for _ in range(self.slots - 1))]
+
+    def predict_x0(self, x: F32, prediction: F32, i: int) -> F32:
+        """Return x0 as predicted at call ``i``, clipped or thresholded; float32 in the shape of ``x``.
+
+        Args:
+            x: Latents before the call, float32 [batch, ...].
+            prediction: Model output after guidance, of the same dtype and shape.
+            i: Index of the call.
+
+        Raises:
+            SpecError: ``i`` is no call; a dtype or shape differs.
+        """
+        i = self._index(i)
+        _check("x", x, x)
+        _check("prediction", prediction, x)
+        x0 = _combined(self.x0_weights[i], (x, prediction))
+        return x0 if self.limit_x0 is None else self.limit_x0(x0)
+
+    def step(self, state: Sequence[F32], prediction: F32, i: int, noise: F32 | None = None) -> list[F32]:
+        """Return the state after call ``i``: ``slots`` new float32 arrays in the shape of the latents.
+
+        Terms are added in float32 in the order state, prediction, x0, noise; zero coefficients are skipped.
+
+        Args:
+            state: ``slots`` arrays, float32 [batch, ...].
+            prediction: Model output after guidance, of the same dtype and shape.
+            i: Index of the call; 0 is the first.
+            noise: Standard normal noise, of the same dtype and shape; None exactly if ``needs_noise`` is False.
+
+        Raises:
+            SpecError: ``i`` is no call; the number of arrays, a dtype or a shape is wrong; noise is missing, or given
+                without need.
+        """
+        i = self._index(i)
+        if len(state) != self.slots:
+            raise SpecError(f"trajectory: state: got {len(state)} arrays, expected {self.slots}; begin with start()")
+        if (noise is not None) != self.needs_noise:
+            given, expected = ("none", "some") if noise is None else ("some", "none")
+            raise SpecError(f"trajectory: noise: got {given}, expected {expected}; see needs_noise")
+        x = state[0]
+        for k, array in enumerate(state):
+            _check(f"state[{k}]" if k else "x", array, x)
+        _check("prediction", prediction, x)
+        _check("noise", x if noise is None else noise, x)
+        x0 = None if self.limit_x0 is None else self.predict_x0(x, prediction, i)
+        return [_combined(row, (*state, prediction, x0, noise)) for row in self.rows[i]]
+
+    def _index(self, i: int) -> int:
+        try:
+            found = -1 if isinstance(i, bool) else operator.index(i)
+        except TypeError:
+            found = -1
+        if not 0 <= found < len(self):
+            raise SpecError(f"trajectory: got step {shown(i)}, expected 0..{len(self) - 1}")
+        return found
+
+
+def _check(name: str, array: F32, x: F32) -> None:
+    got = f"trajectory: {name}: got {array.dtype} {list(array.shape)}"
+    if array.dtype != np.float32 or array.ndim < 2 or not array.size:
+        raise SpecError(f"{got}, expected float32 [batch, ...]; convert it with astype or reshape")
+    if array.shape != x.shape:
+        raise SpecError(f"{got}, expected the shape of x, {list(x.shape)}")
+
+
+def _combined(weights: F32, arrays: Sequence[F32 | None]) -> F32:
+    """Sum of weight times array in order, without the terms of weight zero; a new float32 array."""
+    total: F32 | None = None
+    for weight, array in zip(weights, arrays, strict=True):
+        if weight != 0 and array is not None:
+            term = weight * array
+            total = term if total is None else total + term
+    if total is None:
+        total = np.zeros_like(arrays[0])
+    return np.asarray(total, np.float32)
