@@ -1,0 +1,82 @@
+"""Graph passes: rewrites of an ONNX model for one engine.
+
+A pass is a function ``model -> PassResult``. Each pass is one module, whose docstring numbers its rules. To add a pass,
+write the module and list the function under its engine in ``ENGINE_PASSES``.
+
+``split_off`` and ``half_precision`` are not listed there. A split returns two models, and a conversion to half precision
+needs the measured magnitudes of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.passes.fuse_attention import fuse_attention
+from ldm_export.graph.passes.result import Pass, PassResult
+from ldm_runtime.errors import BuildError
+
+__all__ = ["ENGINE_PASSES", "Pass", "PassResult", "apply"]
+
+ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {"onnxruntime-cpu": (fuse_attention,)}
+"""Engine variant -> the passes that rewrite an exported graph for it, in the order in which they run."""
+
+
+def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
+    """Run passes in order, then remove the nodes and initializers that nothing uses.
+
+    Args:
+        model: Model with typed values. It may be rewritten in place.
+        passes: Passes to run. An empty sequence only removes what is unused.
+
+    Returns:
+        The rewritten model and the sum of the changes of all passes.
+
+    Raises:
+        BuildError: A pass failed, or it changed the graph's inputs or outputs, or it left a node that reads a value
+            from outside the graph. The message names the pass.
+    """
+    changes = 0
+    for rewrite in passes:
+        name, before = _name(rewrite), _signature(model)
+        try:
+            result = rewrite(model)
+        except BuildError:
+            raise
+        except Exception as error:
+            raise BuildError(
+                f"{model.graph.name}: pass {name} failed: {type(error).__name__}: {error}; "
+                "report it with the model's config"
+            ) from error
+        model, changes = result.model, changes + result.changes
+        if (after := _signature(model)) != before:
+            raise BuildError(
+                f"{model.graph.name}: pass {name} changed inputs or outputs: got {after}, expected {before}; "
+                "correct the pass"
+            )
+        _check_values(model.graph, name)
+    RemoveUnusedNodesPass()(model)
+    return PassResult(model, changes)
+
+
+def _signature(model: ir.Model) -> list[str]:
+    return [f"{value.name}: {value.dtype} {value.shape}" for value in (*model.graph.inputs, *model.graph.outputs)]
+
+
+def _check_values(graph: ir.Graph, name: str) -> None:
+    """Postcondition of every pass: each value is computed before it is read, or is an input or an initializer."""
+    known = {*graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                raise BuildError(
+                    f"{graph.name}: pass {name}: node {node.name!r} reads {value.name!r}, got a value that no earlier "
+                    "node computes, expected a graph in topological order; correct the pass"
+                )
+        known.update(node.outputs)
+
+
+def _name(rewrite: Pass) -> str:
+    return getattr(rewrite, "__name__", type(rewrite).__name__)

@@ -1,0 +1,164 @@
+"""Pass ``fuse_attention``: replace attention by ONNX Runtime's operator com.microsoft.MultiHeadAttention.
+
+The operator computes attention block by block and never stores the matrix of scores (FlashAttention: Dao et al. 2022,
+arXiv:2205.14135). Only ONNX Runtime runs the rewritten graph.
+
+Rules:
+
+1. The pass rewrites softmax(s * Q K^T) V: a MatMul, a Softmax over the last axis, a MatMul, a Transpose by
+   (0, 2, 1, 3) and a Reshape to [B, T, heads * width]. Each intermediate result has exactly one use.
+2. Q and V are split into heads by a Reshape to [B, T, heads, width] and a Transpose by (0, 2, 1, 3). Number of heads and
+   width are known in the graph.
+3. K is split in the same way and then transposed to [B, heads, width, T] as one batch of matrices: Reshape, Transpose by
+   (0, 2, 1), Reshape.
+4. Q and K may each be multiplied by a constant scalar; the node's attribute ``scale`` is the product of the scalars. V
+   has no factor.
+5. Attention of any other form stays as it is, for example attention with a mask.
+6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention".
+
+Precondition: the values have types and shapes, as ``graph.onnx_graph`` writes them.
+Postcondition: no rewritten Softmax is left, and the model imports the domain com.microsoft if the pass rewrote any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.passes.result import PassResult
+from ldm_runtime.errors import BuildError
+
+__all__ = ["DOMAIN", "fuse_attention"]
+
+DOMAIN = "com.microsoft"
+"""Operator domain of ``MultiHeadAttention``."""
+BY_HEAD = (0, 2, 1, 3)
+"""Permutation from [B, T, heads, width] to [B, heads, T, width] and back."""
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys or values before they are split into heads.
+
+    Attributes:
+        value: Tensor [B, T, heads * width].
+        heads: Number of heads.
+        width: Channels of one head.
+        scale: Constant factor that is applied after the split.
+    """
+
+    value: ir.Value
+    heads: int
+    width: int
+    scale: float
+
+
+def fuse_attention(model: ir.Model) -> PassResult:
+    """Rewrite in place every attention that matches the rules of this module.
+
+    Args:
+        model: Model with typed values and known shapes.
+
+    Returns:
+        The same model, and the number of attentions that were rewritten.
+
+    Raises:
+        BuildError: A rewritten Softmax is still in the graph.
+    """
+    graph = model.graph
+    fused = [node for node in tuple(graph) if node.op_type == "Softmax" and _fuse(graph, node)]
+    if fused:
+        model.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    if left := [node.name for node in fused if node.graph is not None]:
+        raise BuildError(
+            f"{graph.name}: pass fuse_attention: {left[0]!r} is still used after the rewrite, expected no use; "
+            "report it with the model's config"
+        )
+    return PassResult(model, len(fused))
+
+
+def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
+    scores, weighted = _producer(softmax.inputs[0], "MatMul"), _user(softmax, "MatMul")
+    transposed = _user(weighted, "Transpose", BY_HEAD)
+    joined = _user(transposed, "Reshape")
+    if scores is None or weighted is None or joined is None or weighted.inputs[0] is not softmax.outputs[0]:
+        return False
+    if softmax.attributes.get_int("axis", -1) not in (-1, 3):
+        return False
+    query, key, value = _heads(scores.inputs[0]), _keys(scores.inputs[1]), _heads(weighted.inputs[1])
+    if query is None or key is None or value is None or value.scale != 1:
+        return False
+    if (query.heads, query.width) != (key.heads, key.width) or query.heads != value.heads:
+        return False
+    result = joined.outputs[0]
+    if result.shape is None or len(result.shape) != 3 or result.shape[2] != value.heads * value.width:
+        return False
+    node = ir.node(
+        "MultiHeadAttention",
+        [query.value, key.value, value.value],
+        {"num_heads": query.heads, "scale": query.scale * key.scale},
+        domain=DOMAIN,
+        name=f"{(softmax.name or '').rpartition('/')[0]}/MultiHeadAttention",
+    )
+    attended = node.outputs[0]
+    attended.name, attended.shape, attended.type = f"{result.name}/attention", result.shape, result.type
+    graph.insert_before(joined, node)
+    result.replace_all_uses_with(attended)
+    return True
+
+
+def _heads(value: ir.Value | None) -> _Heads | None:
+    """Rule 2: the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and at most a scalar factor."""
+    value, scale = _without_scale(value)
+    node = _producer(value, "Transpose", BY_HEAD)
+    split = _producer(node and node.inputs[0], "Reshape")
+    if split is None or (shape := split.outputs[0].shape) is None or len(shape) != 4 or split.inputs[0] is None:
+        return None
+    heads, width = shape[2], shape[3]
+    if not isinstance(heads, int) or not isinstance(width, int) or _width(split.inputs[0]) != heads * width:
+        return None
+    return _Heads(split.inputs[0], heads, width, scale)
+
+
+def _keys(value: ir.Value | None) -> _Heads | None:
+    """Rule 3: the same for a tensor that is transposed to [B, heads, width, T]."""
+    value, scale = _without_scale(value)
+    merged = _producer(value, "Reshape")
+    turned = _producer(merged and merged.inputs[0], "Transpose", (0, 2, 1))
+    split = _producer(turned and turned.inputs[0], "Reshape")
+    found = _heads(split and split.inputs[0])
+    return found and replace(found, scale=found.scale * scale)
+
+
+def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """Rule 4: the tensor and the constant scalar that it is multiplied by."""
+    node = _producer(value, "Mul")
+    constant = node and node.inputs[1]
+    if node is None or constant is None or constant.const_value is None or constant.const_value.size != 1:
+        return value, 1.0
+    return node.inputs[0], float(constant.const_value.numpy().item())
+
+
+def _producer(value: ir.Value | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
+    """The node that computes a value, if it is of that type."""
+    return _of_type(value and value.producer(), op_type, perm)
+
+
+def _user(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
+    """The only node that reads a node's result, if it is of that type."""
+    users = [] if node is None else [use.node for use in node.outputs[0].uses()]
+    return _of_type(users[0], op_type, perm) if len(users) == 1 else None
+
+
+def _of_type(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None) -> ir.Node | None:
+    if node is None or node.op_type != op_type or node.domain:
+        return None
+    return node if perm is None or tuple(node.attributes.get_ints("perm", ())) == perm else None
+
+
+def _width(value: ir.Value) -> int | None:
+    size = None if value.shape is None or len(value.shape) != 3 else value.shape[2]
+    return size if isinstance(size, int) else None
