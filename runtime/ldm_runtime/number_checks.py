@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import reprlib
 from typing import Any
@@ -11,20 +10,40 @@ import numpy as np
 
 from ldm_runtime.errors import SpecError
 
-__all__ = ["FLOAT32_MAX", "integer", "number", "shown"]
+__all__ = ["FLOAT32_MAX", "as_float", "as_integer", "integer", "number", "shown"]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def shown(value: Any) -> str:
-    """A short representation of any value, at most about 60 characters, for an error message."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+    """A representation of any value on one line of at most 60 characters, for an error message."""
+    if isinstance(value, int) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
     try:
-        text = reprlib.repr(value)
+        text = " ".join(reprlib.repr(value).split())
     except Exception:  # a caller's own __repr__ may raise anything
-        text = f"a {type(value).__name__}"
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def as_integer(value: Any) -> int | None:
+    """Return a Python or NumPy integer as an int; None for a boolean or anything else."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_float(value: Any) -> float | None:
+    """Return a Python or NumPy number as a float; None for a boolean, anything else, or one too large for a float."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -33,10 +52,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         SpecError: Another type, or out of bounds.
     """
-    try:
-        found = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        found = None
+    found = as_integer(value)
     if found is None or not low <= found <= high:
         raise SpecError(f"{name}: got {shown(value)}, expected a whole number from {low} to {high}")
     return found
@@ -48,14 +64,9 @@ def number(name: str, value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT
     Raises:
         SpecError: Another type, NaN, infinite or out of bounds.
     """
-    numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    try:
-        found = float(value) if numeric else math.nan
-    except OverflowError:
-        found = math.inf
-    if not low <= found <= high:
-        bounds = (
-            "a finite number" if (low, high) == (-FLOAT32_MAX, FLOAT32_MAX) else f"a number from {low:g} to {high:g}"
-        )
-        raise SpecError(f"{name}: got {shown(value)}, expected {bounds}")
+    found = as_float(value)
+    if found is None or not low <= found <= high:
+        unbounded = (low, high) == (-FLOAT32_MAX, FLOAT32_MAX)
+        expected = "a finite number of float32's range" if unbounded else f"a number from {low:g} to {high:g}"
+        raise SpecError(f"{name}: got {shown(value)}, expected {expected}")
     return found

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import shown
 from ldm_runtime.schedulers.ddim import DDIM
 from ldm_runtime.schedulers.dpm_solver import DPMSolverMultistep
-from ldm_runtime.schedulers.options import shown
 from ldm_runtime.schedulers.pndm import PNDM
 from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.schedulers.options import among, beta, choice, fail, integer, shown
+from ldm_runtime.number_checks import shown
+from ldm_runtime.schedulers.options import among, beta, choice, fail, integer
 
 __all__ = [
     "BETA_SCHEDULES",

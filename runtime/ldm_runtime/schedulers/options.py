@@ -1,16 +1,15 @@
-"""Checks of scheduler options, and short text for values in error messages."""
+"""Checks of scheduler options; every failure is a SpecError that names the option."""
 
 from __future__ import annotations
 
 import math
-import operator
-import reprlib
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import FLOAT32_MAX, as_float, as_integer, shown
 
 __all__ = [
     "FLOAT32_MAX",
@@ -27,40 +26,10 @@ __all__ = [
     "switch",
 ]
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-_LONGEST = 60
-
-
-def shown(value: object) -> str:
-    """Return ``repr(value)`` on one line of at most 60 characters."""
-    try:
-        text = " ".join(reprlib.repr(value).split())
-    except Exception:  # the repr of a foreign object, or of an integer of more than 4300 digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
 
 def fail(name: str, value: object, expected: str) -> SpecError:
     """Return the error for an option ``name`` of a scheduler that got ``value``."""
     return SpecError(f"scheduler: {name}: got {shown(value)}, expected {expected}")
-
-
-def _as_integer(value: Any) -> int | None:
-    if isinstance(value, (bool, np.bool_)):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -69,7 +38,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         SpecError: ``value`` is no such integer.
     """
-    found = _as_integer(value)
+    found = as_integer(value)
     if found is None or not low <= found <= high:
         raise fail(name, value, f"{low}..{high}")
     return found
@@ -81,7 +50,7 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = _as_float(value)
+    found = as_float(value)
     if found is None or not low <= found <= high:
         raise fail(name, value, f"a number in [{low:g}, {high:g}]")
     return found
@@ -93,7 +62,7 @@ def positive(name: str, value: Any) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = _as_float(value)
+    found = as_float(value)
     if found is None or not 0 < found <= FLOAT32_MAX:
         raise fail(name, value, "a finite number > 0")
     return found
@@ -105,7 +74,7 @@ def beta(name: str, value: Any) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = _as_float(value)
+    found = as_float(value)
     if found is None or not 0 < found < 1:
         raise fail(name, value, "a number in (0, 1)")
     return found
@@ -117,7 +86,7 @@ def switch(name: str, value: Any) -> bool:
     Raises:
         SpecError: ``value`` is anything else.
     """
-    if value is None or isinstance(value, (bool, np.bool_)) or _as_integer(value) in (0, 1):
+    if value is None or isinstance(value, (bool, np.bool_)) or as_integer(value) in (0, 1):
         return bool(value)
     raise fail(name, value, "true or false")
 
@@ -147,7 +116,7 @@ def step_count(value: Any, highest: int) -> int:
     Raises:
         SpecError: ``value`` is no such integer.
     """
-    found = _as_integer(value)
+    found = as_integer(value)
     if found is None or not 1 <= found <= highest:
         raise SpecError(f"steps: got {shown(value)}, expected 1..{highest}")
     return found
@@ -159,7 +128,7 @@ def eta_value(value: Any) -> float:
     Raises:
         SpecError: ``value`` is no finite number, or negative.
     """
-    found = _as_float(value)
+    found = as_float(value)
     if found is None or not (math.isfinite(found) and 0 <= found <= FLOAT32_MAX):
         raise SpecError(f"eta: got {shown(value)}, expected a finite number >= 0; 0 to 1 is usual")
     return found

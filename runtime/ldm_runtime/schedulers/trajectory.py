@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.schedulers.options import shown
+from ldm_runtime.number_checks import shown
 
 __all__ = ["Clip", "Threshold", "Trajectory"]
 
