@@ -18,7 +18,7 @@ from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import random_checkpoint
 from tests.support.snapshot import contents
 from tests.support.triton_server import TritonServer
 
@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("ldm")
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with random weights, not to be changed."""
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="session")

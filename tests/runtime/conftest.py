@@ -10,7 +10,7 @@ import pytest
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
-from tests.support.step_gate import Gate
+from tests.support.step_gate import StepGate
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) ->
     """Makes a room whose UNet calls stand at a gate, with one request of many steps running already."""
     rooms = []
 
-    def make(**limits) -> tuple[BatchScheduler, Gate]:
-        gate = Gate(pipeline.backends["unet"].run)
+    def make(**limits) -> tuple[BatchScheduler, StepGate]:
+        gate = StepGate(pipeline.backends["unet"].run)
         room = BatchScheduler(pipeline, Limits(**limits))
         monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
         rooms.append((room, gate))

@@ -13,7 +13,7 @@ from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from tests.support.step_gate import PROMPTS
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 MIXED = [
     Request(PROMPTS[0], seed=1, num_inference_steps=5),
@@ -63,7 +63,7 @@ def test_the_same_rows_at_the_same_place_are_bit_for_bit_those_of_a_batch(gated,
     """Requests that start together make the calls that one request of both prompts makes."""
     room, gate = gated(rows=16)
     first = room.submit(Request(PROMPTS[2], seed=0, num_inference_steps=1))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     pair = [
         room.submit(Request(p, seed=s, num_inference_steps=6, eta=0.5))
         for p, s in zip(PROMPTS[:2], (3, 4), strict=True)
@@ -81,13 +81,13 @@ def test_the_same_rows_at_the_same_place_are_bit_for_bit_those_of_a_batch(gated,
 def test_they_join_at_any_step_and_leave_when_done(gated) -> None:
     room, gate = gated(rows=8)
     long = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=10))
-    assert gate.arrived.acquire(timeout=20)
-    gate.on(3)
+    gate.wait_for_call()
+    gate.advance(3)
     short = room.submit(Request(PROMPTS[1], seed=0, num_inference_steps=2, guidance_scale=6.0))
-    gate.on(2)
+    gate.advance(2)
     assert gate.rows == [1, 1, 1, 1, 3, 3]
     assert gate.times[4] == [500, 500, 500] and gate.times[5] == [400, 0, 0]
-    gate.on()
+    gate.advance()
     assert short.result(20).images.shape == (1, 64, 64, 3) and not long.future.done()
     assert gate.rows[-1] == 1
     gate.open()
@@ -128,5 +128,5 @@ def test_a_callback_that_fails_or_hangs_delays_no_step(room) -> None:
     failing.result(60)
     room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3), progress=hang)
     room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3))
-    assert settled(lambda: room.figures().outcomes["done"] == 3)
+    assert wait_until(lambda: room.figures().outcomes["done"] == 3)
     held.set()

@@ -12,7 +12,7 @@ from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import BackendError, CancelledError, QueueFullError, SpecError
 from tests.support.step_gate import PROMPTS
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 
 def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room, pipeline, monkeypatch) -> None:
@@ -29,11 +29,11 @@ def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room,
     broken.set()
     with pytest.raises(BackendError, match="out of memory"):
         room.submit(Request(PROMPTS[0], seed=0)).result(20)
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     with pytest.raises(QueueFullError, match="no picture can be made now"):
         room.submit(Request(PROMPTS[0], seed=0))
     broken.clear()
-    assert settled(lambda: room.ready)
+    assert wait_until(lambda: room.ready)
     room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2)).result(20)
 
 
@@ -44,15 +44,15 @@ def test_an_engine_that_fails_without_work_makes_it_unready_too(pipeline, monkey
     with BatchScheduler(pipeline, Limits(idle=0.05)) as room:
         assert room.ready
         monkeypatch.setattr(pipeline.backends["decoder"], "run", fail)
-        assert settled(lambda: not room.ready)
+        assert wait_until(lambda: not room.ready)
         monkeypatch.undo()
-        assert settled(lambda: room.ready)
+        assert wait_until(lambda: room.ready)
 
 
 def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
     room, gate = gated()
     held = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     tickets = [room.submit(Request(PROMPTS[number], seed=number, num_inference_steps=1)) for number in range(3)]
     decode, batches, bad = pipeline.backends["decoder"].run, [], []
 
@@ -74,7 +74,7 @@ def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(g
 
 def test_a_room_that_is_not_proven_at_once_is_ready_soon(pipeline) -> None:
     with BatchScheduler(pipeline, prove=False) as room:
-        assert settled(lambda: room.ready)
+        assert wait_until(lambda: room.ready)
 
 
 def test_a_room_that_cannot_make_a_picture_does_not_open(pipeline, monkeypatch) -> None:
@@ -85,26 +85,26 @@ def test_a_room_that_cannot_make_a_picture_does_not_open(pipeline, monkeypatch) 
     before = threading.active_count()
     with pytest.raises(SpecError, match="NaN"):
         BatchScheduler(pipeline)
-    assert settled(lambda: threading.active_count() == before)
+    assert wait_until(lambda: threading.active_count() == before)
 
 
 def test_an_engine_that_hangs_makes_it_unready(gated) -> None:
     room, gate = gated(stall=0.1)
     ticket = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     gate.open()
     ticket.result(20)
-    assert settled(lambda: room.ready)
+    assert wait_until(lambda: room.ready)
 
 
 def test_closing_finishes_what_it_has_time_for_and_cancels_the_rest(gated, pipeline) -> None:
     room, gate = gated(rows=1)
     short = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     waiting = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3))
     closing = threading.Thread(target=room.close, kwargs={"seconds": 30})
     closing.start()
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     with pytest.raises(CancelledError, match="closing"):
         room.submit(Request(PROMPTS[0]))
     gate.open()
@@ -116,7 +116,7 @@ def test_closing_at_once_cancels_everything(gated) -> None:
     before = threading.active_count()
     room, gate = gated(rows=1)
     tickets = [room.submit(Request(PROMPTS[0], seed=0)) for _ in range(3)]
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     gate.open()
     room.close()
     for ticket in tickets:

@@ -10,14 +10,14 @@ import pytest
 from ldm_runtime import Request
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import CancelledError, DeadlineError, QueueFullError
-from tests.support.step_gate import PROMPTS, Gate
-from tests.support.waiting import settled
+from tests.support.step_gate import PROMPTS, StepGate
+from tests.support.waiting import wait_until
 
 
 def test_a_full_queue_refuses_and_a_free_place_takes_again(gated) -> None:
     room, gate = gated(rows=1, queue=2)
     running = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=50))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     waiting = [room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait already"):
         room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1))
@@ -38,11 +38,11 @@ def test_a_cancelled_request_leaves_before_the_next_step(gated) -> None:
         room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=20, guidance_scale=scale))
         for scale in (1.0, 2.0, 1.0)
     )
-    assert gate.arrived.acquire(timeout=20)
-    gate.on()
+    gate.wait_for_call()
+    gate.advance()
     assert gate.rows[-1] == 4
     second.cancel()
-    gate.on()
+    gate.advance()
     assert gate.rows[-1] == 2
     with pytest.raises(CancelledError, match="by its caller"):
         second.result(20)
@@ -53,27 +53,27 @@ def test_a_cancelled_request_leaves_before_the_next_step(gated) -> None:
 def test_a_deadline_ends_a_running_and_a_waiting_request(gated) -> None:
     room, gate = gated(rows=1)
     running = room.submit(Request(PROMPTS[0], seed=0), seconds=0.2)
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     waiting = room.submit(Request(PROMPTS[0], seed=0), seconds=0.2)
     time.sleep(0.3)
-    gate.let_on.release()
+    gate.let_through()
     for ticket, place in ((running, "running"), (waiting, "waiting")):
         with pytest.raises(DeadlineError, match=f"still {place} after its 0.2 s"):
             ticket.result(20)
     assert gate.rows == [1] and room.figures().outcomes["overdue"] == 2
 
 
-def order(room: BatchScheduler, gate: Gate, priorities: list[int]) -> list[int]:
+def order(room: BatchScheduler, gate: StepGate, priorities: list[int]) -> list[int]:
     """In which order requests of these priorities end, one running at a time; all come before any runs."""
     first = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     ended: list[int] = []
     for index, priority in enumerate(priorities):
         ticket = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1), priority=priority)
         ticket.future.add_done_callback(lambda _, index=index: ended.append(index))
     gate.open()
     first.result(20)
-    assert settled(lambda: len(ended) == len(priorities))
+    assert wait_until(lambda: len(ended) == len(priorities))
     return ended
 
 
@@ -89,7 +89,7 @@ def test_a_less_urgent_request_is_not_overtaken_for_ever(gated) -> None:
 def test_a_large_request_is_not_passed_by_small_ones_behind_it(gated) -> None:
     room, gate = gated(rows=4)
     first = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     second = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=4))
     large = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2, images_per_prompt=4))
     small = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1))

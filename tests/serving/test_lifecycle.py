@@ -19,7 +19,7 @@ from ldm_export.cli import main
 from ldm_runtime import Request
 from tests.support.triton_client import Grpc, over_http, post
 from tests.support.triton_server import TritonServer
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 PROMPT = "a large red circle in the center on a white background"
 WISH = {"PROMPT": PROMPT, "SEED": 5, "STEPS": 8}
@@ -86,7 +86,7 @@ def test_a_full_queue_refuses_with_a_word_and_the_rest_is_done(triton_server, sh
             refused.append(error.message())
     grpc.client.close()
     assert done >= 3 and refused and all("2 requests wait already" in text for text in refused)
-    assert settled(lambda: triton_server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
+    assert wait_until(lambda: triton_server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
 
 
 def test_the_unet_called_at_each_step_gives_the_same_bytes(triton_server, shapes_bundle, expected) -> None:
