@@ -1,4 +1,4 @@
-"""Engine rooms of the shipped model: open ones, and ones whose steps stand at a gate."""
+"""Batch schedulers of the shipped model: running ones, and ones whose UNet calls a test lets through one by one."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def room(pipeline: LatentDiffusionPipeline) -> Iterator[BatchScheduler]:
 
 @pytest.fixture
 def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple]]:
-    """Makes a room whose UNet calls stand at a gate, with one request of many steps running already."""
-    rooms = []
+    """Make a scheduler whose UNet calls wait at a ``StepGate``; arguments are ``Limits``, or its fields."""
+    made: list[tuple[BatchScheduler, StepGate]] = []
 
-    def make(**limits) -> tuple[BatchScheduler, StepGate]:
+    def make(limits: Limits | None = None, **fields) -> tuple[BatchScheduler, StepGate]:
         gate = StepGate(pipeline.backends["unet"].run)
-        room = BatchScheduler(pipeline, Limits(**limits))
+        room = BatchScheduler(pipeline, limits or Limits(**fields))
         monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
-        rooms.append((room, gate))
+        made.append((room, gate))
         return room, gate
 
     yield make
-    for room, gate in rooms:
+    for room, gate in made:
         gate.open()
         room.close()

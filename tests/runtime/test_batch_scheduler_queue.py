@@ -1,4 +1,4 @@
-"""Who runs next in an engine room: fair order, a full queue, cancelled and overdue requests; none is lost."""
+"""The request queue of the batch scheduler: order, a full queue, cancelled and expired requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.step_gate import PROMPTS, StepGate
 from tests.support.waiting import wait_until
 
 
-def test_a_full_queue_refuses_and_a_free_place_takes_again(gated) -> None:
+def test_a_full_queue_refuses_until_a_place_is_free(gated) -> None:
     room, gate = gated(rows=1, queue=2)
     running = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=50))
     gate.wait_for_call()
@@ -50,12 +50,12 @@ def test_a_cancelled_request_leaves_before_the_next_step(gated) -> None:
     assert np.array_equal(first.result(60).images, third.result(60).images)
 
 
-def test_a_deadline_ends_a_running_and_a_waiting_request(gated) -> None:
+def test_a_deadline_ends_running_and_waiting_requests(gated) -> None:
     room, gate = gated(rows=1)
     running = room.submit(Request(PROMPTS[0], seed=0), seconds=0.2)
     gate.wait_for_call()
     waiting = room.submit(Request(PROMPTS[0], seed=0), seconds=0.2)
-    time.sleep(0.3)
+    assert wait_until(lambda: all(ticket.stopped(time.monotonic()) for ticket in (running, waiting)))
     gate.let_through()
     for ticket, place in ((running, "running"), (waiting, "waiting")):
         with pytest.raises(DeadlineError, match=f"still {place} after its 0.2 s"):
@@ -64,7 +64,7 @@ def test_a_deadline_ends_a_running_and_a_waiting_request(gated) -> None:
 
 
 def order(room: BatchScheduler, gate: StepGate, priorities: list[int]) -> list[int]:
-    """In which order requests of these priorities end, one running at a time; all come before any runs."""
+    """The order in which requests of these priorities end; all are submitted before the first of them runs."""
     first = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=1))
     gate.wait_for_call()
     ended: list[int] = []
@@ -81,12 +81,12 @@ def test_the_order_is_first_come_first_served_within_a_priority(gated) -> None:
     assert order(*gated(rows=1), [2, 4, 2, 0, 1, 4, 0]) == [3, 6, 4, 0, 2, 1, 5]
 
 
-def test_a_less_urgent_request_is_not_overtaken_for_ever(gated) -> None:
-    """Each step of priority is worth ``patience`` seconds of arrival, here none to speak of."""
+def test_aging_lets_a_less_urgent_request_run_eventually(gated) -> None:
+    """A priority level is worth ``patience`` seconds of waiting, which is close to zero here."""
     assert order(*gated(rows=1, patience=1e-9), [4, 0, 4, 0]) == [0, 1, 2, 3]
 
 
-def test_a_large_request_is_not_passed_by_small_ones_behind_it(gated) -> None:
+def test_small_requests_do_not_overtake_a_large_one(gated) -> None:
     room, gate = gated(rows=4)
     first = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
     gate.wait_for_call()

@@ -1,6 +1,6 @@
 """Operating a Triton server: new versions under load, a full queue, a killed model, a restart.
 
-These tests rewrite the repository and stop the server. The server is this module's own, and is restored after each test.
+These tests rewrite the repository and stop the server, which is this module's own and is restored after each test.
 """
 
 from __future__ import annotations
