@@ -145,7 +145,8 @@ class DPMSolverMultistep(NoiseSchedule):
 
         As in diffusers, these are not always ``num_inference_steps`` timesteps within the training timesteps: "leading"
         with steps_offset can exceed them, "trailing" can end with -1 or, with lambda_min_clipped, be shorter. The
-        sigma of such a timestep is that of the nearest training timestep.
+        sigma of such a timestep is that of the nearest training timestep. A timestep that is interpolated from a sigma
+        can differ from diffusers' by 1 where the last bit of the sigma decides.
 
         Raises:
             SpecError: The number of steps is not in 1..10 000.
@@ -238,13 +239,14 @@ class DPMSolverMultistep(NoiseSchedule):
         with np.errstate(all="ignore"):  # trajectory() refuses non-finite values
             alphas = self.alphas_cumprod
             trained: F64 = np.sqrt((1 - alphas) / alphas).astype(np.float64)
-            logs = np.log(trained.astype(np.float32)).astype(np.float64)
+            logs = np.log(trained.astype(np.float32))
             low = self.sigma_min if self.sigma_min is not None else float(trained[0])
             high = self.sigma_max if self.sigma_max is not None else float(trained[-1])
             if self.use_karras_sigmas:
                 sigmas = karras_sigmas(low, high, steps)
             elif self.use_lu_lambdas:
-                sigmas = np.exp(logs[-1] + np.linspace(0, 1, steps) * (logs[0] - logs[-1]))
+                first, last = float(logs[-1]), float(logs[0])
+                sigmas = np.exp(first + np.linspace(0, 1, steps) * (last - first))
             elif self.use_exponential_sigmas:
                 sigmas = exponential_sigmas(low, high, steps)
             elif self.use_beta_sigmas:
