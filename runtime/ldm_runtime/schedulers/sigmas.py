@@ -1,13 +1,14 @@
-"""Spacings of noise levels between the largest and the smallest sigma, as diffusers computes them."""
+"""Spacings of noise levels and timesteps for DPM-Solver, as diffusers computes them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beta_quantile", "beta_sigmas", "exponential_sigmas", "karras_sigmas", "sigma_timesteps"]
+__all__ = ["beta_quantile", "beta_sigmas", "exponential_sigmas", "karras_sigmas", "sigma_timesteps", "solver_timesteps"]
 
 F64 = NDArray[np.float64]
 
@@ -70,3 +71,25 @@ def sigma_timesteps(sigmas: F64, log_sigmas: NDArray[np.float32]) -> F64:
         weight = np.clip((knots[low] - log_sigma) / gap, 0, 1)
         found.append((1 - weight) * low + weight * (low + 1))
     return np.array(found, np.float64)
+
+
+def solver_timesteps(spacing: str, count: int, end: int, steps: int, offset: int) -> NDArray[np.int64]:
+    """Return descending timesteps as DPM-Solver spaces them: other than DDIM's, they leave out timestep 0.
+
+    Args:
+        spacing: "leading", "linspace" or "trailing".
+        count: Number of training timesteps.
+        end: Number of these that are used, from the first.
+        steps: Number of inference steps.
+        offset: Added to the timesteps of "leading".
+
+    Returns:
+        int64 [steps]; with "trailing" one more because of rounding, the last of them -1, or fewer if ``end < count``.
+    """
+    if spacing == "linspace":
+        found: NDArray[Any] = np.linspace(0, end - 1, steps + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        found = np.arange(steps + 1)[::-1][:-1] * (end // (steps + 1)) + offset
+    else:
+        found = np.arange(end, 0, -(count / steps)).round() - 1
+    return found.astype(np.int64)

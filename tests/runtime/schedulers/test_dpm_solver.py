@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_oracle import LATENT_DIFFUSION, TRAINED, assert_same_trajectory, theirs
 
-from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import DPMSolverMultistep
 from ldm_runtime.schedulers.sigmas import beta_quantile
