@@ -192,10 +192,16 @@ PATHS = [
 BAD: list[tuple[str, Any, str]] = [
     ("format", "other bundle", "format: got 'other bundle', expected 'ldm-export bundle'"),
     ("format", [[[]]], "format: got [[[]]]"),
-    *[("version", version, f"version: got {version!r}, this ldm-export reads 2") for version in (1, 3, 0, 2.0, "2", True)],
+    *[
+        ("version", version, f"version: got {version!r}, this ldm-export reads 2")
+        for version in (1, 3, 0, 2.0, "2", True)
+    ],
     ("version", ..., "version: got None"),
     *[(name, ..., f"{name}: got NoneType, expected an object") for name in ("components", "files", "stages")],
-    *[(name, ["x"], f"{name}: got list, expected an object") for name in ("tools", "request", "measured", "scheduler", "latents", "defaults")],
+    *[
+        (name, ["x"], f"{name}: got list, expected an object")
+        for name in ("tools", "request", "measured", "scheduler", "latents", "defaults")
+    ],
     ("version", 1, "rebuild the bundle with `ldm-export build`"),
     ("family", 5, "family: got 5, expected a text"),
     ("conditioning", {}, "conditioning: got {}, expected a list of at most 16"),
@@ -246,7 +252,9 @@ def test_every_wrong_field_is_named(tmp_path: Path, path: str, value: Any, said:
 def test_paths_that_leave_the_bundle_or_are_no_plain_paths(tmp_path: Path, path: str) -> None:
     with pytest.raises(ManifestError, match="is not a plain path inside the bundle; do not use this bundle"):
         safe_path("files", path)
-    document = changed("conditioning 0 files tokenizer", path) | {"files": {**DOCUMENT["files"], path: {"sha256": "0" * 64, "size": 0}}}
+    document = changed("conditioning 0 files tokenizer", path) | {
+        "files": {**DOCUMENT["files"], path: {"sha256": "0" * 64, "size": 0}}
+    }
     with pytest.raises(ManifestError, match=r"path .* is not a plain path"):
         read_manifest(write(tmp_path, document))
 

@@ -110,7 +110,11 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
     ("guidance_every", [0, -1, 1.0, None, "2"], "expected a whole number from 1 to 1000"),
     ("guidance_interval", [None, (0,), (0.5, 0.2), (-1, 1), ("a", 1)], ""),
     ("height", [0, -64, 63, 65, 7, 8, 1032, 64.0, "64", True], "expected a multiple of 8 from 16 to 1024 pixels"),
-    ("width", [0, -64, 63, 65, 7, 8, 1032, 10**5000, 64.0, "64", True], "expected a multiple of 8 from 16 to 1024 pixels"),
+    (
+        "width",
+        [0, -64, 63, 65, 7, 8, 1032, 10**5000, 64.0, "64", True],
+        "expected a multiple of 8 from 16 to 1024 pixels",
+    ),
     ("seed", [1.0, "1", True, 2**64, 10**5000, [None]], "expected an integer from -2**63 to 2**64 - 1"),
     ("seed", [[], [1, 2], (1, 2, 3)], "seeds for 1 images, expected one number, or one per image"),
     ("latents", [LATENTS.tolist(), torch.zeros(1, 4, 8, 8), LATENTS[0]], "expected a float32 array [1, 4, 8, 8]"),

@@ -22,9 +22,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: four)")
     verb.add_argument("--seed", type=int, default=0, help="seed of the first image; image i has seed + i (default 0)")
     verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    verb.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="engine (default: the fastest here)"
-    )
+    verb.add_argument("--backend", choices=BACKENDS, default="auto", help="engine (default: the fastest here)")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
