@@ -64,8 +64,8 @@ class Family:
         files: Files of the bundle that are no graphs, by the name of their build stage.
         describe: The model of a checkpoint, with the specs of ``components`` before anything is split off.
         quantize: Components that int8 quantizes; the budget is spent in this order.
-        requests: One request for each of the prompts given, each for one image and with its own seed. None gives
-            the family's defaults. Raises SpecError for prompts if the family's models take none.
+        requests: One request without a seed for each of the prompts; None gives the family's default requests. Raises
+            SpecError for prompts if the family's models take none.
         reference: diffusers' own pipeline of a checkpoint, float32 on the CPU.
         reference_image: Runs that pipeline for one request with every option filled in, noise from the generator.
     """

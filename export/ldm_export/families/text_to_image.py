@@ -154,9 +154,7 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    return tuple(
-        {"prompts": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS if prompts is None else prompts)
-    )
+    return tuple({"prompts": prompt} for prompt in (PROMPTS if prompts is None else prompts))
 
 
 def _reference(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
