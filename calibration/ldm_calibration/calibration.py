@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Calibration:
         """Everything parts 1 to 3 depend on apart from the model's files and the installed packages; JSON-able."""
         return {
             "scheduler": dict(self.model.model.scheduler),
+            "defaults": asdict(self.model.model.defaults),
             "settings": self.settings.observed,
             "quantize": list(self.quantize),
             "method": METHOD,

@@ -11,7 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import SpecBackend
-from ldm_runtime.backends.onnxruntime import first_line, session_options
+from ldm_runtime.backends.host import first_line
+from ldm_runtime.backends.onnxruntime import session_options
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
