@@ -17,7 +17,7 @@ from PIL import Image
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS, NAME
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import random_checkpoint
 from tests.support.configs_only import write_configs
 
 STEPS = ("--steps", "2", "--seed", "7", "--threads", "1")
@@ -164,7 +164,7 @@ def test_verify_measures_writes_a_page_and_inspect_tells(tiny_checkpoint, bundle
 
 
 def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place, capfd) -> None:
-    other = write_tiny_checkpoint(place / "other", seed=1)
+    other = random_checkpoint(place / "other", seed=1)
     (place / "prompts.txt").write_text("a circle")
     arguments = ("verify", bundle_copy, "--against", other, "--prompts", "prompts.txt", "--steps", "1")
     out, err = run(capfd, *arguments, code=1)
