@@ -71,7 +71,8 @@ class Histogram:
     @property
     def centres(self) -> NDArray[np.float64]:
         """Centre of each bin, float64 [BINS]."""
-        return (np.arange(BINS) + 0.5) * (self.top / BINS)
+        centres: NDArray[np.float64] = (np.arange(BINS) + 0.5) * (self.top / BINS)
+        return centres
 
 
 def quantile_of(counts: NDArray[np.int64], top: float, quantile: float) -> float:
