@@ -6,14 +6,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_runtime.backends.engine import pipeline_components
-
 from ldm_calibration.calibration import OnProgress
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.build import Built, assemble
 from ldm_export.bundle.int8_stages import PRECISION, REFERENCE, graph_files, int8_stages, is_int8_stage
 from ldm_export.bundle.stages import Outcome, link_files, run_stage, work_folder
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import INT8_REPORT
 from ldm_runtime.errors import BuildError
@@ -54,8 +53,8 @@ def calibrate(
     with work_folder(target) as work:
         on_progress("checking the bundle", 0, 1)
         files = link_files([name for name in manifest.files if name not in outdated | {INT8_REPORT}], work, bundle)
-        for name, stage in staying.items():
-            outcomes[name] = Outcome(stage.key, {file: files[file] for file in stage.files}, "kept", 0.0)
+        for name, fact in staying.items():
+            outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
         graphs = {name: work / graph for name, graph in _fp32_graphs(folder, manifest).items()}
         model = CalibrationModel(manifest.model, graphs, lambda name: work / name)
         for stage in int8_stages(work, model, settings, quantize, before, on_progress, grade):

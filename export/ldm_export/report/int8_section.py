@@ -50,15 +50,12 @@ def _outcome(facts: Facts) -> Iterator[Markup]:
     warnings = facts.get("warnings")
     for warning in warnings[:MAX_LISTED] if isinstance(warnings, list) else []:
         yield element("p", f"Warning: {warning}.", class_="bad")
+    exact = _share(summary, "correct_fp32")
     rows = [
         ("trial images", finite(settings.get("images")), f"{settings.get('steps')} steps on {settings.get('backend')}"),
         ("PSNR against fp32", _decibel(summary, "psnr_mean"), f"worst {_decibel(summary, 'psnr_worst') or 'unknown'}"),
         ("SSIM against fp32", _digits(summary, "ssim_mean"), f"worst {_digits(summary, 'ssim_worst') or 'unknown'}"),
-        (
-            "prompt accuracy",
-            _share(summary, "correct_int8"),
-            f"{_share(summary, 'correct_fp32') or 'not graded'} in fp32",
-        ),
+        ("prompt accuracy", _share(summary, "correct_int8"), f"{exact or 'not graded'} in fp32"),
         ("UNet operations in int8", _share(summary, "unet_int8_share"), "of its multiply-adds"),
         ("graphs", _bytes(summary, "bytes_int8"), f"{_bytes(summary, 'bytes_fp32') or 'unknown'} in fp32"),
     ]
@@ -68,7 +65,7 @@ def _outcome(facts: Facts) -> Iterator[Markup]:
             f"{name} {number(ms)} ms" for name, value in times.items() if (ms := finite(value)) is not None
         )
         rows.append(
-            ("UNet, times as fast as fp32", Figure(f"{ratio:.2f}"), f"{measured}; {speed.get('backend')}, interleaved")
+            ("UNet, times as fast as fp32", Figure(f"{ratio:.2f}"), f"{measured}; {speed.get('backend')}, alternating")
         )
     yield table(("", "", ""), rows)
 
@@ -100,7 +97,8 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
     }
     series = [Series(name, found, joined=False) for name, found in points.items() if found]
     yield element("h3", f"{component}: sensitivity of each layer")
-    explanation = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8; a lower ratio means a more sensitive layer."
+    ratio = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8"
+    explanation = f"{ratio}; a lower ratio means a more sensitive layer."
     yield element("p", explanation, class_="note")
     yield Markup(lines(f"{printable(component)}: sensitivity", "layer, in the graph's order", "dB", series))
     measured.sort(key=lambda item: item[2])

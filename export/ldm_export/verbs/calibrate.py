@@ -17,7 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
     verb.add_argument(
-        "--record", type=Path, metavar="FILE", help="calibration.json to follow without measuring anything"
+        "--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured"
     )
     add_int8_arguments(verb)
 

@@ -29,7 +29,7 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts to calibrate with, one a line (models conditioned on text)",
+        help="text file with one prompt per line (models conditioned on text)",
     )
     int8.add_argument("--min-psnr", type=float, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
     int8.add_argument(
@@ -88,7 +88,7 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str]) -> Cali
         if "text" not in conditioning:
             takes = f"takes {', '.join(conditioning)}" if conditioning else "has no conditioning"
             raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
-        requests = tuple({"prompts": line} for line in lines(args.prompts))
+        requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
         observed, tried = requests[:OBSERVED], requests[:trials]
     elif defaults := default_requests(conditioning, OBSERVED, trials):
         observed, tried = defaults
@@ -109,9 +109,10 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str]) -> Cali
 def show(report: dict[str, Any], screen: Screen) -> None:
     """Print the figures of an int8 report as a table, and its warnings."""
     summary, speed, budget = report["summary"], report["speed"], report["budget"]
+    worst = "all images equal" if summary["psnr_worst"] is None else f"{summary['psnr_worst']:.1f} dB worst"
     rows = [
         ["budget", f"{'met' if budget['met'] else 'not met'}: {budget['verdict']}"],
-        ["PSNR against fp32", f"{summary['psnr_mean']:.1f} dB mean, {_decibel(summary['psnr_worst'])} worst"],
+        ["PSNR against fp32", f"{summary['psnr_mean']:.1f} dB mean, {worst}"],
         ["SSIM against fp32", f"{summary['ssim_mean']:.4f} mean, {summary['ssim_worst']:.4f} worst"],
     ]
     if summary["correct_int8"] is not None:
@@ -124,7 +125,3 @@ def show(report: dict[str, Any], screen: Screen) -> None:
     screen.table("int8", ["", ""], rows)
     for warning in report["warnings"]:
         screen.note(f"warning: {warning}")
-
-
-def _decibel(value: float | None) -> str:
-    return "all images equal," if value is None else f"{value:.1f} dB"
