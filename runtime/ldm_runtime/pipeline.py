@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
-from ldm_runtime.backends.selection import Choice
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
@@ -124,7 +124,7 @@ class LatentDiffusionPipeline:
         path: str | Path | Bundle,
         *,
         precision: str | None = None,
-        backend: str | object = "auto",
+        backend: str | Engine = "auto",
         device: str = "auto",
         threads: int | None = None,
         cache: str | Path | None = None,
@@ -137,7 +137,7 @@ class LatentDiffusionPipeline:
             precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
                 arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
             backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, "auto" for the fastest here, or an
-                object with the interface of ``backends.Engine``.
+                object with the interface of ``backends.engine.Engine``.
             device: For onnxruntime: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
