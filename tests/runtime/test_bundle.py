@@ -14,8 +14,8 @@ import pytest
 
 from ldm_runtime.atomic_files import sha256, write_together, write_whole
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.errors import ManifestError
 from ldm_runtime.bundle_layout import MANIFEST as NAME
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import FileFact
 from tests.support.snapshot import contents
 

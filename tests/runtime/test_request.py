@@ -123,7 +123,10 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [(name, one, said) for name, many, said in ALONE for one in many])
+CASES = [(name, one, said) for name, many, said in ALONE for one in many]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), CASES, ids=[f"{i} {name}" for i, (name, *_) in enumerate(CASES)])
 def test_every_field_is_checked_and_named(plan: Callable[..., Plan], name: str, value: Any, said: str) -> None:
     with pytest.raises(SpecError) as caught:
         plan(**{"prompts": "a red circle", name: value})
