@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm_runtime.errors import SpecError
 
-__all__ = ["check_latents", "grid", "psnr", "to_pil", "to_png", "to_uint8", "uint8_to_pil"]
+__all__ = ["check_latents", "grid", "pil_image", "psnr", "to_pil", "to_png", "to_uint8"]
 
 CHANNELS = (1, 3, 4)
 """Channels of the images that PIL writes: L, RGB and RGBA."""
@@ -46,20 +46,20 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def to_pil(images: NDArray[np.float32]) -> list[Image.Image]:
-    """Convert float [B, C, H, W] in [0, 1] to B PIL images of mode L, RGB or RGBA; errors as ``uint8_to_pil``."""
-    return uint8_to_pil(to_uint8(images))
+    """Convert float [B, C, H, W] in [0, 1] to B PIL images; errors as ``to_uint8`` and ``pil_image``."""
+    return [pil_image(image) for image in to_uint8(images)]
 
 
-def uint8_to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
-    """Convert uint8 [B, H, W, C] to B PIL images: mode L for one channel, RGB for three, RGBA for four.
+def pil_image(image: NDArray[np.uint8]) -> Image.Image:
+    """Convert uint8 [H, W, C] to a PIL image: mode L for one channel, RGB for three, RGBA for four.
 
     Raises:
         SpecError: Another number of channels.
     """
-    channels = images.shape[3]
+    channels = image.shape[2]
     if channels not in CHANNELS:
         raise SpecError(f"image: got {channels} channels, expected 1, 3 or 4; use the arrays of the result instead")
-    return [Image.fromarray(image[:, :, 0] if channels == 1 else image) for image in images]
+    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
