@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ldm_calibration.quality import Picture, mean_psnr, psnr, right, ssim
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_export.bench.figures import machine, versions
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 

@@ -34,8 +34,8 @@ from rich.table import Table
 
 from ldm_calibration.record import read_record
 from ldm_calibration.sampling import unet_feeds
-from ldm_calibration.shapes.grader import accuracy
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export_demo.grader import accuracy
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_calibration.trajectories import Model, run_trajectories
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends import Backend
@@ -230,7 +230,7 @@ def quality(pictures: Pictures, reference: Pictures, prompts: list[str]) -> dict
     return {
         "psnr_mean": float(np.mean(found)) if found else None,
         "psnr_worst": min(found) if found else None,
-        "right": accuracy(list(pictures), prompts).overall.right,
+        "right": accuracy(list(pictures), prompts).overall.correct,
     }
 
 

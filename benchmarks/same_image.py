@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_export.bundle.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline
 

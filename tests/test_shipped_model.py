@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMTextToImagePipeline, UNet2DConditionModel
 
-from ldm_calibration.shapes.grader import accuracy
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export_demo.grader import accuracy
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_export.bundle.build import SHIPPED
 from ldm_runtime import LatentDiffusionPipeline
 
@@ -45,7 +45,7 @@ def test_pictures_of_held_out_prompts_are_right(
     prompts = held_out_prompts(one_object, two_object, seed=1)
     with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32") as pipeline:
         images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=50).images
-    assert accuracy([np.asarray(image) for image in images], prompts).overall.right >= least
+    assert accuracy([np.asarray(image) for image in images], prompts).overall.correct >= least
 
 
 def test_the_measured_accuracy_meets_its_bars() -> None:
@@ -53,5 +53,5 @@ def test_the_measured_accuracy_meets_its_bars() -> None:
     settings, figures = measured["settings"], measured["accuracy"]
     assert (settings["steps"], settings["eta"], settings["guidance"]) == (50, 0.3, 6.0)
     assert figures["one_object"]["number"] >= 100 and figures["two_objects"]["number"] >= 100
-    assert figures["one_object"]["right"] >= 0.95
-    assert figures["two_objects"]["right"] >= 0.80
+    assert figures["one_object"]["correct"] >= 0.95
+    assert figures["two_objects"]["correct"] >= 0.80

@@ -1,4 +1,4 @@
-"""Draws scenes of the shapes domain: the truth that the shipped model learns and the grader measures against."""
+"""Draws the reference images of the demo model: it is trained on them and the grader compares with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, Sentence
+from ldm_export_demo.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, Sentence
+
+__all__ = ["CELL", "PALETTE", "PIXELS", "RADIUS", "Figure", "Scene", "arrange", "coverage", "draw"]
 
 PIXELS = 64
 """Width and height of every picture."""

@@ -1,4 +1,4 @@
-"""Reads background and objects back from pictures of the shapes domain: analysis by synthesis, nothing learned.
+"""Reads background and objects back from images of the demo model by analysis by synthesis, with no learned part.
 
 The background is the median colour. Every blob that stands out from it is explained by the nearest palette colour and
 by the drawing of a shape that overlaps it best. What nothing in the language explains is read as None, and pixels that
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.drawing import PALETTE, PIXELS, RADIUS, coverage
-from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES
+from ldm_export_demo.drawing import PALETTE, PIXELS, RADIUS, coverage
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES
+
+__all__ = ["MIN_FIT", "Found", "Reading", "read"]
 
 COLOUR_TOLERANCE = 45.0
 """Largest RGB distance to a palette colour; the nearest one is taken, and no two lie closer than 85."""
