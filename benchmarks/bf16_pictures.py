@@ -1,4 +1,4 @@
-"""What bf16 arithmetic on OpenVINO, its default where the CPU has it, does to the shipped model's pictures.
+"""What bf16 arithmetic on OpenVINO, its default where the CPU has it, does to the demo model's images.
 
 PSNR against ONNX Runtime in fp32, and the share of pictures that the grader finds right, of held-out prompts.
 """

@@ -1,4 +1,4 @@
-"""Guidance at fewer steps: the work it saves, and what it does to the shipped model's pictures.
+"""Guidance at fewer steps: the work it saves, and what it does to the demo model's images.
 
 PSNR against the pictures of the fp32 graphs that are guided at every step, and the share of pictures that the grader
 finds right. The bundle is one with int8 graphs; fp32 alone is measured where it has none.

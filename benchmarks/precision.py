@@ -1,6 +1,6 @@
-"""What half precision costs: pictures of the shipped model in fp32 and fp16, same prompts and seeds, side by side.
+"""What half precision costs: images of the demo model in fp32 and fp16, same prompts and seeds, side by side.
 
-Writes PSNR (mean, worst) and the share of prompts drawn right in each precision, by the grader without a learned part.
+Writes PSNR (mean, worst) and the prompt accuracy of each precision; the grader has no learned part.
 """
 
 from __future__ import annotations

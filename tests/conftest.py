@@ -12,10 +12,11 @@ import torch
 
 from ldm_calibration.settings import Settings
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
 from tests.support.checkpoints import write_tiny_checkpoint
@@ -58,22 +59,22 @@ def int8_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the checkpoint that ships, not to be changed."""
+    """The bundle of the demo model, not to be changed."""
     folder = tmp_path_factory.mktemp("shapes") / "bundle"
-    build(open_checkpoint(SHIPPED), folder)
+    build(open_checkpoint(demo_checkpoint()), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def shapes_engines(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the checkpoint that ships with fp16 engines for all GPUs of ``CAPABILITIES``, not to be changed."""
+    """The bundle of the demo model with fp16 engines for all GPUs of ``CAPABILITIES``, not to be changed."""
     folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
-    return build(open_checkpoint(SHIPPED), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
+    return build(open_checkpoint(demo_checkpoint()), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
 
 
 @pytest.fixture(scope="session")
 def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32."""
+    """A real Triton server of the demo model, on ONNX Runtime in fp32."""
     folder = tmp_path_factory.mktemp("triton")
     options = ["--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
     assert main(["triton", str(shapes_bundle), "-o", str(folder / "repository"), *options]) == 0

@@ -8,6 +8,7 @@ from typing import Any
 from ldm_calibration.budget import LEAST_SHARE, Budget, Selection, ranked, select
 from ldm_calibration.choices import Choices
 from ldm_calibration.layers import find_layers
+from ldm_calibration.quality import Grader
 from ldm_calibration.record import Record, component_facts, graph_digest, layer_facts, make_record
 from ldm_calibration.sensitivity import int8_backend
 from ldm_calibration.sessions import load_graph
@@ -15,13 +16,26 @@ from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import F32, Model, Trajectories
 from ldm_calibration.trials import Comparison, Drawn, compare, decode, draw
 from ldm_runtime.backends import Backend
-from ldm_runtime.errors import BuildError
+from ldm_runtime.errors import BuildError, SpecError
 
 RESERVE = {"unet": 1.0, "decoder": 0.3, "text_encoder": 0.0}
 """Decibels that each component in its turn leaves of the budget to those after it."""
 OWN_LOSS = 1.5
 """Decibels that decoder and text encoder may each cost at most: they run once a picture, and save little time."""
 Progress = Callable[[int, int], None]
+
+
+def require_grader(settings: Settings, grade: Grader | None) -> None:
+    """Check that prompt accuracy can be measured if it is bounded.
+
+    Raises:
+        SpecError: ``settings.max_accuracy_loss`` is set, but there is no grader.
+    """
+    if settings.max_accuracy_loss is not None and grade is None:
+        raise SpecError(
+            f"max accuracy loss: got {settings.max_accuracy_loss:g}, expected none, because this model's images have "
+            "no grader; give --min-psnr instead"
+        )
 
 
 def select_layers(
@@ -31,6 +45,7 @@ def select_layers(
     latent_db: Mapping[str, float],
     held: Trajectories,
     progress: Progress,
+    grade: Grader | None = None,
 ) -> Record:
     """The UNet first, then the decoder and the text encoder with what the budget leaves; each trial draws pictures.
 
@@ -40,14 +55,17 @@ def select_layers(
         latent_db: sensitivity of the UNet's layers; empty where they are ranked by their results.
         held: the trajectories, whose ranges the record tells.
         progress: told steps done and in all of each trial.
+        grade: decides which trial images match their prompts; ``settings.max_accuracy_loss`` needs it.
 
     Raises:
+        SpecError: ``settings.max_accuracy_loss`` is set, but there is no grader, or it cannot grade the trial images.
         BuildError: the budget cannot be met with a tenth of the UNet's work in int8; the message says what can be.
     """
-    trials = _Trials(model, settings, choices, progress)
-    if settings.max_accuracy_loss is not None and trials.compared(trials.exact.pictures).right_fp32 is None:
-        raise BuildError(
-            "max accuracy loss: the grader cannot read these pictures or prompts; give a minimal PSNR instead"
+    require_grader(settings, grade)
+    trials = _Trials(model, settings, choices, progress, grade)
+    if settings.max_accuracy_loss is not None and trials.best.correct_fp32 is None:
+        raise SpecError(
+            "max accuracy loss: the grader cannot grade these images and prompts; use other prompts or --min-psnr"
         )
     selections = {}
     for component, reserve in RESERVE.items():
@@ -81,8 +99,11 @@ def select_layers(
 class _Trials:
     """Draws with the components chosen so far and one on trial."""
 
-    def __init__(self, model: Model, settings: Settings, choices: Mapping[str, Choices], progress: Progress):
+    def __init__(
+        self, model: Model, settings: Settings, choices: Mapping[str, Choices], progress: Progress, grade: Grader | None
+    ):
         self._model, self._settings, self._choices, self._progress = model, settings, choices, progress
+        self._grade = grade
         self._kept: dict[str, Backend] = {}
         self.exact: Drawn = self._draw({})
         self._latents: F32 = self.exact.latents
@@ -103,7 +124,7 @@ class _Trials:
 
     def compared(self, pictures: Sequence[Any]) -> Comparison:
         """These pictures against those of fp32."""
-        return compare(self.exact.pictures, pictures, self._settings.trial_prompts)
+        return compare(self.exact.pictures, pictures, self._settings.trial_prompts, self._grade)
 
     def attempt(self, component: str, layers: Sequence[str]) -> Comparison:
         """What comes of these layers in int8. The decoder alone needs no new trajectories."""

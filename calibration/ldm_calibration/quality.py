@@ -1,18 +1,16 @@
-"""How close two pictures are: PSNR and SSIM; and how many pictures are as their prompts say."""
+"""Quality of images: PSNR and SSIM of two images, and the type of a grader that compares images with their prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.drawing import PIXELS
-from ldm_calibration.shapes.grader import grade
-from ldm_calibration.shapes.grammar import parse
-
 Picture = NDArray[np.uint8]
+Grader = Callable[[Sequence[Picture], Sequence[str]], list[bool] | None]
+"""Takes images uint8 [H, W, 3] and one prompt for each; returns which are correct, or None if it cannot grade them."""
 _SIGMA, _RADIUS = 1.5, 5
 
 
@@ -50,14 +48,3 @@ def _blurred(image: NDArray[np.float64]) -> NDArray[np.float64]:
         views = np.lib.stride_tricks.sliding_window_view(image, len(window), axis=axis)
         image = views @ window
     return image
-
-
-def right(pictures: Sequence[Picture], prompts: Sequence[str]) -> list[bool] | None:
-    """Which pictures are as their prompts say, by the shapes grader; None where it cannot grade them."""
-    try:
-        sentences = [parse(prompt) for prompt in prompts]
-    except ValueError:
-        return None
-    if any(picture.shape != (PIXELS, PIXELS, 3) for picture in pictures):
-        return None
-    return [grade(picture, sentence).right for picture, sentence in zip(pictures, sentences, strict=True)]

@@ -20,12 +20,12 @@ from ldm_runtime.bundle import sha256
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import each, mapping, text
 
-FORMAT, VERSION = "ldm-export calibration", 1
+FORMAT, VERSION = "ldm-export calibration", 2
 MAX_BYTES = 256 * 2**20
 MAX_CHANNELS = 1_000_000
 _SETTINGS = ("trial_steps", "eta", "guidance_scale", "min_psnr", "max_accuracy_loss")
 _RANGES = ("timesteps", "tensors")
-_PICTURE = ("prompt", "seed", "psnr", "ssim", "right_fp32", "right_int8")
+_PICTURE = ("prompt", "seed", "psnr", "ssim", "correct_fp32", "correct_int8")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def read_document(document: Any) -> Record:
 def _is_picture(picture: Any) -> bool:
     if not isinstance(picture, dict) or set(picture) != set(_PICTURE):
         return False
-    number, marks = (int, float, type(None)), (picture["right_fp32"], picture["right_int8"])
+    number, marks = (int, float, type(None)), (picture["correct_fp32"], picture["correct_int8"])
     return (
         isinstance(picture["prompt"], str)
         and isinstance(picture["psnr"], number)

@@ -25,8 +25,8 @@ class Settings:
         trial_steps: denoising steps of these.
         eta, guidance_scale: of all trajectories.
         min_psnr: mean PSNR in dB against fp32 of the same seeds; None for no such bound.
-        max_accuracy_loss: share of prompts, in [0, 1], that may be drawn wrong beyond those fp32 draws wrong; None for
-            no such bound; only where prompts are of the shapes grammar.
+        max_accuracy_loss: maximum loss of prompt accuracy against fp32, in [0, 1]; None for no such bound. It needs a
+            grader of the model's images.
 
     Raises:
         SpecError: no prompts, or a number out of range.

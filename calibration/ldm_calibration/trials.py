@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.quality import Picture, mean_psnr, psnr, right, ssim
+from ldm_calibration.quality import Grader, Picture, mean_psnr, psnr, ssim
 from ldm_calibration.trajectories import Model
 from ldm_runtime.backends import Backend
 from ldm_runtime.images import to_uint8
@@ -30,15 +30,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures against those of fp32: PSNR in dB (None where equal), SSIM, and whether each is as its prompt says.
+    """Images compared with those of fp32: PSNR in dB (None if equal), SSIM, and whether each matches its prompt.
 
-    ``right_fp32`` and ``right_int8`` are None where the grader cannot tell.
+    ``correct_fp32`` and ``correct_int8`` are None without a grader, or if it cannot grade the images.
     """
 
     psnr: tuple[float | None, ...]
     ssim: tuple[float, ...]
-    right_fp32: tuple[bool, ...] | None
-    right_int8: tuple[bool, ...] | None
+    correct_fp32: tuple[bool, ...] | None
+    correct_int8: tuple[bool, ...] | None
 
     def pictures(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Facts of each picture, JSON-able."""
@@ -48,8 +48,8 @@ class Comparison:
                 "seed": FIRST_SEED + i,
                 "psnr": self.psnr[i],
                 "ssim": self.ssim[i],
-                "right_fp32": None if self.right_fp32 is None else self.right_fp32[i],
-                "right_int8": None if self.right_int8 is None else self.right_int8[i],
+                "correct_fp32": None if self.correct_fp32 is None else self.correct_fp32[i],
+                "correct_int8": None if self.correct_int8 is None else self.correct_int8[i],
             }
             for i, prompt in enumerate(prompts)
         ]
@@ -61,10 +61,10 @@ class Comparison:
 
     @property
     def accuracy_loss(self) -> float | None:
-        """Share of prompts that fp32 drew right less the share drawn right now."""
-        if self.right_fp32 is None or self.right_int8 is None:
+        """Prompt accuracy of fp32 minus prompt accuracy of int8, in [-1, 1]; None if the images are not graded."""
+        if self.correct_fp32 is None or self.correct_int8 is None:
             return None
-        return (sum(self.right_fp32) - sum(self.right_int8)) / len(self.right_fp32)
+        return (sum(self.correct_fp32) - sum(self.correct_int8)) / len(self.correct_fp32)
 
 
 def draw(
@@ -104,10 +104,12 @@ def decode(decoder: Backend, model: Model, latents: F32) -> list[Picture]:
     return found
 
 
-def compare(exact: Sequence[Picture], found: Sequence[Picture], prompts: Sequence[str]) -> Comparison:
-    """Compare pictures with those of fp32."""
+def compare(
+    exact: Sequence[Picture], found: Sequence[Picture], prompts: Sequence[str], grade: Grader | None = None
+) -> Comparison:
+    """Compare images with those of fp32; with a grader, also with their prompts."""
     pairs = list(zip(exact, found, strict=True))
-    graded = [right(pictures, prompts) for pictures in (exact, found)]
+    graded = [None if grade is None else grade(pictures, prompts) for pictures in (exact, found)]
     return Comparison(
         tuple(psnr(*pair) for pair in pairs),
         tuple(ssim(*pair) for pair in pairs),

@@ -56,7 +56,8 @@ def coverage(shape: str, radius: float, x: float, y: float) -> NDArray[np.float3
     dx, dy = grid[None, :] - np.float32(x), grid[:, None] - np.float32(y)
 
     def inside(distance: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.clip(distance + np.float32(0.5), 0, 1)
+        covered: NDArray[np.float32] = np.clip(distance + np.float32(0.5), 0, 1)
+        return covered
 
     if shape == "circle":
         return inside(radius - np.sqrt(dx * dx + dy * dy))
@@ -70,7 +71,9 @@ def coverage(shape: str, radius: float, x: float, y: float) -> NDArray[np.float3
     if shape == "cross":
         arm = 0.34 * radius
         across = inside(radius - np.abs(dx)) * inside(arm - np.abs(dy))
-        return np.maximum(across, inside(arm - np.abs(dx)) * inside(radius - np.abs(dy)))
+        down = inside(arm - np.abs(dx)) * inside(radius - np.abs(dy))
+        both: NDArray[np.float32] = np.maximum(across, down)
+        return both
     raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
 
 

@@ -123,14 +123,15 @@ def _agreement(sentence: Sentence, objects: tuple[Found | None, ...]) -> tuple[i
 
 
 def _in_position(sentence: Sentence, objects: tuple[Found | None, ...]) -> bool:
-    if None in objects:
+    found = [one for one in objects if one is not None]
+    if len(found) < len(objects):
         return False
     if sentence.place:
         column, row = PLACES[sentence.place]
-        return bool(np.hypot(objects[0].x - CELL[column], objects[0].y - CELL[row]) <= PLACE_TOLERANCE)
+        return bool(np.hypot(found[0].x - CELL[column], found[0].y - CELL[row]) <= PLACE_TOLERANCE)
     if sentence.relation is None:
         return True
-    dx, dy = objects[1].x - objects[0].x, objects[1].y - objects[0].y
+    dx, dy = found[1].x - found[0].x, found[1].y - found[0].y
     along, across = (dx, dy) if sentence.relation in ("left of", "right of") else (dy, dx)
     if sentence.relation in ("right of", "below"):
         along = -along

@@ -18,7 +18,24 @@ from itertools import product
 
 import numpy as np
 
-__all__ = ["BACKGROUNDS", "COLOURS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "Sentence", "Thing", "calibration_prompts", "held_out_prompts", "is_held_out", "one_object_sentences", "parse", "random_sentence", "trial_prompts", "two_object_sentences"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "PLACES",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Sentence",
+    "Thing",
+    "calibration_prompts",
+    "held_out_prompts",
+    "is_held_out",
+    "one_object_sentences",
+    "parse",
+    "random_sentence",
+    "trial_prompts",
+    "two_object_sentences",
+]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove
@@ -115,7 +116,7 @@ def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_building_again_keeps_the_engines_and_progress_is_told(shapes_engines: Bundle, tmp_path: Path) -> None:
-    again = build(open_checkpoint(SHIPPED), shapes_engines.folder, "fp16", REQUEST)
+    again = build(open_checkpoint(demo_checkpoint()), shapes_engines.folder, "fp16", REQUEST)
     assert set(again.origins.values()) == {"kept"}
     told: list[tuple[int, int]] = []
     spec = shapes_engines.manifest.components["text_encoder"].spec

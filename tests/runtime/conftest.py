@@ -1,4 +1,4 @@
-"""Engine rooms of the shipped model: open ones, and ones whose steps stand at a gate."""
+"""Engine rooms of the demo model: open ones, and ones whose steps stand at a gate."""
 
 from __future__ import annotations
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm_export.bench.worker_process import Command, obey
-from ldm_export.prompts import PROMPTS
+from ldm_export.demo import default_prompts
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 MIDDLE = 500
@@ -19,14 +20,15 @@ MIDDLE = 500
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
     """Load the pipeline that ``settings`` describe: bundle, backend, precision, device, threads."""
     options = {name: settings[name] for name in ("backend", "precision", "device", "threads")}
-    pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
+    bundle = Bundle.open(settings["bundle"])
+    pipeline = LatentDiffusionPipeline.from_bundle(bundle, **options)
     facts = {"choice": pipeline.choice.facts()} if pipeline.choice else {}
-    return _Timed(pipeline).ready, facts
+    return _Timed(pipeline, default_prompts(bundle)).ready, facts
 
 
 class _Timed:
-    def __init__(self, pipeline: LatentDiffusionPipeline):
-        self.pipeline, self._number = pipeline, count()
+    def __init__(self, pipeline: LatentDiffusionPipeline, texts: Sequence[str]):
+        self.pipeline, self._texts, self._number = pipeline, texts, count()
 
     def ready(self, command: Command) -> Callable[[], object]:
         """The call for a command: what, batch, guidance, height and width (pixels or null), steps, eta, seed."""
@@ -69,7 +71,7 @@ class _Timed:
 
     def _prompts(self, number: int) -> list[str]:
         """Prompts that no call had before, as different users' would be."""
-        return [f"{PROMPTS[index % len(PROMPTS)]}, number {next(self._number)}" for index in range(number)]
+        return [f"{self._texts[index % len(self._texts)]}, number {next(self._number)}" for index in range(number)]
 
 
 if __name__ == "__main__":

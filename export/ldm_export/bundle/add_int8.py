@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ldm_calibration.quality import Grader
 from ldm_calibration.settings import Settings
 from ldm_export.bundle.build import Built, assemble
 from ldm_export.bundle.int8_report import REPORT
@@ -26,15 +27,18 @@ def calibrate(
     folder: Path,
     settings: Settings | Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    grade: Grader | None = None,
 ) -> Built:
     """Add int8 graphs to a bundle, or keep those that these settings have given already.
 
     In place of settings a calibration record may be given: then nothing is measured. Other precisions' graphs, engines
-    and reports stay. The bundle is exchanged at the end, whole.
+    and reports stay. The bundle is exchanged at the end, whole. With ``grade``, which decides which trial images match
+    their prompts, the record has the prompt accuracy, and ``settings.max_accuracy_loss`` bounds it.
 
     Raises:
         ManifestError: no bundle, or a file of it is not what was built.
         BuildError: the model gives NaN, or the budget cannot be met.
+        SpecError: ``settings.max_accuracy_loss`` is set, but the images cannot be graded.
     """
     target = folder.resolve()
     bundle = Bundle.open(target)
@@ -53,7 +57,7 @@ def calibrate(
         specs = {name: manifest.components[name].spec for name in COMPONENTS}
         before = {name: staying[name].key for name in SOURCES}
         scheduler = DDIM.from_config(manifest.scheduler)
-        stages = int8_stages(work, specs, scheduler, settings, before, progress)
+        stages = int8_stages(work, specs, scheduler, settings, before, progress, grade)
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
             outcomes[stage.name] = run_stage(stage, work, bundle)

@@ -27,11 +27,13 @@ from ldm_export.bundle.build_stages import (
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.publish import publish
 from ldm_export.bundle.stages import Outcome, Stage, run_stage, work_folder
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.components import model_shape
 from ldm_export.graph.keyed_unet import FILES, keyed_specs
 from ldm_export.graph.step_graph import step_specs
+from ldm_export.prompts import NEUTRAL, PromptSet
 from ldm_runtime.backends.onnxruntime_keyed import KEYS
 from ldm_runtime.bundle import NAME, Bundle, write_whole
 from ldm_runtime.ddim import DDIM
@@ -41,8 +43,6 @@ from ldm_runtime.manifest import FORMAT, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.specs import ComponentSpec
 
-SHIPPED = Path(__file__).parents[1] / "shapes"
-"""The checkpoint that comes with ldm-export: 64×64 pictures of coloured shapes."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
 LOG = "build-log.json"
@@ -63,6 +63,7 @@ def build(
     engines: EngineRequest | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     settings: Settings | None = None,
+    prompts: PromptSet = NEUTRAL,
 ) -> Built:
     """Export a checkpoint's text encoder, UNet and decoder and write a bundle; what is there already is kept.
 
@@ -76,6 +77,7 @@ def build(
         progress: told stage name, stages done and stages in all, before each stage and at the end; within a long stage
             the stage's name, and of its own steps those done and all.
         settings: of int8's calibration.
+        prompts: what half precision's tensor ranges are measured with, and the grader for int8's budget.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -84,7 +86,7 @@ def build(
     if precision not in PRECISIONS:
         raise BuildError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if (precision == "int8") != (settings is not None):
-        raise BuildError("int8 needs prompts to calibrate with, and other precisions take none")
+        raise BuildError("settings: int8 needs them, for its calibration, and other precisions take none")
     target = target.resolve()  # a link stays a link
     previous = _previous(target)
     specs = model_shape(checkpoint).specs()
@@ -95,7 +97,7 @@ def build(
     with work_folder(target) as work:
         steps = step_specs(specs["unet"])
         stages = _stages(
-            checkpoint, specs, steps, scheduler, precisions, engines, settings, work, tools, progress, previous
+            checkpoint, specs, steps, scheduler, precisions, engines, settings, prompts, work, tools, progress, previous
         )
         for done, stage in enumerate(stages):
             progress(stage.name, done, len(stages))
@@ -151,6 +153,7 @@ def _stages(
     precisions: tuple[str, ...],
     engines: EngineRequest | None,
     settings: Settings | None,
+    prompts: PromptSet,
     work: Path,
     tools: dict[str, str],
     progress: Callable[[str, int, int], None],
@@ -164,9 +167,10 @@ def _stages(
     step_stages = [step_stage(spec, tools) for spec in steps.values()]
     step_stages.append(keyed_stage(work, next(stage for stage in stages if stage.name == "unet.fp32")))
     if settings is not None:
-        stages += int8_stages(work, specs, scheduler, settings, {s.name: s.key for s in stages}, progress)
+        before = {stage.name: stage.key for stage in stages}
+        stages += int8_stages(work, specs, scheduler, settings, before, progress, prompts.grade)
     elif halves := precisions[1:]:
-        ranges = ranges_stage(work, specs, scheduler, stages, tools, told("ranges"))
+        ranges = ranges_stage(work, specs, scheduler, stages, tools, told("ranges"), prompts.prompts)
         stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
     if engines is not None:
         made = {stage.name: stage for stage in (*stages, *step_stages)}
@@ -211,7 +215,9 @@ def _asked(checkpoint: Checkpoint, precision: str, engines: EngineRequest | None
             "bounds": {name: list(bounds) for name, bounds in engines.bounds},
             "refittable": engines.refittable,
         }
-    return asked if checkpoint.random_seed is None else {**asked, "random_weights_seed": checkpoint.random_seed}
+    if checkpoint.random_seed is None:
+        return {**asked, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}
+    return {**asked, "random_weights_seed": checkpoint.random_seed}
 
 
 def _same(previous: Bundle, manifest: Manifest) -> bool:

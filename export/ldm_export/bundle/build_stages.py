@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,6 @@ from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, export_graph
 from ldm_export.graph.precision import half_graph
 from ldm_export.graph.ranges import measure_ranges
 from ldm_export.graph.step_graph import export_step
-from ldm_export.prompts import PROMPTS
 from ldm_runtime.bundle import Bundle, sha256
 from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import CheckpointError
@@ -116,12 +116,13 @@ def ranges_stage(
     before: list[Stage],
     tools: dict[str, str],
     progress: Progress,
+    prompts: Sequence[str],
 ) -> Stage:
-    """Measures how large each tensor grows over denoising trajectories of the fp32 graphs that lie in ``work``."""
+    """Measures the range of each tensor over denoising trajectories of ``prompts`` with the fp32 graphs in ``work``."""
 
     def run(folder: Path) -> list[str]:
         graphs = {name: work / graph_file(name, "fp32") for name in specs}
-        ranges = measure_ranges(graphs, specs, work / TOKENIZER, scheduler, PROMPTS, RANGE_STEPS, progress)
+        ranges = measure_ranges(graphs, specs, work / TOKENIZER, scheduler, prompts, RANGE_STEPS, progress)
         (folder / RANGES).parent.mkdir()
         (folder / RANGES).write_text(json.dumps(ranges, indent=1, sort_keys=True) + "\n")
         return [RANGES]
@@ -129,7 +130,7 @@ def ranges_stage(
     depends = {
         "stages": {stage.name: stage.key for stage in before},
         "scheduler": scheduler.to_config(),
-        "prompts": PROMPTS,
+        "prompts": list(prompts),
         "steps": RANGE_STEPS,
         "tools": {**tools, "onnxruntime": onnxruntime.__version__},
     }

@@ -21,7 +21,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import dummy_inputs
 
 REPORT = "report/int8.json"
-FORMAT, VERSION = "ldm-export int8 report", 1
+FORMAT, VERSION = "ldm-export int8 report", 2
 ROUNDS = 7
 """Calls of each UNet that are timed, by turns, after one that is not."""
 
@@ -94,8 +94,8 @@ def _summary(pictures: list[dict[str, Any]], components: Mapping[str, Any]) -> d
     finite = [picture["psnr"] for picture in pictures if picture["psnr"] is not None]
     shares = {}
     for side in ("fp32", "int8"):
-        marks = [picture[f"right_{side}"] for picture in pictures]
-        shares[f"right_{side}"] = None if None in marks else sum(marks) / len(marks)
+        marks = [picture[f"correct_{side}"] for picture in pictures]
+        shares[f"correct_{side}"] = None if None in marks else sum(marks) / len(marks)
     return {
         "psnr_mean": mean_psnr([picture["psnr"] for picture in pictures]),
         "psnr_worst": min(finite, default=None),

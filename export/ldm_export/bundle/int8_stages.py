@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_calibration.choices import Choices
-from ldm_calibration.layer_selection import select_layers
+from ldm_calibration.layer_selection import require_grader, select_layers
 from ldm_calibration.observation import observe
 from ldm_calibration.qdq import insert_qdq
+from ldm_calibration.quality import Grader
 from ldm_calibration.record import graph_digest, read_record
 from ldm_calibration.sampling import feeds_of
 from ldm_calibration.scaling_search import choose
@@ -29,7 +30,7 @@ from ldm_runtime.specs import ComponentSpec
 
 RECORD = "calibration.json"
 TOOLS = ("ldm-export", "onnx", "onnx-ir", "onnxruntime")
-METHOD = 2
+METHOD = 3
 """Raised when the same settings come to give another record."""
 TRIED = 4
 """Of the samples that are observed, every so-manieth is one that observers and migration are tried on."""
@@ -45,6 +46,7 @@ def int8_stages(
     settings: Settings | Path,
     before: Mapping[str, str],
     told: Progress,
+    grade: Grader | None = None,
 ) -> list[Stage]:
     """The record and a graph for each component, made of the fp32 graphs and ``tokenizer.json`` in ``work``.
 
@@ -53,7 +55,7 @@ def int8_stages(
     graphs = {name: work / f"{name}/fp32.onnx" for name in specs}
     model = Model(graphs, specs, work / "tokenizer.json", scheduler)
     given = isinstance(settings, Path)
-    record = given_stage(settings) if given else record_stage(work, model, settings, before, told)
+    record = given_stage(settings) if given else record_stage(work, model, settings, before, told, grade)
     return [record, *(int8_stage(work, name, f"{name}/fp32.onnx", record) for name in specs)]
 
 
@@ -64,7 +66,14 @@ def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str
     return {given: file if file in made else files["fp32"] for given, file in files.items()}
 
 
-def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[str, str], told: Progress) -> Stage:
+def record_stage(
+    work: Path,
+    model: Model,
+    settings: Settings,
+    before: Mapping[str, str],
+    told: Progress,
+    grade: Grader | None = None,
+) -> Stage:
     """Calibrates the fp32 graphs that lie in ``work`` and writes the record.
 
     Args:
@@ -73,7 +82,12 @@ def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[s
         settings: what is asked for.
         before: stage name → key of the stages that made the graphs and the tokenizer.
         told: part's name, done and total, while it runs.
+        grade: decides which trial images match their prompts; ``settings.max_accuracy_loss`` needs it.
+
+    Raises:
+        SpecError: ``settings.max_accuracy_loss`` is set, but there is no grader.
     """
+    require_grader(settings, grade)
     depends = {
         "stages": dict(before),
         "scheduler": model.scheduler.to_config(),
@@ -87,12 +101,12 @@ def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[s
         choices = {name: _choices(work, model, settings, held, name, depends, told) for name in model.graphs}
         latent_db = _sensitivities(work, model, settings, choices["unet"], depends, told)
         record = select_layers(
-            model, settings, choices, latent_db, held, lambda *done: told("calibration.budget", *done)
+            model, settings, choices, latent_db, held, lambda *done: told("calibration.budget", *done), grade
         )
         (folder / RECORD).write_text(record.to_json())
         return [RECORD]
 
-    return Stage("calibration", {**depends, "settings": repr(settings)}, run)
+    return Stage("calibration", {**depends, "settings": repr(settings), "graded": grade is not None}, run)
 
 
 def given_stage(file: Path) -> Stage:

@@ -50,7 +50,11 @@ def _outcome(facts: Facts) -> Iterator[Markup]:
         ("pictures", finite(settings.get("prompts")), f"{settings.get('steps')} steps on {settings.get('backend')}"),
         ("PSNR against fp32", _decibel(summary, "psnr_mean"), f"worst {_decibel(summary, 'psnr_worst') or 'unknown'}"),
         ("SSIM against fp32", _digits(summary, "ssim_mean"), f"worst {_digits(summary, 'ssim_worst') or 'unknown'}"),
-        ("drawn right", _share(summary, "right_int8"), f"{_share(summary, 'right_fp32') or 'not graded'} in fp32"),
+        (
+            "prompt accuracy",
+            _share(summary, "correct_int8"),
+            f"{_share(summary, 'correct_fp32') or 'not graded'} in fp32",
+        ),
         ("UNet operations in int8", _share(summary, "unet_int8_share"), "of its multiply-adds"),
         ("graphs", _bytes(summary, "bytes_int8"), f"{_bytes(summary, 'bytes_fp32') or 'unknown'} in fp32"),
     ]

@@ -26,15 +26,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
     with needs("export"):
         from ldm_export.bundle.add_int8 import calibrate
-        from ldm_export.bundle.build import SHIPPED
         from ldm_export.bundle.int8_report import write_report
+        from ldm_export.demo import demo_grader
     begun = time.monotonic()
-    asked = Bundle.open(args.bundle).manifest.asked
+    bundle = Bundle.open(args.bundle)
     if args.record is not None and given(args):
         raise SpecError(f"--record: says all of the calibration; leave {', '.join(given(args))} out")
-    settings = args.record or settings_of(args, asked.get("checkpoint") == SHIPPED.name)
+    settings = args.record or settings_of(args, bundle)
     with screen.bar("reading") as bar:
-        built = calibrate(args.bundle, settings, lambda stage, done, total: bar.to(done, total, stage))
+        built = calibrate(
+            args.bundle, settings, lambda stage, done, total: bar.to(done, total, stage), demo_grader(bundle)
+        )
         bar.to(0, 1, "report")
         try:
             _, report = write_report(built.bundle)

@@ -12,20 +12,26 @@ from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
     from ldm_calibration.settings import Settings
+    from ldm_export.demo import Model
 
 PROMPTS, TRIALS, GRADED = 16, 16, 100
-"""Trajectories that are observed, and pictures the budget is kept on: more where their prompts are graded."""
+"""Maximum number of observed trajectories, and numbers of trial images: more if their prompts are graded."""
 OPTIONS = ("prompts", "min_psnr", "max_accuracy_loss", "calibration_steps", "sensitivity", "trials", "trial_steps")
 
 
 def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
-    """The options, all of which have defaults for the shipped model."""
+    """The options, all of which have defaults for the demo model."""
     int8 = verb.add_argument_group("int8")
     int8.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="to calibrate with, one a line (shipped model: its own)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts to calibrate or measure ranges with, one a line (the demo model has its own)",
     )
     int8.add_argument("--min-psnr", type=float, metavar="DB", help="least mean PSNR against fp32 (default 35)")
-    int8.add_argument("--max-accuracy-loss", type=float, metavar="SHARE", help="of prompts drawn right (shipped model)")
+    int8.add_argument(
+        "--max-accuracy-loss", type=float, metavar="SHARE", help="maximum loss of prompt accuracy (demo model only)"
+    )
     int8.add_argument(
         "--calibration-steps", type=int, metavar="N", help="denoising steps that are observed (default 20)"
     )
@@ -43,19 +49,19 @@ def given(args: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
-def settings_of(args: argparse.Namespace, shapes: bool) -> Settings:
+def settings_of(args: argparse.Namespace, model: Model) -> Settings:
     """The calibration's settings.
 
     Args:
         args: parsed.
-        shapes: the model is the shipped one, whose grammar gives prompts: held-out ones to try on, others to
-            calibrate with.
+        model: what is calibrated. The demo model has prompts of its own: held-out ones to try on, others to calibrate
+            with.
 
     Raises:
-        SpecError: no prompts for a model of unknown domain, or a number out of range.
+        SpecError: no prompts for a model other than the demo model, or a number out of range.
     """
     from ldm_calibration.settings import Settings
-    from ldm_calibration.shapes.sentences import calibration_prompts, trial_prompts
+    from ldm_export.demo import calibration_prompts
 
     trials = args.trials if args.trials is not None else (TRIALS if args.max_accuracy_loss is None else GRADED)
     if not 1 <= trials <= 1000:
@@ -63,8 +69,8 @@ def settings_of(args: argparse.Namespace, shapes: bool) -> Settings:
     if args.prompts is not None:
         held = tuple(lines(args.prompts))
         prompts, tried = held[:PROMPTS], held[:trials]
-    elif shapes:
-        prompts, tried = calibration_prompts(PROMPTS), trial_prompts(trials)
+    elif own := calibration_prompts(model, PROMPTS, trials):
+        prompts, tried = own
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")
     bounded = args.min_psnr is not None or args.max_accuracy_loss is not None
@@ -86,8 +92,8 @@ def show(report: dict[str, Any], screen: Screen) -> None:
         ["PSNR against fp32", f"{summary['psnr_mean']:.1f} dB mean, {summary['psnr_worst'] or 99:.1f} dB worst"],
         ["SSIM", f"{summary['ssim_mean']:.4f} mean, {summary['ssim_worst']:.4f} worst"],
     ]
-    if summary["right_fp32"] is not None:
-        rows.append(["prompts drawn right", f"{summary['right_int8']:.1%}, fp32 {summary['right_fp32']:.1%}"])
+    if summary["correct_fp32"] is not None:
+        rows.append(["prompt accuracy", f"{summary['correct_int8']:.1%}, fp32 {summary['correct_fp32']:.1%}"])
     for name, part in report["components"].items():
         state = f"{part['int8_share']:.1%} of its work in int8" if part["quantized"] else f"fp32: {part['why']}"
         rows.append([name, f"{state}, {human_bytes(part['bytes_int8'])} of {human_bytes(part['bytes_fp32'])}"])

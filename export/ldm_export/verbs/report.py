@@ -26,14 +26,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
-    from ldm_export.prompts import PROMPTS
+    from ldm_export.demo import default_prompts
     from ldm_export.report.contents import make_report
     from ldm_export.report.page import report_page
 
     if not args.output.name or args.output.is_dir():
         raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
+    prompts = lines(args.prompts) if args.prompts else default_prompts(bundle)
     with screen.bar("drawing") as bar:
         report = make_report(
             bundle, prompts, args.seed, args.steps, args.backend, lambda what, done, total: bar.to(done, total, what)
