@@ -98,7 +98,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         inner = pixels[core if (core := ~_grow(~part)).any() else part]
         colour = np.median(inner, axis=0)
         axis = colour - ground
-        alpha: Floats = np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1) * reach
+        alpha = (np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1) * reach).astype(np.float32, copy=False)
         explained += alpha[..., None] * axis
         pure = np.mean(np.linalg.norm(inner - colour, axis=1) <= COLOUR_TOLERANCE) >= MIN_PURE
         objects.append(_explain(alpha, _nearest(colour) if pure else None))
