@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 from ldm_export.graph.precision import half_graph
 
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine.builder import build_engine
@@ -114,7 +114,7 @@ def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
 
 def test_building_again_keeps_the_engines_and_progress_is_told(shapes_engines: Bundle, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shapes_engines.folder, tmp_path / "bundle"))
-    again = build(open_checkpoint(SHIPPED), copy, "fp16", ENGINES)
+    again = build(open_checkpoint(demo_checkpoint()), copy, "fp16", ENGINES)
     assert set(again.origins.values()) == {"kept"}
     told: list[tuple[int, int]] = []
     spec = shapes_engines.manifest.components["text_encoder"].spec

@@ -68,7 +68,7 @@ def test_flops_are_those_of_torch(tiny_checkpoint: Path, calibrated: Bundle) -> 
     "damage",
     [
         lambda d: d.update(format="other"),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=1),
         lambda d: d["components"]["unet"].update(layers=[{"name": 1}]),
         lambda d: next(iter(d["components"]["unet"]["sources"].values())).update(threshold=-1),
         lambda d: next(iter(d["components"]["unet"]["sources"].values())).update(factors=["x"]),
