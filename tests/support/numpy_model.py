@@ -82,7 +82,7 @@ def description(
         guidance=("unconditional", "conditional") if text else (),
         latents=Latents(CHANNELS, FACTOR),
         scheduler=scheduler,
-        defaults=Defaults(6, 0.0, 3.0),
+        defaults=Defaults(6, 0.0, 1.0),
     )
 
 

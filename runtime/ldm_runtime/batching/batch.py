@@ -88,7 +88,8 @@ class Batch:
         self._state: BatchState | None = None
         self._conditioning: Tensors = {}
         self._sample: F32 = np.empty(0, np.float32)
-        self._noise = self._direction = self._sample
+        self._noise: F32 = self._sample
+        self._direction: F32 = self._sample
         self._arrange()
 
     @property
