@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_runtime.backends.registry import BACKEND_NAMES
+
 from ldm_export.screen import Screen
 from ldm_export.serving.config import TARGETS, Serving
 from ldm_export.serving.models import STREAM, UNARY, make_model, model_names
 from ldm_export.serving.repository import write_models
 from ldm_export.verbs.options import PRECISIONS
-from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import UNET
@@ -28,8 +29,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--target",
         choices=TARGETS,
         default="python",
-        help="what runs the models of single components: this runtime in Triton's Python backend (default), or Triton's "
-        "own backend for ONNX graphs or TensorRT plans; ldm and ldm_stream always run in the Python backend",
+        help="what runs the models of single components: this runtime in Triton's Python backend (default), or "
+        "Triton's own backend for ONNX graphs or TensorRT plans; ldm and ldm_stream always run in the Python backend",
     )
     verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine of this runtime (default auto)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
@@ -40,7 +41,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default 256)")
     verb.add_argument(
-        "--only", nargs="+", metavar="MODEL", help=f"write these models only: components, {STREAM}, {UNARY} (default all)"
+        "--only",
+        nargs="+",
+        metavar="MODEL",
+        help=f"write these models only: components, {STREAM}, {UNARY} (default all)",
     )
     verb.add_argument(
         "--per-step",
