@@ -1,0 +1,3 @@
+"""Exports latent diffusion models to ONNX and TensorRT, and the command line."""
+
+__all__: list[str] = []

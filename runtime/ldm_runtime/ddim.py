@@ -99,8 +99,10 @@ class DDIM:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DDIM:
-        """From a parsed scheduler_config.json. Missing keys take diffusers' defaults and keys in ``_`` are ignored,
-        ``_class_name`` too: whether the checkpoint names another scheduler is the caller's to check.
+        """Read a parsed scheduler_config.json.
+
+        Missing keys take diffusers' defaults. Keys that start with ``_`` are ignored, also ``_class_name``: the caller
+        checks whether the checkpoint names another scheduler.
 
         Raises:
             SpecError: an unknown key, unless it is another scheduler's and leaves DDIM as it is (FOREIGN); a bad value.

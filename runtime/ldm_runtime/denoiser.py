@@ -22,8 +22,9 @@ class UNet:
         self._backend = backend
 
     def encode(self, context: F32) -> dict[str, NDArray[Any]]:
-        """What the steps of these rows share, from the text encoder's hidden states float32 [R, T, D]: these, and with
-        OpenVINO the keys and values of every cross-attention.
+        """Compute what the steps of these rows share from the text encoder's hidden states, float32 [R, T, D].
+
+        These are the hidden states, and with OpenVINO the keys and values of every cross-attention.
 
         Raises:
             BackendError: the engine failed.

@@ -178,7 +178,7 @@ def test_accuracy_refuses_what_it_cannot_grade():
     one = "a small red circle"
     with pytest.raises(ValueError, match="no pictures"):
         accuracy([], [])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument"):
         accuracy([picture_of(one)], [one, one])
     with pytest.raises(ValueError, match="grammar"):
         accuracy([picture_of(one)], ["a photograph of a cat"])

@@ -166,14 +166,14 @@ def test_a_write_that_fails_leaves_the_bundle_as_it_was(bundle_copy: Path, block
     else:
         (bundle_copy / blocked).mkdir()
     before = contents(bundle_copy)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="report|manifest"):
         bundle.with_measured({"verify": 2}, {"report/verify.html": b"after"})
     assert contents(bundle_copy) == before
 
 
 def test_figures_that_json_lacks_are_refused_before_anything_is_written(bundle_copy: Path) -> None:
     before = contents(bundle_copy)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         Bundle.open(bundle_copy).with_measured({"error": math.nan}, {"report/verify.html": b"x"})
     assert contents(bundle_copy) == before
 

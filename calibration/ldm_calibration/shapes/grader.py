@@ -36,6 +36,7 @@ class Grade:
 
     @property
     def right(self) -> bool:
+        """True if all attributes are as the prompt says."""
         return all(getattr(self, name) for name in ATTRIBUTES)
 
 

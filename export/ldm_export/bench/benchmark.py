@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def benchmark(
                 done += 1
                 progress(f"{part}, batch {batch}", done, total)
 
-            command = {
+            command: Facts = {
                 "what": part,
                 "batch": batch,
                 "steps": settings.steps,
@@ -177,10 +178,15 @@ def benchmark(
                 "height": settings.height,
                 "width": settings.width,
             }
-            answers = rounds(workers, lambda number, command=command: command, settings.runs, step)
+            answers = rounds(workers, partial(_same, command), settings.runs, step)
             measures += _measures(part, batch, [worker.name for worker in workers], answers)
         loaded = {worker.name: worker.facts for worker in workers}
     return Benchmark(name, settings, loaded, refused, tuple(measures))
+
+
+def _same(command: Facts, number: int) -> Facts:
+    """The command of every round: the same."""
+    return command
 
 
 def _worker(bundle: Path, combination: Combination, settings: Settings) -> Worker:

@@ -98,8 +98,10 @@ def step_stage(spec: ComponentSpec, tools: dict[str, str]) -> Stage:
 
 
 def keyed_stage(work: Path, unet: Stage) -> Stage:
-    """Writes the UNet's fp32 graph, which lies in ``work``, as ONNX Runtime takes it on a CPU; nothing where its form
-    is another."""
+    """Write the UNet's fp32 graph, which lies in ``work``, in the form that ONNX Runtime runs on a CPU.
+
+    A UNet whose attention has another form gets no such graph.
+    """
 
     def run(folder: Path) -> list[str]:
         targets = {component: folder / file for component, file in FILES.items()}

@@ -13,8 +13,16 @@ from typing import Any
 from ldm_export.engine.proof import Proof, checked, matrix_nodes
 from ldm_runtime.errors import BuildError
 
-_KINDS = (("bfloat", "bf16"), ("bf16", "bf16"), ("half", "half"), ("fp16", "half"), ("int8", "int8"))
-_KINDS += (("fp8", "fp8"), ("float", "float"), ("fp32", "float"))
+_KINDS = (
+    ("bfloat", "bf16"),
+    ("bf16", "bf16"),
+    ("half", "half"),
+    ("fp16", "half"),
+    ("int8", "int8"),
+    ("fp8", "fp8"),
+    ("float", "float"),
+    ("fp32", "float"),
+)
 UNKNOWN = "unknown"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -70,6 +78,6 @@ def _unknown(found: list[tuple[str, list[str]]]) -> dict[str, int]:
 
 
 def _type(tensor: Mapping[str, Any]) -> str:
-    """ "half", "float", … of a text like "Half" or "Channel major FP16 format where channel % 8 == 0"."""
+    """Find the type ("half", "float", …) in a text like "Channel major FP16 format where channel % 8 == 0"."""
     text = str(tensor.get("Type", tensor.get("Format/Datatype", ""))).lower()
     return next((kind for said, kind in _KINDS if said in text), UNKNOWN)

@@ -19,7 +19,7 @@ _BOUNDS = re.compile(r"(\d{1,6})(?::(\d{1,6}):(\d{1,6}))?")
 
 
 def parse_bounds(name: str, text: str) -> Bounds:
-    """ "min:opt:max", or one number for all three.
+    """Parse "min:opt:max", or one number for all three.
 
     Raises:
         BuildError: not such a text, or not 1 <= min <= opt <= max.

@@ -81,6 +81,7 @@ class TextEncoder(nn.Module):
         self.bert = bert.model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Encode token ids."""
         return self.bert(input_ids)[0]
 
 
@@ -92,6 +93,7 @@ class UNet(nn.Module):
         self.unet = free_upsampling(unet)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Predict the noise in ``sample``."""
         return self.unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
 
 
@@ -104,6 +106,7 @@ class Decoder(nn.Module):
         self.scale = 1 / autoencoder.config.scaling_factor
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents to images."""
         image = self.autoencoder.decode(self.scale * latents, return_dict=False)[0]
         return (image / 2 + 0.5).clamp(0, 1)
 
@@ -124,8 +127,11 @@ class _Upsample(nn.Module):
 
 
 class _Always:
-    """Stands in for the number of upsamplers, so that ``size % 2**n`` is never zero and a UNet upsamples to the size
-    of each skip connection whatever the size: for multiples the same result, for others the only right one."""
+    """Replaces the number of upsamplers, so that ``size % 2**n`` is never zero.
+
+    A UNet then upsamples to the size of each skip connection, whatever its size. For multiples of ``2**n`` the result
+    is the same; for other sizes it is the only correct one.
+    """
 
     def __rpow__(self, base: int) -> _Always:
         return self

@@ -1,5 +1,7 @@
-"""The UNet as ONNX Runtime takes it on a CPU: attention fused, and cut in two, so that the keys and values of
-cross-attention are computed once a prompt and not at each step."""
+"""The UNet for ONNX Runtime on a CPU: attention fused, and split in two graphs.
+
+The keys and values of cross-attention are computed once per prompt, not at each step.
+"""
 
 from __future__ import annotations
 

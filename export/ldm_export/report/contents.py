@@ -68,7 +68,9 @@ class Report:
     def psnr(self, precision: str) -> tuple[float | None, ...]:
         """Of each picture against fp32's in dB, None where the two are equal; empty where either was not drawn."""
         pairs = zip(self.drawn[REFERENCE].images, self.drawn[precision].images, strict=False)
-        return tuple(psnr(*(np.asarray(image, np.float64) for image in pair), peak=255.0) for pair in pairs)
+        return tuple(
+            psnr(np.asarray(reference, np.float64), np.asarray(image, np.float64), 255.0) for reference, image in pairs
+        )
 
 
 def make_report(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,7 @@ class Connection:
                 raise error
             return _arrays(result, outputs)
 
-    def stream(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Iterator[Arrays]:
+    def stream(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Generator[Arrays, None, None]:
         """The answers of a decoupled model as they come, those of ``outputs`` that each has; gRPC only.
 
         An iterator that is closed early cancels the request.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.serving.config import Serving, component_config, front_config, plan_name, room_config
-from ldm_runtime.bundle import NAME, Bundle
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.manifest import COMPONENTS, NAME
 from ldm_runtime.triton.parameters import BUNDLE
 
 MODELS = (*COMPONENTS, "ldm_stream", "ldm")

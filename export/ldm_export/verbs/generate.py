@@ -82,7 +82,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             images = pipeline.decode(step.latents)
     written = write_pictures(args, images)
     if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": loaded.choice.facts()})
+        choice = None if loaded.choice is None else loaded.choice.facts()
+        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": choice})
         return
     screen.note(f"seed {seed}; {loaded.choice}")
     for path in written:

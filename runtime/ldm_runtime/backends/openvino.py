@@ -90,8 +90,9 @@ class OpenVinoBackend(SpecBackend):
         return model
 
     def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """What ``run`` takes in place of the ``constant`` input: itself and what follows from it alone. Rows are the
-        leading axis of every array.
+        """Compute what ``run`` takes in place of the ``constant`` input: itself and what follows from it alone.
+
+        Rows are the leading axis of every array.
 
         Raises:
             BackendError: openvino failed.

@@ -6,8 +6,10 @@ from typing import Any
 
 
 def values_of(model: Any, source: str) -> list[Any]:
-    """The float results that depend on the input ``source`` alone and that something else needs, in the graph's order:
-    of a UNet's context the keys and values of every cross-attention."""
+    """Find the float results that depend on the input ``source`` alone and are used elsewhere, in the graph's order.
+
+    For a UNet's context these are the keys and values of every cross-attention.
+    """
     return [output for output, _ in _frontier(model, source)]
 
 
@@ -35,7 +37,7 @@ def after_cut(model: Any, source: str) -> Any:
 
 
 def value_names(model: Any, source: str) -> list[str]:
-    """What ``after_cut`` calls its further inputs: ``context.0``, …"""
+    """Return the names of the inputs that ``after_cut`` adds: ``context.0``, …."""
     return [f"{source}.{index}" for index in range(len(values_of(model, source)))]
 
 

@@ -175,8 +175,10 @@ class BatchScheduler:
         self._running.abandon(reason)
 
     def _wait(self) -> bool:
-        """Wait for work; False when the room is to end. After a failure, and now and then without work, see whether a
-        picture can be made."""
+        """Wait for work; return False when the scheduler is to end.
+
+        After a failure, and now and then without work, run the self-test.
+        """
         delay = RETRY[0]
         while True:
             with self._changed:
