@@ -79,7 +79,7 @@ def test_one_wrong_attribute_fails_alone(attribute):
 
 @pytest.mark.parametrize("asked", COLOURS)
 @pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
-def test_every_other_colour_is_told_apart(asked, drawn):
+def test_every_other_colour_is_distinguished(asked, drawn):
     picture = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
     assert wrong(picture, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
 

@@ -67,7 +67,7 @@ def texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
+def test_a_bundle_contains_exactly_the_files_of_its_manifest(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
     graphs = {f"{name}/fp32.onnx" for name in PARTS} | {"unet/keys.onnx", "unet/keyed.onnx"}
@@ -81,7 +81,7 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> Non
     assert bundle.manifest.asked == {"checkpoint": "tiny", "precision": "fp32"}
 
 
-def test_manifest_tells_neither_when_nor_where(tiny_bundle: Path) -> None:
+def test_the_manifest_contains_no_time_and_no_path(tiny_bundle: Path) -> None:
     written = (tiny_bundle / "manifest.json").read_text()
     assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", written)
     assert platform.node() not in written and str(tiny_bundle.parent) not in written

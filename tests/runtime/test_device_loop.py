@@ -100,7 +100,7 @@ def test_closing_frees_and_the_next_request_opens_anew(device_loop: LatentDiffus
     np.testing.assert_array_equal(device_loop("a red circle", **OPTIONS).latents, before)
 
 
-def test_without_cuda_its_absence_is_told_in_one_line(bundle: Bundle) -> None:
+def test_missing_cuda_is_reported_in_one_line(bundle: Bundle) -> None:
     spec = bundle.manifest.components[STEP].spec
     device = OnnxRuntimeDevice({STEP: (bundle.graph(STEP, "fp32"), spec)})
     tensors = {tensor.name: (tensor.bounds("opt"), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}

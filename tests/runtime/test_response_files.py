@@ -41,7 +41,7 @@ def test_an_answer_comes_as_it_was_left(room: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "unknown", "..", ".", "a/b", "/etc/passwd"])
-def test_what_nobody_waits_for_is_not_left(room: Path, name: str) -> None:
+def test_unexpected_responses_leave_no_file(room: Path, name: str) -> None:
     waiting = ResponseFiles()
     waiting.open("one")
     assert not waiting.awaited(name)

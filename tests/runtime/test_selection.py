@@ -76,7 +76,7 @@ def test_one_picture_of_a_large_model_is_openvinos(bundle, installed) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_auto_takes_the_fastest_installed_and_says_why(bundle, installed) -> None:
+def test_auto_uses_the_fastest_installed_engine_and_gives_the_reason(bundle, installed) -> None:
     installed("onnxruntime", "openvino")
     assert choose(bundle).backend == "openvino" and "fastest" in str(choose(bundle))
     installed("onnxruntime")
@@ -89,7 +89,7 @@ def test_auto_takes_the_fastest_installed_and_says_why(bundle, installed) -> Non
         choose(bundle)
 
 
-def test_what_is_asked_for_is_taken_or_refused(bundle, monkeypatch) -> None:
+def test_an_explicit_backend_is_used_or_refused(bundle, monkeypatch) -> None:
     assert choose(bundle, "onnxruntime", "fp32", "cpu").facts()["reason"] == "as asked"
     with pytest.raises(LdmError, match="runs on the CPU"):
         choose(bundle, "openvino", device="cuda")
@@ -101,7 +101,7 @@ def test_what_is_asked_for_is_taken_or_refused(bundle, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_the_pipeline_says_what_runs_it_and_frees_what_it_has_used(tiny_bundle: Path) -> None:
+def test_the_pipeline_reports_its_backend_and_frees_used_components(tiny_bundle: Path) -> None:
     for keep in (True, False):
         with LatentDiffusionPipeline.from_bundle(tiny_bundle, keep_loaded=keep, threads=1) as pipeline:
             assert pipeline.choice is not None and pipeline.choice.backend == "openvino"

@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, drawn: Draw, 
     assert result.as_numpy("IMAGE").std() > 5 and result.as_numpy("PNG") is None
 
 
-def test_over_grpc_as_png_and_with_the_seed_told(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_grpc_returns_png_and_the_seed(triton_server, grpc: Grpc, drawn: Draw) -> None:
     wish = {"PROMPT": PROMPTS[:2], "STEPS": 3}
     result = grpc.ask(wish, ("PNG", "SEED_USED")).result()
     (seed,) = result.as_numpy("SEED_USED").tolist()
@@ -159,7 +159,7 @@ def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
     assert sorted(told) == ["IMAGE", "SEED_USED"]
 
 
-def test_a_stream_tells_each_step_and_shows_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_a_stream_reports_each_step_and_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
     wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 10, "PREVIEW_EVERY": 4}
     answers = list(grpc.stream(wish, ("STEP", "TOTAL", "IMAGE", "SEED_USED")))
     assert [answer.as_numpy("STEP").tolist() for answer in answers] == [[step] for step in range(1, 11)]

@@ -1,4 +1,4 @@
-"""What a server does not take, or is told to stop: one clear line each, and it stays ready."""
+"""Requests that a Triton server refuses, cancels or times out, each with a clear error; it stays ready."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ CHECK = {
         ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
     ],
 )
-def test_a_bad_request_is_told_why(triton_server: TritonServer, wish: dict, said: str) -> None:
+def test_a_bad_request_is_refused_with_the_reason(triton_server: TritonServer, wish: dict, said: str) -> None:
     with pytest.raises(InferenceServerException) as caught:
         over_http(triton_server.http, wish)
     assert said in caught.value.message() and "Traceback" not in caught.value.message()
     assert triton_server.ready() and post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200
 
 
-def test_a_component_is_told_why_too(triton_server: TritonServer) -> None:
+def test_a_bad_component_request_is_refused_with_the_reason(triton_server: TritonServer) -> None:
     api = tritonclient.http
     context = tensor(api, "context", np.zeros((1, 77, 128), np.float32), "FP32")
     time_ = tensor(api, "timestep", np.zeros((1, 1), np.int64), "INT64")
