@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_the_bundle_as_it_was(bundle_copy: Path, block
     else:
         (bundle_copy / blocked).mkdir()
     before = contents(bundle_copy)
-    with pytest.raises(OSError, match="report|manifest"):
+    with pytest.raises(OSError, match=r"report|manifest"):
         bundle.with_measured({"verify": 2}, {"report/verify.html": b"after"})
     assert contents(bundle_copy) == before
 
