@@ -112,7 +112,7 @@ def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
         prove(tmp_path / "x.engine", "fp16", ())
 
 
-def test_building_again_keeps_the_engines_and_progress_is_told(shapes_engines: Bundle, tmp_path: Path) -> None:
+def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engines: Bundle, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shapes_engines.folder, tmp_path / "bundle"))
     again = build(open_checkpoint(demo_checkpoint()), copy, "fp16", ENGINES)
     assert set(again.origins.values()) == {"kept"}
@@ -158,7 +158,7 @@ def test_requests_refused_before_anything_is_built(
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff" * 100, b"no graph"])
-def test_a_graph_that_cannot_be_parsed_is_told_in_one_line(
+def test_a_graph_that_cannot_be_parsed_is_reported_in_one_line(
     shapes_engines: Bundle, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "broken.onnx").write_bytes(content)

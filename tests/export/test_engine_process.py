@@ -38,7 +38,7 @@ def test_its_errors_are_raised_here(tiny_bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.engine").exists()
 
 
-def test_a_builder_that_is_killed_is_told_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_builder_that_is_killed_is_reported_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
 
     def kill(done: int, total: int) -> None:

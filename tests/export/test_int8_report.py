@@ -78,7 +78,7 @@ def test_flops_are_those_of_torch(tiny_checkpoint: Path, calibrated: Bundle) -> 
         lambda d: d.update(settings={}),
     ],
 )
-def test_a_damaged_record_is_told_in_one_line(
+def test_a_damaged_record_is_reported_in_one_line(
     calibrated: Bundle, tmp_path: Path, damage: Callable[[dict], None]
 ) -> None:
     document = json.loads(calibrated.file(RECORD).read_text())

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, LDMTextToImagePipeline
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # the module fills its names in later
 
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
@@ -124,16 +124,16 @@ def verify(
     return Verification(bundle.folder.name, precision, steps, tolerance, tuple(components), tuple(pictures))
 
 
-def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
-    """diffusers' own pipeline of the checkpoint, float32 on the CPU."""
+def reference_pipeline(checkpoint: Checkpoint) -> Any:
+    """Make diffusers' own LDMTextToImagePipeline of the checkpoint, float32 on the CPU."""
     with TemporaryDirectory() as room:
         tokenizer = BertTokenizerFast.from_pretrained(str(tokenizer_folder(checkpoint, Path(room))))
-    pipeline = LDMTextToImagePipeline(
+    pipeline: Any = LDMTextToImagePipeline(  # type: ignore[no-untyped-call]
         vqvae=load_module(checkpoint, "autoencoder"),
         bert=load_module(checkpoint, "text_encoder"),
         tokenizer=tokenizer,
         unet=load_module(checkpoint, "unet"),
-        scheduler=DDIMScheduler.from_config(dict(checkpoint.scheduler_config)),
+        scheduler=DDIMScheduler.from_config(dict(checkpoint.scheduler_config)),  # type: ignore[no-untyped-call]
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -149,9 +149,7 @@ def _component(
     return compared(name, got, expected)
 
 
-def _picture(
-    ours: LatentDiffusionPipeline, theirs: LDMTextToImagePipeline, prompt: str, seed: int, steps: int
-) -> PictureResult:
+def _picture(ours: LatentDiffusionPipeline, theirs: Any, prompt: str, seed: int, steps: int) -> PictureResult:
     mine = ours(prompt, seed=seed, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=steps).images[0]
     with torch.random.fork_rng(devices=[]):
         generator = torch.manual_seed(seed)  # the global generator: the noise of the steps continues its stream
@@ -160,4 +158,4 @@ def _picture(
         ).images[0]
     pair = [np.asarray(image, np.float64) for image in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
-    return PictureResult(prompt, seed, worst, psnr(*pair, peak=255.0), mine, reference)
+    return PictureResult(prompt, seed, worst, psnr(pair[0], pair[1], 255.0), mine, reference)

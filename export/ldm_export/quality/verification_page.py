@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ldm_export.page.document import Figure, Markup, decibel, difference, document, element, picture, table, text
-from ldm_export.quality.verification import Tolerance, Verification
+from ldm_export.quality.measures import Tolerance
+from ldm_export.quality.verification import Verification
 
 AMPLIFIED = 64
 """A difference of one in 255 shows as a quarter of full brightness."""
