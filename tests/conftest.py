@@ -10,7 +10,6 @@ import hypothesis
 import pytest
 import torch
 
-from ldm_calibration.settings import Settings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import SHIPPED, build
 from ldm_export.bundle.int8_report import write_report
@@ -20,6 +19,7 @@ from ldm_export.engine.request import EngineRequest
 from ldm_runtime.bundle import Bundle
 from tests.support.checkpoints import write_tiny_checkpoint
 from tests.support.snapshot import contents
+from tests.support.tiny_int8 import LATENTS_SETTINGS
 from tests.support.triton_server import TritonServer
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
@@ -52,8 +52,7 @@ def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def int8_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """``tiny_bundle`` calibrated on one short trajectory, with its report, not to be changed."""
     folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("int8") / "bundle"))
-    settings = Settings(("a red circle",), ("a blue square",), steps=4, samples=2, trial_steps=4, min_psnr=20.0)
-    return write_report(calibrate(folder, settings).bundle)[0]
+    return write_report(calibrate(folder, LATENTS_SETTINGS).bundle)[0]
 
 
 @pytest.fixture(scope="session")
