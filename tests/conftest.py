@@ -1,96 +1,105 @@
-"""Checkpoints and bundles that several tests share: made once, read by all, copied by those that damage them."""
+"""Checkpoints and bundles that several folders of tests share.
+
+Nothing here imports torch, diffusers, Triton's client or ``ldm_export`` until a test asks for a fixture that needs it:
+the tests of the runtime that need NumPy alone also run in an environment that has nothing else.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
 
-from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import SHIPPED, build
-from ldm_export.bundle.int8_report import write_report
-from ldm_export.checkpoint.folder import open_checkpoint
-from ldm_export.cli import main
-from ldm_export.engine.request import EngineRequest
-from ldm_runtime.bundle import Bundle
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.shared import SharedFolders
 from tests.support.snapshot import contents
-from tests.support.tiny_int8 import LATENTS_SETTINGS
-from tests.support.triton_server import TritonServer
 
-CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+if TYPE_CHECKING:
+    from ldm_runtime.bundle import Bundle
+    from tests.support.triton_server import TritonServer
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; each worker of pytest-xdist has a core
 hypothesis.settings.register_profile("ldm", deadline=None)
 hypothesis.settings.load_profile("ldm")
+TRITON = "triton server"
+"""The group of all tests that use the session's Triton server, which one worker runs."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each worker whole modules, and one worker all tests of the shared Triton server."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            uses_server = "triton_server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(TRITON if uses_server else item.path.stem))
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights, not to be changed."""
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFolders]:
+    """Folders that the workers of a run share; the run fails if a test has changed one."""
+    folders = SharedFolders.of_run(tmp_path_factory)
+    yield folders
+    changed = folders.changed()
+    assert not changed, f"shared folders were changed by a test: {', '.join(changed)}; let it change a copy"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of ``tiny_checkpoint``, not to be changed."""
-    folder = tmp_path_factory.mktemp("built") / "bundle"
-    build(open_checkpoint(tiny_checkpoint), folder)
-    return folder
+def tiny_checkpoint(shared: SharedFolders) -> Path:
+    """A tiny checkpoint with random weights; read-only."""
+    from tests.support.checkpoints import random_checkpoint
+
+    return shared.once("tiny", random_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of ``tiny_checkpoint`` in fp32 and fp16, not to be changed."""
-    return build(open_checkpoint(tiny_checkpoint), tmp_path_factory.mktemp("half") / "bundle", "fp16").bundle
+def tiny_bundle(tiny_checkpoint: Path, shared: SharedFolders) -> Path:
+    """The fp32 bundle of ``tiny_checkpoint``; read-only."""
+    from tests.support.bundles import build_bundle
+
+    return shared.once("tiny_bundle", lambda folder: build_bundle(tiny_checkpoint, folder))
 
 
 @pytest.fixture(scope="session")
-def int8_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """``tiny_bundle`` calibrated on one short trajectory, with its report, not to be changed."""
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("int8") / "bundle"))
-    return write_report(calibrate(folder, LATENTS_SETTINGS).bundle)[0]
+def shapes_bundle(shared: SharedFolders) -> Path:
+    """The fp32 bundle of the checkpoint that ships; read-only."""
+    from tests.support.bundles import build_shapes
+
+    return shared.once("shapes_bundle", build_shapes)
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the checkpoint that ships, not to be changed."""
-    folder = tmp_path_factory.mktemp("shapes") / "bundle"
-    build(open_checkpoint(SHIPPED), folder)
-    return folder
+def shapes_engines(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``shapes_bundle`` with fp16 graphs and TensorRT for RTX engines for four GPUs; read-only."""
+    from ldm_runtime.bundle import Bundle
+    from tests.support.bundles import add_engines
 
-
-@pytest.fixture(scope="session")
-def shapes_engines(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the checkpoint that ships with fp16 engines for all GPUs of ``CAPABILITIES``, not to be changed."""
-    folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("engines") / "bundle"))
-    return build(open_checkpoint(SHIPPED), folder, "fp16", EngineRequest("tensorrt-rtx", CAPABILITIES)).bundle
+    return Bundle.open(shared.once("shapes_engines", lambda folder: add_engines(shapes_bundle, folder)))
 
 
 @pytest.fixture(scope="session")
 def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32."""
-    folder = tmp_path_factory.mktemp("triton")
-    options = ["--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
-    assert main(["triton", str(shapes_bundle), "-o", str(folder / "repository"), *options]) == 0
-    server = TritonServer(folder / "repository", folder / "log")
-    server.start()
-    yield server
-    server.stop()
+    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only."""
+    from tests.support.triton_server import served
+
+    with served(shapes_bundle, tmp_path_factory.mktemp("triton")) as server:
+        yield server
 
 
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of ``tiny_bundle`` in the test's own folder, to be damaged at will."""
+    """A copy of ``tiny_bundle`` in the test's own folder, to be changed at will."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs a command in the test's folder: exit code 1, one line that says ``said``, and the folder as it was."""
+    """Run a command in the test's folder: exit code 1, one line that contains ``said``, and the folder unchanged."""
+    from ldm_export.cli import main
+
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, said: str) -> None:

@@ -35,7 +35,7 @@ class BackendError(LdmError):
 
 
 class QueueFullError(LdmError):
-    """A request was refused: as many wait as may, or no picture can be made now; ask again later."""
+    """A request was refused, because the queue is full or the engine fails; try again later."""
 
 
 class CancelledError(LdmError):
@@ -43,4 +43,12 @@ class CancelledError(LdmError):
 
 
 class DeadlineError(LdmError):
-    """A request was not done in the time it was given."""
+    """A request has passed its deadline."""
+
+
+class ServerError(LdmError):
+    """A server cannot be reached, is not ready, or has answered with an error."""
+
+
+class AnsweredError(LdmError):
+    """The model `ldm_stream` has answered a request of `ldm` with an error, whose message this is."""

@@ -1,4 +1,4 @@
-"""What tests of the export share: a checkpoint to be changed, and a calibrated bundle."""
+"""Fixtures of the export's tests: a checkpoint to be changed, and bundles in fp16 and int8."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.int8_report import write_report
 from ldm_runtime.bundle import Bundle
-from tests.support.tiny_int8 import SETTINGS
+from tests.support.bundles import add_fp16, add_int8
+from tests.support.shared import SharedFolders
+from tests.support.tiny_int8 import LATENTS_SETTINGS, SETTINGS
 
 
 @pytest.fixture
@@ -20,8 +20,18 @@ def tiny(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def calibrated(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """``tiny_bundle``, calibrated; not to be changed."""
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("calibrated") / "bundle")
-    bundle, _ = write_report(calibrate(folder, SETTINGS).bundle)
-    return bundle
+def half_bundle(tiny_checkpoint: Path, tiny_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``tiny_bundle`` with fp16 graphs; read-only."""
+    return Bundle.open(shared.once("half_bundle", lambda folder: add_fp16(tiny_checkpoint, tiny_bundle, folder)))
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``tiny_bundle`` with int8 graphs and the report on them; read-only."""
+    return Bundle.open(shared.once("calibrated", lambda folder: add_int8(tiny_bundle, SETTINGS, folder)))
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``tiny_bundle`` with int8 graphs and the loss of each layer measured in the latents; read-only."""
+    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, LATENTS_SETTINGS, folder)))

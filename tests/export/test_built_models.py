@@ -17,7 +17,7 @@ from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS
-from tests.support.checkpoints import edit_json, write_tensors, write_tiny_checkpoint
+from tests.support.checkpoints import edit_json, random_checkpoint, write_tensors
 from tests.support.configs_only import write_configs
 
 
@@ -77,7 +77,7 @@ def test_weights_beside_the_graphs_move_with_the_bundle(
 
 
 def test_quantised_latents_and_the_older_layout(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "older", vq=True, layout="older")
+    folder = random_checkpoint(tmp_path / "older", vq=True, layout="older")
     weights = folder / "vqvae/diffusion_pytorch_model.safetensors"
     state = load_file(weights)  # a codebook as wide as the latents, so that no rounding decides between two entries
     write_tensors(weights, state | {"quantize.embedding.weight": 60 * state["quantize.embedding.weight"]})

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_runtime.errors import CheckpointError
-from tests.support.checkpoints import edit_json, write_json, write_tiny_checkpoint
+from tests.support.checkpoints import edit_json, random_checkpoint, write_json
 
 LARGE = {  # the published model's configs, with the keys it has and no others
     "model_index.json": {
@@ -53,8 +53,8 @@ def write_configs(folder: Path) -> Path:
 
 @pytest.mark.parametrize("vq", [False, True])
 def test_both_layouts_say_the_same(tmp_path: Path, vq: bool) -> None:
-    current = open_checkpoint(write_tiny_checkpoint(tmp_path / "current", vq=vq))
-    older = open_checkpoint(write_tiny_checkpoint(tmp_path / "older", vq=vq, layout="older"))
+    current = open_checkpoint(random_checkpoint(tmp_path / "current", vq=vq))
+    older = open_checkpoint(random_checkpoint(tmp_path / "older", vq=vq, layout="older"))
     assert set(current.components) == {"text_encoder", "unet", "autoencoder"}
     for name, component in current.components.items():
         assert older.components[name].class_name == component.class_name
@@ -97,7 +97,7 @@ def test_components_under_other_names(tiny: Path) -> None:
 
 
 def test_older_autoencoder_with_attention_in_its_levels(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "older", layout="older")
+    folder = random_checkpoint(tmp_path / "older", layout="older")
     edit_json(folder / "vqvae" / "config.json", attn_resolutions=[16, 8])
     config = open_checkpoint(folder).components["autoencoder"].config
     assert config["down_block_types"] == ("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",) * 2
@@ -244,7 +244,7 @@ def test_trained_betas_may_be_many(tiny: Path) -> None:
 
 
 def test_older_autoencoder_of_a_wrong_type(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "older", layout="older")
+    folder = random_checkpoint(tmp_path / "older", layout="older")
     for changes in (
         {"ch": "32"},
         {"ch": 32, "ch_mult": 4},

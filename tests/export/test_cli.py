@@ -17,7 +17,7 @@ from PIL import Image
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.manifest import COMPONENTS, NAME
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import random_checkpoint
 from tests.support.configs_only import write_configs
 
 STEPS = ("--steps", "2", "--seed", "7", "--threads", "1")
@@ -137,7 +137,8 @@ def test_inspect_shows_what_is_there(tiny_bundle, capfd) -> None:
     assert set(facts["components"]) == set(COMPONENTS)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["asked"] == {"checkpoint": "tiny", "precision": "fp32"}
+    assert facts["asked"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
+    assert (facts["asked"]["checkpoint"], facts["asked"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
     assert facts["files"] == sizes and len(sizes) == 9
 
@@ -164,7 +165,7 @@ def test_verify_measures_writes_a_page_and_inspect_tells(tiny_checkpoint, bundle
 
 
 def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place, capfd) -> None:
-    other = write_tiny_checkpoint(place / "other", seed=1)
+    other = random_checkpoint(place / "other", seed=1)
     (place / "prompts.txt").write_text("a circle")
     arguments = ("verify", bundle_copy, "--against", other, "--prompts", "prompts.txt", "--steps", "1")
     out, err = run(capfd, *arguments, code=1)

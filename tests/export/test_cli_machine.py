@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.checkpoints import random_checkpoint
 from tests.support.snapshot import contents
 
 PROMPT = ("a red circle", "--steps", "1", "--seed", "0", "--threads", "1")
@@ -48,7 +48,7 @@ def test_build_on_a_full_disk_leaves_nothing(tiny_checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("largest", [SMALL, GRAPH])
 def test_build_on_a_full_disk_leaves_the_bundle_that_is_there(bundle_copy: Path, tmp_path: Path, largest: int) -> None:
-    other = write_tiny_checkpoint(tmp_path / "other", seed=1)
+    other = random_checkpoint(tmp_path / "other", seed=1)
     if largest == SMALL:  # a vocabulary of its own, so that the tokenizer is written anew
         shutil.copy(other / "tokenizer/vocab.txt", other / "tokenizer/copy.txt")
     before = contents(tmp_path)

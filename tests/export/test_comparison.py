@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.quality.comparison import Run, parse_runs
 from ldm_export.quality.layerwise import compare_layers, first_beyond
@@ -21,11 +20,9 @@ from ldm_runtime.specs import dummy_inputs
 
 
 @pytest.fixture(scope="module")
-def half(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    import shutil
-
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("compared") / "bundle"))
-    return build(open_checkpoint(tiny_checkpoint), folder, "fp16").bundle
+def half(half_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy of ``half_bundle``, because ``verify`` records its results in the bundle."""
+    return Bundle.open(shutil.copytree(half_bundle.folder, tmp_path_factory.mktemp("compared") / "bundle"))
 
 
 def test_backends_are_compared_on_the_same_feed(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,8 +44,6 @@ def test_a_backend_that_gives_something_else_is_named(
     half: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its graph is another model's: the digest in the manifest is right, and all its results are wrong."""
-    import shutil
-
     folder = Path(shutil.copytree(half.folder, tmp_path / "bundle"))
     model = ir.load(folder / "decoder/fp16.onnx")
     weight = next(value for value in model.graph.initializers.values() if len(value.shape or ()) == 4)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
+from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
 from torch import nn
 
 from ldm_export.checkpoint.folder import open_checkpoint
-from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
 from ldm_runtime.specs import Axis, dummy_inputs
-from tests.support.checkpoints import VOCABULARY, edit_json, tiny_modules, write_tiny_checkpoint
-from tests.support.configs_only import narrow_unet
+from tests.support.checkpoints import VOCABULARY, edit_json, random_checkpoint, tiny_modules
+from tests.support.configs_only import random_unet
 
 SIZES = [(8, 8), (16, 24), (9, 11), (7, 2), (2, 2), (5, 16)]
 TINY = ModelShape(tokens=77, context_width=24, latent_channels=4, latent_size=8)
@@ -66,11 +66,11 @@ def test_other_factors_channels_and_sizes() -> None:
 @pytest.mark.parametrize("vq", [False, True])
 @pytest.mark.parametrize("layout", ["current", "older"])
 def test_shape_of_a_checkpoint(tmp_path: Path, vq: bool, layout: str) -> None:
-    assert model_shape(open_checkpoint(write_tiny_checkpoint(tmp_path / "tiny", vq=vq, layout=layout))) == TINY
+    assert model_shape(open_checkpoint(random_checkpoint(tmp_path / "tiny", vq=vq, layout=layout))) == TINY
 
 
 def test_shape_follows_the_configs(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    folder = random_checkpoint(tmp_path / "tiny")
     edit_json(folder / "bert/config.json", max_position_embeddings=512, d_model=32)
     edit_json(folder / "unet/config.json", cross_attention_dim=32, sample_size=16, in_channels=6, out_channels=6)
     edit_json(
@@ -98,7 +98,7 @@ def test_text_encoder_gives_the_last_hidden_state() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("levels", [2, 4])
 def test_unet_gives_diffusers_noise(levels: int, size: tuple[int, int]) -> None:
-    theirs = narrow_unet(levels, levels - 1)
+    theirs = random_unet(levels, levels - 1)
     sample, timestep, context = random(3, 4, *size), torch.tensor([0, 500, 999]), random(3, 77, 24, seed=1)
     with torch.inference_mode():
         noise = UNet(copy.deepcopy(theirs)).eval()(sample, timestep, context)
@@ -107,7 +107,7 @@ def test_unet_gives_diffusers_noise(levels: int, size: tuple[int, int]) -> None:
 
 
 def test_unet_of_a_large_batch() -> None:
-    theirs = narrow_unet(2, 1)
+    theirs = random_unet(2, 1)
     sample, context = random(64, 4, 9, 6), random(64, 77, 24, seed=1)
     timestep = torch.arange(64) * 15
     with torch.inference_mode():
@@ -144,7 +144,7 @@ def test_decoder_scales_and_clamps() -> None:
 @pytest.mark.parametrize(
     ("make", "call"),
     [
-        (lambda: narrow_unet(4, 3), lambda m: m(random(2, 4, 8, 8), 7, encoder_hidden_states=random(2, 77, 24)).sample),
+        (lambda: random_unet(4, 3), lambda m: m(random(2, 4, 8, 8), 7, encoder_hidden_states=random(2, 77, 24)).sample),
         (lambda: tiny_modules()["vqvae"], lambda m: m(random(1, 3, 32, 32)).sample),
         (lambda: tiny_modules(vq=True)["vqvae"], lambda m: m(random(1, 3, 32, 32)).sample),
     ],

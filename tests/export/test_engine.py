@@ -10,23 +10,21 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
+from ldm_export.graph.precision import half_graph
 
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove
 from ldm_export.engine.request import EngineRequest
-from ldm_export.graph.precision import half_graph
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
 from ldm_runtime.manifest import COMPONENTS
-
-CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-REQUEST = EngineRequest("tensorrt-rtx", CAPABILITIES)
+from tests.support.bundles import CAPABILITIES, ENGINES
 
 
 def has_gpu() -> bool:
@@ -115,7 +113,8 @@ def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
 
 
 def test_building_again_keeps_the_engines_and_progress_is_told(shapes_engines: Bundle, tmp_path: Path) -> None:
-    again = build(open_checkpoint(SHIPPED), shapes_engines.folder, "fp16", REQUEST)
+    copy = Path(shutil.copytree(shapes_engines.folder, tmp_path / "bundle"))
+    again = build(open_checkpoint(demo_checkpoint()), copy, "fp16", ENGINES)
     assert set(again.origins.values()) == {"kept"}
     told: list[tuple[int, int]] = []
     spec = shapes_engines.manifest.components["text_encoder"].spec
@@ -165,7 +164,7 @@ def test_a_graph_that_cannot_be_parsed_is_told_in_one_line(
     (tmp_path / "broken.onnx").write_bytes(content)
     spec = shapes_engines.manifest.components["decoder"].spec
     with pytest.raises(BuildError, match=r"^decoder: tensorrt_rtx cannot parse .*broken\.onnx: ") as caught:
-        build_engine(tmp_path / "broken.onnx", spec, "fp16", REQUEST, tmp_path / "x.engine")
+        build_engine(tmp_path / "broken.onnx", spec, "fp16", ENGINES, tmp_path / "x.engine")
     assert "\n" not in str(caught.value) and not (tmp_path / "x.engine").exists()
 
 
@@ -181,7 +180,7 @@ def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "ldm_export.cli", "build", "-o", str(bundle)]
     options = ["--target", "tensorrt-rtx", "--compute-capability", ",".join(CAPABILITIES), "--batch", "1:1:4"]
     done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=True)
-    stages = [f"{name}.fp32.{REQUEST.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
+    stages = [f"{name}.fp32.{ENGINES.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
     assert sorted(json.loads(done.stdout)["made"]) == sorted(stages)
     components = Bundle.open(bundle).manifest.components
     assert components["unet"].engines[0].profiles[1]["timestep"] == ((1,), (2,), (8,))

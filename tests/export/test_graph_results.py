@@ -10,18 +10,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from ldm_export.graph.components import MODULES, ModelShape, UNet
 from onnx import TensorProto
 from torch import nn
 
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph import onnx_graph
-from ldm_export.graph.components import MODULES, ModelShape, UNet
 from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import Axis, ComponentSpec
-from tests.support.configs_only import narrow_unet
+from tests.support.configs_only import random_unet
 
 NAMES = tuple(MODULES)
 SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]  # batch, height, width
@@ -87,7 +87,7 @@ def test_images_of_any_size_equal_torch(
 
 def test_four_levels_of_any_size_equal_torch(tmp_path: Path) -> None:
     spec = ModelShape(tokens=5, context_width=24, latent_channels=4, latent_size=8).specs()["unet"]
-    module = UNet(narrow_unet(4, 1)).eval().requires_grad_(False)
+    module = UNet(random_unet(4, 1)).eval().requires_grad_(False)
     export_graph(module, spec, tmp_path / "unet.onnx")
     backend = OnnxRuntimeBackend(tmp_path / "unet.onnx", spec, "cpu", threads=1)
     for seed, (batch, height, width) in enumerate(SIZES):

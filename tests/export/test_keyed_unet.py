@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-
-from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.graph.attention import fuse_attention
 from ldm_export.graph.components import ModelShape, UNet
 from ldm_export.graph.keyed_unet import export_keyed, keyed_specs
+from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
+
+from ldm_export.bundle.build import build
+from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
-from tests.support.configs_only import narrow_unet
+from tests.support.configs_only import random_unet
 
 SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (32, 3, 3)]  # rows, height, width
 SAMPLE = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 5}
@@ -97,7 +97,7 @@ def test_four_levels_of_heads_that_differ(tmp_path: Path, inline: bool, monkeypa
         monkeypatch.setattr("ldm_export.graph.onnx_graph.INLINE_BYTES", 1000)
     spec = ModelShape(tokens=5, context_width=24, latent_channels=4, latent_size=8).specs()["unet"]
     graph = tmp_path / "fp32.onnx"
-    export_graph(UNet(narrow_unet(4, 1)).eval().requires_grad_(False), spec, graph)
+    export_graph(UNet(random_unet(4, 1)).eval().requires_grad_(False), spec, graph)
     files = export_keyed(graph, {KEYS: tmp_path / "keys.onnx", KEYED: tmp_path / "keyed.onnx"})
     specs = keyed_specs(spec, files[0])
     plain = OnnxRuntimeBackend(graph, spec, "cpu", 1)

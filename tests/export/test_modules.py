@@ -16,7 +16,7 @@ from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_runtime.errors import CheckpointError
-from tests.support.checkpoints import LEVELS, edit_json, older_name, write_tensors, write_tiny_checkpoint
+from tests.support.checkpoints import LEVELS, edit_json, older_name, random_checkpoint, write_tensors
 from tests.support.reference_modules import FILES, change, ours, run, theirs
 
 
@@ -34,7 +34,7 @@ from tests.support.reference_modules import FILES, change, ours, run, theirs
     ids=str,
 )
 def test_same_as_diffusers(tmp_path: Path, form: dict[str, object], name: str) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny", **form)
+    folder = random_checkpoint(tmp_path / "tiny", **form)
     expected = theirs(folder, name, vq=bool(form.get("vq")))
     assert expected.std() > 1e-4
     assert torch.equal(ours(folder, name), expected)
@@ -43,8 +43,8 @@ def test_same_as_diffusers(tmp_path: Path, form: dict[str, object], name: str) -
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "autoencoder", "decoder"])
 @pytest.mark.parametrize("form", [{}, {"vq": True}, {"format": "bin", "shards": 2}], ids=str)
 def test_older_layout(tmp_path: Path, form: dict[str, object], name: str) -> None:
-    current = write_tiny_checkpoint(tmp_path / "current", vq="vq" in form)
-    older = write_tiny_checkpoint(tmp_path / "older", layout="older", **form)
+    current = random_checkpoint(tmp_path / "current", vq="vq" in form)
+    older = random_checkpoint(tmp_path / "older", layout="older", **form)
     assert torch.equal(ours(older, name), theirs(current, name, vq="vq" in form))
 
 
@@ -71,7 +71,7 @@ def test_deprecated_attention_names(tiny: Path) -> None:
 
 
 def test_attention_as_convolution(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "older", layout="older")
+    folder = random_checkpoint(tmp_path / "older", layout="older")
     expected = ours(folder, "autoencoder")
 
     def unsqueeze(state: dict[str, torch.Tensor]) -> None:
@@ -132,7 +132,7 @@ def test_parts_nobody_uses(tiny: Path, present: bool) -> None:
 
 
 def test_buffers_that_no_file_holds(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    folder = random_checkpoint(tmp_path / "tiny")
     config = json.loads((folder / "unet" / "config.json").read_text())
     config |= {
         "down_block_types": ["KDownBlock2D", "KCrossAttnDownBlock2D"],
@@ -166,7 +166,7 @@ def test_random_weights(tiny: Path, name: str) -> None:
 
 @pytest.mark.parametrize("form", [{}, {"format": "bin"}, {"dtype": torch.float16}], ids=str)
 def test_one_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, object]) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny", **form)
+    folder = random_checkpoint(tmp_path / "tiny", **form)
     wide = {"encoder_ffn_dim": 4096, "d_model": 1024, "vocab_size": 4096}
     edit_json(folder / "bert" / "config.json", **wide)
     edit_json(folder / "unet" / "config.json", cross_attention_dim=1024)

@@ -11,7 +11,7 @@ from ldm_export.checkpoint import modules
 from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_runtime.errors import CheckpointError, SpecError
-from tests.support.checkpoints import edit_json, write_tiny_checkpoint
+from tests.support.checkpoints import edit_json, random_checkpoint
 from tests.support.reference_modules import FILES, change
 
 
@@ -59,7 +59,7 @@ def test_not_finite(tiny: Path) -> None:
 
 
 def test_codebook_is_needed(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny", vq=True)
+    folder = random_checkpoint(tmp_path / "tiny", vq=True)
     change(folder, "vqvae", lambda state: state.pop("quantize.embedding.weight"))
     with pytest.raises(CheckpointError, match=r"decoder: .*missing: quantize.embedding.weight"):
         load_module(open_checkpoint(folder), "decoder")

@@ -9,21 +9,21 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from ldm_export.graph.precision import MATRIX, half_graph
+from ldm_export.graph.ranges import measure_ranges
+from ldm_runtime.ddim import DDIM
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import open_checkpoint
-from ldm_export.graph.precision import MATRIX, half_graph
-from ldm_export.graph.ranges import measure_ranges
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
-from tests.support.checkpoints import write_tensors, write_tiny_checkpoint
+from tests.support.checkpoints import random_checkpoint, write_tensors
 
 PROMPT, OPTIONS = "a red circle", {"seed": 1, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
 SCALE = 2e5
@@ -36,7 +36,7 @@ OVERFLOWING = {
 
 @pytest.fixture(scope="module")
 def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("overflowing") / "tiny")
+    folder = random_checkpoint(tmp_path_factory.mktemp("overflowing") / "tiny")
     for component, layers in OVERFLOWING.items():
         file = folder / component / "diffusion_pytorch_model.safetensors"
         state = load_file(file)
@@ -192,7 +192,7 @@ def test_ranges_are_those_of_the_trajectory(half_bundle: Bundle) -> None:
 
 
 def test_weights_that_give_infinity_are_refused(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    folder = random_checkpoint(tmp_path / "tiny")
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     state = load_file(file)
     state["conv_in.weight"] = state["conv_in.weight"] * 1e38

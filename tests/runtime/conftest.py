@@ -1,4 +1,4 @@
-"""Engine rooms of the shipped model: open ones, and ones whose steps stand at a gate."""
+"""Batch schedulers of the shipped model: running ones, and ones whose UNet calls a test lets through one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
-from tests.support.step_gate import Gate
+from tests.support.step_gate import StepGate
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,17 @@ def room(pipeline: LatentDiffusionPipeline) -> Iterator[BatchScheduler]:
 
 @pytest.fixture
 def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple]]:
-    """Makes a room whose UNet calls stand at a gate, with one request of many steps running already."""
-    rooms = []
+    """Make a scheduler whose UNet calls wait at a ``StepGate``; arguments are ``Limits``, or its fields."""
+    made: list[tuple[BatchScheduler, StepGate]] = []
 
-    def make(**limits) -> tuple[BatchScheduler, Gate]:
-        gate = Gate(pipeline.backends["unet"].run)
-        room = BatchScheduler(pipeline, Limits(**limits))
+    def make(limits: Limits | None = None, **fields) -> tuple[BatchScheduler, StepGate]:
+        gate = StepGate(pipeline.backends["unet"].run)
+        room = BatchScheduler(pipeline, limits or Limits(**fields))
         monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
-        rooms.append((room, gate))
+        made.append((room, gate))
         return room, gate
 
     yield make
-    for room, gate in rooms:
+    for room, gate in made:
         gate.open()
         room.close()

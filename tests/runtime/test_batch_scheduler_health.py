@@ -1,4 +1,4 @@
-"""When an engine room is ready: an engine that fails or hangs, and closing."""
+"""Readiness of the batch scheduler when an engine fails or hangs, and closing it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import BackendError, CancelledError, QueueFullError, SpecError
 from tests.support.step_gate import PROMPTS
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 
-def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room, pipeline, monkeypatch) -> None:
+def own_threads() -> set[threading.Thread]:
+    """The threads of all batch schedulers; the thread pools of engines come and go on their own."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ldm-")}
+
+
+def test_a_failing_engine_makes_it_unready_until_an_image_can_be_generated(room, pipeline, monkeypatch) -> None:
     broken = threading.Event()
     run = pipeline.backends["unet"].run
 
@@ -29,30 +34,30 @@ def test_an_engine_that_fails_makes_it_unready_until_a_picture_can_be_made(room,
     broken.set()
     with pytest.raises(BackendError, match="out of memory"):
         room.submit(Request(PROMPTS[0], seed=0)).result(20)
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     with pytest.raises(QueueFullError, match="no picture can be made now"):
         room.submit(Request(PROMPTS[0], seed=0))
     broken.clear()
-    assert settled(lambda: room.ready)
+    assert wait_until(lambda: room.ready)
     room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2)).result(20)
 
 
-def test_an_engine_that_fails_without_work_makes_it_unready_too(pipeline, monkeypatch) -> None:
+def test_the_idle_self_test_detects_a_failing_engine(pipeline, monkeypatch) -> None:
     def fail(_):
         raise BackendError("decoder: the GPU is lost")
 
     with BatchScheduler(pipeline, Limits(idle=0.05)) as room:
         assert room.ready
         monkeypatch.setattr(pipeline.backends["decoder"], "run", fail)
-        assert settled(lambda: not room.ready)
+        assert wait_until(lambda: not room.ready)
         monkeypatch.undo()
-        assert settled(lambda: room.ready)
+        assert wait_until(lambda: room.ready)
 
 
-def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
+def test_an_image_with_nan_fails_alone_and_not_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
     room, gate = gated()
     held = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     tickets = [room.submit(Request(PROMPTS[number], seed=number, num_inference_steps=1)) for number in range(3)]
     decode, batches, bad = pipeline.backends["decoder"].run, [], []
 
@@ -72,39 +77,39 @@ def test_one_picture_that_cannot_be_shown_spoils_none_of_those_decoded_with_it(g
     assert room.ready
 
 
-def test_a_room_that_is_not_proven_at_once_is_ready_soon(pipeline) -> None:
+def test_without_a_first_self_test_it_becomes_ready_later(pipeline) -> None:
     with BatchScheduler(pipeline, prove=False) as room:
-        assert settled(lambda: room.ready)
+        assert wait_until(lambda: room.ready)
 
 
-def test_a_room_that_cannot_make_a_picture_does_not_open(pipeline, monkeypatch) -> None:
+def test_it_does_not_start_when_no_image_can_be_generated(pipeline, monkeypatch) -> None:
     decode = pipeline.backends["decoder"].run
     monkeypatch.setattr(
         pipeline.backends["decoder"], "run", lambda feed: {"image": decode(feed)["image"] * np.float32(np.nan)}
     )
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(SpecError, match="NaN"):
         BatchScheduler(pipeline)
-    assert settled(lambda: threading.active_count() == before)
+    assert wait_until(lambda: not own_threads() - before)
 
 
-def test_an_engine_that_hangs_makes_it_unready(gated) -> None:
+def test_a_hanging_engine_makes_it_unready(gated) -> None:
     room, gate = gated(stall=0.1)
     ticket = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     gate.open()
     ticket.result(20)
-    assert settled(lambda: room.ready)
+    assert wait_until(lambda: room.ready)
 
 
-def test_closing_finishes_what_it_has_time_for_and_cancels_the_rest(gated, pipeline) -> None:
+def test_closing_with_a_timeout_finishes_submitted_requests(gated, pipeline) -> None:
     room, gate = gated(rows=1)
     short = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     waiting = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3))
     closing = threading.Thread(target=room.close, kwargs={"seconds": 30})
     closing.start()
-    assert settled(lambda: not room.ready)
+    assert wait_until(lambda: not room.ready)
     with pytest.raises(CancelledError, match="closing"):
         room.submit(Request(PROMPTS[0]))
     gate.open()
@@ -112,15 +117,15 @@ def test_closing_finishes_what_it_has_time_for_and_cancels_the_rest(gated, pipel
     assert short.result(1) and waiting.result(1) and not closing.is_alive()
 
 
-def test_closing_at_once_cancels_everything(gated) -> None:
-    before = threading.active_count()
+def test_closing_at_once_cancels_all_requests(gated) -> None:
+    before = set(threading.enumerate())
     room, gate = gated(rows=1)
     tickets = [room.submit(Request(PROMPTS[0], seed=0)) for _ in range(3)]
-    assert gate.arrived.acquire(timeout=20)
+    gate.wait_for_call()
     gate.open()
     room.close()
     for ticket in tickets:
         with pytest.raises(CancelledError, match="closed before"):
             ticket.result(1)
-    assert threading.active_count() == before
+    assert not own_threads() - before
     room.close()

@@ -1,4 +1,4 @@
-"""What an engine room refuses: bad requests, options and limits."""
+"""Requests, options and limits that the batch scheduler refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.step_gate import PROMPTS
         (Request("a" * 10_001), "10001 characters"),
     ],
 )
-def test_bad_requests_are_refused_alone(room, request_: Request, said: str) -> None:
+def test_bad_requests_do_not_affect_others(room, request_: Request, said: str) -> None:
     beside = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=5))
     with pytest.raises(SpecError, match=said):
         room.submit(request_).result(20)
@@ -48,6 +48,6 @@ def test_bad_options_are_refused(room, options: dict, said: str) -> None:
 @pytest.mark.parametrize(
     "limits", [{"rows": 0}, {"queue": 0}, {"call_rows": (4, 2), "rows": 2}, {"call_rows": (4,), "rows": 8}]
 )
-def test_limits_that_make_no_sense(limits: dict) -> None:
+def test_bad_limits_are_refused(limits: dict) -> None:
     with pytest.raises(SpecError, match="engine room: "):
         Limits(**limits)

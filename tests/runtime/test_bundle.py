@@ -1,4 +1,4 @@
-"""A bundle's files are the bytes that were built, or are not given out; reports are written whole or not at all."""
+"""A bundle only opens files with the digest of the manifest; reports are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 
 from ldm_runtime.atomic_files import sha256, write_together, write_whole
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.device_loop import GUIDED_STEP, STEP
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import COMPONENTS, NAME, FileFact
+from ldm_runtime.manifest import FileFact
 from tests.support.snapshot import contents
 
 FILES = (
-    *("tokenizer.json", "decoder/fp32.onnx.data", "unet/keys.onnx", "unet/keyed.onnx"),
-    *(f"{name}/fp32.onnx" for name in (*COMPONENTS, STEP, GUIDED_STEP)),
+    *("tokenizer.json", "decoder/fp32.onnx.data", "unet/fp32.onnxruntime-cpu.onnx"),
+    *(f"{name}/fp32.onnx" for name in ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")),
+    *("step/fp32.onnx", "guided_step/fp32.onnx"),
 )
 
 

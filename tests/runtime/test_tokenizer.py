@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
-from ldm_runtime import tokenizer as module
+from ldm_runtime.conditioning import tokenizer as module
 from ldm_runtime.conditioning.tokenizer import MAX_CHARACTERS, MAX_LENGTH, Tokenizer
 from ldm_runtime.errors import ManifestError, SpecError
 from text import TOKENS, make_tokenizer, vocabulary

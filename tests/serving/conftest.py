@@ -1,4 +1,4 @@
-"""One server for all tests of serving, and the same model in this process to compare with."""
+"""Fixtures of the serving tests: the shipped model in this process to compare with, and a gRPC connection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def local(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
 
 @pytest.fixture(scope="session")
 def drawn(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
-    """Request → uint8 [images, H, W, 3], made in this process."""
+    """A function that generates a request's images in this process: uint8 [images, H, W, 3]."""
 
     def draw(request: Request) -> np.ndarray:
         for step in local.steps(request):

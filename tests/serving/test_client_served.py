@@ -17,7 +17,7 @@ from PIL import Image
 from ldm_export.cli import main
 from ldm_runtime import Request
 from tests.support.triton_server import TritonServer
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 Refused = Callable[..., None]
 PROMPT = "a large red circle in the center on a white background"
@@ -79,7 +79,7 @@ def test_a_model_that_is_not_ready(refused: Refused, triton_server: TritonServer
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["answer", "stream"])
 def test_an_interrupt_cancels_the_request(triton_server: TritonServer, tmp_path: Path, stream: list[str]) -> None:
     cancelled = 'ldm_requests_total{outcome="cancelled"}'
-    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
     before = triton_server.figures()[cancelled]
     url = ["--url", f"grpc://{triton_server.grpc}", *stream]
     command = [
@@ -104,4 +104,4 @@ def test_an_interrupt_cancels_the_request(triton_server: TritonServer, tmp_path:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "ldm-export: interrupted\n") and not list(tmp_path.iterdir())
-    assert settled(lambda: triton_server.figures()[cancelled] == before + 1)
+    assert wait_until(lambda: triton_server.figures()[cancelled] == before + 1)

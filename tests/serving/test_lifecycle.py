@@ -1,4 +1,7 @@
-"""A server's days: new versions under load, a full queue, a killed model, a restart. Nothing is lost."""
+"""Operating a Triton server: new versions under load, a full queue, a killed model, a restart.
+
+These tests rewrite the repository and stop the server, which is this module's own and is restored after each test.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,8 @@ from tritonclient.utils import InferenceServerException
 from ldm_export.cli import main
 from ldm_runtime import Request
 from tests.support.triton_client import Grpc, over_http, post
-from tests.support.triton_server import TritonServer
-from tests.support.waiting import settled
+from tests.support.triton_server import TritonServer, served
+from tests.support.waiting import wait_until
 
 PROMPT = "a large red circle in the center on a white background"
 WISH = {"PROMPT": PROMPT, "SEED": 5, "STEPS": 8}
@@ -34,6 +37,24 @@ def expected(drawn: Callable[[Request], np.ndarray]) -> np.ndarray:
     return drawn(Request(PROMPT, seed=5, num_inference_steps=8, eta=0.3, guidance_scale=6.0))
 
 
+@pytest.fixture(scope="module")
+def own_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server that only this module's tests use."""
+    with served(shapes_bundle, tmp_path_factory.mktemp("lifecycle")) as running:
+        yield running
+
+
+@pytest.fixture
+def server(own_server: TritonServer, shapes_bundle: Path) -> Iterator[TritonServer]:
+    """The module's server; afterwards it is ready again and serves the shipped model with its usual options."""
+    yield own_server
+    if not own_server.ready():
+        own_server.stop()
+        own_server.start()
+    write(shapes_bundle, own_server)
+    load(own_server, "ldm_stream", "ldm")
+
+
 def write(bundle: Path, server: TritonServer, *options: str) -> None:
     usual = ["--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
     assert main(["triton", str(bundle), "-o", str(server.repository), *usual, *options]) == 0
@@ -45,13 +66,13 @@ def load(server: TritonServer, *names: str) -> None:
             client.load_model(name)
 
 
-def test_a_new_version_under_load_loses_nothing(triton_server, shapes_bundle, expected) -> None:
+def test_loading_a_new_version_under_load_loses_no_request(server, shapes_bundle, expected) -> None:
     found, failed, enough = [], [], threading.Event()
 
     def keep_asking() -> None:
         while not enough.is_set():
             try:
-                result = over_http(triton_server.http, WISH)
+                result = over_http(server.http, WISH)
                 found.append((result.get_response()["model_version"], result.as_numpy("IMAGE")))
             except Exception as error:
                 failed.append(error)
@@ -60,9 +81,9 @@ def test_a_new_version_under_load_loses_nothing(triton_server, shapes_bundle, ex
     threads = [threading.Thread(target=keep_asking) for _ in range(4)]
     for thread in threads:
         thread.start()
-    write(shapes_bundle, triton_server)
-    load(triton_server, "ldm_stream", "ldm")
-    over_http(triton_server.http, WISH)
+    write(shapes_bundle, server)
+    load(server, "ldm_stream", "ldm")
+    over_http(server.http, WISH)
     enough.set()
     for thread in threads:
         thread.join(120)
@@ -72,10 +93,10 @@ def test_a_new_version_under_load_loses_nothing(triton_server, shapes_bundle, ex
     assert all(np.abs(image.astype(int) - expected).max() <= 1 for _, image in found)
 
 
-def test_a_full_queue_refuses_with_a_word_and_the_rest_is_done(triton_server, shapes_bundle) -> None:
-    write(shapes_bundle, triton_server, "--queue", "2", "--rows", "2")
-    load(triton_server, "ldm_stream", "ldm")
-    grpc = Grpc(triton_server.grpc)
+def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_bundle) -> None:
+    write(shapes_bundle, server, "--queue", "2", "--rows", "2")
+    load(server, "ldm_stream", "ldm")
+    grpc = Grpc(server.grpc)
     asked = [grpc.ask(WISH | {"STEPS": 50}) for _ in range(12)]
     done, refused = 0, []
     for each in asked:
@@ -86,56 +107,54 @@ def test_a_full_queue_refuses_with_a_word_and_the_rest_is_done(triton_server, sh
             refused.append(error.message())
     grpc.client.close()
     assert done >= 3 and refused and all("2 requests wait already" in text for text in refused)
-    assert settled(lambda: triton_server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
+    assert wait_until(lambda: server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
 
 
-def test_the_unet_called_at_each_step_gives_the_same_bytes(triton_server, shapes_bundle, expected) -> None:
-    write(shapes_bundle, triton_server, "--per-step")
-    load(triton_server, "unet", "ldm_stream", "ldm")
-    proven = (post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200 or time.sleep(0.1) for _ in range(300))
+def test_per_step_serving_gives_the_same_image(server, shapes_bundle, expected) -> None:
+    write(shapes_bundle, server, "--per-step")
+    load(server, "unet", "ldm_stream", "ldm")
+    proven = (post(server.http, "/v2/models/ldm/infer", CHECK)[0] == 200 or time.sleep(0.1) for _ in range(300))
     assert any(proven)  # its first picture is made once it is loaded, when `unet` can be called
-    assert np.array_equal(over_http(triton_server.http, WISH).as_numpy("IMAGE"), expected)
+    assert np.array_equal(over_http(server.http, WISH).as_numpy("IMAGE"), expected)
 
 
-def test_a_bundle_that_makes_no_picture_is_never_ready(triton_server, shapes_bundle) -> None:
+def test_a_damaged_version_does_not_become_ready_and_the_old_one_keeps_serving(server, shapes_bundle) -> None:
     """Its files are checked, and a first picture is made; the version that was there goes on."""
-    write(shapes_bundle, triton_server)
-    (newest,) = sorted(triton_server.repository.glob("ldm_stream/[0-9]*"), key=lambda path: int(path.name))[-1:]
+    write(shapes_bundle, server)
+    (newest,) = sorted(server.repository.glob("ldm_stream/[0-9]*"), key=lambda path: int(path.name))[-1:]
     graph = newest / "bundle" / "decoder" / "fp32.onnx"
     content = graph.read_bytes()
     graph.unlink()  # a link: the others keep theirs
     graph.write_bytes(content[:-1])
     with pytest.raises(InferenceServerException, match=r"decoder/fp32\.onnx: got"):
-        load(triton_server, "ldm_stream")
-    over_http(triton_server.http, WISH)
-    assert not triton_server.ready()  # so Triton tells of the version that failed, until it is started again
-    write(shapes_bundle, triton_server)
-    load(triton_server, "ldm_stream", "ldm")
-    over_http(triton_server.http, WISH)
+        load(server, "ldm_stream")
+    over_http(server.http, WISH)
+    assert not server.ready()  # so Triton tells of the version that failed, until it is started again
+    write(shapes_bundle, server)
+    load(server, "ldm_stream", "ldm")
+    over_http(server.http, WISH)
 
 
-def test_a_restart_finishes_what_runs_and_serves_the_same(triton_server, expected) -> None:
-    grpc = Grpc(triton_server.grpc)
+def test_a_stopped_server_finishes_running_requests_and_restarts(server, expected) -> None:
+    grpc = Grpc(server.grpc)
     asked = grpc.ask(WISH | {"STEPS": 100})
-    first = over_http(triton_server.http, WISH)
-    triton_server.stop()
+    first = over_http(server.http, WISH)
+    server.stop()
     assert asked.result().as_numpy("IMAGE").shape == (1, 64, 64, 3) and first is not None
     grpc.client.close()
-    assert not triton_server.ready()
-    triton_server.start()
-    assert np.array_equal(over_http(triton_server.http, WISH).as_numpy("IMAGE"), expected)
+    assert not server.ready()
+    server.start()
+    assert np.array_equal(over_http(server.http, WISH).as_numpy("IMAGE"), expected)
 
 
-def test_a_killed_model_is_told_and_comes_back_when_loaded(triton_server, shapes_bundle, expected) -> None:
-    write(shapes_bundle, triton_server)
-    load(triton_server, "ldm_stream", "ldm")
-    session = ["ps", "-ww", "-o", "pid=,args=", "-s", str(triton_server.process.pid)]
+def test_a_killed_model_process_is_reported_and_recovers_when_loaded_again(server, expected) -> None:
+    session = ["ps", "-ww", "-o", "pid=,args=", "-s", str(server.process.pid)]
     children = subprocess.run(session, capture_output=True, text=True, check=True).stdout.splitlines()
     stubs = [line for line in children if "/ldm_stream/" in line]
     newest = max(stubs, key=lambda line: int(line.partition("/ldm_stream/")[2].partition("/")[0]))
     os.kill(int(newest.split()[0]), signal.SIGKILL)
     with pytest.raises(InferenceServerException, match="not healthy"):
-        over_http(triton_server.http, WISH)
-    assert post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] != 200
-    load(triton_server, "ldm_stream")
-    assert np.array_equal(over_http(triton_server.http, WISH).as_numpy("IMAGE"), expected)
+        over_http(server.http, WISH)
+    assert post(server.http, "/v2/models/ldm/infer", CHECK)[0] != 200
+    load(server, "ldm_stream")
+    assert np.array_equal(over_http(server.http, WISH).as_numpy("IMAGE"), expected)

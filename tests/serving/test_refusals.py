@@ -11,7 +11,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.support.triton_client import Grpc, over_http, post, tensor
 from tests.support.triton_server import TritonServer
-from tests.support.waiting import settled
+from tests.support.waiting import wait_until
 
 PROMPT = "a large red circle in the center on a white background"
 CHECK = {
@@ -77,18 +77,18 @@ LONG = {"PROMPT": PROMPT, "STEPS": 1000, "HEIGHT": 256, "WIDTH": 256}
 
 
 def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
-    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
     before = triton_server.figures()
     asked = grpc.ask(LONG)
-    assert settled(lambda: triton_server.figures()["ldm_running_requests"] > 0)
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] > 0)
     asked.call.cancel()
     with pytest.raises(InferenceServerException, match=r"(?i)cancel"):
         asked.result()
     cancelled = 'ldm_requests_total{outcome="cancelled"}'
-    assert settled(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
+    assert wait_until(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
     after = triton_server.figures()
     assert after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
-    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)
 
 
 def test_a_stream_that_is_closed_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
@@ -97,7 +97,7 @@ def test_a_stream_that_is_closed_stops_soon(triton_server: TritonServer, grpc: G
     assert next(answers).as_numpy("STEP").tolist() == [1]
     answers.close()
     cancelled = 'ldm_requests_total{outcome="cancelled"}'
-    assert settled(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
+    assert wait_until(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
     assert triton_server.figures()["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
 
 
@@ -114,7 +114,7 @@ def test_an_urgent_request_does_not_wait_for_those_that_wait(triton_server: Trit
     """More are asked for than run at once; the last, the most urgent, is among the first to be done."""
     wish = {"PROMPT": [PROMPT] * 8, "STEPS": 10}
     usual = [grpc.ask(wish | {"SEED": seed}) for seed in range(8)]
-    assert settled(lambda: triton_server.figures()["ldm_queue_length"] > 3)
+    assert wait_until(lambda: triton_server.figures()["ldm_queue_length"] > 3)
     grpc.ask({"PROMPT": PROMPT, "STEPS": 1, "PRIORITY": 0}).result()
     assert sum(asked.answers.empty() for asked in usual) >= 3
     for asked in usual:
@@ -122,7 +122,7 @@ def test_an_urgent_request_does_not_wait_for_those_that_wait(triton_server: Trit
 
 
 def test_the_figures_are_on_the_metrics_endpoint(triton_server: TritonServer) -> None:
-    assert settled(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)
     figures = triton_server.figures()
     assert figures["ldm_ready"] == 1 and figures["ldm_queue_length"] == 0
     assert figures["ldm_unet_rows_total"] > figures["ldm_unet_calls_total"] > 0

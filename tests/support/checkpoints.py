@@ -62,7 +62,7 @@ def tiny_modules(*, vq: bool = False, seed: int = 0) -> dict[str, nn.Module]:
     return {name: module.eval() for name, module in (("bert", bert), ("unet", unet), ("vqvae", vqvae))}
 
 
-def write_tiny_checkpoint(
+def random_checkpoint(
     folder: Path,
     *,
     vq: bool = False,

@@ -63,7 +63,7 @@ def write_configs(folder: Path) -> Path:
     return folder
 
 
-def narrow_unet(levels: int, crossed: int) -> UNet2DConditionModel:
+def random_unet(levels: int, crossed: int) -> UNet2DConditionModel:
     """A random UNet, ``crossed`` of its levels with attention to the context.
 
     With four levels, as the published model has, latents of 9×11 shrink to 2×2.

@@ -8,9 +8,12 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ldm_export.cli import main
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-triton"
 STARTED, STOPPED = 120, 60
@@ -106,6 +109,19 @@ class TritonServer:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             raise AssertionError(f"tritonserver did not stop in {STOPPED} s, see {self.log}") from None
+
+
+@contextmanager
+def served(bundle: Path, folder: Path) -> Iterator[TritonServer]:
+    """Write a bundle's model repository into ``folder`` and serve it: ONNX Runtime in fp32."""
+    options = ["--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
+    assert main(["triton", str(bundle), "-o", str(folder / "repository"), *options]) == 0
+    server = TritonServer(folder / "repository", folder / "log")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,80 +1,115 @@
-"""The DDIM step as a graph of its own, so that a denoising loop can stay on the device between two UNet calls."""
+"""The sampler's step as a graph of its own, so that the denoising loop can stay on a device between two UNet calls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ldm_export.graph.onnx_graph import OPSET
-from ldm_runtime.device_loop import GUIDED_STEP, STEP
+from ldm_runtime.device_loop import (
+    COEFFICIENTS,
+    GUIDED_STEP,
+    HISTORY,
+    NEXT_HISTORY,
+    NEXT_SAMPLE,
+    NOISE,
+    STEP,
+    slots_of,
+)
+from ldm_runtime.errors import BuildError
+from ldm_runtime.model import NOISE_PRED, SAMPLE
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
+__all__ = ["export_step", "step_specs"]
 
-def step_spec(unet: ComponentSpec, guided: bool) -> ComponentSpec:
-    """What one step takes and gives, from the UNet's spec.
 
-    Inputs ``sample`` float32 [R, C, h, w], the latents (with guidance twice, one below the other: R = 2B, else R = B),
-    ``noise_pred`` of the UNet in the same shape (with guidance the unguided rows first), ``noise`` [B, C, h, w],
-    ``coefficients`` [B, 4]: a, b, c of ``Schedule.rows`` and the guidance scale, for each sample its own.
-    Output ``next_sample`` [R, C, h, w], what the UNet takes next.
+def step_specs(unet: ComponentSpec, slots: int, branches: int) -> dict[str, ComponentSpec]:
+    """Specs of the step components of a model: "step", and "guided_step" for a model with guidance.
+
+    Inputs: ``sample`` float32 [R, C, h, w], the latents (R = B, or with guidance 2·B: the latents twice);
+    ``noise_pred`` [R, C, h, w] of the UNet, with guidance the unconditional rows first; ``noise`` [B, C, h, w];
+    ``coefficients`` [B, slots · (slots + 2) + 1] of each image (``device_loop.coefficients``); with more than one slot
+    ``history`` [B, (slots - 1)·C, h, w], the other slots of the state side by side.
+    Outputs: ``next_sample`` [R, C, h, w], the UNet's next input, and with more than one slot ``next_history``.
+
+    Args:
+        unet: Spec of the UNet.
+        slots: Slots of the state, ``Trajectory.slots`` of the model's scheduler.
+        branches: Guidance branches of the model: 2, or at most 1 without guidance.
+
+    Raises:
+        BuildError: The model has more than two branches.
     """
-    _, channels, height, width = unet.inputs[0].shape
-    rows = unet.inputs[0].shape[0]
-    assert isinstance(rows, Axis)
+    if branches > 2:
+        raise BuildError(f"{GUIDED_STEP}: got {branches} guidance branches, expected 0, 1 or 2; leave the steps out")
+    specs = [_step_spec(unet, slots, guided) for guided in ((False, True) if branches == 2 else (False,))]
+    return {spec.name: spec for spec in specs}
+
+
+def _step_spec(unet: ComponentSpec, slots: int, guided: bool) -> ComponentSpec:
+    _, _, height, width = unet.inputs[0].shape
+    rows, channels = unet.inputs[0].shape[0], unet.outputs[0].shape[1]
+    assert isinstance(rows, Axis) and isinstance(channels, int)
     images = Axis("images", 1, max(1, rows.opt // 2), max(1, rows.max // 2)) if guided else rows
-    doubled = images * 2 if guided else images
-    tall = (doubled, channels, height, width)
-    return ComponentSpec(
-        GUIDED_STEP if guided else STEP,
-        (
-            TensorSpec("sample", "float32", tall),
-            TensorSpec("noise_pred", "float32", tall),
-            TensorSpec("noise", "float32", (images, channels, height, width)),
-            TensorSpec("coefficients", "float32", (images, 4)),
-        ),
-        (TensorSpec("next_sample", "float32", tall),),
-    )
-
-
-def step_specs(unet: ComponentSpec) -> dict[str, ComponentSpec]:
-    """Component → spec of the steps without and with guidance."""
-    return {spec.name: spec for spec in (step_spec(unet, False), step_spec(unet, True))}
+    state = (images * 2 if guided else images, channels, height, width)
+    history = (images, (slots - 1) * channels, height, width)
+    inputs = [
+        TensorSpec(SAMPLE, "float32", state),
+        TensorSpec(NOISE_PRED, "float32", state),
+        TensorSpec(NOISE, "float32", (images, channels, height, width)),
+        TensorSpec(COEFFICIENTS, "float32", (images, slots * (slots + 2) + 1)),
+    ]
+    outputs = [TensorSpec(NEXT_SAMPLE, "float32", state)]
+    if slots > 1:
+        inputs.append(TensorSpec(HISTORY, "float32", history))
+        outputs.append(TensorSpec(NEXT_HISTORY, "float32", history))
+    return ComponentSpec(GUIDED_STEP if guided else STEP, tuple(inputs), tuple(outputs), runs="step")
 
 
 def export_step(spec: ComponentSpec, target: Path) -> list[Path]:
-    """Write the graph of a ``step_spec`` to ``target``: x_prev = a·x + b·prediction + c·noise, in this order.
+    """Write the graph of a step component: ``Trajectory.step`` for each image, after guidance.
+
+    Terms are added in the order of ``Trajectory.step``; a term whose coefficient is zero adds zero.
+
+    Args:
+        spec: One of ``step_specs``.
+        target: File to write.
 
     Returns:
-        The file written.
+        The files written.
     """
-    guided = spec.outputs[0].shape[0] != spec.inputs[2].shape[0]
+    slots = slots_of(spec)
+    names = [f"coefficient_{index}" for index in range(slots * (slots + 2))]
     nodes = [
-        helper.make_node("Unsqueeze", ["coefficients", "image_axes"], ["broadcast"], name="broadcast"),
-        helper.make_node("Split", ["broadcast"], ["a", "b", "c", "scale"], name="coefficients", axis=1, num_outputs=4),
+        helper.make_node("Unsqueeze", [COEFFICIENTS, "image_axes"], ["broadcast"], name="broadcast"),
+        _split("broadcast", [*names, "scale"], "coefficients", axis=1),
     ]
-    latents, prediction = "sample", "noise_pred"
-    if guided:
-        latents, prediction = "latents", "predicted"
+    latents, prediction, moved = SAMPLE, NOISE_PRED, NEXT_SAMPLE
+    if guided := spec.name == GUIDED_STEP:
+        latents, prediction, moved = "latents", "predicted", "moved"
         nodes += [
-            helper.make_node("Split", ["sample"], ["latents", "copy"], name="halve", axis=0, num_outputs=2),
-            helper.make_node("Split", ["noise_pred"], ["unguided", "prompted"], name="rows", axis=0, num_outputs=2),
-            helper.make_node("Sub", ["prompted", "unguided"], ["towards"], name="guidance/Sub"),
-            helper.make_node("Mul", ["scale", "towards"], ["scaled"], name="guidance/Mul"),
-            helper.make_node("Add", ["unguided", "scaled"], ["predicted"], name="guidance/Add"),
+            _split(SAMPLE, ["latents", "copy"], "halves", axis=0),
+            _split(NOISE_PRED, ["unconditional", "conditional"], "rows", axis=0),
+            helper.make_node("Sub", ["conditional", "unconditional"], ["direction"], name="guidance/Sub"),
+            helper.make_node("Mul", ["scale", "direction"], ["scaled"], name="guidance/Mul"),
+            helper.make_node("Add", ["unconditional", "scaled"], ["predicted"], name="guidance/Add"),
         ]
-    moved = "moved" if guided else "next_sample"
-    nodes += [
-        helper.make_node("Mul", ["a", latents], ["kept"], name="a/Mul"),
-        helper.make_node("Mul", ["b", prediction], ["turned"], name="b/Mul"),
-        helper.make_node("Add", ["kept", "turned"], ["mean"], name="mean/Add"),
-        helper.make_node("Mul", ["c", "noise"], ["spread"], name="c/Mul"),
-        helper.make_node("Add", ["mean", "spread"], [moved], name="noise/Add"),
-    ]
+    old, new = [f"history_{slot}" for slot in range(1, slots)], [f"next_{slot}" for slot in range(1, slots)]
+    if slots == 2:
+        old, new = [HISTORY], [NEXT_HISTORY]
+    elif slots > 2:
+        nodes.append(_split(HISTORY, old, "history", axis=1))
+    terms = [latents, *old, prediction, NOISE]
+    for slot, result in enumerate([moved, *new]):
+        nodes += _weighted_sum(names[slot * (slots + 2) :][: slots + 2], terms, result, f"slot_{slot}")
+    if slots > 2:
+        nodes.append(helper.make_node("Concat", new, [NEXT_HISTORY], name="next_history", axis=1))
     if guided:
-        nodes.append(helper.make_node("Concat", [moved, moved], ["next_sample"], name="double", axis=0))
+        nodes.append(helper.make_node("Concat", [moved, moved], [NEXT_SAMPLE], name="double", axis=0))
     graph = helper.make_graph(
         nodes,
         spec.name,
@@ -87,6 +122,25 @@ def export_step(spec: ComponentSpec, target: Path) -> list[Path]:
     onnx.checker.check_model(model, full_check=True)
     target.write_bytes(model.SerializeToString(deterministic=True))
     return [target]
+
+
+def _split(tensor: str, parts: Sequence[str], name: str, axis: int) -> NodeProto:
+    return helper.make_node("Split", [tensor], list(parts), name=name, axis=axis, num_outputs=len(parts))
+
+
+def _weighted_sum(weights: Sequence[str], terms: Sequence[str], result: str, name: str) -> list[NodeProto]:
+    """``result`` = sum of weight · term, added from the first to the last."""
+    nodes, total = [], ""
+    for index, (weight, term) in enumerate(zip(weights, terms, strict=True)):
+        product = f"{name}/product_{index}"
+        nodes.append(helper.make_node("Mul", [weight, term], [product], name=f"{name}/Mul_{index}"))
+        if index:
+            following = result if index + 1 == len(terms) else f"{name}/sum_{index}"
+            nodes.append(helper.make_node("Add", [total, product], [following], name=f"{name}/Add_{index}"))
+            total = following
+        else:
+            total = product
+    return nodes
 
 
 def _value(tensor: TensorSpec) -> onnx.ValueInfoProto:

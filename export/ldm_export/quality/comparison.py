@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_export.prompts import PROMPTS
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
@@ -67,7 +66,7 @@ def parse_runs(text: str, precision: str | None) -> tuple[Run, ...]:
 def compare(
     bundle: Bundle,
     runs: Sequence[Run],
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str],
     steps: int = 50,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Difference, ...]:

@@ -19,7 +19,6 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
 from ldm_export.graph.components import MODULES
-from ldm_export.prompts import PROMPTS
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
@@ -95,7 +94,7 @@ class Verification:
 def verify(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str],
     steps: int = 50,
     precision: str = "fp32",
     tolerance: Tolerance = TOLERANCES["fp32"],

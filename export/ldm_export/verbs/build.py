@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
-from ldm_export.verbs.options import PRECISIONS, quieten, unwritten
+from ldm_export.verbs.int8_options import PROMPTS, add_int8_arguments, given, settings_of, show
+from ldm_export.verbs.options import PRECISIONS, lines, quieten, unwritten
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ TARGETS = ("tensorrt-rtx", "tensorrt")
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder; left out: the shipped shapes model")
+    verb.add_argument(
+        "checkpoint", nargs="?", type=Path, help="a diffusers folder (default: the demo model, if it is installed)"
+    )
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     engines = verb.add_argument_group("engines")
@@ -51,14 +53,22 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_export.bundle import build as building
         from ldm_export.bundle.int8_report import write_report
         from ldm_export.checkpoint.folder import open_checkpoint
+        from ldm_export.demo import default_prompts, demo_checkpoint, demo_grader
+        from ldm_export.prompts import PromptSet
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
-    shapes = args.checkpoint is None or args.checkpoint.resolve() == building.SHIPPED
-    settings = settings_of(args, shapes) if args.precision == "int8" else None
-    if settings is None and given(args):
-        raise BuildError(f"{', '.join(given(args))}: of int8; give --precision int8 too")
-    checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
+    ranged = args.precision in ("fp16", "bf16")
+    if args.precision != "int8" and (
+        extra := [option for option in given(args) if option != "--prompts" or not ranged]
+    ):
+        fitting = "fp16, bf16 or int8" if extra == ["--prompts"] else "int8"
+        raise BuildError(f"{', '.join(extra)}: of {fitting}; give --precision {fitting} too")
+    folder = args.checkpoint or demo_checkpoint()
+    checkpoint = open_checkpoint(folder, random_weights=args.random_weights)
+    model = None if args.random_weights else folder
+    settings = settings_of(args, model) if args.precision == "int8" else None
+    measured = tuple(lines(args.prompts)[:PROMPTS]) if args.prompts else default_prompts(model)
     with screen.bar("reading", None) as bar:
         built = building.build(
             checkpoint,
@@ -67,6 +77,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             engines,
             lambda stage, done, total: bar.to(done, total, stage),
             settings,
+            PromptSet(measured, demo_grader(model)),
         )
         if settings is not None:
             bar.to(0, 1, "report")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """The verb's options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the shipped shapes model")
+    verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the demo model")
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
     verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
     verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
@@ -44,15 +44,14 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.bundle.build import SHIPPED
         from ldm_export.checkpoint.folder import open_checkpoint
-        from ldm_export.prompts import PROMPTS
+        from ldm_export.demo import default_prompts, demo_checkpoint
         from ldm_export.quality.verification import TOLERANCES, verify
         from ldm_export.quality.verification_page import page
     quieten(args.verbose)
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
-    checkpoint = open_checkpoint(args.against or SHIPPED, random_weights=args.random_weights)
+    prompts = lines(args.prompts) if args.prompts else default_prompts(bundle)
+    checkpoint = open_checkpoint(args.against or demo_checkpoint(), random_weights=args.random_weights)
     precision = args.precision or bundle.precision
     given = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
     for option, value in zip(("tolerance", "max-pixel", "min-psnr"), given.values(), strict=True):
@@ -88,12 +87,12 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def _backends(args: argparse.Namespace, screen: Screen) -> int:
-    from ldm_export.prompts import PROMPTS
+    from ldm_export.demo import default_prompts
     from ldm_export.quality.comparison import compare, facts, parse_runs
 
     runs = parse_runs(args.backends, args.precision)
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
+    prompts = lines(args.prompts) if args.prompts else default_prompts(bundle)
     with screen.bar("loading") as bar:
         found = compare(bundle, runs, prompts, args.steps, lambda what, done, total: bar.to(done, total, what))
     try:
@@ -115,7 +114,7 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.prompts import PROMPTS
+        from ldm_export.demo import default_prompts
         from ldm_export.quality.layerwise import compare_layers, first_beyond
         from ldm_export.quality.measures import TOLERANCES, real_feeds
         from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -127,7 +126,7 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     with LatentDiffusionPipeline.from_bundle(
         bundle, backend="onnxruntime", device="cpu", precision="fp32", keep_loaded=False
     ) as pipeline:
-        feeds = real_feeds(pipeline, (lines(args.prompts) if args.prompts else PROMPTS)[:1])
+        feeds = real_feeds(pipeline, (lines(args.prompts) if args.prompts else default_prompts(bundle))[:1])
     told, beyond = {}, False
     with screen.bar("comparing", len(feeds)) as bar:
         for done, (name, feed) in enumerate(feeds.items()):

@@ -1,1 +1,1 @@
-"""Batches requests in flight: a queue, the running batches, limits and counters. No server is needed."""
+"""Continuous batching: a queue, the active batches, their limits and counters. No server is needed."""

@@ -1,4 +1,4 @@
-"""The requests in work: a batch for each picture size, which take turns at a step."""
+"""The running requests: one batch per image size; the batches take turns, one step each."""
 
 from __future__ import annotations
 
@@ -13,142 +13,161 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.batching.batch import F32, Batch, Member
+from ldm_runtime.batching.batch import Batch, Member
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.denoiser import Tensors
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.images import to_uint8
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-PIXELS_AT_ONCE = 2**18
-"""Pixels that are decoded together, as many as one picture of 512×512 has: more take more memory, not less time."""
+__all__ = ["ActiveBatches", "Notify"]
+
+F32 = NDArray[np.float32]
+PIXELS_PER_DECODE = 2**18
+"""Pixels that are decoded in one call, as many as one image of 512×512 has: more need more memory and save no time."""
 _log = logging.getLogger(__name__)
-Tell = Callable[[Job, Progress | JobResult | LdmError], None]
+Notify = Callable[[Job, Progress | JobResult | LdmError], None]
 
 
 class ActiveBatches:
-    """Takes tickets from their first step to their pictures; every one that joins is told one outcome.
+    """Runs jobs from their first step to their images; every job that joins ends with exactly one result or error.
 
     Args:
-        pipeline: what encodes, denoises and decodes.
-        limits: of rows and of sizes at once.
-        tally: where it counts.
-        drawer: draws noise beside the UNet.
-        tell: takes each progress and outcome.
+        pipeline: Encodes, denoises and decodes.
+        limits: Limits on rows and image sizes.
+        counters: Counts the work.
+        noise_executor: Generates noise during UNet calls.
+        notify: Receives the progress and the result of each job.
     """
 
     def __init__(
-        self, pipeline: LatentDiffusionPipeline, limits: Limits, tally: Counters, drawer: Executor, tell: Tell
+        self,
+        pipeline: LatentDiffusionPipeline,
+        limits: Limits,
+        counters: Counters,
+        noise_executor: Executor,
+        notify: Notify,
     ) -> None:
-        self._pipeline, self._limits, self._tally, self._drawer = pipeline, limits, tally, drawer
-        self._tell = tell
-        self._batches: dict[tuple[int, int], Batch] = {}
+        self._pipeline, self._limits, self._counters = pipeline, limits, counters
+        self._noise_executor, self._notify = noise_executor, notify
+        self._batches: dict[tuple[int, ...], Batch] = {}
         self._turn = 0
-        self.broken = False
-        """True from a failure of the engine on, until someone has seen a picture made and sets it back."""
+        self.unhealthy = False
+        """True after a failure of the engine, until the scheduler has generated a test image and resets it."""
 
     def __len__(self) -> int:
         return sum(len(batch.members) for batch in list(self._batches.values()))
 
-    def fits(self, ticket: Job) -> bool:
-        """True where it could join now."""
-        batch = self._batches.get(ticket.plan.shape[2:])
-        return len(self._batches) < self._limits.heights_and_widths if batch is None else batch.fits(ticket)
+    def fits(self, job: Job) -> bool:
+        """True if the job can join now."""
+        batch = self._batches.get(job.plan.shape[2:])
+        return len(self._batches) < self._limits.max_sizes if batch is None else batch.fits(job)
 
-    def join(self, ticket: Job) -> None:
-        """Encode its prompts and let it run from the next step on; it must fit."""
-        ticket.begun = time.monotonic()
+    def join(self, job: Job) -> None:
+        """Encode the job's conditioning and add it to the batch of its size; it must fit."""
+        job.started = time.monotonic()
         try:
-            with self._tally.time("encode"):
-                conditioning = self._pipeline.unet.encode(self._pipeline.context(ticket.plan))
-            with self._tally.time("step"):
-                size, limits = ticket.plan.shape[2:], self._limits
+            with self._counters.time("encode"):
+                conditioning, schedule = self._pipeline.condition(job.plan), self._embed(job)
+            with self._counters.time("step"):
+                size = job.plan.shape[2:]
                 if size not in self._batches:
-                    self._batches[size] = Batch(self._pipeline.unet, limits.rows, limits.call_rows, self._drawer)
-                self._batches[size].join(ticket, conditioning)
+                    self._batches[size] = Batch(self._pipeline.denoiser, self._limits, self._noise_executor)
+                self._batches[size].join(job, conditioning, schedule)
         except Exception as error:
-            self._failed([ticket], error)
+            self._fail([job], error)
 
-    def sweep(self) -> None:
-        """Take out those that are cancelled or overdue."""
+    def _embed(self, job: Job) -> Tensors:
+        """The UNet's schedule inputs at each step; jobs with equal timesteps share them."""
+        timesteps = job.plan.trajectory.timesteps
+        for batch in self._batches.values():
+            for member in batch.members:
+                if np.array_equal(member.trajectory.timesteps, timesteps):
+                    return member.schedule
+        return self._pipeline.denoiser.embed(timesteps)
+
+    def remove_stopped(self) -> None:
+        """Remove the jobs that are cancelled or past their deadline."""
         now = time.monotonic()
         for batch in self._batches.values():
             for member in list(batch.members):
-                if (reason := member.ticket.stopped(now)) is not None:
+                if (reason := member.job.stop_reason(now)) is not None:
                     batch.leave(member)
-                    self._tell(member.ticket, reason)
+                    self._notify(member.job, reason)
         self._batches = {size: batch for size, batch in self._batches.items() if batch.members}
 
     def step(self) -> None:
-        """One step of one size's requests; those that are done are decoded."""
+        """Run one step of one batch, then decode the jobs that are done."""
         if not self._batches:
             return
         self._turn += 1
         batch = list(self._batches.values())[self._turn % len(self._batches)]
         try:
-            batch.step(self._tally)
+            batch.step(self._counters)
         except Exception as error:
             self._batches = {size: other for size, other in self._batches.items() if other is not batch}
-            self._failed([member.ticket for member in batch.members], error)
+            self._fail([member.job for member in batch.members], error)
             return
         for member in batch.members:
-            if member.ticket.progress is not None:
-                self._progress(member)
-        self._finish([(member.ticket, batch.leave(member)) for member in list(batch.members) if member.done])
+            if member.job.on_progress is not None:
+                self._report(member)
+        self._finish([(member.job, batch.leave(member)) for member in list(batch.members) if member.done])
 
     def abandon(self, reason: LdmError) -> None:
-        """End all of them."""
+        """End all jobs with an error."""
         for batch in self._batches.values():
             for member in batch.members:
-                self._tell(member.ticket, reason)
+                self._notify(member.job, reason)
         self._batches = {}
 
-    def _progress(self, member: Member) -> None:
+    def _report(self, member: Member) -> None:
         preview = None
-        if member.foreseen is not None:
-            with suppress(SpecError), self._tally.time("decode"):  # one that cannot be shown is left out
-                preview = self._images(member.foreseen)
-            member.foreseen = None
-        self._tell(member.ticket, Progress(member.index - 1, len(member.ticket.schedule.timesteps), preview))
+        if member.preview is not None:
+            with suppress(SpecError), self._counters.time("decode"):  # a preview that cannot be decoded is left out
+                preview = self._images(member.preview)
+            member.preview = None
+        self._notify(member.job, Progress(member.index - 1, len(member.trajectory), preview))
 
     def _finish(self, done: Sequence[tuple[Job, F32]]) -> None:
-        """Decode those that are done, small ones together; where that fails, each alone."""
+        """Decode finished jobs, small images together; if a call fails, decode each of its jobs alone."""
         left = list(done)
         while left:
-            count = self._decoded_at_once([latents for _, latents in left])
+            count = self._jobs_per_decode([latents for _, latents in left])
             group, left = left[:count], left[count:]
             try:
-                with self._tally.time("decode"):
+                with self._counters.time("decode"):
                     images = self._images(np.concatenate([latents for _, latents in group]))
             except Exception as error:
                 if count > 1:
-                    for alone in group:
-                        self._finish([alone])
+                    for single in group:
+                        self._finish([single])
                 else:
-                    self._failed([group[0][0]], error)
+                    self._fail([group[0][0]], error)
                 continue
-            for ticket, latents in group:
+            for job, latents in group:
                 own, images = images[: len(latents)], images[len(latents) :]
-                begun = ticket.begun or ticket.submitted
-                worked = time.monotonic() - begun
-                self._tell(ticket, JobResult(own, ticket.plan.seeds, begun - ticket.submitted, worked))
+                started = job.started or job.submitted
+                waiting, running = started - job.submitted, time.monotonic() - started
+                self._notify(job, JobResult(own, job.plan.seeds, waiting, running))
 
-    def _decoded_at_once(self, latents: Sequence[F32]) -> int:
-        """How many of them, from the first on: at least one."""
+    def _jobs_per_decode(self, latents: Sequence[F32]) -> int:
+        """Number of jobs, from the first on, that are decoded in one call; at least one."""
         geometry = self._pipeline.geometry
-        room = min(geometry.images, PIXELS_AT_ONCE // (math.prod(latents[0].shape[2:]) * geometry.factor**2))
-        return max(1, sum(total <= room for total in accumulate(map(len, latents))))
+        pixels = math.prod(latents[0].shape[2:]) * geometry.factor**2
+        most = min(geometry.images, PIXELS_PER_DECODE // pixels)
+        return max(1, sum(total <= most for total in accumulate(map(len, latents))))
 
     def _images(self, latents: F32) -> NDArray[np.uint8]:
-        return np.ascontiguousarray(to_uint8(self._pipeline.backends["decoder"].run({"latents": latents})["image"]))
+        return np.ascontiguousarray(to_uint8(self._pipeline.decode_array(latents)))
 
-    def _failed(self, tickets: Sequence[Job], error: Exception) -> None:
-        """End tickets with an error: their own, as that of a prompt that is no text, or the engine's."""
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        """End jobs with an error. A ``SpecError`` is the request's own; any other error marks the engine unhealthy."""
         if not isinstance(error, SpecError):
-            self.broken = True
-            _log.error("%d requests failed: %s: %s", len(tickets), type(error).__name__, error)
+            self.unhealthy = True
+            _log.error("%d requests failed: %s: %s", len(jobs), type(error).__name__, error)
         if not isinstance(error, LdmError):
-            error = BackendError(f"engine room: {type(error).__name__}: {error}")
-        for ticket in tickets:
-            self._tell(ticket, error)
+            error = BackendError(f"batch scheduler: {type(error).__name__}: {error}")
+        for job in jobs:
+            self._notify(job, error)

@@ -1,187 +1,247 @@
-"""The requests of one picture size that run together: the rows of one UNet call, and a DDIM step of all of them."""
+"""A batch: the requests of one image size that are denoised together, one UNet call per step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.batching.call_rows import CallRows, Span, call_rows
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
-from ldm_runtime.denoiser import Conditioning, UNet
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.state import BatchState
+from ldm_runtime.denoiser import Denoiser, Tensors
+from ldm_runtime.guidance import StepBranches, guide
+from ldm_runtime.request import Plan
+from ldm_runtime.schedulers.trajectory import Trajectory, padded_rows
+
+__all__ = ["Batch", "Member"]
 
 F32 = NDArray[np.float32]
+MAX_LAYOUTS = 64
+"""Layouts of UNet calls that are kept for the same members."""
 
 
 @dataclass(eq=False)
 class Member:
-    """A running ticket: its noise, the next step, and the span of its rows and images in the batch's arrays."""
+    """A running request.
 
-    ticket: Job
+    Attributes:
+        job: The request.
+        noise: Its noise, as ``Plan.noise``.
+        schedule: The UNet's schedule inputs at each step, [calls, …].
+        rows: Coefficients of its trajectory for the slots of the batch, float32 [calls, slots, slots + 3].
+        index: Index of the next step.
+        span: Its place in the batch's arrays.
+        preview: x0 as predicted at the last step, float32 [images, C, h, w], if a preview is due.
+    """
+
+    job: Job
     noise: Iterator[F32]
+    schedule: Tensors
+    rows: F32
     index: int = 0
-    rows: slice = field(default_factory=lambda: slice(0))
-    images: slice = field(default_factory=lambda: slice(0))
-    foreseen: F32 | None = None
-    """x_0 as predicted in the last step, where a preview is due."""
+    span: Span = field(default_factory=lambda: Span(0, 0, 0, 0))
+    preview: F32 | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The request's plan."""
+        return self.job.plan
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Timesteps and coefficients."""
+        return self.job.plan.trajectory
 
     @property
     def done(self) -> bool:
         """True after the last step."""
-        return self.index == len(self.ticket.schedule.timesteps)
+        return self.index == len(self.trajectory)
+
+    @property
+    def preview_due(self) -> bool:
+        """True if the next step ends with a preview."""
+        every = self.job.preview_every
+        return bool(every) and (self.index + 1) % every == 0 and self.index + 1 < len(self.trajectory)
 
 
 class Batch:
-    """Members join between any two steps and leave when done: the UNet takes one timestep per row.
+    """Members join between any two steps and leave when done, because the UNet takes a timestep per row.
 
-    A member's rows lie side by side, those of the unguided branch first, as in a pipeline's own call. What is constant
-    over its steps is copied in when it joins; a gap that a leaving member makes is closed by the last one, or by moving
-    up those behind it.
+    A member reserves ``Plan.rows`` rows from its first step to its last. Conditioning is copied in when it joins. When
+    a member leaves, the last member of equal size takes its place, or the members behind it move up.
 
     Args:
-        unet: predicts the noise of the rows.
-        most: rows of one call.
-        sizes: rows a call may have, rising and ending with ``most``, for engines that like few shapes: calls are filled
-            up to the next of them. None: as many as there are.
-        drawer: draws the noise of a step while the UNet runs.
+        denoiser: Predicts the noise of the rows.
+        limits: ``max_rows`` and ``row_buckets``.
+        noise_executor: Generates the noise of a step during the UNet call.
     """
 
-    def __init__(self, unet: UNet, most: int, sizes: Sequence[int] | None, drawer: Executor):
-        self._unet, self._most, self._sizes, self._drawer = unet, most, sizes, drawer
+    def __init__(self, denoiser: Denoiser, limits: Limits, noise_executor: Executor):
+        self._denoiser, self._limits, self._noise_executor = denoiser, limits, noise_executor
         self.members: list[Member] = []
-        self._conditioning: dict[str, NDArray[Any]] = {}
-        self._latents = self._sample = np.empty((0, 0, 0, 0), np.float32)
-        self._times = np.zeros(most, np.int64)
-        self._index()
+        self._state: BatchState | None = None
+        self._conditioning: Tensors = {}
+        self._sample = self._noise = self._direction = np.empty(0, np.float32)
+        self._arrange()
 
     @property
     def rows(self) -> int:
-        """Rows in use."""
-        return sum(member.ticket.rows for member in self.members)
+        """Reserved rows."""
+        return sum(member.plan.rows for member in self.members)
 
-    def fits(self, ticket: Job) -> bool:
-        """True where there is room for its rows."""
-        return self.rows + ticket.rows <= self._most
+    def fits(self, job: Job) -> bool:
+        """True if enough rows are free for the job."""
+        return self.rows + job.plan.rows <= self._limits.max_rows
 
-    def join(self, ticket: Job, conditioning: Conditioning) -> None:
-        """Let it run from the next step on; ``conditioning`` has its rows, with guidance the unguided ones first."""
-        noise = ticket.plan.noise()
-        latents = next(noise) if ticket.plan.latents is None else ticket.plan.latents
-        if not self._conditioning:
-            self._latents = np.zeros((self._most, *latents.shape[1:]), np.float32)
-            self._sample = np.zeros_like(self._latents)
-            self._conditioning = {
-                name: np.zeros((self._most, *array.shape[1:]), array.dtype) for name, array in conditioning.items()
-            }
-        self.members.append(member := Member(ticket, noise))
-        self._index()
+    def join(self, job: Job, conditioning: Tensors, schedule: Tensors) -> None:
+        """Add a job that fits; it takes part in the next step.
+
+        Args:
+            job: The request.
+            conditioning: The UNet's conditioning inputs, [plan.rows, …], as ``LatentDiffusionPipeline.condition``.
+            schedule: The UNet's schedule inputs, [calls, …], as ``Denoiser.embed``.
+        """
+        noise = job.plan.noise()
+        start = job.plan.start(noise)
+        if self._state is None:
+            self._state = self._allocate(job.plan, conditioning)
+        self.members.append(member := Member(job, noise, schedule, job.plan.trajectory.rows))
+        self._arrange()
         for name, array in conditioning.items():
-            self._conditioning[name][member.rows] = array
-        self._latents[member.images] = latents
+            self._conditioning[name][member.span.row_slice] = array
+        self._state.put(member.span.image_slice, start)
+        self._direction[member.span.image_slice] = 0
+        for other in self.members:
+            other.rows = padded_rows(other.trajectory.rows, self._state.slots)
+
+    def _allocate(self, plan: Plan, conditioning: Tensors) -> BatchState:
+        rows = self._limits.max_rows
+        self._conditioning = {name: np.zeros((rows, *a.shape[1:]), a.dtype) for name, a in conditioning.items()}
+        self._sample, self._noise, self._direction = (np.zeros((rows, *plan.shape[1:]), np.float32) for _ in range(3))
+        return BatchState(rows, plan.shape[1:])
 
     def leave(self, member: Member) -> F32:
-        """Take a member out and give its latents [images, C, h, w]."""
-        latents = self._latents[member.images].copy()
-        place = self.members.index(member)
-        last = self.members[-1]
-        alike = (last.ticket.rows, last.images.stop - last.images.start) == (member.ticket.rows, len(latents))
+        """Remove a member and return its latents, float32 [images, C, h, w]."""
+        assert self._state is not None
+        latents = self._state.latents[member.span.image_slice].copy()
+        place, last = self.members.index(member), self.members[-1]
+        alike = (last.span.rows, last.span.images) == (member.span.rows, member.span.images)
         moved = [last] if alike and last is not member else self.members[place + 1 :]
-        before = [(other, other.rows, other.images) for other in moved]
+        before = [(other, other.span) for other in moved]
         if alike:
             self.members[place] = last
             self.members.pop()
         else:
             del self.members[place]
-        self._index()
-        for other, rows, images in before:
+        self._arrange()
+        for other, old in before:
             for array in self._conditioning.values():
-                array[other.rows] = array[rows]
-            self._latents[other.images] = self._latents[images]
+                array[other.span.row_slice] = array[old.row_slice]
+            self._state.move(old.image_slice, other.span.image_slice)
+            self._direction[other.span.image_slice] = self._direction[old.image_slice]
         return latents
 
-    def _index(self) -> None:
-        """Places of all members, and which rows and images belong together."""
+    def _arrange(self) -> None:
+        """Give every member its place, and collect what is constant until the next one joins or leaves."""
         row = image = 0
-        image_of_row, prompted, guided, unguided = list[int](), list[int](), list[int](), list[int]()
         for member in self.members:
-            count = member.ticket.plan.shape[0]
-            images = range(image, image + count)
-            if member.ticket.plan.guided:
-                guided += images
-                unguided += range(row, row + count)
-                image_of_row += images
-            image_of_row += images
-            prompted += range(row + member.ticket.rows - count, row + member.ticket.rows)
-            member.rows, member.images = slice(row, row + member.ticket.rows), slice(image, image + count)
-            row, image = member.rows.stop, member.images.stop
-        self._image_of_row, self._prompted = np.array(image_of_row, np.intp), np.array(prompted, np.intp)
-        self._guided, self._unguided = np.array(guided, np.intp), np.array(unguided, np.intp)
-        counts = [member.ticket.plan.shape[0] for member in self.members]
+            member.span = Span(row, member.plan.rows, image, member.plan.images)
+            row, image = row + member.plan.rows, image + member.plan.images
+        self._images = image
+        self._layouts: dict[tuple[StepBranches, ...], CallRows] = {}
+        counts = [member.plan.images for member in self.members]
         self._member_of_image = np.repeat(np.arange(len(counts)), counts)
-        scales = np.array([member.ticket.plan.guidance_scale for member in self.members], np.float32)
-        self._scales = _column(scales[self._member_of_image[self._guided]])
-        noisy = [member.ticket.schedule.needs_noise for member in self.members]
-        self._noisy = np.flatnonzero(np.array(noisy, bool)[self._member_of_image])
+        scales = [member.plan.guidance_scale for member in self.members]
+        self._scales = self._of_images(np.array(scales, np.float32))
+        self._extra_scales = self._of_images(np.array([scale - 1 for scale in scales], np.float32))
+        self._noisy = [member for member in self.members if member.trajectory.needs_noise]
+        self._reusing = any(StepBranches.REUSED in member.plan.steps for member in self.members)
+        self._affine = all(member.trajectory.affine for member in self.members)
+        self._scaled = any((member.trajectory.input_scale != 1).any() for member in self.members)
 
-    def step(self, tally: Counters) -> None:
-        """One step of every member: a UNet call, guidance, and DDIM; the same arithmetic as a pipeline's.
+    def _of_images(self, values: F32) -> F32:
+        """Spread one number per member to its images: float32 [images, 1, 1, 1]."""
+        return values[self._member_of_image].reshape(-1, 1, 1, 1)
+
+    def step(self, counters: Counters) -> None:
+        """Advance every member by one step, with the arithmetic of the pipeline's loop.
 
         Raises:
-            BackendError: the UNet failed; the members are as before, but for the noise they have drawn.
+            BackendError: The UNet failed. The members are unchanged, except that they have drawn noise.
         """
-        with tally.time("step"):
-            rows, latents = len(self._image_of_row), self._latents[: len(self._prompted)]
-            padded = rows if self._sizes is None else next(size for size in self._sizes if size >= rows)
-            times = np.array([member.ticket.schedule.timesteps[member.index] for member in self.members], np.int64)
-            np.take(times[self._member_of_image], self._image_of_row, out=self._times[:rows])
-            np.take(latents, self._image_of_row, axis=0, out=self._sample[:rows])
-            conditioning = {name: array[:padded] for name, array in self._conditioning.items()}
-            drawing = self._drawer.submit(self._draw) if len(self._noisy) else None
-        with tally.time("unet"):
-            predicted = self._unet(self._sample[:padded], self._times[:padded], conditioning)
-        with tally.time("noise"):
-            noise = drawing.result() if drawing else None
-        with tally.time("step"):
-            self._advance(latents, self._guide(predicted), noise)
-        tally.step(rows)
+        assert self._state is not None
+        with counters.time("step"):
+            call = self._layout()
+            latents = self._state.latents[: self._images]
+            sample = np.take(self._model_input(latents), call.image, 0, self._sample[: len(call.image)], "clip")
+            schedule = {
+                name: np.stack([member.schedule[name][member.index] for member in self.members])[call.member]
+                for name in self.members[0].schedule
+            }
+            conditioning = {name: array[call.conditioning] for name, array in self._conditioning.items()}
+            drawing = self._noise_executor.submit(self._draw) if self._noisy else None
+        with counters.time("unet"):
+            predicted = self._denoiser(sample, schedule, conditioning)
+        with counters.time("noise"):
+            if drawing is not None:
+                drawing.result()
+        with counters.time("step"):
+            output = self._guide(predicted, call)
+            for member in self.members:
+                if member.preview_due:
+                    images = member.span.image_slice
+                    member.preview = member.trajectory.predict_x0(latents[images], output[images], member.index)
+            self._advance(self._state, output)
+        counters.step(call.used)
 
-    def _draw(self) -> F32:
-        """Noise of the images that need some, in their order."""
-        return np.concatenate([next(member.noise) for member in self.members if member.ticket.schedule.needs_noise])
+    def _layout(self) -> CallRows:
+        branches = tuple(member.plan.steps[member.index] for member in self.members)
+        if branches not in self._layouts:
+            if len(self._layouts) == MAX_LAYOUTS:
+                self._layouts.clear()
+            spans, limits = [member.span for member in self.members], self._limits
+            self._layouts[branches] = call_rows(spans, branches, limits.padded, limits.max_rows)
+        return self._layouts[branches]
 
-    def _guide(self, predicted: F32) -> F32:
-        output: F32 = predicted[self._prompted]
-        if len(self._guided):
-            unguided = predicted[self._unguided]
-            output[self._guided] = unguided + self._scales * (output[self._guided] - unguided)
+    def _model_input(self, latents: F32) -> F32:
+        if not self._scaled:
+            return latents
+        scales = [member.trajectory.input_scale[member.index] for member in self.members]
+        return latents * self._of_images(np.array(scales, np.float32))
+
+    def _draw(self) -> None:
+        for member in self._noisy:
+            self._noise[member.span.image_slice] = next(member.noise)
+
+    def _guide(self, predicted: F32, call: CallRows) -> F32:
+        """Combine the branches; returns the prediction of each image, float32 [images, C, h, w]."""
+        output: F32 = predicted[call.conditional]
+        if every := len(call.guided) == self._images:
+            output, direction = guide(predicted[call.unconditional], output, self._scales)
+        elif len(call.guided):
+            scales = self._scales[call.guided]
+            output[call.guided], direction = guide(predicted[call.unconditional], output[call.guided], scales)
+        if self._reusing and (every or len(call.guided)):
+            self._direction[call.guided] = direction
+        if len(call.reused):
+            output[call.reused] += self._extra_scales[call.reused] * self._direction[call.reused]
         return output
 
-    def _advance(self, latents: F32, output: F32, noise: F32 | None) -> None:
-        for member in self.members:
-            every, schedule = member.ticket.preview_every, member.ticket.schedule
-            if every and (member.index + 1) % every == 0 and member.index + 1 < len(schedule.timesteps):
-                member.foreseen = schedule.predicted(latents[member.images], output[member.images], member.index)
-        if self.members[0].ticket.schedule.affine:  # all are of one scheduler
-            rows = np.stack([member.ticket.coefficients[member.index] for member in self.members])
-            a, b, c = (_column(numbers) for numbers in rows[self._member_of_image].T)
-            latents *= a
-            output *= b
-            latents += output
-            if noise is not None:
-                latents[self._noisy] += c[self._noisy] * noise
+    def _advance(self, state: BatchState, output: F32) -> None:
+        if self._affine:
+            rows = np.stack([member.rows[member.index] for member in self.members])
+            state.advance(rows[self._member_of_image], output, self._noise[: self._images])
         else:
-            drawn = iter(() if noise is None else noise)
             for member in self.members:
-                schedule, x = member.ticket.schedule, latents[member.images]
-                own = np.stack([next(drawn) for _ in x]) if schedule.needs_noise else None
-                x[:] = schedule.step(x, output[member.images], member.index, own)
+                images, trajectory = member.span.image_slice, member.trajectory
+                noise = self._noise[images] if trajectory.needs_noise else None
+                own = state.get(images, trajectory.slots)
+                state.put(images, trajectory.step(own, output[images], member.index, noise))
         for member in self.members:
             member.index += 1
-
-
-def _column(numbers: F32) -> F32:
-    return numbers.reshape(-1, 1, 1, 1)

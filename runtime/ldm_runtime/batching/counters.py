@@ -1,4 +1,4 @@
-"""What an engine room has done: counts, and seconds by stage."""
+"""Counters of the batch scheduler: requests by outcome, UNet calls, and seconds by stage."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+__all__ = ["OUTCOMES", "STAGES", "Counters", "Snapshot"]
+
 WINDOW = 10.0
-"""Seconds over which steps a second and batch fill are taken."""
+"""Seconds over which ``steps_per_second`` and ``batch_fill`` are measured."""
 STAGES = ("encode", "unet", "noise", "step", "decode")
-"""Text encoder; UNet calls; waiting for noise; all other work of a step; decoder with its previews."""
-OUTCOMES = ("done", "failed", "cancelled", "overdue", "refused")
+"""Conditioning; UNet calls; waiting for noise; the rest of a step; decoder, including previews."""
+OUTCOMES = ("done", "failed", "cancelled", "expired", "refused")
 
 
 @dataclass(frozen=True)
-class Figures:
-    """A room at one moment. Counts and seconds are since its start; rates are of the last ten seconds.
+class Snapshot:
+    """The scheduler at one moment. Counts and seconds are totals since its start.
 
     Attributes:
-        ready: a picture can be made.
-        waiting, running: requests in the queue and in the batches.
-        fill: share of the rows a UNet call may have that were in use, 0 to 1, mean over calls.
-        steps_per_second: UNet calls a second.
-        steps, rows: UNet calls, and their rows in all.
-        outcomes: requests by how they ended.
-        seconds: by stage.
+        ready: True if images can be generated.
+        waiting, running: Number of requests in the queue and in the batches.
+        batch_fill: Used share of ``max_rows``, 0 to 1, mean over the UNet calls of the last 10 seconds.
+        steps_per_second: UNet calls per second over the last 10 seconds.
+        steps, rows: UNet calls, and the sum of their rows.
+        outcomes: Number of requests by outcome, one of ``OUTCOMES``.
+        seconds: Seconds by stage, one of ``STAGES``.
     """
 
     ready: bool
     waiting: int
     running: int
-    fill: float
+    batch_fill: float
     steps_per_second: float
     steps: int
     rows: int
@@ -41,10 +43,14 @@ class Figures:
 
 
 class Counters:
-    """Counts of one room; written by its worker thread, read by any."""
+    """Counters of one scheduler, written by its worker thread and read by any thread.
 
-    def __init__(self, most_rows: int):
-        self._most_rows = most_rows
+    Args:
+        max_rows: Maximum rows of a UNet call.
+    """
+
+    def __init__(self, max_rows: int):
+        self._max_rows = max_rows
         self.steps = self.rows = 0
         self.outcomes = Counter[str](dict.fromkeys(OUTCOMES, 0))
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -52,29 +58,28 @@ class Counters:
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Add the block's seconds to a stage."""
-        begun = time.perf_counter()
+        """Add the duration of the block to a stage."""
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - begun
+            self.seconds[stage] += time.perf_counter() - started
 
     def step(self, rows: int) -> None:
-        """Count a UNet call of so many rows."""
+        """Count a UNet call with ``rows`` rows in use."""
         self.steps += 1
         self.rows += rows
         self._recent.append((time.monotonic(), rows))
 
-    def figures(self, *, ready: bool, waiting: int, running: int) -> Figures:
-        """All of it, as of now."""
+    def snapshot(self, *, ready: bool, waiting: int, running: int) -> Snapshot:
+        """Copy all counters, with the state that the scheduler knows."""
         since = time.monotonic() - WINDOW
         recent = [rows for when, rows in list(self._recent) if when > since]
-        fill = sum(recent) / (len(recent) * self._most_rows) if recent else 0.0
-        return Figures(
+        return Snapshot(
             ready=ready,
             waiting=waiting,
             running=running,
-            fill=fill,
+            batch_fill=sum(recent) / (len(recent) * self._max_rows) if recent else 0.0,
             steps_per_second=len(recent) / WINDOW,
             steps=self.steps,
             rows=self.rows,

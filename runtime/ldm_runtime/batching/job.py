@@ -1,4 +1,4 @@
-"""One request in the engine room: its plan, its time, and the future its caller waits on."""
+"""A request in the batch scheduler: its plan, its deadline, and the future that its caller waits for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import CancelledError, DeadlineError, LdmError
 from ldm_runtime.request import Plan
-from ldm_runtime.schedule import Schedule
+
+__all__ = ["Job", "JobResult", "Progress"]
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One finished step: its index from 0, how many there are, and now and then uint8 [images, H, W, 3] as foreseen."""
+    """One finished denoising step.
+
+    Attributes:
+        index: Index of the step from 0.
+        total: Number of steps.
+        preview: The images as predicted at this step, uint8 [images, H, W, channels], if a preview is due.
+    """
 
     index: int
     total: int
@@ -26,67 +33,76 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class JobResult:
-    """What a request gives: uint8 [images, H, W, 3], the seeds they were drawn from, seconds waited and worked."""
+    """Result of a request.
+
+    Attributes:
+        images: uint8 [images, H, W, channels].
+        seeds: The seeds of the noise, one for all images or one each.
+        seconds_waiting: Time in the queue.
+        seconds_running: Time from the first step to the decoded images.
+    """
 
     images: NDArray[np.uint8]
     seeds: tuple[int, ...]
-    waited: float
-    worked: float
+    seconds_waiting: float
+    seconds_running: float
 
 
 class Job:
-    """A request that was let in; made by ``BatchScheduler.submit``.
+    """An admitted request; returned by ``BatchScheduler.submit``.
 
-    Any thread may cancel it or wait for it. ``future`` holds the ``JobResult`` or an LdmError; callbacks added to it,
-    and ``progress``, run on the room's notifier thread, so that a slow one delays other callbacks but no step.
+    Any thread may cancel it or wait for it. ``future`` receives the ``JobResult`` or an ``LdmError``. Callbacks of the
+    future and ``on_progress`` run on the scheduler's notifier thread: a slow callback delays other callbacks but no
+    denoising step.
+
+    Args:
+        plan: The checked request.
+        priority: 0 (most urgent) to 4.
+        timeout: Seconds until the request expires; None for no deadline.
+        on_progress: Called after each step.
+        preview_every: Steps between two previews; 0 for none.
     """
 
     def __init__(
         self,
         plan: Plan,
-        schedule: Schedule,
         *,
-        priority: int,
-        seconds: float | None,
-        progress: Callable[[Progress], None] | None,
-        preview_every: int,
+        priority: int = 2,
+        timeout: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        preview_every: int = 0,
     ):
-        self.plan, self.schedule, self.priority = plan, schedule, priority
-        self.coefficients = schedule.unclipped_rows()
-        """(a, b, c) of every step, as ``Schedule.rows``."""
-        self.progress, self.preview_every = progress, preview_every
+        self.plan, self.priority, self.on_progress, self.preview_every = plan, priority, on_progress, preview_every
         self.submitted = time.monotonic()
-        self.due = None if seconds is None else self.submitted + seconds
-        self.begun: float | None = None
+        self.deadline = None if timeout is None else self.submitted + timeout
+        self.started: float | None = None
         self.cancelled = False
         self.future: Future[JobResult] = Future()
 
-    @property
-    def rows(self) -> int:
-        """Rows it takes in a UNet call: one for each image, two with guidance."""
-        return self.plan.shape[0] * (2 if self.plan.guided else 1)
-
     def cancel(self) -> None:
-        """Ask it to stop: it leaves the queue, or the running batch before the next step, with a CancelledError."""
+        """Cancel the request. It leaves the queue, or its batch before the next step, with a ``CancelledError``."""
         self.cancelled = True
 
     def result(self, timeout: float | None = None) -> JobResult:
-        """Wait for the pictures.
+        """Wait for the images.
+
+        Args:
+            timeout: Seconds to wait; None waits until the request ends.
 
         Raises:
-            CancelledError, DeadlineError, BackendError, SpecError: why there are none.
-            TimeoutError: not done after ``timeout`` seconds; it goes on.
+            CancelledError, DeadlineError, BackendError, SpecError: The request has failed; the message says why.
+            TimeoutError: The request did not end in time. It continues.
         """
         return self.future.result(timeout)
 
-    def stopped(self, now: float) -> LdmError | None:
-        """Why it must not go on: cancelled, or past its deadline."""
+    def stop_reason(self, now: float) -> LdmError | None:
+        """The error with which the request must end at ``now`` (``time.monotonic()``), or None if it may continue."""
         if self.cancelled:
             return CancelledError("request: cancelled by its caller")
-        if self.due is not None and now > self.due:
-            place = "waiting" if self.begun is None else "running"
+        if self.deadline is not None and now > self.deadline:
+            place = "waiting" if self.started is None else "running"
             return DeadlineError(
-                f"request: still {place} after its {self.due - self.submitted:g} s; give it more time, "
-                "or ask for fewer steps or images"
+                f"request: still {place} after its {self.deadline - self.submitted:g} s; use a longer timeout, "
+                "fewer steps or fewer images"
             )
         return None

@@ -1,4 +1,4 @@
-"""A thread that tells callers, so that no callback of theirs delays a step."""
+"""A thread that runs the callbacks of callers, so that a slow callback delays no denoising step."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ from contextlib import suppress
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.errors import LdmError
 
-MOST_BEHIND = 1000
-"""Progress is left out while so many messages wait, e.g. behind a callback that hangs; outcomes never are."""
+__all__ = ["Notifier"]
+
+MAX_PENDING = 1000
+"""Progress messages are dropped while more messages are pending, e.g. behind a blocked callback; results never are."""
 _log = logging.getLogger(__name__)
 
 
 class Notifier:
-    """Delivers progress and outcomes in the order in which they were given."""
+    """Delivers progress and results in the order of the calls to ``notify``."""
 
     def __init__(self) -> None:
         self._messages = queue.SimpleQueue[tuple[Job, Progress | JobResult | LdmError] | None]()
         self._thread = threading.Thread(target=self._run, name="ldm-notifier", daemon=True)
         self._thread.start()
 
-    def tell(self, ticket: Job, message: Progress | JobResult | LdmError) -> None:
-        """Deliver a message soon."""
-        if not isinstance(message, Progress) or self._messages.qsize() < MOST_BEHIND:
-            self._messages.put((ticket, message))
+    def notify(self, job: Job, message: Progress | JobResult | LdmError) -> None:
+        """Queue a message for delivery; returns at once."""
+        if not isinstance(message, Progress) or self._messages.qsize() < MAX_PENDING:
+            self._messages.put((job, message))
 
     def _run(self) -> None:
         while (entry := self._messages.get()) is not None:
-            ticket, message = entry
-            with suppress(InvalidStateError):  # a future that its caller has cancelled
+            job, message = entry
+            with suppress(InvalidStateError):  # the caller has cancelled the future itself
                 if isinstance(message, Progress):
-                    self._progress(ticket, message)
+                    self._progress(job, message)
                 elif isinstance(message, JobResult):
-                    ticket.future.set_result(message)
+                    job.future.set_result(message)
                 else:
-                    ticket.future.set_exception(message)
+                    job.future.set_exception(message)
 
-    def _progress(self, ticket: Job, message: Progress) -> None:
-        if ticket.progress is None or ticket.future.done():
+    def _progress(self, job: Job, message: Progress) -> None:
+        if job.on_progress is None or job.future.done():
             return
         try:
-            ticket.progress(message)
+            job.on_progress(message)
         except Exception:
-            _log.exception("a progress callback failed; it is not called again")
-            ticket.progress = None
+            _log.exception("on_progress raised an error; it is not called again for this request")
+            job.on_progress = None
 
     def close(self, timeout: float) -> None:
-        """Deliver what waits, then end."""
+        """Deliver the pending messages, then end the thread; waits for ``timeout`` seconds at most."""
         self._messages.put(None)
         self._thread.join(timeout)

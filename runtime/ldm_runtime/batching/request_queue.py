@@ -1,4 +1,4 @@
-"""The queue before the engine room: bounded, by priority, and nobody waits for ever."""
+"""Bounded priority queue with aging: every admitted request is eventually served."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from collections.abc import Callable
 from ldm_runtime.batching.job import Job
 from ldm_runtime.errors import QueueFullError
 
+__all__ = ["PRIORITIES", "RequestQueue"]
+
 PRIORITIES = range(5)
-"""0 is the most urgent; the usual one is 2."""
+"""0 is the most urgent; the default is 2."""
 
 
 class RequestQueue:
-    """Tickets in the order in which they run: by arrival time plus ``patience`` seconds for each step of priority.
+    """Jobs ordered by arrival time plus ``aging_seconds`` for each priority level.
 
-    So a ticket is overtaken by more urgent ones that come at most ``patience`` × the difference later, never by those
-    after: within a priority it is first come, first served, and every wait ends. Not thread-safe: the room locks.
+    A job is overtaken only by more urgent jobs that arrive at most ``aging_seconds`` times the difference in priority
+    later. Within a priority, jobs are served in the order of arrival. Not thread-safe: the scheduler locks.
 
     Args:
-        most: tickets that may wait.
-        patience: seconds that one step of priority is worth.
+        max_queue: Maximum number of jobs.
+        aging_seconds: Value of one priority level in seconds.
     """
 
-    def __init__(self, most: int, patience: float):
-        self._most, self._patience = most, patience
+    def __init__(self, max_queue: int, aging_seconds: float):
+        self._max_queue, self._aging_seconds = max_queue, aging_seconds
         self._heap: list[tuple[float, int, Job]] = []
         self._count = itertools.count()
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def push(self, ticket: Job) -> None:
-        """Let a ticket wait.
+    def push(self, job: Job) -> None:
+        """Add a job.
 
         Raises:
-            QueueFullError: too many wait already.
+            QueueFullError: The queue is full.
         """
-        if len(self._heap) >= self._most:
-            raise QueueFullError(f"queue: {self._most} requests wait already, the most that may; ask again later")
-        key = ticket.submitted + ticket.priority * self._patience
-        heapq.heappush(self._heap, (key, next(self._count), ticket))
+        if len(self._heap) >= self._max_queue:
+            raise QueueFullError(f"queue: full, {self._max_queue} requests are waiting already; try again later")
+        key = job.submitted + job.priority * self._aging_seconds
+        heapq.heappush(self._heap, (key, next(self._count), job))
 
-    def take(self, fits: Callable[[Job], bool]) -> Job | None:
-        """The first ticket if it fits; one that does not is not passed by those behind it."""
+    def pop(self, fits: Callable[[Job], bool]) -> Job | None:
+        """Remove and return the first job if it fits, else None; later jobs do not overtake a job that is too large."""
         return heapq.heappop(self._heap)[2] if self._heap and fits(self._heap[0][2]) else None
 
-    def drop(self, unwanted: Callable[[Job], bool]) -> list[Job]:
-        """Take out all tickets that are not wanted any more."""
-        dropped = [entry[2] for entry in self._heap if unwanted(entry[2])]
-        if dropped:
-            self._heap = [entry for entry in self._heap if entry[2] not in dropped]
+    def remove_if(self, unwanted: Callable[[Job], bool]) -> list[Job]:
+        """Remove and return all jobs for which ``unwanted`` is true."""
+        removed = [entry[2] for entry in self._heap if unwanted(entry[2])]
+        if removed:
+            self._heap = [entry for entry in self._heap if entry[2] not in removed]
             heapq.heapify(self._heap)
-        return dropped
+        return removed

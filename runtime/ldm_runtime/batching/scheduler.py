@@ -1,4 +1,4 @@
-"""Many requests in one running UNet batch: they join at any step and leave when done. No server is needed."""
+"""Batches the requests of many callers: they join the running UNet batch at any step and leave when done."""
 
 from __future__ import annotations
 
@@ -10,58 +10,67 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from ldm_runtime.batching.active_batches import ActiveBatches
-from ldm_runtime.batching.counters import Counters, Figures
+from ldm_runtime.batching.counters import Counters, Snapshot
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.notifier import Notifier
 from ldm_runtime.batching.request_queue import PRIORITIES, RequestQueue
+from ldm_runtime.batching.self_test import self_test_request
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
+from ldm_runtime.number_checks import shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
+__all__ = ["BatchScheduler"]
+
 _log = logging.getLogger(__name__)
-RETRY = (0.5, 30.0)
-"""Seconds between tries to make a picture after a failure: the first, and the longest."""
+RETRY_SECONDS = (0.5, 30.0)
+"""Seconds between self-tests after a failure: the first delay, which doubles each time, and the longest."""
 
 
 class BatchScheduler:
-    """Runs a pipeline for many callers at once; it owns the pipeline's thread, not the pipeline.
+    """Runs a pipeline for many callers at once, on one thread of its own. It does not close the pipeline.
 
-    A request alone gives what ``pipeline(...)`` gives, bit for bit; beside others a UNet call has other shapes, whose
-    results differ in the last bits, and a pixel by at most 1/255.
+    A request that runs alone produces exactly the image of ``pipeline(...)``. In a batch the UNet runs on other shapes,
+    so that results differ in the last bits and pixels by at most 1/255.
 
     Args:
-        pipeline: loaded; no other thread may use it until the room is closed.
-        limits: see there.
-        prove: make a first picture before the constructor returns; else soon after it, on the room's own thread.
+        pipeline: The loaded pipeline. No other thread may use it until the scheduler is closed.
+        limits: Limits of the batches and the queue.
+        warm_up: True generates a test image before the constructor returns, False soon after it, on the scheduler's
+            thread; until then the scheduler is not ready.
 
     Raises:
-        SpecError: the UNet does not take so many rows.
-        BackendError: the pipeline cannot make a picture.
+        LdmError: The test image cannot be generated.
+
+    Example:
+        >>> with BatchScheduler(pipe) as scheduler:
+        ...     images = scheduler.submit(Request("a red circle"), timeout=60).result().images
     """
 
-    def __init__(self, pipeline: LatentDiffusionPipeline, limits: Limits | None = None, *, prove: bool = True):
+    def __init__(self, pipeline: LatentDiffusionPipeline, limits: Limits | None = None, *, warm_up: bool = True):
         limits = limits or Limits()
         self._pipeline, self._limits = pipeline, limits
-        self._queue = RequestQueue(limits.queue, limits.patience)
-        self._tally = Counters(limits.rows)
+        self._queue = RequestQueue(limits.max_queue, limits.aging_seconds)
+        self._counters = Counters(limits.max_rows)
         self._changed = threading.Condition()
         self._closing = False
-        self._until = 0.0
-        self._alive = time.monotonic()
-        self._drawer = ThreadPoolExecutor(1, "ldm-noise")
+        self._drain_until = 0.0
+        self._last_progress = time.monotonic()
+        self._noise_executor = ThreadPoolExecutor(1, "ldm-noise")
         self._notifier = Notifier()
-        self._running = ActiveBatches(pipeline, limits, self._tally, self._drawer, self._tell)
-        self._proving = False
+        self._active = ActiveBatches(pipeline, limits, self._counters, self._noise_executor, self._notify)
+        self._testing = False
         try:
-            if prove:
-                self._prove()
+            self._test_request = self_test_request(pipeline)
+            if warm_up:
+                self._self_test()
         except LdmError:
-            self._drawer.shutdown()
+            self._noise_executor.shutdown()
             self._notifier.close(1)
             raise
-        self._running.broken = not prove
-        self._thread = threading.Thread(target=self._run, name="ldm-engine-room", daemon=True)
+        self._active.unhealthy = not warm_up
+        self._thread = threading.Thread(target=self._run, name="ldm-batch-scheduler", daemon=True)
         self._thread.start()
 
     def submit(
@@ -69,81 +78,73 @@ class BatchScheduler:
         request: Request,
         *,
         priority: int = 2,
-        seconds: float | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        timeout: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         preview_every: int = 0,
     ) -> Job:
-        """Let a request in; returns at once.
+        """Add a request to the queue; returns at once.
 
         Args:
-            request: what to make. Its prompts are tokenized later; a bad one fails the ticket.
-            priority: 0, the most urgent, to 4.
-            seconds: it may take from now on; None for no end.
-            progress: called after each step, on the notifier's thread.
-            preview_every: steps from one preview in ``progress`` to the next, each the cost of a decoding; 0: none.
+            request: Its conditioning is encoded later; a text that cannot be tokenized fails the job.
+            priority: 0 (most urgent) to 4.
+            timeout: Seconds until the request expires, in the queue or while it runs; None for no deadline.
+            on_progress: Called after each step, on the notifier thread.
+            preview_every: Steps between two previews in ``on_progress``, each of which costs a decoder call; 0 for none.
 
         Raises:
-            SpecError: a value cannot be used, or it never fits.
-            QueueFullError: too many wait, or no picture can be made now.
-            CancelledError: the room is closing.
+            SpecError: A value cannot be used, or the request needs more than ``max_rows`` rows.
+            QueueFullError: The queue is full, or the engine fails.
+            CancelledError: The scheduler is closing.
         """
-        plan = request.plan(self._pipeline.geometry)
-        schedule = self._pipeline.scheduler.schedule(request.num_inference_steps, request.eta)
+        plan = self._pipeline.plan(request)
         if type(priority) is not int or priority not in PRIORITIES:
-            raise SpecError(f"priority: got {priority!r:.40}, expected 0 (most urgent) to {PRIORITIES[-1]}")
-        if seconds is not None and not 0 < seconds < float("inf"):
-            raise SpecError(f"seconds: got {seconds!r:.40}, expected a number above 0, or None")
+            raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")
+        if timeout is not None and not 0 < timeout < float("inf"):
+            raise SpecError(f"timeout: got {shown(timeout)}, expected a number of seconds above 0, or None")
         if type(preview_every) is not int or preview_every < 0:
-            raise SpecError(f"preview_every: got {preview_every!r:.40}, expected a number of steps, or 0 for none")
-        ticket = Job(
-            plan,
-            schedule,
-            priority=priority,
-            seconds=seconds,
-            progress=progress,
-            preview_every=preview_every,
-        )
-        if ticket.rows > self._limits.rows:
+            raise SpecError(f"preview_every: got {shown(preview_every)}, expected a number of steps, or 0 for none")
+        if plan.rows > self._limits.max_rows:
             raise SpecError(
-                f"prompts: {plan.shape[0]} images need {ticket.rows} rows of a UNet call (guided ones two each), "
-                f"expected at most {self._limits.rows}; make several requests"
+                f"images: {plan.images} images need {plan.rows} rows of a UNet call (with guidance two each), expected "
+                f"at most {self._limits.max_rows}; make several requests"
             )
+        job = Job(
+            plan, priority=priority, timeout=timeout, on_progress=on_progress, preview_every=preview_every
+        )
         with self._changed:
             if self._closing:
-                raise CancelledError("engine room: closing, no request is taken any more")
+                raise CancelledError("batch scheduler: closing, no more requests are accepted")
             if not self.ready:
-                self._tally.outcomes["refused"] += 1
-                raise QueueFullError(
-                    "engine room: the engine fails or hangs, no picture can be made now; ask again later"
-                )
+                self._counters.outcomes["refused"] += 1
+                raise QueueFullError("batch scheduler: the engine fails or does not respond; try again later")
             self._sweep_queue()
             try:
-                self._queue.push(ticket)
+                self._queue.push(job)
             except QueueFullError:
-                self._tally.outcomes["refused"] += 1
+                self._counters.outcomes["refused"] += 1
                 raise
             self._changed.notify()
-        return ticket
+        return job
 
     @property
     def ready(self) -> bool:
-        """True where a picture can be made: the last try did, the thread lives, and no call hangs."""
-        idle = not (self._running or self._queue or self._proving)
-        moving = idle or time.monotonic() - self._alive < self._limits.stall
-        return not self._running.broken and not self._closing and self._thread.is_alive() and moving
+        """True if images can be generated: the last attempt succeeded, the thread is alive, and no call is stalled."""
+        idle = not (self._active or self._queue or self._testing)
+        moving = idle or time.monotonic() - self._last_progress < self._limits.stall_timeout
+        return not self._active.unhealthy and not self._closing and self._thread.is_alive() and moving
 
-    def figures(self) -> Figures:
-        """What it does and has done."""
-        return self._tally.figures(ready=self.ready, waiting=len(self._queue), running=len(self._running))
+    def snapshot(self) -> Snapshot:
+        """Counters and current state."""
+        return self._counters.snapshot(ready=self.ready, waiting=len(self._queue), running=len(self._active))
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Let nobody in, finish what is in within ``seconds``, cancel the rest, and end the threads."""
+    def close(self, timeout: float = 0.0) -> None:
+        """Accept no more requests, finish the accepted ones within ``timeout`` seconds, cancel the rest, end threads."""
         with self._changed:
             if not self._closing:
-                self._closing, self._until = True, time.monotonic() + seconds
+                self._closing, self._drain_until = True, time.monotonic() + timeout
             self._changed.notify()
         self._thread.join()
-        self._drawer.shutdown()
+        self._noise_executor.shutdown()
         self._notifier.close(10)
 
     def __enter__(self) -> BatchScheduler:
@@ -154,81 +155,84 @@ class BatchScheduler:
     ) -> None:
         self.close()
 
-    # From here on all runs on the room's own thread.
+    # The methods below run on the scheduler's own thread.
 
     def _run(self) -> None:
-        reason: LdmError = CancelledError("request: the engine room was closed before it was done")
+        reason: LdmError = CancelledError("request: the batch scheduler was closed before it was done")
         try:
             while self._wait():
-                while (ticket := self._next()) is not None:
-                    self._running.join(ticket)
-                self._running.sweep()
-                self._running.step()
-        except BaseException as fault:
-            _log.exception("the engine room has failed")
-            reason = BackendError(f"engine room: failed ({type(fault).__name__}: {fault}); restart it")
+                while (job := self._next()) is not None:
+                    self._active.join(job)
+                self._active.remove_stopped()
+                self._active.step()
+        except BaseException as error:
+            _log.exception("the batch scheduler has failed")
+            reason = BackendError(f"batch scheduler: failed ({type(error).__name__}: {error}); restart it")
         with self._changed:
             self._closing = True
-            left = self._queue.drop(lambda ticket: True)
-        for ticket in left:
-            self._tell(ticket, reason)
-        self._running.abandon(reason)
+            left = self._queue.remove_if(lambda job: True)
+        for job in left:
+            self._notify(job, reason)
+        self._active.abandon(reason)
 
     def _wait(self) -> bool:
-        """Wait for work; False when the room is to end. After a failure, and now and then without work, see whether a
-        picture can be made."""
-        delay = RETRY[0]
+        """Wait for work; False if the thread must end. Runs a self-test after a failure and after idle time."""
+        delay = RETRY_SECONDS[0]
         while True:
             with self._changed:
-                if self._running.broken:
+                if self._active.unhealthy:
                     self._changed.wait(delay)
                     self._sweep_queue()
                 else:
-                    self._changed.wait_for(lambda: self._queue or self._running or self._closing, self._limits.idle)
-                self._alive = time.monotonic()
-                idle = not (self._queue or self._running)
-                if self._closing and (idle or self._running.broken or self._alive > self._until):
+                    self._changed.wait_for(
+                        lambda: self._queue or self._active or self._closing, self._limits.self_test_after
+                    )
+                self._last_progress = time.monotonic()
+                idle = not (self._queue or self._active)
+                if self._closing and (idle or self._active.unhealthy or self._last_progress > self._drain_until):
                     return False
-                if not self._running.broken and not idle:
+                if not self._active.unhealthy and not idle:
                     return True
-            self._proving = True
+            self._testing = True
             try:
-                self._prove()
-                self._running.broken = False
+                self._self_test()
+                self._active.unhealthy = False
             except LdmError as error:
-                self._running.broken = True
-                delay = min(2 * delay, RETRY[1])
-                _log.error("no picture can be made: %s", error)
-            self._proving = False
+                self._active.unhealthy = True
+                delay = min(2 * delay, RETRY_SECONDS[1])
+                _log.error("self-test failed: %s", error)
+            self._testing = False
 
-    def _prove(self) -> None:
-        """Make a picture of one step; one with NaN is refused."""
-        self._pipeline("a", seed=0, num_inference_steps=1)
+    def _self_test(self) -> None:
+        """Generate a test image; NaN or infinite values in it raise SpecError."""
+        for step in self._pipeline.steps(self._test_request):
+            latents = step.latents
+        self._pipeline.decode(latents)
 
     def _next(self) -> Job | None:
         with self._changed:
             self._sweep_queue()
-            return None if self._running.broken else self._queue.take(self._running.fits)
+            return None if self._active.unhealthy else self._queue.pop(self._active.fits)
 
     def _sweep_queue(self) -> None:
-        """Drop those who wait in vain; the caller holds the lock."""
+        """Remove cancelled and expired jobs from the queue; the caller holds the lock."""
         now = time.monotonic()
-        for ticket in self._queue.drop(lambda ticket: ticket.stopped(now) is not None):
-            if (reason := ticket.stopped(now)) is not None:
-                self._tell(ticket, reason)
+        for job in self._queue.remove_if(lambda job: job.stop_reason(now) is not None):
+            if (reason := job.stop_reason(now)) is not None:
+                self._notify(job, reason)
 
-    def _tell(self, ticket: Job, message: Progress | JobResult | LdmError) -> None:
+    def _notify(self, job: Job, message: Progress | JobResult | LdmError) -> None:
         if not isinstance(message, Progress):
-            self._tally.outcomes[_outcome(message)] += 1
-        self._notifier.tell(ticket, message)
+            self._counters.outcomes[_outcome(message)] += 1
+        self._notifier.notify(job, message)
 
 
-def _outcome(outcome: JobResult | LdmError) -> str:
-    match outcome:
+def _outcome(message: JobResult | LdmError) -> str:
+    match message:
         case JobResult():
             return "done"
         case CancelledError():
             return "cancelled"
         case DeadlineError():
-            return "overdue"
+            return "expired"
     return "failed"

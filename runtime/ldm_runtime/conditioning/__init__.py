@@ -50,6 +50,9 @@ class Conditioner(Protocol):
             BackendError: The engine failed.
         """
 
+    def example(self) -> dict[str, Any]:
+        """Fields of a small valid request for one image, used by self-tests and benchmarks."""
+
     def close(self) -> None:
         """Free the engine of the component that encodes; the next call loads it again."""
 

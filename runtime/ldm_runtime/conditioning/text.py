@@ -96,6 +96,10 @@ class TextConditioner:
             self._output: np.concatenate([states[text] for text in texts for _ in range(request.images_per_prompt)])
         }
 
+    def example(self) -> dict[str, Any]:
+        """A one-letter prompt."""
+        return {"prompts": "a"}
+
     def encode(self, texts: Sequence[str]) -> dict[str, F32]:
         """Text -> hidden states float32 [1, T, D].
 

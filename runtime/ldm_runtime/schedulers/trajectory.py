@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import shown
 
-__all__ = ["Clip", "Threshold", "Trajectory"]
+__all__ = ["Clip", "Threshold", "Trajectory", "padded_rows"]
 
 F32 = NDArray[np.float32]
 
@@ -170,6 +170,25 @@ class Trajectory:
         if not 0 <= found < len(self):
             raise SpecError(f"trajectory: got step {shown(i)}, expected 0..{len(self) - 1}")
         return found
+
+
+def padded_rows(rows: F32, slots: int) -> F32:
+    """Coefficients of a trajectory for a state with more slots, e.g. of a batch or a graph.
+
+    Args:
+        rows: ``Trajectory.rows``, float32 [calls, own, own + 3].
+        slots: Number of slots, at least ``own``.
+
+    Returns:
+        float32 [calls, slots, slots + 3]; the added slots are zero and used by nothing.
+    """
+    own = rows.shape[1]
+    if own == slots:
+        return rows
+    found = np.zeros((len(rows), slots, slots + 3), np.float32)
+    found[:, :own, :own] = rows[:, :, :own]
+    found[:, :own, slots:] = rows[:, :, own:]
+    return found
 
 
 def _check(name: str, array: F32, x: F32) -> None:

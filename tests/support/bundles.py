@@ -1,0 +1,47 @@
+"""Makers of the checkpoints and bundles that tests share. Importing this module imports torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ldm_calibration.settings import CalibrationSettings
+from ldm_export.bundle.add_int8 import calibrate
+from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.int8_report import write_report
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.engine.request import EngineRequest
+
+__all__ = ["CAPABILITIES", "ENGINES", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
+
+CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities of the shared engines: Ampere, Ada and Blackwell."""
+ENGINES = EngineRequest("tensorrt-rtx", CAPABILITIES)
+
+
+def build_bundle(checkpoint: Path, folder: Path) -> None:
+    """Build a checkpoint's bundle in fp32."""
+    build(open_checkpoint(checkpoint), folder)
+
+
+def build_shapes(folder: Path) -> None:
+    """Build the bundle of the checkpoint that ships, in fp32."""
+    build(open_checkpoint(SHIPPED), folder)
+
+
+def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
+    """Copy an fp32 bundle of ``checkpoint`` and add its fp16 graphs."""
+    shutil.copytree(bundle, folder)
+    build(open_checkpoint(checkpoint), folder, "fp16")
+
+
+def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:
+    """Copy a bundle and add int8 graphs, calibrated with ``settings``, and their report."""
+    shutil.copytree(bundle, folder)
+    write_report(calibrate(folder, settings).bundle)
+
+
+def add_engines(bundle: Path, folder: Path) -> None:
+    """Copy the shipped checkpoint's bundle and add fp16 graphs and their engines for all of ``CAPABILITIES``."""
+    shutil.copytree(bundle, folder)
+    build(open_checkpoint(SHIPPED), folder, "fp16", ENGINES)
