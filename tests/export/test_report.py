@@ -99,7 +99,7 @@ def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundl
     page, facts = Page.read(target), json.loads(int8_bundle.file("report/int8.json").read_text())
     assert_self_contained(page)
     assert page.table("prompt")[0][:3] == ["prompt", "fp32", "int8"]
-    assert "Budget: a mean PSNR of at least 20 dB: met." in page.text and facts["record"]["sha256"] in page.text
+    assert "Budget met: at least 20 dB on 1 image, mean " in page.text and facts["record"]["sha256"] in page.text
     (outcome,) = [rows for rows in page.tables if any(row[0] == "UNet operations in int8" for row in rows)]
     told = {row[0]: row[1] for row in outcome}
     assert told["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"

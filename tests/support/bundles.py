@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ldm_calibration.settings import Settings
+from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import SHIPPED, build
 from ldm_export.bundle.int8_report import write_report
@@ -35,7 +35,7 @@ def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
     build(open_checkpoint(checkpoint), folder, "fp16")
 
 
-def add_int8(bundle: Path, settings: Settings, folder: Path) -> None:
+def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:
     """Copy a bundle and add int8 graphs, calibrated with ``settings``, and their report."""
     shutil.copytree(bundle, folder)
     write_report(calibrate(folder, settings).bundle)
