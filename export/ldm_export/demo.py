@@ -72,7 +72,9 @@ def default_prompts(sha256: object) -> tuple[str, ...]:
     return tuple(package.PROMPTS) if package is not None and is_demo(sha256) else PROMPTS
 
 
-def calibration_prompts(sha256: object, calibration: int, trials: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def calibration_prompts(
+    sha256: object, calibration: int, trials: int
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Prompts to calibrate int8 with and prompts to try it on; None for a model other than the demo model.
 
     Args:
