@@ -43,8 +43,8 @@ PART = 16
 OnProgress = Callable[[str, int, int], None]
 """Called with the name of a part, and how much of the part is done and in total."""
 RunPart = Callable[[str, Mapping[str, Any], Callable[[Path], None]], Path]
-"""``run_part(name, depends, make)`` returns the file of a part. It calls ``make(file)``, which writes the file, unless a
-file of the same name and dependencies (JSON-able) exists."""
+"""``run_part(name, depends, make)`` returns the file of a part. Unless a file of the same name and dependencies
+(JSON-able) exists, it calls ``make(file)``, which writes the file."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Histogram:
     @property
     def centres(self) -> NDArray[np.float64]:
         """Centre of each bin, float64 [BINS]."""
-        return (np.arange(BINS) + 0.5) * (self.top / BINS)
+        return np.asarray((np.arange(BINS) + 0.5) * (self.top / BINS), np.float64)
 
 
 def quantile_of(counts: NDArray[np.int64], top: float, quantile: float) -> float:

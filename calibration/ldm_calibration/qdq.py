@@ -125,19 +125,17 @@ def along(factors: NDArray[np.float32], axis: int, rank: int) -> NDArray[np.floa
     return factors.reshape(shape)
 
 
-def _smooth(
-    graph: ir.Graph, before: ir.Node, layer: Layer, source: ir.Value, factors: NDArray[np.float32]
-) -> ir.Value:
+def _smooth(graph: ir.Graph, before: ir.Node, layer: Layer, source: ir.Value, factors: NDArray[np.float32]) -> ir.Value:
     """Divide the channels of the source by the factors, once for all layers that read it."""
     rank = 3 if layer.op == "Conv" else 1
-    divisor = _constant(graph, f"{layer.source}/smoothing", along(1 / factors, 0, rank))
+    divisor = _constant(graph, f"{layer.source}/smoothing", along(np.float32(1) / factors, 0, rank))
     multiply = ir.node("Mul", [source, divisor], name=f"{layer.source}/smoothing/Mul")
     graph.insert_before(before, multiply)
     return _typed(multiply.outputs[0], f"{layer.source}/smoothed", ir.DataType.FLOAT, source.shape)
 
 
 def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
-    """Pass the result of a convolution through int8; its channels are divided by the factors before and restored after."""
+    """Pass a convolution's result through int8: its channels are divided by the factors before, and restored after."""
     assert scaling.factors is not None
     restore, result = node.inputs[1], node.outputs[0]
     assert restore is not None

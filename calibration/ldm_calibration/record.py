@@ -1,4 +1,4 @@
-"""The calibration record: settings, ranges and decisions. With the fp32 graphs it determines the int8 graphs exactly."""
+"""The calibration record: settings, ranges and decisions, which with the fp32 graphs determine the int8 graphs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ComponentRecord:
     @property
     def int8_share(self) -> float:
         """Share of the operations that are int8."""
-        return sum(layer["flops"] for layer in self.layers if layer["int8"]) / max(self.flops, 1)
+        return float(sum(layer["flops"] for layer in self.layers if layer["int8"]) / max(self.flops, 1))
 
 
 @dataclass(frozen=True)

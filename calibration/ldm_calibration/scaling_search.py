@@ -62,7 +62,8 @@ def search_scalings(
                 if layer.name not in single:
                     single[layer.name] = _Single(model, layer, graph.parent)
                 _try(trials[source], single[layer.name], layer, weights_of(weights[layer.weight or ""]), values)
-    chosen, decibels = {}, {}
+    chosen: dict[str, SourceScaling] = {}
+    decibels: dict[str, float] = {}
     for source, tried in trials.items():
         best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
         thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
@@ -113,7 +114,8 @@ def _trials(
 def _reading(weights: Mapping[str, ir.Value], layer: Layer) -> F32:
     """Largest magnitude of the weights that read each input channel."""
     array = np.abs(weights_of(weights[layer.weight or ""]))
-    return array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
+    largest: F32 = array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
+    return largest
 
 
 class _Single:

@@ -58,9 +58,7 @@ def measure_sensitivity(
     return found
 
 
-def int8_backend(
-    model: CalibrationModel, component: str, tensors: QuantizedTensors, layers: Sequence[str]
-) -> Backend:
+def int8_backend(model: CalibrationModel, component: str, tensors: QuantizedTensors, layers: Sequence[str]) -> Backend:
     """A component with these layers in int8 on ONNX Runtime, made at its first use."""
 
     def load() -> Backend:

@@ -49,4 +49,4 @@ def smoothing_factors(
     x = np.maximum(activations, floor * max(float(activations.max()), 1e-30))
     w = np.maximum(weights, floor * max(float(weights.max()), 1e-30))
     logs = exponent * np.log(x.astype(np.float64)) - (1 - exponent) * np.log(w.astype(np.float64))
-    return np.exp(np.clip(logs - logs.mean(), -8, 8)).astype(np.float32)
+    return np.asarray(np.exp(np.clip(logs - logs.mean(), -8, 8)), np.float32)

@@ -54,8 +54,8 @@ def calibrate(
     with work_folder(target) as work:
         on_progress("checking the bundle", 0, 1)
         files = link_files([name for name in manifest.files if name not in outdated | {INT8_REPORT}], work, bundle)
-        for name, stage in staying.items():
-            outcomes[name] = Outcome(stage.key, {file: files[file] for file in stage.files}, "kept", 0.0)
+        for name, fact in staying.items():
+            outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
         graphs = {name: work / graph for name, graph in _fp32_graphs(folder, manifest).items()}
         model = CalibrationModel(manifest.model, graphs, lambda name: work / name)
         for stage in int8_stages(work, model, settings, quantize, before, on_progress, grade):

@@ -74,9 +74,7 @@ def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str
     }
 
 
-def _new_record(
-    work: Path, calibration: Calibration, before: Mapping[str, str], on_progress: OnProgress
-) -> Stage:
+def _new_record(work: Path, calibration: Calibration, before: Mapping[str, str], on_progress: OnProgress) -> Stage:
     """Calibrates the fp32 graphs and writes the record; its finished parts stay in ``work`` until the build ends."""
     tools = {name: version(name) for name in TOOLS}
     shared: dict[str, Any] = {"stages": dict(before), "tools": tools}
