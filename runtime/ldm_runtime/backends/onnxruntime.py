@@ -25,7 +25,7 @@ from ldm_runtime.backends.onnxruntime_session import (
 )
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
-from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.errors import BackendError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
@@ -154,7 +154,7 @@ class OnnxRuntimeEngine:
             return None
         graphs = {name: (bundle.graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
         graphs[UNET] = loader.graph, loader.spec
-        return DeviceLoop(lambda: OnnxRuntimeDevice(graphs))
+        return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
 
 
 def _has_cuda_provider() -> bool:

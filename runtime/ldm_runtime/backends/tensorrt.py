@@ -18,7 +18,7 @@ from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.tensorrt_device import TensorRtDevice
 from ldm_runtime.backends.tensorrt_engine import LoadedEngine
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import check_feed, sizes_of
 
@@ -139,4 +139,4 @@ class TensorRtEngine:
                 raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
             return TensorRtDevice(backend.engine, lambda name: LoadedEngine(matched[name]))
 
-        return DeviceLoop(open_device)
+        return DeviceLoop(open_device, slots_of(matched[steps[0]].spec))
