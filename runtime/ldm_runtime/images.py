@@ -43,7 +43,12 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def to_pil(images: NDArray[np.float32]) -> list[Image.Image]:
     """Float [B, 3, H, W] in [0, 1] → B PIL images."""
-    return [Image.fromarray(image) for image in to_uint8(images)]
+    return [pil_image(image) for image in to_uint8(images)]
+
+
+def pil_image(image: NDArray[np.uint8]) -> Image.Image:
+    """uint8 [H, W, channels] → a PIL image; one channel is shown in gray."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
