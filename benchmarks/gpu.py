@@ -129,7 +129,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     import torch
 
     from ldm_export.bundle.build import SHIPPED
-    from ldm_export.checkpoint.folder import open_checkpoint
+    from ldm_export.families import open_checkpoint
     from ldm_export.quality.verification import reference_pipeline
     from ldm_runtime.errors import BackendError
 

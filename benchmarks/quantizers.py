@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 from executed import OpenVinoFormat, int8_share
+from ldm_runtime.ddim import DDIM
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from rich.console import Console
@@ -38,12 +39,11 @@ from ldm_calibration.shapes.grader import accuracy
 from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_calibration.trajectories import Model, run_trajectories
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.atomic_files import sha256
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
-from ldm_runtime.atomic_files import sha256
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.images import psnr
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import ComponentSpec

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from ldm_runtime.ddim import DDIM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,7 +33,6 @@ from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.scheduler import BatchScheduler
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.request import Geometry
 from ldm_runtime.specs import Axis
 

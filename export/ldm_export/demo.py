@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.settings import Grade
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weight_files, weights_sha256
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
+
+if TYPE_CHECKING:
+    from ldm_calibration.settings import Grade
 
 __all__ = ["Model", "calibration_prompts", "default_prompts", "demo_checkpoint", "demo_grader", "is_demo"]
 

@@ -13,7 +13,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from ldm_calibration.histogram import BINS, Histogram
 from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
 from ldm_calibration.sampling import chosen_steps
-from ldm_calibration.weights import smoothing_factors, quantize_weights
+from ldm_calibration.weights import quantize_weights, smoothing_factors
 
 SPREADS = {
     "normal": lambda rng: rng.standard_normal(20_000),

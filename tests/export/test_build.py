@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 from tests.support.checkpoints import edit_json, write_json, write_tensors

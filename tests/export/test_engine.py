@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
+from ldm_export.graph.precision import half_graph
 
 from ldm_export.bundle.build import SHIPPED, build
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.cli import main
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove
 from ldm_export.engine.request import EngineRequest
-from ldm_export.graph.precision import half_graph
+from ldm_export.families import open_checkpoint
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from ldm_export.graph.components import ModelShape
 
 from ldm_export.engine.profiles import bounded, parse_bounds, profiles
-from ldm_export.graph.components import ModelShape
 from ldm_runtime.errors import BuildError
 
 SPECS = ModelShape(tokens=77, context_width=24, latent_channels=4, latent_size=32).specs()

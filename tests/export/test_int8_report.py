@@ -14,7 +14,7 @@ from ldm_calibration.quality import psnr
 from ldm_calibration.record import read_record
 from ldm_calibration.sessions import load_graph
 from ldm_export.bundle.int8_stages import RECORD
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError, ManifestError
@@ -50,11 +50,11 @@ def test_the_pictures_are_those_the_pipeline_draws(calibrated: Bundle) -> None:
 
 def test_flops_are_those_of_torch(tiny_checkpoint: Path, calibrated: Bundle) -> None:
     import torch
+    from ldm_export.graph.components import MODULES
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from ldm_export.checkpoint.modules import load_module
-    from ldm_export.graph.components import MODULES
 
     spec = calibrated.manifest.components["unet"].spec
     module = MODULES["unet"](load_module(open_checkpoint(tiny_checkpoint), "unet")).eval()

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-
-from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.graph.attention import fuse_attention
 from ldm_export.graph.components import ModelShape, UNet
 from ldm_export.graph.keyed_unet import export_keyed, keyed_specs
+from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
+
+from ldm_export.bundle.build import build
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ldm_runtime.ddim import DDIM
+
 from ldm_calibration.record import ComponentRecord, read_record
 from ldm_calibration.settings import Settings
 from ldm_calibration.trajectories import Model
 from ldm_export.bundle.int8_stages import RECORD
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.manifest import COMPONENTS
 
 PROMPTS = ("a red circle", "a blue square")

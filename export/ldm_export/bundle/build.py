@@ -182,9 +182,7 @@ def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[
     before = {name: outcome.key for name, outcome in outcomes.items()}
     if options.calibration is not None:
         model, quantize = calibration_model(plan), plan.family.quantize
-        return int8_stages(
-            plan.work, model, options.calibration, quantize, before, plan.on_progress, options.grade
-        )
+        return int8_stages(plan.work, model, options.calibration, quantize, before, plan.on_progress, options.grade)
     if options.precision == "fp32":
         return []
     requests = plan.family.requests(None) if options.requests is None else options.requests
@@ -192,9 +190,7 @@ def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[
     return [ranges, *half_stages(plan, options.precision, ranges)]
 
 
-def _engine_stages(
-    plan: BuildPlan, request: EngineRequest, precision: str, sources: Mapping[str, str]
-) -> list[Stage]:
+def _engine_stages(plan: BuildPlan, request: EngineRequest, precision: str, sources: Mapping[str, str]) -> list[Stage]:
     components = [(spec, precision) for spec in plan.model.components.values()]
     steps = [(spec, "fp32") for spec in model_steps(plan.model).values()]
     return [engine_stage(plan, spec, graph, request, sources) for spec, graph in (*components, *steps)]

@@ -38,9 +38,9 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
-from ldm_export.graph import wrappers
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.errors import CheckpointError

@@ -27,6 +27,7 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 __all__ = ["PictureResult", "Verification", "verify"]
 
 MAX_REQUESTS = 1000
+_SHARED = ("seed", "num_inference_steps", "eta", "guidance_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +48,14 @@ class PictureResult:
     theirs: Image.Image
 
     @property
+    def fields(self) -> RequestFields:
+        """The request without the seed and the options that all images share."""
+        return {name: value for name, value in self.request.items() if name not in _SHARED}
+
+    @property
     def label(self) -> str:
-        """What the image was asked for, without the options that all images share."""
-        return label({name: value for name, value in self.request.items() if name not in ("seed", *_OPTIONS)})
-
-
-_OPTIONS = ("num_inference_steps", "eta", "guidance_scale")
+        """The request as a short text."""
+        return label(self.fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,8 @@ class Verification:
                 c.name: {"max_error": c.max_error, "cosine": c.cosine, "psnr": c.psnr} for c in self.components
             },
             "pictures": [
-                {"request": dict(p.request), "max_pixel": p.max_pixel, "psnr": p.psnr} for p in self.pictures
+                {"request": dict(p.fields), "seed": p.request["seed"], "max_pixel": p.max_pixel, "psnr": p.psnr}
+                for p in self.pictures
             ],
             "settings": {"precision": self.precision, **asdict(self.defaults)},
             "tolerance": asdict(self.tolerance),

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-
 __all__ = ["Enum", "MapOf", "to_pbtxt"]
 
 

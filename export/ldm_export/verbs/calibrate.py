@@ -16,9 +16,7 @@ from ldm_runtime.errors import SpecError
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument(
-        "--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured"
-    )
+    verb.add_argument("--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured")
     add_int8_arguments(verb)
 
 

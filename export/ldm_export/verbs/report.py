@@ -22,7 +22,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
     verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
     verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
-    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="what draws them (default: the fastest here)")
+    verb.add_argument(
+        "--backend", choices=BACKEND_NAMES, default="auto", help="what draws them (default: the fastest here)"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:

@@ -40,7 +40,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default 256)")
     verb.add_argument(
-        "--only", nargs="+", metavar="MODEL", help=f"write these models only: components, {STREAM}, {UNARY} (default all)"
+        "--only",
+        nargs="+",
+        metavar="MODEL",
+        help=f"write these models only: components, {STREAM}, {UNARY} (default all)",
     )
     verb.add_argument(
         "--per-step",

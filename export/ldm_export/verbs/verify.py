@@ -135,7 +135,8 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     with screen.bar("comparing", len(feeds)) as bar:
         for done, (name, feed) in enumerate(feeds.items()):
             bar.to(done, len(feeds), name)
-            layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), feed)
+            row = {tensor: array[-1:] for tensor, array in feed.items()}  # all tensors of a call are kept
+            layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), row)
             first, worst = first_beyond(layers, threshold), max(layers, key=lambda layer: layer.error)
             beyond = beyond or first is not None
             told[name] = {"tensors": len(layers), "first_beyond": first, "worst": worst}
@@ -151,7 +152,7 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     screen.table(f"{precision} against fp32, threshold {threshold:g}", ["", "tensor", "error", "largest"], rows)
     for name, facts in told.items():
         if first := facts["first_beyond"]:
-            screen.result(f"{name}: parts first at {first.tensor}, given by {first.node} in {first.dtype}")
+            screen.result(f"{name}: differs first at {first.tensor}, computed by {first.node} in {first.dtype}")
         else:
             screen.result(f"{name}: all {facts['tensors']} tensors are within {threshold:g} of their largest value")
     return int(beyond)

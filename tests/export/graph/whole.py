@@ -13,11 +13,11 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from ldm_export.graph.components import ModelShape, UNet, free_upsampling
 from numpy.typing import NDArray
 from torch import nn
 from torch.export import Dim
 
-from ldm_export.graph.components import ModelShape, UNet, free_upsampling
 from ldm_export.graph.onnx_graph import OPSET, export_graph, load_graph, save_graph
 
 Arrays = Mapping[str, NDArray[Any]]
