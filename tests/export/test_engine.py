@@ -24,7 +24,7 @@ from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
-from tests.support.bundles import CAPABILITIES, ENGINES, demo_checkpoint()
+from tests.support.bundles import CAPABILITIES, ENGINES
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 

@@ -16,8 +16,8 @@ from ldm_export.graph.components import MODULES
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import OPSET, export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
@@ -145,7 +145,7 @@ def test_nodes_are_named_after_their_modules(
 
 
 @every_component
-def test_graphs_contain_no_trace_of_the_machine(paths: dict[str, Path], name: str) -> None:
+def test_nothing_tells_of_the_machine_or_the_trace(paths: dict[str, Path], name: str) -> None:
     content = paths[name].read_bytes()
     places = (Path(__file__).parents[2], sys.prefix, sys.base_prefix, torch.__path__[0], paths[name].parents[2])
     for text in (*map(str, places), "site-packages", "Traceback", "stack_trace", "pkg.torch", 'File "'):
@@ -205,7 +205,7 @@ def test_equal_weights_are_written_once(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_a_module_that_cannot_be_traced_is_reported_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_traced_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"square: cannot be traced: .*data-dependent") as raised:
         export_graph(Branching().eval(), SQUARE, tmp_path / "branching.onnx")
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)

@@ -15,7 +15,7 @@ from ldm_runtime.ddim import DDIM
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
@@ -170,7 +170,7 @@ def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bu
     assert made.files[0].read_bytes() == half_bundle.graph(name, "fp16").read_bytes()
 
 
-def test_a_tensor_without_a_measured_range_is_refused(half_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_tensor_nobody_measured_is_refused(half_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"^decoder: \d+ tensors were not measured"):
         half_graph(half_bundle.graph("decoder", "fp32"), tmp_path / "x.onnx", "fp16", {})
     assert not list(tmp_path.iterdir())

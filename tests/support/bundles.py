@@ -9,8 +9,8 @@ from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.engine.request import EngineRequest
+from ldm_export.families import open_checkpoint
 
 __all__ = ["CAPABILITIES", "ENGINES", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
 

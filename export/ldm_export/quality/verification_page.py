@@ -21,7 +21,7 @@ def page(result: Verification) -> str:
     ]
     pictures = [
         (
-            Markup(f"{text(p.prompt)}<br>seed {p.seed}"),
+            Markup(f"{text(p.label)}<br>seed {p.request['seed']}"),
             picture(p.theirs),
             picture(p.ours),
             picture(difference(p.ours, p.theirs, AMPLIFIED)),
@@ -44,10 +44,10 @@ def page(result: Verification) -> str:
             element("h2", "Pictures, against diffusers"),
             element(
                 "p",
-                f"The same prompt and seed, {result.steps} steps; {_accepted(result.tolerance)} is accepted. "
+                f"The same request and seed, {result.defaults.num_inference_steps} steps; {_accepted(result.tolerance)} is accepted. "
                 f"The difference is shown {AMPLIFIED} times as bright as it is.",
             ),
-            table(("prompt", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),
+            table(("request", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),
         ),
     )
 
