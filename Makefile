@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up themselves. PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV   ?= .venv
+# Processes that run tests; each uses about one core.
+JOBS   ?= 2
 THIN   := .venv-thin
 TRITON := .venv-triton
 KSERVE := .venv-kserve
@@ -18,12 +20,13 @@ demo: $(VENV)/.demo
 	@echo "The picture is in $(CURDIR)/build/demo.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
 browser:

@@ -79,7 +79,7 @@ def test_one_wrong_attribute_fails_alone(attribute):
 
 @pytest.mark.parametrize("asked", COLOURS)
 @pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
-def test_every_other_colour_is_told_apart(asked, drawn):
+def test_every_other_colour_is_distinguished(asked, drawn):
     picture = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
     assert wrong(picture, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
 
@@ -178,7 +178,7 @@ def test_accuracy_refuses_what_it_cannot_grade():
     one = "a small red circle"
     with pytest.raises(ValueError, match="no pictures"):
         accuracy([], [])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument"):
         accuracy([picture_of(one)], [one, one])
     with pytest.raises(ValueError, match="grammar"):
         accuracy([picture_of(one)], ["a photograph of a cat"])

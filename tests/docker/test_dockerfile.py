@@ -109,7 +109,7 @@ def test_the_build_image_builds(wheels: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and (tmp_path / "bundle/manifest.json").exists(), done.stderr
 
 
-def test_the_serving_images_server_draws_and_stops_when_told(
+def test_the_serving_images_server_generates_and_stops_on_sigterm(
     packages: Path, shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton with the image's options and packages: healthy, right pictures, nothing written to its repository."""

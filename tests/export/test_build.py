@@ -17,8 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.digest import weights_sha256
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 from tests.support.checkpoints import edit_json, write_json, write_tensors
@@ -68,7 +67,7 @@ def texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
     graphs = {f"{name}/fp32.onnx" for name in PARTS} | {"unet/keys.onnx", "unet/keyed.onnx"}
@@ -79,8 +78,7 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path, tiny_c
     assert not list(tiny_bundle.parent.glob(".*"))
     made = [name for stage in bundle.manifest.stages.values() for name in stage.files]
     assert set(bundle.manifest.stages) == STAGES and sorted(made) == sorted(bundle.manifest.files)
-    digest = weights_sha256(tiny_checkpoint)
-    assert bundle.manifest.asked == {"checkpoint": "tiny", "checkpoint_sha256": digest, "precision": "fp32"}
+    assert bundle.manifest.asked == {"checkpoint": "tiny", "precision": "fp32"}
 
 
 def test_manifest_tells_neither_when_nor_where(tiny_bundle: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_export.graph import onnx_graph
 from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline

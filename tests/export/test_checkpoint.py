@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from diffusers import DDIMScheduler
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import edit_json, random_checkpoint, write_json
 

@@ -81,7 +81,7 @@ def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path)
     built.bundle.check()
 
 
-def test_a_budget_that_cannot_be_met_says_what_can_be(bundle_copy: Path) -> None:
+def test_an_unreachable_budget_is_refused_with_what_can_be_reached(bundle_copy: Path) -> None:
     before = (bundle_copy / "manifest.json").read_bytes()
     with pytest.raises(
         BuildError, match=r"^unet: the budget \(90 dB\) cannot be met .*What can be: [\d.]+ dB with 8\d%.*--min-psnr"

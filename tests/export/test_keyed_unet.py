@@ -13,7 +13,7 @@ from ldm_export.graph.keyed_unet import export_keyed, keyed_specs
 from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle

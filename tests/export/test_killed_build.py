@@ -13,7 +13,7 @@ import pytest
 
 from ldm_export.bundle import publish as publishing
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from tests.support.checkpoints import edit_json
 from tests.support.configs_only import write_configs

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm_export.checkpoint import modules
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError, SpecError
 from tests.support.checkpoints import edit_json, random_checkpoint
 from tests.support.reference_modules import FILES, change

@@ -15,7 +15,7 @@ from ldm_runtime.ddim import DDIM
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend

@@ -92,7 +92,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return document
 
 
-def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
+def test_a_written_manifest_reads_back_equal(tmp_path: Path) -> None:
     assert read_manifest(write(tmp_path, MANIFEST.to_json())) == MANIFEST
 
 
@@ -166,7 +166,7 @@ def test_figures_that_json_lacks_are_not_written(value: float) -> None:
         ("{}", "format: got None, expected 'ldm-export bundle'"),
     ],
 )
-def test_what_is_no_json_object_is_refused(tmp_path: Path, content: Any, said: str) -> None:
+def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: Any, said: str) -> None:
     with pytest.raises(ManifestError) as caught:
         read_manifest(write(tmp_path, content))
     assert str(caught.value).startswith(f"{tmp_path / NAME}: ") and said in str(caught.value)
@@ -264,7 +264,7 @@ def test_plain_paths_pass(path: str) -> None:
     assert safe_path("files", path) == path
 
 
-def test_no_folder_no_manifest_and_what_is_no_file(tmp_path: Path) -> None:
+def test_a_missing_folder_manifest_or_file_is_refused(tmp_path: Path) -> None:
     for folder, said in (
         (tmp_path / "none", f"{tmp_path / 'none'}: no such folder, expected a bundle"),
         (tmp_path, f"{tmp_path / NAME}: no such file, expected a bundle"),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.engine.request import EngineRequest
+from ldm_export.families import open_checkpoint
 
 __all__ = ["CAPABILITIES", "ENGINES", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
 
@@ -26,7 +26,7 @@ def build_bundle(checkpoint: Path, folder: Path) -> None:
 
 def build_shapes(folder: Path) -> None:
     """Build the bundle of the checkpoint that ships, in fp32."""
-    build(open_checkpoint(SHIPPED), folder)
+    build(open_checkpoint(demo_checkpoint()), folder)
 
 
 def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
@@ -44,4 +44,4 @@ def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:
 def add_engines(bundle: Path, folder: Path) -> None:
     """Copy the shipped checkpoint's bundle and add fp16 graphs and their engines for all of ``CAPABILITIES``."""
     shutil.copytree(bundle, folder)
-    build(open_checkpoint(SHIPPED), folder, "fp16", ENGINES)
+    build(open_checkpoint(demo_checkpoint()), folder, "fp16", ENGINES)

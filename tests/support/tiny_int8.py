@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ldm_runtime.backends.engine import pipeline_components
-
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.record import ComponentRecord, read_record
 from ldm_calibration.settings import CalibrationSettings
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 

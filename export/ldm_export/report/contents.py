@@ -86,7 +86,9 @@ class Report:
     def psnr(self, precision: str) -> tuple[float | None, ...]:
         """PSNR in dB of each image against fp32's, None if they are equal; empty if either was not drawn."""
         pairs = zip(self.drawn[REFERENCE].images, self.drawn[precision].images, strict=False)
-        return tuple(psnr(*(np.asarray(image, np.float64) for image in pair), peak=255.0) for pair in pairs)
+        return tuple(
+            psnr(np.asarray(reference, np.float64), np.asarray(image, np.float64), 255.0) for reference, image in pairs
+        )
 
 
 def make_report(

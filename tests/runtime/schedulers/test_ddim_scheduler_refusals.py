@@ -62,7 +62,7 @@ def test_unknown_options_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [None, [], "DDIMScheduler", 3, [("beta_start", 0.1)]])
-def test_what_is_no_config_is_refused(config: Any) -> None:
+def test_invalid_configs_are_refused(config: Any) -> None:
     with pytest.raises(SpecError, match=r"^scheduler: got .*, expected an object"):
         DDIM.from_config(config)
 
@@ -122,7 +122,7 @@ def test_etas_refused(eta: Any) -> None:
 
 
 @pytest.mark.parametrize("eta", [1.03, 1.2, 2, 1e30])
-def test_an_eta_that_outweighs_its_step_is_refused_and_the_highest_told(eta: float) -> None:
+def test_an_eta_too_large_for_its_step_is_refused_with_the_highest_allowed(eta: float) -> None:
     ddim = DDIM.from_config(TEXT2IM_LARGE)
     with pytest.raises(SpecError, match=r"^eta: got .* with 50 steps, expected at most 1\.0\d+: at timestep") as caught:
         ddim.trajectory(50, eta)
