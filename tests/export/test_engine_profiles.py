@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from ldm_export.graph.components import ModelShape
+from ldm_export.families.text_to_image import ModelShape
 
 from ldm_export.engine.profiles import bounded, parse_bounds, profiles
 from ldm_runtime.errors import BuildError
 
-SPECS = ModelShape(tokens=77, context_width=24, latent_channels=4, latent_size=32).specs()
+SPECS = ModelShape(tokens=77, context_width=24, latents=Latents(4, 8), latent_size=32, image_channels=3).specs()
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("1:2:8", (1, 2, 8)), ("4", (4, 4, 4)), ("256:256:512", (256, 256, 512))])

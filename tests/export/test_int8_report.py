@@ -50,14 +50,14 @@ def test_the_pictures_are_those_the_pipeline_draws(calibrated: Bundle) -> None:
 
 def test_flops_are_those_of_torch(tiny_checkpoint: Path, calibrated: Bundle) -> None:
     import torch
-    from ldm_export.graph.components import MODULES
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from ldm_export.checkpoint.modules import load_module
+    from ldm_export.graph.wrappers import UNet
 
     spec = calibrated.manifest.components["unet"].spec
-    module = MODULES["unet"](load_module(open_checkpoint(tiny_checkpoint), "unet")).eval()
+    module = UNet(load_module(open_checkpoint(tiny_checkpoint), "unet")).eval()
     feed = {name: array[:1] for name, array in dummy_inputs(spec).items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         module(*(torch.from_numpy(array) for array in feed.values()))
