@@ -53,9 +53,8 @@ def test_every_component_is_calibrated_and_reported(text: CalibrationModel, tmp_
     parts, progress = Parts(tmp_path / "parts"), list[str]()
     settings = replace(SETTINGS, sensitivity="latents")
     record = run_calibration(Calibration(text, settings, QUANTIZE), parts, lambda *count: progress.append(count[0]))
-    assert parts.made == ["calibration.trajectories", *(f"calibration.{name}" for name in QUANTIZE)] + [
-        "calibration.sensitivity.0"
-    ]
+    names = ("trajectories", *QUANTIZE, "sensitivity.0")
+    assert parts.made == [f"calibration.{name}" for name in names]
     assert {"calibration.unet.ranges", "calibration.decoder.observers", "calibration.budget"} <= set(progress)
     assert set(record.components) == set(QUANTIZE) and record.denoiser == "unet"
     for name, part in record.components.items():

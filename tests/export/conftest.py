@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm_calibration.settings import CalibrationSettings
 from ldm_runtime.bundle import Bundle
 from tests.support.bundles import add_fp16, add_int8
 from tests.support.shared import SharedFolders
+from tests.support.tiny_int8 import LATENTS_SETTINGS, SETTINGS
 
 
 @pytest.fixture
@@ -28,14 +28,10 @@ def half_bundle(tiny_checkpoint: Path, tiny_bundle: Path, shared: SharedFolders)
 @pytest.fixture(scope="session")
 def calibrated(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
     """``tiny_bundle`` with int8 graphs and the report on them; read-only."""
-    from tests.support.tiny_int8 import SETTINGS
-
     return Bundle.open(shared.once("calibrated", lambda folder: add_int8(tiny_bundle, SETTINGS, folder)))
 
 
 @pytest.fixture(scope="session")
 def int8_bundle(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
     """``tiny_bundle`` with int8 graphs and the loss of each layer measured in the latents; read-only."""
-    observed, tried = ({"prompts": "a red circle"},), ({"prompts": "a blue square"},)
-    settings = CalibrationSettings(observed, tried, steps=4, samples=2, trial_steps=4, min_psnr=20.0)
-    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, settings, folder)))
+    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, LATENTS_SETTINGS, folder)))

@@ -82,7 +82,7 @@ def description(
         guidance=("unconditional", "conditional") if text else (),
         latents=Latents(CHANNELS, FACTOR),
         scheduler=scheduler,
-        defaults=Defaults(6, 0.0, 3.0),
+        defaults=Defaults(6, 0.0, 1.0),
     )
 
 
@@ -149,9 +149,7 @@ def write_tokenizer(path: Path) -> None:
                 {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
             ],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")
-            },
+            "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")},
         },
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
@@ -166,7 +164,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_unet(path: Path) -> ComponentSpec:
-    """Write the text-conditioned UNet as an ONNX graph, equal to the NumPy function but for rounding; returns its spec."""
+    """Write the text-conditioned UNet as an ONNX graph, equal to the NumPy function except for rounding."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -203,7 +201,11 @@ def write_unet(path: Path) -> ComponentSpec:
 
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(
-        made, "unet", [value(tensor) for tensor in spec.inputs], [value(tensor) for tensor in spec.outputs], initializers
+        made,
+        "unet",
+        [value(tensor) for tensor in spec.inputs],
+        [value(tensor) for tensor in spec.outputs],
+        initializers,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,7 @@ class Connection:
                 raise error
             return _arrays(result, outputs)
 
-    def stream(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Iterator[Arrays]:
+    def stream(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Generator[Arrays, None, None]:
         """Send a request to a decoupled model and yield its responses as they arrive; gRPC only.
 
         Each response has some of ``outputs``. Closing the iterator early cancels the request.
@@ -168,7 +168,9 @@ class Connection:
         for name, value in values.items():
             if name not in self.inputs:
                 known = ", ".join(self.inputs)
-                raise ServerError(f"{self.address}: model {self.model!r} has no input {name}, only {known}; choose another")
+                raise ServerError(
+                    f"{self.address}: model {self.model!r} has no input {name}, only {known}; choose another"
+                )
             kind, listed = self.inputs[name], value if isinstance(value, list) else [value]
             try:
                 if kind == "BYTES":

@@ -16,7 +16,7 @@ class Enum(str):
 def to_pbtxt(message: Mapping[str, Any]) -> str:
     """Write a message as text, with two spaces of indentation per level.
 
-    A mapping is a message, a ``MapOf`` a map field, a list a repeated field. Strings are quoted, ``Enum`` names are not.
+    A mapping is a message, a ``MapOf`` a map field, a list a repeated field. Strings are quoted, ``Enum``s not.
     """
     return "\n".join(_fields(message, "")) + "\n"
 

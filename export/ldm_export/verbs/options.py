@@ -60,4 +60,4 @@ def quieten(verbose: bool) -> None:
 
     if not verbose:
         diffusers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

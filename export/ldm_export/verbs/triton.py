@@ -28,8 +28,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--target",
         choices=TARGETS,
         default="python",
-        help="what runs the models of single components: this runtime in Triton's Python backend (default), or Triton's "
-        "own backend for ONNX graphs or TensorRT plans; ldm and ldm_stream always run in the Python backend",
+        help="what runs the models of single components: this runtime in Triton's Python backend (default), or "
+        "Triton's own backend for ONNX graphs or TensorRT plans; ldm and ldm_stream always run in the Python backend",
     )
     verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine of this runtime (default auto)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")

@@ -1,8 +1,8 @@
 """Response files: `ldm_stream` passes the tensors of a response to `ldm` in a file instead of through Triton.
 
 Triton 24.10's Python backend builds the arrays of such a response without holding Python's lock, so that the receiving
-process crashes when several arrive at once (fixed by pull request 394 of triton-inference-server/python_backend, January
-2025).
+process crashes when several arrive at once (fixed by pull request 394 of triton-inference-server/python_backend,
+January 2025).
 """
 
 from __future__ import annotations

@@ -119,7 +119,14 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     Raises:
         SpecError: A tensor has another number of values, or a text is not UTF-8. Values are checked by the pipeline.
     """
-    options: RequestOptions = {}
+    options: RequestOptions = {
+        "count": _one(tensors, "COUNT", int),
+        "eta": _one(tensors, "ETA", float),
+        "guidance_scale": _one(tensors, "GUIDANCE", float),
+        "num_inference_steps": _one(tensors, "STEPS", int),
+        "height": _one(tensors, "HEIGHT", int),
+        "width": _one(tensors, "WIDTH", int),
+    }
     if "NEGATIVE_PROMPT" in tensors:
         options["negative_prompt"] = _texts(tensors, "NEGATIVE_PROMPT")
     if "SEED" in tensors:
@@ -132,16 +139,7 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     if "GUIDANCE_INTERVAL" in tensors:
         start, end = _values(tensors, "GUIDANCE_INTERVAL", 2)
         options["guidance_interval"] = (float(start), float(end))
-    request = Request(
-        _texts(tensors, "PROMPT") if "PROMPT" in tensors else None,
-        count=_one(tensors, "COUNT", int),
-        eta=_one(tensors, "ETA", float),
-        guidance_scale=_one(tensors, "GUIDANCE", float),
-        num_inference_steps=_one(tensors, "STEPS", int),
-        height=_one(tensors, "HEIGHT", int),
-        width=_one(tensors, "WIDTH", int),
-        **options,
-    )
+    request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options)
     priority, preview_every = _one(tensors, "PRIORITY", int), _one(tensors, "PREVIEW_EVERY", int)
     return Submission(request, 2 if priority is None else priority, _one(tensors, "TIMEOUT", float), preview_every or 0)
 

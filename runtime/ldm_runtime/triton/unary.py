@@ -1,4 +1,4 @@
-"""The model `ldm`: one response per request, also over plain HTTP. `ldm_stream` does the work for both, in one batch."""
+"""The model `ldm`: one response per request, also over plain HTTP; `ldm_stream` does the work for both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["UnaryModel"]
 
 MODEL = "ldm_stream"
 SPARE = 16
-"""Requests forwarded beyond those that can wait and run in `ldm_stream`, so that it refuses them with its own message."""
+"""Requests forwarded beyond those that `ldm_stream` accepts, so that it refuses them with its own message."""
 
 
 class UnaryModel:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from data import loosen, training_sentence
-from ldm_calibration.shapes.grammar import (
+from ldm_export_demo.grammar import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

@@ -1,4 +1,4 @@
-"""Reads background and objects back from pictures of the shapes domain: analysis by synthesis, nothing learned.
+"""Reads background and objects back from images of the demo model by analysis by synthesis, with no learned part.
 
 The background is the median colour. Every blob that stands out from it is explained by the nearest palette colour and
 by the drawing of a shape that overlaps it best. What nothing in the language explains is read as None, and pixels that
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.drawing import PALETTE, PIXELS, RADIUS, coverage
-from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES
+from ldm_export_demo.drawing import PALETTE, PIXELS, RADIUS, coverage
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES
+
+__all__ = ["MIN_FIT", "Found", "Reading", "read"]
 
 COLOUR_TOLERANCE = 45.0
 """Largest RGB distance to a palette colour; the nearest one is taken, and no two lie closer than 85."""
@@ -96,7 +98,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         inner = pixels[core if (core := ~_grow(~part)).any() else part]
         colour = np.median(inner, axis=0)
         axis = colour - ground
-        alpha = np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1) * reach
+        alpha = (np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1) * reach).astype(np.float32, copy=False)
         explained += alpha[..., None] * axis
         pure = np.mean(np.linalg.norm(inner - colour, axis=1) <= COLOUR_TOLERANCE) >= MIN_PURE
         objects.append(_explain(alpha, _nearest(colour) if pure else None))
@@ -134,8 +136,8 @@ def _explain(alpha: Floats, colour: str | None) -> Found:
     starts = sorted((_start(alpha, shape) for shape in SHAPES), reverse=True)
     (fit, shape, radius, x, y), second = sorted((_refine(alpha, start) for start in starts[:2]), reverse=True)
     known = edge <= MAX_EDGE and fit >= MIN_FIT and fit - second[0] >= MIN_MARGIN
-    size = min(RADIUS, key=lambda name: abs(RADIUS[name] - radius))
-    size = size if abs(RADIUS[size] - radius) <= SIZE_TOLERANCE else None
+    nearest = min(RADIUS, key=lambda name: abs(RADIUS[name] - radius))
+    size = nearest if abs(RADIUS[nearest] - radius) <= SIZE_TOLERANCE else None
     return Found(colour if colour in COLOURS else None, shape if known else None, size, x, y, fit)
 
 
@@ -155,14 +157,16 @@ def _start(alpha: Floats, shape: str) -> Fit:
 
 def _refine(alpha: Floats, start: Fit) -> Fit:
     """Coordinate search for the radius and centre of the largest overlap."""
-    best, shape, *at = start
+    best, shape = start[:2]
+    at = list(start[2:])
     for step in STEPS:
         for axis, move in ((0, step), (0, -step), (1, step), (1, -step), (2, step), (2, -step)):
             trial = at.copy()
             trial[axis] += move
             if (overlap := _overlap(alpha, shape, *trial)) > best:
                 best, at = overlap, trial
-    return best, shape, *at
+    radius, x, y = at
+    return best, shape, radius, x, y
 
 
 def _grow(mask: Mask) -> Mask:
@@ -173,7 +177,8 @@ def _grow(mask: Mask) -> Mask:
 def _blur(field: Floats) -> Floats:
     edged = np.pad(field, ((1, 1), (1, 1), (0, 0)))
     rows = edged[:-2] + edged[1:-1] + edged[2:]
-    return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+    blurred: Floats = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+    return blurred
 
 
 def _blobs(mask: Mask) -> list[Mask]:

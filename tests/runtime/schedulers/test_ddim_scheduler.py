@@ -10,11 +10,14 @@ import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ldm_runtime.ddim import DDIM, FOREIGN
-from ldm_runtime.schedule import Schedule
+from scheduler_oracle import TRAINED, assert_same_trajectory, theirs
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
+from ldm_runtime.schedulers import DDIM, Clip, Threshold, Trajectory
+from ldm_runtime.schedulers.ddim import FOREIGN
+
+NAME = "DDIMScheduler"
 
 TEXT2IM_LARGE = {
     "_class_name": "DDIMScheduler",
@@ -25,7 +28,6 @@ TEXT2IM_LARGE = {
     "clip_sample": False,
 }
 STABLE_DIFFUSION = TEXT2IM_LARGE | {"set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
-TRAINED = np.linspace(0.001, 0.03, 1000).tolist()
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"steps_offset": 1},
@@ -53,43 +55,12 @@ OPTIONS: list[dict[str, Any]] = [
 MODES = [{}, {"clip_sample": True}, {"thresholding": True, "sample_max_value": 1.5}]
 
 
-def theirs(config: dict[str, Any], steps: int) -> DDIMScheduler:
-    scheduler = DDIMScheduler.from_config(config)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def model(x: np.ndarray, timestep: int) -> np.ndarray:
-    """A smooth stand-in for a UNet: any function of x and t serves."""
-    return (0.8 * np.sin(1.3 * x + 0.01 * timestep) + 0.1 * x).astype(np.float32)
-
-
-def assert_same_trajectory(config: dict[str, Any], steps: int, eta: float, forced: bool = False) -> None:
-    """Both samplers from one seed, each with its own noise stream and its own x; ``forced``: both with diffusers' x."""
-    scheduler, schedule = theirs(config, steps), DDIM.from_config(config).schedule(steps, eta)
-    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
-    torch_generator, generator, shape = torch.Generator().manual_seed(3), TorchGenerator(3), (2, 4, 6, 8)
-    x, y = torch.randn(shape, generator=torch_generator), generator.randn(shape)
-    for i, timestep in enumerate(scheduler.timesteps.tolist()):
-        y = x.numpy() if forced else y
-        output = torch.from_numpy(model(x.numpy(), timestep))
-        x = scheduler.step(output, timestep, x, eta=eta, generator=torch_generator).prev_sample
-        noise = generator.randn(shape) if schedule.needs_noise else None
-        y = schedule.step(y, model(y, timestep), i, noise)
-        assert y.dtype == np.float32
-        size = max(1.0, float(x.abs().max()))
-        np.testing.assert_allclose(
-            y, x.numpy(), rtol=0, atol=(3e-6 if forced else 1e-5) * size, err_msg=f"step {i} of {steps}, eta {eta}"
-        )
-    np.testing.assert_allclose(generator.randn((16,)), torch.randn(16, generator=torch_generator), rtol=0, atol=3e-6)
-
-
 @pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "clip", "threshold"])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_trajectories(prediction: str, mode: dict[str, Any], eta: float, steps: int) -> None:
-    assert_same_trajectory(TEXT2IM_LARGE | mode | {"prediction_type": prediction}, steps, eta)
+    assert_same_trajectory(NAME, TEXT2IM_LARGE | mode | {"prediction_type": prediction}, steps, eta)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +69,20 @@ def test_trajectories(prediction: str, mode: dict[str, Any], eta: float, steps: 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 @pytest.mark.parametrize("steps", [1, 13, 50])
 def test_every_option(options: dict[str, Any], eta: float, steps: int) -> None:
-    assert_same_trajectory(TEXT2IM_LARGE | options, steps, eta, forced=True)
+    assert_same_trajectory(NAME, TEXT2IM_LARGE | options, steps, eta, forced=True, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("config", [{}, STABLE_DIFFUSION | {"clip_sample": None}, {"num_train_timesteps": 20}])
 def test_the_defaults_are_those_of_diffusers(config: dict[str, Any]) -> None:
     config = {name: value for name, value in config.items() if value is not None}
-    assert_same_trajectory(config, 10, 0.5)
+    assert_same_trajectory(NAME, config, 10, 0.5)
     expected = dict(DDIMScheduler.from_config({k: v for k, v in config.items() if k not in FOREIGN}).config)
-    assert DDIM.from_config(config).to_config() == {k: v for k, v in expected.items() if not k.startswith("_")}
+    expected = {k: v for k, v in expected.items() if not k.startswith("_")}
+    assert DDIM.from_config(config).to_config() == {"class": NAME, **expected}
 
 
 def test_all_training_timesteps_as_steps() -> None:
-    assert_same_trajectory(TEXT2IM_LARGE | {"num_train_timesteps": 60}, 60, 1.0)
+    assert_same_trajectory(NAME, TEXT2IM_LARGE | {"num_train_timesteps": 60}, 60, 1.0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -119,14 +91,16 @@ def test_all_training_timesteps_as_steps() -> None:
 def test_rows_are_what_diffusers_multiplies_by(config: dict[str, Any], eta: float, prediction: str) -> None:
     """A step of diffusers is linear here: fed with (1, 0, 0), (0, 1, 0) and (0, 0, 1) it gives a, b and c."""
     config = config | {"prediction_type": prediction}
-    scheduler, schedule = theirs(config, 50), DDIM.from_config(config).schedule(50, eta)
+    scheduler, trajectory = theirs(NAME, config, 50), DDIM.from_config(config).trajectory(50, eta)
     unit = torch.eye(3).reshape(3, 3, 1)
     found = [
         scheduler.step(unit[1], t, unit[0], eta=eta, variance_noise=unit[2]).prev_sample.flatten().numpy()
         for t in scheduler.timesteps
     ]
-    assert schedule.rows.dtype == np.float32
-    np.testing.assert_allclose(schedule.rows, np.array(found), rtol=2e-6, atol=3e-7)
+    assert trajectory.rows.dtype == np.float32
+    assert trajectory.rows.shape == (50, 1, 4)
+    np.testing.assert_allclose(trajectory.rows[:, 0, [0, 1, 3]], np.array(found), rtol=2e-6, atol=3e-7)
+    assert not trajectory.rows[:, 0, 2].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -143,42 +117,35 @@ def test_alphas(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 50, 97, 1000])
 def test_timesteps_of_every_number_of_steps(count: int, spacing: str) -> None:
     ddim = DDIM(num_train_timesteps=count, timestep_spacing=spacing)
-    scheduler, refused = DDIMScheduler(num_train_timesteps=count, timestep_spacing=spacing), 0
+    scheduler, longer = DDIMScheduler(num_train_timesteps=count, timestep_spacing=spacing), 0
     for steps in range(1, count + 1):
         scheduler.set_timesteps(steps)
-        expected = scheduler.timesteps.tolist()
-        if len(expected) == steps:
-            assert ddim.timesteps(steps).tolist() == expected
-            continue
-        refused += 1
-        assert spacing == "trailing"
-        assert expected[-1] == -1
-        with pytest.raises(SpecError, match=rf"^steps: got {steps}, .*'trailing' rounds to {steps + 1} .*down to -1"):
-            ddim.timesteps(steps)
-    assert refused == (62 if (count, spacing) == (1000, "trailing") else refused)
+        assert ddim.timesteps(steps).tolist() == scheduler.timesteps.tolist()
+        longer += len(scheduler.timesteps) > steps
+    assert longer == (62 if (count, spacing) == (1000, "trailing") else longer)
 
 
-def test_what_a_schedule_says_of_itself() -> None:
+@pytest.mark.parametrize("steps", [61, 103, 121])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("final_one", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_trailing_steps_that_end_at_timestep_minus_1(prediction: str, final_one: bool, eta: float, steps: int) -> None:
+    config = TEXT2IM_LARGE | {"timestep_spacing": "trailing", "prediction_type": prediction}
+    config["set_alpha_to_one"] = final_one
+    trajectory = DDIM.from_config(config).trajectory(steps, eta)
+    assert (len(trajectory), trajectory.timesteps[-1]) == (steps + 1, -1)
+    assert_same_trajectory(NAME, config, steps, eta, forced=True)
+
+
+def test_what_a_trajectory_says_of_itself() -> None:
     ddim = DDIM.from_config(TEXT2IM_LARGE)
-    plain, noisy, clipped = ddim.schedule(5), ddim.schedule(5, 1e-30), DDIM().schedule(5)
+    plain, noisy, clipped = ddim.trajectory(5), ddim.trajectory(5, 1e-30), DDIM(clip_sample_range=2).trajectory(5)
     assert (plain.needs_noise, noisy.needs_noise) == (False, True)
-    assert (plain.affine, clipped.affine, DDIM(clip_sample=False, thresholding=True).schedule(5).affine) == (1, 0, 0)
-    assert plain.rows.shape == (5, 3)
-    assert plain.timesteps.dtype == np.int64
-    assert not plain.rows[:, 2].any()
-    with pytest.raises(SpecError, match="clip_sample or thresholding is on"):
-        _ = clipped.rows
-    with pytest.raises(ValueError, match="read-only"):
-        plain.timesteps[0] = 1
-
-
-def test_step_leaves_its_inputs_alone() -> None:
-    for ddim in (DDIM(), DDIM(clip_sample=False), DDIM(thresholding=True)):
-        arrays = [TorchGenerator(seed).randn((1, 2, 4)) for seed in range(3)]
-        copies = [array.copy() for array in arrays]
-        result = ddim.schedule(3, 1.0).step(arrays[0], arrays[1], 1, arrays[2])
-        assert not any(np.shares_memory(result, array) for array in arrays)
-        assert all(np.array_equal(array, copy) for array, copy in zip(arrays, copies, strict=True))
+    assert (plain.limit_x0, clipped.limit_x0) == (None, Clip(2.0))
+    assert DDIM(thresholding=True).trajectory(5).limit_x0 == Threshold(0.995, 1.0)
+    assert (plain.affine, clipped.affine) == (True, False)
+    assert not plain.rows[..., 3].any()
+    assert (plain.init_noise_sigma, plain.input_scale.tolist()) == (1.0, [1.0] * 5)
 
 
 def test_zero_terminal_snr_with_eta_1_where_diffusers_gives_nan() -> None:
@@ -188,10 +155,8 @@ def test_zero_terminal_snr_with_eta_1_where_diffusers_gives_nan() -> None:
         "timestep_spacing": "trailing",
         "prediction_type": "v_prediction",
     }
-    schedule = DDIM.from_config(config).schedule(50, 1.0)
-    assert schedule.direction[0] == 0
-    assert np.isfinite(schedule.rows).all()
-    scheduler, x = theirs(config, 50), torch.ones(1, 4, 8)
+    assert np.isfinite(DDIM.from_config(config).trajectory(50, 1.0).rows).all()
+    scheduler, x = theirs(NAME, config, 50), torch.ones(1, 4, 8)
     assert scheduler.step(x, 999, x, eta=1.0, variance_noise=x).prev_sample.isnan().all()
 
 
@@ -229,24 +194,21 @@ def test_refuses_exactly_what_diffusers_cannot_do(
         "clip_sample": False,
     }
     try:
-        ours: Schedule | None = DDIM.from_config(config).schedule(steps, eta)
+        ours: Trajectory | None = DDIM.from_config(config).trajectory(steps, eta)
     except SpecError:
         ours = None
     x, out, noise = (torch.from_numpy(TorchGenerator(seed).randn((1, 1, 16))) for seed in range(3))
     try:
-        scheduler = theirs(config, steps)
+        scheduler = theirs(NAME, config, steps)
         moved = [scheduler.step(out, t, x, eta=eta, variance_noise=noise).prev_sample for t in scheduler.timesteps]
     except (ValueError, IndexError):
         assert ours is None, "diffusers raises"
-        return
-    if -1 in scheduler.timesteps:
-        assert ours is None, "diffusers goes on to timestep -1"
         return
     if not torch.isfinite(torch.stack(moved)).all():
         assert ours is None, "diffusers gives NaN or inf"
         return
     assert ours is not None, "diffusers gives an image"
     for i, expected in enumerate(moved):
-        found = ours.step(x.numpy(), out.numpy(), i, noise.numpy() if ours.needs_noise else None)
+        found = ours.step([x.numpy()], out.numpy(), i, noise.numpy() if ours.needs_noise else None)[0]
         # Loose, as ᾱ near 1 is rescaled from square roots that torch rounds otherwise, and 1 - ᾱ is divided by.
         np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)

@@ -1,6 +1,6 @@
-"""Grades pictures of the shapes domain against the sentences they were asked for.
+"""Grades images of the demo model against their prompts.
 
-Strict: an attribute that cannot be read counts as wrong, and so does the count where anything is left unexplained.
+An attribute that cannot be read counts as wrong. The object count is wrong if any pixels remain unexplained.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.drawing import CELL
-from ldm_calibration.shapes.grammar import PLACES, Sentence, Thing, parse
-from ldm_calibration.shapes.reader import Found, Reading, read
+from ldm_export_demo.drawing import CELL
+from ldm_export_demo.grammar import PLACES, Sentence, Thing, parse
+from ldm_export_demo.reader import Found, Reading, read
+
+__all__ = ["ATTRIBUTES", "Accuracy", "Counters", "Grade", "accuracy", "compare", "grade", "summarise"]
 
 ATTRIBUTES = ("background", "count", "colour", "shape", "size", "position")
 MAX_LEFTOVERS = 10
-"""Most pixels of a right picture that nothing explains. Scenes have none, a foreign spot of 4×4 pixels leaves 12."""
+"""Maximum number of unexplained pixels in a correct image. Scenes have none, a foreign spot of 4×4 pixels leaves 12."""
 PLACE_TOLERANCE, RELATION_DISTANCE = 6.0, 8.0
-"""Pixels from a cell's centre at most, and pixels between two centres along the relation's axis at least."""
+"""Maximum distance to a cell's centre and minimum distance of two centres along the relation's axis, in pixels."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Which attributes of a picture are as its sentence says; what the sentence leaves open counts as right."""
+    """Which attributes of an image match its sentence; an attribute that the sentence leaves open counts as correct."""
 
     background: bool
     count: bool
@@ -35,16 +37,17 @@ class Grade:
     position: bool
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
+        """True if every attribute is correct."""
         return all(getattr(self, name) for name in ATTRIBUTES)
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Number of pictures and the shares, in [0, 1], that are right as a whole and in each attribute."""
+    """Number of images and the shares, in [0, 1], that are correct as a whole and in each attribute."""
 
     number: int
-    right: float
+    correct: float
     background: float
     count: float
     colour: float
@@ -55,7 +58,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Tallies over all pictures and over those of one-object and two-object sentences; None where there are none."""
+    """Counts over all images and over those of one-object and two-object sentences; None if there are none."""
 
     overall: Counters
     one_object: Counters | None
@@ -73,29 +76,29 @@ def accuracy(pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> A
 
 
 def summarise(grades: Sequence[Grade], sentences: Sequence[Sentence]) -> Accuracy:
-    """The accuracy of grades already given; raises ValueError where there are none."""
+    """Accuracy of existing grades; raises ValueError if there are none."""
     pairs = list(zip(grades, sentences, strict=True))
-    overall = _tally(list(grades))
+    overall = _counted(list(grades))
     if overall is None:
         raise ValueError("no pictures to grade: expected at least one")
     one, two = ([given for given, sentence in pairs if len(sentence.things) == count] for count in (1, 2))
-    return Accuracy(overall, _tally(one), _tally(two))
+    return Accuracy(overall, _counted(one), _counted(two))
 
 
-def _tally(grades: list[Grade]) -> Counters | None:
-    shares = [sum(getattr(given, name) for given in grades) / max(len(grades), 1) for name in ("right", *ATTRIBUTES)]
+def _counted(grades: list[Grade]) -> Counters | None:
+    shares = [sum(getattr(given, name) for given in grades) / max(len(grades), 1) for name in ("correct", *ATTRIBUTES)]
     return Counters(len(grades), *shares) if grades else None
 
 
 def grade(picture: NDArray[np.uint8], sentence: Sentence) -> Grade:
-    """Compare a picture, uint8 [64, 64, 3] RGB, with what a sentence says of it."""
+    """Compare an image, uint8 [64, 64, 3] RGB, with its sentence."""
     return compare(read(picture), sentence)
 
 
 def compare(reading: Reading, sentence: Sentence) -> Grade:
-    """Compare what was read with a sentence.
+    """Compare the objects read from an image with a sentence.
 
-    Found objects are assigned to the described things so that most of their attributes agree, then their position.
+    Objects are assigned to the described things so that most attributes agree, then so that the positions agree.
     """
     things = sentence.things
     objects = reading.objects + (None,) * (len(things) - len(reading.objects))
@@ -120,14 +123,15 @@ def _agreement(sentence: Sentence, objects: tuple[Found | None, ...]) -> tuple[i
 
 
 def _in_position(sentence: Sentence, objects: tuple[Found | None, ...]) -> bool:
-    if None in objects:
+    found = [one for one in objects if one is not None]
+    if len(found) < len(objects):
         return False
     if sentence.place:
         column, row = PLACES[sentence.place]
-        return bool(np.hypot(objects[0].x - CELL[column], objects[0].y - CELL[row]) <= PLACE_TOLERANCE)
+        return bool(np.hypot(found[0].x - CELL[column], found[0].y - CELL[row]) <= PLACE_TOLERANCE)
     if sentence.relation is None:
         return True
-    dx, dy = objects[1].x - objects[0].x, objects[1].y - objects[0].y
+    dx, dy = found[1].x - found[0].x, found[1].y - found[0].y
     along, across = (dx, dy) if sentence.relation in ("left of", "right of") else (dy, dx)
     if sentence.relation in ("right of", "below"):
         along = -along

@@ -1,4 +1,4 @@
-"""Draws scenes of the shapes domain: the truth that the shipped model learns and the grader measures against."""
+"""Draws the reference images of the demo model: it is trained on them and the grader compares with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, Sentence
+from ldm_export_demo.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, Sentence
+
+__all__ = ["CELL", "PALETTE", "PIXELS", "RADIUS", "Figure", "Scene", "arrange", "coverage", "draw"]
 
 PIXELS = 64
 """Width and height of every picture."""
@@ -54,7 +56,8 @@ def coverage(shape: str, radius: float, x: float, y: float) -> NDArray[np.float3
     dx, dy = grid[None, :] - np.float32(x), grid[:, None] - np.float32(y)
 
     def inside(distance: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.clip(distance + np.float32(0.5), 0, 1)
+        covered: NDArray[np.float32] = np.clip(distance + np.float32(0.5), 0, 1)
+        return covered
 
     if shape == "circle":
         return inside(radius - np.sqrt(dx * dx + dy * dy))
@@ -68,7 +71,9 @@ def coverage(shape: str, radius: float, x: float, y: float) -> NDArray[np.float3
     if shape == "cross":
         arm = 0.34 * radius
         across = inside(radius - np.abs(dx)) * inside(arm - np.abs(dy))
-        return np.maximum(across, inside(arm - np.abs(dx)) * inside(radius - np.abs(dy)))
+        down = inside(arm - np.abs(dx)) * inside(radius - np.abs(dy))
+        both: NDArray[np.float32] = np.maximum(across, down)
+        return both
     raise ValueError(f"shape {shape!r} is none of {', '.join(SHAPES)}")
 
 

@@ -1,4 +1,4 @@
-"""Puts the trained parts together as a diffusers folder in float16, with the loss curves as pictures."""
+"""Assembles the trained parts into a diffusers folder in float16 and copies the loss curves beside the README."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ RUNS = ("autoencoder", "decoder", "text", "diffusion", "finish")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the five runs")
-    parser.add_argument("--output", type=Path, default=Path("export/ldm_export/shapes"))
+    parser.add_argument("--output", type=Path, default=Path("demo/ldm_export_demo/checkpoint"))
+    parser.add_argument("--figures", type=Path, default=Path("demo/figures"), help="folder of the loss curves")
     args = parser.parse_args()
     folder = args.runs / "diffusion"
     unet = UNet2DConditionModel(**UNET)
@@ -40,8 +41,9 @@ def main() -> None:
     for weights in args.output.rglob("*.safetensors"):
         half = {name: tensor.half().contiguous() for name, tensor in load_file(weights).items()}
         save_file(half, weights, metadata={"format": "pt"})
+    args.figures.mkdir(parents=True, exist_ok=True)
     for name in RUNS:
-        shutil.copyfile(args.runs / name / "loss.png", args.output / f"loss-{name}.png")
+        shutil.copyfile(args.runs / name / "loss.png", args.figures / f"loss-{name}.png")
     print(args.output, sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file()), "bytes")
 
 

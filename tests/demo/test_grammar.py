@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import loosen, training_sentence
-from ldm_calibration.shapes.drawing import arrange
-from ldm_calibration.shapes.grammar import (
+from ldm_export_demo.drawing import arrange
+from ldm_export_demo.grammar import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

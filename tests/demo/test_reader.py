@@ -7,10 +7,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data import loosen
-from ldm_calibration.shapes.drawing import PALETTE, PIXELS, Figure, Scene, arrange, coverage, draw
-from ldm_calibration.shapes.grader import compare, grade
-from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES, parse, random_sentence
-from ldm_calibration.shapes.reader import MIN_FIT, read
+from ldm_export_demo.drawing import PALETTE, PIXELS, Figure, Scene, arrange, coverage, draw
+from ldm_export_demo.grader import compare, grade
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, parse, random_sentence
+from ldm_export_demo.reader import MIN_FIT, read
 
 
 def blurred(picture, radius):
@@ -34,7 +34,7 @@ def noisy(picture, deviation):
 def share_right(change, number, seed):
     rng = np.random.default_rng(seed)
     sentences = [random_sentence(rng, 0.5) for _ in range(number)]
-    return np.mean([grade(change(draw(arrange(sentence, rng))), sentence).right for sentence in sentences])
+    return np.mean([grade(change(draw(arrange(sentence, rng))), sentence).correct for sentence in sentences])
 
 
 def on_white(alpha, colour="green"):
@@ -50,7 +50,7 @@ def test_rendered_truth_is_right_and_read_to_a_third_of_a_pixel():
             sentence = loosen(sentence, rng, 0.4)
         scene = arrange(sentence, rng)
         reading = read(draw(scene))
-        assert compare(reading, sentence).right, (sentence, reading)
+        assert compare(reading, sentence).correct, (sentence, reading)
         assert (reading.background, reading.leftovers) == (scene.background, 0)
         for figure in scene.figures:
             found = min(reading.objects, key=lambda o: np.hypot(o.x - figure.x, o.y - figure.y))
@@ -69,8 +69,8 @@ def test_the_closest_two_objects_do_not_merge(shape, background):
             figures = (Figure(first, shape, 12.5, 18, 32), Figure(second, "square", 12.5, 46, 32))
             picture = draw(Scene(background, figures))
             sentence = parse(f"a large {first} {shape} left of a large {second} square on a {background} background")
-            assert grade(picture, sentence).right
-            assert grade(blurred(picture, 0.8), sentence).right
+            assert grade(picture, sentence).correct
+            assert grade(blurred(picture, 0.8), sentence).correct
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BertTokenizer
 
-from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
 
 TOKENS = 77
 """Every prompt is padded to this length, as LDMTextToImagePipeline does."""

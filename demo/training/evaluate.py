@@ -1,4 +1,4 @@
-"""Measures a shapes model: generates held-out prompts and grades the pictures."""
+"""Measures the demo model: generates images of held-out prompts and grades them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.drawing import PIXELS
-from ldm_calibration.shapes.grader import ATTRIBUTES, Accuracy, Grade, grade, summarise
-from ldm_calibration.shapes.grammar import held_out_prompts, parse
+from ldm_export_demo.drawing import PIXELS
+from ldm_export_demo.grader import ATTRIBUTES, Accuracy, Grade, grade, summarise
+from ldm_export_demo.grammar import held_out_prompts, parse
 
 Picture = NDArray[np.uint8]
 COLUMNS, ROWS, SCALE, GAP, CAPTION = 8, 4, 2, 10, 72
@@ -66,7 +66,7 @@ def sample_grid(pictures: list[Picture], prompts: list[str], grades: list[Grade]
     for cell, index in enumerate(chosen):
         row, column = divmod(cell, COLUMNS)
         x, y = GAP + column * (side + GAP), GAP + row * (side + GAP + CAPTION)
-        colour, width = ("silver", 1) if grades[index].right else ("red", 4)
+        colour, width = ("silver", 1) if grades[index].correct else ("red", 4)
         draw.rectangle((x - width, y - width, x + side + width - 1, y + side + width - 1), outline=colour, width=width)
         sheet.paste(Image.fromarray(pictures[index]).resize((side, side), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x, y + side + 6), wrap(prompts[index], side, draw, font), "black", font, spacing=2)
@@ -74,12 +74,12 @@ def sample_grid(pictures: list[Picture], prompts: list[str], grades: list[Grade]
 
 
 def table(accuracy: Accuracy) -> Table:
-    """The shares right, in percent, one column for each kind of prompt."""
+    """The shares of correct images in percent, one column for each kind of prompt."""
     tallies = {"all": accuracy.overall, "one object": accuracy.one_object, "two objects": accuracy.two_objects}
     given = {name: tally for name, tally in tallies.items() if tally}
-    made = Table("right, %", *(f"{name} ({tally.number})" for name, tally in given.items()))
-    for name in ("right", *ATTRIBUTES):
-        label = "everything" if name == "right" else name
+    made = Table("correct, %", *(f"{name} ({tally.number})" for name, tally in given.items()))
+    for name in ("correct", *ATTRIBUTES):
+        label = "everything" if name == "correct" else name
         made.add_row(label, *(f"{100 * getattr(tally, name):.1f}" for tally in given.values()))
     return made
 
@@ -113,7 +113,7 @@ def main() -> None:
         failed = {
             prompt: [name for name in ATTRIBUTES if not getattr(given, name)]
             for prompt, given in zip(prompts, grades, strict=True)
-            if not given.right
+            if not given.correct
         }
         figures = {"settings": settings, "accuracy": asdict(accuracy), "wrong": failed}
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm_calibration.shapes.drawing import PALETTE, RADIUS, Figure, Scene, arrange, coverage, draw
-from ldm_calibration.shapes.grader import ATTRIBUTES, Grade, accuracy, grade
-from ldm_calibration.shapes.grammar import (
+from ldm_export_demo.drawing import PALETTE, RADIUS, Figure, Scene, arrange, coverage, draw
+from ldm_export_demo.grader import ATTRIBUTES, Grade, accuracy, grade
+from ldm_export_demo.grammar import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -79,7 +79,7 @@ def test_one_wrong_attribute_fails_alone(attribute):
 
 @pytest.mark.parametrize("asked", COLOURS)
 @pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
-def test_every_other_colour_is_told_apart(asked, drawn):
+def test_every_other_colour_is_distinguished(asked, drawn):
     picture = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
     assert wrong(picture, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
 
@@ -167,10 +167,10 @@ def test_accuracy_counts_each_kind_apart():
     given = accuracy(
         [picture_of(one), picture_of(one), picture_of(two), picture_of(one)], [one, "a red cross", two, two]
     )
-    assert (given.overall.number, given.overall.right) == (4, 0.5)
+    assert (given.overall.number, given.overall.correct) == (4, 0.5)
     assert (given.overall.background, given.overall.count, given.overall.shape) == (1.0, 0.75, 0.5)
-    assert (given.one_object.number, given.one_object.right, given.one_object.shape) == (2, 0.5, 0.5)
-    assert (given.two_objects.number, given.two_objects.right, given.two_objects.count) == (2, 0.5, 0.5)
+    assert (given.one_object.number, given.one_object.correct, given.one_object.shape) == (2, 0.5, 0.5)
+    assert (given.two_objects.number, given.two_objects.correct, given.two_objects.count) == (2, 0.5, 0.5)
     assert accuracy([picture_of(two)], [two]).one_object is None
 
 
@@ -178,13 +178,13 @@ def test_accuracy_refuses_what_it_cannot_grade():
     one = "a small red circle"
     with pytest.raises(ValueError, match="no pictures"):
         accuracy([], [])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument"):
         accuracy([picture_of(one)], [one, one])
     with pytest.raises(ValueError, match="grammar"):
         accuracy([picture_of(one)], ["a photograph of a cat"])
 
 
 def test_a_grade_is_right_only_as_a_whole():
-    assert Grade(*[True] * 6).right
+    assert Grade(*[True] * 6).correct
     for name in ATTRIBUTES:
-        assert not replace(Grade(*[True] * 6), **{name: False}).right
+        assert not replace(Grade(*[True] * 6), **{name: False}).correct

@@ -1,4 +1,4 @@
-"""The language of the shapes domain: sentences that describe 64×64 pictures of one or two coloured shapes.
+"""The grammar of the demo model's prompts: sentences that describe 64×64 images of one or two coloured shapes.
 
     sentence  = object [place] [ground] | object relation object [ground]
     object    = "a" [size] colour shape
@@ -18,6 +18,25 @@ from itertools import product
 
 import numpy as np
 
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "PLACES",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Sentence",
+    "Thing",
+    "calibration_prompts",
+    "held_out_prompts",
+    "is_held_out",
+    "one_object_sentences",
+    "parse",
+    "random_sentence",
+    "trial_prompts",
+    "two_object_sentences",
+]
+
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
@@ -35,6 +54,7 @@ PLACES = {
     "at the bottom right": (2, 2),
 }
 """Place phrase to (column, row) on a 3×3 grid."""
+_SEED = 8
 
 
 @dataclass(frozen=True)
@@ -152,3 +172,29 @@ def random_sentence(rng: np.random.Generator, two_objects: float = 0.75) -> Sent
     if count == 2:
         return Sentence(things, relation=pick(RELATIONS), background=background)
     return Sentence(things, place=pick(tuple(PLACES)), background=background)
+
+
+def calibration_prompts(count: int) -> tuple[str, ...]:
+    """Random full sentences that are not held out, reproducible; three quarters of them describe two objects.
+
+    Args:
+        count: Number of prompts.
+    """
+    rng, found = np.random.default_rng(_SEED), list[str]()
+    while len(found) < count:
+        sentence = random_sentence(rng)
+        if not is_held_out(sentence):
+            found.append(str(sentence))
+    return tuple(found)
+
+
+def trial_prompts(count: int) -> tuple[str, ...]:
+    """Held-out sentences, reproducible; one third of them describes one object.
+
+    Args:
+        count: Number of prompts.
+
+    Raises:
+        ValueError: More prompts are requested than sentences are held out.
+    """
+    return tuple(held_out_prompts(count // 3, count - count // 3, seed=_SEED))

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from ldm_calibration.shapes.drawing import Figure, Scene, arrange, draw
-from ldm_calibration.shapes.grammar import BACKGROUNDS, COLOURS, SHAPES, Sentence, is_held_out, random_sentence
+from ldm_export_demo.drawing import Figure, Scene, arrange, draw
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, Sentence, is_held_out, random_sentence
 
 
 def training_sentence(rng: np.random.Generator) -> Sentence:
