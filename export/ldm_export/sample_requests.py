@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldm_export.demo import Model, default_prompts
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
 
@@ -16,21 +17,21 @@ DEFAULT_COUNT = 4
 """Images of a model that needs no input."""
 
 
-def sample_requests(model: ModelDescription, prompts: Sequence[str] | None = None) -> tuple[SampleRequest, ...]:
+def sample_requests(
+    model: ModelDescription, prompts: Sequence[str] | None = None, source: Model = None
+) -> tuple[SampleRequest, ...]:
     """One request per prompt; for a model without conditioning, DEFAULT_COUNT empty requests.
 
     Args:
         model: Whose conditioning decides what a request holds.
-        prompts: Texts, for a model conditioned on text.
+        prompts: Texts, for a model conditioned on text; None for four default prompts.
+        source: The bundle or checkpoint; the demo model's default prompts are its own.
 
     Raises:
-        SpecError: Prompts for a model that takes none, or none for a model that needs them.
+        SpecError: Prompts for a model that takes none.
     """
-    kinds = [entry.kind for entry in model.conditioning]
-    if "text" in kinds:
-        if not prompts:
-            raise SpecError("prompts: got none, expected at least one; give a text file of them with --prompts")
-        return tuple({"prompts": prompt} for prompt in prompts)
+    if any(entry.kind == "text" for entry in model.conditioning):
+        return tuple({"prompts": prompt} for prompt in prompts or default_prompts(source))
     if prompts:
         raise SpecError(f"--prompts: this {model.family} model is not conditioned on text; leave it out")
     return ({},) * DEFAULT_COUNT

@@ -27,7 +27,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
-    from ldm_export.prompts import default_prompts
+    from ldm_export.demo import default_prompts
     from ldm_export.report.contents import ReportOptions, make_report
     from ldm_export.report.page import report_page
     from ldm_export.sample_requests import sample_requests
@@ -35,8 +35,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if not args.output.name or args.output.is_dir():
         raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
     bundle = Bundle.open(args.bundle)
-    prompts = lines(args.prompts) if args.prompts else default_prompts(bundle)
-    requests = sample_requests(bundle.manifest.model, prompts)
+    requests = sample_requests(bundle.manifest.model, lines(args.prompts) if args.prompts else None, bundle)
     options = ReportOptions(args.seed, args.steps, args.backend)
     with screen.bar("drawing") as bar:
         report = make_report(bundle, requests, options, lambda what, done, total: bar.to(done, total, what))
