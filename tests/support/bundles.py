@@ -9,6 +9,7 @@ from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
 
