@@ -21,6 +21,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
+    from ldm_calibration.model import ImageRequest
     from ldm_calibration.settings import Grade
 
 __all__ = ["Model", "calibration_prompts", "default_prompts", "demo_checkpoint", "demo_grader", "is_demo"]
@@ -85,7 +86,7 @@ def calibration_prompts(model: Model, calibration: int, trials: int) -> tuple[tu
 def demo_grader(model: Model) -> Grade | None:
     """The grader of the demo model's images; None for a model other than the demo model.
 
-    The grader takes images uint8 [64, 64, 3] and one prompt for each. It returns which images show what their prompts
+    The grader takes images uint8 [64, 64, 3] and one request for each. It returns which images show what their prompts
     say, or None if it cannot grade them, because a prompt is not of the demo model's grammar or an image has another
     size.
     """
@@ -93,10 +94,10 @@ def demo_grader(model: Model) -> Grade | None:
     if package is None:
         return None
 
-    def grade(images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[bool] | None:
+    def grade(images: Sequence[NDArray[np.uint8]], requests: Sequence[ImageRequest]) -> list[bool] | None:
         try:
-            correct: list[bool] = package.grade(images, prompts)
-        except ValueError:
+            correct: list[bool] = package.grade(images, [request["prompts"] for request in requests])
+        except (KeyError, ValueError):
             return None
         return correct
 

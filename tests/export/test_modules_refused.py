@@ -72,7 +72,7 @@ def test_empty_weights(tiny: Path) -> None:
 
 
 def test_unknown_module(tiny: Path) -> None:
-    with pytest.raises(SpecError, match=r"module 'vae' is none of text_encoder, unet, autoencoder, decoder"):
+    with pytest.raises(SpecError, match=r"module: got 'vae', expected one of text_encoder, unet, autoencoder, decoder"):
         load_module(open_checkpoint(tiny), "vae")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_export.checkpoint.weights import MAX_JSON, read_json, read_weights
+from ldm_export.checkpoint.json_files import MAX_JSON, read_json
+from ldm_export.checkpoint.weights import read_weights
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import edit_json, write_json, write_tensors, write_weights
 

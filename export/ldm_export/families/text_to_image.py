@@ -20,7 +20,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from ldm_export.checkpoint.diffusers_parts import (
     AUTOENCODER,
@@ -68,7 +68,7 @@ BERT = Part(
         "num_attention_heads": "encoder_attention_heads",
         "intermediate_size": "encoder_ffn_dim",
     },
-    construct=lambda config: LDMBertModel(LDMBertConfig(**config)),
+    construct=lambda config: LDMBertModel(LDMBertConfig(**config)),  # type: ignore[no-untyped-call]
 )
 
 
@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, bert: nn.Module):
         super().__init__()
-        self.bert = bert.model
+        self.bert: Any = bert.model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = self.bert(input_ids)[0]
@@ -185,12 +185,13 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
         )
 
 
-def _reference(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
+def _reference(checkpoint: Checkpoint) -> Any:
     with _tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
     config = dict(checkpoint.scheduler_config)
     scheduler = SCHEDULER.classes[config.pop("class")]
-    pipeline = LDMTextToImagePipeline(
+    constructor: Any = LDMTextToImagePipeline
+    pipeline = constructor(
         vqvae=load_module(checkpoint, "autoencoder"),
         bert=load_module(checkpoint, TEXT_ENCODER),
         tokenizer=tokenizer,
@@ -201,9 +202,7 @@ def _reference(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
     return pipeline
 
 
-def _reference_image(
-    pipeline: LDMTextToImagePipeline, request: RequestFields, generator: torch.Generator
-) -> Image.Image:
+def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
     image: Image.Image = pipeline(
         [request["prompts"]],
         generator=generator,

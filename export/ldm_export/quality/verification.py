@@ -144,12 +144,12 @@ def verify(
         defaults = Defaults(steps, defaults.eta, defaults.guidance_scale)
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime", device="cpu") as ours:
         feeds = real_feeds(ours, bundle.file, requests)
-        components = []
+        components: list[ComponentResult] = []
         for name in family.components:
             on_progress(name, len(components), total)
             components.append(_component(ours, checkpoint, family, name, feeds))
         theirs = family.reference(checkpoint)
-        pictures = []
+        pictures: list[PictureResult] = []
         for seed, request in enumerate(requests):
             on_progress("pictures", len(components) + seed, total)
             pictures.append(_picture(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))

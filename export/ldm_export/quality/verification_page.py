@@ -44,7 +44,8 @@ def page(result: Verification) -> str:
             element("h2", "Pictures, against diffusers"),
             element(
                 "p",
-                f"The same request and seed, {result.defaults.num_inference_steps} steps; {_accepted(result.tolerance)} is accepted. "
+                f"The same request and seed, {result.defaults.num_inference_steps} steps; "
+                f"{_accepted(result.tolerance)} is accepted. "
                 f"The difference is shown {AMPLIFIED} times as bright as it is.",
             ),
             table(("request", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),

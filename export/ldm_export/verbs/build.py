@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with needs("export"):
         from ldm_export.bundle.build import BuildOptions, build
         from ldm_export.bundle.int8_report import write_report
-        from ldm_export.demo import demo_checkpoint
+        from ldm_export.demo import demo_checkpoint, demo_grader
         from ldm_export.families import family_named, open_checkpoint
     quieten(args.verbose)
     begun = time.monotonic()
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         args.precision,
         engines,
         settings_of(args, kinds) if args.precision == "int8" else None,
+        demo_grader(model),
         requests=family.requests(chosen_prompts(args.prompts, model)) if args.precision in HALF else None,
     )
     with screen.bar("reading", None) as bar:

@@ -131,7 +131,8 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     ) as pipeline:
         requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
         feeds = real_feeds(pipeline, bundle.file, requests[:1]).components
-    told, beyond = {}, False
+    told: dict[str, dict[str, Any]] = {}
+    beyond = False
     with screen.bar("comparing", len(feeds)) as bar:
         for done, (name, feed) in enumerate(feeds.items()):
             bar.to(done, len(feeds), name)
