@@ -13,7 +13,7 @@ import torch
 from pictures import draw, pipeline
 from task import Command, Task
 
-from ldm_export.bench.worker_process import obey
+from ldm_export.bench.worker_process import serve_commands
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
@@ -48,4 +48,4 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
 
 
 if __name__ == "__main__":
-    obey(start)
+    serve_commands(start)

@@ -14,7 +14,7 @@ import torch
 from pictures import draw, pipeline
 from task import Command, Task
 
-from ldm_export.bench.worker_process import obey
+from ldm_export.bench.worker_process import serve_commands
 
 
 class Compiled:
@@ -62,4 +62,4 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
 
 
 if __name__ == "__main__":
-    obey(start)
+    serve_commands(start)

@@ -8,7 +8,7 @@ import numpy as np
 from task import Command, Task, latents
 
 from ldm_export.bench.figures import versions
-from ldm_export.bench.worker_process import obey
+from ldm_export.bench.worker_process import serve_commands
 from ldm_runtime.backends.openvino import has_bf16
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
@@ -42,4 +42,4 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
 
 
 if __name__ == "__main__":
-    obey(start)
+    serve_commands(start)

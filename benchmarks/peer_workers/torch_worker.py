@@ -12,7 +12,7 @@ import torch
 from pictures import draw, load, pipeline
 from task import Command, Task
 
-from ldm_export.bench.worker_process import obey
+from ldm_export.bench.worker_process import serve_commands
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
@@ -46,4 +46,4 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
 
 
 if __name__ == "__main__":
-    obey(start)
+    serve_commands(start)

@@ -1,4 +1,4 @@
-"""Which layers become int8: as much work as the budget lets; those that cost most for what they save stay float."""
+"""Selects the layers that become int8: the most operations within the budget; the costliest layers stay in float."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from dataclasses import dataclass
 
 from ldm_calibration.trials import Comparison
 
+__all__ = ["LEAST_SHARE", "Budget", "Selection", "ranked", "select"]
+
 LEAST_SHARE = 0.1
-"""A component with less of its work in int8 than this is not worth a graph of its own."""
+"""Minimum share of a component's operations in int8; less is not worth a separate graph."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds on the pictures; None for none."""
+    """Bounds on the quality of the trial images; None means no bound.
+
+    Attributes:
+        min_psnr: Minimum mean PSNR in dB.
+        max_accuracy_loss: Maximum loss of prompt accuracy, from 0 to 1.
+    """
 
     min_psnr: float | None
     max_accuracy_loss: float | None
 
     def admits(self, found: Comparison) -> bool:
-        """True where all bounds are kept."""
+        """True if the images are within all bounds."""
         loss = found.accuracy_loss
         enough = self.min_psnr is None or found.psnr_mean >= self.min_psnr
         return enough and (self.max_accuracy_loss is None or (loss is not None and loss <= self.max_accuracy_loss))
@@ -27,12 +34,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen.
+    """The layers of a component that become int8.
 
     Attributes:
-        layers: to be int8, in the graph's order; empty where the budget leaves too little.
-        tried: (share of the work in int8, mean PSNR in dB) of every trial.
-        found: of the trial that was chosen; None where none was.
+        layers: In the order of the graph; empty if the budget allows fewer than ``LEAST_SHARE`` of the operations.
+        tried: (Share of the operations in int8, mean PSNR in dB) of every trial.
+        found: Trial images of the selection; None if there is none.
     """
 
     layers: tuple[str, ...]
@@ -41,11 +48,11 @@ class Selection:
 
 
 def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
-    """Layers by the harm they do for each operation they save, the worst first.
+    """Sort layers by the error they cause for each operation they save, the worst first.
 
     Args:
-        decibels: layer → signal-to-noise ratio with it in int8.
-        flops: layer → its operations.
+        decibels: Layer -> signal-to-noise ratio with the layer in int8.
+        flops: Layer -> its operations.
     """
     return sorted(decibels, key=lambda name: (-(10 ** (-decibels[name] / 10)) / max(flops[name], 1), name))
 
@@ -53,13 +60,13 @@ def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]
 def select(
     order: Sequence[str], flops: Mapping[str, int], budget: Budget, trial: Callable[[Sequence[str]], Comparison]
 ) -> Selection:
-    """The most layers that keep to the budget: those at the end of ``order``, found by bisection.
+    """Find by bisection the longest end of ``order`` that is within the budget.
 
     Args:
-        order: candidates, the worst first.
-        flops: of all layers of the graph, candidates or not.
-        budget: to keep to.
-        trial: draws pictures with these layers in int8.
+        order: Candidate layers, the worst first.
+        flops: Every layer of the graph, candidate or not -> its operations.
+        budget: Bounds to keep.
+        trial: Generates trial images with these layers in int8.
     """
     total = sum(flops.values())
     position = {name: place for place, name in enumerate(flops)}
@@ -91,7 +98,7 @@ def select(
 
 
 def _most_released(order: Sequence[str], flops: Mapping[str, int]) -> int:
-    """How many layers may be released before less than ``LEAST_SHARE`` of the work is left."""
+    """Number of layers that may stay in float before less than ``LEAST_SHARE`` of the operations remains in int8."""
     least, left = LEAST_SHARE * sum(flops.values()), 0.0
     for place in range(len(order) - 1, -1, -1):
         left += flops[order[place]]

@@ -1,4 +1,4 @@
-"""A histogram of magnitudes that grows with what it is shown: memory stays the same however many values come."""
+"""A histogram of magnitudes whose range grows with the values; its memory does not depend on their number."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["BINS", "Histogram", "quantile_of"]
+
 BINS = 4096
 LOWEST_TOP = 2.0**-100
-"""Bins of a smaller range could not be told apart in float32; what is smaller falls in the first."""
+"""Smallest upper end: float32 cannot resolve the bins of a smaller range. Smaller values fall into the first bin."""
 
 
 @dataclass
 class Histogram:
     """Counts of |x| in ``BINS`` equal bins from 0 to ``top``.
 
-    ``top`` is a power of two above all values, at least ``LOWEST_TOP``; it doubles, and neighbouring bins are merged,
-    when a larger value comes. So the counts do not depend on the order of the values.
+    ``top`` is a power of two above all values, at least ``LOWEST_TOP``. When a larger value comes, it doubles and
+    neighbouring bins are merged, so the counts do not depend on the order of the values.
 
     Attributes:
-        top: upper end of the last bin; 0 while nothing but zeros has been seen.
+        top: Upper end of the last bin; 0 as long as all values were zero.
         counts: int64 [BINS].
-        largest: largest magnitude seen.
-        lowest: lowest value seen.
-        moving: exponential moving average of each call's ``quantile`` (None before the first).
+        largest: Largest magnitude so far.
+        lowest: Lowest value so far.
+        moving: Exponential moving average of each call's ``quantile``; None before the first call.
     """
 
     top: float = 0.0
@@ -35,10 +37,10 @@ class Histogram:
     moving: float | None = None
 
     def add(self, values: NDArray[np.float32], quantile: float = 0.9999, momentum: float = 0.9) -> None:
-        """Count the values, all finite, and move the moving quantile by this call's.
+        """Count the values and update the moving average of the quantile.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: A value is not finite.
         """
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max(initial=0.0))
@@ -68,12 +70,12 @@ class Histogram:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """The middle of each bin, float64 [BINS]."""
-        return (np.arange(BINS) + 0.5) * (self.top / BINS)
+        """Centre of each bin, float64 [BINS]."""
+        return np.asarray((np.arange(BINS) + 0.5) * (self.top / BINS), np.float64)
 
 
 def quantile_of(counts: NDArray[np.int64], top: float, quantile: float) -> float:
-    """The upper end of the first bin at which ``quantile`` of the counted values are below."""
+    """Upper end of the first bin up to which the share ``quantile`` of the counted values lies."""
     total = int(counts.sum())
     place = int(np.searchsorted(np.cumsum(counts), quantile * total))
     return (min(place, BINS - 1) + 1) * top / BINS

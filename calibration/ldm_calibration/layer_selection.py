@@ -1,156 +1,189 @@
-"""Decides which layers of which component become int8, within the budget on whole pictures."""
+"""Selects, component by component, the layers that become int8 within the budget on trial images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ldm_calibration.budget import LEAST_SHARE, Budget, Selection, ranked, select
-from ldm_calibration.choices import Choices
+from ldm_calibration.graph_files import graph_digest, load_graph
 from ldm_calibration.layers import find_layers
-from ldm_calibration.record import Record, component_facts, graph_digest, layer_facts, make_record
+from ldm_calibration.model import CalibrationModel
+from ldm_calibration.quality import Image
+from ldm_calibration.record import Record, component_json, layer_json, make_record
+from ldm_calibration.scalings import GraphScalings
 from ldm_calibration.sensitivity import int8_backend
-from ldm_calibration.sessions import load_graph
-from ldm_calibration.settings import Settings
-from ldm_calibration.trajectories import F32, Model, Trajectories
-from ldm_calibration.trials import Comparison, Drawn, compare, decode, draw
+from ldm_calibration.settings import CalibrationSettings, Grade
+from ldm_calibration.trajectories import F32, Trajectories
+from ldm_calibration.trials import Comparison, TrialImages, compare_images, decode, generate
 from ldm_runtime.backends import Backend
 from ldm_runtime.errors import BuildError
+from ldm_runtime.model import DECODER
 
-RESERVE = {"unet": 1.0, "decoder": 0.3, "text_encoder": 0.0}
-"""Decibels that each component in its turn leaves of the budget to those after it."""
+__all__ = ["Measurements", "select_layers"]
+
+DENOISER_RESERVE, RESERVE = 1.0, 0.3
+"""Decibels of the budget that the denoiser, and each other component except the last, leave to those after them."""
 OWN_LOSS = 1.5
-"""Decibels that decoder and text encoder may each cost at most: they run once a picture, and save little time."""
-Progress = Callable[[int, int], None]
+"""Maximum loss in dB through each component other than the denoiser: it runs once per image and saves little time."""
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the selection is based on.
+
+    Attributes:
+        scalings: Scalings of each component to quantize, the denoiser first.
+        latent_db: Layer of the denoiser -> its sensitivity in dB; empty if layers are ranked by their own results.
+        trajectories: Recorded trajectories, whose ranges become part of the record.
+    """
+
+    scalings: Mapping[str, GraphScalings]
+    latent_db: Mapping[str, float]
+    trajectories: Trajectories
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the denoiser."""
+        return next(iter(self.scalings))
+
+    def decibels(self, component: str) -> Mapping[str, float]:
+        """Layer of a component -> the signal-to-noise ratio by which it is ranked."""
+        by_latents = component == self.denoiser and bool(self.latent_db)
+        return self.latent_db if by_latents else self.scalings[component].output_db
 
 
 def select_layers(
-    model: Model,
-    settings: Settings,
-    choices: Mapping[str, Choices],
-    latent_db: Mapping[str, float],
-    held: Trajectories,
-    progress: Progress,
+    model: CalibrationModel,
+    settings: CalibrationSettings,
+    measured: Measurements,
+    grade: Grade | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Record:
-    """The UNet first, then the decoder and the text encoder with what the budget leaves; each trial draws pictures.
+    """Select the layers of the denoiser first, then those of each other component with the rest of the budget.
 
     Args:
-        model, settings: as calibrated.
-        choices: of each component.
-        latent_db: sensitivity of the UNet's layers; empty where they are ranked by their results.
-        held: the trajectories, whose ranges the record tells.
-        progress: told steps done and in all of each trial.
+        model: The model.
+        settings: Trial requests and budget.
+        measured: Measurements of each component to quantize.
+        grade: Decides which trial images are correct.
+        on_progress: Called with the number of steps done and of all steps of the current trial.
 
     Raises:
-        BuildError: the budget cannot be met with a tenth of the UNet's work in int8; the message says what can be.
+        BuildError: The budget cannot be kept with a tenth of the denoiser's operations in int8, or the grader cannot
+            grade the trial images; the message says what budget can be kept.
     """
-    trials = _Trials(model, settings, choices, progress)
-    if settings.max_accuracy_loss is not None and trials.compared(trials.exact.pictures).right_fp32 is None:
+    trials = _Trials(model, settings, measured, grade, on_progress)
+    if settings.max_accuracy_loss is not None and trials.best.correct_fp32 is None:
         raise BuildError(
-            "max accuracy loss: the grader cannot read these pictures or prompts; give a minimal PSNR instead"
+            "max accuracy loss: the grader cannot grade the trial images of these requests; give --min-psnr instead"
         )
     selections = {}
-    for component, reserve in RESERVE.items():
-        of_results = component != "unet" or not latent_db
-        order = ranked(choices[component].output_db if of_results else latent_db, choices[component].flops)
-        wanted = None if settings.min_psnr is None else settings.min_psnr + reserve
-        if component != "unet":
-            wanted = max(wanted or 0.0, trials.best.psnr_mean - OWN_LOSS)
-        budget = Budget(wanted, settings.max_accuracy_loss)
-        found = select(order, choices[component].flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
-        if component == "unet" and not found.layers:
-            raise BuildError(_cannot(settings, found))
+    components = list(measured.scalings)
+    for component in components:
+        wanted = _wanted(settings, components, component, trials.best.psnr_mean)
+        budget, flops = Budget(wanted, settings.max_accuracy_loss), measured.scalings[component].flops
+        order = ranked(measured.decibels(component), flops)
+        found = select(order, flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
+        if component == measured.denoiser and not found.layers:
+            raise BuildError(_cannot(settings, component, found, len(components) > 1))
         trials.keep(component, found)
         selections[component] = found
-    components = {
-        name: component_facts(
+    entries = {
+        name: component_json(
             graph_digest(model.graphs[name]),
-            choices[name],
-            _layers(model, name, choices[name], latent_db if name == "unet" else {}, found),
-            "" if found.layers else _left(found),
+            measured.scalings[name],
+            _layers(model, name, measured, found),
+            "" if found.layers else _reason(found),
         )
         for name, found in selections.items()
     }
+    recorded = measured.trajectories
     ranges = {
-        "timesteps": held.timesteps.tolist(),
-        "tensors": {name: held.largest[:, i].tolist() for i, name in enumerate(held.sources)},
+        "component": measured.denoiser,
+        "timesteps": recorded.timesteps.tolist(),
+        "tensors": {name: recorded.largest[:, i].tolist() for i, name in enumerate(recorded.sources)},
     }
-    return make_record(settings, components, trials.best.pictures(settings.trial_prompts), ranges)
+    return make_record(settings.to_json(), entries, trials.best.to_json(settings.trial_requests), ranges)
 
 
 class _Trials:
-    """Draws with the components chosen so far and one on trial."""
+    """Generates trial images with the selections so far and one component on trial."""
 
-    def __init__(self, model: Model, settings: Settings, choices: Mapping[str, Choices], progress: Progress):
-        self._model, self._settings, self._choices, self._progress = model, settings, choices, progress
+    def __init__(
+        self,
+        model: CalibrationModel,
+        settings: CalibrationSettings,
+        measured: Measurements,
+        grade: Grade | None,
+        on_progress: OnProgress,
+    ):
+        self._model, self._settings, self._measured = model, settings, measured
+        self._grade, self._on_progress = grade, on_progress
         self._kept: dict[str, Backend] = {}
-        self.exact: Drawn = self._draw({})
-        self._latents: F32 = self.exact.latents
-        self._drawn: dict[int, F32] = {}
-        self.best = self.compared(self.exact.pictures)
+        self._exact = self._generate({})
+        self._latents: F32 = self._exact.latents
+        self._tried: dict[int, F32] = {}
+        self.best = self._compare(self._exact.images)
 
-    def _draw(self, changed: Mapping[str, Backend]) -> Drawn:
-        given = self._settings
-        return draw(
-            self._model,
-            given.trial_prompts,
-            given.trial_steps,
-            given.eta,
-            given.guidance_scale,
-            changed,
-            self._progress,
-        )
+    def _generate(self, changed: Mapping[str, Backend]) -> TrialImages:
+        return generate(self._model, self._settings, changed, self._on_progress)
 
-    def compared(self, pictures: Sequence[Any]) -> Comparison:
-        """These pictures against those of fp32."""
-        return compare(self.exact.pictures, pictures, self._settings.trial_prompts)
+    def _compare(self, images: Sequence[Image]) -> Comparison:
+        return compare_images(self._exact.images, images, self._settings.trial_requests, self._grade)
 
     def attempt(self, component: str, layers: Sequence[str]) -> Comparison:
-        """What comes of these layers in int8. The decoder alone needs no new trajectories."""
+        """Compare images with these layers in int8. A trial of the decoder needs no new trajectories."""
         backend = self._backend(component, layers)
-        if component == "decoder":
-            return self.compared(decode(backend, self._model, self._latents))
-        drawn = self._draw({**self._kept, component: backend})
-        self._drawn[len(layers)] = drawn.latents
-        return self.compared(drawn.pictures)
+        if component == DECODER:
+            return self._compare(decode(backend, self._model, self._latents))
+        found = self._generate({**self._kept, component: backend})
+        self._tried[len(layers)] = found.latents
+        return self._compare(found.images)
 
     def keep(self, component: str, found: Selection) -> None:
-        """Have all later trials use this selection."""
+        """Use this selection in all later trials."""
         if found.layers and found.found is not None:
             self._kept[component] = self._backend(component, found.layers)
-            self._latents = self._drawn.get(len(found.layers), self._latents)
+            self._latents = self._tried.get(len(found.layers), self._latents)
             self.best = found.found
-        self._drawn = {}
+        self._tried = {}
 
     def _backend(self, component: str, layers: Sequence[str]) -> Backend:
-        choices = self._choices[component]
-        return int8_backend(self._model, component, choices.scalings, choices.results, layers)
+        return int8_backend(self._model, component, self._measured.scalings[component].tensors, layers)
 
 
-def _layers(
-    model: Model, component: str, choices: Choices, latent_db: Mapping[str, float], found: Selection
-) -> list[dict[str, Any]]:
-    facts = []
+def _wanted(settings: CalibrationSettings, components: Sequence[str], component: str, best: float) -> float | None:
+    """Minimum PSNR of a component's trials in dB; ``best`` is that of the selections so far."""
+    denoiser, last = component == components[0], component == components[-1]
+    reserve = 0.0 if last else DENOISER_RESERVE if denoiser else RESERVE
+    wanted = None if settings.min_psnr is None else settings.min_psnr + reserve
+    return wanted if denoiser else max(wanted or 0.0, best - OWN_LOSS)
+
+
+def _layers(model: CalibrationModel, component: str, measured: Measurements, found: Selection) -> list[dict[str, Any]]:
+    latent_db = measured.latent_db if component == measured.denoiser else {}
+    entries = []
     for layer in find_layers(load_graph(model.graphs[component]).graph):
         why = layer.float_only or ("" if layer.name in found.layers else "beyond the budget")
-        facts.append(layer_facts(layer, choices.flops[layer.name], choices, latent_db.get(layer.name), why))
-    return facts
+        entries.append(layer_json(layer, measured.scalings[component], latent_db.get(layer.name), why))
+    return entries
 
 
-def _left(found: Selection) -> str:
-    share, psnr = max(found.tried, key=lambda tried: tried[1], default=(0.0, 0.0))
-    return f"beyond the budget: {psnr:.1f} dB with {share:.0%} of its work in int8" if found.tried else "no matrix work"
+def _reason(found: Selection) -> str:
+    share, psnr = max(found.tried, key=lambda tried: tried[1])
+    return f"beyond the budget: {psnr:.1f} dB with {share:.0%} of its work in int8"
 
 
-def _cannot(settings: Settings, found: Selection) -> str:
-    if not found.tried:
-        return "unet: has no layer that can be int8; use fp16"
-    asked = [] if settings.min_psnr is None else [f"{settings.min_psnr:g} dB"]
-    asked += [] if settings.max_accuracy_loss is None else [f"{settings.max_accuracy_loss:.1%} of the prompts"]
-    can = "; ".join(f"{psnr:.1f} dB with {share:.0%} of the UNet's work in int8" for share, psnr in found.tried)
-    best = max(psnr for _, psnr in found.tried) - RESERVE["unet"]
+def _cannot(settings: CalibrationSettings, denoiser: str, found: Selection, others: bool) -> str:
+    bounds = [] if settings.min_psnr is None else [f"{settings.min_psnr:g} dB"]
+    bounds += [] if settings.max_accuracy_loss is None else [f"{settings.max_accuracy_loss:.1%} of the prompts"]
+    can = "; ".join(f"{psnr:.1f} dB with {share:.0%} of the work in int8" for share, psnr in found.tried)
+    best = max(psnr for _, psnr in found.tried) - (DENOISER_RESERVE if others else 0.0)
     advice = "Allow a greater loss" if settings.min_psnr is None else f"Ask for --min-psnr {best:.1f} or less"
     return (
-        f"unet: the budget ({' and '.join(asked)}) cannot be met with {LEAST_SHARE:.0%} of the work in int8. "
+        f"{denoiser}: the budget ({' and '.join(bounds)}) cannot be met with {LEAST_SHARE:.0%} of the work in int8. "
         f"What can be: {can}. {advice}, or use fp16"
     )

@@ -1,4 +1,4 @@
-"""The matrix work of a graph: which convolutions and matrix products it has, what they read and what they cost."""
+"""Layers of a graph: its convolutions and matrix products, the tensors they read and their number of operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from math import prod
 
 import onnx_ir as ir
 
+__all__ = ["Layer", "Shape", "find_layers", "flops"]
+
 Shape = Sequence[int]
 
 
@@ -16,14 +18,14 @@ class Layer:
     """A convolution or matrix product.
 
     Attributes:
-        name: of its node.
+        name: Name of its node.
         op: "Conv", "MatMul" or "Gemm".
-        source: the tensor it reads.
-        result: the tensor it gives.
-        weight: its weights' initializer; None for a product of two computed tensors, as in attention.
-        out_axis, in_axis: the axes of the weights that run over output and over input channels.
-        channel_axis: the axis of ``source`` that runs over input channels.
-        float_only: why it is never quantized; empty where it may be.
+        source: Tensor it reads.
+        result: Tensor it computes.
+        weight: Initializer of its weights; None for a product of two computed tensors, as in attention.
+        out_axis, in_axis: Axes of the weights that run over output channels and over input channels.
+        channel_axis: Axis of ``source`` that runs over input channels.
+        float_only: Reason why it is never quantized; empty if it may be.
     """
 
     name: str
@@ -38,10 +40,11 @@ class Layer:
 
 
 def find_layers(graph: ir.Graph) -> list[Layer]:
-    """All matrix work of an fp32 graph in its order.
+    """Find all convolutions and matrix products of an fp32 graph, in the order of the graph.
 
-    In float stay: products of two computed tensors (attention's), convolutions on the graph's input, layers that give
-    its output, layers of one row a sample (the time embedding) and grouped convolutions: some percent of a UNet's work.
+    These stay in float, a few percent of a UNet's operations: products of two computed tensors (in attention),
+    convolutions of the graph's input, layers that compute its output, layers of one row per sample (time embedding) and
+    grouped convolutions.
     """
     return [_layer(node) for node in graph if node.op_type in ("Conv", "MatMul", "Gemm")]
 
@@ -49,7 +52,7 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
 def _layer(node: ir.Node) -> Layer:
     source, weight = node.inputs[0], node.inputs[1]
     assert source is not None and weight is not None
-    held = weight.is_initializer() and not source.is_initializer()
+    constant = weight.is_initializer() and not source.is_initializer()
     rank = len(weight.shape) if weight.shape is not None else 2
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     out_axis, in_axis = (0, 1) if node.op_type == "Conv" or transposed else (rank - 1, rank - 2)
@@ -59,37 +62,37 @@ def _layer(node: ir.Node) -> Layer:
         node.op_type,
         source.name or "",
         result.name or "",
-        weight.name if held else None,
+        weight.name if constant else None,
         out_axis,
         in_axis,
         1 if node.op_type == "Conv" else -1,
-        _float_only(node, held),
+        _float_only(node, constant),
     )
 
 
-def _float_only(node: ir.Node, held: bool) -> str:
+def _float_only(node: ir.Node, constant: bool) -> str:
     source, result = node.inputs[0], node.outputs[0]
     assert source is not None
-    if not held:
+    if not constant:
         return "product of two computed tensors"
     if node.op_type == "Conv" and source.is_graph_input():
         return "first convolution"
     if result.is_graph_output():
         return "last layer"
     if node.op_type == "Gemm":
-        return "one row a sample"
+        return "one row per sample"
     if node.attributes.get_int("group", 1) != 1:
         return "grouped convolution"
     return ""
 
 
 def flops(layer: Layer, weight_shape: Shape | None, shapes: Mapping[str, Shape]) -> int:
-    """Operations of one call, a multiply-add counted as two.
+    """Number of operations of one call; a multiply-add counts as two.
 
     Args:
-        layer: of the graph.
-        weight_shape: of its weights; None where it has none.
-        shapes: tensor name → its shape in that call; ``layer.source`` and ``layer.result`` are needed.
+        layer: A layer of the graph.
+        weight_shape: Shape of its weights; None if it has none.
+        shapes: Tensor -> its shape in that call; it has ``layer.source`` and ``layer.result``.
     """
     results = prod(shapes[layer.result])
     if layer.op == "Conv":

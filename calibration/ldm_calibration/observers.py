@@ -1,4 +1,4 @@
-"""From a histogram of magnitudes to the largest magnitude that int8 still holds: four ways."""
+"""Four observers: each derives from a histogram of magnitudes the threshold that becomes the largest int8 value."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from numpy.typing import NDArray
 
 from ldm_calibration.histogram import Histogram
 
+__all__ = ["LEVELS", "OBSERVERS", "expected_error", "threshold"]
+
 LEVELS = 127
-"""Symmetric int8 uses -127 … 127, zero point 0: TensorRT takes no other."""
+"""Symmetric int8 uses the values -127 to 127 and zero point 0; TensorRT accepts no other zero point."""
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
 _STEPS = 96
 
 
 def threshold(histogram: Histogram, observer: str) -> float:
-    """The magnitude that is to become 127; larger ones are clipped to it.
+    """Magnitude that becomes 127; larger magnitudes are clipped to it.
 
-    - "minmax": the largest seen.
+    - "minmax": the largest magnitude.
     - "percentile": the moving average, over the calls, of each call's 99.99th percentile.
-    - "entropy": least Kullback-Leibler divergence of what int8 can tell apart from what was seen (the TensorRT method,
-      Migacz, GTC 2017).
-    - "mse": least expected squared error.
+    - "entropy": the threshold with the least Kullback-Leibler divergence between the values and their int8 form (the
+      method of TensorRT: Migacz, "8-bit Inference with TensorRT", GTC 2017).
+    - "mse": the threshold with the least expected squared error.
 
-    A tensor of zeros gets 1.
+    A tensor of zeros has threshold 1.
+
+    Raises:
+        ValueError: ``observer`` is none of these.
     """
     if not histogram.largest:
         return 1.0
@@ -34,12 +39,12 @@ def threshold(histogram: Histogram, observer: str) -> float:
         return min(_entropy(histogram), histogram.largest)
     if observer == "mse":
         return _mse(histogram)
-    raise ValueError(f"observer {observer!r} is none of {', '.join(OBSERVERS)}")
+    raise ValueError(f"observer: got {observer!r}, expected one of {', '.join(OBSERVERS)}")
 
 
 def _mse(histogram: Histogram) -> float:
-    held = histogram.counts > 0
-    counts, centres = histogram.counts[held], histogram.centres[held]
+    filled = histogram.counts > 0
+    counts, centres = histogram.counts[filled], histogram.centres[filled]
     candidates = histogram.largest * np.linspace(0.05, 1.0, _STEPS)
     errors = [expected_error(counts, centres, float(candidate)) for candidate in candidates]
     return float(candidates[int(np.argmin(errors))])
@@ -52,7 +57,7 @@ def expected_error(counts: NDArray[np.int64], centres: NDArray[np.float64], clip
 
 
 def _entropy(histogram: Histogram) -> float:
-    """Bins are first merged to 2048; of every candidate prefix the clipped rest falls into the last bin."""
+    """The bins are merged to 2048; for each candidate threshold the clipped values count in its last bin."""
     counts = histogram.counts.reshape(2048, -1).sum(1).astype(np.float64)
     width, levels = histogram.top / 2048, LEVELS + 1
     last = int(np.flatnonzero(counts)[-1]) + 1
@@ -67,18 +72,18 @@ def _entropy(histogram: Histogram) -> float:
 
 
 def _blurred(counts: NDArray[np.float64], levels: int) -> NDArray[np.float64]:
-    """The counts told apart in ``levels`` groups only, each spread evenly over its bins that are not empty."""
+    """Merge the counts into ``levels`` groups and spread each group evenly over its non-empty bins."""
     groups = np.minimum(np.arange(len(counts)) * levels // len(counts), levels - 1)
-    held = counts > 0
-    sums, sizes = np.bincount(groups, counts, levels), np.bincount(groups, held, levels)
+    filled = counts > 0
+    sums, sizes = np.bincount(groups, counts, levels), np.bincount(groups, filled, levels)
     means = np.divide(sums, sizes, out=np.zeros(levels), where=sizes > 0)
-    return np.where(held, means[groups], 0.0)
+    return np.where(filled, means[groups], 0.0)
 
 
-def _divergence(seen: NDArray[np.float64], told: NDArray[np.float64]) -> float:
-    if not told.sum():
+def _divergence(values: NDArray[np.float64], quantized: NDArray[np.float64]) -> float:
+    if not quantized.sum():
         return float(np.inf)
-    p, q = seen / seen.sum(), told / told.sum()
+    p, q = values / values.sum(), quantized / quantized.sum()
     smallest = 1e-9
-    held = p > 0
-    return float((p[held] * np.log(p[held] / np.maximum(q[held], smallest))).sum())
+    filled = p > 0
+    return float((p[filled] * np.log(p[filled] / np.maximum(q[filled], smallest))).sum())

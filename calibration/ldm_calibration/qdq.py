@@ -1,13 +1,16 @@
-"""Writes int8 into a graph: explicit QuantizeLinear and DequantizeLinear around the layers that are chosen.
+"""Inserts explicit QuantizeLinear and DequantizeLinear operators into a graph around the layers to quantize.
 
-One form serves ONNX Runtime, OpenVINO and TensorRT:
+One form of graph serves ONNX Runtime, OpenVINO and TensorRT:
 
-- symmetric int8, zero point 0, one scale per tensor, one per output channel of weights (TensorRT takes no zero point);
-- biases in float (TensorRT refuses int32 ones; ONNX Runtime and OpenVINO make theirs);
-- each layer reads through a pair of its own, though others read the same tensor: ONNX Runtime turns int8 into the
-  uint8 its kernels want only where one DequantizeLinear reads a QuantizeLinear. The other engines merge equal pairs;
-- a convolution's result passes a pair too: without, ONNX Runtime computes it in float. Its channels are brought to one
-  size before, which costs its weights' scales and its bias nothing, and back by a multiplication behind.
+1. Quantization is symmetric int8 with zero point 0: one scale for each tensor, and one for each output channel of
+   weights. TensorRT accepts no other zero point.
+2. Biases stay in float: TensorRT refuses int32 biases; ONNX Runtime and OpenVINO quantize biases themselves.
+3. Each layer reads its input through its own pair of operators, even if several layers read the same tensor. ONNX
+   Runtime converts int8 to the uint8 of its kernels only if one DequantizeLinear reads a QuantizeLinear; the other
+   engines merge equal pairs.
+4. The result of a convolution also passes through a pair, because otherwise ONNX Runtime computes the convolution in
+   float. Before the pair, the channels are scaled to one magnitude, which only changes the scales of the weights and
+   the bias; after the pair, a multiplication restores them.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from ldm_calibration.observers import LEVELS
 from ldm_calibration.weights import quantize_weights, weights_of
 from ldm_runtime.errors import BuildError
 
+__all__ = ["QuantizedTensors", "Scaling", "along", "insert_qdq"]
+
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a tensor becomes int8.
+    """How a tensor is scaled to int8.
 
     Attributes:
-        threshold: the magnitude that becomes 127.
-        factors: what its channels are divided by first (float32 [channels]); the weights take them in. None: nothing.
+        threshold: Magnitude that becomes 127.
+        factors: Factors float32 [channels] by which the channels are divided first; the weights are multiplied by
+            them. None means no factors.
     """
 
     threshold: float
@@ -39,37 +45,47 @@ class Scaling:
 
     @property
     def scale(self) -> np.float32:
-        """Of QuantizeLinear."""
+        """Scale of QuantizeLinear."""
         return np.float32(self.threshold / LEVELS)
 
 
-def insert_qdq(
-    model: ir.Model, sources: Mapping[str, Scaling], results: Mapping[str, Scaling], chosen: Collection[str]
-) -> list[str]:
+@dataclass(frozen=True)
+class QuantizedTensors:
+    """Scalings of a graph's tensors.
+
+    Attributes:
+        sources: Tensor that layers read -> its scaling.
+        results: Result of a convolution -> its scaling, with factors.
+    """
+
+    sources: Mapping[str, Scaling]
+    results: Mapping[str, Scaling]
+
+
+def insert_qdq(model: ir.Model, tensors: QuantizedTensors, chosen: Collection[str]) -> list[str]:
     """Quantize layers of an fp32 graph in place; weights that are no longer used are removed.
 
     Args:
-        model: constants are initialisers.
-        sources: tensor that layers read → its scaling.
-        results: convolutions' results → their scaling, with factors.
-        chosen: names of the layers to quantize.
+        model: Model whose constants are initializers.
+        tensors: Scalings of the graph's tensors.
+        chosen: Names of the layers to quantize.
 
     Returns:
-        The layers that were quantized, in the graph's order.
+        The layers that were quantized, in the order of the graph.
 
     Raises:
-        BuildError: a chosen layer is unknown, must stay in float, or was not observed.
+        BuildError: A chosen layer is unknown, must stay in float, or was not observed.
     """
-    graph = model.graph
+    graph, sources, results = model.graph, tensors.sources, tensors.results
     layers = {layer.name: layer for layer in find_layers(graph)}
     for name in chosen:
         if name not in layers or layers[name].float_only or layers[name].source not in sources:
-            raise BuildError(f"{graph.name}: layer {name!r} cannot be quantized; calibrate this bundle anew")
+            raise BuildError(f"{graph.name}: layer {name!r} cannot be quantized; calibrate this bundle again")
     nodes = {node.name: node for node in graph}
     done = [layer for layer in layers.values() if layer.name in chosen]
-    migrated: dict[str, ir.Value] = {}
+    smoothed: dict[str, ir.Value] = {}
     for layer in done:
-        _quantize(graph, nodes[layer.name], layer, sources[layer.source], migrated)
+        _quantize(graph, nodes[layer.name], layer, sources[layer.source], smoothed)
     for layer in done:
         if layer.op == "Conv":
             _quantize_result(graph, nodes[layer.name], results[layer.result])
@@ -78,50 +94,48 @@ def insert_qdq(
     return [layer.name for layer in done]
 
 
-def _quantize(graph: ir.Graph, node: ir.Node, layer: Layer, scaling: Scaling, migrated: dict[str, ir.Value]) -> None:
+def _quantize(graph: ir.Graph, node: ir.Node, layer: Layer, scaling: Scaling, smoothed: dict[str, ir.Value]) -> None:
     source, weight = node.inputs[0], node.inputs[1]
     assert source is not None and weight is not None
     weights = weights_of(weight)
     if scaling.factors is not None:
         weights = weights * along(scaling.factors, layer.in_axis, weights.ndim)
-        if layer.source not in migrated:
-            migrated[layer.source] = _migrate(graph, node, layer, source, scaling.factors)
-        source = migrated[layer.source]
+        if layer.source not in smoothed:
+            smoothed[layer.source] = _smooth(graph, node, layer, source, scaling.factors)
+        source = smoothed[layer.source]
     pair, back = _pair(graph, source, scaling.scale, node.name or "")
     graph.insert_before(node, pair)
     node.replace_input_with(0, back)
-    held, scales = quantize_weights(weights, layer.out_axis)
+    quantized, scales = quantize_weights(weights, layer.out_axis)
     inputs = [
-        _constant(graph, f"{node.name}/weight", held),
+        _constant(graph, f"{node.name}/weight", quantized),
         _constant(graph, f"{node.name}/weight_scale", scales),
         _constant(graph, f"{node.name}/weight_zero", np.zeros(len(scales), np.int8)),
     ]
     restore = ir.node("DequantizeLinear", inputs, {"axis": layer.out_axis}, name=f"{node.name}/weight/DequantizeLinear")
-    restored = _typed(restore.outputs[0], f"{node.name}/weight_float", ir.DataType.FLOAT, ir.Shape(held.shape))
+    restored = _typed(restore.outputs[0], f"{node.name}/weight_float", ir.DataType.FLOAT, ir.Shape(quantized.shape))
     graph.insert_before(node, restore)
     node.replace_input_with(1, restored)
 
 
 def along(factors: NDArray[np.float32], axis: int, rank: int) -> NDArray[np.float32]:
-    """The factors shaped so that they multiply an array of ``rank`` dimensions along ``axis``."""
+    """Reshape factors so that they multiply an array of ``rank`` dimensions along ``axis``."""
     shape = [1] * rank
     shape[axis] = -1
     return factors.reshape(shape)
 
 
-def _migrate(
-    graph: ir.Graph, before: ir.Node, layer: Layer, source: ir.Value, factors: NDArray[np.float32]
-) -> ir.Value:
-    """The source with its channels divided by the factors, once for all layers that read it."""
+def _smooth(graph: ir.Graph, before: ir.Node, layer: Layer, source: ir.Value, factors: NDArray[np.float32]) -> ir.Value:
+    """Divide the channels of the source by the factors, once for all layers that read it."""
     rank = 3 if layer.op == "Conv" else 1
-    divisor = _constant(graph, f"{layer.source}/migration", along(1 / factors, 0, rank))
-    multiply = ir.node("Mul", [source, divisor], name=f"{layer.source}/migration/Mul")
+    divisor = _constant(graph, f"{layer.source}/smoothing", along(np.float32(1) / factors, 0, rank))
+    multiply = ir.node("Mul", [source, divisor], name=f"{layer.source}/smoothing/Mul")
     graph.insert_before(before, multiply)
-    return _typed(multiply.outputs[0], f"{layer.source}/migrated", ir.DataType.FLOAT, source.shape)
+    return _typed(multiply.outputs[0], f"{layer.source}/smoothed", ir.DataType.FLOAT, source.shape)
 
 
 def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
-    """Pass a convolution's result through int8, its channels divided by the factors and multiplied with them behind."""
+    """Pass a convolution's result through int8: its channels are divided by the factors before, and restored after."""
     assert scaling.factors is not None
     restore, result = node.inputs[1], node.outputs[0]
     assert restore is not None
@@ -147,12 +161,12 @@ def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
 
 
 def _pair(graph: ir.Graph, value: ir.Value, scale: np.float32, stem: str) -> tuple[list[ir.Node], ir.Value]:
-    """A QuantizeLinear and a DequantizeLinear of ``value``, not yet in the graph, and what the latter gives."""
+    """Create a QuantizeLinear and a DequantizeLinear of ``value`` outside the graph; return them and their result."""
     step = _constant(graph, f"{stem}/scale", np.array(scale))
     zero = _constant(graph, f"{stem}/zero", np.array(0, np.int8))
     forth = ir.node("QuantizeLinear", [value, step, zero], name=f"{stem}/QuantizeLinear")
-    held = _typed(forth.outputs[0], f"{stem}/int8", ir.DataType.INT8, value.shape)
-    back = ir.node("DequantizeLinear", [held, step, zero], name=f"{stem}/DequantizeLinear")
+    quantized = _typed(forth.outputs[0], f"{stem}/int8", ir.DataType.INT8, value.shape)
+    back = ir.node("DequantizeLinear", [quantized, step, zero], name=f"{stem}/DequantizeLinear")
     return [forth, back], _typed(back.outputs[0], f"{stem}/float", ir.DataType.FLOAT, value.shape)
 
 

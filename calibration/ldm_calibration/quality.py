@@ -1,40 +1,37 @@
-"""How close two pictures are: PSNR and SSIM; and how many pictures are as their prompts say."""
+"""Compares two images: SSIM, and the mean of PSNR values."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.shapes.drawing import PIXELS
-from ldm_calibration.shapes.grader import grade
-from ldm_calibration.shapes.grammar import parse
+from ldm_runtime.images import psnr
 
-Picture = NDArray[np.uint8]
+__all__ = ["EQUAL_PSNR", "Image", "image_psnr", "mean_psnr", "ssim"]
+
+Image = NDArray[np.uint8]
+"""uint8 [H, W, 3]."""
+EQUAL_PSNR = 100.0
+"""Upper bound of a PSNR in a mean, in dB; two equal images count as this."""
 _SIGMA, _RADIUS = 1.5, 5
 
 
-def psnr(one: Picture, other: Picture) -> float | None:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures [H, W, 3]; None where they are equal."""
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return 10 * math.log10(255**2 / error) if error else None
-
-
-EQUAL = 10 * math.log10(255**2 * 64 * 64 * 3)
-"""What a PSNR counts as in a mean where two pictures are equal: one level of one channel of one pixel of 64×64."""
+def image_psnr(one: Image, other: Image) -> float | None:
+    """PSNR in dB of two images of one shape; None if they are equal."""
+    return psnr(one.astype(np.float64), other.astype(np.float64), 255.0)
 
 
 def mean_psnr(values: Sequence[float | None]) -> float:
-    """Mean over pictures, equal ones as ``EQUAL``."""
-    return float(np.mean([EQUAL if value is None else min(value, EQUAL) for value in values]))
+    """Mean over images, of which equal ones (None) count as ``EQUAL_PSNR``."""
+    return float(np.mean([EQUAL_PSNR if value is None else min(value, EQUAL_PSNR) for value in values]))
 
 
-def ssim(one: Picture, other: Picture) -> float:
-    """Structural similarity of two uint8 pictures [H, W, 3], at least 11 pixels high and wide.
+def ssim(one: Image, other: Image) -> float:
+    """Structural similarity of two images of one shape, at least 11 pixels high and wide.
 
-    Wang et al. 2004: Gaussian window of sigma 1.5 and 11 pixels, K 0.01 and 0.03, mean over places and channels.
+    Wang et al. 2004: Gaussian window of sigma 1.5 and 11 pixels, K1 0.01 and K2 0.03, mean over places and channels.
     """
     x, y = one.astype(np.float64), other.astype(np.float64)
     mx, my = _blurred(x), _blurred(y)
@@ -50,14 +47,3 @@ def _blurred(image: NDArray[np.float64]) -> NDArray[np.float64]:
         views = np.lib.stride_tricks.sliding_window_view(image, len(window), axis=axis)
         image = views @ window
     return image
-
-
-def right(pictures: Sequence[Picture], prompts: Sequence[str]) -> list[bool] | None:
-    """Which pictures are as their prompts say, by the shapes grader; None where it cannot grade them."""
-    try:
-        sentences = [parse(prompt) for prompt in prompts]
-    except ValueError:
-        return None
-    if any(picture.shape != (PIXELS, PIXELS, 3) for picture in pictures):
-        return None
-    return [grade(picture, sentence).right for picture, sentence in zip(pictures, sentences, strict=True)]

@@ -1,48 +1,45 @@
-"""The calibration record: what was run, seen and decided; with the fp32 graphs it gives the int8 ones exactly."""
+"""The calibration record: settings, ranges and decisions, which with the fp32 graphs determine the int8 graphs."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm_calibration.choices import Choices
 from ldm_calibration.layers import Layer
-from ldm_calibration.qdq import Scaling
-from ldm_calibration.sessions import files_of
-from ldm_calibration.settings import Settings
-from ldm_runtime.atomic_files import sha256
+from ldm_calibration.qdq import QuantizedTensors, Scaling
+from ldm_calibration.scalings import GraphScalings
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object, require_str
 
-FORMAT, VERSION = "ldm-export calibration", 1
+__all__ = ["ComponentRecord", "Record", "component_json", "layer_json", "make_record", "read_record"]
+
+FORMAT, VERSION = "ldm-export calibration", 2
 MAX_BYTES = 256 * 2**20
 MAX_CHANNELS = 1_000_000
 _SETTINGS = ("trial_steps", "eta", "guidance_scale", "min_psnr", "max_accuracy_loss")
-_RANGES = ("timesteps", "tensors")
-_PICTURE = ("prompt", "seed", "psnr", "ssim", "right_fp32", "right_int8")
+_RANGES = ("component", "timesteps", "tensors")
+_IMAGE = ("request", "seed", "psnr", "ssim", "correct_fp32", "correct_int8")
 
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """What was decided for one component.
+    """Decisions for one component.
 
     Attributes:
-        graph: SHA-256 of its fp32 graph.
-        sources: tensor that layers read → its scaling.
-        results: convolution's result → its scaling.
-        layers: facts of every layer, JSON-able, as ``report/int8.json`` has them.
-        why: why it stays in fp32 as a whole; empty where it does not.
+        graph: Digest of its fp32 graph, as ``graph_files.graph_digest`` returns it.
+        tensors: Scalings of its tensors.
+        layers: Facts of every layer, JSON-able, as in the int8 report.
+        why: Reason why the whole component stays in fp32; empty if it does not.
     """
 
     graph: str
-    sources: Mapping[str, Scaling]
-    results: Mapping[str, Scaling]
+    tensors: QuantizedTensors
     layers: tuple[Mapping[str, Any], ...]
     why: str
 
@@ -59,123 +56,143 @@ class ComponentRecord:
     @property
     def int8_share(self) -> float:
         """Share of the operations that are int8."""
-        return sum(layer["flops"] for layer in self.layers if layer["int8"]) / max(self.flops, 1)
+        return float(sum(layer["flops"] for layer in self.layers if layer["int8"]) / max(self.flops, 1))
 
 
 @dataclass(frozen=True)
 class Record:
-    """The whole record; ``document`` is its JSON, ``components`` what the graphs are made of."""
+    """A calibration record.
+
+    Attributes:
+        document: The whole record as JSON.
+        components: Decisions for each component; components without candidate layers are left out.
+    """
 
     document: Mapping[str, Any]
     components: Mapping[str, ComponentRecord]
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component whose ranges the record holds."""
+        return str(self.document["ranges"]["component"])
 
     def to_json(self) -> str:
         """Canonical text: equal records give equal bytes."""
         return json.dumps(self.document, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def graph_digest(graph: Path) -> str:
-    """SHA-256 of a graph and, where its weights lie in a file beside it, of that file behind it."""
-    return "-".join(sha256(file) for file in files_of(graph))
+def component_json(graph: str, scalings: GraphScalings, layers: list[dict[str, Any]], why: str) -> dict[str, Any]:
+    """One component in the form of the record."""
+    facts = scalings.to_json()
+    return {"graph": graph, "sources": facts["sources"], "results": facts["results"], "layers": layers, "why": why}
 
 
-def component_facts(graph: str, choices: Choices, layers: list[dict[str, Any]], why: str) -> dict[str, Any]:
-    """One component as the record has it."""
-    held = choices.facts()
-    return {"graph": graph, "sources": held["sources"], "results": held["results"], "layers": layers, "why": why}
-
-
-def layer_facts(layer: Layer, flops: int, choices: Choices, latent_db: float | None, why: str) -> dict[str, Any]:
-    """One layer as record and report have it; it is int8 where ``why`` is empty."""
-    choice = choices.sources.get(layer.source)
+def layer_json(layer: Layer, scalings: GraphScalings, latent_db: float | None, why: str) -> dict[str, Any]:
+    """One layer in the form of record and report; it is int8 if ``why`` is empty."""
+    source = None if layer.float_only else scalings.sources.get(layer.source)
     return {
         "name": layer.name,
         "op": layer.op,
-        "flops": flops,
+        "flops": scalings.flops[layer.name],
         "int8": not why,
         "why": why,
-        "observer": choice.observer if choice and not layer.float_only else None,
-        "migration": choice.exponent if choice and not layer.float_only else 0.0,
-        "output_db": choices.output_db.get(layer.name),
+        "observer": source.observer if source else None,
+        "smoothing": source.exponent if source else 0.0,
+        "output_db": scalings.output_db.get(layer.name),
         "latent_db": latent_db,
     }
 
 
 def make_record(
-    settings: Settings, components: Mapping[str, Any], pictures: list[dict[str, Any]], ranges: Mapping[str, Any]
+    settings: Mapping[str, Any],
+    components: Mapping[str, Any],
+    images: list[dict[str, Any]],
+    ranges: Mapping[str, Any],
 ) -> Record:
-    """A record of what was found."""
+    """Create a record from the JSON forms of its parts."""
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "settings": asdict(settings),
+        "settings": dict(settings),
         "components": dict(components),
-        "pictures": pictures,
+        "images": images,
         "ranges": dict(ranges),
     }
-    return read_document(json.loads(json.dumps(document)))
+    return _parse(json.loads(json.dumps(document)))
 
 
 def read_record(file: Path) -> Record:
-    """Read a record, which may come from a stranger.
+    """Read a record; its content is untrusted, so every field that is used is checked.
 
     Raises:
-        ManifestError: too large, no record, or a field of it is not what it should be.
+        ManifestError: The file is too large or is not a record, or a field has another type.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_BYTES}; calibrate anew")
+            raise ManifestError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_BYTES}; calibrate again")
         document = json.loads(file.read_bytes().decode())
         json.dumps(document, allow_nan=False)
     except OSError as error:
         raise ManifestError(f"{file}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{file}: no calibration record ({error}); calibrate anew") from None
+        raise ManifestError(f"{file}: not a calibration record ({error}); calibrate again") from None
     try:
-        return read_document(document)
+        return _parse(document)
     except ManifestError as error:
         raise ManifestError(f"{file}: {error}") from None
 
 
-def read_document(document: Any) -> Record:
-    """A record from its JSON."""
+def _parse(document: Any) -> Record:
     top = require_object("record", document)
     if (top.get("format"), top.get("version")) != (FORMAT, VERSION):
         raise ManifestError(
             f"got format {top.get('format')!r:.40} version {top.get('version')!r:.20}, expected {FORMAT!r} {VERSION}; "
-            "calibrate anew"
+            "calibrate again"
         )
     settings, ranges = require_object("settings", top.get("settings")), require_object("ranges", top.get("ranges"))
-    pictures = top.get("pictures")
-    whole = isinstance(pictures, list) and pictures and all(_is_picture(picture) for picture in pictures)
-    if not whole or not set(_SETTINGS) <= settings.keys() or set(_RANGES) != ranges.keys():
-        raise ManifestError("settings, ranges or pictures: not as a calibration writes them; calibrate anew")
-    return Record(top, require_map("components", top.get("components"), _component))
+    images = top.get("images")
+    if not isinstance(images, list) or not images or not all(_is_image(image) for image in images):
+        raise ManifestError("images: expected a list of trial images; calibrate again")
+    if not all(_is_number(settings.get(name)) for name in _SETTINGS) or not set(_SETTINGS) <= settings.keys():
+        raise ManifestError(f"settings: expected numbers for {', '.join(_SETTINGS)}; calibrate again")
+    if set(_RANGES) != ranges.keys() or not isinstance(ranges["component"], str):
+        raise ManifestError(f"ranges: expected {', '.join(_RANGES)}; calibrate again")
+    components = require_map("components", top.get("components"), _component)
+    if ranges["component"] not in components:
+        raise ManifestError(f"components: {ranges['component']!r:.60} is missing; calibrate again")
+    return Record(top, components)
 
 
-def _is_picture(picture: Any) -> bool:
-    if not isinstance(picture, dict) or set(picture) != set(_PICTURE):
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_image(image: Any) -> bool:
+    if not isinstance(image, dict) or set(image) != set(_IMAGE):
         return False
-    number, marks = (int, float, type(None)), (picture["right_fp32"], picture["right_int8"])
     return (
-        isinstance(picture["prompt"], str)
-        and isinstance(picture["psnr"], number)
-        and isinstance(picture["ssim"], int | float)
-        and all(isinstance(mark, bool | type(None)) for mark in marks)
+        isinstance(image["request"], dict)
+        and type(image["seed"]) is int
+        and _is_number(image["psnr"])
+        and image["ssim"] is not None
+        and _is_number(image["ssim"])
+        and all(isinstance(image[name], bool | type(None)) for name in ("correct_fp32", "correct_int8"))
     )
 
 
 def _component(where: str, value: Any) -> ComponentRecord:
-    held = require_object(where, value)
-    layers = held.get("layers")
+    entry = require_object(where, value)
+    layers = entry.get("layers")
     if not isinstance(layers, list) or not all(_is_layer(layer) for layer in layers):
-        raise ManifestError(f"{where}.layers: expected a list of layers; calibrate anew")
+        raise ManifestError(f"{where}.layers: expected a list of layers; calibrate again")
     return ComponentRecord(
-        require_str(f"{where}.graph", held.get("graph")),
-        require_map(f"{where}.sources", held.get("sources"), _scaling),
-        require_map(f"{where}.results", held.get("results"), _scaling),
+        require_str(f"{where}.graph", entry.get("graph")),
+        QuantizedTensors(
+            require_map(f"{where}.sources", entry.get("sources"), _scaling),
+            require_map(f"{where}.results", entry.get("results"), _scaling),
+        ),
         tuple(layers),
-        require_str(f"{where}.why", held.get("why")),
+        require_str(f"{where}.why", entry.get("why")),
     )
 
 
@@ -190,17 +207,16 @@ def _is_layer(layer: Any) -> bool:
 
 
 def _scaling(where: str, value: Any) -> Scaling:
-    held = require_object(where, value)
-    factors = held.get("factors")
+    entry = require_object(where, value)
+    threshold, factors = _magnitude(f"{where}.threshold", entry.get("threshold")), entry.get("factors")
     if factors is None:
-        return Scaling(_magnitude(f"{where}.threshold", held.get("threshold")))
+        return Scaling(threshold)
     if not isinstance(factors, list) or len(factors) > MAX_CHANNELS:
-        raise ManifestError(f"{where}.factors: expected a list of numbers; calibrate anew")
-    found = [_magnitude(f"{where}.factors", factor) for factor in factors]
-    return Scaling(_magnitude(f"{where}.threshold", held.get("threshold")), np.array(found, np.float32))
+        raise ManifestError(f"{where}.factors: expected a list of numbers; calibrate again")
+    return Scaling(threshold, np.array([_magnitude(f"{where}.factors", factor) for factor in factors], np.float32))
 
 
 def _magnitude(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ManifestError(f"{where}: got {value!r:.40}, expected a number above 0; calibrate anew")
+        raise ManifestError(f"{where}: got {value!r:.40}, expected a number above 0; calibrate again")
     return float(value)

@@ -1,28 +1,27 @@
-"""Which steps of the trajectories are samples: spread over all timesteps, denser where ranges move."""
+"""Selects the steps of the trajectories that are observed: spread over all timesteps, denser where ranges change."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.trajectories import Trajectories
+from ldm_calibration.trajectories import Feed, Trajectories
+
+__all__ = ["chosen_steps", "feeds_of"]
 
 EVEN = 0.5
-"""Share of the samples that is spread evenly; the others follow the movement of the ranges."""
+"""Share of the samples that is spread evenly; the other samples follow the change of the ranges."""
 
 
 def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
-    """``count`` step indices at most, rising, the first and the last among them.
+    """Select at most ``count`` step indices, ascending, the first and the last step among them.
+
+    Half of the density is even. The other half is proportional to the change of the ranges since the step before: the
+    mean over the tensors of |log(range / range before)|.
 
     Args:
-        largest: of each tensor at each step, float32 [steps, tensors].
-        count: at least 2.
-
-    The density at a step is half even and half in proportion to how far the ranges moved since the step before: the
-    mean over the tensors of |log(range / range before)|.
+        largest: Largest magnitude of each tensor at each step, float32 [steps, tensors].
+        count: At least 2.
     """
     steps = len(largest)
     if count >= steps:
@@ -35,21 +34,14 @@ def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
     return sorted({int(np.argmin(np.abs(reached - place))) for place in np.linspace(0, 1, count)})
 
 
-def unet_feeds(held: Trajectories, count: int) -> list[Mapping[str, NDArray[Any]]]:
-    """The UNet's inputs at the chosen steps, all rows of each batch."""
-    feeds = []
-    for samples, context in zip(held.samples, held.contexts, strict=True):
-        for step in chosen_steps(held.largest, count):
-            sample = samples[step]
-            timestep = np.full(len(sample), held.timesteps[step], np.int64)
-            feeds.append({"sample": sample, "timestep": timestep, "context": context})
-    return feeds
+def feeds_of(recorded: Trajectories, component: str, count: int) -> list[Feed]:
+    """The feeds of a component that are observed.
 
-
-def feeds_of(held: Trajectories, component: str, count: int) -> list[Mapping[str, NDArray[Any]]]:
-    """What a component is given along the trajectories: the UNet ``count`` steps of each, the others all there is."""
-    if component == "unet":
-        return unet_feeds(held, count)
-    if component == "decoder":
-        return [{"latents": latents} for latents in held.latents]
-    return [{"input_ids": tokens} for tokens in held.tokens]
+    The denoiser, which is the first component of the trajectories, is observed at ``count`` steps of each batch; every
+    other component is observed with all its feeds.
+    """
+    feeds, steps = recorded.feeds[component], len(recorded.timesteps)
+    if component != next(iter(recorded.feeds)):
+        return list(feeds)
+    chosen = chosen_steps(recorded.largest, count)
+    return [feeds[start + step] for start in range(0, len(feeds), steps) for step in chosen]

@@ -1,4 +1,4 @@
-"""Chooses how each tensor becomes int8, observer and migration, by the least error of the layers' results."""
+"""Searches the scaling of each tensor, observer and smoothing, with the least error of the layers' results."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ldm_calibration.choices import Choice, Choices
+from ldm_calibration.graph_files import load_graph
 from ldm_calibration.histogram import Histogram
 from ldm_calibration.layers import Layer, find_layers
-from ldm_calibration.observation import Feed, Observations, tensors_of
+from ldm_calibration.observation import Observations, tensors_of
 from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
 from ldm_calibration.qdq import Scaling, along
-from ldm_calibration.sessions import Session, load_graph
-from ldm_calibration.weights import migration_factors, quantize_weights, weights_of
+from ldm_calibration.scalings import GraphScalings, SourceScaling
+from ldm_calibration.sessions import Session
+from ldm_calibration.trajectories import Feed
+from ldm_calibration.weights import quantize_weights, smoothing_factors, weights_of
+
+__all__ = ["search_scalings"]
 
 EXPONENTS = (0.0, 0.5, 0.7, 0.85)
-"""Of migration; 0 is none."""
+"""Candidate exponents of SmoothQuant; 0 means no smoothing."""
 WORTH = 0.8
-"""Migration costs a multiplication: the error must fall by a fifth at least, one decibel."""
+"""Smoothing costs a multiplication, so it must reduce the error to this share, by one decibel."""
 LEAST_CHANNEL = 1e-3
-"""Share of the largest channel's magnitude that a result's channel counts as at least."""
+"""Lower bound of a result channel's magnitude, as a share of the largest channel's."""
 F32 = NDArray[np.float32]
 
 
-def choose(
+def search_scalings(
     graph: Path,
-    seen: Observations,
+    observed: Observations,
     feeds: Sequence[Feed],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Choices:
-    """Try observers and exponents on real inputs, each layer computed alone, and keep the best for each source.
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GraphScalings:
+    """Try observers and exponents on real inputs, one layer at a time, and keep the best scaling of each source.
 
     Args:
-        graph: fp32.
-        seen: of that graph.
-        feeds: a few of those that were observed.
+        graph: fp32 graph.
+        observed: Observations of that graph.
+        feeds: Some of the observed feeds.
+        on_progress: Called with the number of calls done and of all calls.
     """
     model = load_graph(graph)
     layers = [layer for layer in find_layers(model.graph) if not layer.float_only]
@@ -49,33 +54,34 @@ def choose(
     weights = model.graph.initializers
     trials: dict[str, list[_Trial]] = {}
     single: dict[str, _Single] = {}
-    for found in tensors_of(graph, list(readers), seen.shapes, feeds, progress):
+    for found in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
         for source, values in found.items():
             if source not in trials:
-                trials[source] = _trials(source, readers[source], seen, weights, values)
+                trials[source] = _trials(source, readers[source], observed, weights, values)
             for layer in readers[source]:
                 if layer.name not in single:
                     single[layer.name] = _Single(model, layer, graph.parent)
                 _try(trials[source], single[layer.name], layer, weights_of(weights[layer.weight or ""]), values)
-    chosen, decibels = {}, {}
+    chosen: dict[str, SourceScaling] = {}
+    decibels: dict[str, float] = {}
     for source, tried in trials.items():
         best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
         thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
-        chosen[source] = Choice(best.observer, best.exponent, best.scaling, thresholds)
+        chosen[source] = SourceScaling(best.observer, best.exponent, best.scaling, thresholds)
         decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
-    results = {layer.result: _equalized(seen.channels[layer.result]) for layer in layers if layer.op == "Conv"}
-    return Choices(chosen, results, decibels, seen.flops)
+    results = {layer.result: _equalized(observed.channels[layer.result]) for layer in layers if layer.op == "Conv"}
+    return GraphScalings(chosen, results, decibels, observed.flops)
 
 
 def _equalized(channels: F32) -> Scaling:
-    """A scaling that brings all channels of a result to the largest of them; those of next to nothing not quite."""
+    """Scale all channels of a result to the magnitude of the largest; ``LEAST_CHANNEL`` limits the factors."""
     top = float(channels.max()) or 1.0
     factors = np.maximum(channels / np.float32(top), np.float32(LEAST_CHANNEL)).astype(np.float32)
     return Scaling(top, factors)
 
 
 class _Trial:
-    """One observer with one exponent: what the layers' results lose by it."""
+    """One observer with one exponent, and the error of the layers' results with it."""
 
     def __init__(self, observer: str, exponent: float, scaling: Scaling):
         self.observer, self.exponent, self.scaling = observer, exponent, scaling
@@ -84,19 +90,19 @@ class _Trial:
 
     @property
     def loss(self) -> float:
-        """Error as a share of the results, summed over the layers."""
+        """Error relative to the power of the results, summed over the layers."""
         return sum(self.error[name] / max(self.power[name], 1e-30) for name in self.error)
 
 
 def _trials(
-    source: str, readers: Sequence[Layer], seen: Observations, weights: Mapping[str, ir.Value], values: F32
+    source: str, readers: Sequence[Layer], observed: Observations, weights: Mapping[str, ir.Value], values: F32
 ) -> list[_Trial]:
-    plain = {observer: threshold(seen.histograms[source], observer) for observer in OBSERVERS}
+    plain = {observer: threshold(observed.histograms[source], observer) for observer in OBSERVERS}
     trials = [_Trial(observer, 0.0, Scaling(value)) for observer, value in plain.items()]
-    channels = seen.channels[source]
+    channels = observed.channels[source]
     largest = np.max([_reading(weights, layer) for layer in readers], axis=0)
     for exponent in EXPONENTS[1:]:
-        factors = migration_factors(channels, largest, exponent)
+        factors = smoothing_factors(channels, largest, exponent)
         histogram = Histogram()
         histogram.add(values / along(factors, readers[0].channel_axis % values.ndim, values.ndim))
         bound = float((channels / factors).max())
@@ -106,13 +112,14 @@ def _trials(
 
 
 def _reading(weights: Mapping[str, ir.Value], layer: Layer) -> F32:
-    """The largest magnitude of the weights that read each input channel."""
+    """Largest magnitude of the weights that read each input channel."""
     array = np.abs(weights_of(weights[layer.weight or ""]))
-    return array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
+    largest: F32 = array.max(tuple(i for i in range(array.ndim) if i != layer.in_axis))
+    return largest
 
 
 class _Single:
-    """One layer as a graph of its own, its weights an input."""
+    """One layer as its own graph, whose weights are an input."""
 
     def __init__(self, model: ir.Model, layer: Layer, folder: Path):
         node = next(node for node in model.graph if node.name == layer.name)
@@ -124,7 +131,7 @@ class _Single:
         self._session = Session(ir.Model(graph, ir_version=10), folder)
 
     def __call__(self, x: F32, w: F32) -> F32:
-        """The layer's result without its bias."""
+        """Compute the layer's result without its bias."""
         return self._session.run({"x": x, "w": w})["y"]
 
 
@@ -133,15 +140,15 @@ def _try(trials: Sequence[_Trial], single: _Single, layer: Layer, weights: F32, 
     power = float(np.square(exact, dtype=np.float64).sum())
     restored: dict[float, F32] = {}  # int8 weights as floats, by exponent
     for trial in trials:
-        factors, given, taken = trial.scaling.factors, values, weights
+        factors, inputs, scaled = trial.scaling.factors, values, weights
         if factors is not None:
-            given = values / along(factors, layer.channel_axis % values.ndim, values.ndim)
-            taken = weights * along(factors, layer.in_axis, weights.ndim)
+            inputs = values / along(factors, layer.channel_axis % values.ndim, values.ndim)
+            scaled = weights * along(factors, layer.in_axis, weights.ndim)
         if trial.exponent not in restored:
-            held, scales = quantize_weights(taken, layer.out_axis)
-            restored[trial.exponent] = held * along(scales, layer.out_axis, held.ndim)
+            quantized, scales = quantize_weights(scaled, layer.out_axis)
+            restored[trial.exponent] = quantized * along(scales, layer.out_axis, quantized.ndim)
         step = trial.scaling.scale
-        rounded = np.clip(np.rint(given / step), -LEVELS - 1, LEVELS).astype(np.float32) * step
+        rounded = np.clip(np.rint(inputs / step), -LEVELS - 1, LEVELS).astype(np.float32) * step
         off = single(rounded, restored[trial.exponent]) - exact
         trial.error[layer.name] = trial.error.get(layer.name, 0.0) + float(np.square(off, dtype=np.float64).sum())
         trial.power[layer.name] = trial.power.get(layer.name, 0.0) + power

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions of graphs that are changed in memory: weights stay in the file of the graph they came from."""
+"""ONNX Runtime sessions of graphs that are changed in memory; external weights stay in the file they came from."""
 
 from __future__ import annotations
 
@@ -11,54 +11,76 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import SpecBackend
+from ldm_runtime.backends.host import first_line
+from ldm_runtime.backends.onnxruntime import session_options
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
+__all__ = ["LARGE", "Session", "SessionBackend"]
+
 LARGE = 1_000_000_000
-"""Weights beyond this are used where they lie: no copy of them is packed for speed."""
+"""Bytes of weights beyond which ONNX Runtime uses weights in place instead of packing a copy of them for speed."""
 
 
 class Session:
-    """A model on the CPU; ``run`` gives its outputs by name."""
+    """A model on the CPU.
 
-    def __init__(self, model: ir.Model, folder: Path, threads: int | None = None):
-        """``folder`` holds the files of external weights."""
-        options = onnxruntime.SessionOptions()
+    Args:
+        model: Model in memory.
+        folder: Folder with the file of the model's external weights.
+        frees_early: Run nodes in the order of the graph, so that each tensor is freed as early as that order allows.
+
+    Raises:
+        BuildError: ONNX Runtime cannot load the model.
+    """
+
+    def __init__(self, model: ir.Model, folder: Path, *, frees_early: bool = False):
+        options = session_options(None)
         options.log_severity_level = 4
-        if threads is not None:
-            options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        if frees_early:
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if _weight_bytes(model) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.enable_cpu_mem_arena = False
+        self._name = model.graph.name
         proto = ir.to_proto(model)
         try:
             self._session = onnxruntime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime raises bare classes of its own
-            raise BuildError(f"{model.graph.name}: onnxruntime cannot load it: {error!s:.300}") from None
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise BuildError(f"{self._name}: onnxruntime cannot load the graph: {first_line(error)}") from None
         self.names = [output.name for output in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, NDArray[Any]], names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """The outputs ``names``, all where none are given."""
+        """Return the outputs by name, either those in ``names`` or all of them.
+
+        Raises:
+            BuildError: ONNX Runtime failed.
+        """
         names = list(self.names if names is None else names)
         try:
             return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
-        except Exception as error:
-            raise BuildError(f"onnxruntime failed: {error!s:.300}") from None
+        except Exception as error:  # as above
+            raise BuildError(f"{self._name}: onnxruntime failed: {first_line(error)}") from None
 
 
 class SessionBackend(SpecBackend):
-    """A session as a pipeline's backend."""
+    """A session as a backend of a pipeline."""
 
     def __init__(self, session: Session, spec: ComponentSpec):
         self._session: Session | None = session
         self._spec = spec
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run once."""
+        """Run once.
+
+        Raises:
+            SpecError: The feed does not fit the spec.
+            BuildError: ONNX Runtime failed.
+        """
         assert self._session is not None
         check_feed(self._spec, feed)
         return self._session.run(feed, [tensor.name for tensor in self._spec.outputs])
@@ -66,21 +88,6 @@ class SessionBackend(SpecBackend):
     def close(self) -> None:
         """Free the session."""
         self._session = None
-
-
-def files_of(graph: Path) -> list[Path]:
-    """A graph's file and, where it has one, that of its external weights."""
-    data = graph.with_name(f"{graph.name}.data")
-    return [graph, data] if data.is_file() else [graph]
-
-
-def load_graph(graph: Path) -> ir.Model:
-    """An fp32 graph with its constants as initialisers; large weights stay in their file."""
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass
-
-    model = ir.load(graph)
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    return model
 
 
 def _weight_bytes(model: ir.Model) -> int:

@@ -1,56 +1,71 @@
-"""What a calibration is asked for."""
+"""Settings of a calibration: what is observed, what is tried, and the quality to keep."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_calibration.model import ImageRequest, request_fields
 from ldm_runtime.errors import SpecError
 
+__all__ = ["CalibrationSettings", "Grade", "check_grade"]
+
+Grade = Callable[[Sequence[NDArray[np.uint8]], Sequence[ImageRequest]], list[bool] | None]
+"""Decides which images uint8 [H, W, 3] show what their requests ask for; returns None if it cannot grade them."""
 SENSITIVITIES = ("latents", "results")
+_BUDGET = ("trial_requests", "trial_steps", "min_psnr", "max_accuracy_loss")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to calibrate and what to keep to.
+class CalibrationSettings:
+    """How to calibrate, and the quality to keep.
 
     Attributes:
-        prompts: of the trajectories that are observed; picture ``i`` has seed ``i``.
-        steps: denoising steps of these trajectories, spread over the whole schedule.
-        samples: steps of each at which every tensor is observed.
-        sensitivity: what layers are ranked by: "latents", each layer's own effect on the final latents, or "results",
-            on its own result alone, which is much faster for a large model.
-        trial_prompts: of the pictures the budget is kept on; picture ``i`` has seed 1000 + ``i``.
-        trial_steps: denoising steps of these.
-        eta, guidance_scale: of all trajectories.
-        min_psnr: mean PSNR in dB against fp32 of the same seeds; None for no such bound.
-        max_accuracy_loss: share of prompts, in [0, 1], that may be drawn wrong beyond those fp32 draws wrong; None for
-            no such bound; only where prompts are of the shapes grammar.
+        requests: Fields of ``Request`` for each observed image, e.g. {"prompts": "a red circle"}, or {} for a model
+            without conditioning. Image ``i`` has seed ``i``.
+        trial_requests: The same for each image on which the budget is checked. Image ``i`` has seed 1000 + ``i``.
+        steps: Denoising steps of the observed images, spread over the whole schedule.
+        samples: Number of steps of each observed image at which every tensor is observed.
+        sensitivity: How layers are ranked: "latents" measures the effect of each layer on the final latents;
+            "results" measures the error of the layer's own result, which is much faster for a large model.
+        trial_steps: Denoising steps of the trial images.
+        eta, guidance_scale: Of all images; None takes the model's default.
+        min_psnr: Minimum mean PSNR in dB of the trial images against fp32 images of the same seeds; None for no bound.
+        max_accuracy_loss: Maximum loss of prompt accuracy against fp32, from 0 to 1; None for no bound. It needs a
+            grader.
 
     Raises:
-        SpecError: no prompts, or a number out of range.
+        SpecError: No requests, a field that a request cannot have, or a number out of range.
     """
 
-    prompts: tuple[str, ...]
-    trial_prompts: tuple[str, ...]
+    requests: tuple[ImageRequest, ...]
+    trial_requests: tuple[ImageRequest, ...]
     steps: int = 20
     samples: int = 10
     sensitivity: str = "latents"
     trial_steps: int = 50
-    eta: float = 0.3
-    guidance_scale: float = 6.0
+    eta: float | None = None
+    guidance_scale: float | None = None
     min_psnr: float | None = 35.0
     max_accuracy_loss: float | None = None
 
     @property
-    def observed(self) -> tuple[Any, ...]:
-        """What ranges, observers and sensitivities depend on; the budget is none of it."""
-        return self.prompts, self.steps, self.samples, self.sensitivity, self.eta, self.guidance_scale
+    def observed(self) -> dict[str, Any]:
+        """The settings that ranges, scalings and sensitivities depend on, JSON-able; the budget is not among them."""
+        return {name: value for name, value in self.to_json().items() if name not in _BUDGET}
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings, JSON-able."""
+        return asdict(self)
 
     def __post_init__(self) -> None:
-        if not self.prompts or not self.trial_prompts:
-            raise SpecError("prompts: got none to calibrate with, expected at least one; give --prompts FILE")
+        for name in ("requests", "trial_requests"):
+            _check_requests(name, getattr(self, name))
         for name in ("steps", "samples", "trial_steps"):
             if not 2 <= getattr(self, name) <= 1000:
                 raise SpecError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected 2..1000")
@@ -60,3 +75,26 @@ class Settings:
             raise SpecError(f"min psnr: got {self.min_psnr}, expected 0..100 dB")
         if self.max_accuracy_loss is not None and not 0 <= self.max_accuracy_loss <= 1:
             raise SpecError(f"max accuracy loss: got {self.max_accuracy_loss}, expected a share from 0 to 1")
+
+
+def check_grade(settings: CalibrationSettings, grade: Grade | None) -> None:
+    """Check that a bound on prompt accuracy comes with a grader.
+
+    Raises:
+        SpecError: ``max_accuracy_loss`` is set and there is no grader.
+    """
+    if settings.max_accuracy_loss is not None and grade is None:
+        raise SpecError(
+            f"max accuracy loss: got {settings.max_accuracy_loss:g}, but no grader decides which images of this model "
+            "are correct; give --min-psnr instead"
+        )
+
+
+def _check_requests(name: str, requests: Any) -> None:
+    where = name.replace("_", " ")
+    if not requests:
+        raise SpecError(f"{where}: got none to calibrate with, expected at least one; give --prompts FILE")
+    for index, request in enumerate(requests):
+        if not isinstance(request, Mapping) or (unknown := sorted(set(request) - request_fields())):
+            got = f"field {unknown[0]!r:.40}" if isinstance(request, Mapping) else f"{type(request).__name__}"
+            raise SpecError(f"{where}[{index}]: got {got}, expected only {', '.join(sorted(request_fields()))}")

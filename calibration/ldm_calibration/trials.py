@@ -1,4 +1,4 @@
-"""Pictures drawn on trial: with some components' graphs changed, against those of fp32 with the same seeds."""
+"""Trial images: generated with some components changed, and compared with fp32 images of the same seeds."""
 
 from __future__ import annotations
 
@@ -9,49 +9,56 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_calibration.quality import Picture, mean_psnr, psnr, right, ssim
-from ldm_calibration.trajectories import Model
+from ldm_calibration.model import CalibrationModel, ImageRequest
+from ldm_calibration.quality import Image, image_psnr, mean_psnr, ssim
+from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_runtime.backends import Backend
 from ldm_runtime.images import to_uint8
-from ldm_runtime.request import Request
+from ldm_runtime.model import IMAGE, LATENTS
+
+__all__ = ["FIRST_SEED", "Comparison", "TrialImages", "compare_images", "decode", "generate"]
 
 F32 = NDArray[np.float32]
 FIRST_SEED = 1000
-"""Seed of the first trial picture; those of calibration start from 0."""
+"""Seed of the first trial image; the seeds of the observed images start from 0."""
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Final latents float32 [prompts, C, h, w] and pictures, one for each prompt."""
+class TrialImages:
+    """Final latents float32 [images, C, h, w], and the images, one for each trial request."""
 
     latents: F32
-    pictures: list[Picture]
+    images: list[Image]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures against those of fp32: PSNR in dB (None where equal), SSIM, and whether each is as its prompt says.
+    """Trial images against those of fp32.
 
-    ``right_fp32`` and ``right_int8`` are None where the grader cannot tell.
+    Attributes:
+        psnr: Of each image in dB; None if it equals the fp32 image.
+        ssim: Of each image.
+        correct_fp32, correct_int8: Whether each image shows what its request asks for; None if there is no grader, or
+            if it cannot grade the images.
     """
 
     psnr: tuple[float | None, ...]
     ssim: tuple[float, ...]
-    right_fp32: tuple[bool, ...] | None
-    right_int8: tuple[bool, ...] | None
+    correct_fp32: tuple[bool, ...] | None = None
+    correct_int8: tuple[bool, ...] | None = None
 
-    def pictures(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """Facts of each picture, JSON-able."""
+    def to_json(self, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
+        """One JSON-able entry for each image."""
         return [
             {
-                "prompt": prompt,
+                "request": dict(request),
                 "seed": FIRST_SEED + i,
                 "psnr": self.psnr[i],
                 "ssim": self.ssim[i],
-                "right_fp32": None if self.right_fp32 is None else self.right_fp32[i],
-                "right_int8": None if self.right_int8 is None else self.right_int8[i],
+                "correct_fp32": None if self.correct_fp32 is None else self.correct_fp32[i],
+                "correct_int8": None if self.correct_int8 is None else self.correct_int8[i],
             }
-            for i, prompt in enumerate(prompts)
+            for i, request in enumerate(requests)
         ]
 
     @property
@@ -61,55 +68,58 @@ class Comparison:
 
     @property
     def accuracy_loss(self) -> float | None:
-        """Share of prompts that fp32 drew right less the share drawn right now."""
-        if self.right_fp32 is None or self.right_int8 is None:
+        """Prompt accuracy of fp32 minus that of these images; None if the images are not graded."""
+        if self.correct_fp32 is None or self.correct_int8 is None:
             return None
-        return (sum(self.right_fp32) - sum(self.right_int8)) / len(self.right_fp32)
+        return (sum(self.correct_fp32) - sum(self.correct_int8)) / len(self.correct_fp32)
 
 
-def draw(
-    model: Model,
-    prompts: Sequence[str],
-    steps: int,
-    eta: float,
-    guidance: float,
+def generate(
+    model: CalibrationModel,
+    settings: CalibrationSettings,
     changed: Mapping[str, Backend] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Drawn:
-    """One picture for each prompt; picture ``i`` has seed ``FIRST_SEED`` + i."""
-    latents, pictures = [], []
-    batches = model.batches(prompts)
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TrialImages:
+    """Generate one image for each trial request; image ``i`` has seed ``FIRST_SEED + i``.
+
+    Args:
+        model: The model.
+        settings: Trial requests, trial steps, eta and guidance scale.
+        changed: Backends that replace those of the fp32 graphs.
+        on_progress: Called with the number of steps done and of all steps.
+    """
+    latents, images = [], []
+    batches = model.batches(settings.trial_requests)
     with model.pipeline(changed) as pipeline:
-        for number, (texts, seeds) in enumerate(batches):
-            request = Request(
-                texts,
-                seed=[FIRST_SEED + seed for seed in seeds],
-                eta=eta,
-                guidance_scale=guidance,
-                num_inference_steps=steps,
+        for number, batch in enumerate(batches):
+            request = batch.request(
+                FIRST_SEED,
+                eta=settings.eta,
+                guidance_scale=settings.guidance_scale,
+                num_inference_steps=settings.trial_steps,
             )
             for step in pipeline.steps(request):
-                progress(number * step.total + step.index + 1, len(batches) * step.total)
-                last = step.latents
-            latents.append(last)
-            pictures += [np.asarray(image) for image in pipeline.decode(last)]
-    return Drawn(np.concatenate(latents), pictures)
+                on_progress(number * step.total + step.index + 1, len(batches) * step.total)
+                last = step
+            latents.append(last.latents)
+            images += list(to_uint8(pipeline.decode_array(last.latents)))
+    return TrialImages(np.concatenate(latents), images)
 
 
-def decode(decoder: Backend, model: Model, latents: F32) -> list[Picture]:
-    """Pictures of latents, as many at once as ``model`` draws."""
-    found: list[Picture] = []
-    for _, seeds in model.batches([""] * len(latents)):
-        found += list(to_uint8(decoder.run({"latents": latents[seeds]})["image"]))
-    return found
+def decode(decoder: Backend, model: CalibrationModel, latents: F32) -> list[Image]:
+    """Decode latents float32 [images, C, h, w] in calls of ``model.batch_size()`` images."""
+    size = model.batch_size()
+    parts = [latents[start : start + size] for start in range(0, len(latents), size)]
+    return [image for part in parts for image in to_uint8(decoder.run({LATENTS: part})[IMAGE])]
 
 
-def compare(exact: Sequence[Picture], found: Sequence[Picture], prompts: Sequence[str]) -> Comparison:
-    """Compare pictures with those of fp32."""
+def compare_images(
+    exact: Sequence[Image], found: Sequence[Image], requests: Sequence[ImageRequest], grade: Grade | None = None
+) -> Comparison:
+    """Compare images with those of fp32, and grade both if there is a grader."""
     pairs = list(zip(exact, found, strict=True))
-    graded = [right(pictures, prompts) for pictures in (exact, found)]
+    marks = [None if grade is None else grade(images, requests) for images in (exact, found)]
+    correct = [None if mark is None else tuple(mark) for mark in marks]
     return Comparison(
-        tuple(psnr(*pair) for pair in pairs),
-        tuple(ssim(*pair) for pair in pairs),
-        *(None if marks is None else tuple(marks) for marks in graded),
+        tuple(image_psnr(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs), correct[0], correct[1]
     )

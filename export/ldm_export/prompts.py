@@ -1,9 +1,13 @@
-"""Prompts to measure with where none are given."""
+"""Default prompts for measuring a model, used when no prompts are given."""
+
+from __future__ import annotations
+
+__all__ = ["PROMPTS"]
 
 PROMPTS = (
-    "a large red circle in the center on a white background",
-    "a small blue triangle at the top left on a yellow background",
-    "a small green square left of a large purple cross on a gray background",
-    "a large orange triangle above a small blue circle on a black background",
+    "a photo of a cat sitting on a chair",
+    "a painting of a sailing boat on a calm lake",
+    "a bowl of fresh fruit on a wooden table",
+    "a street in an old town on a rainy evening",
 )
-"""Sentences of the shipped model's grammar; any model takes them."""
+"""Four ordinary prompts; they assume nothing about the images a model was trained on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,6 +26,8 @@ MANIFEST, BUILD_LOG, TOKENIZER = "manifest.json", "build-log.json", "tokenizer.j
 CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
 
+_VARIANT = re.compile(r"([^./]+)\.[^./]+\.onnx$")
+
 
 def graph_file(component: str, precision: str, variant: str = "") -> str:
     """Path of a component's ONNX graph; ``variant`` names the engine whose passes rewrote it."""
@@ -32,8 +35,11 @@ def graph_file(component: str, precision: str, variant: str = "") -> str:
 
 
 def weights_file(graph: str) -> str:
-    """Path of the external weights of a graph, which a small graph does not have."""
-    return f"{graph}.data"
+    """Path of the external weights of a graph, which a small graph does not have.
+
+    The variants of a graph for several engines share the weights of the portable graph.
+    """
+    return _VARIANT.sub(r"\1.onnx", graph) + ".data"
 
 
 def weights_beside(graph: Path) -> Path:

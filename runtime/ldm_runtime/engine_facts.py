@@ -1,4 +1,4 @@
-"""What a bundle says of one engine: enough to refuse a wrong one before it is loaded."""
+"""The manifest's description of a TensorRT engine, sufficient to refuse a wrong one before it is loaded."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from typing import Any
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_object, require_str
 
+__all__ = ["EngineFacts", "Profile", "Shape", "engine_from_json"]
+
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
-"""Input name → (min, opt, max) shapes."""
+"""Input name -> (min, opt, max) shapes."""
 MAX_PROFILES, MAX_RANK = 64, 8
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFacts:
     """One engine of a component.
 
     Attributes:
-        file: its path in the bundle.
-        package, version: what built it: "tensorrt-rtx" or "tensorrt"; only the same version loads it.
-        compute_capabilities: the GPUs it was built for, e.g. ("8.6", "8.9").
-        precision: of the graph it was built from.
+        file: Path in the bundle.
+        package: The package that built it: "tensorrt-rtx" or "tensorrt".
+        version: Version of that package. Only the same version loads the engine.
+        compute_capabilities: GPUs that it runs on, e.g. ("8.6", "8.9"). One that "tensorrt" built runs on the kind of
+            GPU that built it.
+        precision: Precision of the graph that it was built from.
         graph: SHA-256 of that graph's file.
-        profiles: the shapes it takes; the first that fits is used, so tighter ones come first.
-        proof: how the precision of its matrix work was read, and what was found.
-        structure: SHA-256 of the graph without its weights' values, where the engine takes others; else "".
+        profiles: Shapes that it takes. The first profile that fits is used, so narrower ones come first.
+        proof: How the precision of its matrix work was read, and what was found.
+        structure: SHA-256 of the graph without the values of its weights, if the engine can be refitted; else "".
     """
 
     file: str
@@ -41,7 +45,7 @@ class Engine:
     structure: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able facts."""
+        """Return the JSON-able description."""
         shapes = [{name: [list(s) for s in bounds] for name, bounds in one.items()} for one in self.profiles]
         return {
             "file": self.file,
@@ -56,7 +60,7 @@ class Engine:
         }
 
     def fitting(self, shapes: Mapping[str, Shape]) -> int | None:
-        """The index of the first profile that takes inputs of these shapes; None where none does."""
+        """Return the index of the first profile that takes inputs of these shapes; None if no profile does."""
         for index, one in enumerate(self.profiles):
             if set(one) == set(shapes) and all(
                 _within(shapes[name], low, high) for name, (low, _, high) in one.items()
@@ -65,24 +69,24 @@ class Engine:
         return None
 
 
-def engine_from_json(where: str, value: Any) -> Engine:
-    """Read what ``to_json`` wrote; every field is checked, paths but for their place in the bundle.
+def engine_from_json(where: str, value: Any) -> EngineFacts:
+    """Read what ``to_json`` wrote. Every field is checked, except whether the path stays inside the bundle.
 
     Raises:
-        ManifestError: names the field, what it holds and what is expected.
+        ManifestError: Names the field, its value and what is expected.
     """
     entry = require_object(where, value)
     capabilities = _list(f"{where}.compute_capabilities", entry.get("compute_capabilities"))
-    given = _list(f"{where}.profiles", entry.get("profiles"))
-    if not 1 <= len(given) <= MAX_PROFILES:
-        raise ManifestError(f"{where}.profiles: got {len(given)}, expected 1..{MAX_PROFILES}")
-    return Engine(
+    profiles = _list(f"{where}.profiles", entry.get("profiles"))
+    if not 1 <= len(profiles) <= MAX_PROFILES:
+        raise ManifestError(f"{where}.profiles: got {len(profiles)}, expected 1..{MAX_PROFILES}")
+    return EngineFacts(
         **{
             name: require_str(f"{where}.{name}", entry.get(name))
             for name in ("file", "package", "version", "precision", "graph")
         },
         compute_capabilities=tuple(require_str(f"{where}.compute_capabilities", item) for item in capabilities),
-        profiles=tuple(_profile(f"{where}.profiles", item) for item in given),
+        profiles=tuple(_profile(f"{where}.profiles", item) for item in profiles),
         proof=require_object(f"{where}.proof", entry.get("proof")),
         structure=require_str(f"{where}.structure", entry.get("structure", "")),
     )

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_runtime.bundle_layout import MANIFEST
-from ldm_runtime.engine_facts import Engine, engine_from_json
+from ldm_runtime.engine_facts import EngineFacts, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription, check_model
@@ -54,7 +54,7 @@ class Component:
 
     spec: ComponentSpec
     graphs: Mapping[str, str]
-    engines: tuple[Engine, ...] = ()
+    engines: tuple[EngineFacts, ...] = ()
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def graph(self, precision: str, variant: str = "") -> str | None:

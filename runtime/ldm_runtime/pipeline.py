@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
-from ldm_runtime.backends.selection import Choice
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
@@ -59,10 +59,24 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Result of a call: PIL images in the order of the prompts, those of one prompt side by side, and the latents."""
+    """Result of a call.
 
-    images: list[Image.Image]
+    Attributes:
+        arrays: Images float32 [B, channels, H, W] in [0, 1], those of one prompt side by side.
+        latents: float32 [B, C, h, w].
+    """
+
+    arrays: F32
     latents: F32
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """PIL images of mode L, RGB or RGBA.
+
+        Raises:
+            SpecError: The decoder gives another number of channels, NaN or infinite values.
+        """
+        return to_pil(self.arrays)
 
 
 class LatentDiffusionPipeline:
@@ -110,7 +124,7 @@ class LatentDiffusionPipeline:
         path: str | Path | Bundle,
         *,
         precision: str | None = None,
-        backend: str | object = "auto",
+        backend: str | Engine = "auto",
         device: str = "auto",
         threads: int | None = None,
         cache: str | Path | None = None,
@@ -123,7 +137,7 @@ class LatentDiffusionPipeline:
             precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
                 arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
             backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, "auto" for the fastest here, or an
-                object with the interface of ``backends.Engine``.
+                object with the interface of ``backends.engine.Engine``.
             device: For onnxruntime: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
@@ -174,7 +188,7 @@ class LatentDiffusionPipeline:
         for last in self.steps(Request(prompts, **options)):
             on_progress(last)
         assert last is not None
-        return Generation(self.decode(last.latents), last.latents)
+        return Generation(self.decode_array(last.latents), last.latents)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model and work out everything its denoising loop needs.

@@ -108,7 +108,7 @@ def test_workers_take_turns_and_each_answers_for_itself() -> None:
         assert len(seen) == 8 and all(answer["seconds"] > 0 for worker in answers for answer in worker)
 
 
-def test_a_worker_that_refuses_or_ends_is_told_in_one_line() -> None:
+def test_a_worker_that_refuses_or_ends_is_reported_in_one_line() -> None:
     with pytest.raises(BackendError, match=r"^a: it will not$"):
         echo("a", refuse=True)
     with echo("b") as worker, pytest.raises(BackendError, match=r"^b: the process that runs it ended with code 3: "):

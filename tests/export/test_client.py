@@ -62,7 +62,7 @@ def test_what_cannot_be_asked(refused: Refused, case: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_nobody_listens(refused: Refused, protocol: str) -> None:
+def test_no_server_at_the_address(refused: Refused, protocol: str) -> None:
     url = f"{protocol}://127.0.0.1:{free_port()}"
     refused("client", PROMPT, "--url", url, said=f"{url}: cannot be reached (Connection refused); start the server, or")
 

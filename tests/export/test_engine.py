@@ -1,4 +1,4 @@
-"""Real TensorRT for RTX engines, built without a GPU: what they hold, what the manifest says, what is refused."""
+"""Real TensorRT for RTX engines, built without a GPU: their content, the manifest's entries, and refused requests."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
-from ldm_export.bundle.build import SHIPPED, build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.bundle.build import build
 from ldm_export.cli import main
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove
-from ldm_export.engine.request import EngineRequest
-from ldm_export.graph.precision import half_graph
+from ldm_export.engine.request import EngineJob, EngineRequest
+from ldm_export.families import open_checkpoint
+from ldm_export.graph.onnx_graph import load_graph, save_graph
+from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
-from ldm_runtime.manifest import COMPONENTS
 from tests.support.bundles import CAPABILITIES, ENGINES
+
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 
 
 def has_gpu() -> bool:
@@ -53,7 +56,7 @@ def test_all_matrix_work_of_the_engine_is_half(shapes_engines: Bundle, name: str
     assert engine.proof["read_from"] == "program"
     assert set(engine.proof["matrix_work"]) == {"half"}
     graph = json.loads(shapes_engines.file(f"report/{name}.fp16.json").read_text())
-    assert not graph["matrix_islands"] and engine.proof["matrix_work"]["half"] > 5
+    assert not graph["matrix_islands"] and engine.proof["matrix_work"]["half"] > 1
 
 
 def test_every_convolution_of_the_graph_stands_in_the_program(shapes_engines: Bundle) -> None:
@@ -70,7 +73,7 @@ def test_every_convolution_of_the_graph_stands_in_the_program(shapes_engines: Bu
 def test_fp32_is_proven_fp32_and_never_taken_for_fp16(shapes_engines: Bundle, capability: str, tmp_path: Path) -> None:
     spec = shapes_engines.manifest.components["text_encoder"].spec
     graph, file = shapes_engines.graph("text_encoder", "fp32"), tmp_path / "fp32.engine"
-    made = build_engine(graph, spec, "fp32", EngineRequest("tensorrt-rtx", (capability,)), file)
+    made = build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", (capability,)), file))
     assert set(made.proof["matrix_work"]) == {"float"}
     with pytest.raises(BuildError, match=r"matrix operations are in float, expected fp16, first .*MatMul"):
         prove(file, "fp16", ())
@@ -87,8 +90,10 @@ def test_inspect_shows_engines(shapes_engines: Bundle, capsys: pytest.CaptureFix
 def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
     ranges = json.loads(shapes_engines.file("report/ranges.json").read_text())["text_encoder"]
     source, spec = shapes_engines.graph("text_encoder", "fp32"), shapes_engines.manifest.components["text_encoder"].spec
-    graph, *_ = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges).files
-    made = build_engine(graph, spec, "bf16", EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "bf16.engine")
+    half = half_precision("bf16", ranges)(load_graph(source))
+    graph, *_ = save_graph(half.model, tmp_path / "bf16.onnx")
+    request = EngineRequest("tensorrt-rtx", ("8.9",))
+    made = build_engine(EngineJob(graph, spec, "bf16", request, tmp_path / "bf16.engine"))
     assert set(made.proof["matrix_work"]) == {"bf16"}
     with pytest.raises(BuildError, match="matrix operations are in bf16, expected fp16"):
         prove(tmp_path / "bf16.engine", "fp16", ())
@@ -99,7 +104,7 @@ def test_declared_islands_are_no_failure(shapes_engines: Bundle, tmp_path: Path)
 
     graph = shapes_engines.graph("text_encoder", "fp32")
     spec, file = shapes_engines.manifest.components["text_encoder"].spec, tmp_path / "fp32.engine"
-    build_engine(graph, spec, "fp32", EngineRequest("tensorrt-rtx", ("8.9",)), file)
+    build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", ("8.9",)), file))
     islands = {node.name for node in onnx.load(str(graph)).graph.node if node.op_type == "MatMul"}
     assert prove(file, "fp16", islands).beyond == ()
     with pytest.raises(BuildError, match="expected fp16"):
@@ -112,16 +117,16 @@ def test_a_file_without_a_program_proves_nothing(tmp_path: Path) -> None:
         prove(tmp_path / "x.engine", "fp16", ())
 
 
-def test_building_again_keeps_the_engines_and_progress_is_told(shapes_engines: Bundle, tmp_path: Path) -> None:
+def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engines: Bundle, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shapes_engines.folder, tmp_path / "bundle"))
-    again = build(open_checkpoint(SHIPPED), copy, "fp16", ENGINES)
+    again = build(open_checkpoint(demo_checkpoint()), copy, "fp16", ENGINES)
     assert set(again.origins.values()) == {"kept"}
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     spec = shapes_engines.manifest.components["text_encoder"].spec
     request = EngineRequest("tensorrt-rtx", ("8.9",), (("batch", (1, 1, 2)),))
     graph = shapes_engines.graph("text_encoder", "fp16")
-    build_engine(graph, spec, "fp16", request, tmp_path / "e", progress=lambda *done: told.append(done))
-    assert told and told[-1][0] == told[-1][1] and all(done <= total for done, total in told)
+    build_engine(EngineJob(graph, spec, "fp16", request, tmp_path / "e"), lambda *done: reported.append(done))
+    assert reported and reported[-1][0] == reported[-1][1] and all(done <= total for done, total in reported)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +163,13 @@ def test_requests_refused_before_anything_is_built(
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff" * 100, b"no graph"])
-def test_a_graph_that_cannot_be_parsed_is_told_in_one_line(
+def test_a_graph_that_cannot_be_parsed_is_reported_in_one_line(
     shapes_engines: Bundle, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "broken.onnx").write_bytes(content)
     spec = shapes_engines.manifest.components["decoder"].spec
     with pytest.raises(BuildError, match=r"^decoder: tensorrt_rtx cannot parse .*broken\.onnx: ") as caught:
-        build_engine(tmp_path / "broken.onnx", spec, "fp16", ENGINES, tmp_path / "x.engine")
+        build_engine(EngineJob(tmp_path / "broken.onnx", spec, "fp16", ENGINES, tmp_path / "x.engine"))
     assert "\n" not in str(caught.value) and not (tmp_path / "x.engine").exists()
 
 
@@ -175,15 +180,17 @@ def test_capabilities_are_the_packages_own() -> None:
 
 
 def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -> None:
-    """The graphs are there already; the engines, of the checkpoint that ships and for all four GPUs, are made."""
+    """The graphs exist already; the engines of the checkpoint that ships are built, for two GPUs."""
     bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
     command = [sys.executable, "-m", "ldm_export.cli", "build", "-o", str(bundle)]
-    options = ["--target", "tensorrt-rtx", "--compute-capability", ",".join(CAPABILITIES), "--batch", "1:1:4"]
+    options = ["--target", "tensorrt-rtx", "--compute-capability", "8.6,8.9", "--batch", "1:1:4"]
     done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=True)
-    stages = [f"{name}.fp32.{ENGINES.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
+    request = EngineRequest("tensorrt-rtx", ("8.6", "8.9"))
+    stages = [f"{name}.fp32.{request.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
     assert sorted(json.loads(done.stdout)["made"]) == sorted(stages)
     components = Bundle.open(bundle).manifest.components
-    assert components["unet"].engines[0].profiles[1]["timestep"] == ((1,), (2,), (8,))
+    assert components["unet"].engines[0].profiles[1]["sample"][2][0] == 8
+    assert components["time_embedding"].engines[0].profiles[1]["timestep"] == ((1,), (2,), (64,))
     for name in COMPONENTS:
         assert set(components[name].engines[0].proof["matrix_work"]) == {"float"}
     alone = subprocess.run([*command, "--batch", "1:1:4"], capture_output=True, text=True)

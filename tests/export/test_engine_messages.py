@@ -1,4 +1,4 @@
-"""What builders tell: errors translated, steps told, interrupts that reach the caller; timings kept in a file."""
+"""Messages of builders: explained errors, progress, interrupts that reach the caller; and timings kept in a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import tensorrt_rtx
 
 from ldm_export.engine.config import load_timings, save_timings
-from ldm_export.engine.messages import builder_log, builder_monitor, translated
+from ldm_export.engine.messages import builder_log, builder_monitor, explain
 from ldm_runtime.errors import BuildError
 
 
@@ -22,8 +22,8 @@ from ldm_runtime.errors import BuildError
         ("something\nelse", "something else; choose other bounds or report it"),
     ],
 )
-def test_errors_are_translated_in_one_line(message: str, said: str) -> None:
-    assert translated(message).startswith(said) and "\n" not in translated(message)
+def test_errors_are_explained_in_one_line(message: str, said: str) -> None:
+    assert explain(message).startswith(said) and "\n" not in explain(message)
 
 
 def test_control_c_cancels_the_build() -> None:
@@ -35,9 +35,9 @@ def test_control_c_cancels_the_build() -> None:
     assert monitor.step_complete("building", 0) is False and monitor.interrupted
 
 
-def test_how_far_the_outermost_phase_is() -> None:
-    told: list[tuple[int, int]] = []
-    monitor = builder_monitor(tensorrt_rtx, lambda *steps: told.append(steps))
+def test_progress_is_that_of_the_outermost_phase() -> None:
+    reported: list[tuple[int, int]] = []
+    monitor = builder_monitor(tensorrt_rtx, lambda *steps: reported.append(steps))
     monitor.phase_start("all", None, 4)
     assert monitor.step_complete("all", 0)
     monitor.phase_start("part", "all", 2)
@@ -47,7 +47,7 @@ def test_how_far_the_outermost_phase_is() -> None:
     monitor.phase_finish("part of it")
     monitor.phase_finish("part")
     monitor.phase_finish("all")
-    assert told == [(250, 1000), (375, 1000), (475, 1000), (500, 1000), (500, 1000), (1000, 1000)]
+    assert reported == [(250, 1000), (375, 1000), (475, 1000), (500, 1000), (500, 1000), (1000, 1000)]
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")

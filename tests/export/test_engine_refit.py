@@ -13,14 +13,15 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx
 
-from ldm_export.bundle.build import SHIPPED, build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.bundle.build import build
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineRequest
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.engine_facts import Engine
+from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError
 
 
@@ -47,7 +48,7 @@ def test_graphs_that_differ_in_weights_alone_share_a_structure(shapes_engines: B
 
 
 @pytest.fixture
-def refittable(shapes_engines: Bundle) -> tuple[Bundle, Engine]:
+def refittable(shapes_engines: Bundle) -> tuple[Bundle, EngineFacts]:
     """The bundle as if its UNet's engine had been built refittable, and that engine's facts."""
     part = shapes_engines.manifest.components["unet"]
     engine = replace(part.engines[0], structure="1" * 64)
@@ -55,7 +56,7 @@ def refittable(shapes_engines: Bundle) -> tuple[Bundle, Engine]:
     return replace(shapes_engines, manifest=replace(shapes_engines.manifest, components=components)), engine
 
 
-def test_an_engine_that_fits_is_taken(refittable: tuple[Bundle, Engine]) -> None:
+def test_an_engine_that_fits_is_taken(refittable: tuple[Bundle, EngineFacts]) -> None:
     bundle, engine = refittable
     assert refit_source(bundle, "unet", replace(engine, graph="0" * 64, proof={})) == bundle.folder / engine.file
 
@@ -72,13 +73,13 @@ def test_an_engine_that_fits_is_taken(refittable: tuple[Bundle, Engine]) -> None
         {"profiles": ({"sample": ((1,), (1,), (1,))},)},
     ],
 )
-def test_one_that_does_not_is_built_anew(refittable: tuple[Bundle, Engine], changes: dict[str, Any]) -> None:
+def test_one_that_does_not_is_built_anew(refittable: tuple[Bundle, EngineFacts], changes: dict[str, Any]) -> None:
     bundle, engine = refittable
     assert refit_source(bundle, "unet", replace(engine, **changes)) is None
     assert refit_source(bundle, "decoder", engine) is None and refit_source(None, "unet", engine) is None
 
 
-def test_a_damaged_one_is_built_anew(refittable: tuple[Bundle, Engine], tmp_path: Path) -> None:
+def test_a_damaged_one_is_built_anew(refittable: tuple[Bundle, EngineFacts], tmp_path: Path) -> None:
     bundle, engine = refittable
     damaged = replace(bundle, folder=tmp_path)
     (tmp_path / engine.file).parent.mkdir()
@@ -86,7 +87,7 @@ def test_a_damaged_one_is_built_anew(refittable: tuple[Bundle, Engine], tmp_path
     assert refit_source(damaged, "unet", engine) is None
 
 
-def test_without_a_gpu_the_engine_does_not_open(refittable: tuple[Bundle, Engine], tmp_path: Path) -> None:
+def test_without_a_gpu_the_engine_does_not_open(refittable: tuple[Bundle, EngineFacts], tmp_path: Path) -> None:
     (tmp_path / "x.engine").write_bytes(b"\0" * 100)
     graph = refittable[0].graph("unet", "fp16")
     with pytest.raises(BuildError, match=r"x\.engine: tensorrt_rtx cannot open it: .*; leave --refittable out"):
@@ -101,8 +102,8 @@ def test_on_a_gpu_new_weights_need_no_rebuild(shapes_bundle: Path, tmp_path: Pat
 
     request = EngineRequest("tensorrt-rtx", (Cuda().capability(),), refittable=True)
     bundle = Path(shutil.copytree(shapes_bundle, tmp_path / "bundle"))
-    build(open_checkpoint(SHIPPED), bundle, "fp16", request)
-    other = Path(shutil.copytree(SHIPPED, tmp_path / "checkpoint"))
+    build(open_checkpoint(demo_checkpoint()), bundle, "fp16", request)
+    other = Path(shutil.copytree(demo_checkpoint(), tmp_path / "checkpoint"))
     from safetensors.torch import load_file, save_file
 
     file = next((other / "unet").glob("*.safetensors"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ldm_runtime.engine_facts import Engine, engine_from_json
+from ldm_runtime.engine_facts import EngineFacts, engine_from_json
 from ldm_runtime.errors import ManifestError
 
-ENGINE = Engine(
+ENGINE = EngineFacts(
     file="unet/fp16.tensorrt-rtx-8.9.engine",
     package="tensorrt-rtx",
     version="1.7.1.116",

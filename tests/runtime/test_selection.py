@@ -1,126 +1,148 @@
-"""What is chosen to run a bundle, and what is said of it."""
+"""Which engine is selected to run a bundle, and why."""
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ldm_runtime import Bundle, LatentDiffusionPipeline, LdmError
-from ldm_runtime.backends import selection as module
+from ldm_runtime.backends import onnxruntime as onnxruntime_module
+from ldm_runtime.backends import openvino as openvino_module
+from ldm_runtime.backends.engine import Choice, Wish
 from ldm_runtime.backends.openvino import has_bf16
-from ldm_runtime.backends.selection import choose
+from ldm_runtime.backends.registry import BACKEND_NAMES, BACKENDS
+from ldm_runtime.backends.selection import select_backend
+from tests.support.small_bundle import write_small_bundle
 
 FAST = "bf16" if has_bf16() else "fp32"
+PACKAGES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"}
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
+def bundle(tmp_path: Path) -> Bundle:
+    return write_small_bundle(tmp_path / "bundle")
+
+
+def built_for(tmp_path: Path, precision: str) -> Bundle:
+    return write_small_bundle(tmp_path / precision, precision)
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch):
-    """Makes only these packages look installed."""
-    return lambda *names: monkeypatch.setattr(module, "find_spec", lambda name: name if name in names else None)
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes only these engines look installed."""
+    find = importlib.util.find_spec
+
+    def only(*names: str) -> None:
+        def found(name: str, package: str | None = None) -> object:
+            return None if name in PACKAGES and name not in names else find(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+
+    return only
 
 
-def built_for(bundle: Bundle, precision: str) -> Bundle:
-    """The bundle as if it had been built for a precision, with a graph for it."""
-    components = {
-        name: dataclasses.replace(part, graphs={**part.graphs, precision: part.graphs["fp32"]})
-        for name, part in bundle.manifest.components.items()
-    }
-    manifest = dataclasses.replace(bundle.manifest, components=components, asked={"precision": precision})
-    return dataclasses.replace(bundle, manifest=manifest)
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every model count as a large one."""
+    monkeypatch.setattr(onnxruntime_module, "SMALL_UNET", 0)
+
+
+def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None, **wish: object) -> Choice:
+    engine, choice = select_backend(bundle, backend, Wish(precision, **wish))  # type: ignore[arg-type]
+    assert engine.name == choice.backend
+    return choice
+
+
+def test_callers_may_name_every_engine_or_auto() -> None:
+    assert BACKEND_NAMES == ("auto", "onnxruntime", "openvino", "tensorrt")
+    assert all(engine.name == name and engine.extra for name, engine in BACKENDS.items())
 
 
 @pytest.mark.parametrize(
     ("precision", "graph", "arithmetic"),
     [(None, "fp32", FAST), ("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp32"), ("int8", "int8", FAST)],
 )
-def test_openvino_computes_in_bf16_unless_fp32_is_asked_for(bundle, precision, graph, arithmetic) -> None:
+def test_openvino_computes_in_bf16_unless_fp32_is_asked_for(
+    bundle: Bundle, precision: str | None, graph: str, arithmetic: str
+) -> None:
     choice = choose(bundle, "openvino", precision)
     assert (choice.backend, choice.graph, choice.arithmetic) == ("openvino", graph, arithmetic)
 
 
-@pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts every model as a large one."""
-    monkeypatch.setattr(module, "SMALL", 0)
-
-
-@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("built", "graph"), [("fp16", "fp32"), ("bf16", "fp32"), ("int8", "int8")])
-def test_openvino_runs_what_the_bundle_was_built_for(bundle, built: str, graph: str) -> None:
-    assert choose(built_for(bundle, built), "auto").graph == graph
+def test_openvino_runs_the_precision_that_the_bundle_was_built_for(tmp_path: Path, built: str, graph: str) -> None:
+    choice = choose(built_for(tmp_path, built))
+    assert (choice.backend, choice.graph) == ("openvino", graph)
 
 
-def test_one_picture_of_a_small_model_is_onnxruntimes_where_that_is_installed(bundle, installed) -> None:
-    installed("onnxruntime", "openvino")
-    for one in (bundle, built_for(bundle, "fp16")):
+def test_onnxruntime_generates_one_image_of_a_small_model(bundle: Bundle, tmp_path: Path, installed) -> None:
+    for one in (bundle, built_for(tmp_path, "fp16")):
         choice = choose(one, once=True)
-        assert (choice.backend, choice.graph, choice.arithmetic) == ("onnxruntime", "fp32", "fp32")
-        assert "one picture" in str(choice) and choose(one).backend == "openvino"
-    for choice in (choose(built_for(bundle, "int8"), once=True), choose(bundle, precision="bf16", once=True)):
-        assert choice.backend == "openvino"
+        assert (choice.backend, choice.device, choice.graph, choice.arithmetic) == (
+            "onnxruntime",
+            "cpu",
+            "fp32",
+            "fp32",
+        )
+        assert "one image" in str(choice) and choose(one).backend == "openvino"
+    assert choose(built_for(tmp_path, "int8"), once=True).backend == "openvino"
+    if has_bf16():
+        assert choose(bundle, precision="bf16", once=True).backend == "openvino"
     installed("openvino")
     assert choose(bundle, once=True).backend == "openvino"
 
 
 @pytest.mark.usefixtures("large")
-def test_one_picture_of_a_large_model_is_openvinos(bundle, installed) -> None:
-    installed("onnxruntime", "openvino")
+def test_openvino_generates_one_image_of_a_large_model(bundle: Bundle) -> None:
     assert choose(bundle, once=True).backend == "openvino"
 
 
-@pytest.mark.usefixtures("large")
-def test_auto_takes_the_fastest_installed_and_says_why(bundle, installed) -> None:
-    installed("onnxruntime", "openvino")
+def test_a_named_engine_runs_the_precision_of_the_bundle_even_once(tmp_path: Path) -> None:
+    choice = choose(built_for(tmp_path, "fp16"), "onnxruntime", once=True)
+    assert (choice.graph, choice.reason) == ("fp16", "as asked")
+
+
+def test_auto_takes_the_fastest_installed_engine_and_says_why(bundle: Bundle, installed) -> None:
     assert choose(bundle).backend == "openvino" and "fastest" in str(choose(bundle))
     installed("onnxruntime")
     choice = choose(bundle)
     assert (choice.backend, choice.device, choice.arithmetic) == ("onnxruntime", "cpu", "fp32")
-    assert "not installed" in choice.facts()["reason"]
-    assert choose(bundle, device="cuda").device == "cuda"
+    assert "not installed" in choice.facts()["reason"] and "rank" not in choice.facts()
     installed()
     with pytest.raises(LdmError, match=r"no engine is installed; .*\[openvino\]"):
         choose(bundle)
 
 
-def test_what_is_asked_for_is_taken_or_refused(bundle, monkeypatch) -> None:
-    assert choose(bundle, "onnxruntime", "fp32", "cpu").facts()["reason"] == "as asked"
+def test_openvino_is_not_imported_if_onnxruntime_is_better(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_module, "has_bf16", lambda: pytest.fail("OpenVINO was asked"))
+    assert choose(bundle, once=True).backend == "onnxruntime"
+
+
+def test_auto_lists_why_no_engine_can_run_the_bundle(bundle: Bundle) -> None:
+    with pytest.raises(LdmError, match=r"no engine can run .*: .*openvino: openvino runs on the CPU") as caught:
+        choose(bundle, device="cuda", precision="fp64")
+    assert "tensorrt: " in str(caught.value)
+
+
+def test_what_is_asked_for_is_taken_or_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, installed) -> None:
+    assert choose(bundle, "onnxruntime", "fp32", device="cpu").facts()["reason"] == "as asked"
     with pytest.raises(LdmError, match="runs on the CPU"):
         choose(bundle, "openvino", device="cuda")
-    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    with pytest.raises(LdmError, match="runs on a GPU"):
+        choose(bundle, "tensorrt", device="cpu")
+    with pytest.raises(LdmError, match="device: got 'tpu', expected one of auto, cpu, cuda"):
+        choose(bundle, device="tpu")
+    monkeypatch.setattr(openvino_module, "has_bf16", lambda: False)
     assert choose(bundle, "openvino").arithmetic == "fp32"
     with pytest.raises(LdmError, match="bf16, in which this CPU does not compute"):
         choose(bundle, "openvino", "bf16")
     assert choose(bundle, "auto", "bf16").backend == "onnxruntime"
 
 
-@pytest.mark.usefixtures("large")
-def test_the_pipeline_says_what_runs_it_and_frees_what_it_has_used(tiny_bundle: Path) -> None:
-    for keep in (True, False):
-        with LatentDiffusionPipeline.from_bundle(tiny_bundle, keep_loaded=keep, threads=1) as pipeline:
-            assert pipeline.choice is not None and pipeline.choice.backend == "openvino"
-            assert not any(part._loaded for part in pipeline.backends.values())
-            first = pipeline("a red circle", seed=1, num_inference_steps=2)
-            assert [part._loaded is not None for part in pipeline.backends.values()] == [keep] * 3
-            again = pipeline("a red circle", seed=1, num_inference_steps=2)
-            assert first.images[0].tobytes() == again.images[0].tobytes()
-
-
-def test_a_text_is_encoded_once_and_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LatentDiffusionPipeline.from_bundle(tiny_bundle, precision="fp32", threads=1) as pipeline:
-        rows: list[int] = []
-        encoder = pipeline.backends["text_encoder"]
-        run = encoder.run
-        monkeypatch.setattr(encoder, "run", lambda feed: rows.append(len(feed["input_ids"])) or run(feed))
-        options = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 3.0}
-        together = pipeline(["a red circle", "a blue square"], **options)
-        assert rows == [1, 1, 1]
-        pipeline(["a blue square", "a red circle"], **options)
-        assert rows == [1, 1, 1]
-        assert len(together.images) == 2
+@pytest.mark.parametrize("backend", ["tensorflow", "", "TensorRT", 3])
+def test_unknown_backends(bundle: Bundle, backend: object) -> None:
+    with pytest.raises(LdmError, match=r"^backend: got .*, expected one of auto, onnxruntime, openvino, tensorrt"):
+        LatentDiffusionPipeline.from_bundle(bundle, backend=backend)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`ldm-export client` against a real server: the right pictures, and one line for whatever the server refuses."""
+"""`ldm-export client` against a real Triton server: the right images, and one line for every refused request."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Timings of what takes turns, each in a process of its own."""
+"""Timings of alternatives that take turns, each in a process of its own."""

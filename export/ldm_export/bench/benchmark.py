@@ -1,30 +1,33 @@
-"""Times a bundle, part by part and end to end, on several backends and precisions that take turns."""
+"""Times a bundle, component by component and end to end, on several backends and precisions that take turns."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm_export.bench.bundle_worker import IMAGE
+from ldm_export.bench.component_feeds import component_rows
 from ldm_export.bench.figures import Timing, machine, speedup, versions
 from ldm_export.bench.worker_pool import Facts, Worker, rounds
 from ldm_export.page.chart import Series, bars, lines, sheet
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.model import ModelDescription
 
-MAX_COMBINATIONS, MAX_RUNS, MAX_BATCHES = 8, 1000, 16
+__all__ = ["BenchSettings", "Benchmark", "Combination", "Measure", "benchmark"]
+
+MAX_COMBINATIONS, MAX_RUNS, MAX_BATCHES, MAX_IMAGES = 8, 1000, 16, 10**6
 SEED = 0
-PARTS = ("text_encoder", "conditioning", "unet", "decoder", "image")
-"""What is timed: one text; what the UNet computes once a prompt; a step, and the decoding, of the batch; and pictures
-from prompt to pixels."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A backend and a precision, None for the bundle's own, and where it runs."""
+    """A backend and a precision; None is the bundle's own precision."""
 
     backend: str
     precision: str | None = None
@@ -36,30 +39,64 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a bundle is timed: images a call, denoising steps, rounds, pixels, and the runtime's other options."""
+class BenchSettings:
+    """How a bundle is timed. None takes the model's own value.
+
+    Attributes:
+        batches: Images of one call, each number in turn.
+        steps: Denoising steps of a generation.
+        runs: Rounds.
+        guidance_scale: 1 turns guidance off.
+        eta: Noise of each step.
+        height, width: Pixels.
+        device: "auto", "cpu" or "cuda".
+        threads: CPU threads of one operator; None means all cores.
+
+    Raises:
+        SpecError: A number is out of range.
+    """
 
     batches: tuple[int, ...] = (1, 2, 4)
-    steps: int = 50
+    steps: int | None = None
     runs: int = 5
-    guidance: float = 6.0
-    eta: float = 0.3
+    guidance_scale: float | None = None
+    eta: float | None = None
     height: int | None = None
     width: int | None = None
     device: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, most in (("runs", self.runs, MAX_RUNS), *(("batch", batch, 10**6) for batch in self.batches)):
+        batches = [("batch", batch, MAX_IMAGES) for batch in self.batches]
+        for name, value, most in (("runs", self.runs, MAX_RUNS), *batches):
             if not 1 <= value <= most:
                 raise SpecError(f"{name}: got {value}, expected 1..{most}")
         if not 1 <= len(self.batches) <= MAX_BATCHES:
             raise SpecError(f"batch: got {len(self.batches)} of them, expected 1..{MAX_BATCHES}")
 
+    def for_model(self, model: ModelDescription) -> BenchSettings:
+        """Replace None by the model's defaults for steps, guidance scale and eta."""
+        defaults = model.defaults
+        return replace(
+            self,
+            steps=defaults.num_inference_steps if self.steps is None else self.steps,
+            guidance_scale=defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            eta=defaults.eta if self.eta is None else self.eta,
+        )
+
 
 @dataclass(frozen=True)
 class Measure:
-    """One part at one batch on one combination; ``ratio`` is how many times as fast as the first combination it is."""
+    """Timing of one part at one batch size on one combination.
+
+    Attributes:
+        part: A component, or "image" for a whole generation.
+        batch: Images of the call.
+        combination: Name of the combination.
+        timing: Seconds of one call.
+        peak_bytes: Peak of the process's resident memory.
+        ratio: Speed relative to the first combination.
+    """
 
     part: str
     batch: int
@@ -70,27 +107,37 @@ class Measure:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of whole pictures; None for a part."""
-        return self.batch / self.timing.median if self.part == "image" else None
+        """Images per second of a whole generation; None for a component."""
+        return self.batch / self.timing.median if self.part == IMAGE else None
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the JSON-able description."""
         facts = {name: value for name, value in asdict(self).items() if name != "timing"}
         return {**facts, "seconds": self.timing.facts(), "images_per_second": self.images_per_second}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All that was measured. ``loaded``: combination → what it told once loaded; ``refused``: → why it does not run."""
+    """Result of ``benchmark``.
+
+    Attributes:
+        bundle: Name of the bundle's folder.
+        settings: How it was timed.
+        per_step: Components that run at every step.
+        loaded: Combination -> what its process reported after loading.
+        refused: Combination -> why it does not run.
+        measures: All timings.
+    """
 
     bundle: str
-    settings: Settings
+    settings: BenchSettings
+    per_step: tuple[str, ...]
     loaded: dict[str, Facts]
     refused: dict[str, str]
     measures: tuple[Measure, ...]
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the JSON-able description."""
         return {
             "bundle": self.bundle,
             "machine": machine(),
@@ -102,19 +149,20 @@ class Benchmark:
         }
 
     def chart(self) -> str:
-        """SVG: images a second by batch, and the seconds of each part at the first batch."""
-        images = [measure for measure in self.measures if measure.part == "image"]
+        """Return an SVG: images per second by batch size, and seconds of each part at the first batch size."""
+        images = [measure for measure in self.measures if measure.part == IMAGE]
         series = [
             Series(name, tuple((m.batch, m.images_per_second or 0.0) for m in images if m.combination == name))
             for name in self.loaded
         ]
-        steps = self.settings.steps
-        first = [measure for measure in self.measures if measure.batch == self.settings.batches[0]]
+        steps = self.settings.steps or 1
         rows: dict[str, dict[str, float]] = {}
-        for measure in first:
-            label = f"{measure.part} × {steps}" if measure.part == "unet" else measure.part
-            seconds = measure.timing.median * (steps if measure.part == "unet" else 1)
-            rows.setdefault(label, {})[measure.combination] = seconds
+        for measure in self.measures:
+            if measure.batch != self.settings.batches[0]:
+                continue
+            times = steps if measure.part in self.per_step else 1
+            label = f"{measure.part} × {times}" if measure.part in self.per_step else measure.part
+            rows.setdefault(label, {})[measure.combination] = measure.timing.median * times
         batch = f"{self.settings.batches[0]} image{'s' if self.settings.batches[0] > 1 else ''}"
         return sheet(
             [
@@ -124,35 +172,47 @@ class Benchmark:
         )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One part at one batch size, and the command that its workers get."""
+
+    part: str
+    batch: int
+    command: Facts
+
+
 def benchmark(
     bundle: Path,
     combinations: Sequence[Combination],
-    settings: Settings,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    settings: BenchSettings,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Benchmark:
     """Load every combination in a process of its own, and time them in turns.
 
-    Those that cannot run here are left out and told.
+    Combinations that cannot run here are left out and reported in ``refused``.
+
+    Args:
+        bundle: Folder of the bundle.
+        combinations: What is compared; ratios refer to the first one.
+        settings: How the bundle is timed.
+        on_progress: Called with what is done, the number of calls done, and the number of all calls.
 
     Raises:
-        ManifestError: no bundle.
-        SpecError: no combination, too many, or a setting the pipeline does not take.
-        BackendError: none of the combinations runs, or one fails later on.
+        ManifestError: There is no bundle, or it is damaged.
+        SpecError: There are no combinations or too many, or the pipeline does not take a setting.
+        BackendError: No combination runs, or one fails later.
     """
     if not 1 <= len(set(combinations)) == len(combinations) <= MAX_COMBINATIONS:
         raise SpecError(f"combinations: got {len(combinations)}, expected 1..{MAX_COMBINATIONS}, each once")
-    name = Bundle.open(bundle).folder.resolve().name
-    tasks = [
-        (part, batch)
-        for batch in settings.batches
-        for part in PARTS
-        if part != PARTS[0] or batch == settings.batches[0]
-    ]
+    opened = Bundle.open(bundle)
+    model, name = opened.manifest.model, opened.folder.resolve().name
+    settings = settings.for_model(model)
+    tasks = list(_tasks(model, settings))
     refused: dict[str, str] = {}
     with ExitStack() as stack:
         workers = list[Worker]()
         for combination in combinations:
-            progress(f"loading {combination.name}", 0, 1)
+            on_progress(f"loading {combination.name}", 0, 1)
             try:
                 workers.append(stack.enter_context(_worker(bundle, combination, settings)))
             except BackendError as error:
@@ -160,44 +220,51 @@ def benchmark(
         if not workers:
             raise BackendError(f"bench: nothing runs: {'; '.join(f'{name}: {why}' for name, why in refused.items())}")
         total, done, measures = len(tasks) * len(workers) * (settings.runs + 1), 0, list[Measure]()
-        for part, batch in tasks:
+        for task in tasks:
 
-            def step(part: str = part, batch: int = batch) -> None:
+            def step(task: _Task = task) -> None:
                 nonlocal done
                 done += 1
-                progress(f"{part}, batch {batch}", done, total)
+                on_progress(f"{task.part}, batch {task.batch}", done, total)
 
-            command = {
-                "what": part,
-                "batch": batch,
-                "steps": settings.steps,
-                "guidance": settings.guidance,
-                "eta": settings.eta,
-                "seed": SEED,
-                "height": settings.height,
-                "width": settings.width,
-            }
-            answers = rounds(workers, lambda number, command=command: command, settings.runs, step)
-            measures += _measures(part, batch, [worker.name for worker in workers], answers)
+            answers = rounds(workers, lambda number, task=task: task.command, settings.runs, step)  # type: ignore[misc]
+            measures += _measures(task, [worker.name for worker in workers], answers)
         loaded = {worker.name: worker.facts for worker in workers}
-    return Benchmark(name, settings, loaded, refused, tuple(measures))
+    per_step = tuple(part for part in pipeline_components(model) if model.components[part].runs == "step")
+    return Benchmark(name, settings, per_step, loaded, refused, tuple(measures))
 
 
-def _worker(bundle: Path, combination: Combination, settings: Settings) -> Worker:
-    told = {
-        "bundle": str(bundle),
-        **asdict(combination),
-        **{name: getattr(settings, name) for name in ("device", "threads")},
+def _tasks(model: ModelDescription, settings: BenchSettings) -> Iterator[_Task]:
+    """Yield every part at every batch size; parts whose work does not depend on the batch size only once."""
+    branches = max(1, len(model.guidance)) if settings.guidance_scale != 1 else 1
+    options = {
+        "seed": SEED,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "eta": settings.eta,
     }
-    return Worker(combination.name, [sys.executable, "-m", "ldm_export.bench.bundle_worker"], told)
+    size = {"height": settings.height, "width": settings.width}
+    seen: set[tuple[str, int]] = set()
+    for batch in settings.batches:
+        for part in pipeline_components(model):
+            rows = component_rows(model, part, batch, branches, settings.steps or 1)
+            if (part, rows) not in seen:
+                seen.add((part, rows))
+                yield _Task(part, batch, {"part": part, "rows": rows, **size})
+        yield _Task(IMAGE, batch, {"part": IMAGE, "batch": batch, "options": options, **size})
 
 
-def _measures(part: str, batch: int, names: Sequence[str], answers: Sequence[Sequence[Facts]]) -> list[Measure]:
+def _worker(bundle: Path, combination: Combination, settings: BenchSettings) -> Worker:
+    options = {"bundle": str(bundle), "device": settings.device, "threads": settings.threads, **asdict(combination)}
+    return Worker(combination.name, [sys.executable, "-m", "ldm_export.bench.bundle_worker"], options)
+
+
+def _measures(task: _Task, names: Sequence[str], answers: Sequence[Sequence[Facts]]) -> list[Measure]:
     seconds = [[answer["seconds"] for answer in worker] for worker in answers]
     return [
         Measure(
-            part,
-            batch,
+            task.part,
+            task.batch,
             name,
             Timing.of(seconds[index]),
             max(answer["peak_bytes"] for answer in answers[index]),

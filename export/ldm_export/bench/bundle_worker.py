@@ -1,76 +1,73 @@
-"""A bundle on one backend, timed in a process of its own: ``python -m ldm_export.bench.bundle_worker``, see obeying."""
+"""Times a bundle on one backend in a process of its own: ``python -m ldm_export.bench.bundle_worker``.
+
+The protocol is that of ``worker_process.serve_commands``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ldm_export.bench.worker_process import Command, obey
+from ldm_export.bench.component_feeds import feed_at, rows_axis
+from ldm_export.bench.worker_process import Command, serve_commands
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-MIDDLE = 500
-"""The timestep of a single UNet call; which one it is does not change the work."""
+__all__ = ["IMAGE", "start"]
+
+IMAGE = "image"
+"""The part that is a whole generation, from prompts to pixels. All other parts are components."""
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Load the pipeline that ``settings`` describe: bundle, backend, precision, device, threads."""
+    """Open the pipeline that ``settings`` describe: bundle, backend, precision, device and threads."""
     options = {name: settings[name] for name in ("backend", "precision", "device", "threads")}
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
     facts = {"choice": pipeline.choice.facts()} if pipeline.choice else {}
-    return _Timed(pipeline).ready, facts
+    return _Parts(pipeline).prepare, facts
 
 
-class _Timed:
+class _Parts:
+    """Prepares the calls that are timed."""
+
     def __init__(self, pipeline: LatentDiffusionPipeline):
-        self.pipeline, self._number = pipeline, count()
+        self._pipeline, self._number = pipeline, count()
 
-    def ready(self, command: Command) -> Callable[[], object]:
-        """The call for a command: what, batch, guidance, height and width (pixels or null), steps, eta, seed."""
-        backends = self.pipeline.backends
-        if command["what"] == "text_encoder":
-            tokens = self.pipeline.tokenizer(self._prompts(1))
-            return lambda: backends["text_encoder"].run({"input_ids": tokens}) is None
-        if command["what"] == "decoder":
-            latents = self._latents(command)
-            return lambda: backends["decoder"].run({"latents": latents}) is None
-        if command["what"] == "image":
-            return lambda: self._image(command)
-        sample = self._latents(command)
-        if command["guidance"] != 1:
-            sample = np.concatenate([sample, sample])
-        (states,) = self.pipeline.texts.encode(self._prompts(1)).values()
-        context = np.repeat(states, len(sample), axis=0)
-        if command["what"] == "conditioning":
-            return lambda: self.pipeline.unet.encode(context) is None
-        conditioning = self.pipeline.unet.encode(context)
-        timestep = np.full(len(sample), MIDDLE, np.int64)
-        return lambda: self.pipeline.unet(sample, timestep, conditioning) is None
+    def prepare(self, command: Command) -> Callable[[], object]:
+        """Return the call for a command.
 
-    def _image(self, command: Command) -> None:
-        self.pipeline(
-            self._prompts(command["batch"]),
-            guidance_scale=command["guidance"],
-            num_inference_steps=command["steps"],
-            **{name: command[name] for name in ("seed", "eta", "height", "width")},
+        The command has ``part``, a component or ``IMAGE``; for a component ``rows``, ``height`` and ``width``; for
+        ``IMAGE`` also ``batch`` and ``options``, other fields of ``Request``. Height and width are in pixels, None for
+        the model's own size.
+        """
+        if command["part"] == IMAGE:
+            return lambda: self._generate(command)
+        geometry, backend = self._pipeline.geometry, self._pipeline.backends[command["part"]]
+        spec = self._pipeline.model.components[command["part"]]
+        sizes = {
+            axis.name: geometry.latents_of(side, command[side])
+            for side, axis in (("height", geometry.height), ("width", geometry.width))
+        }
+        if axis := rows_axis(spec):
+            sizes[axis.name] = command["rows"]
+        feed = feed_at(spec, sizes)
+        return lambda: backend.run(feed) is None
+
+    def _generate(self, command: Command) -> None:
+        self._pipeline(
+            **self._images(command["batch"]),
+            **command["options"],
+            height=command["height"],
+            width=command["width"],
         )
 
-    def _latents(self, command: Command) -> NDArray[np.float32]:
-        geometry = self.pipeline.geometry
-        sides = [
-            axis.opt if command[name] is None else command[name] // geometry.factor
-            for name, axis in (("height", geometry.height), ("width", geometry.width))
-        ]
-        shape = (command["batch"], geometry.channels, *sides)
-        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-
-    def _prompts(self, number: int) -> list[str]:
-        """Prompts that no call had before, as different users' would be."""
-        return [f"{PROMPTS[index % len(PROMPTS)]}, number {next(self._number)}" for index in range(number)]
+    def _images(self, number: int) -> dict[str, Any]:
+        """Return the fields of ``Request`` that ask for a number of images, with prompts that no call had before."""
+        if not any("prompts" in conditioner.fields for conditioner in self._pipeline.conditioners):
+            return {"count": number}
+        return {"prompts": [f"{PROMPTS[i % len(PROMPTS)]}, number {next(self._number)}" for i in range(number)]}
 
 
 if __name__ == "__main__":
-    obey(start)
+    serve_commands(start)

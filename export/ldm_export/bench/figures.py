@@ -1,4 +1,4 @@
-"""What repeated timings say: median, spread, and ratios of runs made side by side; and on what machine."""
+"""Statistics of repeated timings: median, spread and ratios of alternating runs; and a description of the machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Timing", "machine", "speedup", "versions"]
+
 TOOLS = ("ldm-export", "numpy", "onnxruntime", "openvino", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over several runs: median, quartiles, least and most."""
+    """Seconds of one call over several runs: median, quartiles, minimum and maximum."""
 
     median: float
     low: float
@@ -27,7 +29,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """From at least one run."""
+        """Compute the statistics of at least one run."""
         low, median, high = (
             statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
         )
@@ -35,26 +37,26 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """The distance of the quartiles as a share of the median."""
+        """The distance between the quartiles, divided by the median."""
         return (self.high - self.low) / self.median
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the JSON-able description."""
         return {**asdict(self), "runs": list(self.runs), "spread": self.spread}
 
 
 def speedup(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """How many times as fast as the reference: the median over the rounds, in each of which both ran."""
+    """Return the speed relative to a reference: the median of the ratios of all rounds, in each of which both ran."""
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, reference, strict=True))
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name, its vector and matrix extensions that matter here, usable cores, and memory in bytes."""
+    """Return the processor's name, its relevant vector and matrix extensions, usable cores and memory in bytes."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        told = ""
-    lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in told.splitlines())}
+        text = ""
+    lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     return {
         "processor": lines.get("model name") or platform.processor() or platform.machine(),
@@ -67,7 +69,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(names: Sequence[str] = TOOLS) -> dict[str, str]:
-    """Those of ``names`` that are installed here, with their versions."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in names:
         try:

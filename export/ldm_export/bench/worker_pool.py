@@ -1,4 +1,4 @@
-"""The outer side of workers: processes that take turns, so that what is compared meets the machine in one state."""
+"""Worker processes that take turns, so that all alternatives are timed under the same conditions of the machine."""
 
 from __future__ import annotations
 
@@ -14,31 +14,39 @@ from typing import Any
 
 from ldm_runtime.errors import BackendError
 
-LEAST_SECONDS, MOST_TIMES, PAUSE = 0.2, 200, 0.05
-"""A timing repeats calls until it lasts this long, at most so often; the pause lets another worker's threads sleep."""
+__all__ = ["Facts", "Worker", "rounds"]
+
+MIN_SECONDS, MAX_TIMES, PAUSE = 0.2, 200, 0.05
+"""A timing repeats calls until it lasts this long, with an upper limit. The pause lets other workers' threads sleep."""
 
 Facts = dict[str, Any]
 
 
 class Worker:
-    """A process of ``obeying``: ``facts`` has what it told when it had loaded.
+    """A process that runs ``worker_process.serve_commands``. ``facts`` is what it reported after loading.
+
+    Args:
+        name: Name for messages.
+        command: Command line of the process.
+        settings: First command, with which it loads.
+        environment: Environment variables; None inherits those of this process.
 
     Raises:
-        BackendError: it refuses its settings, or it ended.
+        BackendError: It refuses its settings, or it ended.
     """
 
     def __init__(
         self, name: str, command: Sequence[str], settings: Facts, environment: Mapping[str, str] | None = None
     ):
-        self.name, self._complaints = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        self.name, self._stderr = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._stderr,
             text=True,
             env=environment,
-            start_new_session=True,  # an interrupt is ours to handle
+            start_new_session=True,  # so that an interrupt reaches this process only
         )
         try:
             self.facts = self.ask(settings)
@@ -47,7 +55,11 @@ class Worker:
             raise
 
     def ask(self, command: Facts) -> Facts:
-        """The answer to one command. Raises BackendError where it is an error, or none comes."""
+        """Return the answer to one command.
+
+        Raises:
+            BackendError: The answer is an error, or the process ended.
+        """
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
@@ -66,15 +78,15 @@ class Worker:
         code = self._process.wait()
         if code == -signal.SIGKILL:
             return "was killed, as the system does when memory runs out; run fewer at once, or a smaller batch"
-        self._complaints.seek(0)
-        last = next((line for line in reversed(self._complaints.read().splitlines()) if line.strip()), "")
-        return f"ended with code {code}: {last[:300] or 'it said nothing'}"
+        self._stderr.seek(0)
+        last = next((line for line in reversed(self._stderr.read().splitlines()) if line.strip()), "")
+        return f"ended with code {code}: {last[:300] or 'no message'}"
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream:
                 stream.close()
 
@@ -91,33 +103,35 @@ def rounds(
     workers: Sequence[Worker],
     command: Callable[[int], Facts],
     runs: int,
-    done: Callable[[], None] = lambda: None,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> list[list[Facts]]:
-    """Let the workers take turns: each warms up once, then ``runs`` rounds, every round begun by another worker.
+    """Let the workers take turns: each warms up, then ``runs`` rounds follow. Each round begins with another worker.
 
     Args:
-        command: the round's number → what to do in it, the same for all workers; -1 is the warm-up. Without ``times``
-            in it, calls are repeated until a timing lasts LEAST_SECONDS.
-        done: called after every answer.
+        workers: The workers.
+        command: Number of the round -> its command, the same for all workers; -1 is the warm-up. Without ``times`` in
+            it, calls are repeated until a timing lasts ``MIN_SECONDS``.
+        runs: Number of rounds.
+        on_answer: Called after every answer.
 
     Returns:
-        The answers, a list for each worker.
+        The answers, one list for each worker.
 
     Raises:
-        BackendError: a worker failed.
+        BackendError: A worker failed.
     """
     times = []
     for worker in workers:
         seconds = worker.ask(command(-1))["seconds"]
-        if seconds < LEAST_SECONDS:  # the first call has costs of its own: count by the second
+        if seconds < MIN_SECONDS:  # the first call has extra costs, so the second one counts
             seconds = worker.ask(command(-1))["seconds"]
-        times.append(min(MOST_TIMES, math.ceil(LEAST_SECONDS / max(seconds, 1e-6))))
-        done()
+        times.append(min(MAX_TIMES, math.ceil(MIN_SECONDS / max(seconds, 1e-6))))
+        on_answer()
     answers: list[list[Facts]] = [[] for _ in workers]
     for number in range(runs):
         for turn in range(len(workers)):
             index = (number + turn) % len(workers)
             time.sleep(PAUSE)
             answers[index].append(workers[index].ask({"times": times[index], **command(number)}))
-            done()
+            on_answer()
     return answers

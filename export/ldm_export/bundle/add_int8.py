@@ -1,82 +1,120 @@
-"""From a bundle that is there to one with int8 graphs beside the fp32 ones; no checkpoint is needed."""
+"""Adds int8 graphs to an existing bundle; no checkpoint is needed."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_calibration.settings import Settings
+from ldm_calibration.calibration import OnProgress
+from ldm_calibration.model import CalibrationModel
+from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.build import Built, assemble
-from ldm_export.bundle.int8_report import REPORT
-from ldm_export.bundle.int8_stages import graph_files, int8_stages
-from ldm_export.bundle.stages import Outcome, link_files, run_stage, work_folder
+from ldm_export.bundle.int8_stages import PRECISION, REFERENCE, graph_files, int8_stages, is_int8_stage
+from ldm_export.bundle.publish import work_folder
+from ldm_export.bundle.stages import Outcome, link_files, run_stage
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
+from ldm_runtime.bundle_layout import INT8_REPORT
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.manifest import Manifest
 from ldm_runtime.manifest import Stage as StageFact
 
-SOURCES = ("tokenizer", *(f"{name}.fp32" for name in COMPONENTS))
-"""The stages whose files a calibration starts from."""
+__all__ = ["calibrate", "quantized_components"]
 
 
 def calibrate(
     folder: Path,
-    settings: Settings | Path,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    settings: CalibrationSettings | Path,
+    on_progress: OnProgress = lambda part, done, total: None,
+    grade: Grade | None = None,
 ) -> Built:
-    """Add int8 graphs to a bundle, or keep those that these settings have given already.
+    """Add int8 graphs to a bundle, or keep those that a calibration with equal settings wrote.
 
-    In place of settings a calibration record may be given: then nothing is measured. Other precisions' graphs, engines
-    and reports stay. The bundle is exchanged at the end, whole.
+    Graphs, engines and reports of other precisions stay. The bundle is replaced as a whole at the end.
+
+    Args:
+        folder: The bundle.
+        settings: How to calibrate, or a calibration record to follow without measuring anything.
+        on_progress: Called with the name of a part, and how much of it is done and in total.
+        grade: Decides which trial images are correct.
 
     Raises:
-        ManifestError: no bundle, or a file of it is not what was built.
-        BuildError: the model gives NaN, or the budget cannot be met.
+        ManifestError: The folder is not a bundle, or one of its files is damaged.
+        SpecError: A bound on prompt accuracy without a grader.
+        BuildError: The model computes NaN, or the budget cannot be kept.
     """
     target = folder.resolve()
     bundle = Bundle.open(target)
     manifest = bundle.manifest
-    missing = [name for name in SOURCES if name not in manifest.stages]
-    if missing:
-        raise BuildError(f"{folder}: was built without the stages {', '.join(missing)}; rebuild it to calibrate it")
-    staying = {name: held for name, held in manifest.stages.items() if not _of_int8(name)}
-    anew = {name for stage, held in manifest.stages.items() if _of_int8(stage) for name in held.files} | {REPORT}
+    quantize, before = quantized_components(manifest), _sources(folder, manifest)
+    staying = {name: stage for name, stage in manifest.stages.items() if not is_int8_stage(name)}
+    outdated = {file for name, stage in manifest.stages.items() if name not in staying for file in stage.files}
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        progress("checking the bundle", 0, 1)
-        files = link_files([name for name in manifest.files if name not in anew], work, bundle)
-        for name, held in staying.items():
-            outcomes[name] = Outcome(held.key, {file: files[file] for file in held.files}, "kept", 0.0)
-        specs = {name: manifest.components[name].spec for name in COMPONENTS}
-        before = {name: staying[name].key for name in SOURCES}
-        scheduler = DDIM.from_config(manifest.scheduler)
-        stages = int8_stages(work, specs, scheduler, settings, before, progress)
-        for done, stage in enumerate(stages):
-            progress(stage.name, done, len(stages))
+        on_progress("checking the bundle", 0, 1)
+        files = link_files([name for name in manifest.files if name not in outdated | {INT8_REPORT}], work, bundle)
+        for name, fact in staying.items():
+            outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
+        graphs = {name: work / graph for name, graph in _fp32_graphs(folder, manifest).items()}
+        model = CalibrationModel(manifest.model, graphs, lambda name: work / name)
+        for stage in int8_stages(work, model, settings, quantize, before, on_progress, grade):
+            on_progress(stage.name, 0, 1)
             outcomes[stage.name] = run_stage(stage, work, bundle)
+            on_progress(stage.name, 1, 1)
             files |= outcomes[stage.name].files
-        if all(outcome.origin == "kept" for outcome in outcomes.values()) and bundle.precision == "int8":
+        if all(outcome.origin == "kept" for outcome in outcomes.values()) and bundle.precision == PRECISION:
             shutil.rmtree(work)
         else:
-            made = {name: graph_files(name, ("fp32", "int8"), outcomes) for name in COMPONENTS}
-            components = {
-                name: replace(part, graphs={**part.graphs, **made.get(name, {})})
-                for name, part in manifest.components.items()
-            }
-            finished = replace(
-                manifest,
-                components=components,
-                files=files,
-                stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
-                asked={**manifest.asked, "precision": "int8"},
-                measured={name: facts for name, facts in manifest.measured.items() if name != "int8"},
-            )
+            finished = replace(_with_int8(manifest, quantize, outcomes), files=files)
             assemble(work, target, finished, outcomes)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
 
 
-def _of_int8(stage: str) -> bool:
-    return stage == "calibration" or stage.endswith(".int8")
+def quantized_components(manifest: Manifest) -> tuple[str, ...]:
+    """The components of a bundle that int8 quantizes, in this order, the denoiser first.
+
+    Raises:
+        BuildError: The bundle does not name them, or names one that it does not have.
+    """
+    names = manifest.request.get("quantize")
+    if not isinstance(names, list) or not names or any(name not in manifest.components for name in names):
+        raise BuildError(
+            f"quantize: got {names!r:.80} in the manifest's request, expected some of "
+            f"{', '.join(manifest.components)}; rebuild the bundle to calibrate it"
+        )
+    return tuple(names)
+
+
+def _fp32_graphs(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Component -> path of its fp32 graph, for every component that the pipeline runs."""
+    names = pipeline_components(manifest.model)
+    if missing := [name for name in names if REFERENCE not in manifest.components[name].graphs]:
+        raise BuildError(f"{folder}: has no {REFERENCE} graph of {', '.join(missing)}; rebuild it to calibrate it")
+    return {name: manifest.components[name].graphs[REFERENCE] for name in names}
+
+
+def _sources(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Stage -> key, of the stages that wrote the fp32 graphs and the files of the conditioning."""
+    needed = set(_fp32_graphs(folder, manifest).values())
+    needed |= {file for entry in manifest.conditioning for file in entry.files.values()}
+    owners = {file: name for name, stage in manifest.stages.items() for file in stage.files}
+    if unowned := sorted(needed - owners.keys()):
+        raise BuildError(f"{folder}: no stage of the build wrote {unowned[0]}; rebuild the bundle to calibrate it")
+    return {name: manifest.stages[name].key for name in sorted({owners[file] for file in needed})}
+
+
+def _with_int8(manifest: Manifest, quantize: tuple[str, ...], outcomes: dict[str, Outcome]) -> Manifest:
+    """The manifest with int8 graphs; a component that int8 leaves in fp32 has its fp32 graph for both."""
+    components = {}
+    for name in pipeline_components(manifest.model):
+        part = manifest.components[name]
+        graphs = graph_files(name, (PRECISION,), outcomes) if name in quantize else {PRECISION: part.graphs[REFERENCE]}
+        components[name] = replace(part, graphs={**part.graphs, **graphs})
+    return replace(
+        manifest,
+        components={**manifest.components, **components},
+        stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
+        request={**manifest.request, "precision": PRECISION},
+        measured={name: facts for name, facts in manifest.measured.items() if name != PRECISION},
+    )

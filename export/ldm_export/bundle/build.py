@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle."""
+"""Builds a bundle from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,53 +6,83 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm_calibration.settings import Settings
-from ldm_export.bundle.build_stages import (
-    TOKENIZER,
-    engine_file,
-    engine_stage,
-    graph_stage,
-    half_stage,
-    keyed_stage,
-    ranges_stage,
-    step_stage,
-    tokenizer_stage,
+from ldm_calibration.settings import CalibrationSettings, Grade
+from ldm_export.bundle.build_plan import BuildPlan
+from ldm_export.bundle.engine_stages import engine_of, engine_stage, in_latents
+from ldm_export.bundle.graph_stages import (
+    file_stages,
+    graph_stages,
+    model_steps,
+    split_model,
+    step_stages,
+    variant_stages,
 )
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
-from ldm_export.bundle.publish import publish
-from ldm_export.bundle.stages import Outcome, Stage, run_stage, work_folder
+from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
+from ldm_export.bundle.publish import publish, work_folder
+from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
-from ldm_export.graph.components import model_shape
-from ldm_export.graph.keyed_unet import FILES, keyed_specs
-from ldm_export.graph.step_graph import step_specs
+from ldm_export.families import family_named
+from ldm_export.requests import RequestFields
 from ldm_runtime.atomic_files import write_whole
-from ldm_runtime.backends.onnxruntime_keyed import KEYS
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import MANIFEST
-from ldm_runtime.ddim import DDIM
-from ldm_runtime.engine_facts import Engine, engine_from_json
+from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST, graph_file
 from ldm_runtime.errors import BuildError, ManifestError
 from ldm_runtime.manifest import FORMAT, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec
 
-SHIPPED = Path(__file__).parents[1] / "shapes"
-"""The checkpoint that comes with ldm-export: 64×64 pictures of coloured shapes."""
+__all__ = ["PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
+
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
-LOG = "build-log.json"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What is built beside the fp32 graphs.
+
+    Attributes:
+        precision: "fp32", "fp16", "bf16" or "int8".
+        engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
+        calibration: Settings of int8's calibration; for int8 only.
+        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
+        requests: What the ranges of half precision are measured on, one image each. None takes the family's defaults.
+
+    Raises:
+        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
+    """
+
+    precision: str = "fp32"
+    engines: EngineRequest | None = None
+    calibration: CalibrationSettings | None = None
+    grade: Grade | None = None
+    requests: Sequence[RequestFields] | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
+        if (self.precision == "int8") != (self.calibration is not None):
+            raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """fp32, and the precision if it is another."""
+        return tuple(dict.fromkeys(("fp32", self.precision)))
 
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle and, per stage, where its files came from: "made", "resumed" or "kept"."""
+    """A bundle and, by stage, where its files came from: "made", "resumed" or "kept"."""
 
     bundle: Bundle
     origins: dict[str, str]
@@ -63,69 +93,71 @@ def build(
     target: Path,
     precision: str = "fp32",
     engines: EngineRequest | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    settings: Settings | None = None,
+    *,
+    options: BuildOptions | None = None,
+    on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
-    """Export a checkpoint's text encoder, UNet and decoder and write a bundle; what is there already is kept.
+    """Export a checkpoint's components and write a bundle; what is there already is kept.
 
     One component at a time is loaded, traced and freed. The bundle appears whole or not at all.
 
     Args:
-        checkpoint: an opened checkpoint.
-        target: the bundle's folder; one that is no bundle is refused.
-        precision: "fp32", "fp16", "bf16" or "int8"; the fp32 graphs, which the others are made of, stay beside them.
-        engines: also build TensorRT engines of that precision.
-        progress: told stage name, stages done and stages in all, before each stage and at the end; within a long stage
-            the stage's name, and of its own steps those done and all.
-        settings: of int8's calibration.
+        checkpoint: An opened checkpoint.
+        target: The bundle's folder; an existing folder that is no bundle is refused.
+        precision, engines: Short for ``options`` with these alone.
+        options: What is built beside the fp32 graphs.
+        on_progress: Receives the progress of each stage, the last being "bundle".
 
     Raises:
-        CheckpointError: weights are missing or damaged.
-        BuildError: a component cannot be exported, or the disk refuses.
+        CheckpointError: Weights are missing or damaged.
+        BuildError: A component cannot be exported, or the disk refuses.
     """
-    if precision not in PRECISIONS:
-        raise BuildError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if (precision == "int8") != (settings is not None):
-        raise BuildError("int8 needs prompts to calibrate with, and other precisions take none")
+    options = BuildOptions(precision, engines) if options is None else options
     target = target.resolve()  # a link stays a link
-    previous = _previous(target)
-    specs = model_shape(checkpoint).specs()
-    scheduler = DDIM.from_config(checkpoint.scheduler_config)
+    family = family_named(checkpoint.family)
+    model, previous = family.describe(checkpoint), _previous(target)
+    latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
-    precisions = tuple(dict.fromkeys(("fp32", precision)))
+    request = _request(checkpoint, options, family.quantize)
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        steps = step_specs(specs["unet"])
-        stages = _stages(
-            checkpoint, specs, steps, scheduler, precisions, engines, settings, work, tools, progress, previous
-        )
-        for done, stage in enumerate(stages):
-            progress(stage.name, done, len(stages))
-            outcomes[stage.name] = run_stage(stage, work, previous)
-        progress("bundle", len(stages), len(stages))
-        components = {
-            name: Component(
-                spec,
-                graph_files(name, precisions if name in specs else ("fp32",), outcomes),
-                _engines(work, name, precision if name in specs else "fp32", engines),
-            )
-            for name, spec in {**specs, **steps}.items()
-        }
+        plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress)
+        _run([*file_stages(plan), *graph_stages(plan)], plan, outcomes)
+        plan = replace(plan, model=split_model(plan, outcomes))
+        _run(_precision_stages(plan, options, outcomes), plan, outcomes)
+        variants = variant_stages(plan, _sources(outcomes))
+        _run([*step_stages(plan), *variants.values()], plan, outcomes)
+        if latents is not None:
+            _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)
+        on_progress("bundle", 0, 1)
         manifest = Manifest(
-            components=components | _keyed(work, specs["unet"]),
-            scheduler=scheduler.to_config(),
-            tokenizer=TOKENIZER,
+            family=plan.model.family,
+            components=_components(plan, options, latents, variants, outcomes),
+            conditioning=plan.model.conditioning,
+            guidance=plan.model.guidance,
+            latents=plan.model.latents,
+            scheduler=plan.model.scheduler,
+            defaults=plan.model.defaults,
             files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
             stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
             tools=tools,
-            asked=_asked(checkpoint, precision, engines),
+            request=request,
         )
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
         if untouched and previous is not None and _same(previous, manifest):
             shutil.rmtree(work)
         else:
             assemble(work, target, manifest, outcomes)
+    on_progress("bundle", 1, 1)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
+
+
+def _run(stages: Sequence[Stage], plan: BuildPlan, outcomes: dict[str, Outcome]) -> None:
+    """Run stages one after the other and note their outcomes."""
+    for stage in stages:
+        plan.on_progress(stage.name, 0, 1)
+        outcomes[stage.name] = run_stage(stage, plan.work, plan.previous)
+        plan.on_progress(stage.name, 1, 1)
 
 
 def _previous(target: Path) -> Bundle | None:
@@ -145,75 +177,71 @@ def _has_manifest(folder: Path) -> bool:
     return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
 
-def _stages(
-    checkpoint: Checkpoint,
-    specs: dict[str, ComponentSpec],
-    steps: dict[str, ComponentSpec],
-    scheduler: DDIM,
-    precisions: tuple[str, ...],
+def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[str, Outcome]) -> list[Stage]:
+    """The stages of int8 or of half precision; none for fp32."""
+    before = {name: outcome.key for name, outcome in outcomes.items()}
+    if options.calibration is not None:
+        model, quantize = calibration_model(plan), plan.family.quantize
+        return int8_stages(plan.work, model, options.calibration, quantize, before, plan.on_progress, options.grade)
+    if options.precision == "fp32":
+        return []
+    requests = plan.family.requests(None) if options.requests is None else options.requests
+    ranges = ranges_stage(plan, before, requests)
+    return [ranges, *half_stages(plan, options.precision, ranges)]
+
+
+def _engine_stages(plan: BuildPlan, request: EngineRequest, precision: str, sources: Mapping[str, str]) -> list[Stage]:
+    components = [(spec, precision) for spec in plan.model.components.values()]
+    steps = [(spec, "fp32") for spec in model_steps(plan.model).values()]
+    return [engine_stage(plan, spec, graph, request, sources) for spec, graph in (*components, *steps)]
+
+
+def _sources(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """File -> key of the stage that wrote it."""
+    return {file: outcome.key for outcome in outcomes.values() for file in outcome.files}
+
+
+def _components(
+    plan: BuildPlan,
+    options: BuildOptions,
     engines: EngineRequest | None,
-    settings: Settings | None,
-    work: Path,
-    tools: dict[str, str],
-    progress: Callable[[str, int, int], None],
-    previous: Bundle | None,
-) -> list[Stage]:
-    def told(stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(stage, done, total)
+    variants: Mapping[str, Stage],
+    outcomes: Mapping[str, Outcome],
+) -> dict[str, Component]:
+    """The manifest's components: those of the model, then the step graphs, which are always in fp32."""
 
-    stages = [tokenizer_stage(checkpoint, tools)]
-    stages += [graph_stage(checkpoint, name, spec, tools) for name, spec in specs.items()]
-    step_stages = [step_stage(spec, tools) for spec in steps.values()]
-    step_stages.append(keyed_stage(work, next(stage for stage in stages if stage.name == "unet.fp32")))
-    if settings is not None:
-        stages += int8_stages(work, specs, scheduler, settings, {s.name: s.key for s in stages}, progress)
-    elif halves := precisions[1:]:
-        ranges = ranges_stage(work, specs, scheduler, stages, tools, told("ranges"))
-        stages += [ranges, *(half_stage(work, name, half, ranges) for half in halves for name in specs)]
-    if engines is not None:
-        made = {stage.name: stage for stage in (*stages, *step_stages)}
-        pixels, latents = specs["decoder"].outputs[0].bounds("opt"), specs["decoder"].inputs[0].bounds("opt")
-        wanted = [(spec, precisions[-1], True) for spec in specs.values()]
-        wanted += [(spec, "fp32", False) for spec in steps.values()]
-        step_stages += [
-            engine_stage(
-                work,
-                spec,
-                precision,
-                engines,
-                made[f"{spec.name}.{precision}"],
-                pixels[2] // latents[2],
-                told(f"{spec.name}.{precision}.{engines.name}"),
-                matrix=matrix,
-                previous=previous,
-            )
-            for spec, precision, matrix in wanted
-        ]
-    return stages + step_stages
+    def component(spec: ComponentSpec, precisions: tuple[str, ...]) -> Component:
+        graphs = graph_files(spec.name, precisions, outcomes)
+        built = () if engines is None else (engine_of(plan, spec.name, precisions[-1], engines),)
+        return Component(spec, graphs, built)
+
+    components = {name: component(spec, options.precisions) for name, spec in plan.model.components.items()}
+    for engine, stage in variants.items():
+        file = graph_file(UNET, "fp32", engine)
+        if file in outcomes[stage.name].files:
+            found = {**components[UNET].variants, engine: {"fp32": file}}
+            components[UNET] = replace(components[UNET], variants=found)
+    return components | {name: component(spec, ("fp32",)) for name, spec in model_steps(plan.model).items()}
 
 
-def _keyed(work: Path, unet: ComponentSpec) -> dict[str, Component]:
-    specs = keyed_specs(unet, work / FILES[KEYS]) if (work / FILES[KEYS]).exists() else {}
-    return {name: Component(spec, {"fp32": FILES[name]}) for name, spec in specs.items()}
-
-
-def _engines(work: Path, component: str, precision: str, request: EngineRequest | None) -> tuple[Engine, ...]:
-    if request is None:
-        return ()
-    facts = work / f"{engine_file(component, precision, request)}.json"
-    return (engine_from_json(facts.name, json.loads(facts.read_text())),)
-
-
-def _asked(checkpoint: Checkpoint, precision: str, engines: EngineRequest | None) -> dict[str, Any]:
-    asked: dict[str, Any] = {"checkpoint": checkpoint.folder.resolve().name, "precision": precision}
-    if engines is not None:
-        asked["engines"] = {
-            "target": engines.target,
-            "compute_capabilities": list(engines.compute_capabilities),
-            "bounds": {name: list(bounds) for name, bounds in engines.bounds},
-            "refittable": engines.refittable,
+def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str, ...]) -> dict[str, Any]:
+    """What the manifest says about the request; nothing of it is specific to this machine."""
+    request: dict[str, Any] = {
+        "checkpoint": checkpoint.folder.resolve().name,
+        "precision": options.precision,
+        "quantize": list(quantize),
+    }
+    if options.engines is not None:
+        engines = asdict(options.engines)
+        request["engines"] = {
+            "target": engines["target"],
+            "compute_capabilities": list(engines["compute_capabilities"]),
+            "bounds": {name: list(bounds) for name, bounds in engines["bounds"]},
+            "refittable": engines["refittable"],
         }
-    return asked if checkpoint.random_seed is None else {**asked, "random_weights_seed": checkpoint.random_seed}
+    if checkpoint.random_seed is not None:
+        return {**request, "random_weights_seed": checkpoint.random_seed}
+    return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}
 
 
 def _same(previous: Bundle, manifest: Manifest) -> bool:
@@ -224,11 +252,11 @@ def _same(previous: Bundle, manifest: Manifest) -> bool:
             previous.file(name)
     except ManifestError:
         return False  # a damaged report: leave the reports out
-    return (before.stages, before.scheduler, before.components, before.asked) == (
+    return (before.stages, before.components, before.request, before.model) == (
         manifest.stages,
-        manifest.scheduler,
         manifest.components,
-        manifest.asked,
+        manifest.request,
+        manifest.model,
     )
 
 
@@ -246,6 +274,6 @@ def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "stages": {name: {"seconds": round(o.seconds, 3), "origin": o.origin} for name, o in outcomes.items()},
     }
-    write_whole(finished / LOG, (json.dumps(log, indent=2) + "\n").encode())
+    write_whole(finished / BUILD_LOG, (json.dumps(log, indent=2) + "\n").encode())
     publish(finished, target)
     shutil.rmtree(work)

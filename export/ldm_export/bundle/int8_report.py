@@ -1,78 +1,78 @@
-"""What int8 costs and gains, written into the bundle: the record's figures, sizes, and the speed on this machine."""
+"""The int8 report of a bundle: quality of the record's trial images, sizes, and the UNet's speed on this machine."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm_calibration.quality import mean_psnr
-from ldm_calibration.record import ComponentRecord, read_record
-from ldm_export.bundle.int8_stages import RECORD
-from ldm_runtime.backends.factory import backend_factory
-from ldm_runtime.backends.selection import choose
+from ldm_calibration.record import ComponentRecord, Record, read_record
+from ldm_runtime.backends.host import usable_cores
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.specs import dummy_inputs
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD, INT8_REPORT, files_of_graph
+from ldm_runtime.model import SAMPLE, UNET
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.request import Request
 
-REPORT = "report/int8.json"
-FORMAT, VERSION = "ldm-export int8 report", 1
+__all__ = ["FEW_IMAGES", "write_report"]
+
+FORMAT, VERSION = "ldm-export int8 report", 2
 ROUNDS = 7
-"""Calls of each UNet that are timed, by turns, after one that is not."""
+"""Timed calls of each UNet; calls of both precisions alternate, after one call of each that is not timed."""
+FEW_IMAGES = 8
+"""Fewer trial images than this give a warning."""
 
 
 def write_report(bundle: Bundle) -> tuple[Bundle, dict[str, Any]]:
-    """Time the bundle's UNets, and write ``report/int8.json`` and its summary into the manifest; gives both.
+    """Time the bundle's UNets, write the int8 report and a summary of it in the manifest, and return both.
 
-    A report of this very record is kept as it is.
+    An existing report on the same record is kept.
 
     Raises:
-        ManifestError: a file is not what was built.
-        OSError: the disk refuses; the bundle is as before.
+        ManifestError: A file of the bundle is damaged.
+        OSError: A file cannot be written; the bundle is unchanged.
     """
-    file = bundle.file(RECORD)
+    file = bundle.file(CALIBRATION_RECORD)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    held = bundle.manifest.measured.get("int8")
-    if isinstance(held, dict) and held.get("record") == digest and REPORT in bundle.manifest.files:
-        return bundle, json.loads(bundle.file(REPORT).read_text())
+    before = bundle.manifest.measured.get("int8")
+    if isinstance(before, dict) and before.get("record") == digest and INT8_REPORT in bundle.manifest.files:
+        return bundle, json.loads(bundle.file(INT8_REPORT).read_text())
     record = read_record(file)
-    settings, pictures = record.document["settings"], record.document["pictures"]
-    components = {
-        name: _component(bundle, name, part, record.document["ranges"] if name == "unet" else None)
-        for name, part in record.components.items()
-    }
+    settings, images = record.document["settings"], record.document["images"]
+    components = {name: _component(bundle, name, part, record) for name, part in record.components.items()}
+    defaults = bundle.manifest.defaults
+    summary = _summary(bundle, record, components)
     report = {
         "format": FORMAT,
         "version": VERSION,
-        "record": {"file": RECORD, "sha256": digest},
+        "record": {"file": CALIBRATION_RECORD, "sha256": digest},
         "settings": {
-            "prompts": len(pictures),
+            "images": len(images),
             "steps": settings["trial_steps"],
-            "eta": settings["eta"],
-            "guidance_scale": settings["guidance_scale"],
+            "eta": _or(settings["eta"], defaults.eta),
+            "guidance_scale": _or(settings["guidance_scale"], defaults.guidance_scale),
             "backend": "onnxruntime",
         },
-        "budget": {
-            "min_psnr": settings["min_psnr"],
-            "max_accuracy_loss": settings["max_accuracy_loss"],
-            "met": True,
-        },
-        "summary": _summary(pictures, components),
-        "pictures": pictures,
+        "budget": _budget(settings, summary, len(images)),
+        "warnings": _warnings(len(images)),
+        "summary": summary,
+        "images": images,
         "components": components,
-        "speed": _speed(bundle),
+        "speed": _speed(bundle, images[0]["request"]),
     }
     text = (json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-    told = {"record": digest, **report["summary"], "speed": report["speed"], "budget": report["budget"]}
-    return bundle.with_measured({"int8": told}, {REPORT: text}), report
+    facts = {"record": digest, **summary, "speed": report["speed"], "budget": report["budget"]}
+    return bundle.with_measured({"int8": facts}, {INT8_REPORT: text}), report
 
 
-def _component(bundle: Bundle, name: str, part: ComponentRecord, ranges: Mapping[str, Any] | None) -> dict[str, Any]:
+def _component(bundle: Bundle, name: str, part: ComponentRecord, record: Record) -> dict[str, Any]:
     return {
         "quantized": bool(part.chosen),
         "why": part.why,
@@ -81,58 +81,110 @@ def _component(bundle: Bundle, name: str, part: ComponentRecord, ranges: Mapping
         "bytes_fp32": _bytes(bundle, name, "fp32"),
         "bytes_int8": _bytes(bundle, name, "int8"),
         "layers": list(part.layers),
-        "ranges": ranges,
+        "ranges": record.document["ranges"] if name == record.denoiser else None,
     }
 
 
 def _bytes(bundle: Bundle, component: str, precision: str) -> int:
-    graph, files = bundle.manifest.components[component].graphs[precision], bundle.manifest.files
-    return sum(files[name].size for name in (graph, f"{graph}.data") if name in files)
+    files = bundle.manifest.files
+    graph = bundle.manifest.components[component].graphs[precision]
+    return sum(files[name].size for name in files_of_graph(graph, files))
 
 
-def _summary(pictures: list[dict[str, Any]], components: Mapping[str, Any]) -> dict[str, Any]:
-    finite = [picture["psnr"] for picture in pictures if picture["psnr"] is not None]
+def _summary(bundle: Bundle, record: Record, components: Mapping[str, Any]) -> dict[str, Any]:
+    images = record.document["images"]
+    finite = [image["psnr"] for image in images if image["psnr"] is not None]
     shares = {}
-    for side in ("fp32", "int8"):
-        marks = [picture[f"right_{side}"] for picture in pictures]
-        shares[f"right_{side}"] = None if None in marks else sum(marks) / len(marks)
+    for name in ("correct_fp32", "correct_int8"):
+        marks = [image[name] for image in images]
+        shares[name] = None if None in marks else sum(marks) / len(marks)
+    served = [name for name, part in bundle.manifest.components.items() if {"fp32", "int8"} <= part.graphs.keys()]
     return {
-        "psnr_mean": mean_psnr([picture["psnr"] for picture in pictures]),
+        "psnr_mean": mean_psnr([image["psnr"] for image in images]),
         "psnr_worst": min(finite, default=None),
-        "ssim_mean": float(np.mean([picture["ssim"] for picture in pictures])),
-        "ssim_worst": min(picture["ssim"] for picture in pictures),
+        "ssim_mean": float(np.mean([image["ssim"] for image in images])),
+        "ssim_worst": min(image["ssim"] for image in images),
         **shares,
-        "bytes_fp32": sum(part["bytes_fp32"] for part in components.values()),
-        "bytes_int8": sum(part["bytes_int8"] for part in components.values()),
-        "unet_int8_share": components["unet"]["int8_share"],
+        "bytes_fp32": sum(_bytes(bundle, name, "fp32") for name in served),
+        "bytes_int8": sum(_bytes(bundle, name, "int8") for name in served),
+        "unet_int8_share": components[record.denoiser]["int8_share"],
     }
 
 
-def _speed(bundle: Bundle) -> dict[str, Any]:
-    """Medians of one UNet call of one guided picture, fp32 and int8 by turns, on the engine that is chosen here."""
-    chosen = choose(bundle, "auto", "int8", "cpu")
-    float_choice = choose(bundle, chosen.backend, "fp32", "cpu")
-    spec = bundle.manifest.components["unet"].spec
-    feed = dummy_inputs(spec)
-    feed = {name: np.resize(array, (2, *array.shape[1:])) for name, array in feed.items()}
-    units = {
-        given: backend_factory(bundle, "unet", choice)() for given, choice in (("fp32", float_choice), ("int8", chosen))
-    }
-    times: dict[str, list[float]] = {given: [] for given in units}
-    for unit in units.values():
-        unit.run(feed)
-    for _ in range(ROUNDS):
-        for given, unit in units.items():
-            begun = time.perf_counter()
-            unit.run(feed)
-            times[given].append(1000 * (time.perf_counter() - begun))
-    for unit in units.values():
-        unit.close()
-    medians = {given: statistics.median(taken) for given, taken in times.items()}
+def _budget(settings: Mapping[str, Any], summary: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The bounds, whether the trial images are within them, and a sentence that names the sample."""
+    sample = f"{images} image{'' if images == 1 else 's'}"
+    least, loss = settings["min_psnr"], settings["max_accuracy_loss"]
+    met, verdicts = True, []
+    if least is not None:
+        met = summary["psnr_mean"] >= least
+        verdicts.append(f"at least {least:g} dB on {sample}, mean {summary['psnr_mean']:.1f}")
+    if loss is not None:
+        graded = None not in (summary["correct_fp32"], summary["correct_int8"])
+        lost = summary["correct_fp32"] - summary["correct_int8"] if graded else None
+        met = met and lost is not None and lost <= loss
+        measured = "not graded" if lost is None else f"lost {max(lost, 0):.1%}"
+        verdicts.append(f"at most {loss:.1%} of prompt accuracy lost on {sample}, {measured}")
+    verdict = "; ".join(verdicts) or f"no bound; mean {summary['psnr_mean']:.1f} dB on {sample}"
+    return {"min_psnr": least, "max_accuracy_loss": loss, "met": met, "verdict": verdict}
+
+
+def _warnings(images: int) -> list[str]:
+    if images >= FEW_IMAGES:
+        return []
+    return [
+        f"the budget was checked on only {images} trial image{'' if images == 1 else 's'}; "
+        f"give at least {FEW_IMAGES} prompts or --trials {FEW_IMAGES} for a reliable mean"
+    ]
+
+
+def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians in milliseconds of one UNet call for one image, fp32 and int8 alternating, on the engine selected here.
+
+    The feed is that of the first denoising step of a trial request.
+    """
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="int8", device="cpu") as int8:
+        engine = "onnxruntime" if int8.choice is None else int8.choice.backend
+        with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=engine, device="cpu") as fp32:
+            feed = _first_feed(fp32, Request(**fields, seed=0))
+            medians = _alternating({"fp32": fp32, "int8": int8}, feed)
     return {
-        "backend": chosen.backend,
-        "threads": len(os.sched_getaffinity(0)),
-        "batch": 2,
+        "backend": engine,
+        "threads": usable_cores(),
+        "batch": len(feed[SAMPLE]),
         "unet_ms": medians,
         "ratio": medians["fp32"] / medians["int8"],
     }
+
+
+def _first_feed(pipeline: LatentDiffusionPipeline, request: Request) -> dict[str, NDArray[Any]]:
+    """The UNet's inputs at the first step of a request, with the rows of all guidance branches; frees the encoders."""
+    plan = pipeline.plan(request)
+    conditioning = pipeline.condition(plan)
+    for conditioner in pipeline.conditioners:
+        conditioner.close()
+    schedule = pipeline.denoiser.embed(plan.trajectory.timesteps)
+    sample = plan.start(plan.noise())[0] * plan.trajectory.input_scale[0]
+    rows = np.concatenate([sample.astype(np.float32)] * len(plan.branches))
+    return {
+        SAMPLE: rows,
+        **{name: np.repeat(array[:1], len(rows), 0) for name, array in schedule.items()},
+        **conditioning,
+    }
+
+
+def _alternating(pipelines: Mapping[str, LatentDiffusionPipeline], feed: dict[str, NDArray[Any]]) -> dict[str, float]:
+    units = {precision: pipeline.backends[UNET] for precision, pipeline in pipelines.items()}
+    times: dict[str, list[float]] = {precision: [] for precision in units}
+    for unit in units.values():
+        unit.run(feed)
+    for _ in range(ROUNDS):
+        for precision, unit in units.items():
+            begun = time.perf_counter()
+            unit.run(feed)
+            times[precision].append(1000 * (time.perf_counter() - begun))
+    return {precision: statistics.median(taken) for precision, taken in times.items()}
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,4 +1,4 @@
-"""The stages of int8: the calibration record, in parts that a killed build need not make again, and the graphs."""
+"""Stages of int8: one for the calibration record, and one for the int8 graph of each component to quantize."""
 
 from __future__ import annotations
 
@@ -9,204 +9,133 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm_calibration.choices import Choices
-from ldm_calibration.layer_selection import select_layers
-from ldm_calibration.observation import observe
+from ldm_calibration.calibration import Calibration, OnProgress, run_calibration
+from ldm_calibration.graph_files import graph_digest, load_graph
+from ldm_calibration.model import CalibrationModel
 from ldm_calibration.qdq import insert_qdq
-from ldm_calibration.record import graph_digest, read_record
-from ldm_calibration.sampling import feeds_of
-from ldm_calibration.scaling_search import choose
-from ldm_calibration.sensitivity import unet_sensitivity
-from ldm_calibration.sessions import load_graph
-from ldm_calibration.settings import Settings
-from ldm_calibration.trajectories import Model, Trajectories, run_trajectories
-from ldm_calibration.weights import read_when_used
+from ldm_calibration.record import read_record
+from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.stages import Outcome, Stage, run_stage
 from ldm_export.graph.onnx_graph import save_graph
-from ldm_runtime.ddim import DDIM
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD, graph_file, precision_report
 from ldm_runtime.errors import BuildError
-from ldm_runtime.specs import ComponentSpec
 
-RECORD = "calibration.json"
+__all__ = ["PRECISION", "graph_files", "int8_stages", "is_int8_stage"]
+
+PRECISION, REFERENCE = "int8", "fp32"
+RECORD_STAGE = "calibration"
 TOOLS = ("ldm-export", "onnx", "onnx-ir", "onnxruntime")
-METHOD = 2
-"""Raised when the same settings come to give another record."""
-TRIED = 4
-"""Of the samples that are observed, every so-manieth is one that observers and migration are tried on."""
-PART = 16
-"""Layers whose sensitivity is measured in one part."""
-Progress = Callable[[str, int, int], None]
+PARTS = "parts"
 
 
 def int8_stages(
     work: Path,
-    specs: Mapping[str, ComponentSpec],
-    scheduler: DDIM,
-    settings: Settings | Path,
+    model: CalibrationModel,
+    settings: CalibrationSettings | Path,
+    quantize: tuple[str, ...],
     before: Mapping[str, str],
-    told: Progress,
+    on_progress: OnProgress,
+    grade: Grade | None = None,
 ) -> list[Stage]:
-    """The record and a graph for each component, made of the fp32 graphs and ``tokenizer.json`` in ``work``.
+    """Create the stage of the record, and that of each component's int8 graph.
 
-    In place of settings a record may be given: then nothing is measured.
+    Args:
+        work: Folder of the build's finished stages; ``model.graphs`` lie in it.
+        model: Model of the fp32 graphs.
+        settings: How to calibrate, or an existing record to follow without measuring anything.
+        quantize: Components to quantize in this order, the denoiser first.
+        before: Stage -> key, of the stages that wrote the fp32 graphs and the files of the conditioning.
+        on_progress: Called with the name of a part, and how much of it is done and in total.
+        grade: Decides which trial images are correct.
+
+    Raises:
+        SpecError: A bound on prompt accuracy without a grader.
+        BuildError: ``quantize`` names a component the model does not have.
+        ManifestError: The existing record is damaged.
     """
-    graphs = {name: work / f"{name}/fp32.onnx" for name in specs}
-    model = Model(graphs, specs, work / "tokenizer.json", scheduler)
-    given = isinstance(settings, Path)
-    record = given_stage(settings) if given else record_stage(work, model, settings, before, told)
-    return [record, *(int8_stage(work, name, f"{name}/fp32.onnx", record) for name in specs)]
+    if isinstance(settings, Path):
+        record = _existing_record(settings)
+    else:
+        record = _new_record(work, Calibration(model, settings, quantize, grade), before, on_progress)
+    return [record, *(_int8_stage(work, name, model.graphs[name], record) for name in quantize)]
+
+
+def is_int8_stage(name: str) -> bool:
+    """True for the names of the stages that ``int8_stages`` creates."""
+    return name == RECORD_STAGE or name.endswith(f".{PRECISION}")
 
 
 def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
-    """Precision → the graph that serves it: that of fp32 where a component stays in fp32 as a whole."""
-    files = {given: f"{component}/{given}.onnx" for given in precisions}
-    made = {file for outcome in outcomes.values() for file in outcome.files}
-    return {given: file if file in made else files["fp32"] for given, file in files.items()}
-
-
-def record_stage(work: Path, model: Model, settings: Settings, before: Mapping[str, str], told: Progress) -> Stage:
-    """Calibrates the fp32 graphs that lie in ``work`` and writes the record.
-
-    Args:
-        work: the build's work folder; finished parts are kept in it until the build ends.
-        model: of these graphs.
-        settings: what is asked for.
-        before: stage name → key of the stages that made the graphs and the tokenizer.
-        told: part's name, done and total, while it runs.
-    """
-    depends = {
-        "stages": dict(before),
-        "scheduler": model.scheduler.to_config(),
-        "settings": repr(settings.observed),
-        "method": METHOD,
-        "tools": {name: version(name) for name in TOOLS},
+    """Precision -> path of a component's graph; the fp32 graph if the component has none of that precision."""
+    written = {file for outcome in outcomes.values() for file in outcome.files}
+    files = {precision: graph_file(component, precision) for precision in precisions}
+    return {
+        precision: file if file in written else graph_file(component, REFERENCE) for precision, file in files.items()
     }
 
+
+def _new_record(work: Path, calibration: Calibration, before: Mapping[str, str], on_progress: OnProgress) -> Stage:
+    """Calibrates the fp32 graphs and writes the record; its finished parts stay in ``work`` until the build ends."""
+    tools = {name: version(name) for name in TOOLS}
+    shared: dict[str, Any] = {"stages": dict(before), "tools": tools}
+
+    def run_part(name: str, depends: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        file = f"{PARTS}/{name}"
+
+        def run(folder: Path) -> list[str]:
+            (folder / PARTS).mkdir()
+            make(folder / file)
+            return [file]
+
+        run_stage(Stage(name, {**shared, **depends}, run), work, None)
+        return work / file
+
     def run(folder: Path) -> list[str]:
-        held = Trajectories.load(_trajectories(work, model, settings, depends, told))
-        choices = {name: _choices(work, model, settings, held, name, depends, told) for name in model.graphs}
-        latent_db = _sensitivities(work, model, settings, choices["unet"], depends, told)
-        record = select_layers(
-            model, settings, choices, latent_db, held, lambda *done: told("calibration.budget", *done)
-        )
-        (folder / RECORD).write_text(record.to_json())
-        return [RECORD]
+        record = run_calibration(calibration, run_part, on_progress)
+        (folder / CALIBRATION_RECORD).write_text(record.to_json())
+        return [CALIBRATION_RECORD]
 
-    return Stage("calibration", {**depends, "settings": repr(settings)}, run)
+    budget = {"settings": calibration.settings.to_json(), "graded": calibration.grade is not None}
+    return Stage(RECORD_STAGE, {**shared, **calibration.depends, **budget}, run)
 
 
-def given_stage(file: Path) -> Stage:
-    """Takes over a record that was made before.
-
-    Raises:
-        ManifestError: it is none.
-    """
+def _existing_record(file: Path) -> Stage:
     content = read_record(file).to_json()
 
     def run(folder: Path) -> list[str]:
-        (folder / RECORD).write_text(content)
-        return [RECORD]
+        (folder / CALIBRATION_RECORD).write_text(content)
+        return [CALIBRATION_RECORD]
 
-    return Stage("calibration", {"record": hashlib.sha256(content.encode()).hexdigest()}, run)
+    return Stage(RECORD_STAGE, {"record": hashlib.sha256(content.encode()).hexdigest()}, run)
 
 
-def int8_stage(work: Path, name: str, fp32: str, record: Stage) -> Stage:
-    """Writes a component's int8 graph as the record in ``work`` has it; nothing where the component stays in fp32.
+def _int8_stage(work: Path, component: str, source: Path, record: Stage) -> Stage:
+    """Writes a component's int8 graph and a report on its layers in float.
 
-    Its float layers are told in ``report/NAME.int8.json``. Its run raises BuildError where the record is of another
-    graph.
+    It writes nothing if the record keeps the whole component in fp32. Its run raises BuildError if the record was made
+    for another graph.
     """
 
     def run(folder: Path) -> list[str]:
-        held = read_record(work / RECORD).components[name]
-        source, report = work / fp32, folder / f"report/{name}.int8.json"
-        if held.graph != graph_digest(source):
-            raise BuildError(f"{name}: {RECORD} was made for another fp32 graph; calibrate this bundle anew")
-        if not held.chosen:
+        part = read_record(work / CALIBRATION_RECORD).components.get(component)
+        if part is None:
             return []
-        (folder / name).mkdir()
+        if part.graph != graph_digest(source):
+            raise BuildError(
+                f"{component}: {CALIBRATION_RECORD} was made for another fp32 graph; calibrate this bundle again"
+            )
+        if not part.chosen:
+            return []
+        target = folder / graph_file(component, PRECISION)
+        target.parent.mkdir(parents=True)
         model = load_graph(source)
-        done = insert_qdq(model, held.sources, held.results, held.chosen)
-        read_when_used(model)
-        files = save_graph(model, folder / name / "int8.onnx")
-        left = {layer["name"]: layer["why"] for layer in held.layers if not layer["int8"]}
+        quantized = insert_qdq(model, part.tensors, part.chosen)
+        files = save_graph(model, target)
+        left = {layer["name"]: layer["why"] for layer in part.layers if not layer["int8"]}
+        report = folder / precision_report(component, PRECISION)
         report.parent.mkdir()
-        facts = {"int8": len(done), "islands": left, "matrix_islands": list(left)}
+        facts = {"int8": len(quantized), "islands": left, "matrix_islands": list(left)}
         report.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         return [str(file.relative_to(folder)) for file in (*files, report)]
 
-    return Stage(f"{name}.int8", {"record": record.key}, run)
-
-
-def _trajectories(work: Path, model: Model, settings: Settings, depends: Mapping[str, Any], told: Progress) -> Path:
-    file = "parts/trajectories.npz"
-
-    def run(folder: Path) -> list[str]:
-        (folder / file).parent.mkdir()
-        run_trajectories(
-            model,
-            settings.prompts,
-            settings.steps,
-            settings.eta,
-            settings.guidance_scale,
-            lambda *done: told("calibration.trajectories", *done),
-        ).save(folder / file)
-        return [file]
-
-    run_stage(Stage("calibration.trajectories", depends, run), work, None)
-    return work / file
-
-
-def _choices(
-    work: Path,
-    model: Model,
-    settings: Settings,
-    held: Trajectories,
-    component: str,
-    depends: Mapping[str, Any],
-    told: Progress,
-) -> Choices:
-    name = f"calibration.{component}"
-
-    def run(folder: Path) -> list[str]:
-        feeds = feeds_of(held, component, settings.samples)
-        graph = model.graphs[component]
-        seen = observe(graph, feeds, lambda done, total: told(f"{name}.ranges", done, total))
-        found = choose(graph, seen, feeds[::TRIED], lambda done, total: told(f"{name}.observers", done, total))
-        return _written(folder, f"parts/{component}.json", found.facts())
-
-    run_stage(Stage(name, depends, run), work, None)
-    return Choices.from_facts(json.loads((work / f"parts/{component}.json").read_text()))
-
-
-def _sensitivities(
-    work: Path, model: Model, settings: Settings, choices: Choices, depends: Mapping[str, Any], told: Progress
-) -> dict[str, float]:
-    """Layer → dB of the final latents; empty where layers are ranked by their results."""
-    found: dict[str, float] = {}
-    if settings.sensitivity == "results":
-        return found
-    layers = list(choices.output_db)
-    for start in range(0, len(layers), PART):
-        name, file = f"calibration.sensitivity.{start}", f"parts/sensitivity.{start}.json"
-
-        def run(folder: Path, start: int = start, file: str = file) -> list[str]:
-            measured = unet_sensitivity(
-                model,
-                settings,
-                choices.scalings,
-                choices.results,
-                layers[start : start + PART],
-                lambda done, total: told("calibration.sensitivity", start + done, len(layers)),
-            )
-            return _written(folder, file, measured)
-
-        run_stage(Stage(name, depends, run), work, None)
-        found |= json.loads((work / file).read_text())
-    return found
-
-
-def _written(folder: Path, file: str, facts: Any) -> list[str]:
-    (folder / file).parent.mkdir()
-    (folder / file).write_text(json.dumps(facts))
-    return [file]
+    return Stage(f"{component}.{PRECISION}", {"record": record.key}, run)

@@ -1,35 +1,42 @@
-"""Steps of a build that are done once: each has a key of all it depends on, and its files are kept or made anew."""
+"""Stages of a build: each has a key of everything it depends on, and its files are kept or made anew."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.errors import BuildError, ManifestError
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import FileFact
+
+__all__ = ["OnProgress", "Outcome", "Stage", "link_files", "run_stage"]
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the steps of this stage that are done, and their number.
+
+A stage starts with 0 steps done and ends with all of them done; a stage without steps of its own counts as one.
+"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a build.
+    """A part of a build.
 
     Attributes:
-        name: its name in the manifest.
-        depends: all its outcome depends on: input digests, parameters, tool versions; JSON-able.
-        run: makes the files under the folder it is given and returns their relative paths.
+        name: Its name in the manifest.
+        depends: Everything its result depends on: input digests, parameters, tool versions; JSON-able.
+        run: Writes the files to the folder it is given and returns their relative paths.
     """
 
     name: str
@@ -45,9 +52,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage gave: its key, its files' facts, and the seconds it took.
+    """Result of a stage.
 
-    ``origin`` is "made", "resumed" (a killed build had finished it) or "kept" (the bundle that is there has it, whole).
+    Attributes:
+        key: Of the stage.
+        files: Path -> digest and size.
+        origin: "made", "resumed" (a killed build had finished it) or "kept" (the existing bundle has it, undamaged).
+        seconds: Time it took.
     """
 
     key: str
@@ -56,42 +67,9 @@ class Outcome:
     seconds: float
 
 
-@contextmanager
-def work_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for a build's finished stages.
-
-    It outlives a build that was killed or interrupted, for the next to use; after an error it is removed.
-
-    Raises:
-        BuildError: another build of the same target runs, or the place cannot be written.
-    """
-    work = target.parent / f".{target.name}.part"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise BuildError(f"{target.parent}: cannot be written ({error.strerror}); choose another -o") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False  # locked by another build, or removed by it at its end
-        if not held:
-            raise BuildError(f"{target}: another build is writing it; wait for it or choose another -o")
-        try:
-            yield work
-        except Exception as error:
-            shutil.rmtree(work, ignore_errors=True)
-            if not isinstance(error, OSError):
-                raise
-            what, where = error.strerror or error, error.filename or target
-            raise BuildError(f"{where}: {what}; free some disk space or choose another -o") from error
-
-
 def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
     """Have the stage's files in ``work``: those of the previous bundle, else those of a killed build, else new ones."""
-    begun = time.monotonic()
+    start = time.monotonic()
     record = work / f"{stage.name}.stage"
     origin, facts = "kept", _linked(stage, work, previous)
     if facts is None:
@@ -99,7 +77,7 @@ def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
     if facts is None:
         origin, facts = "made", file_facts(work, _made(stage, work))
     write_whole(record, json.dumps({"key": stage.key, "files": {k: asdict(v) for k, v in facts.items()}}).encode())
-    return Outcome(stage.key, facts, origin, time.monotonic() - begun)
+    return Outcome(stage.key, facts, origin, time.monotonic() - start)
 
 
 def _recorded(record: Path, key: str, work: Path) -> dict[str, FileFact] | None:
@@ -120,14 +98,14 @@ def _linked(stage: Stage, work: Path, previous: Bundle | None) -> dict[str, File
     try:
         return link_files(before.files, work, previous)
     except ManifestError:
-        return None  # damaged since: make it anew
+        return None  # damaged: make it anew
 
 
 def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, FileFact]:
-    """Have these files of a bundle in ``work``, as links where the file system has them.
+    """Have these files of a bundle in ``work``, as hard links where the file system supports them.
 
     Raises:
-        ManifestError: one of them is missing or not what was built; none is linked then.
+        ManifestError: One of them is missing or damaged; none is linked then.
     """
     sources = {name: bundle.file(name) for name in names}
     for name, source in sources.items():
@@ -141,17 +119,17 @@ def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, Fi
 
 
 def _made(stage: Stage, work: Path) -> list[str]:
-    room = work / f".{stage.name}.making"
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir()
+    folder = work / f".{stage.name}.making"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        names = stage.run(room)
+        names = stage.run(folder)
         for name in names:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
-            (room / name).replace(work / name)
+            (folder / name).replace(work / name)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     gc.collect()  # a traced module is full of cycles
-    with suppress(AttributeError, OSError):  # of glibc alone: give back what was freed, so that stages do not add up
+    with suppress(AttributeError, OSError):  # of glibc alone: return freed memory, so that stages do not add up
         ctypes.CDLL(None).malloc_trim(0)
     return names

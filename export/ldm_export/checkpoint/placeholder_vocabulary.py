@@ -1,4 +1,4 @@
-"""A stand-in vocabulary for checkpoints that are configs only: it spells every prompt, character by character."""
+"""A placeholder vocabulary for checkpoints that are configs only: it spells every prompt, character by character."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import shutil
 import string
 from pathlib import Path
 
-from ldm_export.checkpoint.folder import Checkpoint
+__all__ = ["placeholder_tokenizer"]
 
 
-def tokenizer_folder(checkpoint: Checkpoint, room: Path) -> Path:
-    """The checkpoint's tokenizer; for random weights without a vocabulary, a stand-in made in the folder ``room``.
+def placeholder_tokenizer(source: Path, target: Path) -> Path:
+    """Write a BERT vocabulary of single characters, and the configs of ``source`` beside it, to the folder ``target``.
 
-    The stand-in has BERT's special tokens and single characters, and the checkpoint's tokenizer configs beside them:
-    with random weights no word means anything.
+    With random weights no word means anything, so any vocabulary will do.
+
+    Returns:
+        ``target``.
     """
-    source = checkpoint.tokenizer
-    if checkpoint.random_seed is None or any((source / name).exists() for name in ("vocab.txt", "tokenizer.json")):
-        return source
     for config in source.glob("*.json"):
-        shutil.copyfile(config, room / config.name)
+        shutil.copyfile(config, target / config.name)
     characters = string.ascii_letters + string.digits
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = [*special, *characters, *string.punctuation, *(f"##{character}" for character in characters)]
-    (room / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    return room
+    (target / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return target

@@ -6,24 +6,22 @@ tensors (``weights_only=True``); either whole, or in shards listed by an ``*.ind
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ldm_export.checkpoint.json_files import first_line, read_json, shortened
 from ldm_runtime.errors import CheckpointError
+
+__all__ = ["DTYPES", "StoredTensor", "read_weights", "weight_file"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 """The dtypes of weights that are read; every other one (integers, float8) would need a scale or a meaning."""
-
-MAX_JSON = 16 * 2**20
-"""Bytes. The index of a checkpoint of ten thousand tensors takes one."""
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -52,7 +50,7 @@ class StoredTensor:
             tensor = self.load().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             finite = not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{where} cannot be read: {_first_line(error)}; download the file again") from error
+            raise CheckpointError(f"{where} cannot be read: {first_line(error)}; download the file again") from error
         if not finite:
             raise CheckpointError(f"{where} holds NaN or infinite values, expected finite ones; use another checkpoint")
         return tensor
@@ -87,38 +85,6 @@ def weight_file(folder: Path, component: str) -> Path:
     return file
 
 
-def read_json(file: Path, where: str) -> dict[str, Any]:
-    """The JSON object in ``file``; ``where`` begins the messages.
-
-    Raises:
-        CheckpointError: missing, larger than MAX_JSON, no valid JSON (with its line and column), or no object.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{where}: {file} is missing; download the checkpoint whole")
-    try:
-        size = file.stat().st_size
-        if size > MAX_JSON:
-            raise CheckpointError(
-                f"{where}: {file} is {size} bytes long, expected at most {MAX_JSON}; is it JSON at all?"
-            )
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error
-    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, a number of thousands of digits, …
-        raise CheckpointError(f"{where}: {file} is not JSON: {_first_line(error)}; download the file again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: {file} holds a JSON {type(content).__name__}, expected an object {{…}}")
-    return content
-
-
-def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """The first names and how many more there are, for a message."""
-    listed = sorted(names)
-    more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
-
-
 def _weight_names() -> Iterator[str]:
     for infix in ("", ".fp16", ".bf16"):
         for suffix in ("safetensors", "bin"):
@@ -149,14 +115,15 @@ def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
                 load = partial(_load_safetensors, file, name)
                 weights[name] = StoredTensor(component, name, file, tuple(entry.get_shape()), dtype, load)
     except (SafetensorError, OSError) as error:
-        message = f"damaged or truncated ({_first_line(error)}), expected safetensors; download it again"
+        message = f"damaged or truncated ({first_line(error)}), expected safetensors; download it again"
         raise CheckpointError(f"{component}: {file}: {message}") from error
     return weights
 
 
 def _load_safetensors(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as opened:  # opened anew for every tensor: pages read before are let go
-        return opened.get_tensor(name)
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
@@ -168,7 +135,7 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
         if "global" in str(error).lower():
             message = "holds objects other than tensors, which loading would run as code; get its safetensors version"
             raise CheckpointError(f"{where} {message}") from error
-        message = f"damaged or truncated ({_first_line(error)}), expected a state dict; download it again"
+        message = f"damaged or truncated ({first_line(error)}), expected a state dict; download it again"
         raise CheckpointError(f"{where}: {message}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where} holds a {type(content).__name__}, expected a dict from names to tensors")
@@ -214,7 +181,3 @@ def _shard_path(index: Path, shard: str, where: str) -> Path:
     if not exists:
         raise CheckpointError(f"{where}: shard {shard!r} is missing from {folder}; download the checkpoint whole")
     return folder / shard
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,1 +1,1 @@
-"""TensorRT engines: asked for, built from graphs, and their precision proven."""
+"""TensorRT engines: requests, builds from graphs, and proofs of their precision."""

@@ -3,99 +3,88 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ldm_export.engine.builder_package import check_request, open_package
+from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.config import add_profiles, choose_capabilities, limit_memory, load_timings, save_timings
 from ldm_export.engine.inspector import inspect_engine
-from ldm_export.engine.messages import Progress, builder_log, builder_monitor, one_line, translated
+from ldm_export.engine.messages import OnProgress, builder_log, builder_monitor, explain, one_line
 from ldm_export.engine.profiles import bounded, profiles
-from ldm_export.engine.proof import prove
+from ldm_export.engine.proof import NO_MATRIX_WORK, has_matrix_work, prove
 from ldm_export.engine.refit import refit_engine, refit_source, structure
-from ldm_export.engine.request import EngineRequest
+from ldm_export.engine.request import EngineJob
 from ldm_runtime.atomic_files import sha256
-from ldm_runtime.bundle import Bundle
-from ldm_runtime.engine_facts import Engine
+from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
 
+__all__ = ["build_engine"]
 
-def build_engine(
-    graph: Path,
-    spec: ComponentSpec,
-    precision: str,
-    request: EngineRequest,
-    target: Path,
-    *,
-    factor: int = 8,
-    islands: Collection[str] = (),
-    progress: Progress = lambda done, total: None,
-    matrix: bool = True,
-    previous: Bundle | None = None,
-) -> Engine:
+
+def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: None) -> EngineFacts:
     """Build one engine and prove its precision.
 
     Args:
-        graph: ONNX file; external weights lie beside it.
-        spec: of the component.
-        precision: of the graph: "fp32", "fp16" or "bf16".
-        target: file to write.
-        factor: pixels of one latent.
-        islands: matrix work of the graph that is meant to stay in fp32, by node name.
-        progress: told how far the builder is, in thousandths.
-        matrix: the graph has convolutions or matrix products, whose precision is proven.
-        previous: where an engine may lie that takes the graph's weights without a rebuild.
+        job: What to build.
+        on_progress: Called with the progress of the builder in thousandths.
 
     Returns:
-        Facts for the manifest; ``file`` is the target's name.
+        Entry of the manifest; its ``file`` is the target's name.
 
     Raises:
-        BuildError: the package is missing, the request is none it can serve, the builder fails, or matrix work is in
-            another precision than asked.
+        BuildError: The package is missing, it cannot serve the request, the builder fails, or matrix work is in another
+            precision than asked.
     """
-    package = open_package(request.target)
-    check_request(package, request, precision, matrix)
-    engine = Engine(
-        file=target.name,
+    request, package = job.request, open_package(job.request.target)
+    matrix = _readable_matrix_work(job, package)
+    check_request(package, request, job.precision if matrix else None)
+    engine = EngineFacts(
+        file=job.target.name,
         package=request.target,
         version=package.__version__,
-        compute_capabilities=request.compute_capabilities,
-        precision=precision,
-        graph=sha256(graph),
-        profiles=profiles(bounded(spec, dict(request.bounds), factor)),
-        structure=structure(graph) if request.refittable else "",
+        compute_capabilities=engine_capabilities(request),
+        precision=job.precision,
+        graph=sha256(job.graph),
+        profiles=profiles(bounded(job.spec, request)),
+        structure=structure(job.graph) if request.refittable else "",
     )
-    if source := refit_source(previous, spec.name, engine):
-        refit_engine(package, source, graph, target)
+    if source := refit_source(job.previous, job.spec.name, engine):
+        refit_engine(package, source, job.graph, job.target)
     else:
-        _build(package, graph, spec, request, engine, target, progress)
-    if request.compute_capabilities:
-        proof = prove(target, precision, islands, matrix=matrix)
+        _build(package, job, engine, on_progress)
+    if not matrix:
+        proof = NO_MATRIX_WORK
+    elif request.compute_capabilities:
+        proof = prove(job.target, job.precision, job.islands)
     else:
-        proof = inspect_engine(package, target, precision, islands, matrix=matrix)
+        proof = inspect_engine(package, job.target, job.precision, job.islands)
     return replace(engine, proof=proof.facts())
 
 
-def _build(
-    package: ModuleType,
-    graph: Path,
-    spec: ComponentSpec,
-    request: EngineRequest,
-    engine: Engine,
-    target: Path,
-    progress: Progress,
-) -> None:
-    log = builder_log(package)
+def _readable_matrix_work(job: EngineJob, package: ModuleType) -> bool:
+    """True if the graph has matrix work.
+
+    Raises:
+        BuildError: The file is no ONNX graph.
+    """
+    try:
+        return has_matrix_work(job.graph)
+    except Exception as error:  # protobuf's decoder raises exceptions of its own
+        message = one_line(str(error)) or type(error).__name__
+        raise BuildError(f"{job.spec.name}: {package.__name__} cannot parse {job.graph}: {message}") from None
+
+
+def _build(package: ModuleType, job: EngineJob, engine: EngineFacts, on_progress: OnProgress) -> None:
+    spec, request, log = job.spec, job.request, builder_log(package)
     try:
         builder = package.Builder(log)
-    except Exception as error:  # the bindings raise bare classes where there is no driver
+    except Exception as error:  # the bindings raise exceptions without a common class if there is no driver
         raise BuildError(_no_builder(package, error)) from None
     network = builder.create_network(_strongly_typed(package))
-    _parse(package, network, graph, spec, log)
+    _parse(package, network, job.graph, spec, log)
     config = builder.create_builder_config()
     choose_capabilities(package, config, request.compute_capabilities)
     limit_memory(package, config)
@@ -104,7 +93,7 @@ def _build(
         config.set_flag(package.BuilderFlag.REFIT)
     if not request.compute_capabilities:
         config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # for the inspector
-    monitor = builder_monitor(package, progress)
+    monitor = builder_monitor(package, on_progress)
     config.progress_monitor = monitor
     if refused := add_profiles(builder, config, engine.profiles):
         raise BuildError(f"{spec.name}: {package.__name__} refuses the shapes {refused}; choose other bounds")
@@ -112,10 +101,10 @@ def _build(
     if monitor.interrupted:
         raise KeyboardInterrupt
     if built is None:
-        raise BuildError(f"{spec.name}: {package.__name__} built no engine: {translated(log.first())}")
+        raise BuildError(f"{spec.name}: {package.__name__} built no engine: {explain(log.first())}")
     if timings is not None:
         save_timings(timings, Path(str(request.timings)))
-    with target.open("wb") as file:
+    with job.target.open("wb") as file:
         file.write(built)
         file.flush()
         os.fsync(file.fileno())
@@ -131,7 +120,7 @@ def _parse(package: ModuleType, network: Any, graph: Path, spec: ComponentSpec, 
         [network.get_output(index).name for index in range(network.num_outputs)],
     )
     expected = ([tensor.name for tensor in spec.inputs], [tensor.name for tensor in spec.outputs])
-    if tuple(map(sorted, got)) != tuple(map(sorted, expected)):  # a file of zeros parses, and is empty
+    if tuple(map(sorted, got)) != tuple(map(sorted, expected)):  # a file of zeros parses as an empty graph
         raise BuildError(
             f"{spec.name}: {package.__name__} cannot parse {graph}: it has inputs {got[0]} and outputs {got[1]}, "
             f"expected {expected[0]} and {expected[1]}; rebuild the graph"
@@ -139,7 +128,7 @@ def _parse(package: ModuleType, network: Any, graph: Path, spec: ComponentSpec, 
 
 
 def _strongly_typed(package: ModuleType) -> int:
-    """The network flag; TensorRT 11 has strongly typed networks only and accepts it still."""
+    """Return the network flag. TensorRT 11 has strongly typed networks only, and still accepts the flag."""
     flag = getattr(package.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 

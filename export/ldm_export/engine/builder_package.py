@@ -1,17 +1,18 @@
-"""The two packages that build engines, ``tensorrt_rtx`` and ``tensorrt``: one programming interface, other targets."""
+"""The two packages that build engines, ``tensorrt_rtx`` and ``tensorrt``: one interface with different targets."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.engine_match import PACKAGES
+from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError, BuildError
 
-PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-"""Target → module."""
+__all__ = ["check_capabilities", "check_request", "engine_capabilities", "known_capabilities", "open_package"]
+
 HALF_ONLY = ("7.5",)
 """Compute capabilities for which TensorRT for RTX has no fp32 matrix product."""
 
@@ -20,35 +21,52 @@ def open_package(target: str) -> ModuleType:
     """Import the package of a target.
 
     Raises:
-        BuildError: unknown target, not installed, or its libraries cannot be loaded.
+        BuildError: The target is unknown, or its package is not installed or cannot be loaded.
     """
     if target not in PACKAGES:
         raise BuildError(f"target: got {target!r:.40}, expected one of {', '.join(PACKAGES)}")
     try:
-        return importlib.import_module(PACKAGES[target])
-    except ModuleNotFoundError:
-        raise BuildError(f'{PACKAGES[target]} is not installed; `pip install "ldm-export[{target}]"`') from None
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BuildError(
-            f"{PACKAGES[target]}: its libraries cannot be loaded ({reason:.200}); install them, or build "
-            "with --target tensorrt-rtx"
-        ) from None
+        return import_engine(PACKAGES[target], target)
+    except BackendError as error:
+        raise BuildError(str(error)) from None
 
 
 def known_capabilities(package: ModuleType) -> dict[str, object]:
-    """Compute capability, e.g. "8.9" → the package's name for it; empty where engines are for the GPU at hand only."""
+    """Compute capability, e.g. "8.9" -> the package's name for it; empty if it builds for the GPU at hand only."""
     kinds = getattr(package, "ComputeCapability", None)
     names = [name for name in dir(kinds) if name.startswith("SM") and name[2:].isdigit()] if kinds else []
     found = {f"{name[2:-1]}.{name[-1]}": getattr(kinds, name) for name in names}
     return dict(sorted(found.items(), key=lambda item: float(item[0])))
 
 
-def check_capabilities(package: ModuleType, capabilities: Sequence[str], precision: str) -> None:
-    """Refuse compute capabilities that the builder does not know, or would refuse after minutes.
+def engine_capabilities(request: EngineRequest) -> tuple[str, ...]:
+    """Return the GPUs that an engine of a request runs on: those asked for, or else the GPU at hand, which builds it.
 
     Raises:
-        BuildError: no capability where one is needed, an unknown one, or fp32 for one that has half precision only.
+        BuildError: The request names no GPU, and there is none at hand.
+    """
+    if request.compute_capabilities:
+        return request.compute_capabilities
+    try:
+        return (Cuda().capability(),)
+    except BackendError as error:
+        reason = str(error).partition(";")[0]
+        raise BuildError(
+            f"{request.target}: builds for the GPU at hand, but {reason}; build on a machine with one, or with "
+            "--target tensorrt-rtx"
+        ) from None
+
+
+def check_capabilities(package: ModuleType, capabilities: Sequence[str], precision: str | None) -> None:
+    """Refuse compute capabilities that the builder does not know, or that it would refuse after minutes.
+
+    Args:
+        package: The builder's package.
+        capabilities: E.g. ("8.6", "8.9").
+        precision: Precision of the graph. None means a graph without matrix work, which every GPU runs in fp32.
+
+    Raises:
+        BuildError: No capability is given where one is needed, one is unknown, or one has no fp32 matrix product.
     """
     known = known_capabilities(package)
     if not known:
@@ -60,27 +78,29 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
         return
     if not capabilities:
         raise BuildError(f"compute capability: got none, expected some of {', '.join(known)}")
-    for given in capabilities:
-        if given not in known:
+    for capability in capabilities:
+        if capability not in known:
             raise BuildError(
-                f"compute capability: got {given!r:.20}, expected some of {', '.join(known)} "
+                f"compute capability: got {capability!r:.20}, expected some of {', '.join(known)} "
                 f"({package.__name__} {package.__version__})"
             )
-        if given in HALF_ONLY and precision in ("fp32", "int8"):  # what is not int8 is fp32
-            raise BuildError(f"compute capability {given} has no fp32 matrix product here; use --precision fp16")
+        if capability in HALF_ONLY and precision in ("fp32", "int8"):  # an int8 graph leaves other work in fp32
+            raise BuildError(f"compute capability {capability} has no fp32 matrix product here; use --precision fp16")
 
 
-def check_request(package: ModuleType, request: EngineRequest, precision: str, matrix: bool = True) -> None:
+def check_request(package: ModuleType, request: EngineRequest, precision: str | None) -> None:
     """Refuse, before anything is built, what the builder would refuse after minutes.
 
     Args:
-        matrix: False for a graph without matrix work, which every GPU takes in fp32.
+        package: The builder's package.
+        request: What engines are built for.
+        precision: As ``check_capabilities`` takes it.
 
     Raises:
-        BuildError: as ``check_capabilities``; refittable engines where no GPU is there, on which the builder compiles a
-            part of them; a file of timings where nothing is timed.
+        BuildError: As ``check_capabilities``; refittable engines without a GPU, which the builder needs to compile a
+            part of them; or a file of timings for a package that measures none.
     """
-    check_capabilities(package, request.compute_capabilities, precision if matrix else "fp16")
+    check_capabilities(package, request.compute_capabilities, precision)
     if request.refittable:
         try:
             Cuda()

@@ -1,4 +1,4 @@
-"""What a builder is told beside the network: GPUs, shapes, memory, whether weights can be exchanged, known timings."""
+"""Configuration of a builder: GPUs, optimization profiles, memory and kernel timings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.engine_facts import Profile
 from ldm_runtime.errors import BackendError, BuildError
 
+__all__ = ["add_profiles", "choose_capabilities", "limit_memory", "load_timings", "save_timings"]
+
 WORKSPACE = 0.9
 """Share of the GPU's free memory that the builder may use for trying kernels and the engine for scratch."""
 MAX_TIMINGS = 256 * 2**20
-"""Most bytes of a file of timings."""
+"""Largest file of timings in bytes."""
 
 
 def choose_capabilities(package: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
-    """Name the GPUs to build for."""
+    """Set the GPUs to build for. None means the GPU at hand."""
     if capabilities:
         known = known_capabilities(package)
         config.num_compute_capabilities = len(capabilities)
@@ -29,7 +31,7 @@ def choose_capabilities(package: ModuleType, config: Any, capabilities: Sequence
 
 
 def limit_memory(package: ModuleType, config: Any) -> int | None:
-    """Limit the workspace to what is free on the GPU; returns the bytes, None where no GPU is there to measure."""
+    """Limit the workspace to a share of the GPU's free memory; return it in bytes, or None if there is no GPU."""
     try:
         free, _ = Cuda().call("cudaMemGetInfo")
     except BackendError:
@@ -39,7 +41,7 @@ def limit_memory(package: ModuleType, config: Any) -> int | None:
 
 
 def add_profiles(builder: Any, config: Any, shapes: Sequence[Profile]) -> Profile | None:
-    """One optimization profile for each; returns the first that the builder refuses."""
+    """Add an optimization profile for each entry; return the first one that the builder refuses, or None."""
     for bounds in shapes:
         one = builder.create_optimization_profile()
         for name, (low, best, high) in bounds.items():
@@ -50,10 +52,13 @@ def add_profiles(builder: Any, config: Any, shapes: Sequence[Profile]) -> Profil
 
 
 def load_timings(config: Any, file: Path) -> Any:
-    """Give the builder the timings of earlier builds, or none at first; those of another GPU or version are left out.
+    """Pass the timings of earlier builds to the builder, which ignores those of another GPU or version.
+
+    Returns:
+        The timing cache, which is empty if the file does not exist yet.
 
     Raises:
-        BuildError: the file cannot be read, or is none.
+        BuildError: The file cannot be read or is too large, or the builder takes no timings.
     """
     try:
         known = file.read_bytes() if file.exists() else b""
@@ -73,7 +78,7 @@ def save_timings(cache: Any, file: Path) -> None:
     """Write the timings for the next build.
 
     Raises:
-        BuildError: the disk refuses.
+        BuildError: The file cannot be written.
     """
     try:
         write_whole(file, bytes(cache.serialize()))

@@ -1,4 +1,4 @@
-"""What a builder tells while it works, its steps and its errors, put so that it can be shown."""
+"""Progress and errors of a TensorRT builder, reduced to one line that can be displayed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-Progress = Callable[[int, int], None]
-"""Told steps done and in all."""
-_TRANSLATIONS = (
+__all__ = ["OnProgress", "builder_log", "builder_monitor", "explain", "one_line"]
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of steps done and the number of all steps."""
+_EXPLANATIONS = (
     (
         "could not find any implementation",
         "out of memory",
@@ -21,11 +23,11 @@ _TRANSLATIONS = (
     ("fp32 gemm is not supported", "no fp32 matrix product on this GPU", "use --precision fp16"),
     ("but must have type", "a tensor has a type that the builder does not take", "use another --precision"),
 )
-"""What the builder says, what it means, and what to do; the first that fits."""
+"""(Part of the builder's message, what it means, what to do). The first match is used."""
 
 
 def builder_log(package: ModuleType) -> Any:
-    """An ``ILogger`` that keeps the builder's errors in ``errors`` instead of printing them."""
+    """Return an ``ILogger`` that collects the builder's errors in ``errors`` instead of printing them."""
 
     class Log(package.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -37,15 +39,16 @@ def builder_log(package: ModuleType) -> Any:
                 self.errors.append(message)
 
         def first(self) -> str:
-            return self.errors[0] if self.errors else "it does not say why"
+            return self.errors[0] if self.errors else "it gives no reason"
 
     return Log()
 
 
-def builder_monitor(package: ModuleType, progress: Progress) -> Any:
-    """An ``IProgressMonitor`` that tells how far the outermost phase is, in thousandths, with those nested in it.
+def builder_monitor(package: ModuleType, on_progress: OnProgress) -> Any:
+    """Return an ``IProgressMonitor`` that reports the progress of the outermost phase in thousandths.
 
-    Control-C cancels the build at the next step, and leaves ``interrupted`` true: the bindings swallow exceptions.
+    The progress of nested phases counts within the step of their parent. Control-C cancels the build at the next step
+    and sets ``interrupted``, because the bindings swallow exceptions.
     """
 
     class Monitor(package.IProgressMonitor):  # type: ignore[misc, name-defined]
@@ -61,18 +64,18 @@ def builder_monitor(package: ModuleType, progress: Progress) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if name in self.phases:
                 self.phases[name].done = step + 1
-            return self._tell()
+            return self._report()
 
         def phase_finish(self, name: str) -> None:
             if name in self.phases:
                 self.phases[name].done = self.phases[name].steps
-                self._tell()
+                self._report()
                 del self.phases[name]
 
-        def _tell(self) -> bool:
+        def _report(self) -> bool:
             self.furthest = max(self.furthest, _fraction(self.phases, None))
             try:
-                progress(round(1000 * self.furthest), 1000)
+                on_progress(round(1000 * self.furthest), 1000)
             except KeyboardInterrupt:
                 self.interrupted = True
             return not self.interrupted
@@ -88,7 +91,7 @@ class _Phase:
 
 
 def _fraction(phases: Mapping[str, _Phase], parent: str | None) -> float:
-    """How far the phases right under a parent are, the furthest of them: each counts what runs in its next step."""
+    """Return the progress of the furthest phase directly below a parent, with the phases nested in its next step."""
     inner = [
         min(1.0, (phase.done + (_fraction(phases, name) if phase.done < phase.steps else 0)) / phase.steps)
         for name, phase in phases.items()
@@ -97,15 +100,15 @@ def _fraction(phases: Mapping[str, _Phase], parent: str | None) -> float:
     return max(inner, default=0.0)
 
 
-def translated(message: str) -> str:
-    """A builder's error in one line: what it means, what the builder said, what to do."""
+def explain(message: str) -> str:
+    """Return a builder's error in one line: what it means, the builder's own message, and what to do."""
     line = one_line(message)
-    for said, meaning, advice in _TRANSLATIONS:
-        if said in line.lower():
+    for part, meaning, advice in _EXPLANATIONS:
+        if part in line.lower():
             return f"{meaning} ({line}); {advice}"
     return f"{line}; choose other bounds or report it with the graph"
 
 
 def one_line(message: str) -> str:
-    """At most 300 characters, without line breaks."""
+    """Return a message without line breaks, at most 300 characters of it."""
     return " ".join(message.split())[:300]

@@ -1,28 +1,28 @@
-"""Optimization profiles: between which shapes an engine works, and at which it works best."""
+"""Optimization profiles: the shapes that an engine takes, and those for which it is fastest."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
+from ldm_export.engine.request import Bounds, EngineRequest
 from ldm_runtime.engine_facts import Profile
 from ldm_runtime.errors import BuildError
-from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, profile
+from ldm_runtime.model import UNET
+from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec, profile
 
-Bounds = tuple[int, int, int]
-GUIDED = ("unet",)
-"""Components that take two rows for each image with guidance, and one without."""
-MOST_IMAGES = 8
-"""Images of one call where no --batch is given."""
+__all__ = ["DEFAULT_IMAGES", "bounded", "latent_bounds", "parse_bounds", "profiles"]
+
+DEFAULT_IMAGES: Bounds = (1, 1, 8)
+"""Images of one call if a request has no bounds of "batch"."""
 _BOUNDS = re.compile(r"(\d{1,6})(?::(\d{1,6}):(\d{1,6}))?")
 
 
 def parse_bounds(name: str, text: str) -> Bounds:
-    """ "min:opt:max", or one number for all three.
+    """Read "min:opt:max", or one number for all three.
 
     Raises:
-        BuildError: not such a text, or not 1 <= min <= opt <= max.
+        BuildError: The text has another form, or not 1 <= min <= opt <= max.
     """
     found = _BOUNDS.fullmatch(text)
     numbers = tuple(int(part or found[1]) for part in found.groups()) if found else ()
@@ -31,51 +31,71 @@ def parse_bounds(name: str, text: str) -> Bounds:
     return numbers[0], numbers[1], numbers[2]
 
 
-def bounded(spec: ComponentSpec, bounds: Mapping[str, Bounds], factor: int) -> ComponentSpec:
-    """The spec within bounds a user gave.
+def latent_bounds(name: str, pixels: Bounds, factor: int) -> Bounds:
+    """Convert bounds of "height" or "width" from pixels to latents.
 
     Args:
-        bounds: "batch" in images, "height" and "width" in pixels; what is left out: 1 to MOST_IMAGES images, best at
-            one, and the model's own size alone.
-        factor: pixels of one latent.
+        name: Name of the axis, for the message.
+        pixels: Bounds in pixels.
+        factor: Pixels per latent along the axis.
 
     Raises:
-        BuildError: a bound the component's graph does not take, or pixels that are no multiple of the factor.
+        BuildError: A bound is not a multiple of the factor.
+    """
+    if any(size % factor for size in pixels):
+        raise BuildError(f"{name}: got {':'.join(map(str, pixels))} pixels, expected multiples of {factor}")
+    return pixels[0] // factor, pixels[1] // factor, pixels[2] // factor
+
+
+def bounded(spec: ComponentSpec, request: EngineRequest) -> ComponentSpec:
+    """Narrow a spec to the bounds of a request.
+
+    1. The UNet takes one row per image and guidance branch: without guidance from the smallest number of images on, and
+       usually with guidance.
+    2. A component that runs once per request takes one row per image, or all rows of the UNet.
+    3. A component that runs once per schedule takes one row per timestep, so it keeps the range of its graph.
+    4. All other components take one row per image.
+    5. An axis without bounds is fixed to its usual size, and images are ``DEFAULT_IMAGES``.
+
+    Raises:
+        BuildError: The component's graph does not take a bound.
     """
 
-    def dimension(dim: Axis | int) -> Axis | int:
+    def dimension(dim: Dim) -> Dim:
         if isinstance(dim, int):
             return dim
-        least, best, most = _latent_bounds(spec.name, dim, bounds, factor)
+        least, usual, most = _axis_bounds(spec, dim, request)
         if least < dim.min or most > dim.max:
             raise BuildError(
-                f"{spec.name}: {dim.name} {least}:{best}:{most} is beyond {dim.min}..{dim.max} of its graph; "
+                f"{spec.name}: {dim.name} {least}:{usual}:{most} is beyond {dim.min}..{dim.max} of its graph; "
                 "choose narrower bounds"
             )
-        return Axis(dim.name, least, best, most, dim.scale)
+        return Axis(dim.name, least, usual, most, dim.scale)
 
-    def tensor(given: TensorSpec) -> TensorSpec:
-        return replace(given, shape=tuple(map(dimension, given.shape)))
+    def tensor(whole: TensorSpec) -> TensorSpec:
+        return replace(whole, shape=tuple(map(dimension, whole.shape)))
 
     return replace(spec, inputs=tuple(map(tensor, spec.inputs)), outputs=tuple(map(tensor, spec.outputs)))
 
 
-def _latent_bounds(component: str, axis: Axis, bounds: Mapping[str, Bounds], factor: int) -> Bounds:
+def _axis_bounds(spec: ComponentSpec, axis: Axis, request: EngineRequest) -> Bounds:
+    bounds, rows = dict(request.bounds), request.rows_per_image
+    if axis.name not in ("batch", "images"):
+        return bounds.get(axis.name, (axis.opt, axis.opt, axis.opt))
+    least, usual, most = images = bounds.get("batch", DEFAULT_IMAGES)
     if axis.name == "images":
-        return bounds.get("batch", (1, 1, MOST_IMAGES))
-    if axis.name == "batch":
-        least, best, most = bounds.get("batch", (1, 1, MOST_IMAGES))
-        return (least, 2 * best, 2 * most) if component in GUIDED else (least, best, most)
-    if axis.name not in bounds:
-        return axis.opt, axis.opt, axis.opt
-    pixels = bounds[axis.name]
-    if any(size % factor for size in pixels):
-        raise BuildError(f"{axis.name}: got {':'.join(map(str, pixels))} pixels, expected multiples of {factor}")
-    return pixels[0] // factor, pixels[1] // factor, pixels[2] // factor
+        return images
+    if spec.runs == "schedule":
+        return axis.min, axis.opt, axis.max
+    if spec.name == UNET:
+        return least, rows * usual, rows * most
+    if spec.runs == "request":
+        return least, usual, max(most, min(rows * most, axis.max))
+    return images
 
 
 def profiles(spec: ComponentSpec) -> tuple[Profile, ...]:
-    """A static profile at the spec's usual shapes and, where it allows others, a wide one of all of them."""
+    """Return a static profile at the spec's usual shapes and, if the spec allows others, a wide one of all shapes."""
     wide = profile(spec)
     static = {name: (opt, opt, opt) for name, (_, opt, _) in wide.items()}
     return (static,) if static == wide else (static, wide)

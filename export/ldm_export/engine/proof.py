@@ -1,8 +1,8 @@
-"""In which precision an engine of TensorRT for RTX computes, read from the compiled program inside its bytes.
+"""Reads the precision in which an engine of TensorRT for RTX computes from the compiled program inside its bytes.
 
-Opening an engine with the inspector needs a GPU. The bytes hold the program as text, statements like
+To open an engine with the inspector needs a GPU. The bytes contain the program as text, in statements like
 ``corrltn={ name="unet.conv_in/Conv" output={"a"} input={"b" "c"} … layers="[ONNX Layer: unet.conv_in/Conv]" }`` and
-``tensor={ … name="b" … type=half }``, so a machine without one can read it too.
+``tensor={ … name="b" … type=half }``, so a machine without a GPU can read it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from ldm_export.graph.islands import MATRIX
 from ldm_runtime.errors import BuildError
+
+__all__ = ["NO_MATRIX_WORK", "Proof", "checked", "has_matrix_work", "matrix_nodes", "prove"]
 
 TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
 _TENSOR = re.compile(rb'tensor=\{[^\n]{0,400}? name="([^"\n]{1,400})"[^\n]{0,400}? type=(\w{1,16}) \}')
@@ -35,12 +39,14 @@ _NAME = re.compile(rb'"([^"^]+)(?:\^\w+)?"')
 
 @dataclass(frozen=True)
 class Proof:
-    """What was read.
+    """The types of an engine's matrix work.
 
     Attributes:
-        matrix_work: type ("half", "float", "int8") → convolutions and matrix products that take it, over all profiles.
-        beyond: ONNX nodes of matrix work in another type than asked that no island declares.
-        read_from: "program", the compiled text inside the engine, or "inspector", which opened it on a GPU.
+        matrix_work: Type ("half", "float", "int8") -> number of convolutions and matrix products in it, over all
+            profiles.
+        beyond: ONNX nodes of matrix work in another type than asked, except the islands.
+        read_from: "program", the compiled text inside the engine; "inspector", which opened it on a GPU; or "graph",
+            if the graph has no matrix work.
     """
 
     matrix_work: Mapping[str, int]
@@ -48,21 +54,29 @@ class Proof:
     read_from: str
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able, as the manifest keeps it."""
+        """Return the JSON-able entry of the manifest."""
         return {"read_from": self.read_from, "matrix_work": dict(self.matrix_work)}
 
 
-def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: bool = True) -> Proof:
-    """Read the types of all matrix work in an engine.
+NO_MATRIX_WORK = Proof({}, (), "graph")
+"""Proof of an engine whose graph has no matrix work."""
+
+
+def has_matrix_work(graph: Path) -> bool:
+    """True if a graph has convolutions or matrix products, whose precision must be proven."""
+    return any(node.op_type in MATRIX for node in ir.load(graph).graph.all_nodes())
+
+
+def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
+    """Read the types of all matrix work in an engine whose graph has some.
 
     Args:
-        engine: the file, of any size.
-        precision: what was asked for.
+        engine: File of any size.
+        precision: The precision asked for.
         islands: ONNX nodes that may compute in fp32.
-        matrix: False for an engine that has no matrix work at all.
 
     Raises:
-        BuildError: no program can be read from it, or matrix work beyond the islands is in another precision.
+        BuildError: No program can be read from the file, or matrix work beyond the islands is in another precision.
     """
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         types = _types(content)
@@ -71,7 +85,7 @@ def prove(engine: Path, precision: str, islands: Collection[str], *, matrix: boo
             for statement in (_MATRIX, _FUSED)
             for match in statement.finditer(content)
         ]
-    if matrix and not found:
+    if not found:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
     return checked(engine, found, precision, islands, "program")
 
@@ -83,13 +97,17 @@ def checked(
     islands: Collection[str],
     read_from: str,
 ) -> Proof:
-    """Count matrix work by type and compare it with what was asked.
+    """Count matrix work by type and compare it with the precision asked for.
 
     Args:
-        found: of each operation its type, and the ONNX nodes it was made of.
+        engine: File of the engine, for messages.
+        found: (type, ONNX nodes that it was made of) of each operation.
+        precision: The precision asked for.
+        islands: ONNX nodes that may compute in fp32.
+        read_from: As in ``Proof``.
 
     Raises:
-        BuildError: work beyond the islands is in another precision.
+        BuildError: Work beyond the islands is in another precision.
     """
     wanted = TYPES[precision]
     counts = Counter(kind for kind, _ in found)
@@ -107,12 +125,12 @@ def checked(
 
 
 def matrix_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of these ONNX nodes that are convolutions or matrix products, by the names that exports give them."""
+    """Return the ONNX nodes that are convolutions or matrix products, by the names that the exporter gives them."""
     return [node for node in nodes if node.rpartition("/")[2].partition("_")[0] in MATRIX]
 
 
 def _types(content: mmap.mmap) -> dict[str, list[tuple[int, str]]]:
-    """Tensor name → (where it is declared, its type), in rising order: each profile's program declares its own."""
+    """Tensor name -> (offset of a declaration, type), ascending: the program of each profile declares its own."""
     types: dict[str, list[tuple[int, str]]] = {}
     for match in _TENSOR.finditer(content):
         types.setdefault(match[1].decode(), []).append((match.start(), match[2].decode()))
@@ -120,9 +138,9 @@ def _types(content: mmap.mmap) -> dict[str, list[tuple[int, str]]]:
 
 
 def _kind(statement: re.Match[bytes], types: Mapping[str, list[tuple[int, str]]]) -> str:
-    """The type of the first two operands, data and weights, or, where both are references without one, of the result.
+    """Return the type of the first two operands, data and weights; or of the result, if both operands have none.
 
-    A tensor's type is that declared last before the statement.
+    A tensor has the type that was declared last before the statement.
     """
 
     def declared(names: list[bytes]) -> set[str]:

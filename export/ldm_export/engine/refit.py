@@ -1,4 +1,4 @@
-"""New weights for an engine of the same architecture, without a rebuild: where it was built for that, and on a GPU."""
+"""Exchanges the weights of an engine that was built refittable, without a rebuild. This needs a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import onnx_ir as ir
 
 from ldm_export.engine.messages import builder_log, one_line
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.engine_facts import Engine
+from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError, ManifestError
 
+__all__ = ["refit_engine", "refit_source", "structure"]
+
 SMALL = 16
-"""Constants of at most this many numbers count as structure: a norm's epsilon, sizes, scales."""
+"""Constants of at most this many values count as structure, e.g. a norm's epsilon, sizes and scales."""
 
 
 def structure(graph: Path) -> str:
-    """SHA-256 of all of a graph but its weights' values: graphs of two checkpoints of one architecture share it.
+    """Return the SHA-256 of a graph without the values of its weights.
 
-    Operators, attributes, names, shapes and types count, and of constants those that are small or whole numbers.
+    Graphs of two checkpoints of one architecture share it. It covers operators, attributes, names, shapes and types,
+    and the values of constants that are small or integers.
     """
     model = ir.load(graph)
     constants = []
@@ -47,11 +50,11 @@ def structure(graph: Path) -> str:
     return hashlib.sha256(json.dumps([sides, constants, nodes]).encode()).hexdigest()
 
 
-def refit_source(previous: Bundle | None, component: str, wanted: Engine) -> Path | None:
-    """An engine of an earlier build that takes the weights of ``wanted``, or None.
+def refit_source(previous: Bundle | None, component: str, wanted: EngineFacts) -> Path | None:
+    """Return the file of an earlier build's engine that takes the weights of ``wanted``, or None.
 
-    It was built refittable, by the same package and version, for the same GPUs, profiles and precision, from a graph
-    of the same structure; and it is whole.
+    The engine was built refittable, by the same package and version, for the same GPUs, profiles and precision, from a
+    graph of the same structure, and its file is undamaged.
     """
     part = None if previous is None else previous.manifest.components.get(component)
     for engine in () if part is None else part.engines:
@@ -61,7 +64,7 @@ def refit_source(previous: Bundle | None, component: str, wanted: Engine) -> Pat
                 assert previous is not None
                 return previous.file(engine.file)
             except ManifestError:
-                return None  # damaged since: build it anew
+                return None  # it has been damaged since
     return None
 
 
@@ -69,7 +72,7 @@ def refit_engine(package: ModuleType, engine: Path, graph: Path, target: Path) -
     """Write ``engine`` with the weights of ``graph`` to ``target``.
 
     Raises:
-        BuildError: it does not open here, or takes or lacks other weights than the graph has.
+        BuildError: The engine does not open, or it needs other weights than the graph has.
     """
     log = builder_log(package)
     runtime = package.Runtime(log)
@@ -83,7 +86,7 @@ def refit_engine(package: ModuleType, engine: Path, graph: Path, target: Path) -
         raise BuildError(f"{engine}: does not take the weights of {graph}: {one_line(log.first())}")
     if missing := refitter.get_missing_weights():
         raise BuildError(
-            f"{engine}: lacks {len(missing)} weights, first {missing[0]!r:.80}, that {graph} does not give"
+            f"{engine}: lacks {len(missing)} weights, first {missing[0]!r:.80}, that {graph} does not have"
         )
     if not refitter.refit_cuda_engine():
         raise BuildError(f"{engine}: {package.__name__} cannot exchange its weights: {one_line(log.first())}")

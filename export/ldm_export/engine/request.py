@@ -1,31 +1,98 @@
-"""What engines are asked for."""
+"""The request for engines, and the job of building one of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from ldm_export.engine.profiles import Bounds
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.spec_json import spec_from_json, spec_to_json
+from ldm_runtime.specs import ComponentSpec
+
+__all__ = ["Bounds", "EngineJob", "EngineRequest"]
+
+Bounds = tuple[int, int, int]
+"""Smallest, usual and largest size."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """For which package, GPUs and shapes engines are built.
+    """The package, GPUs and shapes that engines are built for.
 
     Attributes:
         target: "tensorrt-rtx" or "tensorrt".
-        compute_capabilities: e.g. ("8.6", "8.9"); empty for "tensorrt", which builds for the GPU at hand.
-        bounds: (name, min:opt:max) of "batch" in images and of "height" and "width" in pixels.
-        refittable: keep what is needed to exchange the weights later without a rebuild; needs a GPU to build.
-        timings: a file of kernel timings, kept from build to build; "tensorrt" only.
+        compute_capabilities: E.g. ("8.6", "8.9"). Empty for "tensorrt", which builds for the GPU at hand.
+        bounds: (axis name, bounds) of "batch" in images, and of "height" and "width" in latents.
+        rows_per_image: Rows of the UNet for one image: the number of guidance branches, 1 without guidance.
+        refittable: Keep what is needed to exchange the weights later without a rebuild. Needs a GPU to build.
+        timings: File of kernel timings that is kept from build to build. For "tensorrt" only.
     """
 
     target: str
     compute_capabilities: tuple[str, ...] = ()
     bounds: tuple[tuple[str, Bounds], ...] = ()
+    rows_per_image: int = 1
     refittable: bool = False
     timings: str | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        """Short, for file names: ``tensorrt-rtx-8.6-8.9``."""
+        """Short name for file names, e.g. ``tensorrt-rtx-8.6-8.9``."""
         return "-".join((self.target, *self.compute_capabilities))
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """Everything that the build of one engine needs.
+
+    Attributes:
+        graph: ONNX file. External weights lie beside it.
+        spec: Inputs and outputs of the component.
+        precision: Precision of the graph: "fp32", "fp16", "bf16" or "int8".
+        request: What the engine is built for.
+        target: File to write.
+        islands: Names of the matrix nodes of the graph that are meant to stay in fp32.
+        previous: A bundle that may hold an engine which takes the graph's weights without a rebuild.
+    """
+
+    graph: Path
+    spec: ComponentSpec
+    precision: str
+    request: EngineRequest
+    target: Path
+    islands: tuple[str, ...] = ()
+    previous: Bundle | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON-able description, in which the bundle is a folder."""
+        return {
+            "graph": str(self.graph),
+            "spec": {"name": self.spec.name, **spec_to_json(self.spec)},
+            "precision": self.precision,
+            "request": asdict(self.request),
+            "target": str(self.target),
+            "islands": list(self.islands),
+            "previous": None if self.previous is None else str(self.previous.folder),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> EngineJob:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ManifestError: The bundle of an earlier build is damaged.
+        """
+        request, spec, previous = document["request"], document["spec"], document["previous"]
+        bounds = tuple((name, tuple(sizes)) for name, sizes in request["bounds"])
+        capabilities = tuple(request["compute_capabilities"])
+        return cls(
+            graph=Path(document["graph"]),
+            spec=spec_from_json("spec", spec["name"], spec),
+            precision=document["precision"],
+            request=EngineRequest(**{**request, "bounds": bounds, "compute_capabilities": capabilities}),
+            target=Path(document["target"]),
+            islands=tuple(document["islands"]),
+            previous=None if previous is None else Bundle.open(previous),
+        )

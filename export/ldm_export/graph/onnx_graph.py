@@ -22,33 +22,50 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from ldm_runtime.bundle_layout import weights_beside
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
+
+__all__ = ["INLINE_BYTES", "OPSET", "export_graph", "load_graph", "save_graph", "trace_graph"]
 
 OPSET = 20
 INLINE_BYTES = 1_000_000
 """Weights beyond this go to one ``.onnx.data`` file beside the graph: engines map it and other graphs can refer to it,
 while a protobuf file cannot exceed 2 GB and is held in memory several times where it is written and read."""
 TRACED_MIN = 17
-"""Smallest height and width assumed in a trace, so that no level of a UNet of up to five is one pixel wide; a size of
-one would be a special case to the tracer, though not to the graph it makes."""
+"""Smallest size assumed in a trace of an axis that starts above one, so that no level of a UNet of up to five is one
+pixel wide. A size of one is a special case to the tracer, but not to the graph."""
 
 
 def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
-    """Trace ``module`` and write ``target`` (and ``target``.data beyond 1 MB of weights).
-
-    The trace runs on fake tensors, so no activation and no second copy of the weights is held.
+    """Trace ``module`` and write ``target`` (and its weights beside it, beyond INLINE_BYTES of them).
 
     Args:
-        module: a wrapper of ``components``, in eval mode, float32 on the CPU.
-        spec: names, dtypes and dynamic axes of its inputs and outputs.
-        target: path of the graph; its folder exists.
+        module: As for ``trace_graph``.
+        spec: As for ``trace_graph``.
+        target: Path of the graph; its folder exists.
 
     Returns:
         The files written.
 
     Raises:
-        BuildError: the module cannot be traced, or the graph does not pass ``onnx.checker``.
+        BuildError: The module cannot be traced, or the graph does not pass ``onnx.checker``.
+    """
+    return save_graph(trace_graph(module, spec), target)
+
+
+def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
+    """Trace ``module``; its weights become those of the graph.
+
+    The trace runs on fake tensors, so no activation and no second copy of the weights is held.
+
+    Args:
+        module: Takes the tensors of ``spec.inputs`` in this order and returns one tensor for each of ``spec.outputs``;
+            in eval mode, float32 on the CPU.
+        spec: Names, dtypes and dynamic axes of its inputs and outputs.
+
+    Raises:
+        BuildError: The module cannot be traced.
     """
     try:
         model = _trace(module, spec)
@@ -59,7 +76,7 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
     _name(model, spec)
     _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)
-    return save_graph(model, target)
+    return model
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -72,7 +89,7 @@ def load_graph(path: Path) -> ir.Model:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             file = path.with_name(Path(tensor.location).name)
-            shape = tuple(int(size) for size in tensor.shape)
+            shape = tuple(tensor.shape.numpy())
             mapped = np.memmap(file, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
             value.const_value = ir.Tensor(mapped, dtype=tensor.dtype, name=tensor.name)
     return model
@@ -85,7 +102,7 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
         BuildError: the graph does not pass ``onnx.checker``.
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    data = target.with_name(f"{target.name}.data") if size > INLINE_BYTES else None
+    data = weights_beside(target) if size > INLINE_BYTES else None
     if data is None:
         load_to_model(model)  # weights of another graph's file must not be referred to
     ir.save(model, target, external_data=data.name if data else None)
@@ -101,7 +118,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
     weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
-    dims = {name: Dim(name, min=1 if name == "batch" else TRACED_MIN, max=2**20) for name in axes}
+    dims = {name: Dim(name, min=1 if axis.min == 1 else TRACED_MIN, max=2**20) for name, axis in axes.items()}
     shapes = {
         tensor.name: {i: dims[dim.name] for i, dim in enumerate(tensor.shape) if isinstance(dim, Axis)}
         for tensor in spec.inputs
@@ -119,6 +136,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
             optimize=False,
             verbose=False,
         )
+    assert program is not None
     with _quiet():
         program.apply_weights(weights)
         program.optimize()
@@ -127,10 +145,11 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
 
 def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
     """The spec with usual sizes that no fixed dimension shares, so that none is taken for another."""
-    sizes = {"batch": 3, "height": TRACED_MIN + 2, "width": TRACED_MIN + 6}
+    axes = dict.fromkeys(dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis))
+    fresh = {axis.name: (3 if axis.min == 1 else TRACED_MIN + 2) + 4 * index for index, axis in enumerate(axes)}
 
     def traced(tensor: TensorSpec) -> TensorSpec:
-        shape = (dim if isinstance(dim, int) else Axis(dim.name, 1, sizes[dim.name], 2**20) for dim in tensor.shape)
+        shape = (dim if isinstance(dim, int) else Axis(dim.name, 1, fresh[dim.name], 2**20) for dim in tensor.shape)
         return replace(tensor, shape=tuple(shape))
 
     return replace(spec, inputs=tuple(map(traced, spec.inputs)))
@@ -171,7 +190,7 @@ def _share_equal_weights(graph: ir.Graph) -> None:
             key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
             if (kept := first.setdefault(key, value)) is not value:
                 value.replace_all_uses_with(kept)
-                graph.initializers.pop(value.name)
+                graph.initializers.pop(value.name or "")
 
 
 @contextmanager

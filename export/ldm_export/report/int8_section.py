@@ -1,4 +1,4 @@
-"""A bundle's int8 report as parts of a page: budget and outcome, layers by sensitivity, ranges over timesteps."""
+"""The int8 section of the report page: budget and quality, sensitivity of the layers, ranges over timesteps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from ldm_export.page.chart import Series, lines
 from ldm_export.page.document import Figure, Markup, element, number, table
 from ldm_export.report.lenient_json import finite, mapping, mappings
 from ldm_export.screen import human_bytes, printable
+from ldm_runtime.bundle_layout import INT8_REPORT
+from ldm_runtime.model import UNET
 
-FILE = "report/int8.json"
+__all__ = ["FILE", "int8_section"]
+
+FILE = INT8_REPORT
 MAX_LISTED, MAX_LINES, MAX_NAME = 15, 6, 44
-"""Rows of the list of sensitive layers, lines in one plot of ranges, and letters of a name beside a plot."""
+"""Maximum rows of the list of sensitive layers, lines of one plot of ranges, and characters of a name in a plot."""
 
 MEASURES = {"latent_db": "the final latents", "output_db": "the layer's own result"}
 
@@ -20,11 +24,11 @@ Facts = Mapping[str, Any]
 
 
 def int8_section(facts: Facts) -> Iterator[Markup]:
-    """All parts in their order; what is missing or is not what it should be is left out."""
+    """All parts in order. Facts that are missing or of another type are left out: the file is untrusted."""
     yield element("h2", "int8")
     yield from _outcome(facts)
-    given = mapping(facts.get("components"))
-    components = {name: given[name] for name in sorted(given, key=lambda name: name != "unet")}
+    entries = mapping(facts.get("components"))
+    components = {name: entries[name] for name in sorted(entries, key=lambda name: name != UNET)}
     yield from _components(components)
     for name, part in components.items():
         yield from _sensitivity(name, mappings(mapping(part).get("layers")))
@@ -40,33 +44,36 @@ def _outcome(facts: Facts) -> Iterator[Markup]:
     budget, summary = mapping(facts.get("budget")), mapping(facts.get("summary"))
     settings, speed = mapping(facts.get("settings")), mapping(facts.get("speed"))
     if budget:
-        least, loss = finite(budget.get("min_psnr")), finite(budget.get("max_accuracy_loss"))
-        asked = [f"a mean PSNR of at least {least:g} dB"] if least is not None else []
-        asked += [f"at most {100 * loss:g} points of accuracy lost"] if loss is not None else []
         met = budget.get("met") is True
-        verdict = "met" if met else "not met"
-        yield element("p", f"Budget: {' and '.join(asked) or 'none'}: {verdict}.", class_="good" if met else "bad")
+        verdict = f"Budget {'met' if met else 'not met'}: {budget.get('verdict')}."
+        yield element("p", verdict, class_="good" if met else "bad")
+    warnings = facts.get("warnings")
+    for warning in warnings[:MAX_LISTED] if isinstance(warnings, list) else []:
+        yield element("p", f"Warning: {warning}.", class_="bad")
+    exact = _share(summary, "correct_fp32")
     rows = [
-        ("pictures", finite(settings.get("prompts")), f"{settings.get('steps')} steps on {settings.get('backend')}"),
+        ("trial images", finite(settings.get("images")), f"{settings.get('steps')} steps on {settings.get('backend')}"),
         ("PSNR against fp32", _decibel(summary, "psnr_mean"), f"worst {_decibel(summary, 'psnr_worst') or 'unknown'}"),
         ("SSIM against fp32", _digits(summary, "ssim_mean"), f"worst {_digits(summary, 'ssim_worst') or 'unknown'}"),
-        ("drawn right", _share(summary, "right_int8"), f"{_share(summary, 'right_fp32') or 'not graded'} in fp32"),
+        ("prompt accuracy", _share(summary, "correct_int8"), f"{exact or 'not graded'} in fp32"),
         ("UNet operations in int8", _share(summary, "unet_int8_share"), "of its multiply-adds"),
         ("graphs", _bytes(summary, "bytes_int8"), f"{_bytes(summary, 'bytes_fp32') or 'unknown'} in fp32"),
     ]
     times = mapping(speed.get("unet_ms"))
     if (ratio := finite(speed.get("ratio"))) is not None:
-        told = ", ".join(
+        measured = ", ".join(
             f"{name} {number(ms)} ms" for name, value in times.items() if (ms := finite(value)) is not None
         )
-        rows.append(("UNet, times as fast", Figure(f"{ratio:.2f}"), f"{told}; {speed.get('backend')}, interleaved"))
+        rows.append(
+            ("UNet, times as fast as fp32", Figure(f"{ratio:.2f}"), f"{measured}; {speed.get('backend')}, alternating")
+        )
     yield table(("", "", ""), rows)
 
 
 def _components(components: Facts) -> Iterator[Markup]:
     rows = []
-    for name, given in components.items():
-        part = mapping(given)
+    for name, entry in components.items():
+        part = mapping(entry)
         layers = mappings(part.get("layers"))
         quantized = sum(layer.get("int8") is True for layer in layers)
         size, before = _bytes(part, "bytes_int8"), _bytes(part, "bytes_fp32")
@@ -77,7 +84,7 @@ def _components(components: Facts) -> Iterator[Markup]:
 
 
 def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
-    """Each layer's own effect, on the final latents where that was measured, and the most sensitive by name."""
+    """The sensitivity of each layer, by the final latents if that was measured, and the names of the most sensitive."""
     key = next((key for key in MEASURES if any(finite(layer.get(key)) is not None for layer in layers)), None)
     if key is None:
         return
@@ -90,8 +97,9 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
     }
     series = [Series(name, found, joined=False) for name, found in points.items() if found]
     yield element("h3", f"{component}: sensitivity of each layer")
-    told = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8: the lower, the more sensitive."
-    yield element("p", told, class_="note")
+    ratio = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8"
+    explanation = f"{ratio}; a lower ratio means a more sensitive layer."
+    yield element("p", explanation, class_="note")
     yield Markup(lines(f"{printable(component)}: sensitivity", "layer, in the graph's order", "dB", series))
     measured.sort(key=lambda item: item[2])
     rows = [
@@ -110,9 +118,9 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
 
 
 def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
-    """Those tensors whose largest magnitude moves most along the trajectory, and those where it is largest."""
-    given = ranges.get("timesteps")
-    timesteps = [finite(value) for value in given] if isinstance(given, list) else []
+    """The tensors whose largest magnitude changes most along the trajectory, and those with the largest magnitude."""
+    recorded = ranges.get("timesteps")
+    timesteps = [finite(value) for value in recorded] if isinstance(recorded, list) else []
     found = {}
     for name, values in mapping(ranges.get("tensors")).items():
         numbers = [finite(value) for value in values] if isinstance(values, list) else []
@@ -122,16 +130,16 @@ def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
     if not found or len(steps) != len(timesteps):
         return
     yield element("h3", f"{component}: ranges over timesteps")
-    yield element("p", "Denoising runs from the largest timestep, on the right, to the left.", class_="note")
+    yield element("p", "Denoising runs from right to left, from the largest timestep to the smallest.", class_="note")
     moves = sorted(found, key=lambda name: -max(found[name]) / min(found[name]))[:MAX_LINES]
     largest = sorted(found, key=lambda name: -max(found[name]))[:MAX_LINES]
-    for title, names in (("Layer inputs that move most", moves), ("Largest layer inputs", largest)):
+    for title, names in (("Layer inputs that change most", moves), ("Largest layer inputs", largest)):
         series = [Series(_shortened(name), tuple(zip(steps, found[name], strict=True)), marked=False) for name in names]
         yield Markup(lines(title, "timestep", "largest magnitude", series, log=(False, True)))
 
 
 def _shortened(name: str) -> str:
-    """A tensor's name without what all have, its end kept."""
+    """The end of a tensor's name, which distinguishes it."""
     shown = printable(name)
     return shown if len(shown) <= MAX_NAME else f"…{shown[1 - MAX_NAME :]}"
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_runtime.backends.engine import pipeline_components
-
 from ldm_export.serving.config import Serving, component_config, plan_name, stream_config, unary_config
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST, files_of_graph
 from ldm_runtime.errors import BuildError

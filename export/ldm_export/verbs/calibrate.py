@@ -1,4 +1,4 @@
-"""``ldm-export calibrate``: add int8 graphs to a bundle, calibrated on its own pictures within a budget."""
+"""``ldm-export calibrate``: add int8 graphs to a bundle, calibrated on its own images within a budget."""
 
 from __future__ import annotations
 
@@ -14,36 +14,43 @@ from ldm_runtime.errors import SpecError
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--record", type=Path, metavar="FILE", help="a calibration.json to follow; nothing is measured")
+    verb.add_argument("--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured")
     add_int8_arguments(verb)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export calibrate``."""
+    """Run ``ldm-export calibrate``.
+
+    Raises:
+        LdmError: The bundle, the settings or the budget cannot be used.
+    """
     from ldm_export.extras import needs
 
     with needs("export"):
         from ldm_export.bundle.add_int8 import calibrate
-        from ldm_export.bundle.build import SHIPPED
         from ldm_export.bundle.int8_report import write_report
+        from ldm_export.demo import demo_grader
     begun = time.monotonic()
-    asked = Bundle.open(args.bundle).manifest.asked
+    bundle = Bundle.open(args.bundle)
+    conditioning = [entry.kind for entry in bundle.manifest.conditioning]
     if args.record is not None and given(args):
-        raise SpecError(f"--record: says all of the calibration; leave {', '.join(given(args))} out")
-    settings = args.record or settings_of(args, asked.get("checkpoint") == SHIPPED.name)
+        raise SpecError(f"--record: got {', '.join(given(args))} too, but the record determines them; leave them out")
+    settings = args.record or settings_of(args, conditioning, bundle)
     with screen.bar("reading") as bar:
-        built = calibrate(args.bundle, settings, lambda stage, done, total: bar.to(done, total, stage))
+        built = calibrate(
+            args.bundle, settings, lambda part, done, total: bar.to(done, total, part), demo_grader(bundle)
+        )
         bar.to(0, 1, "report")
         try:
             _, report = write_report(built.bundle)
         except OSError as error:
             raise unwritten(args.bundle, error, "free some disk space") from None
     if args.json:
-        screen.json({name: report[name] for name in ("record", "summary", "budget", "speed")})
+        screen.json({name: report[name] for name in ("record", "summary", "budget", "warnings", "speed")})
         return
     made = [name for name, origin in built.origins.items() if origin == "made"]
-    what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
+    what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     show(report, screen)

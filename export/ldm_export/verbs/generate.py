@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_runtime.backends.registry import BACKEND_NAMES
-
 from ldm_export.screen import Screen
 from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
 from ldm_export.verbs.options import PRECISIONS
+from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
-"""The options of int8, which ``build`` and ``calibrate`` share."""
+"""Options of int8 that ``build`` and ``calibrate`` share, the settings they give, and the table of the report."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,66 +12,104 @@ from ldm_export.verbs.options import lines
 from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
-    from ldm_calibration.settings import Settings
+    from ldm_calibration.model import ImageRequest
+    from ldm_calibration.settings import CalibrationSettings
+    from ldm_export.demo import Model
 
-PROMPTS, TRIALS, GRADED = 16, 16, 100
-"""Trajectories that are observed, and pictures the budget is kept on: more where their prompts are graded."""
+__all__ = ["add_int8_arguments", "default_requests", "given", "settings_of", "show"]
+
+OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
+"""Maximum number of observed images, and numbers of trial images; graded trials need more images."""
 OPTIONS = ("prompts", "min_psnr", "max_accuracy_loss", "calibration_steps", "sensitivity", "trials", "trial_steps")
 
 
 def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
-    """The options, all of which have defaults for the shipped model."""
+    """Add the options."""
     int8 = verb.add_argument_group("int8")
     int8.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="to calibrate with, one a line (shipped model: its own)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text file with one prompt per line (models conditioned on text; the demo model has its own)",
     )
-    int8.add_argument("--min-psnr", type=float, metavar="DB", help="least mean PSNR against fp32 (default 35)")
-    int8.add_argument("--max-accuracy-loss", type=float, metavar="SHARE", help="of prompts drawn right (shipped model)")
+    int8.add_argument("--min-psnr", type=float, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
     int8.add_argument(
-        "--calibration-steps", type=int, metavar="N", help="denoising steps that are observed (default 20)"
+        "--max-accuracy-loss",
+        type=float,
+        metavar="SHARE",
+        help="maximum loss of prompt accuracy (demo model)",
+    )
+    int8.add_argument(
+        "--calibration-steps", type=int, metavar="N", help="denoising steps of the observed images (default 20)"
     )
     int8.add_argument(
         "--sensitivity",
         choices=("latents", "results"),
-        help="rank layers by the final latents, or by their own results",
+        help="rank layers by their effect on the final latents (default), or on their own results, which is faster",
     )
-    int8.add_argument("--trials", type=int, metavar="N", help="pictures the budget is kept on (default 16)")
+    int8.add_argument("--trials", type=int, metavar="N", help="images on which the budget is checked (default 16)")
     int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of these (default 50)")
 
 
 def given(args: argparse.Namespace) -> list[str]:
-    """Which of the options were given, as they are spelled."""
+    """Names of the options on the command line."""
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
-def settings_of(args: argparse.Namespace, shapes: bool) -> Settings:
-    """The calibration's settings.
+def default_requests(
+    conditioning: Collection[str], model: Model, observed: int, trials: int
+) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
+    """Requests to observe and requests to try if the user gives no prompts; None if prompts are needed.
 
     Args:
-        args: parsed.
-        shapes: the model is the shipped one, whose grammar gives prompts: held-out ones to try on, others to
-            calibrate with.
+        conditioning: Kinds of the model's conditioning; empty for an unconditional model.
+        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
+            for random weights.
+        observed, trials: Number of requests of each.
+    """
+    from ldm_export.demo import calibration_prompts
+
+    if not conditioning:
+        return ({},) * observed, ({},) * trials
+    prompts = calibration_prompts(model, observed, trials)
+    if prompts is None:
+        return None
+    first, second = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
+    return first, second
+
+
+def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
+    """The settings of the calibration.
+
+    Args:
+        args: Parsed options.
+        conditioning: Kinds of the model's conditioning, e.g. ("text",).
+        model: As for ``default_requests``.
 
     Raises:
-        SpecError: no prompts for a model of unknown domain, or a number out of range.
+        SpecError: The model needs prompts and there are none, takes none and there are some, or a number is out of
+            range.
     """
-    from ldm_calibration.settings import Settings
-    from ldm_calibration.shapes.sentences import calibration_prompts, trial_prompts
+    from ldm_calibration.settings import CalibrationSettings
 
-    trials = args.trials if args.trials is not None else (TRIALS if args.max_accuracy_loss is None else GRADED)
+    default_trials = TRIALS if args.max_accuracy_loss is None else GRADED_TRIALS
+    trials = default_trials if args.trials is None else args.trials
     if not 1 <= trials <= 1000:
         raise SpecError(f"--trials: got {trials}, expected 1..1000")
     if args.prompts is not None:
-        held = tuple(lines(args.prompts))
-        prompts, tried = held[:PROMPTS], held[:trials]
-    elif shapes:
-        prompts, tried = calibration_prompts(PROMPTS), trial_prompts(trials)
+        if "text" not in conditioning:
+            takes = f"takes {', '.join(conditioning)}" if conditioning else "has no conditioning"
+            raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
+        requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
+        observed, tried = requests[:OBSERVED], requests[:trials]
+    elif defaults := default_requests(conditioning, model, OBSERVED, trials):
+        observed, tried = defaults
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")
     bounded = args.min_psnr is not None or args.max_accuracy_loss is not None
-    return Settings(
-        prompts=prompts,
-        trial_prompts=tried,
+    return CalibrationSettings(
+        requests=observed,
+        trial_requests=tried,
         steps=20 if args.calibration_steps is None else args.calibration_steps,
         trial_steps=50 if args.trial_steps is None else args.trial_steps,
         sensitivity=args.sensitivity or "latents",
@@ -80,17 +119,21 @@ def settings_of(args: argparse.Namespace, shapes: bool) -> Settings:
 
 
 def show(report: dict[str, Any], screen: Screen) -> None:
-    """The report's figures as a table."""
-    summary, speed = report["summary"], report["speed"]
+    """Print the figures of an int8 report as a table, and its warnings."""
+    summary, speed, budget = report["summary"], report["speed"], report["budget"]
+    worst = "all images equal" if summary["psnr_worst"] is None else f"{summary['psnr_worst']:.1f} dB worst"
     rows = [
-        ["PSNR against fp32", f"{summary['psnr_mean']:.1f} dB mean, {summary['psnr_worst'] or 99:.1f} dB worst"],
-        ["SSIM", f"{summary['ssim_mean']:.4f} mean, {summary['ssim_worst']:.4f} worst"],
+        ["budget", f"{'met' if budget['met'] else 'not met'}: {budget['verdict']}"],
+        ["PSNR against fp32", f"{summary['psnr_mean']:.1f} dB mean, {worst}"],
+        ["SSIM against fp32", f"{summary['ssim_mean']:.4f} mean, {summary['ssim_worst']:.4f} worst"],
     ]
-    if summary["right_fp32"] is not None:
-        rows.append(["prompts drawn right", f"{summary['right_int8']:.1%}, fp32 {summary['right_fp32']:.1%}"])
+    if summary["correct_int8"] is not None:
+        rows.append(["prompt accuracy", f"{summary['correct_int8']:.1%}, fp32 {summary['correct_fp32']:.1%}"])
     for name, part in report["components"].items():
         state = f"{part['int8_share']:.1%} of its work in int8" if part["quantized"] else f"fp32: {part['why']}"
         rows.append([name, f"{state}, {human_bytes(part['bytes_int8'])} of {human_bytes(part['bytes_fp32'])}"])
     times = ", ".join(f"{name} {value:.1f} ms" for name, value in speed["unet_ms"].items())
     rows.append([f"UNet on {speed['backend']}", f"{speed['ratio']:.2f} times as fast as fp32 ({times})"])
     screen.table("int8", ["", ""], rows)
+    for warning in report["warnings"]:
+        screen.note(f"warning: {warning}")

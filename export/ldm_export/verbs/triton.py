@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_runtime.backends.registry import BACKEND_NAMES
-
 from ldm_export.screen import Screen
 from ldm_export.serving.config import TARGETS, Serving
 from ldm_export.serving.models import STREAM, UNARY, make_model, model_names
 from ldm_export.serving.repository import write_models
 from ldm_export.verbs.options import PRECISIONS
+from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import UNET

@@ -1,54 +1,58 @@
-"""Engines that run one component: one module each, all behind the same ``Backend`` protocol."""
+"""Engines that run the components of a model, one module for each engine.
+
+``Backend`` is one loaded component. ``backends.engine.Engine`` is the interface of an engine, and
+``backends.registry.BACKENDS`` lists the engines of this package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
+__all__ = ["Backend", "Feed", "SpecBackend"]
+
 Feed = Mapping[str, NDArray[Any]]
+"""Input name -> array, as the component's spec describes it."""
 
 
 class Backend(Protocol):
-    """One loaded component. The constructor does the work; arrays that ``run`` returns belong to the caller."""
+    """One loaded component. The constructor loads it. Arrays that ``run`` returns belong to the caller."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
+        """Tensors that ``run`` takes."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
+        """Tensors that ``run`` returns."""
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """Run once. Raises SpecError on a feed that does not fit, BackendError when the engine fails."""
+        """Run the component once and return output name -> array.
+
+        Raises:
+            SpecError: The feed does not fit the component's spec.
+            BackendError: The engine failed.
+        """
 
     def close(self) -> None:
-        """Free the engine; the backend cannot run afterwards."""
-
-
-@runtime_checkable
-class Preparing(Protocol):
-    """A backend that computes once what follows from an input that many runs share."""
-
-    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """What ``run`` takes in place of that input; rows are the leading axis of every array."""
+        """Free the engine. The backend cannot run afterwards."""
 
 
 class SpecBackend:
-    """The first half of ``Backend``: a class that sets ``_spec`` has its inputs and outputs."""
+    """Provides ``inputs`` and ``outputs`` of a ``Backend`` from the attribute ``_spec``, which subclasses set."""
 
     _spec: ComponentSpec
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` takes."""
+        """Tensors that ``run`` takes."""
         return self._spec.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns."""
+        """Tensors that ``run`` returns."""
         return self._spec.outputs

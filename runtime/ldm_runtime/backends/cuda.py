@@ -1,4 +1,4 @@
-"""The little of the CUDA runtime that engines need, through cuda-python: devices, memory, streams, graphs."""
+"""The part of the CUDA runtime that engines need, through cuda-python: devices, memory, streams and graphs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from numpy.typing import NDArray
 from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError
 
+__all__ = ["Buffer", "Cuda", "empty"]
+
 
 class Cuda:
-    """The CUDA runtime with errors raised.
+    """The CUDA runtime, whose errors are raised.
 
     Raises:
-        BackendError: cuda-python is not installed or broken, or there is no GPU or driver.
+        BackendError: cuda-python is not installed or cannot be loaded, or there is no GPU or no driver.
     """
 
     def __init__(self) -> None:
-        runtime: Any = import_engine("cuda.bindings.runtime", 'pip install "ldm-export[tensorrt-rtx]"')
+        runtime: Any = import_engine("cuda.bindings.runtime", "tensorrt-rtx")
         self._runtime = runtime
         try:
             error, count = runtime.cudaGetDeviceCount()
-        except RuntimeError as failure:  # no driver library at all
+        except RuntimeError as failure:  # there is no driver library
             raise BackendError(_no_gpu(str(failure))) from None
         if int(error) or not count:
             raise BackendError(_no_gpu(self._text(error)))
@@ -32,10 +34,10 @@ class Cuda:
         return bytes(self._runtime.cudaGetErrorString(error)[1]).decode()
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """One function of the runtime; its results without the error code.
+        """Call a function of the runtime and return its results without the error code.
 
         Raises:
-            BackendError: it failed.
+            BackendError: The function failed.
         """
         error, *results = getattr(self._runtime, name)(*arguments)
         if int(error):
@@ -43,33 +45,33 @@ class Cuda:
         return results[0] if len(results) == 1 else tuple(results)
 
     def capability(self, device: int = 0) -> str:
-        """Compute capability of a GPU, e.g. "8.9"."""
+        """Return the compute capability of a GPU, e.g. "8.9"."""
         attributes = self._runtime.cudaDeviceAttr
         kinds = (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor)
         return ".".join(str(self.call("cudaDeviceGetAttribute", kind, device)) for kind in kinds)
 
     def upload(self, array: NDArray[Any], address: int, stream: Any) -> None:
-        """Copy an array to the device, in the stream's order."""
+        """Copy an array to the device, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
 
     def download(self, address: int, array: NDArray[Any], stream: Any) -> None:
-        """Copy from the device into an array, in the stream's order; synchronise before reading it."""
+        """Copy from the device into an array, in stream order. Synchronise the stream before reading it."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
 
     def move(self, source: int, target: int, size: int, stream: Any) -> None:
-        """Copy ``size`` bytes on the device, in the stream's order."""
+        """Copy ``size`` bytes on the device, in stream order."""
         self.call(
             "cudaMemcpyAsync", target, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream
         )
 
     def begin_capture(self, stream: Any) -> None:
-        """From here on the stream's work is recorded, not done."""
+        """Begin to record the stream's work instead of running it."""
         self.call("cudaStreamBeginCapture", stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
 
     def end_capture(self, stream: Any) -> Any:
-        """What was recorded, ready for ``cudaGraphLaunch``."""
+        """Return the recorded work, ready for ``cudaGraphLaunch``."""
         graph = self.call("cudaStreamEndCapture", stream)
         ready = self.call("cudaGraphInstantiate", graph, 0)
         self.call("cudaGraphDestroy", graph)
@@ -77,27 +79,27 @@ class Cuda:
 
 
 class Buffer:
-    """Device memory of one tensor, grown when a larger one comes."""
+    """Device memory of one tensor, which grows when a larger tensor needs it."""
 
     def __init__(self, cuda: Cuda):
         self._cuda, self.address, self._bytes = cuda, 0, 0
 
     def hold(self, size: int) -> int:
-        """Make room for ``size`` bytes; returns the address, which changes only when the buffer grows."""
+        """Reserve ``size`` bytes and return the address, which changes only when the buffer grows."""
         if size > self._bytes:
             self.free()
             self.address, self._bytes = int(self._cuda.call("cudaMalloc", size)), size
         return self.address
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self.address:
             self._cuda.call("cudaFree", self.address)
         self.address = self._bytes = 0
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """A host array for a result, the caller's to keep."""
+    """Return an uninitialised host array for a result."""
     return np.empty(shape, np.dtype(dtype))
 
 

@@ -1,51 +1,87 @@
-"""From a choice to the backend of each component."""
+"""Opens the components of a bundle on an engine: all that a pipeline runs, or a single one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
-from ldm_runtime.backends.openvino import OpenVinoBackend
-from ldm_runtime.backends.selection import Choice, runs_on_cuda
-from ldm_runtime.backends.tensorrt import TensorRtBackend
+from ldm_runtime.backends.engine import Choice, Engine, Placement, Wish, pipeline_components
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.backends.registry import AUTO
+from ldm_runtime.backends.selection import select_backend
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.errors import BackendError
+from ldm_runtime.model import UNET
+
+__all__ = ["OpenModel", "open_component", "open_model"]
 
 
-def backend_factory(
-    bundle: Bundle, component: str, choice: Choice, threads: int | None = None, cache: Path | None = None
-) -> Callable[[], Backend]:
-    """What loads a component as chosen. Its files are checked now, not when it is loaded.
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """The components of a bundle, ready to be loaded.
+
+    Attributes:
+        backends: Component -> backend that is loaded on first use, for each component that the pipeline runs.
+        choice: What runs them.
+        loop: The denoising loop on the device, if there is one.
+    """
+
+    backends: dict[str, LazyBackend]
+    choice: Choice
+    loop: DeviceLoop | None
+
+
+def open_model(
+    bundle: Bundle,
+    backend: str | Engine = AUTO,
+    *,
+    precision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    cache: Path | None = None,
+    once: bool = False,
+) -> OpenModel:
+    """Select an engine and check the files of every component that the pipeline runs; each file is read once.
 
     Args:
-        threads: CPU threads; None takes the cores this process may use.
-        cache: OpenVINO's; below it each graph gets a folder of its own, named after its digest.
+        bundle: The bundle.
+        backend, precision, device: As ``select_backend`` and ``Wish`` take them.
+        threads: CPU threads of one operator. None means all cores that this process may use.
+        cache: Folder where an engine may keep compiled graphs.
+        once: True if the model generates one image and is then freed.
 
     Raises:
-        ManifestError: a file is not what was built.
+        ManifestError: A file is not the one that was built.
+        BackendError: The engine cannot run the bundle on this machine.
     """
-    spec = bundle.manifest.components[component].spec
-    if choice.backend == "tensorrt":
-        return lambda: TensorRtBackend(bundle, component, choice.graph)
-    graph = bundle.graph(component, choice.graph)
-    if choice.backend == "onnxruntime" and component == "unet" and _is_keyed(bundle, choice):
-        keys, keyed = ((bundle.graph(name, "fp32"), bundle.manifest.components[name].spec) for name in (KEYS, KEYED))
-        return lambda: KeyedUNetBackend(spec, keys, keyed, threads)
-    if choice.backend == "onnxruntime":
-        return lambda: OnnxRuntimeBackend(graph, spec, choice.device, threads)
-    folder = None if cache is None else cache / _digest(bundle, component, choice.graph)
-    constant = "context" if component == "unet" else None
-    return lambda: OpenVinoBackend(graph, spec, choice.arithmetic, threads, folder, constant)
+    engine, choice = select_backend(bundle, backend, Wish(precision, device, once))
+    placement = Placement(choice.device, threads, cache)
+    model = bundle.manifest.model
+    backends = {
+        name: LazyBackend(model.components[name], engine.open(bundle, name, choice, placement))
+        for name in pipeline_components(model)
+    }
+    return OpenModel(backends, choice, engine.device_loop(bundle, choice, placement, backends[UNET]))
 
 
-def _is_keyed(bundle: Bundle, choice: Choice) -> bool:
-    held = KEYS in bundle.manifest.components and KEYED in bundle.manifest.components
-    return held and choice.graph == "fp32" and not runs_on_cuda(choice)
+def open_component(
+    bundle: Bundle,
+    component: str,
+    backend: str | Engine = AUTO,
+    *,
+    precision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    cache: Path | None = None,
+) -> Backend:
+    """Load one component. Only its own files are read and checked.
 
-
-def _digest(bundle: Bundle, component: str, precision: str) -> str:
-    """A name for a graph and its weights."""
-    name, files = bundle.manifest.components[component].graphs[precision], bundle.manifest.files
-    return "-".join(files[part].sha256[:16] for part in (name, f"{name}.data") if part in files)
+    Arguments and errors are those of ``open_model``; the component must be one of the bundle's.
+    """
+    if component not in bundle.manifest.components:
+        known = ", ".join(bundle.manifest.components)
+        raise BackendError(f"{bundle.folder}: got component {component!r:.60}, expected one of {known}")
+    engine, choice = select_backend(bundle, backend, Wish(precision, device))
+    return engine.open(bundle, component, choice, Placement(choice.device, threads, cache))()

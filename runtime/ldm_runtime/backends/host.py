@@ -1,8 +1,9 @@
-"""The host: usable CPU cores (affinity capped by the cgroup CPU quota), and imports of optional engine packages."""
+"""The host: usable CPU cores, GPUs, and optional engine packages with their error messages."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -10,41 +11,64 @@ from types import ModuleType
 
 from ldm_runtime.errors import BackendError, interrupted
 
+__all__ = ["first_line", "has_nvidia_gpu", "import_engine", "is_installed", "usable_cores"]
+
 CGROUP = Path("/sys/fs/cgroup")
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
+"""Device files of NVIDIA's driver, on Linux and on the Windows Subsystem for Linux."""
+_ENGINE_NOISE = ("Exception from", "Check '")
+"""Beginnings of lines that name a place in an engine's C++ code."""
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """At least 1: the cores of the process's affinity, or fewer where a container's CPU quota is smaller.
+    """Return the number of usable CPU cores: the process affinity, capped by the CPU quota of the control group.
 
-    A container started with ``--cpus 2`` sees all cores of its machine; a thread for each would wait for the others.
+    A container started with ``--cpus 2`` sees all cores of its machine, but threads beyond two would only wait.
+
+    Args:
+        cgroup: Folder where the control group file system is mounted.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, _quota(cgroup))))
 
 
 def _quota(cgroup: Path) -> float:
-    """Cores' worth of time per period, of control groups version 2 or 1; infinity where there is no limit."""
+    """CPU time per period in cores, from control groups version 2 or 1; infinity if there is no limit."""
     try:
-        if (both := cgroup / "cpu.max").is_file():
-            quota, period = both.read_text().split()
+        if (version2 := cgroup / "cpu.max").is_file():
+            quota, period = version2.read_text().split()
         else:
             quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
-    except (OSError, ValueError):  # no such files, or "max"
+    except (OSError, ValueError):  # the files are missing, or the quota is "max"
         return math.inf
 
 
-def import_engine(module: str, install: str) -> ModuleType:
+def has_nvidia_gpu() -> bool:
+    """True if a driver for an NVIDIA GPU is loaded. The driver itself is not called."""
+    return any(Path(device).exists() for device in GPU_DEVICES)
+
+
+def is_installed(module: str) -> bool:
+    """True if a top-level module can be imported. It is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module without a spec
+        return True
+
+
+def import_engine(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Args:
-        module: its name, as imported.
-        install: what to type where it is missing, e.g. ``pip install "ldm-export[onnxruntime]"``.
+        module: Name of the module.
+        extra: Extra of ldm-export that installs it, e.g. "onnxruntime".
 
     Raises:
-        BackendError: not installed, or its libraries cannot be loaded on this machine.
-        KeyboardInterrupt: came while it was loaded; compiled modules turn one into an ``ImportError``.
+        BackendError: The package is not installed, or its libraries cannot be loaded on this machine.
+        KeyboardInterrupt: The user interrupted the import. Compiled modules turn an interrupt into an ``ImportError``.
     """
+    install = f'pip install "ldm-export[{extra}]"'
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
@@ -52,5 +76,14 @@ def import_engine(module: str, install: str) -> ModuleType:
             raise KeyboardInterrupt from None
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or " "):
             raise BackendError(f"{module} is not installed; `{install}`") from None
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BackendError(f"{module} cannot be loaded: {reason:.300}; install it again: `{install}`") from None
+        raise BackendError(f"{module} cannot be loaded: {first_line(error)}; install it again: `{install}`") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an engine's error that says what is wrong, at most 300 characters.
+
+    Empty lines and lines that name a place in the engine's C++ code are skipped.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    messages = [line for line in lines if line and not line.startswith(_ENGINE_NOISE)]
+    return (messages or [line for line in lines if line] or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""A backend that is loaded when it first runs, and can be freed and loaded again."""
+"""A backend that is loaded when it first runs, and that can be freed and loaded again."""
 
 from __future__ import annotations
 
@@ -7,34 +7,41 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Backend, Feed, Preparing, SpecBackend
+from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.specs import ComponentSpec
+
+__all__ = ["LazyBackend"]
 
 
 class LazyBackend(SpecBackend):
-    """Stands for a component that ``load`` loads; after ``close`` the next ``run`` loads it anew."""
+    """Loads a component when it first runs. After ``close`` the next ``run`` loads it again.
 
-    def __init__(self, spec: ComponentSpec, load: Callable[[], Backend]):
-        self._spec, self._load = spec, load
+    Args:
+        spec: Inputs and outputs of the component.
+        loader: Loads the component.
+    """
+
+    def __init__(self, spec: ComponentSpec, loader: Callable[[], Backend]):
+        self._spec, self.loader = spec, loader
         self._loaded: Backend | None = None
 
+    @property
+    def is_loaded(self) -> bool:
+        """True if the component is loaded."""
+        return self._loaded is not None
+
     def load(self) -> Backend:
-        """The backend itself, loaded if it was not. Raises what its constructor raises."""
+        """Return the backend, which is loaded if it was not. Raises what the loader raises."""
         if self._loaded is None:
-            self._loaded = self._load()
+            self._loaded = self.loader()
         return self._loaded
 
-    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """As the backend does, or what it is given where the backend has nothing to prepare."""
-        loaded = self.load()
-        return loaded.prepare(feed) if isinstance(loaded, Preparing) else dict(feed)
-
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """Run once. Raises what loading and the backend raise."""
+        """Run the component once. Raises what the loader and the backend raise."""
         return self.load().run(feed)
 
     def close(self) -> None:
-        """Free it, if it was loaded."""
+        """Free the component if it was loaded."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             loaded.close()

@@ -1,10 +1,9 @@
-"""ONNX Runtime: on CUDA where its provider is installed and a device is present, else on the CPU."""
+"""The engine ONNX Runtime: on CUDA if its provider is installed and a GPU is present, otherwise on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,55 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.host import import_engine, usable_cores
+from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, step_graphs
+from ldm_runtime.backends.host import first_line, has_nvidia_gpu, is_installed
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.onnxruntime_session import (
+    EXTRA,
+    PROVIDERS,
+    load_onnxruntime,
+    open_session,
+    providers,
+    session_options,
+)
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import files_of_graph
+from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.errors import BackendError
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 
-DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CAPTURE_REFUSED = "cannot use the graph capture feature"
-"""What onnxruntime says where a part of a graph falls to the CPU, so that calls cannot be CUDA graphs."""
+__all__ = [
+    "CPU_VARIANT",
+    "OnnxRuntimeBackend",
+    "OnnxRuntimeEngine",
+    "OnnxRuntimeLoader",
+    "open_session",
+    "providers",
+    "session_options",
+]
+
+CPU_VARIANT = "onnxruntime-cpu"
+"""Variant of a graph with ONNX Runtime's own operators for the CPU, e.g. its fused attention."""
+SMALL_UNET = 100 * 10**6
+"""Bytes of an fp32 UNet below which ONNX Runtime generates a single image sooner than OpenVINO. OpenVINO samples
+faster, but its compilation takes longer than that saves: 0.6 s against 1.4 s in total for a UNet of 22 MB. Larger
+models were not measured."""
+CUDA_RANK, SMALL_RANK, CPU_RANK = 20, 30, 50
 
 
 class OnnxRuntimeBackend(SpecBackend):
     """Runs one ONNX graph with ONNX Runtime through IO binding.
 
     Args:
-        graph: path of the ``.onnx`` file; external weights lie beside it.
-        spec: what the graph takes and gives.
-        device: "cpu", "cuda", or "auto" for CUDA where it works.
-        threads: threads of one operator on the CPU; None takes the cores this process may use.
+        graph: Path of the ``.onnx`` file. External weights lie beside it.
+        spec: Inputs and outputs of the graph.
+        device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
+        threads: CPU threads of one operator. None means all cores that this process may use.
 
     Raises:
-        BackendError: onnxruntime is not installed, the device is not to be had, or the graph does not load.
+        BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
     """
 
     def __init__(self, graph: Path, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
@@ -39,11 +67,11 @@ class OnnxRuntimeBackend(SpecBackend):
         self._session, self.device = open_session(graph, spec, device, threads)
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """Run once.
+        """Run the graph once.
 
         Raises:
-            SpecError: the feed does not fit the spec.
-            BackendError: onnxruntime failed, e.g. out of memory.
+            SpecError: The feed does not fit the spec.
+            BackendError: onnxruntime failed, e.g. because memory ran out.
         """
         check_feed(self._spec, feed)
         binding = self._session.io_binding()
@@ -53,7 +81,7 @@ class OnnxRuntimeBackend(SpecBackend):
             binding.bind_output(tensor.name)
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # as above
+        except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
             raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
         names = [tensor.name for tensor in self._spec.outputs]
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
@@ -63,93 +91,76 @@ class OnnxRuntimeBackend(SpecBackend):
         del self._session
 
 
-def open_session(
-    graph: Path,
-    spec: ComponentSpec,
-    device: str,
-    threads: int | None = None,
-    sizes: Mapping[str, int] | None = None,
-) -> tuple[Any, str]:
-    """Load a graph.
+@dataclass(frozen=True)
+class OnnxRuntimeLoader:
+    """Loads a component whose graph has been checked."""
 
-    Args:
-        graph, spec, device, threads: as of ``OnnxRuntimeBackend``.
-        sizes: symbol of a dimension → its only size in this session. On CUDA the session then captures its first call
-            as a CUDA graph and replays it on the same memory ever after, if all of the graph runs there.
+    graph: Path
+    spec: ComponentSpec
+    placement: Placement
 
-    Returns:
-        The session, and "cpu" or "cuda".
-
-    Raises:
-        BackendError: as ``OnnxRuntimeBackend``.
-    """
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls the cores are for others
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    for symbol, size in (sizes or {}).items():
-        options.add_free_dimension_override_by_name(symbol, size)
-    wanted = providers(device, ort.get_available_providers())
-    tries: list[list[Any]] = [[*wanted]]
-    if DEVICES["cuda"] in wanted and hasattr(ort, "preload_dlls"):
-        with redirect_stdout(StringIO()):  # where it prints what it does not find
-            ort.preload_dlls(directory="")  # CUDA and cuDNN as pip installs them
-    if sizes is not None and DEVICES["cuda"] in wanted:
-        tries.insert(0, [(name, {"enable_cuda_graph": "1"}) if name == DEVICES["cuda"] else name for name in wanted])
-    while True:
-        try:
-            session = ort.InferenceSession(str(graph), options, providers=tries[0])
-            break
-        except Exception as error:  # onnxruntime raises bare classes of its C++ side
-            if len(tries) > 1 and CAPTURE_REFUSED in str(error):
-                tries.pop(0)
-                continue
-            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {first_line(error)}") from None
-    found = "cuda" if session.get_providers()[0] == DEVICES["cuda"] else "cpu"
-    if device == "cuda" and found != "cuda":
-        raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
-    _check_names(session, spec, graph)
-    return session, found
+    def __call__(self) -> OnnxRuntimeBackend:
+        """Load the component."""
+        return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
 
 
-def _check_names(session: Any, spec: ComponentSpec, graph: Path) -> None:
-    for side, given, wanted in (
-        ("inputs", session.get_inputs(), spec.inputs),
-        ("outputs", session.get_outputs(), spec.outputs),
-    ):
-        got, expected = {arg.name for arg in given}, {tensor.name for tensor in wanted}
-        if got != expected:
-            raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
+class OnnxRuntimeEngine:
+    """Descriptor of ONNX Runtime, as ``backends.engine.Engine``."""
+
+    name = "onnxruntime"
+    extra = EXTRA
+
+    def available(self) -> str | None:
+        """None if onnxruntime is installed, otherwise why it cannot be used."""
+        return None if is_installed("onnxruntime") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
+
+    def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+        """Yield CUDA or the CPU on the graphs of the precision asked for, then fp32 for one image of a small model.
+
+        Raises:
+            BackendError: onnxruntime is not installed, or it has no CUDA provider and "cuda" is asked for.
+        """
+        if not is_installed("onnxruntime"):
+            load_onnxruntime()
+        graph = wish.precision or bundle.precision
+        if wish.device == "cuda":
+            providers("cuda", load_onnxruntime().get_available_providers())
+        if wish.device == "cuda" or (wish.device == "auto" and has_nvidia_gpu() and _has_cuda_provider()):
+            yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
+            return
+        reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
+        yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
+        if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
+            reason = "the fastest start for one image of a small model"
+            yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
+        """Check a component's graph and return its loader. On the CPU the variant for ONNX Runtime is preferred.
+
+        Raises:
+            ManifestError: A file is not the one that was built, or there is no graph of that precision.
+        """
+        graph = bundle.graph(component, choice.graph, CPU_VARIANT if placement.device == "cpu" else "")
+        return OnnxRuntimeLoader(graph, bundle.manifest.components[component].spec, placement)
+
+    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+        """Return the loop on CUDA; None on the CPU, and for a bundle without step graphs.
+
+        Raises:
+            ManifestError: A step graph is not the file that was built.
+        """
+        loader, steps = unet.loader, step_graphs(bundle.manifest.model)
+        if placement.device != "cuda" or not steps or not isinstance(loader, OnnxRuntimeLoader):
+            return None
+        graphs = {name: (bundle.graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
+        graphs[UNET] = loader.graph, loader.spec
+        return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
 
 
-def providers(device: str, available: Sequence[str]) -> list[str]:
-    """The execution providers to ask for, of those ``available``, in order.
-
-    Raises:
-        BackendError: the device is unknown, or CUDA is asked for and there is no provider for it.
-    """
-    if device not in ("auto", *DEVICES):
-        raise BackendError(f"device: got {device!r}, expected auto, {' or '.join(DEVICES)}")
-    if device == "cuda" and DEVICES["cuda"] not in available:
-        raise BackendError(
-            'this onnxruntime has no CUDA provider; `pip install "ldm-export[gpu]"`, or use device="cpu"'
-        )
-    wanted = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
-    return [DEVICES[name] for name in wanted if DEVICES[name] in available]
+def _has_cuda_provider() -> bool:
+    return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
 
 
-def load_onnxruntime() -> Any:
-    """The package.
-
-    Raises:
-        BackendError: not installed, or broken.
-    """
-    return import_engine("onnxruntime", 'pip install "ldm-export[onnxruntime]"')
-
-
-def first_line(error: Exception) -> str:
-    """What onnxruntime says, without the lines it adds."""
-    return str(error).strip().partition("\n")[0][:300]
+def _is_small(bundle: Bundle) -> bool:
+    graph, files = bundle.manifest.components[UNET].graphs.get("fp32"), bundle.manifest.files
+    return graph is not None and sum(files[name].size for name in files_of_graph(graph, files)) < SMALL_UNET

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a device of the denoising loop: tensors stay in its memory, bound to the graphs that share them."""
+"""ONNX Runtime as the device of a denoising loop: tensors stay in device memory and are shared between the graphs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends.onnxruntime import first_line, load_onnxruntime, open_session
+from ldm_runtime.backends.host import first_line
+from ldm_runtime.backends.onnxruntime_session import load_onnxruntime, open_session
 from ldm_runtime.device_loop import Tensor
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, sizes_of
+
+__all__ = ["OnnxRuntimeDevice"]
 
 
 class OnnxRuntimeDevice:
     """Runs graphs on shared tensors through IO binding.
 
-    Sessions are made for one set of shapes, and anew when other shapes come: with fixed shapes all of a graph runs on
-    the GPU, and each call is one CUDA graph.
+    Each session is created for one set of shapes, and again if the shapes change. With fixed shapes a whole graph runs
+    on the GPU, and each call is one CUDA graph.
 
     Args:
-        graphs: component → (ONNX file, spec); loaded when first held.
-        device: "cuda", or "cpu", where it serves tests.
+        graphs: Component -> (checked ONNX file, spec). A graph is loaded when ``hold`` first names it.
+        device: "cuda", or "cpu" for tests.
     """
 
     def __init__(self, graphs: Mapping[str, tuple[Path, ComponentSpec]], device: str = "cuda"):
@@ -33,11 +36,15 @@ class OnnxRuntimeDevice:
         self._calls: dict[str, tuple[Any, Any]] = {}
 
     def hold(self, tensors: Mapping[str, Tensor], components: Sequence[str]) -> None:
-        """Have memory for these tensors and sessions of their shapes; what is held already stays.
+        """Allocate tensors and load the sessions of components for their shapes. The same call again does nothing.
+
+        Args:
+            tensors: Tensor name -> (shape, dtype).
+            components: Names of the components to load.
 
         Raises:
-            SpecError: shapes a component does not take.
-            BackendError: a graph cannot be loaded, or there is no memory.
+            SpecError: A component does not take these shapes.
+            BackendError: A graph cannot be loaded, or memory ran out.
         """
         key = (tuple(sorted(tensors.items())), tuple(components))
         if key == self._held:
@@ -54,7 +61,7 @@ class OnnxRuntimeDevice:
                 self._values[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                     list(shape), np.dtype(dtype).type, self._device, 0
                 )
-        except Exception as error:  # onnxruntime raises bare classes of its C++ side
+        except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
             raise BackendError(f"onnxruntime: {first_line(error)}; free GPU memory") from None
         for component, (_, binding) in self._calls.items():
             spec = self._graphs[component][1]
@@ -65,31 +72,31 @@ class OnnxRuntimeDevice:
         self._held = key
 
     def write(self, name: str, array: NDArray[Any]) -> None:
-        """Copy from the host."""
+        """Copy an array from the host."""
         self._values[name].update_inplace(np.ascontiguousarray(array))
 
     def read(self, name: str) -> NDArray[Any]:
-        """Copy to the host."""
+        """Copy a tensor to the host. The array belongs to the caller."""
         return np.array(self._values[name].numpy())
 
     def copy(self, source: str, target: str) -> None:
-        """Copy on the device."""
+        """Copy a tensor to another one of the same shape on the device."""
         self._values[target].update_inplace(self._values[source])
 
     def launch(self, component: str) -> None:
-        """Run a component on what its tensors hold.
+        """Run a component on its tensors.
 
         Raises:
-            BackendError: onnxruntime failed, e.g. out of memory.
+            BackendError: onnxruntime failed, e.g. because memory ran out.
         """
         session, binding = self._calls[component]
         try:
             session.run_with_iobinding(binding)
-        except Exception as error:  # as above
+        except Exception as error:  # as in hold
             raise BackendError(f"{component}: onnxruntime failed: {first_line(error)}") from None
 
     def close(self) -> None:
-        """Free tensors and sessions."""
+        """Free the tensors and the sessions."""
         self._calls.clear()
         self._values.clear()
         self._held = None

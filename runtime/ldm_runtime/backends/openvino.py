@@ -1,7 +1,8 @@
-"""OpenVINO on the CPU: the same ONNX graphs, compiled for each set of shapes, in bf16 where the CPU has it."""
+"""The engine OpenVINO on the CPU: ONNX graphs compiled for each set of shapes, in bf16 if the CPU supports it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.host import import_engine, usable_cores
-from ldm_runtime.backends.openvino_cut import after_cut, before_cut, value_names
+from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish
+from ldm_runtime.backends.host import first_line, import_engine, is_installed, usable_cores
+from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import files_of_graph, weights_beside
+from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
+__all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
+
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
-"""What OpenVINO calls a precision; what a graph says itself, int8 by Q/DQ above all, it keeps in either."""
+"""Precision of arithmetic -> OpenVINO's name of it. Both keep the types that a graph states, e.g. int8 by Q/DQ."""
+RANK = 40
+EXTRA = "openvino"
 
 
 class OpenVinoBackend(SpecBackend):
-    """Runs one ONNX graph with OpenVINO, compiled for each set of shapes when it first comes (``openvino_shapes``).
+    """Runs one ONNX graph with OpenVINO, compiled when a set of shapes first comes (``openvino_shapes``).
 
     Args:
-        graph: path of the ``.onnx`` file; external weights lie beside it and are mapped, not read.
-        spec: what the graph takes and gives.
-        arithmetic: "fp32", or "bf16" for matrix work in bf16 where the CPU has it.
-        threads: CPU threads; None takes the cores this process may use.
-        cache: folder where compiled graphs are kept for the next process; None keeps none. It must be this graph's own.
-        constant: an input that stays the same over many runs: what depends on it alone is a graph of its own, which
-            ``prepare`` runs once. The result is the same to the bit.
+        graph: Path of the ``.onnx`` file. External weights lie beside it and are mapped, not read.
+        spec: Inputs and outputs of the graph.
+        arithmetic: "fp32", or "bf16" for matrix products in bf16 if the CPU supports it.
+        threads: CPU threads. None means all cores that this process may use.
+        cache: Folder where compiled graphs are kept for the next process, used by this graph alone. None keeps none.
 
     Raises:
-        BackendError: openvino is not installed, the CPU lacks the arithmetic, or the graph does not load.
+        BackendError: openvino is not installed, the CPU does not support the arithmetic, or the graph does not load.
     """
 
     def __init__(
@@ -43,13 +50,12 @@ class OpenVinoBackend(SpecBackend):
         arithmetic: str = "fp32",
         threads: int | None = None,
         cache: Path | None = None,
-        constant: str | None = None,
     ):
         if arithmetic not in ARITHMETIC:
             raise BackendError(f"arithmetic: got {arithmetic!r:.40}, expected one of {', '.join(ARITHMETIC)}")
         if arithmetic == "bf16" and not has_bf16():
             raise BackendError("this CPU has no bf16 arithmetic; use precision fp32")
-        self._core, self._graph, self._spec, self._constant = core(), graph, spec, constant
+        self._core, self._graph, self._spec = core(), graph, spec
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
@@ -57,114 +63,131 @@ class OpenVinoBackend(SpecBackend):
         }
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
-        data = graph.with_name(f"{graph.name}.data")
-        weights = (data if data.is_file() else graph).stat().st_size
-        self._spare: Any = self._read()
-        self._names = value_names(self._spare, constant) if constant else []
-        self._main = ShapedGraph(self._take, self._core, options, weights)
-        self._first: ShapedGraph | None = None
-        if constant and self._names:
-            self._main = ShapedGraph(lambda: after_cut(self._take(), constant), self._core, options, weights)
-            self._first = ShapedGraph(lambda: before_cut(self._take(), constant), self._core, options, weights)
+        weights = weights_beside(graph)
+        size = (weights if weights.is_file() else graph).stat().st_size
+        self._unused: Any = self._read()
+        self._shaped = ShapedGraph(self._take, self._core, options, size)
 
     def _take(self) -> Any:
-        """A graph of one's own: the first that was read, then new ones."""
-        model, self._spare = self._spare or self._read(), None
+        """Return a graph that nobody else uses: the one that the constructor read, then new ones."""
+        model, self._unused = self._unused or self._read(), None
         return model
 
     def _read(self) -> Any:
         try:
             reader = onnx_reader()
             model = reader.convert(reader.load(str(self._graph)))
-        except Exception as error:  # openvino raises bare RuntimeErrors of its C++ side
+        except Exception as error:  # openvino raises a bare RuntimeError for failures of its C++ code
             raise BackendError(f"{self._spec.name}: openvino cannot load {self._graph}: {first_line(error)}") from None
-        for side, given, wanted in (
+        for side, ports, tensors in (
             ("inputs", model.inputs, self._spec.inputs),
             ("outputs", model.outputs, self._spec.outputs),
         ):
-            got, expected = {port.any_name for port in given}, {tensor.name for tensor in wanted}
+            got, expected = {port.any_name for port in ports}, {tensor.name for tensor in tensors}
             if got != expected:
                 raise BackendError(
                     f"{self._graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild"
                 )
         return model
 
-    def prepare(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """What ``run`` takes in place of the ``constant`` input: itself and what follows from it alone. Rows are the
-        leading axis of every array.
-
-        Raises:
-            BackendError: openvino failed.
-        """
-        if self._first is None:
-            return dict(feed)
-        request = self._guarded(self._first, feed)
-        values = (request.get_output_tensor(index).data.copy() for index in range(len(self._names)))
-        return {**feed, **dict(zip(self._names, values, strict=True))}
-
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """Run once; the first time with new shapes, compile for them before.
-
-        Args:
-            feed: the spec's inputs, and what ``prepare`` gave for the constant one or not.
+        """Run the graph once. If its shapes are new, it is compiled for them first.
 
         Raises:
-            SpecError: the feed does not fit the spec.
-            BackendError: openvino failed, e.g. out of memory.
+            SpecError: The feed does not fit the spec.
+            BackendError: openvino failed, e.g. because memory ran out.
         """
-        prepared = {name: feed[name] for name in self._names if name in feed}
-        plain = {name: array for name, array in feed.items() if name not in prepared}
-        check_feed(self._spec, plain)
-        if len(prepared) != len(self._names) and self._constant:
-            prepared = self.prepare({self._constant: plain[self._constant]})
-        request = self._guarded(self._main, {**plain, **prepared})
-        return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self._spec.outputs}
-
-    def _guarded(self, graph: ShapedGraph, feed: Feed) -> Any:
+        check_feed(self._spec, feed)
         try:
-            return graph.run({name: np.require(array, requirements=("C", "W")) for name, array in feed.items()})
+            request = self._shaped.run({k: np.require(array, requirements=("C", "W")) for k, array in feed.items()})
         except BackendError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # as in _read
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
+        return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self._spec.outputs}
 
     def close(self) -> None:
-        """Free what was compiled."""
-        self._spare = None
-        self._main.close()
-        if self._first is not None:
-            self._first.close()
+        """Free the compiled graphs."""
+        self._unused = None
+        self._shaped.close()
+
+
+class OpenVinoEngine:
+    """Descriptor of OpenVINO, as ``backends.engine.Engine``."""
+
+    name = "openvino"
+    extra = EXTRA
+
+    def available(self) -> str | None:
+        """None if openvino is installed, otherwise why it cannot be used."""
+        return None if is_installed("openvino") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
+
+    def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+        """Yield the CPU. OpenVINO rounds fp32 graphs, and what int8 graphs leave in fp32, to bf16 by itself.
+
+        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16".
+
+        Raises:
+            BackendError: openvino is not installed, or the CPU lacks what is asked for.
+        """
+        if not wish.needs(RANK):
+            return
+        if wish.device == "cuda":
+            raise BackendError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
+        bf16, reason = has_bf16(), "the fastest installed engine for this CPU"
+        if wish.precision == "bf16" and not bf16:
+            raise BackendError("precision: got bf16, in which this CPU does not compute; use fp32")
+        if wish.precision in ("fp32", "fp16"):
+            yield Choice(self.name, "cpu", wish.precision, "fp32", RANK, reason)
+            return
+        graph = "int8" if (wish.precision or bundle.precision) == "int8" else "fp32"
+        yield Choice(self.name, "cpu", graph, "bf16" if bf16 else "fp32", RANK, reason)
+
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
+        """Check a component's graph and return its loader. Each graph has a folder of its own in the cache.
+
+        Raises:
+            ManifestError: A file is not the one that was built, or there is no graph of that precision.
+        """
+        part = bundle.manifest.components[component]
+        graph, cache = bundle.graph(component, choice.graph), placement.cache
+        if cache is not None:
+            cache = cache / _cache_folder(bundle, part.graphs[choice.graph])
+        return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
+
+    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+        """None: on the CPU the pipeline's NumPy loop runs beside the UNet."""
+        return None
+
+
+def _cache_folder(bundle: Bundle, graph: str) -> str:
+    """Return a name for a graph and its weights, taken from their digests."""
+    files = bundle.manifest.files
+    return "-".join(files[name].sha256[:16] for name in files_of_graph(graph, files))
 
 
 @cache
 def core() -> Any:
-    """OpenVINO's core, one for all backends.
+    """Return OpenVINO's core, which all backends share.
 
     Raises:
-        BackendError: openvino is not installed, or broken.
+        BackendError: openvino is not installed, or its libraries cannot be loaded.
     """
-    return import_engine("openvino", 'pip install "ldm-export[openvino]"').Core()
+    return import_engine("openvino", EXTRA).Core()
 
 
 @cache
 def onnx_reader() -> Any:
-    """OpenVINO's reader of ONNX alone: asked for a file, the core would try every format on a stranger's bytes."""
+    """Return OpenVINO's ONNX reader. The core's own ``read_model`` would try every format on an untrusted file."""
     from openvino.frontend import FrontEndManager
 
     return FrontEndManager().load_by_framework("onnx")
 
 
 def has_bf16() -> bool:
-    """True where the CPU multiplies bf16 matrices itself (AVX512-BF16, AMX).
+    """True if the CPU multiplies bf16 matrices (AVX512-BF16, AMX).
 
     Raises:
-        BackendError: openvino is not installed.
+        BackendError: openvino is not installed, or its libraries cannot be loaded.
     """
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def first_line(error: Exception) -> str:
-    """The line of an engine's error that says what is wrong: C++ places and empty lines come before it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
-    return (told or lines or [type(error).__name__])[0][:300]

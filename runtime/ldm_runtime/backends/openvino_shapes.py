@@ -1,4 +1,4 @@
-"""One graph compiled by OpenVINO for the shapes that come: for each set of its own, then for any."""
+"""Compiles one graph with OpenVINO for the shapes it runs with: for each set of shapes, and later for any shape."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from ldm_runtime.backends.page_release import release_mapped_files, release_mapp
 
 MAX_SHAPES = 8
 BUDGET = 2 * 2**30
-"""Bytes of weights that compiled sets of shapes may hold together beside the first, each a copy of its own. Where one
-more comes, a graph compiled for any shape takes the place of them all: about 5% slower, never compiled anew."""
+"""Bytes of weights that compiled graphs may hold beside the first one; each has its own copy. Beyond that, one graph
+compiled for any shape replaces all of them. It is about 5% slower, but never compiled again."""
 LARGE = 2**16
-"""Bytes from which a constant's pages are worth giving back."""
+"""Size in bytes from which the pages of a constant are released."""
+
+__all__ = ["ShapedGraph"]
 
 log = logging.getLogger(__name__)
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 Ready = tuple[Any, dict[str, NDArray[Any]]]
-"""A request and the inputs it has."""
+"""An inference request, and the inputs that it already has."""
 
 
 class ShapedGraph:
-    """Compiles a graph when it runs with shapes that are new to it.
+    """Compiles a graph when it first runs with a set of shapes.
 
     Args:
-        read: gives the graph, a new one at each call: one that was compiled would hold its weights a second time.
-        core: OpenVINO's.
-        options: of the compilation.
-        weights: their bytes.
+        read: Returns a new copy of the graph at each call. A copy that is kept would hold the weights a second time.
+        core: OpenVINO's core.
+        options: Options of the compilation.
+        weights: Size of the graph's weights in bytes.
     """
 
     def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
@@ -42,9 +44,13 @@ class ShapedGraph:
         self.kept = min(MAX_SHAPES, 1 + BUDGET // weights)
 
     def run(self, feed: Feed) -> Any:
-        """The request, run: its outputs belong to it. Raises RuntimeError, as OpenVINO does.
+        """Run the graph and return the inference request, which owns the outputs.
 
-        Arrays are shared with the request; one that it has already, such as a prompt's keys, is not given to it again.
+        Arrays are shared with the request. An array that it already has, e.g. the cross-attention keys of a prompt,
+        is not passed again.
+
+        Raises:
+            RuntimeError: OpenVINO failed.
         """
         import openvino
 
@@ -60,7 +66,7 @@ class ShapedGraph:
     def _compiled(self, shapes: Shapes) -> Ready:
         key = shapes if len(self._requests) < self.kept else None
         if key is None:
-            self._requests.clear()  # before another copy of the weights is made
+            self._requests.clear()  # frees memory before another copy of the weights is made
         log.info("compiling for %s", "any shape" if key is None else dict(key))
         model = self._read()
         if key is not None:
@@ -69,17 +75,17 @@ class ShapedGraph:
                 fold_upsampling(model)
         with release_mapped_pages(_weights(model)):
             compiled = self._core.compile_model(model, "CPU", self._options)
-        if "CACHE_DIR" in self._options:  # from which it may have come: the file stays mapped, with weights in fp32
+        if "CACHE_DIR" in self._options:  # a file of the cache stays mapped, with weights in fp32
             release_mapped_files(Path(self._options["CACHE_DIR"]))
         self._requests[key] = compiled.create_infer_request(), {}
         return self._requests[key]
 
     def close(self) -> None:
-        """Free what was compiled."""
+        """Free the compiled graphs."""
         self._requests.clear()
 
 
 def _weights(model: Any) -> list[NDArray[Any]]:
-    """The graph's larger constants, as they lie in memory."""
+    """Return the graph's larger constants as arrays in the memory that they occupy."""
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return [node.data for node in constants if node.get_byte_size() >= LARGE]

@@ -1,8 +1,8 @@
-"""A doubled picture and a 3×3 convolution of it as four 2×2 convolutions of the picture itself, for OpenVINO.
+"""Fuses nearest-neighbour 2× upsampling and a 3×3 convolution into four 2×2 convolutions and a depth-to-space.
 
-Nearest-neighbour doubling repeats every value, so of the nine products of a 3×3 convolution those that meet the same
-value can have their weights added beforehand: four products are left, and 4/9 of the work. The sums of weights are
-rounded once more than the weights were: the same up to rounding, so it is done where arithmetic rounds to bf16 anyway.
+Upsampling repeats every value. The nine products of the convolution therefore read only four distinct values, and
+weights that meet the same value can be added in advance. This leaves 4/9 of the work. The sums of weights are rounded
+once more, so the result is equal up to rounding. The fusion is used where the arithmetic rounds to bf16 anyway.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["fold_upsampling", "quarters"]
+
 F32 = NDArray[np.float32]
-LEAST = 64
+MIN_PIXELS = 64
 """Smallest height × width for which four convolutions are faster than one."""
 NEAREST = {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil")}
-"""Coordinates and rounding that repeat every value where a size is doubled."""
+"""Coordinate and rounding modes that repeat every value when a size is doubled."""
 
 
 def fold_upsampling(model: Any) -> int:
-    """Replace such pairs in a graph of fixed shapes; returns how many."""
+    """Fuse every pair of upsampling and convolution in a graph of fixed shapes; return the number of pairs."""
     folded = 0
     for convolution in model.get_ordered_ops():
         if convolution.get_type_name() == "Convolution" and _is_pair(convolution):
@@ -31,7 +33,7 @@ def fold_upsampling(model: Any) -> int:
 
 
 def quarters(weights: F32) -> dict[tuple[int, int], F32]:
-    """Weights [O, I, 3, 3] of a convolution of doubled values → for each parity of row and column [O, I, 2, 2]."""
+    """Add up the weights float32 [O, I, 3, 3] that meet the same value: (row parity, column parity) -> [O, I, 2, 2]."""
     rows = {
         0: np.stack([weights[:, :, 0], weights[:, :, 1] + weights[:, :, 2]], 2),
         1: np.stack([weights[:, :, 0] + weights[:, :, 1], weights[:, :, 2]], 2),
@@ -50,19 +52,19 @@ def _is_pair(convolution: Any) -> bool:
     small, large = resize.input(0).get_partial_shape(), resize.output(0).get_partial_shape()
     if small.is_dynamic or large.is_dynamic or len(resize.output(0).get_target_inputs()) != 1:
         return False
-    (rows, images, height, width), doubled = small.to_shape(), list(large.to_shape())
-    made, given = resize.get_attributes(), convolution.get_attributes()
+    (batch, channels, height, width), doubled = small.to_shape(), list(large.to_shape())
+    resizing, convolving = resize.get_attributes(), convolution.get_attributes()
     return (
-        doubled == [rows, images, 2 * height, 2 * width]
-        and height * width >= LEAST
-        and made["mode"] == "nearest"
-        and (made["coordinate_transformation_mode"], made["nearest_mode"]) in NEAREST
-        and not any(made["pads_begin"])
-        and not any(made["pads_end"])
+        doubled == [batch, channels, 2 * height, 2 * width]
+        and height * width >= MIN_PIXELS
+        and resizing["mode"] == "nearest"
+        and (resizing["coordinate_transformation_mode"], resizing["nearest_mode"]) in NEAREST
+        and not any(resizing["pads_begin"])
+        and not any(resizing["pads_end"])
         and list(weights.get_output_shape(0))[2:] == [3, 3]
         and weights.get_element_type().to_dtype() == np.float32
-        and [list(given[name]) for name in ("strides", "dilations", "pads_begin", "pads_end")] == [[1, 1]] * 4
-        and given["auto_pad"] == "explicit"
+        and [list(convolving[name]) for name in ("strides", "dilations", "pads_begin", "pads_end")] == [[1, 1]] * 4
+        and convolving["auto_pad"] == "explicit"
     )
 
 

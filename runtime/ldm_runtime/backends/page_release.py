@@ -1,4 +1,4 @@
-"""Mapped weights given back to the system while an engine repacks them, so that they are not resident twice."""
+"""Releases the pages of mapped weights while an engine repacks them, so that they are not resident twice."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["mapped_ranges", "release_mapped_files", "release_mapped_pages"]
+
 MAPS = Path("/proc/self/maps")
 MADV_DONTNEED = 4
-EVERY = 0.05
-"""Seconds between two rounds."""
+INTERVAL = 0.05
+"""Seconds between two releases."""
 Range = tuple[int, int]
 
 
 @contextmanager
 def release_mapped_pages(arrays: Sequence[NDArray[Any]]) -> Iterator[None]:
-    """Until the block ends, and once more then, drop the pages of those arrays that are read-only maps of a file.
+    """Release the pages of arrays in read-only file mappings repeatedly until the block ends, and once more then.
 
-    They stay in the system's page cache, and come back where they are read again. The arrays are held meanwhile, so
-    nothing else can take their place in memory. Nothing is done but on Linux.
+    The pages stay in the system's page cache and return when they are read again. The arrays are referenced
+    meanwhile, so no other data can take their addresses. On systems other than Linux this does nothing.
     """
     ranges, done = mapped_ranges(arrays), threading.Event()
     worker = threading.Thread(target=_rounds, args=(ranges, done), daemon=True)
@@ -38,25 +40,25 @@ def release_mapped_pages(arrays: Sequence[NDArray[Any]]) -> Iterator[None]:
 
 
 def release_mapped_files(folder: Path) -> None:
-    """Drop the pages of all files below a folder that are mapped to be read only; as ``release_mapped_pages``, once."""
+    """Release the pages of all read-only mappings of files below a folder once."""
     _drop([place for path, place in _read_only_files() if path.is_relative_to(folder.resolve())])
 
 
 def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
-    """First and last address of the whole pages of arrays that lie in files' mappings which cannot be written."""
-    held = [place for _, place in _read_only_files()]
-    starts = np.array([start for start, _ in held], np.uint64)
+    """Return the first and last address of the whole pages of each array that lies in a read-only file mapping."""
+    mappings = [place for _, place in _read_only_files()]
+    starts = np.array([start for start, _ in mappings], np.uint64)
     found = []
     for array in arrays:
         start, end = array.ctypes.data, array.ctypes.data + array.nbytes
         index = int(np.searchsorted(starts, start, "right")) - 1
-        if index >= 0 and end <= held[index][1]:
+        if index >= 0 and end <= mappings[index][1]:
             found.append((-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE))
     return [(start, end) for start, end in found if start < end]
 
 
 def _read_only_files() -> list[tuple[Path, Range]]:
-    """The process's mappings of files that it can read and not write, by address."""
+    """Return the read-only file mappings of this process, sorted by address."""
     if not MAPS.exists():
         return []
     lines = (line.split(maxsplit=5) for line in MAPS.read_text().splitlines())
@@ -66,7 +68,7 @@ def _read_only_files() -> list[tuple[Path, Range]]:
 
 def _rounds(ranges: Sequence[Range], done: threading.Event) -> None:
     while ranges:
-        last = done.wait(EVERY)
+        last = done.wait(INTERVAL)
         _drop(ranges)
         if last:
             return

@@ -3,8 +3,8 @@
 A pass is a function ``model -> PassResult``. Each pass is one module, whose docstring numbers its rules. To add a pass,
 write the module and list the function under its engine in ``ENGINE_PASSES``.
 
-``split_off`` and ``half_precision`` are not listed there. A split returns two models, and a conversion to half precision
-needs the measured magnitudes of the tensors.
+``split_off`` and ``half_precision`` are not listed there: a split returns two models, and a conversion to half
+precision needs the measured magnitudes of the tensors.
 """
 
 from __future__ import annotations

@@ -7,14 +7,15 @@ Rules:
 
 1. The pass rewrites softmax(s * Q K^T) V: a MatMul, a Softmax over the last axis, a MatMul, a Transpose by
    (0, 2, 1, 3) and a Reshape to [B, T, heads * width]. Each intermediate result has exactly one use.
-2. Q and V are split into heads by a Reshape to [B, T, heads, width] and a Transpose by (0, 2, 1, 3). Number of heads and
-   width are known in the graph.
-3. K is split in the same way and then transposed to [B, heads, width, T] as one batch of matrices: Reshape, Transpose by
-   (0, 2, 1), Reshape.
+2. Q and V are split into heads by a Reshape to [B, T, heads, width] and a Transpose by (0, 2, 1, 3). The graph states
+   the number of heads and the width.
+3. K is split in the same way and then transposed to [B, heads, width, T] as one batch of matrices: Reshape, Transpose
+   by (0, 2, 1), Reshape.
 4. Q and K may each be multiplied by a constant scalar; the node's attribute ``scale`` is the product of the scalars. V
    has no factor.
 5. Attention of any other form stays as it is, for example attention with a mask.
-6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention".
+6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention". If
+   that name has no module, the whole name takes its place.
 
 Precondition: the values have types and shapes, as ``graph.onnx_graph`` writes them.
 Postcondition: no rewritten Softmax is left, and the model imports the domain com.microsoft if the pass rewrote any.
@@ -96,12 +97,13 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     result = joined.outputs[0]
     if result.shape is None or len(result.shape) != 3 or result.shape[2] != value.heads * value.width:
         return False
+    name = softmax.name or ""
     node = ir.node(
         "MultiHeadAttention",
         [query.value, key.value, value.value],
         {"num_heads": query.heads, "scale": query.scale * key.scale},
         domain=DOMAIN,
-        name=f"{(softmax.name or '').rpartition('/')[0]}/MultiHeadAttention",
+        name=f"{name.rpartition('/')[0] or name}/MultiHeadAttention",
     )
     attended = node.outputs[0]
     attended.name, attended.shape, attended.type = f"{result.name}/attention", result.shape, result.type
@@ -114,7 +116,7 @@ def _heads(value: ir.Value | None) -> _Heads | None:
     """Rule 2: the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and at most a scalar factor."""
     value, scale = _without_scale(value)
     node = _producer(value, "Transpose", BY_HEAD)
-    split = _producer(node and node.inputs[0], "Reshape")
+    split = _producer(_data(node), "Reshape")
     if split is None or (shape := split.outputs[0].shape) is None or len(shape) != 4 or split.inputs[0] is None:
         return None
     heads, width = shape[2], shape[3]
@@ -127,16 +129,16 @@ def _keys(value: ir.Value | None) -> _Heads | None:
     """Rule 3: the same for a tensor that is transposed to [B, heads, width, T]."""
     value, scale = _without_scale(value)
     merged = _producer(value, "Reshape")
-    turned = _producer(merged and merged.inputs[0], "Transpose", (0, 2, 1))
-    split = _producer(turned and turned.inputs[0], "Reshape")
-    found = _heads(split and split.inputs[0])
+    turned = _producer(_data(merged), "Transpose", (0, 2, 1))
+    split = _producer(_data(turned), "Reshape")
+    found = _heads(_data(split))
     return found and replace(found, scale=found.scale * scale)
 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """Rule 4: the tensor and the constant scalar that it is multiplied by."""
     node = _producer(value, "Mul")
-    constant = node and node.inputs[1]
+    constant = None if node is None else node.inputs[1]
     if node is None or constant is None or constant.const_value is None or constant.const_value.size != 1:
         return value, 1.0
     return node.inputs[0], float(constant.const_value.numpy().item())
@@ -144,7 +146,11 @@ def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 def _producer(value: ir.Value | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
     """The node that computes a value, if it is of that type."""
-    return _of_type(value and value.producer(), op_type, perm)
+    return _of_type(None if value is None else value.producer(), op_type, perm)
+
+
+def _data(node: ir.Node | None) -> ir.Value | None:
+    return None if node is None else node.inputs[0]
 
 
 def _user(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:

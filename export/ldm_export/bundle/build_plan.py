@@ -1,0 +1,66 @@
+"""What every stage of a build needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_export.bundle.stages import OnProgress
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.families.family import Family
+from ldm_runtime.atomic_files import sha256
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.errors import CheckpointError
+from ldm_runtime.model import ModelDescription
+
+__all__ = ["BuildPlan", "folder_digests", "relative"]
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Inputs and places of one build.
+
+    Attributes:
+        checkpoint: What is exported.
+        family: Of the checkpoint.
+        model: Its components: the traced ones, and after the fp32 graphs are there, those of the bundle.
+        work: Folder in which the files of finished stages lie under their paths in the bundle.
+        previous: The bundle that is there, if any.
+        tools: Package -> version.
+        on_progress: Receives the progress of each stage.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    model: ModelDescription
+    work: Path
+    previous: Bundle | None
+    tools: Mapping[str, str]
+    on_progress: OnProgress
+
+    def graph(self, component: str, precision: str) -> Path:
+        """Path of a component's graph in the work folder."""
+        return self.work / graph_file(component, precision)
+
+    def fp32_graphs(self) -> dict[str, Path]:
+        """Component of the model -> path of its fp32 graph in the work folder."""
+        return {name: self.graph(name, "fp32") for name in self.model.components}
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below a folder of a checkpoint.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    try:
+        return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); check the checkpoint") from None
+
+
+def relative(files: list[Path], folder: Path) -> list[str]:
+    """Paths of files below ``folder``, as a stage returns them."""
+    return [str(file.relative_to(folder)) for file in files]

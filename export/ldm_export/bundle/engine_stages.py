@@ -1,0 +1,92 @@
+"""Stages that build TensorRT engines from the graphs of a build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ldm_export.bundle.build_plan import BuildPlan
+from ldm_export.bundle.stages import Stage
+from ldm_export.engine.builder import build_engine
+from ldm_export.engine.builder_package import check_request, open_package
+from ldm_export.engine.process import build_in_subprocess
+from ldm_export.engine.profiles import latent_bounds
+from ldm_export.engine.request import EngineJob, EngineRequest
+from ldm_runtime.bundle_layout import engine_file, graph_file, precision_report
+from ldm_runtime.engine_facts import EngineFacts, engine_from_json
+from ldm_runtime.model import ModelDescription
+from ldm_runtime.specs import ComponentSpec
+
+__all__ = ["engine_of", "engine_stage", "in_latents"]
+
+
+def in_latents(request: EngineRequest, model: ModelDescription, precision: str) -> EngineRequest:
+    """Check a request with bounds in pixels; the result has bounds in latents, and rows for the model's guidance.
+
+    Raises:
+        BuildError: The package is not installed or cannot serve the request, or pixels are not a multiple of the
+            model's factor.
+    """
+    check_request(open_package(request.target), request, precision)
+    factor = model.latents.factor
+    bounds = tuple(
+        (name, sizes if name == "batch" else latent_bounds(name, sizes, factor)) for name, sizes in request.bounds
+    )
+    return replace(request, bounds=bounds, rows_per_image=max(1, len(model.guidance)))
+
+
+def engine_stage(
+    plan: BuildPlan, spec: ComponentSpec, precision: str, request: EngineRequest, sources: Mapping[str, str]
+) -> Stage:
+    """Builds an engine from a component's graph in the work folder, and writes its facts beside it.
+
+    Args:
+        plan: Of the build.
+        spec: Of the component.
+        precision: The precision asked for; a component without such a graph stays in fp32 as a whole.
+        request: With bounds in latents.
+        sources: Graph file -> key of the stage that wrote it.
+
+    Raises:
+        BuildError: The package is not installed.
+    """
+    graph_precision = precision if graph_file(spec.name, precision) in sources else "fp32"
+    name, file = f"{spec.name}.{precision}.{request.name}", engine_file(spec.name, precision, request.name)
+
+    def run(folder: Path) -> list[str]:
+        report = plan.work / precision_report(spec.name, graph_precision)
+        islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
+        (folder / spec.name).mkdir()
+        job = EngineJob(
+            graph=plan.graph(spec.name, graph_precision),
+            spec=spec,
+            precision=graph_precision,
+            request=request,
+            target=folder / file,
+            islands=tuple(islands),
+            previous=plan.previous,
+        )
+        build = build_in_subprocess if spec.name in plan.model.components else build_engine  # step graphs are tiny
+        built = build(job, lambda done, total: plan.on_progress(name, done, total))
+        facts = replace(built, file=file, precision=precision).to_json()
+        _facts_file(folder, file).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        return [file, str(_facts_file(folder, file).relative_to(folder))]
+
+    depends = {
+        "graph": sources[graph_file(spec.name, graph_precision)],
+        "request": repr(request),
+        "version": open_package(request.target).__version__,
+    }
+    return Stage(name, depends, run)
+
+
+def engine_of(plan: BuildPlan, component: str, precision: str, request: EngineRequest) -> EngineFacts:
+    """The facts of an engine whose stage has run."""
+    facts = _facts_file(plan.work, engine_file(component, precision, request.name))
+    return engine_from_json(facts.name, json.loads(facts.read_text()))
+
+
+def _facts_file(folder: Path, engine: str) -> Path:
+    return folder / f"{engine}.json"

@@ -1,0 +1,141 @@
+"""Stages that write the files of a checkpoint, its fp32 graphs, their variants for engines, and the step graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.external_data import load_to_model
+
+from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
+from ldm_export.bundle.stages import Outcome, Stage
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.graph.component_split import graph_spec, split_component
+from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, save_graph, trace_graph
+from ldm_export.graph.passes import ENGINE_PASSES, apply
+from ldm_export.graph.step_graph import export_step, step_specs
+from ldm_runtime.bundle_layout import graph_file, weights_beside
+from ldm_runtime.model import UNET, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.specs import Axis, ComponentSpec
+
+__all__ = ["file_stages", "graph_stages", "model_steps", "split_model", "step_stages", "variant_stages"]
+
+FORM = 1
+"""Form of the graphs; counts up when the same module leads to other graphs."""
+
+
+def file_stages(plan: BuildPlan) -> list[Stage]:
+    """Stages that write the family's files, for example ``tokenizer.json``."""
+    return [_file_stage(plan, name) for name in plan.family.files]
+
+
+def _file_stage(plan: BuildPlan, name: str) -> Stage:
+    file = plan.family.files[name]
+
+    def run(folder: Path) -> list[str]:
+        file.write(plan.checkpoint, folder / file.path)
+        return [file.path]
+
+    inputs = folder_digests(plan.checkpoint.files[file.source])
+    return Stage(name, {"inputs": inputs, "tools": dict(plan.tools)}, run)
+
+
+def graph_stages(plan: BuildPlan) -> list[Stage]:
+    """For each traced component a stage that loads, traces, splits and frees it, and writes the fp32 graphs."""
+    return [_graph_stage(plan, name) for name in plan.family.components]
+
+
+def _graph_stage(plan: BuildPlan, name: str) -> Stage:
+    traced, spec = plan.family.components[name], plan.model.components[name]
+
+    def run(folder: Path) -> list[str]:
+        module = traced.wrap(load_module(plan.checkpoint, traced.module)).eval()
+        files = []
+        for component, model in split_component(trace_graph(module, spec), traced.splits).items():
+            (folder / component).mkdir()
+            files += save_graph(model, folder / graph_file(component, "fp32"))
+        return relative(files, folder)
+
+    part = plan.checkpoint.layout.modules[traced.module].part
+    depends = {
+        "inputs": folder_digests(plan.checkpoint.components[part].folder),
+        "spec": repr(spec),
+        "splits": [rule.component for rule in traced.splits],
+        "seed": plan.checkpoint.random_seed,
+        "opset": OPSET,
+        "inline": INLINE_BYTES,
+        "form": FORM,
+        "tools": dict(plan.tools),
+    }
+    return Stage(f"{name}.fp32", depends, run)
+
+
+def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescription:
+    """The model with the components that the bundle has, from the fp32 graphs in the work folder.
+
+    Raises:
+        BuildError: A graph has a dimension without bounds.
+    """
+    components: dict[str, ComponentSpec] = {}
+    for name, traced in plan.family.components.items():
+        spec = plan.model.components[name]
+        axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
+        written = outcomes[f"{name}.fp32"].files
+        found = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in written]
+        for component, runs in (*((rule.component, rule.runs) for rule in found), (name, spec.runs)):
+            graph = plan.graph(component, "fp32")
+            components[component] = graph_spec(graph, component, runs, axes) if found else spec
+    return replace(plan.model, components=components)
+
+
+def variant_stages(plan: BuildPlan, sources: Mapping[str, str]) -> dict[str, Stage]:
+    """Engine -> a stage that writes the UNet's fp32 graph as the passes for that engine rewrite it.
+
+    Its run writes nothing if the passes change nothing.
+
+    Args:
+        plan: Of the build; the fp32 graphs are in the work folder.
+        sources: Graph file -> key of the stage that wrote it.
+    """
+    return {engine: _variant_stage(plan, engine, sources) for engine in ENGINE_PASSES}
+
+
+def _variant_stage(plan: BuildPlan, engine: str, sources: Mapping[str, str]) -> Stage:
+    passes = ENGINE_PASSES[engine]
+
+    def run(folder: Path) -> list[str]:
+        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", engine)
+        result = apply(ir.load(source), passes)
+        if not result.changes:
+            return []
+        target.parent.mkdir()
+        if not weights_beside(source).exists():
+            load_to_model(result.model)
+        ir.save(result.model, target)  # weights in a file beside the portable graph are referred to, not copied
+        return relative([target], folder)
+
+    names = [getattr(rewrite, "__name__", "") for rewrite in passes]
+    graph = sources[graph_file(UNET, "fp32")]
+    return Stage(f"{UNET}.fp32.{engine}", {"graph": graph, "passes": names, "form": FORM}, run)
+
+
+def model_steps(model: ModelDescription) -> dict[str, ComponentSpec]:
+    """Specs of the step graphs, in which a sampler's step runs on a device."""
+    trajectory = scheduler_from_config(model.scheduler).trajectory(model.defaults.num_inference_steps)
+    return step_specs(model.components[UNET], trajectory.slots, len(model.guidance))
+
+
+def step_stages(plan: BuildPlan) -> list[Stage]:
+    """Stages that write the step graphs."""
+    return [_step_stage(plan, spec) for spec in model_steps(plan.model).values()]
+
+
+def _step_stage(plan: BuildPlan, spec: ComponentSpec) -> Stage:
+    def run(folder: Path) -> list[str]:
+        (folder / spec.name).mkdir()
+        return relative(export_step(spec, folder / graph_file(spec.name, "fp32")), folder)
+
+    return Stage(f"{spec.name}.fp32", {"spec": repr(spec), "form": FORM, "tools": dict(plan.tools)}, run)

@@ -1,0 +1,91 @@
+"""Configs of a checkpoint's parts: keys under today's names, every argument filled in, every value checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args
+
+from ldm_export.checkpoint.layout import Part
+from ldm_runtime.errors import CheckpointError
+
+__all__ = ["full_config", "named_as_today"]
+
+_COUNTS = {"encoder_layers": 512, "layers_per_block": 32, "transformer_layers_per_block": 32}  # and the most of each
+_SIZES = (
+    *("sample_size", "in_channels", "out_channels", "block_out_channels", "norm_num_groups", "latent_channels"),
+    *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "num_vq_embeddings", "vq_embed_dim"),
+    *("vocab_size", "max_position_embeddings", "d_model", "encoder_ffn_dim", "encoder_attention_heads", "head_dim"),
+    "num_train_timesteps",
+)
+_LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # of a number, of a list, of the list of trained betas
+_LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or one for each level
+
+
+def named_as_today(part: Part, config: dict[str, Any]) -> dict[str, Any]:
+    """The config under today's names; a key that has its name of today stays as it is.
+
+    Raises:
+        CheckpointError: A value of an earlier release cannot be converted.
+    """
+    older = part.older_keys
+    renamed = {older.get(key, key): value for key, value in config.items()} | {
+        key: value for key, value in config.items() if key not in older
+    }
+    return renamed if part.config_of_today is None else part.config_of_today(renamed, config)
+
+
+def full_config(where: str, part: Part, class_name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Every argument of a class: the config's values, checked, and defaults. Unknown keys are left out.
+
+    Args:
+        where: Begins the messages: part and file.
+        part: Of the config.
+        class_name: A key of ``part.classes``.
+        config: Under today's names.
+
+    Raises:
+        CheckpointError: A value has a wrong type or an absurd size; the message names the key.
+    """
+    parameters = inspect.signature(part.classes[class_name].__init__).parameters.values()
+    known = {p.name: p for p in parameters if p.default is not inspect.Parameter.empty}
+    full = {name: parameter.default for name, parameter in known.items()}
+    for key, value in config.items():
+        if key in known:
+            if value is not None or type(None) not in get_args(known[key].annotation):
+                _check_value(f"{where}: {key}", key, value, full[key])
+            full[key] = tuple(value) if isinstance(value, list) else value
+    return full
+
+
+def _check_value(where: str, key: str, value: Any, default: Any) -> None:
+    """Check a config's value against the type of its default, and sizes and counts against sane bounds."""
+    if key == "trained_betas" and value is not None:
+        default = (0.0,)
+    like = default[0] if isinstance(default, tuple) else default
+    fits: Callable[[Any], bool]
+    if key in _COUNTS or key in _SIZES:
+        most = _COUNTS.get(key, _LARGEST)
+        fits, expected = (lambda given: type(given) is int and 1 <= given <= most), f"a whole number from 1 to {most}"
+    elif isinstance(like, bool):
+        fits, expected = (lambda given: isinstance(given, bool)), "true or false"
+    elif isinstance(like, str):
+        fits, expected = (lambda given: isinstance(given, str)), "a string"
+    elif like is None:
+        fits, expected = (lambda given: isinstance(given, bool | str) or _is_number(given)), "a string or a number"
+    else:
+        fits, expected = _is_number, f"a number from -{_LARGEST} to {_LARGEST}"
+    if isinstance(value, list):
+        longest = _MOST_STEPS if key == "trained_betas" else _LONGEST
+        fine = default is None or isinstance(default, tuple) or key in _LISTS
+        fine = fine and 1 <= len(value) <= longest and all(map(fits, value))
+    else:
+        fine = (value is None and default is None) or (not isinstance(default, tuple) and fits(value))
+    if not fine:
+        expected = f"a list, each of it {expected}" if isinstance(default, tuple) else expected
+        got = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}…"
+        raise CheckpointError(f"{where}: got {got}, expected {expected}; correct the config or download it again")
+
+
+def _is_number(given: Any) -> bool:
+    return type(given) in (int, float) and abs(given) <= _LARGEST  # not so for NaN

@@ -1,0 +1,183 @@
+"""Parts that the checkpoints of several families share: UNets, autoencoders and schedulers of diffusers.
+
+Older names are those of the first diffusers releases (the renames follow diffusers'
+``scripts/change_naming_configs_and_checkpoints.py``); the autoencoder's are those of CompVis' latent-diffusion.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+
+from ldm_export.checkpoint.layout import Config, ModuleSource, Part, WeightNames
+from ldm_runtime.errors import CheckpointError
+
+__all__ = [
+    "AUTOENCODER",
+    "DECODER_MODULE",
+    "SCHEDULER",
+    "UNET",
+    "UNET_CONDITION",
+    "latent_channels",
+    "latent_problems",
+    "pixels_per_latent",
+]
+
+MAX_LEVELS = 32
+_UNET_KEYS = {
+    "image_size": "sample_size",
+    "num_res_blocks": "layers_per_block",
+    "block_channels": "block_out_channels",
+    "down_blocks": "down_block_types",
+    "up_blocks": "up_block_types",
+    "downscale_freq_shift": "freq_shift",
+    "resnet_num_groups": "norm_num_groups",
+    "resnet_act_fn": "act_fn",
+    "resnet_eps": "norm_eps",
+    "num_head_channels": "attention_head_dim",
+}
+_UNET_WEIGHTS = (
+    (r"^mid\.", "mid_block."),
+    (r"^downsample_blocks\.", "down_blocks."),
+    (r"^upsample_blocks\.", "up_blocks."),
+    (r"\.op\.", ".conv."),
+    (r"\.temb_proj\.", ".time_emb_proj."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+_ATTENTION_WEIGHTS = (  # of diffusers before 0.15
+    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(\.attentions\.\d+)\.(?:q|query)\.", r"\1.to_q."),
+    (r"(\.attentions\.\d+)\.(?:k|key)\.", r"\1.to_k."),
+    (r"(\.attentions\.\d+)\.(?:v|value)\.", r"\1.to_v."),
+    (r"(\.attentions\.\d+)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
+)
+_AUTOENCODER_WEIGHTS = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.attn\.", r".up_blocks.\1.attentions."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    *_ATTENTION_WEIGHTS,
+)
+
+
+def latent_channels(autoencoder: Config) -> int:
+    """Channels of the latents that an autoencoder decodes, from its full config."""
+    return int(autoencoder.get("vq_embed_dim") or autoencoder["latent_channels"])
+
+
+def pixels_per_latent(autoencoder: Config) -> int:
+    """Pixels per latent along each side, from an autoencoder's full config."""
+    return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
+
+
+def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
+    """Check that a UNet denoises the latents of an autoencoder, and that their size and scale are usable."""
+    latents, scale = latent_channels(autoencoder), autoencoder["scaling_factor"]
+    channels, size = (unet["in_channels"], unet["out_channels"]), unet["sample_size"]
+    checks = (
+        (channels == (latents, latents), f"the unet's in and out channels are {channels}, the latents' {latents}"),
+        (type(size) is int, f"the unet's sample_size is {size!r}, expected one number, the latents' height and width"),
+        (scale > 0, f"the autoencoder's scaling_factor is {scale}, expected a positive number"),
+    )
+    return [problem for fine, problem in checks if not fine]
+
+
+def _without_unet_res(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Block types had the prefix "UNetRes"."""
+    for key in ("down_block_types", "up_block_types"):
+        if isinstance(renamed.get(key), list):
+            renamed[key] = [kind.removeprefix("UNetRes") if type(kind) is str else kind for kind in renamed[key]]
+    return renamed
+
+
+def _levels_of_today(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """CompVis gives channels as multiples of a base, and attention by resolution."""
+    if "ch_mult" not in stored or "block_out_channels" in stored:
+        return renamed
+    base, multiples, attended = stored.get("ch"), stored["ch_mult"], stored.get("attn_resolutions", [])
+    lists = isinstance(multiples, list) and isinstance(attended, list) and len(multiples) <= MAX_LEVELS
+    if not lists or not all(type(number) is int for number in (base, *multiples, *attended)):
+        got = f"ch {base!r}, ch_mult {multiples!r} and attn_resolutions {attended!r}"
+        raise CheckpointError(f"autoencoder: config.json: got {got}, expected a whole number and lists of them")
+    resolution = stored.get("resolution")
+    levels = ["Attn" if resolution in [at * 2**level for at in attended] else "" for level in range(len(multiples))]
+    return renamed | {
+        "block_out_channels": [int(base or 0) * multiple for multiple in multiples],
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in levels],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(levels)],
+    }
+
+
+def _count_levels_from_latents(name: str, config: Config) -> str:
+    """CompVis counts the decoder's levels from the image, diffusers from the latents."""
+    last = len(config["block_out_channels"]) - 1
+    return re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
+
+
+UNET_CONDITION = Part(
+    folders=("unet",),
+    classes={"UNet2DConditionModel": UNet2DConditionModel},
+    older_classes={"UNetConditionalModel": "UNet2DConditionModel"},
+    older_keys=_UNET_KEYS,
+    config_of_today=_without_unet_res,
+    weights=WeightNames(_UNET_WEIGHTS),
+)
+"""A UNet with cross-attention."""
+
+UNET = Part(
+    folders=("unet",),
+    classes={"UNet2DModel": UNet2DModel},
+    older_classes={"UNetUnconditionalModel": "UNet2DModel"},
+    older_keys=_UNET_KEYS,
+    config_of_today=_without_unet_res,
+    weights=WeightNames((*_UNET_WEIGHTS, *_ATTENTION_WEIGHTS)),
+)
+"""A UNet without cross-attention."""
+
+AUTOENCODER = Part(
+    folders=("vqvae", "vae"),
+    classes={"AutoencoderKL": AutoencoderKL, "VQModel": VQModel},
+    older_keys={
+        "out_ch": "out_channels",
+        "num_res_blocks": "layers_per_block",
+        "z_channels": "latent_channels",
+        "resolution": "sample_size",
+        "n_embed": "num_vq_embeddings",
+        "embed_dim": "vq_embed_dim",
+    },
+    config_of_today=_levels_of_today,
+    weights=WeightNames(_AUTOENCODER_WEIGHTS, _count_levels_from_latents, matrices_as_convolutions=True),
+)
+"""The first stage: an autoencoder with continuous or quantized latents."""
+
+DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": None})
+"""An autoencoder with only the modules that ``decode`` uses."""
+
+SCHEDULER = Part(
+    folders=("scheduler", "noise_scheduler"),
+    classes={
+        "DDIMScheduler": DDIMScheduler,
+        "PNDMScheduler": PNDMScheduler,
+        "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    },
+    older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
+    config_file="scheduler_config.json",
+)
+"""Schedulers that the runtime has."""

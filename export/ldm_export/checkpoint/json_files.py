@@ -1,0 +1,52 @@
+"""JSON files of a checkpoint, and names for error messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime.errors import CheckpointError
+
+__all__ = ["MAX_JSON", "first_line", "read_json", "shortened"]
+
+MAX_JSON = 16 * 2**20
+"""Largest JSON file that is read, in bytes. The index of a checkpoint of ten thousand tensors has one MiB."""
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """The JSON object in ``file``; ``where`` begins the messages.
+
+    Raises:
+        CheckpointError: missing, larger than MAX_JSON, no valid JSON (with its line and column), or no object.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{where}: {file} is missing; download the checkpoint whole")
+    try:
+        size = file.stat().st_size
+        if size > MAX_JSON:
+            raise CheckpointError(
+                f"{where}: {file} is {size} bytes long, expected at most {MAX_JSON}; is it JSON at all?"
+            )
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error
+    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, a number of thousands of digits, …
+        raise CheckpointError(f"{where}: {file} is not JSON: {first_line(error)}; download the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: {file} holds a JSON {type(content).__name__}, expected an object {{…}}")
+    return content
+
+
+def shortened(names: Iterable[str], limit: int = 3) -> str:
+    """The first names and how many more there are, for a message."""
+    listed = sorted(names)
+    more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,114 @@
+"""How a checkpoint folder of one pipeline family is laid out: data that the readers of this package work on.
+
+Every family writes one ``CheckpointLayout``. Nothing here, and nothing that reads it, knows a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+__all__ = ["CheckpointLayout", "FileFolder", "ModuleSource", "Part", "WeightNames"]
+
+Config = Mapping[str, Any]
+"""Every argument of a class, by name."""
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Names of tensors in earlier releases.
+
+    Attributes:
+        patterns: (regular expression, replacement), applied in this order to a name that the module does not have.
+        renumber: Applied before the patterns, with the config: renames that depend on it.
+        matrices_as_convolutions: A matrix may be stored as a 1x1 convolution, [out, in, 1, 1].
+        ignored: Suffixes of tensors that earlier releases stored and no module has.
+    """
+
+    patterns: tuple[tuple[str, str], ...] = ()
+    renumber: Callable[[str, Config], str] | None = None
+    matrices_as_convolutions: bool = False
+    ignored: tuple[str, ...] = ("position_ids",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a checkpoint that a config describes: a model with weights, or a scheduler.
+
+    Attributes:
+        folders: Its keys in model_index.json, which are its folders: today's first.
+        classes: Class name -> the callable whose keyword arguments are the keys of the config.
+        older_classes: Class name of an earlier release -> today's, a key of ``classes``.
+        older_keys: Config key of an earlier release -> today's.
+        config_of_today: Converts what a rename cannot, given the config with its keys renamed and as stored. Raises
+            CheckpointError for values that it cannot convert.
+        config_file: Name of the config's file.
+        weights: Names of tensors in earlier releases.
+        construct: Builds the module from a full config; None calls the class of the checkpoint with it.
+    """
+
+    folders: tuple[str, ...]
+    classes: Mapping[str, Callable[..., Any]]
+    older_classes: Mapping[str, str] = field(default_factory=dict)
+    older_keys: Mapping[str, str] = field(default_factory=dict)
+    config_of_today: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    config_file: str = "config.json"
+    weights: WeightNames = field(default_factory=WeightNames)
+    construct: Callable[[Config], nn.Module] | None = None
+
+    def module(self, class_name: str, config: Config) -> nn.Module:
+        """Build the module of a full config, with random weights; raises whatever the class raises."""
+        if self.construct is not None:
+            return self.construct(config)
+        module: nn.Module = self.classes[class_name](**config)
+        return module
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """A torch module that is loaded from a part.
+
+    Attributes:
+        part: Name of the part with its config and weights.
+        left_out: Submodule that is not loaded -> what takes its place, or None. Its tensors may be absent.
+    """
+
+    part: str
+    left_out: Mapping[str, Callable[[], nn.Module] | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileFolder:
+    """A folder of a checkpoint that holds files only, for example a tokenizer.
+
+    Attributes:
+        folders: As in ``Part``.
+        one_of: File names of which one must be there, unless weights are random.
+    """
+
+    folders: tuple[str, ...]
+    one_of: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Everything that the readers must know about a family's checkpoints.
+
+    Attributes:
+        kind: What the family's models are called in a message, e.g. "text-to-image".
+        parts: Parts with weights by name.
+        scheduler: The scheduler's part.
+        files: Folders of files by name.
+        modules: Torch modules by name.
+        problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.
+    """
+
+    kind: str
+    parts: Mapping[str, Part]
+    scheduler: Part
+    files: Mapping[str, FileFolder]
+    modules: Mapping[str, ModuleSource]
+    problems: Callable[[Mapping[str, Config]], list[str]]

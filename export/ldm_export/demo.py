@@ -1,0 +1,129 @@
+"""The optional demo model, distribution ``ldm-export-demo``: its checkpoint, its prompts and its grader.
+
+Only this module of the product knows the demo model. The model is recognised by the digest of its weights, never by
+the name of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weight_files, weights_sha256
+from ldm_export.prompts import PROMPTS
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import BuildError
+
+if TYPE_CHECKING:
+    from ldm_calibration.model import ImageRequest
+    from ldm_calibration.settings import Grade
+
+__all__ = ["Model", "calibration_prompts", "default_prompts", "demo_checkpoint", "demo_grader", "is_demo"]
+
+Model = Bundle | Path | None
+"""A bundle, a checkpoint folder, or None for a model with random weights, which is never the demo model."""
+
+
+def demo_checkpoint() -> Path:
+    """The checkpoint folder of the installed demo model.
+
+    Raises:
+        BuildError: The package ldm_export_demo is not installed.
+    """
+    package = _package()
+    if package is None:
+        raise BuildError(
+            "checkpoint: got none, and the demo model is not installed; give a diffusers folder, or install the demo "
+            "model from a checkout of ldm-export with `pip install ./demo` or `make demo`"
+        )
+    folder: Path = package.checkpoint_folder()
+    return folder
+
+
+def is_demo(model: Model) -> bool:
+    """True if a model's weights are those of the installed demo model; False if the demo model is not installed.
+
+    A bundle is compared by the digest that its build recorded, a checkpoint folder by the digest of its weight files.
+
+    Raises:
+        CheckpointError: A weight file cannot be read.
+    """
+    package = _package()
+    if package is None or model is None:
+        return False
+    if isinstance(model, Bundle):
+        return bool(model.manifest.request.get(CHECKPOINT_SHA256) == _demo_sha256())
+    same_sizes = _sizes(model) == _sizes(package.checkpoint_folder())  # spares other models' gigabytes the hashing
+    return same_sizes and weights_sha256(model) == _demo_sha256()
+
+
+def default_prompts(model: Model) -> tuple[str, ...]:
+    """Four prompts to measure a model with: the demo model's own, neutral ones for every other model."""
+    package = _demo(model)
+    return PROMPTS if package is None else tuple(package.PROMPTS)
+
+
+def calibration_prompts(model: Model, calibration: int, trials: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Prompts to calibrate int8 with and prompts to try it on; None for a model other than the demo model.
+
+    Args:
+        model: The model.
+        calibration: Number of calibration prompts.
+        trials: Number of trial prompts. They are held out: none of them is a calibration prompt.
+    """
+    package = _demo(model)
+    if package is None:
+        return None
+    return tuple(package.calibration_prompts(calibration)), tuple(package.trial_prompts(trials))
+
+
+def demo_grader(model: Model) -> Grade | None:
+    """The grader of the demo model's images; None for a model other than the demo model.
+
+    The grader takes images uint8 [64, 64, 3] and one request for each. It returns which images show what their prompts
+    say, or None if it cannot grade them, because a prompt is not of the demo model's grammar or an image has another
+    size.
+    """
+    package = _demo(model)
+    if package is None:
+        return None
+
+    def grade(images: Sequence[NDArray[np.uint8]], requests: Sequence[ImageRequest]) -> list[bool] | None:
+        try:
+            correct: list[bool] = package.grade(images, [request["prompts"] for request in requests])
+        except (KeyError, ValueError):
+            return None
+        return correct
+
+    return grade
+
+
+def _demo(model: Model) -> ModuleType | None:
+    return _package() if is_demo(model) else None
+
+
+def _package() -> ModuleType | None:
+    try:
+        import ldm_export_demo
+    except ModuleNotFoundError as error:
+        if error.name != "ldm_export_demo":
+            raise
+        return None
+    package: ModuleType = ldm_export_demo
+    return package
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: path.stat().st_size for name, path in weight_files(folder).items()}
+
+
+@cache
+def _demo_sha256() -> str | None:
+    package = _package()
+    return None if package is None else weights_sha256(package.checkpoint_folder())

@@ -1,0 +1,79 @@
+"""Pipeline families: one module each, recognised by the class name in a checkpoint's model_index.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_index
+from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.text_to_image import TEXT_TO_IMAGE
+from ldm_runtime.errors import CheckpointError
+
+__all__ = [
+    "FAMILIES",
+    "BundleFile",
+    "Family",
+    "TracedComponent",
+    "family_named",
+    "family_of",
+    "open_checkpoint",
+]
+
+FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE,)
+"""Every family that can be exported."""
+
+
+def family_of(index: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        index: Content of model_index.json.
+
+    Raises:
+        CheckpointError: No family has this pipeline class; the message lists those that are supported.
+    """
+    name = index.get("_class_name")
+    for family in FAMILIES:
+        if isinstance(name, str) and name in family.pipelines:
+            return family
+    supported = "; ".join(
+        f"{today} (older names {', '.join(older)})" if older else today
+        for today, *older in (family.pipelines for family in FAMILIES)
+    )
+    raise CheckpointError(f"{INDEX} is of a {name!r:.80}, expected {supported}; use a checkpoint of such a pipeline")
+
+
+def family_named(name: str) -> Family:
+    """The family that a bundle's manifest names.
+
+    Raises:
+        CheckpointError: There is none of that name.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise CheckpointError(f"family: got {name!r:.80}, expected one of {known}; install a newer ldm-export")
+
+
+def open_checkpoint(folder: Path, *, random_weights: bool = False, seed: int = 0) -> Checkpoint:
+    """Read and check a checkpoint's configs; with ``random_weights`` they are enough, no weights are looked for.
+
+    Args:
+        folder: A diffusers folder with model_index.json.
+        random_weights: Draw the weights instead of reading them.
+        seed: Of the drawn weights.
+
+    Raises:
+        CheckpointError: No checkpoint, a pipeline or a class that is not supported, a folder or file missing, a config
+            that is damaged, holds values of a wrong type or size, or does not fit the other parts.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    try:
+        family = family_of(index)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return read_folder(folder, index, family.name, family.layout, seed if random_weights else None)

@@ -1,0 +1,244 @@
+"""Text-to-image latent diffusion: diffusers' LDMTextToImagePipeline (Rombach et al. 2022, arXiv:2112.10752).
+
+Two layouts are published: ``CompVis/ldm-text2im-large-256`` (today's names) and the older
+``fusing/latent-diffusion-text2im-large``. The text encoder is an LDMBert without its unused ``to_logits`` head; its
+hidden states condition the UNet by cross-attention. Prompts are tokenized by BERT's WordPiece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import LDMTextToImagePipeline
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
+from ldm_export.checkpoint.diffusers_parts import (
+    AUTOENCODER,
+    DECODER_MODULE,
+    SCHEDULER,
+    UNET_CONDITION,
+    latent_channels,
+    latent_problems,
+    pixels_per_latent,
+)
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.json_files import shortened
+from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSource, Part
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
+from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
+from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.graph import wrappers
+from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
+from ldm_export.requests import RequestFields, text_requests
+from ldm_runtime.bundle_layout import TOKENIZER
+from ldm_runtime.errors import CheckpointError
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.specs import ComponentSpec, TensorSpec
+
+__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape"]
+
+TEXT_ENCODER, CONTEXT = "text_encoder", "context"
+TOKENS = 77
+"""The pipeline pads every prompt to this length, or to the text encoder's where that is shorter."""
+GUIDANCE = ("unconditional", "conditional")
+DEFAULTS = Defaults(num_inference_steps=50, eta=0.3, guidance_scale=6.0)
+"""As in the example of LDMTextToImagePipeline."""
+VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
+_OTHER_INPUTS = ("encoder_hid_dim_type", "class_embed_type", "addition_embed_type", "num_class_embeds")
+
+BERT = Part(
+    folders=("bert", "text_encoder"),
+    classes={"LDMBertModel": LDMBertConfig},
+    older_keys={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+        "num_attention_heads": "encoder_attention_heads",
+        "intermediate_size": "encoder_ffn_dim",
+    },
+    construct=lambda config: LDMBertModel(LDMBertConfig(**config)),  # type: ignore[no-untyped-call]
+)
+
+
+class TextEncoder(nn.Module):
+    """input_ids int64 [B, T] -> last hidden state float32 [B, T, D]."""
+
+    def __init__(self, bert: nn.Module):
+        super().__init__()
+        self.bert: Any = bert.model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.bert(input_ids)[0]
+        return states
+
+
+def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Check that the components fit each other, and that the UNet needs no input that the pipeline does not give."""
+    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    problems = []
+    if unet["cross_attention_dim"] != text["d_model"]:
+        width = unet["cross_attention_dim"]
+        problems.append(f"the unet's cross_attention_dim is {width}, not the text encoder's {text['d_model']}")
+    problems += latent_problems(unet, autoencoder)
+    if other := [key for key in _OTHER_INPUTS if unet[key] is not None]:
+        problems.append(f"the unet's {shortened(other)} asks for inputs that a text-to-image pipeline does not give")
+    return problems
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a checkpoint that the shapes of its graphs derive from.
+
+    Attributes:
+        tokens: Tokens of a prompt.
+        context_width: Channels of the text encoder's hidden states.
+        latents: Channels of the latents, and pixels per latent.
+        latent_size: The model's own height and width, in latents.
+        image_channels: Channels of the decoded image.
+    """
+
+    tokens: int
+    context_width: int
+    latents: Latents
+    latent_size: int
+    image_channels: int
+
+    def specs(self) -> dict[str, ComponentSpec]:
+        """Component -> spec; "unet" takes ``timestep`` and ``context``."""
+        sides, context = latent_axes(self.latent_size), (self.tokens, self.context_width)
+        encoder = ComponentSpec(
+            TEXT_ENCODER,
+            (TensorSpec("input_ids", "int64", (IMAGES, self.tokens)),),
+            (TensorSpec(CONTEXT, "float32", (IMAGES, *context)),),
+            "request",
+        )
+        conditioning = (conditioned(CONTEXT, len(GUIDANCE), context),)
+        return {
+            TEXT_ENCODER: encoder,
+            UNET: unet_spec(self.latents, sides, len(GUIDANCE), conditioning),
+            DECODER: decoder_spec(self.latents, sides, self.image_channels),
+        }
+
+
+def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
+    """The sizes in a checkpoint's full configs."""
+    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    return ModelShape(
+        tokens=min(TOKENS, text["max_position_embeddings"]),
+        context_width=text["d_model"],
+        latents=Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder)),
+        latent_size=unet["sample_size"],
+        image_channels=autoencoder["out_channels"],
+    )
+
+
+def describe(checkpoint: Checkpoint) -> ModelDescription:
+    """The model of a checkpoint, with the specs of ``ModelShape``.
+
+    Raises:
+        SpecError: The runtime does not have the scheduler with these options.
+    """
+    shape = model_shape(checkpoint.configs())
+    return ModelDescription(
+        family=TEXT_TO_IMAGE.name,
+        components=shape.specs(),
+        conditioning=(ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),),
+        guidance=GUIDANCE,
+        latents=shape.latents,
+        scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
+        defaults=DEFAULTS,
+    )
+
+
+@contextmanager
+def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+    source = checkpoint.files["tokenizer"]
+    if checkpoint.random_seed is None or any((source / name).exists() for name in VOCABULARY_FILES):
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        yield placeholder_tokenizer(source, Path(folder))
+
+
+def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
+    with _tokenizer_folder(checkpoint) as folder:
+        write_tokenizer_json(folder, target)
+    token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
+    known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
+    if highest >= known:
+        raise CheckpointError(
+            f"tokenizer: {checkpoint.files['tokenizer']}: token {token!r:.40} has id {highest}, but the text encoder "
+            f"embeds {known} tokens; use the tokenizer and the text encoder of one checkpoint"
+        )
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    with _tokenizer_folder(checkpoint) as folder:
+        tokenizer = BertTokenizerFast.from_pretrained(str(folder))
+    config = dict(checkpoint.scheduler_config)
+    scheduler = SCHEDULER.classes[config.pop("class")]
+    constructor: Any = LDMTextToImagePipeline
+    pipeline = constructor(
+        vqvae=load_module(checkpoint, "autoencoder"),
+        bert=load_module(checkpoint, TEXT_ENCODER),
+        tokenizer=tokenizer,
+        unet=load_module(checkpoint, "unet"),
+        scheduler=scheduler(**config),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    image: Image.Image = pipeline(
+        [request["prompts"]],
+        generator=generator,
+        eta=request["eta"],
+        guidance_scale=request["guidance_scale"],
+        num_inference_steps=request["num_inference_steps"],
+    ).images[0]
+    return image
+
+
+TEXT_TO_IMAGE = Family(
+    name="text_to_image",
+    pipelines=("LDMTextToImagePipeline", "LatentDiffusionPipeline", "LatentDiffusion"),
+    layout=CheckpointLayout(
+        kind="text-to-image",
+        parts={TEXT_ENCODER: BERT, "unet": UNET_CONDITION, "autoencoder": AUTOENCODER},
+        scheduler=SCHEDULER,
+        files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES)},
+        modules={
+            TEXT_ENCODER: ModuleSource(TEXT_ENCODER, {"to_logits": nn.Identity}),
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "decoder": DECODER_MODULE,
+        },
+        problems=_problems,
+    ),
+    components={
+        TEXT_ENCODER: TracedComponent(TEXT_ENCODER, TextEncoder),
+        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        DECODER: TracedComponent("decoder", wrappers.Decoder),
+    },
+    files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", _write_tokenizer)},
+    describe=describe,
+    quantize=(UNET, DECODER, TEXT_ENCODER),
+    requests=text_requests,
+    reference=_reference,
+    reference_image=_reference_image,
+)
+"""Parts: text_encoder (LDMBertModel), unet (UNet2DConditionModel) and autoencoder (AutoencoderKL or VQModel)."""

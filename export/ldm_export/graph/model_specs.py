@@ -1,0 +1,60 @@
+"""Specs of the components that every family has, from the sizes of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm_runtime.model import DECODER, IMAGE, LATENTS, NOISE_PRED, SAMPLE, TIMESTEP, UNET, Latents
+from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
+
+__all__ = ["IMAGES", "MAX_LATENT", "conditioned", "decoder_spec", "latent_axes", "rows", "unet_spec"]
+
+IMAGES = Axis("batch", 1, 1, 32)
+"""Images of one call."""
+MAX_LATENT = 128
+"""Longest side of the latents a graph takes unless the model's own size asks for more (1024 pixels at factor 8)."""
+
+
+def rows(branches: int) -> Axis:
+    """Rows of one UNet call: one for each image and branch of guidance. A call without guidance has one branch."""
+    count = max(1, branches)
+    return Axis(IMAGES.name, IMAGES.min, count * IMAGES.opt, count * IMAGES.max)
+
+
+def latent_axes(size: int) -> tuple[Axis, Axis]:
+    """Height and width of the latents: free from 2 to four times the model's own ``size``."""
+    longest = max(MAX_LATENT, 4 * size)
+    return Axis("height", 2, size, longest), Axis("width", 2, size, longest)
+
+
+def unet_spec(
+    latents: Latents, sides: tuple[Dim, Dim], branches: int, conditioning: Sequence[TensorSpec] = ()
+) -> ComponentSpec:
+    """Spec of the whole UNet, before anything is split off.
+
+    Args:
+        latents: Channels of sample and noise.
+        sides: Height and width of the latents.
+        branches: Number of guidance branches, 0 without guidance.
+        conditioning: Further inputs, with ``rows(branches)`` as leading dimension.
+    """
+    batch = rows(branches)
+    noise = (batch, latents.channels, *sides)
+    inputs = (TensorSpec(SAMPLE, "float32", noise), TensorSpec(TIMESTEP, "int64", (batch,)), *conditioning)
+    return ComponentSpec(UNET, inputs, (TensorSpec(NOISE_PRED, "float32", noise),), "step")
+
+
+def conditioned(name: str, branches: int, shape: tuple[int, ...]) -> TensorSpec:
+    """A float32 conditioning input of the UNet, [rows, *shape]."""
+    return TensorSpec(name, "float32", (rows(branches), *shape))
+
+
+def decoder_spec(latents: Latents, sides: tuple[Dim, Dim], image_channels: int) -> ComponentSpec:
+    """Spec of the decoder."""
+    height, width = (side * latents.factor for side in sides)
+    return ComponentSpec(
+        DECODER,
+        (TensorSpec(LATENTS, "float32", (IMAGES, latents.channels, *sides)),),
+        (TensorSpec(IMAGE, "float32", (IMAGES, image_channels, height, width)),),
+        "image",
+    )

@@ -1,0 +1,250 @@
+"""Split a graph in two: the part that depends on one input alone, and the rest.
+
+Values that depend on the context alone are constant over the steps of a prompt, and values that depend on the timestep
+alone are constant over requests. As components of their own they are computed once instead of at every call.
+
+Rules:
+
+1. The cut runs through the float tensors that depend on the input ``source`` alone and that other nodes need
+   (``passes.frontier``, rules 1 to 3).
+2. A tensor at the cut is float32 with an open first dimension and fixed others.
+3. Without ``pack`` the tensors are outputs of the prefix and inputs of the rest, in the graph's order. With ``pack``
+   the prefix flattens each to [batch, C_i] and concatenates them on axis 1; the rest takes the one tensor [batch, S]
+   and divides it by a Split with constant sizes. It reshapes parts of a higher rank to [batch, ...].
+4. The new inputs stand where ``source`` stood. Nodes keep their names, tensors behind a Split theirs, dimensions their
+   symbols. Weights are divided: only one that both parts use is in both.
+
+Preconditions: values have types and shapes, names are unique, no tensor has the name of a new one.
+Postcondition: no node and no output of the rest depends on ``source``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.passes.frontier import count_rows_of, depend_on, fixed_sizes, frontier
+from ldm_runtime.errors import BuildError
+
+__all__ = ["Split", "TensorFacts", "split_cross_attention_kv", "split_off", "split_time_embedding"]
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor that the prefix computes and the rest takes.
+
+    Attributes:
+        name: Its name as output of the prefix and input of the rest.
+        dtype: Always "float32".
+        shape: Sizes, and symbols of open dimensions.
+        parts: Names in the whole graph of the tensors it consists of: one, or with ``pack`` all in their order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` gives what the whole graph gives.
+
+    Attributes:
+        prefix: Graph from the source input to ``values``.
+        rest: Graph that takes ``values`` in place of the source input.
+        values: The tensors between the two, in the order of the prefix's outputs.
+    """
+
+    prefix: ir.Model
+    rest: ir.Model
+    values: tuple[TensorFacts, ...]
+
+
+def split_cross_attention_kv(model: ir.Model, source: str = "context") -> Split | None:
+    """Split off the keys and values of every cross-attention.
+
+    The prefix ``cross_attention_kv`` takes ``source`` float32 [batch, T, D] and gives ``kv.0``, ``kv.1``, ..., each
+    float32 [batch, T, width]. None and errors are as in ``split_off``.
+    """
+    return split_off(model, source, "cross_attention_kv", stem="kv")
+
+
+def split_time_embedding(model: ir.Model, source: str = "timestep") -> Split | None:
+    """Split off the time embedding and its projections for every residual block.
+
+    The prefix ``time_embedding`` takes ``source`` int64 [batch] and gives one output ``time_embedding`` float32
+    [batch, S]. None and errors are as in ``split_off``.
+    """
+    return split_off(model, source, "time_embedding", pack="time_embedding")
+
+
+def split_off(
+    model: ir.Model, source: str, name: str, pack: str | None = None, stem: str | None = None
+) -> Split | None:
+    """Split a graph at the float tensors that depend on one input alone.
+
+    Args:
+        model: Any model. It stays unchanged; the parts share its weights' memory.
+        source: Name of the input.
+        name: Graph name of the prefix.
+        pack: Name of one tensor [batch, S] that crosses the cut in place of many.
+        stem: Without ``pack`` the tensors are called "<stem>.0", "<stem>.1", ...; ``name`` by default.
+
+    Returns:
+        The parts, or None if the graph has no such input or computes nothing from it alone.
+
+    Raises:
+        BuildError: A tensor at the cut has an open dimension besides the first or is not float32, a new name is in use,
+            or the rest still depends on ``source``.
+    """
+    given = _input(model, source)
+    values = [] if given is None else frontier(model.graph, given)
+    if given is None or not values:
+        return None
+    rows = given.shape[0] if given.shape else None
+    shapes = [_sizes(model, value) for value in values]
+    symbol = rows if isinstance(rows, int) else str(rows.value if rows is not None else None)
+    parts = [value.name or "" for value in values]
+    if pack is None:
+        facts = tuple(
+            TensorFacts(f"{stem or name}.{index}", "float32", (symbol, *sizes), (part,))
+            for index, (sizes, part) in enumerate(zip(shapes, parts, strict=True))
+        )
+    else:
+        facts = (TensorFacts(pack, "float32", (symbol, sum(map(prod, shapes))), tuple(parts)),)
+    taken = {value.name for value in model.graph.inputs} | {v.name for node in model.graph for v in node.outputs}
+    if clash := [fact.name for fact in facts if fact.name in taken - set(fact.parts)]:
+        raise _error(model, f"got a graph with a tensor {clash[0]!r}, expected that name to be free; rename the tensor")
+    prefix, rest = model.clone(), model.clone()
+    prefix.graph.name = name
+    _keep_prefix(prefix, source, facts, shapes, pack is not None)
+    _keep_rest(rest, source, facts, shapes, pack is not None)
+    return Split(prefix, rest, facts)
+
+
+def _sizes(model: ir.Model, value: ir.Value) -> tuple[int, ...]:
+    if (sizes := fixed_sizes(value)) is None:
+        raise _error(
+            model,
+            f"got tensor {value.name!r} with shape {value.shape}, expected fixed sizes behind the first dimension; "
+            "export the graph with fixed sizes, or do not split it",
+        )
+    return sizes
+
+
+def _keep_prefix(
+    model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
+) -> None:
+    graph = model.graph
+    given = _input(model, source)
+    assert given is not None
+    values = _values(graph, [part for fact in facts for part in fact.parts])
+    count_rows_of(graph, given, given)
+    if packed:
+        (fact,) = facts
+        flat = [_flatten(graph, value, sizes) for value, sizes in zip(values, shapes, strict=True)]
+        node = ir.node("Concat", flat, {"axis": 1}, name=f"{fact.name}/Concat")
+        graph.append(node)
+        values = [node.outputs[0]]
+    for value, fact in zip(values, facts, strict=True):
+        value.name, value.type, value.shape = fact.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(fact.shape)
+    graph.outputs[:] = values
+    RemoveUnusedNodesPass()(model)
+    graph.inputs[:] = [given]
+
+
+def _keep_rest(
+    model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
+) -> None:
+    graph = model.graph
+    given = _input(model, source)
+    assert given is not None
+    parts = [part for fact in facts for part in fact.parts]
+    values = _values(graph, parts)
+    made = [
+        ir.Value(name=fact.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(fact.shape)) for fact in facts
+    ]
+    position = list(graph.inputs).index(given)
+    graph.inputs[position:position] = made
+    for value in values:
+        value.name = f"{source}/{value.name}"
+    replacements = _divide(graph, made[0], parts, shapes) if packed else made
+    for value, replacement in zip(values, replacements, strict=True):
+        value.replace_all_uses_with(replacement, replace_graph_outputs=True)
+    others = [value for value in graph.inputs if value is not given]
+    if other := next(
+        (value for value in others if value.shape and given.shape and value.shape[0] == given.shape[0]), None
+    ):
+        count_rows_of(graph, given, other)
+    RemoveUnusedNodesPass()(model)
+    if left := depend_on(graph, given, alone=False) - {given}:
+        name = next(node.name for node in graph if node.outputs[0] in left)
+        raise _error(
+            model, f"got node {name!r}, which needs {source!r} itself, expected only float tensors; do not split it"
+        )
+    if given.is_graph_output():
+        raise _error(model, f"got {source!r} as an output, expected computed tensors; do not split it")
+    graph.inputs.remove(given)
+
+
+def _flatten(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...]) -> ir.Value:
+    return value if len(sizes) == 1 else _reshaped(graph, value, (prod(sizes),), f"{value.name}/flat")
+
+
+def _divide(
+    graph: ir.Graph, packed: ir.Value, parts: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> list[ir.Value]:
+    """The parts of a packed tensor, each under its name, by nodes at the beginning of the graph."""
+    widths = [prod(sizes) for sizes in shapes]
+    table = _constant(graph, f"{packed.name}/sizes", widths)
+    split = ir.node("Split", [packed, table], {"axis": 1}, num_outputs=len(parts), name=f"{packed.name}/Split")
+    graph.insert_before(graph[0], split)
+    assert packed.shape is not None
+    divided = []
+    for value, part, sizes in zip(split.outputs, parts, shapes, strict=True):
+        value.name, value.type = part, ir.TensorType(ir.DataType.FLOAT)
+        value.shape = ir.Shape([packed.shape[0], prod(sizes)])
+        if len(sizes) > 1:
+            value.name = f"{part}/flat"
+            value = _reshaped(graph, value, sizes, part)
+        divided.append(value)
+    return divided
+
+
+def _reshaped(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
+    """The value as [rows, *sizes]."""
+    shape = _constant(graph, f"{name}/shape", [-1, *sizes])
+    node = ir.node("Reshape", [value, shape], name=f"{name}/Reshape")
+    producer = value.producer()
+    assert producer is not None and value.shape is not None
+    graph.insert_after(producer, node)
+    result = node.outputs[0]
+    result.name, result.type, result.shape = name, value.type, ir.Shape([value.shape[0], *sizes])
+    return result
+
+
+def _constant(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    array = np.array(numbers, np.int64)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.INT64))
+    value.const_value = ir.tensor(array, name=name)
+    graph.initializers[name] = value
+    return value
+
+
+def _input(model: ir.Model, name: str) -> ir.Value | None:
+    return next((value for value in model.graph.inputs if value.name == name), None)
+
+
+def _values(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
+    computed = {value.name: value for node in graph for value in node.outputs}
+    return [computed[name] for name in names]
+
+
+def _error(model: ir.Model, problem: str) -> BuildError:
+    return BuildError(f"{model.graph.name}: pass split_off: {problem}")

@@ -1,0 +1,96 @@
+"""Torch modules to trace that several families share: the UNet, the decoder, and upsampling for any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from torch.nn.functional import interpolate
+
+__all__ = ["Decoder", "UNet", "free_upsampling"]
+
+
+class UNet(nn.Module):
+    """A UNet of diffusers with positional inputs and one output.
+
+    sample float32 [R, C, h, w], timestep int64 [R] and, for a UNet with cross-attention, context float32 [R, T, D] ->
+    predicted noise float32 [R, C, h, w].
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = free_upsampling(unet)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        given = {} if context is None else {"encoder_hidden_states": context}
+        noise: torch.Tensor = self.unet(sample, timestep, **given, return_dict=False)[0]
+        return noise
+
+
+class Decoder(nn.Module):
+    """latents float32 [B, C, h, w] -> image float32 [B, channels, factor * h, factor * w] in [0, 1].
+
+    The scaling factor, quantization where the autoencoder has it, and the clamp are part of the graph.
+
+    Args:
+        autoencoder: An autoencoder of diffusers.
+        divide: Divide the latents by the scaling factor; otherwise multiply them by its reciprocal. diffusers'
+            pipelines differ in this, and a rounded bit can select another code of a quantized latent.
+    """
+
+    def __init__(self, autoencoder: nn.Module, divide: bool = False):
+        super().__init__()
+        config: Any = autoencoder.config
+        self.autoencoder: Any = free_upsampling(autoencoder)
+        self.scaling_factor = float(config.scaling_factor)
+        self.divide = divide
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        scaled = latents / self.scaling_factor if self.divide else 1 / self.scaling_factor * latents
+        image: torch.Tensor = self.autoencoder.decode(scaled, return_dict=False)[0]
+        return (image / 2 + 0.5).clamp(0, 1)
+
+
+class _Upsample(nn.Module):
+    """Upsample2D without its branches on the batch and element count, which would pin those dimensions in a trace."""
+
+    def __init__(self, original: Upsample2D):
+        super().__init__()
+        self.conv: Any = original.conv
+
+    def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
+        factor = None if output_size is not None else 2.0
+        result: torch.Tensor = self.conv(
+            interpolate(hidden_states, size=output_size, scale_factor=factor, mode="nearest")
+        )
+        return result
+
+
+class _Always:
+    """Number of upsamplers for which ``size % 2**n`` is never zero.
+
+    A UNet then upsamples to the size of each skip connection. For multiples the result is the same, and for other
+    sizes it is the only correct one.
+    """
+
+    def __rpow__(self, base: int) -> _Always:
+        return self
+
+    def __rmod__(self, size: int) -> int:
+        return 1
+
+
+def free_upsampling(module: nn.Module) -> nn.Module:
+    """Make a diffusers model's upsampling traceable for any batch and size; its results stay the same."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, Upsample2D) and child.interpolate and child.use_conv and child.norm is None:
+            setattr(module, name, _Upsample(child))
+        else:
+            free_upsampling(child)
+    if hasattr(module, "num_upsamplers"):
+        module.num_upsamplers = _Always()  # type: ignore[assignment]
+    return module

@@ -1,0 +1,145 @@
+"""The interface of an engine: whether it is available, how it would run a bundle, and how it opens a component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.model import UNET, ModelDescription
+
+__all__ = ["Choice", "Engine", "Loader", "Placement", "Wish", "pipeline_components", "step_graphs"]
+
+Loader = Callable[[], Backend]
+"""Loads one component. Its files have been checked."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for.
+
+    Attributes:
+        precision: "fp32", "fp16", "bf16" or "int8". None means the precision that the bundle was built for.
+        device: "auto", "cpu" or "cuda".
+        once: True if the model generates one image and is then freed, so that compilation time counts.
+        below_rank: Only choices of a lower rank than this are needed. None means all of them.
+    """
+
+    precision: str | None = None
+    device: str = "auto"
+    once: bool = False
+    below_rank: int | None = None
+
+    def needs(self, rank: int) -> bool:
+        """True if a choice of this rank is needed."""
+        return self.below_rank is None or rank < self.below_rank
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a bundle.
+
+    Attributes:
+        backend: Name of the engine.
+        device: "cpu" or "cuda".
+        graph: Precision whose graphs are run: "fp32", "fp16", "bf16" or "int8".
+        arithmetic: Precision of sums and products where the graph leaves it to the engine.
+        rank: Preference of the backend "auto", which takes the choice of the lowest rank.
+        reason: Why "auto" takes it, in a few words.
+    """
+
+    backend: str
+    device: str
+    graph: str
+    arithmetic: str
+    rank: int
+    reason: str
+
+    def facts(self) -> dict[str, str]:
+        """JSON-able description without the rank."""
+        return {name: value for name, value in asdict(self).items() if name != "rank"}
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.graph} graphs computed in {self.arithmetic}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a component runs.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: CPU threads of one operator. None means all cores that this process may use.
+        cache: Folder where an engine may keep compiled graphs for the next process. None keeps none.
+    """
+
+    device: str
+    threads: int | None = None
+    cache: Path | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine that runs bundles.
+
+    ``BACKENDS`` lists the engines of this package. A caller may pass an object with this interface as ``backend`` to
+    ``LatentDiffusionPipeline.from_bundle``, to use an engine of their own.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the engine, as callers give it, e.g. "onnxruntime"."""
+
+    @property
+    def extra(self) -> str:
+        """Extra of the package ldm-export that installs the engine, e.g. "onnxruntime"; "" if there is none."""
+
+    def available(self) -> str | None:
+        """None if the engine can be used on this machine, otherwise a short phrase that says why not."""
+
+    def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+        """Yield the ways in which the engine would run the bundle. Nothing is loaded, and no file is read.
+
+        The first one is used if the caller names the engine. The backend "auto" takes the choice of the lowest rank of
+        all engines.
+
+        Raises:
+            BackendError: The engine cannot run the bundle as wished. "auto" then leaves it out.
+        """
+
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
+        """Check the files of one component and return a function that loads it.
+
+        Raises:
+            ManifestError: A file is not the one that was built.
+            BackendError: The engine cannot run the component.
+        """
+
+    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+        """Return a denoising loop that stays on the device, or None if the engine or the bundle has none.
+
+        Args:
+            bundle: The bundle.
+            choice: How it runs.
+            placement: Where it runs.
+            unet: The UNet's backend. Its ``loader`` is what ``open`` returned.
+
+        Raises:
+            ManifestError: A file of the step graphs is not the one that was built.
+        """
+
+
+def step_graphs(model: ModelDescription) -> tuple[str, ...]:
+    """Names of the components that compute a scheduler's step on a device; the pipeline itself does not run them."""
+    return tuple(name for name, spec in model.components.items() if spec.runs == "step" and name != UNET)
+
+
+def pipeline_components(model: ModelDescription) -> tuple[str, ...]:
+    """Names of the components that the pipeline runs: all of them except the step graphs."""
+    steps = step_graphs(model)
+    return tuple(name for name in model.components if name not in steps)

@@ -1,0 +1,129 @@
+"""ONNX Runtime sessions: options and thread policy, execution providers, and loading of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime.backends.host import first_line, import_engine, usable_cores
+from ldm_runtime.errors import BackendError
+from ldm_runtime.specs import ComponentSpec
+
+__all__ = ["EXTRA", "PROVIDERS", "load_onnxruntime", "open_session", "providers", "session_options"]
+
+EXTRA = "onnxruntime"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Device -> ONNX Runtime's execution provider."""
+_CAPTURE_REFUSED = "cannot use the graph capture feature"
+"""ONNX Runtime's message if a part of a graph runs on the CPU, so that a call cannot be captured as a CUDA graph."""
+
+
+def load_onnxruntime() -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        BackendError: It is not installed, or its libraries cannot be loaded.
+    """
+    return import_engine("onnxruntime", EXTRA)
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Return ``onnxruntime.SessionOptions`` as every session of this project uses them.
+
+    One operator runs at a time, on all cores that this process may use. Idle threads sleep after a call, because
+    other processes may need the cores. Warnings are not logged.
+
+    Args:
+        threads: Threads of one operator. None means all cores that this process may use.
+
+    Raises:
+        BackendError: onnxruntime is not installed, or its libraries cannot be loaded.
+    """
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def open_session(
+    graph: Path,
+    spec: ComponentSpec,
+    device: str,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Any, str]:
+    """Load a graph.
+
+    Args:
+        graph: Path of the ``.onnx`` file. External weights lie beside it.
+        spec: Inputs and outputs of the graph.
+        device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
+        threads: As ``session_options`` takes them.
+        sizes: Symbol of a dimension -> its only size in this session. On CUDA the session then captures its first call
+            as a CUDA graph and replays it on the same memory, provided that the whole graph runs on the GPU.
+
+    Returns:
+        The session, and the device on which it runs: "cpu" or "cuda".
+
+    Raises:
+        BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
+    """
+    ort = load_onnxruntime()
+    options = session_options(threads)
+    for symbol, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(symbol, size)
+    wanted = providers(device, ort.get_available_providers())
+    attempts: list[list[Any]] = [[*wanted]]
+    if PROVIDERS["cuda"] in wanted and hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
+            ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
+    if sizes is not None and PROVIDERS["cuda"] in wanted:
+        capture = [(name, {"enable_cuda_graph": "1"}) if name == PROVIDERS["cuda"] else name for name in wanted]
+        attempts.insert(0, capture)
+    while True:
+        try:
+            session = ort.InferenceSession(str(graph), options, providers=attempts[0])
+            break
+        except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
+            if len(attempts) > 1 and _CAPTURE_REFUSED in str(error):
+                attempts.pop(0)
+                continue
+            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {first_line(error)}") from None
+    found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+    if device == "cuda" and found != "cuda":
+        raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
+    _check_names(session, spec, graph)
+    return session, found
+
+
+def _check_names(session: Any, spec: ComponentSpec, graph: Path) -> None:
+    for side, ports, tensors in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        got, expected = {port.name for port in ports}, {tensor.name for tensor in tensors}
+        if got != expected:
+            raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
+
+
+def providers(device: str, available: Sequence[str]) -> list[str]:
+    """Select execution providers from those ``available``, in order of preference.
+
+    Raises:
+        BackendError: The device is unknown, or "cuda" is asked for and there is no provider for it.
+    """
+    if device not in ("auto", *PROVIDERS):
+        raise BackendError(f"device: got {device!r:.40}, expected auto, {' or '.join(PROVIDERS)}")
+    if device == "cuda" and PROVIDERS["cuda"] not in available:
+        raise BackendError(
+            'this onnxruntime has no CUDA provider; `pip install "ldm-export[gpu]"`, or use device="cpu"'
+        )
+    wanted = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
+    return [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]

@@ -1,0 +1,157 @@
+"""Components opened on an engine: which files are checked, how often, and an engine of the caller's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_runtime import Bundle, LatentDiffusionPipeline
+from ldm_runtime import bundle as bundle_module
+from ldm_runtime.backends import Feed, SpecBackend
+from ldm_runtime.backends.engine import Choice, Engine, Loader, Placement, Wish, pipeline_components, step_graphs
+from ldm_runtime.backends.factory import open_component, open_model
+from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.errors import BackendError, ManifestError
+from ldm_runtime.specs import ComponentSpec
+from tests.support.small_bundle import VARIANT, write_small_bundle
+
+FOLDER_ONLY = Placement("cpu", threads=1)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_small_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often each file is hashed, by its path in the bundle."""
+    counts: Counter[str] = Counter()
+    digest = bundle_module.sha256
+
+    def counted(path: Path) -> str:
+        counts[str(Path(*path.parts[-2:]))] += 1
+        return digest(path)
+
+    monkeypatch.setattr(bundle_module, "sha256", counted)
+    return counts
+
+
+def test_the_pipeline_runs_all_components_except_the_step_graphs(bundle: Bundle) -> None:
+    model = bundle.manifest.model
+    assert pipeline_components(model) == ("time_embedding", "unet", "decoder") and step_graphs(model) == ("step",)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_every_file_is_hashed_once_and_loaded_on_first_use(bundle: Bundle, hashed: Counter[str], backend: str) -> None:
+    opened = open_model(bundle, backend, device="cpu", threads=1)
+    unet = graph_file("unet", "fp32", VARIANT if backend == "onnxruntime" else "")
+    assert hashed == {"time_embedding/fp32.onnx": 1, unet: 1, "decoder/fp32.onnx": 1}
+    assert not any(one.is_loaded for one in opened.backends.values()) and opened.loop is None
+    latents = np.zeros((1, 4, 4, 4), np.float32)
+    assert opened.backends["decoder"].run({"latents": latents})["image"].shape == (1, 3, 8, 8)
+    assert [name for name, one in opened.backends.items() if one.is_loaded] == ["decoder"]
+    opened.backends["decoder"].close()
+    assert not opened.backends["decoder"].is_loaded and set(hashed.values()) == {1}
+
+
+def test_the_loop_on_cuda_does_not_hash_the_unet_again(bundle: Bundle, hashed: Counter[str]) -> None:
+    engine, placement = OnnxRuntimeEngine(), Placement("cuda")
+    choice = Choice("onnxruntime", "cuda", "fp32", "fp32", 0, "")
+    unet = LazyBackend(bundle.manifest.components["unet"].spec, engine.open(bundle, "unet", choice, placement))
+    assert engine.device_loop(bundle, choice, placement, unet) is not None
+    assert hashed == {"unet/fp32.onnx": 1, "step/fp32.onnx": 1}
+    assert engine.device_loop(bundle, choice, FOLDER_ONLY, unet) is None
+
+
+def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Counter[str]) -> None:
+    (bundle.folder / "unet/fp32.onnx").write_bytes(b"damaged")
+    backend = open_component(bundle, "decoder", "onnxruntime", device="cpu", threads=1)
+    assert hashed == {"decoder/fp32.onnx": 1} and isinstance(backend, OnnxRuntimeBackend)
+    assert backend.run({"latents": np.zeros((2, 4, 4, 4), np.float32)})["image"].shape == (2, 3, 8, 8)
+    with pytest.raises(ManifestError, match=r"unet/fp32\.onnx: got 7 bytes"):
+        open_component(bundle, "unet", "openvino")
+    with pytest.raises(BackendError, match="got component 'vae', expected one of time_embedding, unet, decoder, step"):
+        open_component(bundle, "vae")
+
+
+def test_a_damaged_file_is_refused_before_anything_is_loaded(bundle: Bundle) -> None:
+    (bundle.folder / "decoder/fp32.onnx").write_bytes(b"damaged")
+    with pytest.raises(ManifestError, match=r"decoder/fp32\.onnx: got 7 bytes"):
+        open_model(bundle, "onnxruntime", device="cpu")
+
+
+def test_both_engines_of_the_cpu_generate_the_same_image(bundle: Bundle, tmp_path: Path) -> None:
+    images = []
+    for backend in ("onnxruntime", "openvino"):
+        options = {"backend": backend, "precision": "fp32", "device": "cpu", "threads": 1, "cache": tmp_path / "cache"}
+        with LatentDiffusionPipeline.from_bundle(bundle, **options) as pipeline:
+            images.append(np.asarray(pipeline(count=2, seed=1).images[1], int))
+    assert np.abs(images[0] - images[1]).max() <= 1 and images[0].std() > 1
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # a folder for each graph that OpenVINO compiled
+
+
+class NumpyBackend(SpecBackend):
+    """Computes a component of the small bundle's shapes in NumPy: the mean over channels, repeated as needed."""
+
+    def __init__(self, spec: ComponentSpec, calls: list[str]):
+        self._spec, self._calls = spec, calls
+
+    def run(self, feed: Feed) -> dict[str, np.ndarray]:
+        self._calls.append(self._spec.name)
+        if self._spec.name == "time_embedding":
+            return {"time_embedding": np.ones((len(feed["timestep"]), 8), np.float32)}
+        if self._spec.name == "unet":
+            return {"noise_pred": np.zeros_like(feed["sample"])}
+        mean = feed["latents"].mean(1, keepdims=True).repeat(3, 1).repeat(2, 2).repeat(2, 3)
+        return {"image": np.clip(mean, 0, 1)}
+
+    def close(self) -> None:
+        self._calls.append(f"close {self._spec.name}")
+
+
+class NumpyEngine:
+    """An engine that no module of the package knows."""
+
+    name, extra = "numpy", ""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def available(self) -> str | None:
+        return None
+
+    def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
+        if wish.precision not in (None, "fp32"):
+            raise BackendError(f"numpy: got precision {wish.precision}, expected fp32")
+        yield Choice(self.name, "cpu", "fp32", "fp32", 0, "the only one")
+
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
+        bundle.graph(component, choice.graph)
+        assert placement == FOLDER_ONLY
+        return lambda: NumpyBackend(bundle.manifest.components[component].spec, self.calls)
+
+    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+        return None
+
+
+def test_an_engine_of_the_callers_own_generates_an_image(bundle: Bundle) -> None:
+    engine = NumpyEngine()
+    assert isinstance(engine, Engine)
+    with LatentDiffusionPipeline.from_bundle(bundle, backend=engine, threads=1) as pipeline:
+        assert pipeline.choice is not None and pipeline.choice.facts()["reason"] == "as asked"
+        result = pipeline(count=1, seed=3, num_inference_steps=2)
+    mean = np.clip(result.latents.mean(1), 0, 1)[0].repeat(2, 0).repeat(2, 1)
+    pixels = np.asarray(result.images[0], np.float32) / 255
+    assert np.abs(pixels - mean[..., None]).max() <= 0.5 / 255 + 1e-6
+    assert engine.calls[:4] == ["time_embedding", "unet", "unet", "decoder"]
+    assert {"close unet", "close decoder", "close time_embedding"} <= set(engine.calls)
+    with pytest.raises(BackendError, match="numpy: got precision fp16, expected fp32"):
+        LatentDiffusionPipeline.from_bundle(bundle, backend=engine, precision="fp16")
