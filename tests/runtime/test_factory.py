@@ -50,9 +50,7 @@ def test_the_pipeline_runs_all_components_except_the_step_graphs(bundle: Bundle)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_every_file_is_hashed_once_and_loaded_on_first_use(
-    bundle: Bundle, hashed: Counter[str], backend: str
-) -> None:
+def test_every_file_is_hashed_once_and_loaded_on_first_use(bundle: Bundle, hashed: Counter[str], backend: str) -> None:
     opened = open_model(bundle, backend, device="cpu", threads=1)
     unet = graph_file("unet", "fp32", VARIANT if backend == "onnxruntime" else "")
     assert hashed == {"time_embedding/fp32.onnx": 1, unet: 1, "decoder/fp32.onnx": 1}
@@ -140,9 +138,7 @@ class NumpyEngine:
         assert placement == FOLDER_ONLY
         return lambda: NumpyBackend(bundle.manifest.components[component].spec, self.calls)
 
-    def device_loop(
-        self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend
-    ) -> DeviceLoop | None:
+    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
         return None
 
 

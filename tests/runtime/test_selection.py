@@ -81,7 +81,12 @@ def test_openvino_runs_the_precision_that_the_bundle_was_built_for(tmp_path: Pat
 def test_onnxruntime_generates_one_image_of_a_small_model(bundle: Bundle, tmp_path: Path, installed) -> None:
     for one in (bundle, built_for(tmp_path, "fp16")):
         choice = choose(one, once=True)
-        assert (choice.backend, choice.device, choice.graph, choice.arithmetic) == ("onnxruntime", "cpu", "fp32", "fp32")
+        assert (choice.backend, choice.device, choice.graph, choice.arithmetic) == (
+            "onnxruntime",
+            "cpu",
+            "fp32",
+            "fp32",
+        )
         assert "one image" in str(choice) and choose(one).backend == "openvino"
     assert choose(built_for(tmp_path, "int8"), once=True).backend == "openvino"
     if has_bf16():
