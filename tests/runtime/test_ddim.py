@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ldm_runtime.ddim import DDIM, FOREIGN
-from ldm_runtime.schedule import Schedule
 
+from ldm_runtime.ddim import DDIM, FOREIGN
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
+from ldm_runtime.schedule import Schedule
 
 TEXT2IM_LARGE = {
     "_class_name": "DDIMScheduler",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import DDIMScheduler
-from ldm_runtime.ddim import DDIM, FOREIGN, MAX_TRAIN_TIMESTEPS
 
+from ldm_runtime.ddim import DDIM, FOREIGN, MAX_TRAIN_TIMESTEPS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from tests.runtime.test_ddim import OPTIONS, STABLE_DIFFUSION, TEXT2IM_LARGE, TRAINED, assert_same_trajectory

@@ -98,6 +98,32 @@ def test_both_engines_of_the_cpu_generate_the_same_image(bundle: Bundle, tmp_pat
     assert len(list((tmp_path / "cache").iterdir())) == 3  # a folder for each graph that OpenVINO compiled
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_pipeline_frees_what_it_has_used_if_asked(bundle: Bundle, keep: bool) -> None:
+    with LatentDiffusionPipeline.from_bundle(bundle, backend="openvino", keep_loaded=keep, threads=1) as pipeline:
+        backends = pipeline.backends.values()
+        assert pipeline.choice is not None and pipeline.choice.backend == "openvino"
+        assert not any(isinstance(one, LazyBackend) and one.is_loaded for one in backends)
+        first = pipeline(count=1, seed=1)
+        assert [isinstance(one, LazyBackend) and one.is_loaded for one in backends] == [keep] * 3
+        again = pipeline(count=1, seed=1)
+        assert first.images[0].tobytes() == again.images[0].tobytes()
+
+
+def test_a_text_is_encoded_once_and_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LatentDiffusionPipeline.from_bundle(tiny_bundle, precision="fp32", threads=1) as pipeline:
+        rows: list[int] = []
+        encoder = pipeline.backends["text_encoder"]
+        run = encoder.run
+        monkeypatch.setattr(encoder, "run", lambda feed: rows.append(len(feed["input_ids"])) or run(feed))
+        options = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 3.0}
+        together = pipeline(["a red circle", "a blue square"], **options)
+        assert rows == [1, 1, 1]
+        pipeline(["a blue square", "a red circle"], **options)
+        assert rows == [1, 1, 1]
+        assert len(together.images) == 2
+
+
 class NumpyBackend(SpecBackend):
     """Computes a component of the small bundle's shapes in NumPy: the mean over channels, repeated as needed."""
 
