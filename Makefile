@@ -1,28 +1,32 @@
 # `make demo` and `make test` do all the set-up themselves. PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV   ?= .venv
+# Processes that run tests; each uses about one core.
+JOBS   ?= 2
 THIN   := .venv-thin
 TRITON := .venv-triton
 KSERVE := .venv-kserve
 BIN    := $(VENV)/bin
+PIP    := python -m pip install --disable-pip-version-check -q
 SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
 PROMPT := a small red circle left of a large blue square on a yellow background
 
 .PHONY: demo test lint browser bench model clean
 
-demo: $(VENV)/.export
+demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The picture is in $(CURDIR)/build/demo.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
 browser:
@@ -34,27 +38,30 @@ browser:
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
 
-# Trains the shipped model anew, from a seed; goes on where it was stopped.
+# Trains the demo model from a fixed seed; an interrupted run continues where it stopped.
 model: $(VENV)/.dev
-	$(BIN)/python training/train_autoencoder.py
-	$(BIN)/python training/train_decoder.py
-	$(BIN)/python training/train_text.py
-	$(BIN)/python training/train_diffusion.py
-	$(BIN)/python training/train_finish.py
-	$(BIN)/python training/assemble.py
-	$(BIN)/python training/evaluate.py export/ldm_export/shapes \
-		--json export/ldm_export/shapes/accuracy.json --grid export/ldm_export/shapes/samples.png
+	$(BIN)/python demo/training/train_autoencoder.py
+	$(BIN)/python demo/training/train_decoder.py
+	$(BIN)/python demo/training/train_text.py
+	$(BIN)/python demo/training/train_diffusion.py
+	$(BIN)/python demo/training/train_finish.py
+	$(BIN)/python demo/training/assemble.py
+	$(BIN)/python demo/training/evaluate.py demo/ldm_export_demo/checkpoint \
+		--json demo/figures/accuracy.json --grid demo/figures/samples.png
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.export: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[export]"
+# What exports a model, and the demo model.
+$(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/$(PIP) -c constraints.txt -e ".[export]" -e ./demo
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
-	touch $@ $(VENV)/.export
+# Dependency groups need pip 25.1.
+$(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/$(PIP) --upgrade "pip>=25.1"
+	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,client]" -e ./demo
+	touch $@ $(VENV)/.demo
 
 # What an inference server gets: the wheel, and no torch, diffusers, transformers or onnx; with NumPy 2 and with 1.26.
 $(THIN)/.thin: $(SOURCES) | $(VENV)/bin/python

@@ -1,4 +1,4 @@
-"""What bf16 arithmetic on OpenVINO, its default where the CPU has it, does to the shipped model's pictures.
+"""What bf16 arithmetic on OpenVINO, its default where the CPU has it, does to the demo model's images.
 
 PSNR against ONNX Runtime in fp32, and the share of pictures that the grader finds right, of held-out prompts.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_calibration.shapes.grader import grade
-from ldm_calibration.shapes.grammar import held_out_prompts, parse
+from ldm_export_demo.grader import grade
+from ldm_export_demo.grammar import held_out_prompts, parse
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.images import psnr
 
@@ -38,7 +38,7 @@ def main() -> None:
         "pictures": len(prompts),
         "psnr": {"median": float(np.median(decibels)), "least": float(decibels.min())},
         "right": {
-            arithmetic: float(np.mean([grade(one, parse(p)).right for one, p in zip(found, prompts, strict=True)]))
+            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(found, prompts, strict=True)]))
             for (_, arithmetic), found in drawn.items()
         },
     }

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 
 from ldm_runtime import Bundle
 from ldm_runtime.backends import openvino_shapes
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from ldm_runtime.backends.onnxruntime_keyed import KEYED, KEYS, KeyedUNetBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.specs import dummy_inputs
 

@@ -38,7 +38,7 @@ Timed = Callable[[], dict[str, float]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="built with --precision fp16 and, for tensorrt, with engines")
-    parser.add_argument("--checkpoint", type=Path, help="of torch (default: the shipped model; none: no torch)")
+    parser.add_argument("--checkpoint", type=Path, help="of torch (default: the demo model; none: no torch)")
     parser.add_argument("--random-weights", action="store_true", help="the checkpoint is configs only")
     parser.add_argument("--backends", nargs="+", default=["tensorrt", "onnxruntime"], help="of the bundle")
     parser.add_argument("--precision", default="fp16", help="of the bundle's graphs, and of torch (default fp16)")
@@ -128,8 +128,8 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     """diffusers' pipeline on the same device, as it is and with its UNet compiled."""
     import torch
 
-    from ldm_export.bundle.build import SHIPPED
     from ldm_export.checkpoint.folder import open_checkpoint
+    from ldm_export.demo import demo_checkpoint
     from ldm_export.quality.verification import reference_pipeline
     from ldm_runtime.errors import BackendError
 
@@ -137,7 +137,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
         raise BackendError(f"torch {torch.__version__} finds no CUDA device; install a CUDA build of it")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     dtype = dtype if args.device == "cuda" else torch.float32
-    checkpoint = open_checkpoint(args.checkpoint or SHIPPED, random_weights=args.random_weights)
+    checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
     pipeline = reference_pipeline(checkpoint).to(args.device, dtype)
     unets = {"torch eager": pipeline.unet, "torch.compile": torch.compile(pipeline.unet, mode="max-autotune")}
     if args.device == "cpu":

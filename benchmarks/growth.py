@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.bench.figures import machine, versions
 from ldm_export.bench.worker_pool import Worker, rounds
-from ldm_export.bundle.build import SHIPPED
+from ldm_export.demo import demo_checkpoint
 from ldm_export.page.chart import Series, lines, sheet
 from ldm_runtime.errors import BackendError
 
@@ -33,7 +33,7 @@ TOKENS = 77
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="for its UNet's configuration")
+    parser.add_argument("--checkpoint", type=Path, help="for its UNet's configuration (default: the demo model)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 384, 448, 512], help="pixels of a side")
     parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="none: no whole pictures")
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="draw the figures here, as SVG")
     args = parser.parse_args()
     settings = {"bundle": str(args.bundle), "backend": args.backend, "precision": args.precision}
-    config = json.loads((args.checkpoint / "unet/config.json").read_text())
+    config = json.loads(((args.checkpoint or demo_checkpoint()) / "unet/config.json").read_text())
     facts: dict = {"machine": machine(), "tools": versions(), "bundle": args.bundle.resolve().name}
     command = [sys.executable, "-m", "ldm_export.bench.bundle_worker"]
     settings |= {"device": "cpu", "threads": None}

@@ -1,4 +1,4 @@
-"""Guidance at fewer steps: the work it saves, and what it does to the shipped model's pictures.
+"""Guidance at fewer steps: the work it saves, and what it does to the demo model's images.
 
 PSNR against the pictures of the fp32 graphs that are guided at every step, and the share of pictures that the grader
 finds right. The bundle is one with int8 graphs; fp32 alone is measured where it has none.
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.grader import grade
-from ldm_calibration.shapes.grammar import held_out_prompts, parse
+from ldm_export_demo.grader import grade
+from ldm_export_demo.grammar import held_out_prompts, parse
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.guidance import Branches, branches
 from ldm_runtime.images import psnr
@@ -49,7 +49,7 @@ def main() -> None:
                 pictures = [np.asarray(image).astype(float) for image in images]
                 reference = reference or pictures
                 rows.append({"precision": precision, "interval": interval, "every": every} | facts(pictures, reference))
-                right = [grade(np.asarray(one), parse(text)).right for one, text in zip(images, prompts, strict=True)]
+                right = [grade(np.asarray(one), parse(text)).correct for one, text in zip(images, prompts, strict=True)]
                 rows[-1] |= {"rows_of_the_unet": share(interval, every), "right": float(np.mean(right))}
     table = Table("graphs", "guided steps", "each", "UNet rows", "PSNR dB: mean", "median", "worst", "right")
     for row in rows:

@@ -1,7 +1,7 @@
-"""What int8 costs on the shipped model: held-out prompts drawn by fp32 and int8 with the same seeds.
+"""Measures what int8 costs on the demo model: images of held-out prompts by fp32 and int8 with the same seeds.
 
 Make the bundle with `ldm-export build --precision int8 -o build/shapes-int8`; its budget was kept on other prompts than
-these. Writes PSNR, SSIM and the share of prompts drawn right, by the grader without a learned part, for each backend.
+these. Writes PSNR, SSIM and the prompt accuracy for each backend; the grader has no learned part.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.quality import Picture, mean_psnr, psnr, right, ssim
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_calibration.quality import Picture, mean_psnr, psnr, ssim
 from ldm_export.bench.figures import machine, versions
+from ldm_export_demo import grade
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 
 BATCH = 10
@@ -46,24 +47,24 @@ def main() -> None:
     report = json.loads(Bundle.open(args.bundle).file("report/int8.json").read_text())
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
     exact = pictures(args.bundle, "onnxruntime", "fp32", prompts)
-    rows, table = [], Table("backend", "PSNR mean", "PSNR worst", "SSIM mean", "right fp32", "right int8")
+    rows, table = [], Table("backend", "PSNR mean", "PSNR worst", "SSIM mean", "correct fp32", "correct int8")
     for backend, precision in VARIANTS:
         begun = time.perf_counter()
         found = pictures(args.bundle, backend, precision, prompts)
         decibels = [psnr(*pair) for pair in zip(exact, found, strict=True)]
-        marks = [right(drawn, prompts) or [] for drawn in (exact, found)]
+        marks = [grade(drawn, prompts) for drawn in (exact, found)]
         row = {
             "backend": backend,
             "psnr_mean": mean_psnr(decibels),
             "psnr_worst": min(value for value in decibels if value is not None),
             "psnr_below_35": sum(value is not None and value < 35 for value in decibels) / len(prompts),
             "ssim_mean": float(np.mean([ssim(*pair) for pair in zip(exact, found, strict=True)])),
-            "right_fp32": sum(marks[0]) / len(prompts),
-            "right_int8": sum(marks[1]) / len(prompts),
+            "correct_fp32": sum(marks[0]) / len(prompts),
+            "correct_int8": sum(marks[1]) / len(prompts),
             "seconds": time.perf_counter() - begun,
         }
         rows.append(row)
-        names = ("psnr_mean", "psnr_worst", "ssim_mean", "right_fp32", "right_int8")
+        names = ("psnr_mean", "psnr_worst", "ssim_mean", "correct_fp32", "correct_int8")
         table.add_row(backend, *(f"{row[name]:.4g}" for name in names))
     Console().print(table)
     shares = {name: part["int8_share"] for name, part in report["components"].items()}

@@ -14,11 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from ldm_runtime.backends.onnxruntime_keyed import KEYED
 from rich.console import Console
 from rich.table import Table
 
 from ldm_export.bench.figures import machine, versions
-from ldm_runtime.backends.onnxruntime_keyed import KEYED
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.specs import dummy_inputs
 

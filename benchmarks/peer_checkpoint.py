@@ -12,9 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ldm_export.bundle.publish import publish
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
+from ldm_export.families import open_checkpoint
 
 FILES = {
     "text_encoder": "bert/model.safetensors",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "peer_workers"
 ROOT = Path(__file__).parent.parent
-PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("export", "runtime", "calibration"))
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("export", "runtime", "calibration", "demo"))
 PACKAGES = {
     "torch": ("torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0"),
     "optimum": (

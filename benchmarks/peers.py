@@ -4,7 +4,7 @@ Peers, each in a process of its own environment below --work: diffusers on torch
 compiled), ONNX Runtime on optimum-onnx's export, OpenVINO on optimum-intel's (bf16, and int8 by NNCF). Everything that
 is missing below --work is made first: environments, random weights, exports, quantisation.
 
-    python benchmarks/peers.py --work /tmp/peers --bundle build/shapes --checkpoint export/ldm_export/shapes
+    python benchmarks/peers.py --work /tmp/peers --bundle build/shapes --checkpoint demo/ldm_export_demo/checkpoint
     python benchmarks/peers.py --work /tmp/peers --bundle build/large --checkpoint large --random-weights --what unet
 
 Those that fit into memory together take turns; else there are several groups, each with the reference in it.
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from ldm_export.bench.figures import Timing, machine, speedup
 from ldm_export.bench.worker_pool import Facts, Worker, rounds
-from ldm_export.prompts import PROMPTS
+from ldm_export.demo import default_prompts
 from ldm_runtime.errors import BackendError
 from ldm_runtime.images import psnr
 
@@ -190,8 +190,10 @@ def measure(
             command["times"] = 1
         dot = partial(print, end=".", file=sys.stderr, flush=True)
 
+        texts = default_prompts(None if args.random_weights else args.checkpoint)
+
         def told(number: int) -> Facts:  # prompts that no round had before: encoded texts may be kept
-            prompts = [f"{PROMPTS[index % len(PROMPTS)]}, number {number}" for index in range(args.batch)]
+            prompts = [f"{texts[index % len(texts)]}, number {number}" for index in range(args.batch)]
             return {**(warm if number < 0 else command), "prompts": prompts}
 
         answers = rounds(workers, told, args.runs, dot)

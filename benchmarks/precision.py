@@ -1,6 +1,6 @@
-"""What half precision costs: pictures of the shipped model in fp32 and fp16, same prompts and seeds, side by side.
+"""What half precision costs: images of the demo model in fp32 and fp16, same prompts and seeds, side by side.
 
-Writes PSNR (mean, worst) and the share of prompts drawn right in each precision, by the grader without a learned part.
+Writes PSNR (mean, worst) and the prompt accuracy of each precision; the grader has no learned part.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.grader import accuracy
-from ldm_calibration.shapes.grammar import held_out_prompts
+from ldm_export_demo.grader import accuracy
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.images import psnr
 
@@ -48,7 +48,7 @@ def main() -> None:
     made = {precision: pictures(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
     found = [psnr(one.astype(float), other, 255.0) for one, other in zip(made["fp32"], made["fp16"], strict=True)]
     decibels = np.array([EQUAL if value is None else value for value in found])
-    right = {precision: accuracy(images, prompts).overall.right for precision, images in made.items()}
+    right = {precision: accuracy(images, prompts).overall.correct for precision, images in made.items()}
     pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(made["fp32"], made["fp16"], strict=True)]
     figures = {
         "prompts": len(prompts),

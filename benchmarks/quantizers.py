@@ -2,7 +2,7 @@
 
 The same fp32 graph, the same calibration samples, the same prompts and seeds, the same engine; text encoder and decoder
 stay in fp32. Writes for each the share of the UNet's operations the engine runs in int8, PSNR and SSIM of the pictures
-against fp32, and the share of prompts drawn right, by the grader without a learned part.
+against fp32, and the prompt accuracy; the grader has no learned part.
 
 The bundle is one with int8 graphs: ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an
 environment of its own, made in the work folder unless one is given. Killed, it goes on with what it has not drawn yet.
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 from executed import OpenVinoFormat, int8_share
+from ldm_runtime.ddim import DDIM
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from rich.console import Console
@@ -34,16 +35,15 @@ from rich.table import Table
 
 from ldm_calibration.record import read_record
 from ldm_calibration.sampling import unet_feeds
-from ldm_calibration.shapes.grader import accuracy
-from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_calibration.trajectories import Model, run_trajectories
+from ldm_export_demo.grader import accuracy
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.atomic_files import sha256
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
-from ldm_runtime.atomic_files import sha256
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.images import psnr
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import ComponentSpec
@@ -225,19 +225,19 @@ def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
 
 
 def quality(pictures: Pictures, reference: Pictures, prompts: list[str]) -> dict[str, float | None]:
-    """PSNR in dB, mean and worst, and the share drawn right; PSNR is None where all are equal."""
+    """PSNR in dB, mean and worst, and the prompt accuracy; PSNR is None where all are equal."""
     pairs = zip(pictures.astype(np.float64), reference.astype(np.float64), strict=True)
     found = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
     return {
         "psnr_mean": float(np.mean(found)) if found else None,
         "psnr_worst": min(found) if found else None,
-        "right": accuracy(list(pictures), prompts).overall.right,
+        "right": accuracy(list(pictures), prompts).overall.correct,
     }
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The figures as a table."""
-    table = Table("UNet", "operations in int8", "PSNR mean, dB", "worst", "drawn right")
+    table = Table("UNet", "operations in int8", "PSNR mean, dB", "worst", "prompt accuracy")
     for row in rows:
         numbers = [row["psnr_mean"], row["psnr_worst"]]
         shown = ["–" if value is None else f"{value:.1f}" for value in numbers]

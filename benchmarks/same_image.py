@@ -1,4 +1,4 @@
-"""How close a bundle's pictures are to diffusers' own, over settings, seeds and batch sizes: the shipped model.
+"""How close a bundle's pictures are to diffusers' own, over settings, seeds and batch sizes: the demo model.
 
 Writes a table of the largest difference of any pixel, and of the share of pixel values that differ at all.
 """
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.grammar import held_out_prompts
-from ldm_export.bundle.build import SHIPPED
+from ldm_export.demo import demo_checkpoint
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
 
 ETAS, GUIDANCES, STEPS = (0.0, 0.3), (1.0, 6.0), (1, 7, 50)
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    theirs = DiffusionPipeline.from_pretrained(SHIPPED)
+    theirs = DiffusionPipeline.from_pretrained(demo_checkpoint())
     theirs.set_progress_bar_config(disable=True)
     settings = list(itertools.product(ETAS, GUIDANCES, STEPS))
     rows = []

@@ -21,18 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from ldm_runtime.ddim import DDIM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_export.cli import main as ldm_export
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.scheduler import BatchScheduler
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.request import Geometry
 from ldm_runtime.specs import Axis
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from tritonclient.utils import InferenceServerException
 
-from ldm_calibration.shapes.grammar import held_out_prompts
 from ldm_export.cli import main as ldm_export
+from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline, Request
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""The same seed gives the same picture as diffusers' own pipeline: the shipped model, at most 1/255 anywhere."""
+"""The same seed gives the same picture as diffusers' own pipeline: the demo model, at most 1/255 anywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 
-from ldm_export.bundle.build import SHIPPED
+from ldm_export.demo import demo_checkpoint
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.errors import SpecError
 
@@ -23,7 +23,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def theirs() -> LDMTextToImagePipeline:
-    pipeline = DiffusionPipeline.from_pretrained(SHIPPED)
+    pipeline = DiffusionPipeline.from_pretrained(demo_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

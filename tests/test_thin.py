@@ -54,7 +54,9 @@ def test_help_of_every_verb(thin: Path, verb: str | None) -> None:
 
 
 @pytest.mark.parametrize("verb", ["build", "verify"])
-def test_what_needs_torch_says_what_to_install(thin: Path, verb: str, shapes_bundle: Path, tmp_path: Path) -> None:
+def test_verbs_that_need_torch_name_the_extra_to_install(
+    thin: Path, verb: str, shapes_bundle: Path, tmp_path: Path
+) -> None:
     place = ["-o", tmp_path / "bundle"] if verb == "build" else [shapes_bundle]
     done = run(thin / "ldm-export", verb, *place)
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.graph_files import load_graph
@@ -18,7 +19,7 @@ from ldm_calibration.sessions import Session
 from ldm_calibration.trajectories import Feed
 from ldm_runtime.errors import BuildError
 
-__all__ = ["Observations", "observe", "tensors_of"]
+__all__ = ["Observations", "graph_flops", "observe", "tensors_of"]
 
 CHUNK_BYTES = 512_000_000
 """Bytes of tensors that one call returns; a graph with more runs several times on each feed."""
@@ -61,10 +62,6 @@ def observe(
     model = load_graph(graph)
     layers = find_layers(model.graph)
     shapes = _shapes(graph, layers, feeds[0])
-    rows = len(next(iter(feeds[0].values())))
-    weights = {layer.weight: model.graph.initializers[layer.weight].shape for layer in layers if layer.weight}
-    sizes = {name: shape.numpy() for name, shape in weights.items() if shape is not None}
-    work = {layer.name: flops(layer, sizes.get(layer.weight or ""), shapes) // rows for layer in layers}
     candidates = [layer for layer in layers if not layer.float_only]
     axes = {layer.source: layer.channel_axis for layer in candidates}
     axes |= {layer.result: 1 for layer in candidates if layer.op == "Conv"}
@@ -79,7 +76,19 @@ def observe(
                     f"{graph.parent.name}: tensor {name!r} is not finite in fp32; check the checkpoint's weights"
                 ) from None
             channels[name] = _largest(values, axes[name], channels.get(name))
-    return Observations(histograms, channels, work, shapes)
+    return Observations(histograms, channels, _flops(model, layers, shapes, feeds[0]), shapes)
+
+
+def graph_flops(graph: Path, feed: Feed) -> dict[str, int]:
+    """Layer -> operations for one row; a multiply-add counts as two.
+
+    Args:
+        graph: fp32 graph.
+        feed: Any feed of the graph, whose leading axes are rows.
+    """
+    model = load_graph(graph)
+    layers = find_layers(model.graph)
+    return _flops(model, layers, _shapes(graph, layers, feed), feed)
 
 
 def tensors_of(
@@ -112,6 +121,13 @@ def tensors_of(
             done += 1
         del session
     on_progress(total, total)
+
+
+def _flops(model: ir.Model, layers: Sequence[Layer], shapes: Mapping[str, Shape], feed: Feed) -> dict[str, int]:
+    rows = len(next(iter(feed.values())))
+    weights = {layer.weight: model.graph.initializers[layer.weight].shape for layer in layers if layer.weight}
+    sizes = {name: shape.numpy() for name, shape in weights.items() if shape is not None}
+    return {layer.name: flops(layer, sizes.get(layer.weight or ""), shapes) // rows for layer in layers}
 
 
 def _shapes(graph: Path, layers: Sequence[Layer], feed: Feed) -> dict[str, Shape]:

@@ -177,6 +177,5 @@ def run_trajectories(
             largest.append(np.stack(seen))
     feeds: dict[str, Sequence[Feed]] = {denoiser: observed.feeds}
     feeds |= {name: backend.feeds for name, backend in recorded.items()}
-    if DECODER in others:
-        feeds[DECODER] = [{LATENTS: array} for array in latents]
-    return Trajectories(timesteps, feeds, np.max(largest, axis=0), observed.sources)
+    feeds[DECODER] = [{LATENTS: array} for array in latents]
+    return Trajectories(timesteps, {name: feeds[name] for name in quantize}, np.max(largest, axis=0), observed.sources)

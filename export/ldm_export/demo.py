@@ -6,31 +6,28 @@ the name of a folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_export.checkpoint.digest import weights_sha256
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weight_files, weights_sha256
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 
-__all__ = [
-    "CHECKPOINT_SHA256",
-    "bundle_sha256",
-    "calibration_prompts",
-    "default_prompts",
-    "demo_checkpoint",
-    "demo_grader",
-    "is_demo",
-]
+if TYPE_CHECKING:
+    from ldm_calibration.model import ImageRequest
+    from ldm_calibration.settings import Grade
 
-CHECKPOINT_SHA256 = "checkpoint_sha256"
-"""Key of a manifest's ``request`` under which a build records the digest of its checkpoint's weights."""
+__all__ = ["Model", "calibration_prompts", "default_prompts", "demo_checkpoint", "demo_grader", "is_demo"]
+
+Model = Bundle | Path | None
+"""A bundle, a checkpoint folder, or None for a model with random weights, which is never the demo model."""
 
 
 def demo_checkpoint() -> Path:
@@ -43,71 +40,72 @@ def demo_checkpoint() -> Path:
     if package is None:
         raise BuildError(
             "checkpoint: got none, and the demo model is not installed; give a diffusers folder, or install the demo "
-            "model from a checkout of ldm-export with `pip install ./demo` (`make demo` does it too)"
+            "model from a checkout of ldm-export with `pip install ./demo` or `make demo`"
         )
     folder: Path = package.checkpoint_folder()
     return folder
 
 
-def is_demo(sha256: object) -> bool:
-    """True if a digest made by ``weights_sha256`` is that of the installed demo model's weights."""
-    return sha256 is not None and sha256 == _demo_sha256()
+def is_demo(model: Model) -> bool:
+    """True if a model's weights are those of the installed demo model; False if the demo model is not installed.
 
+    A bundle is compared by the digest that its build recorded, a checkpoint folder by the digest of its weight files.
 
-def bundle_sha256(bundle: Bundle) -> object:
-    """The digest of the weights that a bundle was built from; None if the bundle does not record it.
-
-    The value comes from a file that may be untrusted, and can be of any JSON type.
-    """
-    return bundle.manifest.request.get(CHECKPOINT_SHA256)
-
-
-def default_prompts(sha256: object) -> tuple[str, ...]:
-    """Four prompts to measure a model with: the demo model's own, neutral ones for every other model.
-
-    Args:
-        sha256: Digest of the model's weights, or None if it is not known.
+    Raises:
+        CheckpointError: A weight file cannot be read.
     """
     package = _package()
-    return tuple(package.PROMPTS) if package is not None and is_demo(sha256) else PROMPTS
+    if package is None or model is None:
+        return False
+    if isinstance(model, Bundle):
+        return bool(model.manifest.request.get(CHECKPOINT_SHA256) == _demo_sha256())
+    same_sizes = _sizes(model) == _sizes(package.checkpoint_folder())  # spares other models' gigabytes the hashing
+    return same_sizes and weights_sha256(model) == _demo_sha256()
 
 
-def calibration_prompts(sha256: object, calibration: int, trials: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def default_prompts(model: Model) -> tuple[str, ...]:
+    """Four prompts to measure a model with: the demo model's own, neutral ones for every other model."""
+    package = _demo(model)
+    return PROMPTS if package is None else tuple(package.PROMPTS)
+
+
+def calibration_prompts(model: Model, calibration: int, trials: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Prompts to calibrate int8 with and prompts to try it on; None for a model other than the demo model.
 
     Args:
-        sha256: Digest of the model's weights, or None if it is not known.
+        model: The model.
         calibration: Number of calibration prompts.
-        trials: Number of trial prompts; they are held out, so the calibration prompts contain none of them.
+        trials: Number of trial prompts. They are held out: none of them is a calibration prompt.
     """
-    package = _package()
-    if package is None or not is_demo(sha256):
+    package = _demo(model)
+    if package is None:
         return None
     return tuple(package.calibration_prompts(calibration)), tuple(package.trial_prompts(trials))
 
 
-def demo_grader(sha256: object) -> Callable[[Sequence[NDArray[np.uint8]], Sequence[str]], list[bool] | None] | None:
+def demo_grader(model: Model) -> Grade | None:
     """The grader of the demo model's images; None for a model other than the demo model.
 
-    The grader takes images uint8 [64, 64, 3] and one prompt for each. It returns which images show what their prompts
+    The grader takes images uint8 [64, 64, 3] and one request for each. It returns which images show what their prompts
     say, or None if it cannot grade them, because a prompt is not of the demo model's grammar or an image has another
     size.
-
-    Args:
-        sha256: Digest of the model's weights, or None if it is not known.
     """
-    package = _package()
-    if package is None or not is_demo(sha256):
+    package = _demo(model)
+    if package is None:
         return None
 
-    def grade(images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[bool] | None:
+    def grade(images: Sequence[NDArray[np.uint8]], requests: Sequence[ImageRequest]) -> list[bool] | None:
         try:
-            correct: list[bool] = package.grade(images, prompts)
-        except ValueError:
+            correct: list[bool] = package.grade(images, [request["prompts"] for request in requests])
+        except (KeyError, ValueError):
             return None
         return correct
 
     return grade
+
+
+def _demo(model: Model) -> ModuleType | None:
+    return _package() if is_demo(model) else None
 
 
 def _package() -> ModuleType | None:
@@ -119,6 +117,10 @@ def _package() -> ModuleType | None:
         return None
     package: ModuleType = ldm_export_demo
     return package
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: path.stat().st_size for name, path in weight_files(folder).items()}
 
 
 @cache

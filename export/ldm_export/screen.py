@@ -17,9 +17,8 @@ class Screen:
     """Results go to standard output, progress and notes to standard error, the latter not when ``quiet``."""
 
     def __init__(self, quiet: bool = False):
-        plain = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
-        self.out = Console(**plain)
-        self.notes = Console(stderr=True, quiet=quiet, **plain)
+        self.out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self.notes = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def result(self, text: str) -> None:
         """A line on standard output."""

@@ -88,7 +88,9 @@ class DeviceLoop:
             BackendError: The device failed, or another request has started on it since.
         """
         if not self.takes(plan):
-            raise SpecError("device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline")
+            raise SpecError(
+                "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
+            )
         device = self._device = self._device or self._open()
         self._running = current = object()
         step = GUIDED_STEP if plan.guided else STEP

@@ -1,4 +1,4 @@
-"""Image arrays as PIL images, grids of them, PNG bytes, and how far two of them differ."""
+"""Image arrays as PIL images, grids of images, PNG data, and PSNR."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from PIL import Image
 
 from ldm_runtime.errors import SpecError
 
+__all__ = ["check_latents", "grid", "pil_image", "psnr", "to_pil", "to_png", "to_uint8"]
+
+CHANNELS = (1, 3, 4)
+"""Channels of the images that PIL writes: L, RGB and RGBA."""
 MAX_LATENT = 1e9
 """Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
 
 
 def check_latents(latents: NDArray[np.float32]) -> None:
-    """Refuse latents that no picture can be made of.
+    """Refuse latents that cannot be decoded to an image.
 
     Raises:
-        SpecError: NaN, or beyond MAX_LATENT.
+        SpecError: A value is NaN or beyond MAX_LATENT.
     """
     if not (np.abs(latents) <= MAX_LATENT).all():
         raise SpecError(
@@ -30,7 +34,7 @@ def check_latents(latents: NDArray[np.float32]) -> None:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Float [B, 3, H, W] in [0, 1] → uint8 [B, H, W, 3], rounded half to even as diffusers' ``numpy_to_pil`` does.
+    """Convert float [B, C, H, W] in [0, 1] to uint8 [B, H, W, C], rounded half to even as diffusers' ``numpy_to_pil``.
 
     Raises:
         SpecError: NaN or infinite values, which would otherwise show as black.
@@ -42,15 +46,27 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def to_pil(images: NDArray[np.float32]) -> list[Image.Image]:
-    """Float [B, 3, H, W] in [0, 1] → B PIL images."""
-    return [Image.fromarray(image) for image in to_uint8(images)]
+    """Convert float [B, C, H, W] in [0, 1] to B PIL images; errors as ``to_uint8`` and ``pil_image``."""
+    return [pil_image(image) for image in to_uint8(images)]
+
+
+def pil_image(image: NDArray[np.uint8]) -> Image.Image:
+    """Convert uint8 [H, W, C] to a PIL image: mode L for one channel, RGB for three, RGBA for four.
+
+    Raises:
+        SpecError: Another number of channels.
+    """
+    channels = image.shape[2]
+    if channels not in CHANNELS:
+        raise SpecError(f"image: got {channels} channels, expected 1, 3 or 4; use the arrays of the result instead")
+    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """One picture of equally sized images, row by row, ``gap`` white pixels apart; as square as may be by default.
+    """Arrange equally sized images row by row, ``gap`` white pixels apart; as square as possible by default.
 
     Raises:
-        SpecError: no images, or no columns.
+        SpecError: No images, or no columns.
     """
     if not images:
         raise SpecError("grid: got no images, expected at least one")
@@ -59,7 +75,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    sheet = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
@@ -67,13 +83,13 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 
 
 def to_png(image: Image.Image) -> bytes:
-    """The image as a PNG file's bytes."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def psnr(one: NDArray[np.float64], other: NDArray[np.float64], peak: float) -> float | None:
-    """Peak signal-to-noise ratio in dB; None where the two are equal."""
+    """Peak signal-to-noise ratio in dB of two arrays of one shape; None if they are equal."""
     error = float(np.square(one - other).mean())
     return 10 * math.log10(peak**2 / error) if error else None

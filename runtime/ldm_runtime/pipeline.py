@@ -59,10 +59,24 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Result of a call: PIL images in the order of the prompts, those of one prompt side by side, and the latents."""
+    """Result of a call.
 
-    images: list[Image.Image]
+    Attributes:
+        arrays: Images float32 [B, channels, H, W] in [0, 1], those of one prompt side by side.
+        latents: float32 [B, C, h, w].
+    """
+
+    arrays: F32
     latents: F32
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """PIL images of mode L, RGB or RGBA.
+
+        Raises:
+            SpecError: The decoder gives another number of channels, NaN or infinite values.
+        """
+        return to_pil(self.arrays)
 
 
 class LatentDiffusionPipeline:
@@ -174,7 +188,7 @@ class LatentDiffusionPipeline:
         for last in self.steps(Request(prompts, **options)):
             on_progress(last)
         assert last is not None
-        return Generation(self.decode(last.latents), last.latents)
+        return Generation(self.decode_array(last.latents), last.latents)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model and work out everything its denoising loop needs.

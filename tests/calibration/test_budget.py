@@ -13,7 +13,7 @@ def test_the_selection_releases_the_worst_for_its_work_first() -> None:
     quality = {0: 30.0, 1: 38.0, 2: 44.0}
 
     def trial(layers: list[str]) -> Comparison:
-        return Comparison((quality[3 - len(layers)],), (1.0,), None, None)
+        return Comparison((quality[3 - len(layers)],), (1.0,))
 
     assert select(order, flops, Budget(37, None), trial).layers == tuple(sorted(order[1:]))
     assert select(order, flops, Budget(30, None), trial).layers == ("a", "b", "c")

@@ -13,7 +13,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from ldm_calibration.histogram import BINS, Histogram
 from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
 from ldm_calibration.sampling import chosen_steps
-from ldm_calibration.weights import migration_factors, quantize_weights
+from ldm_calibration.weights import quantize_weights, smoothing_factors
 
 SPREADS = {
     "normal": lambda rng: rng.standard_normal(20_000),
@@ -125,11 +125,11 @@ def test_weights_channel_by_channel(shape: tuple[int, ...], axis: int) -> None:
 
 
 @given(st.floats(0.05, 1.0), st.integers(0, 99))
-def test_migration_leaves_the_product_alone(exponent: float, seed: int) -> None:
+def test_smoothing_leaves_the_product_unchanged(exponent: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((20, 16)) * np.exp(rng.standard_normal(16))).astype(np.float32)
     w = rng.standard_normal((16, 5)).astype(np.float32)
-    factors = migration_factors(np.abs(x).max(0), np.abs(w).max(1), exponent)
+    factors = smoothing_factors(np.abs(x).max(0), np.abs(w).max(1), exponent)
     assert np.allclose((x / factors) @ (w * factors[:, None]), x @ w, rtol=1e-3, atol=1e-3)
     assert np.log(factors).mean() == pytest.approx(0, abs=1e-3)
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image as Picture
 
 from ldm_export.cli import main
+from ldm_export.demo import demo_checkpoint
 from tests.support.dockerfile import FILE, ROOT, Image, stages
 from tests.support.snapshot import contents
 from tests.support.triton_server import TritonServer
@@ -104,11 +105,11 @@ def test_the_build_image_is_installed_as_the_runtime_image_is() -> None:
 def test_the_build_image_builds(wheels: Path, tmp_path: Path) -> None:
     image = Image(tmp_path / "image", wheels)
     image.build(STAGES["build"])
-    done = run([image.bin / "ldm-export", "build", "-o", "bundle", "--quiet"], tmp_path)
+    done = run([image.bin / "ldm-export", "build", demo_checkpoint(), "-o", "bundle", "--quiet"], tmp_path)
     assert done.returncode == 0 and (tmp_path / "bundle/manifest.json").exists(), done.stderr
 
 
-def test_the_serving_images_server_draws_and_stops_when_told(
+def test_the_serving_images_server_generates_and_stops_on_sigterm(
     packages: Path, shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton with the image's options and packages: healthy, right pictures, nothing written to its repository."""

@@ -24,9 +24,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", EXAMPLES, re.MULTILINE | re.DOTALL
 PROMPT = "a large red circle in the center on a white background"
 
 
-def test_every_example_does_what_the_page_says(
-    triton_server: TritonServer, shapes_bundle: Path, tmp_path: Path
-) -> None:
+def test_every_example_of_the_page_works(triton_server: TritonServer, shapes_bundle: Path, tmp_path: Path) -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python"} and len(BLOCKS) > 8
     ports = {"8000": triton_server.http, "8001": triton_server.grpc, "8002": triton_server.metrics}
     for language, block in BLOCKS:

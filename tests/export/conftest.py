@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm_calibration.settings import Settings
 from ldm_runtime.bundle import Bundle
 from tests.support.bundles import add_fp16, add_int8
 from tests.support.shared import SharedFolders
-from tests.support.tiny_int8 import SETTINGS
+from tests.support.tiny_int8 import LATENTS_SETTINGS, SETTINGS
 
 
 @pytest.fixture
@@ -35,5 +34,4 @@ def calibrated(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
 @pytest.fixture(scope="session")
 def int8_bundle(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
     """``tiny_bundle`` with int8 graphs and the loss of each layer measured in the latents; read-only."""
-    settings = Settings(("a red circle",), ("a blue square",), steps=4, samples=2, trial_steps=4, min_psnr=20.0)
-    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, settings, folder)))
+    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, LATENTS_SETTINGS, folder)))

@@ -17,14 +17,17 @@ import pytest
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
+from ldm_runtime.model import Defaults
 from tests.support.checkpoints import edit_json, write_json, write_tensors
 from tests.support.configs_only import write_configs
 
-PARTS = ("text_encoder", "unet", "decoder", "step", "guided_step")
-STAGES = {"tokenizer", "keyed_unet.fp32", *(f"{name}.fp32" for name in PARTS)}
+TRACED = ("text_encoder", "unet", "decoder", "step", "guided_step")
+SPLIT = ("cross_attention_kv", "time_embedding")
+VARIANT = "unet/fp32.onnxruntime-cpu.onnx"
+STAGES = {"tokenizer", "unet.fp32.onnxruntime-cpu", *(f"{name}.fp32" for name in TRACED)}
 NOTES = {"manifest.json", "build-log.json"}
 
 
@@ -70,7 +73,7 @@ def texts(value: Any) -> Iterator[str]:
 def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
-    graphs = {f"{name}/fp32.onnx" for name in PARTS} | {"unet/keys.onnx", "unet/keyed.onnx"}
+    graphs = {f"{name}/fp32.onnx" for name in (*TRACED, *SPLIT)} | {VARIANT}
     assert set(bundle.manifest.files) == graphs | {"decoder/fp32.onnx.data", "tokenizer.json"}
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
@@ -78,7 +81,34 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> Non
     assert not list(tiny_bundle.parent.glob(".*"))
     made = [name for stage in bundle.manifest.stages.values() for name in stage.files]
     assert set(bundle.manifest.stages) == STAGES and sorted(made) == sorted(bundle.manifest.files)
-    assert bundle.manifest.asked == {"checkpoint": "tiny", "precision": "fp32"}
+    digest = bundle.manifest.request["checkpoint_sha256"]
+    assert bundle.manifest.request == {
+        "checkpoint": "tiny",
+        "precision": "fp32",
+        "quantize": ["unet", "decoder", "text_encoder"],
+        "checkpoint_sha256": digest,
+    }
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+
+
+def test_the_manifest_describes_the_model(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert manifest.family == "text_to_image"
+    assert list(manifest.components) == [
+        *("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder", "step", "guided_step")
+    ]
+    runs = {name: component.spec.runs for name, component in manifest.components.items()}
+    assert runs == dict.fromkeys(runs, "step") | {
+        "text_encoder": "request",
+        "cross_attention_kv": "request",
+        "time_embedding": "schedule",
+        "decoder": "image",
+    }
+    assert manifest.scheduler["class"] == "DDIMScheduler"
+    assert manifest.components["unet"].variants == {"onnxruntime-cpu": {"fp32": VARIANT}}
+    assert (manifest.latents.channels, manifest.latents.factor) == (4, 8)
+    assert manifest.guidance == ("unconditional", "conditional")
+    assert manifest.defaults == Defaults(50, 0.3, 6.0)
 
 
 def test_manifest_tells_neither_when_nor_where(tiny_bundle: Path) -> None:
@@ -121,8 +151,8 @@ def change_word(tokenizer: Path, old: str, new: str) -> None:
             "unet/diffusion_pytorch_model.safetensors",
             change_weight,
             ("conv_in.bias",),
-            {"unet.fp32", "keyed_unet.fp32"},
-            {"unet/fp32.onnx", "unet/keyed.onnx"},
+            {"unet.fp32", "unet.fp32.onnxruntime-cpu"},
+            {"unet/fp32.onnx", VARIANT},
         ),
     ],
     ids=["tokenizer", "text_encoder", "unet"],
@@ -217,15 +247,26 @@ def test_a_link_to_a_bundle_stays_a_link(checkpoint_copy: Path, bundle_copy: Pat
     assert link.is_symlink() and Bundle.open(bundle_copy).manifest.scheduler["beta_end"] == 0.02
 
 
+def test_progress_is_of_one_stage_at_a_time(tiny_checkpoint: Path, bundle_copy: Path) -> None:
+    reported: list[tuple[str, int, int]] = []
+    build(open_checkpoint(tiny_checkpoint), bundle_copy, on_progress=lambda *progress: reported.append(progress))
+    assert [stage for stage, done, _ in reported if done == 0][-1] == "bundle"
+    assert {stage for stage, _, _ in reported} == {*STAGES, "bundle"}
+    for stage in {*STAGES, "bundle"}:
+        assert [(done, total) for name, done, total in reported if name == stage] == [(0, 1), (1, 1)]
+
+
 def test_of_two_builds_at_once_the_second_is_refused(tiny_checkpoint: Path, bundle_copy: Path) -> None:
     before, refused = contents(bundle_copy), []
 
     def meanwhile(stage: str, done: int, total: int) -> None:
+        if done:
+            return
         with pytest.raises(BuildError, match="another build is writing it") as raised:
             build(open_checkpoint(tiny_checkpoint), bundle_copy)
         refused.append((stage, str(raised.value)))
 
-    built = build(open_checkpoint(tiny_checkpoint), bundle_copy, progress=meanwhile)
+    built = build(open_checkpoint(tiny_checkpoint), bundle_copy, on_progress=meanwhile)
     assert set(built.origins.values()) == {"kept"}
     assert {stage for stage, _ in refused} == {*STAGES, "bundle"} and len(refused) == len(STAGES) + 1
     assert contents(bundle_copy) == before

@@ -11,12 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_export.graph import onnx_graph
 from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.manifest import COMPONENTS
 from tests.support.checkpoints import edit_json, random_checkpoint, write_tensors
 from tests.support.configs_only import write_configs
 
@@ -59,7 +58,7 @@ def test_a_bundle_of_another_version_is_made_anew(configs: Path, small_bundle: P
 
 def test_random_weights_need_configs_only(configs: Path, small_bundle: Path) -> None:
     assert sorted(path.name for path in (configs / "tokenizer").iterdir()) == ["tokenizer_config.json"]
-    assert Bundle.open(small_bundle).manifest.asked["random_weights_seed"] == 0
+    assert Bundle.open(small_bundle).manifest.request["random_weights_seed"] == 0
     one, other = picture(small_bundle), picture(small_bundle, height=20, width=12)
     assert one.shape == (16, 16, 3) and other.shape == (20, 12, 3)
     assert one.std() > 1 and np.array_equal(one, picture(small_bundle))
@@ -70,7 +69,7 @@ def test_weights_beside_the_graphs_move_with_the_bundle(
 ) -> None:
     monkeypatch.setattr(onnx_graph, "INLINE_BYTES", 1000)
     made(configs, tmp_path / "made", random_weights=True)
-    beside = {f"{name}/fp32.onnx.data" for name in COMPONENTS}
+    beside = {f"{name}/fp32.onnx.data" for name in Bundle.open(small_bundle).manifest.model.components if "step" not in name}
     assert files(tmp_path / "made") == files(small_bundle) | beside
     moved = (tmp_path / "made").rename(tmp_path / "moved")
     assert np.array_equal(picture(moved), picture(small_bundle))
@@ -82,6 +81,6 @@ def test_quantised_latents_and_the_older_layout(tmp_path: Path) -> None:
     state = load_file(weights)  # a codebook as wide as the latents, so that no rounding decides between two entries
     write_tensors(weights, state | {"quantize.embedding.weight": 60 * state["quantize.embedding.weight"]})
     bundle = made(folder, tmp_path / "bundle")
-    checked = verify(bundle, open_checkpoint(folder), ["a red circle", "a square"], steps=3)
+    checked = verify(bundle, open_checkpoint(folder), [{"prompts": "a red circle"}, {"prompts": "a square"}], steps=3)
     assert checked.failures == []
     assert picture(tmp_path / "bundle").std() > 1

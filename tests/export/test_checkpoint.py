@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from diffusers import DDIMScheduler
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import edit_json, random_checkpoint, write_json
 
@@ -60,7 +60,7 @@ def test_both_layouts_say_the_same(tmp_path: Path, vq: bool) -> None:
         assert older.components[name].class_name == component.class_name
         assert older.components[name].config == component.config
     assert current.scheduler_config == older.scheduler_config
-    assert (current.tokenizer, older.tokenizer) == (tmp_path / "current/tokenizer", tmp_path / "older/tokenizer")
+    assert (current.files["tokenizer"], older.files["tokenizer"]) == (tmp_path / "current/tokenizer", tmp_path / "older/tokenizer")
 
 
 def test_configs_hold_every_argument(tiny: Path) -> None:
@@ -74,7 +74,7 @@ def test_configs_hold_every_argument(tiny: Path) -> None:
     expected = {
         key: value for key, value in DDIMScheduler.from_pretrained(tiny / "scheduler").config.items() if key[0] != "_"
     }
-    assert checkpoint.scheduler_config == expected
+    assert checkpoint.scheduler_config == {**expected, "class": "DDIMScheduler"}
     assert (expected["set_alpha_to_one"], expected["steps_offset"], expected["beta_start"]) == (True, 0, 0.00085)
 
 
@@ -183,7 +183,7 @@ def test_missing_vocabulary(tiny: Path) -> None:
         ("unet", "UNet2DModel"),
         ("unet", "UNetLDMModel"),
         ("vqvae", "AutoencoderTiny"),
-        ("scheduler", "PNDMScheduler"),
+        ("scheduler", "EulerDiscreteScheduler"),
     ],
 )
 def test_other_classes(tiny: Path, component: str, name: str) -> None:

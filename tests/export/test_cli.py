@@ -63,7 +63,7 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
     assert pixels("out.png").shape == (16, 16, 3)
 
 
-def test_build_keeps_what_is_there_and_makes_what_is_damaged(tiny_checkpoint, bundle_copy, capfd) -> None:
+def test_build_keeps_valid_files_and_rebuilds_damaged_ones(tiny_checkpoint, bundle_copy, capfd) -> None:
     before = (bundle_copy / NAME).read_bytes()
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
     assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 9 files\n", out)
@@ -75,13 +75,13 @@ def test_build_keeps_what_is_there_and_makes_what_is_damaged(tiny_checkpoint, bu
     Bundle.open(bundle_copy).check()
 
 
-def test_quiet_says_nothing_but_the_result(tiny_checkpoint, bundle_copy, capfd) -> None:
+def test_quiet_prints_only_the_result(tiny_checkpoint, bundle_copy, capfd) -> None:
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy, "--quiet")
     assert out.startswith(f"{bundle_copy}: ") and out.count("\n") == 1 and err == ""
     assert run(capfd, "generate", bundle_copy, PROMPT, *STEPS, "--quiet") == ("out.png\n", "")
 
 
-def test_generate_writes_a_picture_and_tells_the_seed(tiny_bundle, capfd) -> None:
+def test_generate_writes_an_image_and_prints_the_seed(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "generate", tiny_bundle, PROMPT, *STEPS, "--precision", "fp32")
     assert out == "out.png\n" and re.fullmatch(r"seed 7; (openvino|onnxruntime), fp32 graphs .* in fp32: .*\n", err)
     assert pixels("out.png").shape == (64, 64, 3)
@@ -128,7 +128,7 @@ def test_names_and_prompts_with_brackets_and_colons_are_not_markup(tiny_bundle, 
     assert Path(name).exists()
 
 
-def test_inspect_shows_what_is_there(tiny_bundle, capfd) -> None:
+def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "inspect", tiny_bundle, "--check")
     assert err == ""
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
@@ -137,12 +137,13 @@ def test_inspect_shows_what_is_there(tiny_bundle, capfd) -> None:
     assert set(facts["components"]) == set(COMPONENTS)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["asked"] == {"checkpoint": "tiny", "precision": "fp32"}
+    assert facts["asked"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
+    assert (facts["asked"]["checkpoint"], facts["asked"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
     assert facts["files"] == sizes and len(sizes) == 9
 
 
-def test_verify_measures_writes_a_page_and_inspect_tells(tiny_checkpoint, bundle_copy, place, capfd) -> None:
+def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bundle_copy, place, capfd) -> None:
     (place / "prompts.txt").write_text("a <b>red</b> circle\n\na blue [/i] square\n")
     arguments = ("verify", bundle_copy, "--against", tiny_checkpoint, "--prompts", "prompts.txt", "--steps", "2")
     out, err = run(capfd, *arguments, "--json")

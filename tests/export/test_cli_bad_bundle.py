@@ -105,7 +105,7 @@ def test_no_bundle_at_all(refused: Refused, tiny_checkpoint: Path, tmp_path: Pat
         refused("verify", folder, "--against", tiny_checkpoint, said=said)
 
 
-def test_a_newer_version_is_told_by_verify_too(refused: Refused, tiny_checkpoint: Path, bundle_copy: Path) -> None:
+def test_a_newer_version_is_reported_by_verify_too(refused: Refused, tiny_checkpoint: Path, bundle_copy: Path) -> None:
     edit_json(bundle_copy / NAME, version=2)
     refused("verify", bundle_copy, "--against", tiny_checkpoint, said="version: got 2, this ldm-export reads 1")
 

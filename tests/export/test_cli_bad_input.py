@@ -57,7 +57,7 @@ def test_build_from_a_bad_checkpoint(refused: Refused, checkpoint: Path, case: s
     refused("build", checkpoint, "-o", "bundle", said=said)
 
 
-def test_build_onto_what_is_no_bundle(refused: Refused, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_build_onto_a_folder_that_is_no_bundle(refused: Refused, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/.hidden").write_text("mine")
     (tmp_path / "file").write_text("mine")

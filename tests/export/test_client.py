@@ -1,4 +1,4 @@
-"""The client where no server gives a picture: addresses, places to write, and what else may listen on a port."""
+"""The client without a working server: addresses, output paths, and other programs that listen on a port."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ASKED = {
     "previews without a stream": (["--preview-every", "5"], "--preview-every: got no --stream"),
     "no time": (["--timeout", "0"], "timeout: got 0, expected a number of seconds above 0"),
     "not a number of seconds": (["--timeout", "nan"], "timeout: got nan, expected a number"),
-    "a folder": (["-o", "."], ".: is a folder, expected the name of a picture; choose another -o"),
+    "a folder": (["-o", "."], ".: is a folder, expected the name of an image file; choose another -o"),
     "nobody's name": (["--url", "nowhere.invalid"], "http://nowhere.invalid:8000: cannot be reached ("),
 }
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_asked(refused: Refused, case: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_nobody_listens(refused: Refused, protocol: str) -> None:
+def test_no_server_at_the_address(refused: Refused, protocol: str) -> None:
     url = f"{protocol}://127.0.0.1:{free_port()}"
     refused("client", PROMPT, "--url", url, said=f"{url}: cannot be reached (Connection refused); start the server, or")
 

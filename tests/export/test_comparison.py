@@ -103,7 +103,7 @@ def test_runs_are_backends_with_or_without_a_precision() -> None:
             parse_runs(text, "fp16")
 
 
-def test_what_is_refused(half: Bundle, refused: Callable[..., None]) -> None:
+def test_bad_options_are_refused(half: Bundle, refused: Callable[..., None]) -> None:
     refused("verify", half.folder, "--layers", "--precision", "fp32", said="--layers: got fp32, which the others are")
     refused("verify", half.folder, "--backends", "onnxruntime,caffe", said="backend: got 'caffe'")
     refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", said="no fp8 graph")

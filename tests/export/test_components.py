@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
+from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
 from torch import nn
 
-from ldm_export.checkpoint.folder import open_checkpoint
-from ldm_export.graph.components import Decoder, ModelShape, TextEncoder, UNet, free_upsampling, model_shape
+from ldm_export.families import open_checkpoint
 from ldm_runtime.specs import Axis, dummy_inputs
 from tests.support.checkpoints import VOCABULARY, edit_json, random_checkpoint, tiny_modules
 from tests.support.configs_only import random_unet

@@ -61,7 +61,7 @@ def test_names_alone_prove_nothing() -> None:
         layer_work({"Layers": ["unet.conv_in/Conv"]})
 
 
-def test_what_does_not_open_is_told(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_open_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.engine").write_bytes(b"no engine at all" * 100)
     with pytest.raises(BuildError, match="tensorrt_rtx cannot open what it built"):
         inspect_engine(tensorrt_rtx, tmp_path / "x.engine", "fp16", ())

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx
 
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
@@ -101,8 +102,8 @@ def test_on_a_gpu_new_weights_need_no_rebuild(shapes_bundle: Path, tmp_path: Pat
 
     request = EngineRequest("tensorrt-rtx", (Cuda().capability(),), refittable=True)
     bundle = Path(shutil.copytree(shapes_bundle, tmp_path / "bundle"))
-    build(open_checkpoint(SHIPPED), bundle, "fp16", request)
-    other = Path(shutil.copytree(SHIPPED, tmp_path / "checkpoint"))
+    build(open_checkpoint(demo_checkpoint()), bundle, "fp16", request)
+    other = Path(shutil.copytree(demo_checkpoint(), tmp_path / "checkpoint"))
     from safetensors.torch import load_file, save_file
 
     file = next((other / "unet").glob("*.safetensors"))

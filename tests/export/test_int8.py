@@ -13,21 +13,19 @@ import onnxruntime
 import openvino
 import pytest
 
+from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import find_layers
 from ldm_calibration.qdq import insert_qdq
 from ldm_calibration.record import read_record
-from ldm_calibration.sessions import load_graph
-from ldm_calibration.weights import read_when_used
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.int8_stages import RECORD
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.request import EngineRequest
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
-from tests.support.tiny_int8 import part
+from tests.support.tiny_int8 import QUANTIZED, part
 
 INTEGER = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "QGemm", "ConvInteger")
 
@@ -37,7 +35,7 @@ def exact(values: np.ndarray, expected: np.ndarray) -> float:
     return float(10 * np.log10(np.square(expected).sum() / np.square(values - expected).sum()))
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_onnxruntime_runs_every_chosen_layer_in_integer_kernels(calibrated: Bundle, name: str, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
@@ -52,7 +50,7 @@ def test_onnxruntime_runs_every_chosen_layer_in_integer_kernels(calibrated: Bund
     assert exact(found, expected) > 10
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_openvino_executes_every_chosen_layer_in_int8(calibrated: Bundle, name: str) -> None:
     spec = calibrated.manifest.components[name].spec
     core = openvino.Core()
@@ -70,7 +68,7 @@ def test_openvino_executes_every_chosen_layer_in_int8(calibrated: Bundle, name: 
     assert exact(next(iter(compiled(feed).values())), session.run(None, feed)[0]) > 10
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_tensorrt_rtx_builds_it_and_its_program_computes_in_int8(calibrated: Bundle, name: str, tmp_path: Path) -> None:
     held = part(calibrated, name)
     islands = [layer["name"] for layer in held.layers if not layer["int8"]]
@@ -85,7 +83,7 @@ def test_tensorrt_rtx_builds_it_and_its_program_computes_in_int8(calibrated: Bun
     assert made.proof["matrix_work"]["int8"] > 3, made.proof
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_the_form_of_the_graph(calibrated: Bundle, name: str) -> None:
     path = calibrated.graph(name, "int8")
     onnx.checker.check_model(str(path), full_check=True)
@@ -110,10 +108,10 @@ def test_the_form_of_the_graph(calibrated: Bundle, name: str) -> None:
 def test_the_same_record_gives_the_same_graphs_byte_for_byte(
     calibrated: Bundle, bundle_copy: Path, tmp_path: Path
 ) -> None:
-    record = calibrated.file(RECORD)
+    record = calibrated.file(CALIBRATION_RECORD)
     assert read_record(record).to_json() == record.read_text()
     again = calibrate(bundle_copy, record).bundle
-    for name in ("text_encoder/int8.onnx", "unet/int8.onnx", "decoder/int8.onnx", RECORD):
+    for name in ("text_encoder/int8.onnx", "unet/int8.onnx", "decoder/int8.onnx", CALIBRATION_RECORD):
         assert again.file(name).read_bytes() == calibrated.file(name).read_bytes()
     other = json.loads(record.read_text())
     other["components"]["unet"]["graph"] = "0" * 64
@@ -127,7 +125,6 @@ def test_weights_beside_the_graph_in_a_file_of_several_links(calibrated: Bundle,
     ir.save(ir.load(calibrated.graph("unet", "fp32")), tmp_path / "fp32.onnx", external_data="fp32.onnx.data")
     (tmp_path / "second").hardlink_to(tmp_path / "fp32.onnx.data")
     held, model = part(calibrated, "unet"), load_graph(tmp_path / "fp32.onnx")
-    insert_qdq(model, held.sources, held.results, held.chosen)
-    read_when_used(model)
+    insert_qdq(model, held.tensors, held.chosen)
     save_graph(model, tmp_path / "int8.onnx")
     assert (tmp_path / "int8.onnx").read_bytes() == calibrated.graph("unet", "int8").read_bytes()

@@ -15,16 +15,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import find_layers
-from ldm_calibration.qdq import Scaling
-from ldm_calibration.sensitivity import unet_sensitivity
-from ldm_calibration.sessions import load_graph
+from ldm_calibration.qdq import QuantizedTensors, Scaling
+from ldm_calibration.sensitivity import measure_sensitivity
 from ldm_calibration.trajectories import run_trajectories
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
-from tests.support.tiny_int8 import PROMPTS, SETTINGS, model_of, part
+from tests.support.tiny_int8 import QUANTIZED, SETTINGS, model_of, part
 
 
 def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
@@ -48,24 +48,25 @@ def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(calibrated: Bu
     source = next(
         one.source for one in find_layers(load_graph(calibrated.graph("unet", "fp32")).graph) if one.name == layer
     )
-    fine = unet_sensitivity(model_of(calibrated), SETTINGS, held.sources, held.results, [layer])
-    coarse = {**held.sources, source: Scaling(held.sources[source].threshold * 10, held.sources[source].factors)}
-    rough = unet_sensitivity(model_of(calibrated), SETTINGS, coarse, held.results, [layer])
+    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", held.tensors, [layer])
+    sources = held.tensors.sources
+    coarse = {**sources, source: Scaling(sources[source].threshold * 10, sources[source].factors)}
+    tensors = QuantizedTensors(coarse, held.tensors.results)
+    rough = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", tensors, [layer])
     assert rough[layer] < fine[layer] - 6
 
 
 def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     script = (
         "import sys; from pathlib import Path; from ldm_export.bundle.add_int8 import calibrate; "
-        "from ldm_calibration.settings import Settings; "
+        "from ldm_calibration.settings import CalibrationSettings; "
         f"calibrate(Path(sys.argv[1]), {SETTINGS!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)])
     work = tmp_path / ".bundle.part"
     try:
-        while not (work / "calibration.text_encoder.stage").exists():
+        while not (work / "calibration.unet.stage").exists():
             assert process.poll() is None
             time.sleep(0.01)
     finally:
@@ -75,12 +76,12 @@ def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path)
     assert Bundle.open(folder).precision == "fp32"
     told: list[str] = []
     built = calibrate(folder, SETTINGS, lambda stage, done, total: told.append(stage))
-    assert "calibration.trajectories" not in told and "calibration.text_encoder.ranges" not in told
+    assert "calibration.trajectories" not in told and "calibration.unet.ranges" not in told
     assert "calibration.decoder.ranges" in told and built.bundle.precision == "int8" and not work.exists()
     built.bundle.check()
 
 
-def test_a_budget_that_cannot_be_met_says_what_can_be(bundle_copy: Path) -> None:
+def test_an_unreachable_budget_is_refused_with_what_can_be_reached(bundle_copy: Path) -> None:
     before = (bundle_copy / "manifest.json").read_bytes()
     with pytest.raises(
         BuildError, match=r"^unet: the budget \(90 dB\) cannot be met .*What can be: [\d.]+ dB with 8\d%.*--min-psnr"
@@ -111,7 +112,5 @@ def test_a_model_that_gives_nan_is_refused(calibrated: Bundle, tmp_path: Path) -
     weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e38), name=weight.name)
     ir.save(damaged, tmp_path / "unet.onnx")
     broken = replace(model, graphs={**model.graphs, "unet": tmp_path / "unet.onnx"})
-    with pytest.raises(BuildError, match=r"^unet: gives NaN or infinity in fp32"):
-        run_trajectories(broken, PROMPTS, 3, 0.3, 6.0)
-    with pytest.raises(BuildError, match=r"^prompts: got none"):
-        run_trajectories(model, [], 3, 0.3, 6.0)
+    with pytest.raises(BuildError, match=r"^unet: got NaN or infinity in fp32"):
+        run_trajectories(broken, SETTINGS, QUANTIZED)

@@ -13,11 +13,12 @@ import pytest
 
 from ldm_export.bundle import publish as publishing
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from tests.support.checkpoints import edit_json
 from tests.support.configs_only import write_configs
 
+VARIANT = "unet.fp32.onnxruntime-cpu"
 DEADLINE = 600  # seconds
 KILLED_IN_PUBLISH = """
 import os, signal, sys
@@ -81,7 +82,7 @@ def test_killed_at_every_stage(configs: Path, tmp_path: Path) -> None:
         assert work_of(target).is_dir()
     origins = finish(configs, target)
     done = dict.fromkeys(("tokenizer", "text_encoder.fp32", "unet.fp32"), "resumed")
-    assert origins == done | dict.fromkeys(("decoder.fp32", "step.fp32", "guided_step.fp32", "keyed_unet.fp32"), "made")
+    assert origins == done | dict.fromkeys(("decoder.fp32", "step.fp32", "guided_step.fp32", VARIANT), "made")
 
     old = (target / "manifest.json").read_bytes()
     edit_json(configs / "unet" / "config.json", norm_eps=1e-4)
@@ -91,7 +92,7 @@ def test_killed_at_every_stage(configs: Path, tmp_path: Path) -> None:
     kill_build(configs, target, "unet.fp32.stage")  # the rest is kept: killed shortly before it is published, or after
     Bundle.open(target).check()
     origins = finish(configs, target)
-    assert origins.pop("unet.fp32") in ("resumed", "kept") and origins.pop("keyed_unet.fp32") in ("made", "kept")
+    assert origins.pop("unet.fp32") in ("resumed", "kept") and origins.pop(VARIANT) in ("made", "kept")
     assert set(origins.values()) == {"kept"}
     assert (target / "manifest.json").read_bytes() != old
 

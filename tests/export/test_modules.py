@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.weights import StoredTensor
+from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import LEVELS, edit_json, older_name, random_checkpoint, write_tensors
 from tests.support.reference_modules import FILES, change, ours, run, theirs

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm_export.checkpoint import modules
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError, SpecError
 from tests.support.checkpoints import edit_json, random_checkpoint
 from tests.support.reference_modules import FILES, change
@@ -72,7 +72,7 @@ def test_empty_weights(tiny: Path) -> None:
 
 
 def test_unknown_module(tiny: Path) -> None:
-    with pytest.raises(SpecError, match=r"module 'vae' is none of text_encoder, unet, autoencoder, decoder"):
+    with pytest.raises(SpecError, match=r"module: got 'vae', expected one of text_encoder, unet, autoencoder, decoder"):
         load_module(open_checkpoint(tiny), "vae")
 
 

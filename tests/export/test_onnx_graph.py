@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from ldm_export.graph.components import MODULES
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.graph.components import MODULES
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import OPSET, export_graph
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle

@@ -9,17 +9,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from ldm_export.graph.precision import MATRIX, half_graph
+from ldm_export.graph.ranges import measure_ranges
+from ldm_runtime.ddim import DDIM
 from safetensors.torch import load_file
 
 from ldm_export.bundle.build import build
-from ldm_export.checkpoint.folder import open_checkpoint
-from ldm_export.graph.precision import MATRIX, half_graph
-from ldm_export.graph.ranges import measure_ranges
+from ldm_export.families import open_checkpoint
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs

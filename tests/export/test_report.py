@@ -73,7 +73,7 @@ def test_pictures_are_those_the_runtime_draws_with_their_amplified_difference(
         assert row[3] == f"PSNR {'equal' if value is None else f'{value:.1f}'}"
 
 
-def test_precisions_islands_and_origin_are_told(half_bundle: Bundle, half_page: Path) -> None:
+def test_precisions_islands_and_origin_are_shown(half_bundle: Bundle, half_page: Path) -> None:
     page = Page.read(half_page)
     _, full, half = page.table("PSNR mean, dB")
     for row, precision in ((full, "fp32"), (half, "fp16")):
@@ -93,13 +93,13 @@ def test_precisions_islands_and_origin_are_told(half_bundle: Bundle, half_page: 
     assert ["checkpoint", "tiny"] in page.table("asked for")
 
 
-def test_int8_its_outcome_and_its_most_sensitive_layers_are_told(int8_bundle: Bundle, tmp_path: Path) -> None:
+def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundle, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     assert main(["report", str(int8_bundle.folder), "--steps", "2", "-o", str(target), "--quiet"]) == 0
     page, facts = Page.read(target), json.loads(int8_bundle.file("report/int8.json").read_text())
     assert_self_contained(page)
     assert page.table("prompt")[0][:3] == ["prompt", "fp32", "int8"]
-    assert "Budget: a mean PSNR of at least 20 dB: met." in page.text and facts["record"]["sha256"] in page.text
+    assert "Budget met: at least 20 dB on 1 image, mean " in page.text and facts["record"]["sha256"] in page.text
     (outcome,) = [rows for rows in page.tables if any(row[0] == "UNet operations in int8" for row in rows)]
     told = {row[0]: row[1] for row in outcome}
     assert told["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"
@@ -126,7 +126,7 @@ def test_a_bundle_of_fp32_alone_gives_a_page_without_comparisons(tiny_bundle: Pa
     assert "Half precision" not in page.text and "Differences" not in page.text
 
 
-def test_names_of_strangers_stay_text(half_bundle: Bundle, tmp_path: Path) -> None:
+def test_untrusted_names_are_shown_as_text(half_bundle: Bundle, tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(half_bundle.folder, tmp_path / "bundle<i>"))
     hostile = {HOSTILE: HOSTILE, "rows": [{HOSTILE: HOSTILE}], "named": {HOSTILE: {HOSTILE: [HOSTILE, {"a": None}]}}}
     islands = {"half": HOSTILE, "islands": {HOSTILE: f"range: {HOSTILE}"}, "matrix_islands": []}

@@ -144,7 +144,7 @@ def test_ids_by_hand(tmp_path):
 LENGTHS = [(77, 77), (512, 512), (1e30, 77), (10**30, 77), (None, 77), (True, 77), ("64", 77), (1, 77), (-5, 77)]
 
 
-@pytest.mark.parametrize("stated, length", LENGTHS)
+@pytest.mark.parametrize(("stated", "length"), LENGTHS)
 def test_length_returned(tmp_path, stated, length):
     folder = folder_of(tmp_path / "tokenizer", VOCAB | config(model_max_length=stated))
     assert write_tokenizer_json(folder, tmp_path / "tokenizer.json") == length

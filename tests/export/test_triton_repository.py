@@ -13,16 +13,18 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ldm_export.cli import main
 from ldm_export.serving.config import DATA_TYPES, Serving, component_config
-from ldm_export.serving.models import MODELS
+from ldm_export.serving.models import model_names
 from ldm_export.serving.pbtxt import Enum, MapOf, to_pbtxt
-from ldm_export.verbs.triton import call_rows
+from ldm_export.verbs.triton import row_buckets
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.engine_facts import Engine
+from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.specs import Axis, profile
-from ldm_runtime.triton.parameters import Settings
+from ldm_runtime.triton.parameters import ModelParameters
+from ldm_runtime.triton.tensors import input_fields, output_fields
+from tests.support.numpy_model import description
 
-COMPONENTS = ("text_encoder", "unet", "decoder")
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 
 
 def write(bundle: Path, repository: Path, *options: object) -> int:
@@ -96,8 +98,10 @@ def test_a_gpu_is_asked_for_where_it_is_meant(tiny_bundle: Path, tmp_path: Path)
 def test_tensorrt_plans_are_chosen_by_compute_capability(tiny_bundle: Path) -> None:
     spec = Bundle.open(tiny_bundle).manifest.components["unet"].spec
     shapes = {name: (low, opt, (8, *high[1:])) for name, (low, opt, high) in profile(spec).items()}
-    engines = [Engine(f"unet/{c}.plan", "tensorrt", "10.3", (c,), "fp16", "0" * 64, (shapes,)) for c in ("8.6", "9.0")]
-    serving = Serving("tensorrt", True, Settings(precision="fp16"))
+    engines = [
+        EngineFacts(f"unet/{c}.plan", "tensorrt", "10.3", (c,), "fp16", "0" * 64, (shapes,)) for c in ("8.6", "9.0")
+    ]
+    serving = Serving("tensorrt", True, ModelParameters(precision="fp16"))
     read = text_format.Parse(to_pbtxt(component_config(spec, serving, engines)), ModelConfig())
     assert read.platform == "tensorrt_plan" and read.max_batch_size == 8
     assert dict(read.cc_model_filenames) == {"8.6": "model-86.plan", "9.0": "model-90.plan"}
@@ -105,7 +109,7 @@ def test_tensorrt_plans_are_chosen_by_compute_capability(tiny_bundle: Path) -> N
 
 
 def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle: Path, tmp_path: Path) -> None:
-    assert write(tiny_bundle, tmp_path / "repository", "--rows", "16", "--queue", "7", "--threads", "1") == 0
+    assert write(tiny_bundle, tmp_path / "repository", "--max-rows", "16", "--max-queue", "7", "--threads", "1") == 0
     stream, front = (config(tmp_path / "repository", name) for name in ("ldm_stream", "ldm"))
     assert stream.model_transaction_policy.decoupled and not front.model_transaction_policy.decoupled
     assert {tensor.name for tensor in stream.input} - {tensor.name for tensor in front.input} == {"PREVIEW_EVERY"}
@@ -113,8 +117,21 @@ def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle
     assert [tensor.name for tensor in front.input if not tensor.optional] == ["PROMPT"]
     assert front.max_batch_size == stream.max_batch_size == 0
     args = {"parameters": {key: {"string_value": value.string_value} for key, value in stream.parameters.items()}}
-    settings = Settings.of({"model_config": json.dumps(args)})
-    assert settings.limits == Limits(rows=16, queue=7) and settings.unet == "in_process" and settings.threads == "1"
+    parameters = ModelParameters.from_args({"model_config": json.dumps(args)})
+    assert parameters.limits == Limits(max_rows=16, max_queue=7)
+    assert (parameters.unet, parameters.threads) == ("in_process", "1")
+
+
+def test_the_tensors_follow_the_model() -> None:
+    """A model without text has no prompts but a number of images; one without guidance has no guidance scale."""
+    text, free = description(), description(text=False, image_channels=1)
+    names = [{field.name for field in input_fields(model)} for model in (text, free)]
+    assert names[0] - names[1] == {
+        *("PROMPT", "NEGATIVE_PROMPT", "IMAGES_PER_PROMPT"),
+        *("GUIDANCE", "GUIDANCE_EVERY", "GUIDANCE_INTERVAL"),
+    }
+    assert names[1] - names[0] == {"COUNT"} and all(field.optional for field in input_fields(free))
+    assert [output_fields(model)[0].dims[-1] for model in (text, free)] == [3, 1]
 
 
 def test_files_are_linked_not_copied(bundle_copy: Path, tmp_path: Path) -> None:
@@ -128,11 +145,11 @@ def test_files_are_linked_not_copied(bundle_copy: Path, tmp_path: Path) -> None:
 def test_writing_again_adds_a_version_and_keeps_the_one_before(bundle_copy: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     for number in (1, 2, 3):
-        assert write(bundle_copy, repository, "--queue", number) == 0
-        for name in MODELS:
+        assert write(bundle_copy, repository, "--max-queue", number) == 0
+        for name in model_names(Bundle.open(bundle_copy)):
             kept = sorted(path.name for path in (repository / name).iterdir() if path.is_dir())
             assert kept == [str(n) for n in range(max(1, number - 1), number + 1)]
-        assert config(repository, "ldm").parameters["queue"].string_value == str(number)
+        assert config(repository, "ldm").parameters["max_queue"].string_value == str(number)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repository"]
 
 
@@ -150,10 +167,11 @@ def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rows", "0"], "rows: got 0, expected 1..64"),
-        (["--rows", "65"], "rows: got 65"),
-        (["--queue", "0"], "queue: got 0"),
+        (["--max-rows", "0"], "max-rows: got 0, expected 1..64"),
+        (["--max-rows", "65"], "max-rows: got 65"),
+        (["--max-queue", "0"], "max-queue: got 0"),
         (["--threads", "0"], "threads: got 0"),
+        (["--only", "ldm", "step"], "only: got 'step', expected one or more of text_encoder, cross_attention_kv, "),
         (["--precision", "fp16", "--target", "onnxruntime"], "has no fp16 graph"),
         (["--target", "tensorrt"], "has no fp32 engine of TensorRT"),
     ],
@@ -171,7 +189,7 @@ def test_a_damaged_bundle_is_refused(bundle_copy: Path, refused) -> None:
 def test_a_model_of_somebody_else_is_left_alone(tiny_bundle: Path, tmp_path: Path, refused) -> None:
     (tmp_path / "repository" / "unet" / "1").mkdir(parents=True)
     (tmp_path / "repository" / "unet" / "config.pbtxt").write_text('name: "unet"')
-    refused("triton", tiny_bundle, "-o", "repository", said="is no model that `ldm-export triton` wrote")
+    refused("triton", tiny_bundle, "-o", "repository", said="is not a model that `ldm-export triton` wrote")
     (tmp_path / "file").write_text("")
     refused("triton", tiny_bundle, "-o", "file", said="is a file, expected a folder")
 
@@ -208,7 +226,9 @@ def test_another_disk_gets_one_copy_for_all_models(bundle_copy: Path, tmp_path: 
 
 def test_row_counts_for_engines() -> None:
     assert (
-        call_rows(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32] and call_rows(1) == [1] and call_rows(5) == [1, 2, 3, 4, 5]
+        row_buckets(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+        and row_buckets(1) == [1]
+        and row_buckets(5) == [1, 2, 3, 4, 5]
     )
     for most in range(1, 65):
-        Limits(rows=most, call_rows=call_rows(most))
+        Limits(max_rows=most, row_buckets=row_buckets(most))

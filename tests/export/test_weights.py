@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_export.checkpoint.weights import MAX_JSON, read_json, read_weights
+from ldm_export.checkpoint.json_files import MAX_JSON, read_json
+from ldm_export.checkpoint.weights import read_weights
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import edit_json, write_json, write_tensors, write_weights
 
@@ -184,7 +185,7 @@ def test_not_finite(tmp_path: Path, file: str, dtype: torch.dtype, value: float)
         stored["bad"].read()
 
 
-def test_other_dtypes_are_told(tmp_path: Path) -> None:
+def test_other_dtypes_are_reported(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", {"ids": torch.arange(4), "wide": torch.ones(2, dtype=torch.float64)})
     assert {name: stored.dtype for name, stored in read_weights(tmp_path, "unet").items()} == {
         "ids": "I64",

@@ -25,7 +25,7 @@ MAX_ROWS = 16
 
 
 class ScaledInput:
-    """DDIM whose UNet takes scaled latents, as those of schedulers in terms of sigma do; its noise has that scale too."""
+    """DDIM whose UNet takes scaled latents, as those of sigma-based schedulers do, from scaled noise."""
 
     def __init__(self, scheduler: Any):
         self._scheduler = scheduler

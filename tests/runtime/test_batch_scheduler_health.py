@@ -11,7 +11,6 @@ from ldm_runtime import Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import BackendError, CancelledError, QueueFullError, SpecError
-from tests.support.step_gate import PROMPTS
 from tests.support.waiting import wait_until
 
 
@@ -20,7 +19,7 @@ def own_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("ldm-")}
 
 
-def test_a_failing_engine_makes_it_unready_until_an_image_can_be_generated(room, pipeline, monkeypatch) -> None:
+def test_a_failing_engine_makes_it_unready_until_an_image_can_be_generated(scheduler, pipeline, monkeypatch) -> None:
     broken = threading.Event()
     run = pipeline.backends["unet"].run
 
@@ -30,35 +29,35 @@ def test_a_failing_engine_makes_it_unready_until_an_image_can_be_generated(room,
         return run(feed)
 
     monkeypatch.setattr(pipeline.backends["unet"], "run", sometimes)
-    assert room.ready
+    assert scheduler.ready
     broken.set()
     with pytest.raises(BackendError, match="out of memory"):
-        room.submit(Request(PROMPTS[0], seed=0)).result(20)
-    assert wait_until(lambda: not room.ready)
-    with pytest.raises(QueueFullError, match="no picture can be made now"):
-        room.submit(Request(PROMPTS[0], seed=0))
+        scheduler.submit(Request("a", seed=0)).result(20)
+    assert wait_until(lambda: not scheduler.ready)
+    with pytest.raises(QueueFullError, match="does not respond; try again later"):
+        scheduler.submit(Request("a", seed=0))
     broken.clear()
-    assert wait_until(lambda: room.ready)
-    room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2)).result(20)
+    assert wait_until(lambda: scheduler.ready)
+    scheduler.submit(Request("a", seed=0, num_inference_steps=2)).result(20)
 
 
 def test_the_idle_self_test_detects_a_failing_engine(pipeline, monkeypatch) -> None:
     def fail(_):
         raise BackendError("decoder: the GPU is lost")
 
-    with BatchScheduler(pipeline, Limits(idle=0.05)) as room:
-        assert room.ready
+    with BatchScheduler(pipeline, Limits(self_test_after=0.05)) as scheduler:
+        assert scheduler.ready
         monkeypatch.setattr(pipeline.backends["decoder"], "run", fail)
-        assert wait_until(lambda: not room.ready)
+        assert wait_until(lambda: not scheduler.ready)
         monkeypatch.undo()
-        assert wait_until(lambda: room.ready)
+        assert wait_until(lambda: scheduler.ready)
 
 
 def test_an_image_with_nan_fails_alone_and_not_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
-    room, gate = gated()
-    held = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    scheduler, gate = gated()
+    held = scheduler.submit(Request("a", seed=0, num_inference_steps=2))
     gate.wait_for_call()
-    tickets = [room.submit(Request(PROMPTS[number], seed=number, num_inference_steps=1)) for number in range(3)]
+    jobs = [scheduler.submit(Request("abc"[number], seed=number, num_inference_steps=1)) for number in range(3)]
     decode, batches, bad = pipeline.backends["decoder"].run, [], []
 
     def spoilt(feed):
@@ -70,16 +69,27 @@ def test_an_image_with_nan_fails_alone_and_not_those_decoded_with_it(gated, pipe
 
     monkeypatch.setattr(pipeline.backends["decoder"], "run", spoilt)
     gate.open()
-    outcomes = [ticket.future.exception(20) for ticket in (held, *tickets)]
+    outcomes = [job.future.exception(20) for job in (held, *jobs)]
     assert [isinstance(outcome, SpecError) for outcome in outcomes] == [False, True, False, False]
-    assert [ticket.result().images.shape for ticket in (held, *tickets[1:])] == [(1, 64, 64, 3)] * 3
+    assert [job.result().images.shape for job in (held, *jobs[1:])] == [(1, 12, 12, 3)] * 3
     assert batches == [4, 1, 1, 1, 1]
-    assert room.ready
+    assert scheduler.ready
+
+
+def test_latents_that_are_far_too_large_fail_their_request_alone(scheduler, pipeline, monkeypatch) -> None:
+    run = pipeline.backends["unet"].run
+    monkeypatch.setattr(
+        pipeline.backends["unet"], "run", lambda feed: {"noise_pred": run(feed)["noise_pred"] * np.float32(1e12)}
+    )
+    with pytest.raises(SpecError, match="latents: got up to"):
+        scheduler.submit(Request("a", seed=0, num_inference_steps=1)).result(20)
+    monkeypatch.undo()
+    assert scheduler.ready and scheduler.submit(Request("a", seed=0, num_inference_steps=1)).result(20)
 
 
 def test_without_a_first_self_test_it_becomes_ready_later(pipeline) -> None:
-    with BatchScheduler(pipeline, prove=False) as room:
-        assert wait_until(lambda: room.ready)
+    with BatchScheduler(pipeline, warm_up=False) as scheduler:
+        assert wait_until(lambda: scheduler.ready)
 
 
 def test_it_does_not_start_when_no_image_can_be_generated(pipeline, monkeypatch) -> None:
@@ -94,24 +104,24 @@ def test_it_does_not_start_when_no_image_can_be_generated(pipeline, monkeypatch)
 
 
 def test_a_hanging_engine_makes_it_unready(gated) -> None:
-    room, gate = gated(stall=0.1)
-    ticket = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
-    assert wait_until(lambda: not room.ready)
+    scheduler, gate = gated(stall_timeout=0.1)
+    job = scheduler.submit(Request("a", seed=0, num_inference_steps=2))
+    assert wait_until(lambda: not scheduler.ready)
     gate.open()
-    ticket.result(20)
-    assert wait_until(lambda: room.ready)
+    job.result(20)
+    assert wait_until(lambda: scheduler.ready)
 
 
 def test_closing_with_a_timeout_finishes_submitted_requests(gated, pipeline) -> None:
-    room, gate = gated(rows=1)
-    short = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=2))
+    scheduler, gate = gated(max_rows=1)
+    short = scheduler.submit(Request("a", seed=0, num_inference_steps=2))
     gate.wait_for_call()
-    waiting = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=3))
-    closing = threading.Thread(target=room.close, kwargs={"seconds": 30})
+    waiting = scheduler.submit(Request("a", seed=0, num_inference_steps=3))
+    closing = threading.Thread(target=scheduler.close, kwargs={"timeout": 30})
     closing.start()
-    assert wait_until(lambda: not room.ready)
+    assert wait_until(lambda: not scheduler.ready)
     with pytest.raises(CancelledError, match="closing"):
-        room.submit(Request(PROMPTS[0]))
+        scheduler.submit(Request("a"))
     gate.open()
     closing.join(30)
     assert short.result(1) and waiting.result(1) and not closing.is_alive()
@@ -119,13 +129,13 @@ def test_closing_with_a_timeout_finishes_submitted_requests(gated, pipeline) -> 
 
 def test_closing_at_once_cancels_all_requests(gated) -> None:
     before = set(threading.enumerate())
-    room, gate = gated(rows=1)
-    tickets = [room.submit(Request(PROMPTS[0], seed=0)) for _ in range(3)]
+    scheduler, gate = gated(max_rows=1)
+    jobs = [scheduler.submit(Request("a", seed=0, num_inference_steps=1000)) for _ in range(3)]
     gate.wait_for_call()
     gate.open()
-    room.close()
-    for ticket in tickets:
+    scheduler.close()
+    for job in jobs:
         with pytest.raises(CancelledError, match="closed before"):
-            ticket.result(1)
+            job.result(1)
     assert not own_threads() - before
-    room.close()
+    scheduler.close()

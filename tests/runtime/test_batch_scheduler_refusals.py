@@ -7,7 +7,6 @@ import pytest
 from ldm_runtime import Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.errors import SpecError
-from tests.support.step_gate import PROMPTS
 
 
 @pytest.mark.parametrize(
@@ -17,37 +16,47 @@ from tests.support.step_gate import PROMPTS
         (Request("a", num_inference_steps=0), "steps: got 0"),
         (Request("a", eta=float("nan")), "eta: got nan"),
         (Request("a", guidance_scale=float("inf")), "guidance_scale"),
-        (Request("a", height=65), "height: got 65, expected a multiple of 8"),
+        (Request("a", height=65), "height: got 65, expected a multiple of 2"),
         (Request("a", seed=2**64), "seed: got"),
         (Request("a", images_per_prompt=32, guidance_scale=2.0), "need 64 rows of a UNet call"),
+        (Request("a", count=2), "count: got a number"),
+        (Request("a", guidance_every=0), "guidance_every: got 0"),
+        (Request("a", guidance_interval=(1, 0)), "guidance_interval: got 1 to 0"),
         (Request("\ud800"), "lone surrogate"),
         (Request("a" * 10_001), "10001 characters"),
     ],
 )
-def test_bad_requests_do_not_affect_others(room, request_: Request, said: str) -> None:
-    beside = room.submit(Request(PROMPTS[0], seed=0, num_inference_steps=5))
+def test_bad_requests_do_not_affect_others(scheduler, request_: Request, said: str) -> None:
+    beside = scheduler.submit(Request("a", seed=0, num_inference_steps=5))
     with pytest.raises(SpecError, match=said):
-        room.submit(request_).result(20)
+        scheduler.submit(request_).result(20)
     beside.result(20)
-    assert room.ready
+    assert scheduler.ready
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"priority": 5}, "priority: got 5"),
-        ({"seconds": 0}, "seconds: got 0"),
+        ({"timeout": 0}, "timeout: got 0"),
         ({"preview_every": -1}, "preview_every"),
     ],
 )
-def test_bad_options_are_refused(room, options: dict, said: str) -> None:
+def test_bad_options_are_refused(scheduler, options: dict, said: str) -> None:
     with pytest.raises(SpecError, match=said):
-        room.submit(Request(PROMPTS[0]), **options)
+        scheduler.submit(Request("a"), **options)
 
 
 @pytest.mark.parametrize(
-    "limits", [{"rows": 0}, {"queue": 0}, {"call_rows": (4, 2), "rows": 2}, {"call_rows": (4,), "rows": 8}]
+    "limits",
+    [
+        {"max_rows": 0},
+        {"max_queue": 0},
+        {"max_sizes": 2.0},
+        {"row_buckets": (4, 2), "max_rows": 2},
+        {"row_buckets": (4,), "max_rows": 8},
+    ],
 )
 def test_bad_limits_are_refused(limits: dict) -> None:
-    with pytest.raises(SpecError, match="engine room: "):
+    with pytest.raises(SpecError, match="limits: "):
         Limits(**limits)

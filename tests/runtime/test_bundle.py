@@ -1,4 +1,4 @@
-"""A bundle's files are the bytes that were built, or are not given out; reports are written whole or not at all."""
+"""A bundle only opens files with the digest of the manifest; reports are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 
 from ldm_runtime.atomic_files import sha256, write_together, write_whole
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.device_loop import GUIDED_STEP, STEP
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import COMPONENTS, NAME, FileFact
+from ldm_runtime.manifest import FileFact
 from tests.support.snapshot import contents
 
 FILES = (
-    *("tokenizer.json", "decoder/fp32.onnx.data", "unet/keys.onnx", "unet/keyed.onnx"),
-    *(f"{name}/fp32.onnx" for name in (*COMPONENTS, STEP, GUIDED_STEP)),
+    *("tokenizer.json", "decoder/fp32.onnx.data", "unet/fp32.onnxruntime-cpu.onnx"),
+    *(f"{name}/fp32.onnx" for name in ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")),
+    *("step/fp32.onnx", "guided_step/fp32.onnx"),
 )
 
 
@@ -104,7 +105,7 @@ def test_links_inside_the_bundle_and_to_the_bundle_are_fine(bundle_copy: Path) -
     Bundle.open(bundle_copy.parent / "link").check()
 
 
-def test_what_is_not_listed_is_not_given(bundle_copy: Path) -> None:
+def test_files_missing_from_the_manifest_are_refused(bundle_copy: Path) -> None:
     (bundle_copy / "stray.bin").write_bytes(b"stray")
     for name in ("stray.bin", NAME, "../bundle/tokenizer.json", "/etc/hostname"):
         with pytest.raises(ManifestError, match=f"{NAME}: lists no file '{name}'; rebuild the bundle"):
@@ -120,7 +121,7 @@ def test_names_no_disk_can_hold_and_files_no_one_can_read(bundle_copy: Path) -> 
         listed(bundle_copy, memory=b"").file("memory")
 
 
-def test_graph_tells_the_precisions_there_are(bundle_copy: Path) -> None:
+def test_a_missing_precision_lists_the_available_ones(bundle_copy: Path) -> None:
     bundle = Bundle.open(bundle_copy)
     assert bundle.graph("unet", "fp32") == bundle_copy / "unet/fp32.onnx"
     with pytest.raises(ManifestError, match=r"component unet has no int8 graph, only fp32; .*build --precision int8"):
@@ -167,14 +168,14 @@ def test_a_write_that_fails_leaves_the_bundle_as_it_was(bundle_copy: Path, block
     else:
         (bundle_copy / blocked).mkdir()
     before = contents(bundle_copy)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"report|manifest"):
         bundle.with_measured({"verify": 2}, {"report/verify.html": b"after"})
     assert contents(bundle_copy) == before
 
 
 def test_figures_that_json_lacks_are_refused_before_anything_is_written(bundle_copy: Path) -> None:
     before = contents(bundle_copy)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         Bundle.open(bundle_copy).with_measured({"error": math.nan}, {"report/verify.html": b"x"})
     assert contents(bundle_copy) == before
 
@@ -204,7 +205,7 @@ def test_write_whole_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a": None, "a/b": None, "a/b/file": b"two", "a/c": b"3", "d": b""}
 
 
-def test_sha256_tells_its_progress(tmp_path: Path) -> None:
+def test_sha256_reports_progress(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content := bytes(5 * 2**20))
     told: list[int] = []
     assert sha256(tmp_path / "file", told.append) == hashlib.sha256(content).hexdigest()

@@ -1,8 +1,9 @@
-"""The loop that keeps its tensors on the device gives what the pipeline's NumPy loop gives, on ONNX Runtime's CPU."""
+"""The loop whose tensors stay on a device gives what the pipeline's NumPy loop gives, here on ONNX Runtime's CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,101 +11,154 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from ldm_export.graph.step_graph import export_step, step_specs
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
+from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.request import Request
+from ldm_runtime.specs import ComponentSpec
+from tests.support.numpy_model import SCHEDULERS, numpy_pipeline, write_unet
 
-OPTIONS = {"seed": 3, "num_inference_steps": 5}
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
+OPTIONS: dict[str, Any] = {"seed": 3, "num_inference_steps": 5}
+Graphs = dict[str, tuple[Path, ComponentSpec]]
 
 
-@pytest.fixture(scope="module")
-def numpy_loop(bundle: Bundle) -> Iterator[LatentDiffusionPipeline]:
-    with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
-        yield pipeline
+def write_graphs(folder: Path, slots: int) -> Graphs:
+    """The UNet of the NumPy model and its steps for a state of so many slots."""
+    folder.mkdir(exist_ok=True)
+    unet = write_unet(folder / "unet.onnx")
+    graphs = {"unet": (folder / "unet.onnx", unet)}
+    for name, spec in step_specs(unet, slots, branches=2).items():
+        (file,) = export_step(spec, folder / f"{name}.{slots}.onnx")
+        graphs[name] = (file, spec)
+    return graphs
+
+
+def with_loop(folder: Path, scheduler: str) -> tuple[LatentDiffusionPipeline, LatentDiffusionPipeline]:
+    """The NumPy model without and with a device loop."""
+    plain, looped = (numpy_pipeline(folder, scheduler=SCHEDULERS[scheduler]) for _ in range(2))
+    slots = plain.scheduler.trajectory(8).slots
+    graphs = write_graphs(folder / "graphs", slots)
+    assert slots_of(graphs[STEP][1]) == slots_of(graphs[GUIDED_STEP][1]) == slots
+    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots)
+    return plain, looped
 
 
 @pytest.fixture
-def device_loop(bundle: Bundle) -> Iterator[LatentDiffusionPipeline]:
-    components = bundle.manifest.components
-    graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in ("unet", STEP, GUIDED_STEP)}
-    with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
-        pipeline.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"))
-        yield pipeline
+def ddim(tmp_path: Path) -> Iterator[tuple[LatentDiffusionPipeline, LatentDiffusionPipeline]]:
+    plain, looped = with_loop(tmp_path, "ddim")
+    with looped:
+        yield plain, looped
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3"])
 @pytest.mark.parametrize(
     "options",
     [
-        {"eta": 0.0, "guidance_scale": 6.0},
-        {"eta": 0.3, "guidance_scale": 6.0},
-        {"eta": 0.3, "guidance_scale": 1.0},
-        {"eta": 1.0, "guidance_scale": 2.5, "images_per_prompt": 2, "seed": [5, 6], "height": 72, "width": 88},
+        {"guidance_scale": 6.0},
+        {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 1},
+        {"eta": 0.3, "guidance_scale": 1.0, "guidance_every": 2},
+        {"eta": 1.0, "guidance_scale": 2.5, "images_per_prompt": 2, "seed": [5, 6], "height": 16, "width": 20},
     ],
 )
-def test_every_step_agrees_with_the_numpy_loop(
-    numpy_loop: LatentDiffusionPipeline, device_loop: LatentDiffusionPipeline, options: dict[str, Any]
-) -> None:
-    request = Request("a red circle", negative_prompt="blue", **OPTIONS | options)
-    steps = zip(numpy_loop.steps(request), device_loop.steps(request), strict=True)
-    for one, other in steps:
-        assert (one.index, one.total, one.timestep) == (other.index, other.total, other.timestep)
-        np.testing.assert_allclose(other.latents, one.latents, atol=2e-4 * np.abs(one.latents).max())
-        assert other.latents is other.latents
+def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, options: dict[str, Any]) -> None:
+    if scheduler == "pndm_runge_kutta" and options.get("num_inference_steps") == 1:
+        options = options | {"num_inference_steps": 4}
+    plain, looped = with_loop(tmp_path, scheduler)
+    request = Request("a", negative_prompt="b", **OPTIONS | options)
+    with looped:
+        assert looped.loop is not None and looped.loop.takes(looped.plan(request))
+        for one, other in zip(plain.steps(request), looped.steps(request), strict=True):
+            assert (one.index, one.total, one.timestep) == (other.index, other.total, other.timestep)
+            np.testing.assert_allclose(other.latents, one.latents, atol=1e-5 * np.abs(one.latents).max(), rtol=0)
+            assert other.latents is other.latents
+    assert not looped.backends["unet"].calls  # type: ignore[attr-defined]
 
 
-def test_shapes_may_change_from_request_to_request(
-    numpy_loop: LatentDiffusionPipeline, device_loop: LatentDiffusionPipeline
-) -> None:
-    for options in ({"height": 64}, {"height": 80}, {"height": 64}):
+def test_the_loop_of_a_real_bundle(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    components = bundle.manifest.components
+    graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in ("unet", STEP, GUIDED_STEP)}
+    loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots_of(components[STEP].spec))
+    request = Request("a red circle", eta=0.3, guidance_scale=6.0, **OPTIONS)
+    with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
+        expected = [step.latents for step in pipeline.steps(request)]
+        pipeline.loop = loop
+        for one, other in zip(expected, pipeline.steps(request), strict=True):
+            np.testing.assert_allclose(other.latents, one, atol=2e-4 * np.abs(one).max(), rtol=0)
+
+
+def test_shapes_may_change_from_request_to_request(ddim) -> None:
+    plain, looped = ddim
+    for height in (12, 16, 12):
         found, expected = (
-            np.asarray(pipeline("a blue square", guidance_scale=6.0, **OPTIONS | options).images[0], int)
-            for pipeline in (device_loop, numpy_loop)
+            np.asarray(pipeline("a", guidance_scale=6.0, height=height, **OPTIONS).images[0], int)
+            for pipeline in (looped, plain)
         )
         assert np.abs(found - expected).max() <= 1
 
 
-def test_a_second_request_ends_the_first(device_loop: LatentDiffusionPipeline) -> None:
-    first, second = (device_loop.steps(Request(prompt, **OPTIONS)) for prompt in ("a red circle", "a blue square"))
+def test_a_second_request_ends_the_first(ddim) -> None:
+    _, looped = ddim
+    first, second = (looped.steps(Request(prompt, **OPTIONS)) for prompt in ("a", "b"))
     next(first)
     next(second)
-    with pytest.raises(BackendError, match="has begun another request"):
+    with pytest.raises(BackendError, match="another request has started"):
         next(first)
     assert len(list(second)) == 4
 
 
-def test_steps_that_clip_take_the_numpy_loop(bundle: Bundle) -> None:
-    """Their x_0 is bounded, which no coefficients say: the device is not even opened."""
-
+@pytest.mark.parametrize(
+    ("scheduler", "slots", "options"),
+    [
+        ("ddim_clipped", 1, {}),
+        ("dpm", 1, {}),
+        ("ddim", 1, {"guidance_scale": 3.0, "guidance_every": 2}),
+        ("ddim", 1, {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)}),
+    ],
+)
+def test_a_plan_the_device_cannot_run_is_run_in_numpy(
+    tmp_path: Path, scheduler: str, slots: int, options: dict[str, Any]
+) -> None:
     def never() -> OnnxRuntimeDevice:
-        raise AssertionError
+        raise AssertionError("the device was opened")
 
-    with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
-        pipeline.scheduler = type(pipeline.scheduler)(clip_sample=True)
-        pipeline.loop = DeviceLoop(never)
-        assert len(pipeline("a red circle", **OPTIONS).images) == 1
-
-
-def test_closing_frees_and_the_next_request_opens_anew(device_loop: LatentDiffusionPipeline) -> None:
-    before = device_loop("a red circle", **OPTIONS).latents
-    assert device_loop.loop is not None
-    device_loop.loop.close()
-    device_loop.loop.close()
-    np.testing.assert_array_equal(device_loop("a red circle", **OPTIONS).latents, before)
+    pipeline = numpy_pipeline(tmp_path, scheduler=SCHEDULERS[scheduler])
+    pipeline.loop = DeviceLoop(never, slots)
+    assert len(pipeline("a", **OPTIONS, **options).images) == 1
+    plan = pipeline.plan(Request("a", **OPTIONS, **options))
+    with pytest.raises(SpecError, match="device loop: got a plan"):
+        next(pipeline.loop.steps(plan, {}, {}))
 
 
-def test_without_cuda_its_absence_is_told_in_one_line(bundle: Bundle) -> None:
-    spec = bundle.manifest.components[STEP].spec
-    device = OnnxRuntimeDevice({STEP: (bundle.graph(STEP, "fp32"), spec)})
-    tensors = {tensor.name: (tensor.bounds("opt"), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+def test_fewer_slots_than_the_device_has_are_enough(tmp_path: Path) -> None:
+    plain, looped = (numpy_pipeline(tmp_path) for _ in range(2))
+    graphs = write_graphs(tmp_path / "graphs", 3)
+    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), 3)
+    with looped:
+        found, expected = (pipeline("a", **OPTIONS).latents for pipeline in (looped, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_closing_frees_and_the_next_request_opens_anew(ddim) -> None:
+    _, looped = ddim
+    before = looped("a", **OPTIONS).latents
+    assert looped.loop is not None
+    looped.loop.close()
+    looped.loop.close()
+    np.testing.assert_array_equal(looped("a", **OPTIONS).latents, before)
+
+
+def test_a_missing_cuda_provider_is_reported_in_one_line(tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime has a CUDA provider here")
-    with pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"):
+    graphs = write_graphs(tmp_path, 1)
+    spec = graphs[STEP][1]
+    tensors = {tensor.name: (tensor.bounds("opt"), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+    with (
+        closing(OnnxRuntimeDevice(graphs)) as device,
+        pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"),
+    ):
         device.hold(tensors, (STEP,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from ldm_runtime.backends.engine import Choice, Engine, Loader, Placement, Wish,
 from ldm_runtime.backends.factory import open_component, open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
-from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.bundle import file_facts
+from ldm_runtime.bundle_layout import graph_file, weights_file
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, ManifestError
 from ldm_runtime.specs import ComponentSpec
@@ -80,6 +82,17 @@ def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Coun
         open_component(bundle, "unet", "openvino")
     with pytest.raises(BackendError, match="got component 'vae', expected one of time_embedding, unet, decoder, step"):
         open_component(bundle, "vae")
+
+
+def test_weights_that_a_variant_shares_with_the_portable_graph_are_checked(bundle: Bundle) -> None:
+    weights = bundle.folder / weights_file(graph_file("unet", "fp32"))
+    weights.write_bytes(b"weights")
+    files = {**bundle.manifest.files, **file_facts(bundle.folder, [str(weights.relative_to(bundle.folder))])}
+    shared = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    assert shared.graph("unet", "fp32", VARIANT).name == f"fp32.{VARIANT}.onnx"
+    weights.write_bytes(b"damaged")
+    with pytest.raises(ManifestError, match=r"unet/fp32\.onnx\.data: got sha256"):
+        open_model(shared, "onnxruntime", device="cpu")
 
 
 def test_a_damaged_file_is_refused_before_anything_is_loaded(bundle: Bundle) -> None:

@@ -45,7 +45,7 @@ def test_what_lies_outside_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused(value: float) -> None:
+def test_non_finite_values_are_refused(value: float) -> None:
     images = np.full((2, 3, 4, 4), 0.5, np.float32)
     images[1, 2, 3, 0] = value
     with pytest.raises(SpecError, match="image: the decoder gave NaN or infinite values"):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import NAME, read_manifest
+from ldm_runtime.manifest import read_manifest
 
 Place = tuple[Any, ...]
 

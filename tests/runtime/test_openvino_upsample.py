@@ -46,7 +46,7 @@ def test_it_gives_the_same_numbers() -> None:
     [{"factor": 3}, {"mode": "linear_onnx"}, {"kernel": 1, "pad": 0}, {"pad": 0}, {"shared": True}, {"height": 4}],
     ids=str,
 )
-def test_what_is_no_such_pair_is_left_alone(other: dict) -> None:
+def test_other_subgraphs_are_left_unchanged(other: dict) -> None:
     model = graph(**other)
     assert fold_upsampling(model) == 0
     assert [node.get_type_name() for node in model.get_ops()].count("Convolution") == 1

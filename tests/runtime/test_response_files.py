@@ -1,4 +1,4 @@
-"""Answers left in files, for those who wait for them and for nobody else."""
+"""Response files: written only for those who wait for them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ ANSWER = {
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(response_files, "SHARED", tmp_path)
     return tmp_path
 
 
-def test_an_answer_comes_as_it_was_left(room: Path) -> None:
+def test_a_response_is_read_as_it_was_written(shared_folder: Path) -> None:
     waiting, answering = ResponseFiles(), ResponseFiles()
-    waiting.open("one")
-    assert answering.awaited("one") and waiting.take("one") == {}
-    answering.fill("one", ANSWER)
-    found = waiting.take("one")
+    waiting.create("one")
+    assert answering.expects("one") and waiting.read("one") == {}
+    answering.write("one", ANSWER)
+    found = waiting.read("one")
     assert found.keys() == ANSWER.keys()
     for name, array in ANSWER.items():
         assert found[name].dtype == array.dtype and found[name].tolist() == array.tolist()
-    waiting.drop("one")
-    assert not answering.awaited("one")
-    waiting.drop("one")
+    waiting.remove("one")
+    assert not answering.expects("one")
+    waiting.remove("one")
     waiting.close()
-    assert list(room.iterdir()) == []
+    assert list(shared_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "unknown", "..", ".", "a/b", "/etc/passwd"])
-def test_what_nobody_waits_for_is_not_left(room: Path, name: str) -> None:
+def test_responses_that_nobody_waits_for_are_not_expected(shared_folder: Path, name: str) -> None:
     waiting = ResponseFiles()
-    waiting.open("one")
-    assert not waiting.awaited(name)
+    waiting.create("one")
+    assert not waiting.expects(name)
 
 
-def test_a_folder_has_room_for_its_user_alone(room: Path) -> None:
+def test_the_folder_is_private_and_names_are_unique(shared_folder: Path) -> None:
     waiting = ResponseFiles()
-    waiting.open("one")
-    (folder,) = room.iterdir()
+    waiting.create("one")
+    (folder,) = shared_folder.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "one").stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError):
-        waiting.open("one")
+        waiting.create("one")
     waiting.close()
-    assert folder.is_dir()  # one still waits
+    assert folder.is_dir()  # a file is left

@@ -142,7 +142,7 @@ def test_ids_of_the_shapes_vocabulary(shapes):
     ]
 
 
-@pytest.mark.parametrize("words, tail", [(6, [SEP, PAD]), (7, [SEP]), (8, [SEP]), (80, [SEP])])
+@pytest.mark.parametrize(("words", "tail"), [(6, [SEP, PAD]), (7, [SEP]), (8, [SEP]), (80, [SEP])])
 def test_truncation_keeps_both_ends(shapes, words, tail):
     red = vocabulary().index("red")
     ids = Tokenizer.from_file(shapes, SHORT)([" ".join(["red"] * words)])
@@ -159,7 +159,7 @@ def test_threads_share_a_tokenizer(shapes):
 
 
 @pytest.mark.parametrize(
-    "prompts, message",
+    ("prompts", "message"),
     [
         ("a red circle", "prompts: got one str"),
         (None, "prompts: got one NoneType"),
@@ -197,7 +197,7 @@ def edited(shapes, path, *keys, value):
 
 
 @pytest.mark.parametrize(
-    "keys, value, message",
+    ("keys", "value", "message"),
     [
         (("model", "type"), "WordLevel", "not a BERT tokenizer"),
         (("model", "unk_token"), "[OOPS]", "not a BERT tokenizer"),

@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
+    "test_batch",
+    "test_batch_scheduler",
+    "test_batch_scheduler_health",
+    "test_batch_scheduler_queue",
+    "test_batch_scheduler_refusals",
     "test_engine_facts",
     "test_host",
     "test_manifest",

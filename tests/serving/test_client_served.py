@@ -1,4 +1,4 @@
-"""`ldm-export client` against a real server: the right pictures, and one line for whatever the server refuses."""
+"""`ldm-export client` against a real Triton server: the right images, and one line for every refused request."""
 
 from __future__ import annotations
 
@@ -33,12 +33,38 @@ def way(request: pytest.FixtureRequest, triton_server: TritonServer) -> list[str
 def test_pictures_are_those_of_the_same_request_here(way: list[str], drawn, tmp_path: Path, capfd) -> None:
     other, place = "a small blue triangle in the center on a black background", tmp_path / "out.png"
     options = ["--seed", "3", "--steps", "6", "--eta", "0.5", "--guidance", "4", "--negative-prompt", "blue"]
-    size = ["--height", "72", "--width", "56", "--images-per-prompt", "2", "--priority", "1"]
+    size = [
+        "--guidance-every",
+        "2",
+        "--guidance-interval",
+        "0",
+        "0.8",
+        "--height",
+        "72",
+        "--width",
+        "56",
+        "--images-per-prompt",
+        "2",
+        "--priority",
+        "1",
+    ]
     assert main(["client", PROMPT, other, *way, *options, *size, "--each", "-o", str(place)]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines() == [str(place), *(str(tmp_path / f"out-{index}.png") for index in range(4))]
     assert err == "seed 3\n"
-    request = Request([PROMPT, other], "blue", 3, 0.5, 4.0, 6, 72, 56, images_per_prompt=2)
+    request = Request(
+        [PROMPT, other],
+        negative_prompt="blue",
+        seed=3,
+        eta=0.5,
+        guidance_scale=4.0,
+        guidance_every=2,
+        guidance_interval=(0.0, 0.8),
+        num_inference_steps=6,
+        height=72,
+        width=56,
+        images_per_prompt=2,
+    )
     for index, expected in enumerate(drawn(request)):
         picture = np.asarray(Image.open(tmp_path / f"out-{index}.png"))
         assert picture.shape == (72, 56, 3) and np.abs(picture.astype(int) - expected).max() <= 1
@@ -56,8 +82,11 @@ def test_what_the_server_refuses_is_one_line(refused: Refused, way: list[str]) -
         (["--guidance", "nan"], "guidance_scale: got nan, expected a finite number"),
         (["--priority", "9"], "priority: got 9, expected 0"),
         (["--steps", "1000", "--timeout", "0.2"], "not done in 0.2 s (request: still running after its 0.2"),
-        (["--model", "nowhere"], "has no model 'nowhere', but decoder, ldm, ldm_stream, text_encoder, unet; choose"),
-        (["--model", "unet"], "takes no PROMPT, but sample, timestep, context"),
+        (
+            ["--model", "nowhere"],
+            "has no model 'nowhere', but cross_attention_kv, decoder, ldm, ldm_stream, text_encoder, time_",
+        ),
+        (["--model", "unet"], "has no input PROMPT, only sample, "),
         (["--seed", str(2**63)], "SEED: "),
         (["--negative-prompt", "\udcff"], "NEGATIVE_PROMPT: "),
     ):

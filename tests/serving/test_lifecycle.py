@@ -34,7 +34,7 @@ CHECK = {
 
 @pytest.fixture(scope="module")
 def expected(drawn: Callable[[Request], np.ndarray]) -> np.ndarray:
-    return drawn(Request(PROMPT, seed=5, num_inference_steps=8, eta=0.3, guidance_scale=6.0))
+    return drawn(Request(PROMPT, seed=5, num_inference_steps=8))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_loading_a_new_version_under_load_loses_no_request(server, shapes_bundle
 
 
 def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_bundle) -> None:
-    write(shapes_bundle, server, "--queue", "2", "--rows", "2")
+    write(shapes_bundle, server, "--max-queue", "2", "--max-rows", "2")
     load(server, "ldm_stream", "ldm")
     grpc = Grpc(server.grpc)
     asked = [grpc.ask(WISH | {"STEPS": 50}) for _ in range(12)]
@@ -106,20 +106,20 @@ def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_b
         except InferenceServerException as error:
             refused.append(error.message())
     grpc.client.close()
-    assert done >= 3 and refused and all("2 requests wait already" in text for text in refused)
+    assert done >= 3 and refused and all("2 requests are waiting already" in text for text in refused)
     assert wait_until(lambda: server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
 
 
 def test_per_step_serving_gives_the_same_image(server, shapes_bundle, expected) -> None:
     write(shapes_bundle, server, "--per-step")
     load(server, "unet", "ldm_stream", "ldm")
-    proven = (post(server.http, "/v2/models/ldm/infer", CHECK)[0] == 200 or time.sleep(0.1) for _ in range(300))
-    assert any(proven)  # its first picture is made once it is loaded, when `unet` can be called
+    answers = (post(server.http, "/v2/models/ldm/infer", CHECK)[0] == 200 or time.sleep(0.1) for _ in range(300))
+    assert any(answers)  # the first self-test runs after loading, when `unet` can be called
     assert np.array_equal(over_http(server.http, WISH).as_numpy("IMAGE"), expected)
 
 
 def test_a_damaged_version_does_not_become_ready_and_the_old_one_keeps_serving(server, shapes_bundle) -> None:
-    """Its files are checked, and a first picture is made; the version that was there goes on."""
+    """Its files are checked and a test image is generated; the previous version stays in service."""
     write(shapes_bundle, server)
     (newest,) = sorted(server.repository.glob("ldm_stream/[0-9]*"), key=lambda path: int(path.name))[-1:]
     graph = newest / "bundle" / "decoder" / "fp32.onnx"

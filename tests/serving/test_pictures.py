@@ -31,6 +31,8 @@ NAMES = {
     "STEPS": "num_inference_steps",
     "ETA": "eta",
     "GUIDANCE": "guidance_scale",
+    "GUIDANCE_EVERY": "guidance_every",
+    "GUIDANCE_INTERVAL": "guidance_interval",
     "HEIGHT": "height",
     "WIDTH": "width",
     "NEGATIVE_PROMPT": "negative_prompt",
@@ -39,6 +41,8 @@ NAMES = {
 WISHES = [
     {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 5, "ETA": 0.0, "GUIDANCE": 1.0},
     {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9},
+    {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9, "GUIDANCE": 5.0, "GUIDANCE_EVERY": 2},
+    {"PROMPT": PROMPTS[0], "SEED": 6, "STEPS": 8, "GUIDANCE": 5.0, "GUIDANCE_INTERVAL": [0.25, 0.75]},
     {"PROMPT": PROMPTS, "SEED": [3, 4, 5], "STEPS": 4, "GUIDANCE": 3.0, "NEGATIVE_PROMPT": "a circle"},
     {"PROMPT": PROMPTS[2], "SEED": 2**40, "STEPS": 6, "HEIGHT": 96, "WIDTH": 64, "ETA": 1.0},
     {"PROMPT": PROMPTS[:2], "SEED": -7, "STEPS": 3, "IMAGES_PER_PROMPT": 2, "NEGATIVE_PROMPT": ["red", "blue"]},
@@ -46,11 +50,8 @@ WISHES = [
 
 
 def request(wish: dict) -> Request:
-    """The same wish for this process, with the defaults of `ldm-export generate`."""
-    options = {"eta": 0.3, "guidance_scale": 6.0} | {
-        NAMES[name]: value for name, value in wish.items() if name in NAMES
-    }
-    return Request(wish["PROMPT"], **options)
+    """The same request for this process; both take the model's defaults."""
+    return Request(wish["PROMPT"], **{NAMES[name]: value for name, value in wish.items() if name in NAMES})
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:
@@ -58,7 +59,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "unet", "decoder"])
+@pytest.mark.parametrize("name", ["text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder"])
 @pytest.mark.parametrize("api", [tritonclient.http, tritonclient.grpc], ids=["http", "grpc"])
 def test_a_component_alone_gives_what_it_gives_here(triton_server, local: LatentDiffusionPipeline, name, api) -> None:
     backend = local.backends[name]
@@ -90,7 +91,7 @@ def test_a_component_alone_gives_what_it_gives_here(triton_server, local: Latent
 
 
 def test_rows_of_many_callers_share_a_call_of_a_component(triton_server, local) -> None:
-    feeds = [dummy_inputs(_spec(local, "text_encoder"), seed=seed) for seed in range(32)]
+    feeds = [dummy_inputs(local.model.components["text_encoder"], seed=seed) for seed in range(32)]
     with ThreadPoolExecutor(32) as threads:
         found = list(threads.map(lambda feed: _infer(triton_server, "text_encoder", feed), feeds))
     for feed, result in zip(feeds, found, strict=True):
@@ -102,13 +103,6 @@ def test_rows_of_many_callers_share_a_call_of_a_component(triton_server, local) 
         if line.startswith(("nv_inference_count", "nv_inference_exec_count")) and 'model="text_encoder"' in line
     }
     assert counts["nv_inference_exec_count", True] < counts["nv_inference_count", True]
-
-
-def _spec(local: LatentDiffusionPipeline, name: str):
-    from ldm_runtime.specs import ComponentSpec
-
-    backend = local.backends[name]
-    return ComponentSpec(name, backend.inputs, backend.outputs)
 
 
 def _infer(server: TritonServer, name: str, feed: dict[str, np.ndarray]):
@@ -129,7 +123,7 @@ def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, drawn: Draw, 
     assert result.as_numpy("IMAGE").std() > 5 and result.as_numpy("PNG") is None
 
 
-def test_over_grpc_as_png_and_with_the_seed_told(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_png_and_the_seed_over_grpc(triton_server, grpc: Grpc, drawn: Draw) -> None:
     wish = {"PROMPT": PROMPTS[:2], "STEPS": 3}
     result = grpc.ask(wish, ("PNG", "SEED_USED")).result()
     (seed,) = result.as_numpy("SEED_USED").tolist()
@@ -148,18 +142,18 @@ def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
     (image,) = answer["outputs"]
     assert status == 200 and image["datatype"] == "UINT8"
     found = np.array(image["data"], np.uint8).reshape(image["shape"])
-    expected = drawn(Request(PROMPTS[0], seed=9, num_inference_steps=2, eta=0.3, guidance_scale=6.0))
+    expected = drawn(Request(PROMPTS[0], seed=9, num_inference_steps=2))
     assert np.array_equal(found, expected)
     document["outputs"] = [{"name": "PNG_BASE64"}]
     (png,) = post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]
     picture = Image.open(io.BytesIO(base64.b64decode(png["data"][0])))
     assert np.array_equal(np.asarray(picture), expected[0])
     del document["outputs"]
-    told = [output["name"] for output in post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]]
-    assert sorted(told) == ["IMAGE", "SEED_USED"]
+    names = [output["name"] for output in post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]]
+    assert sorted(names) == ["IMAGE", "SEED_USED"]
 
 
-def test_a_stream_tells_each_step_and_shows_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_a_stream_reports_each_step_and_sends_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
     wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 10, "PREVIEW_EVERY": 4}
     answers = list(grpc.stream(wish, ("STEP", "TOTAL", "IMAGE", "SEED_USED")))
     assert [answer.as_numpy("STEP").tolist() for answer in answers] == [[step] for step in range(1, 11)]
@@ -168,8 +162,8 @@ def test_a_stream_tells_each_step_and_shows_previews(triton_server, grpc: Grpc, 
     assert shown == [4, 8, 10]
     last = answers[-1].as_numpy("IMAGE")
     assert np.array_equal(last, drawn(request(wish))) and answers[-1].as_numpy("SEED_USED").tolist() == [2]
-    foreseen = [np.abs(answers[step - 1].as_numpy("IMAGE").astype(int) - last).mean() for step in (4, 8)]
-    assert foreseen[1] < foreseen[0]
+    distances = [np.abs(answers[step - 1].as_numpy("IMAGE").astype(int) - last).mean() for step in (4, 8)]
+    assert distances[1] < distances[0]
 
 
 def test_a_stream_over_plain_http(triton_server) -> None:
@@ -182,8 +176,8 @@ def test_a_stream_over_plain_http(triton_server) -> None:
 
 def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, drawn: Draw) -> None:
     singles = [wish for wish in WISHES if not isinstance(wish["PROMPT"], list)]
-    wishes = [wish | {"SEED": number // 8} for number in range(16) for wish in singles]
-    wishes += [wish for _ in range(8) for wish in WISHES if wish not in singles]
+    wishes = [wish | {"SEED": number // 6} for number in range(12) for wish in singles]
+    wishes += [wish for _ in range(2) for wish in WISHES if wish not in singles]
     assert len(wishes) == 64
     before = triton_server.figures()
     found = [ask.result().as_numpy("IMAGE") for ask in [grpc.ask(wish) for wish in wishes]]

@@ -9,6 +9,7 @@ import pytest
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from ldm_runtime import LatentDiffusionPipeline
 from tests.support.triton_client import Grpc, over_http, post, tensor
 from tests.support.triton_server import TritonServer
 from tests.support.waiting import wait_until
@@ -25,9 +26,9 @@ CHECK = {
     [
         ({"PROMPT": ""}, "prompts: got an empty prompt"),
         ({"PROMPT": []}, "prompts: got an empty prompt"),
-        ({"PROMPT": b"\xff\xfe"}, "PROMPT 0: is no UTF-8 text"),
+        ({"PROMPT": b"\xff\xfe"}, "PROMPT 0: is not UTF-8"),
         ({"PROMPT": "a" * 10_001}, "10001 characters"),
-        ({"PROMPT": ["a"] * 33}, "prompts: got 33 images"),
+        ({"PROMPT": ["a"] * 33}, "images: got 33 in one call"),
         ({"PROMPT": ["a"] * 32}, "need 64 rows of a UNet call"),
         ({"PROMPT": PROMPT, "STEPS": 0}, "steps: got 0"),
         ({"PROMPT": PROMPT, "STEPS": [3, 4]}, "STEPS"),
@@ -40,7 +41,9 @@ CHECK = {
         ({"PROMPT": PROMPT, "SEED": [1, 2]}, "seed: got 2 seeds for 1 images"),
         ({"PROMPT": PROMPT, "NEGATIVE_PROMPT": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
         ({"PROMPT": PROMPT, "PRIORITY": 9}, "priority: got 9"),
-        ({"PROMPT": PROMPT, "TIMEOUT": 0.0}, "seconds: got 0"),
+        ({"PROMPT": PROMPT, "TIMEOUT": 0.0}, "timeout: got 0"),
+        ({"PROMPT": PROMPT, "GUIDANCE_EVERY": 0}, "guidance_every: got 0"),
+        ({"PROMPT": PROMPT, "GUIDANCE_INTERVAL": [0.6, 0.4]}, "guidance_interval: got 0.6 to 0.4"),
         ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
     ],
 )
@@ -51,17 +54,18 @@ def test_a_bad_request_is_told_why(triton_server: TritonServer, wish: dict, said
     assert triton_server.ready() and post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200
 
 
-def test_a_component_is_told_why_too(triton_server: TritonServer) -> None:
-    api = tritonclient.http
-    context = tensor(api, "context", np.zeros((1, 77, 128), np.float32), "FP32")
-    time_ = tensor(api, "timestep", np.zeros((1, 1), np.int64), "INT64")
+def test_a_component_reports_a_wrong_shape(triton_server: TritonServer, local: LatentDiffusionPipeline) -> None:
+    api, unet = tritonclient.http, local.model.components["unet"]
+    feed = {spec.name: np.zeros((1, *spec.bounds("opt")[1:]), np.float32) for spec in unet.inputs}
+    channels = feed["sample"].shape[1]
     with api.InferenceServerClient(triton_server.http) as client:
-        huge = tensor(api, "sample", np.zeros((1, 8, 8, 1000), np.float32), "FP32")
-        with pytest.raises(InferenceServerException, match="width must lie in"):
-            client.infer("unet", [huge, time_, context])
-        wrong = tensor(api, "sample", np.zeros((1, 3, 8, 8), np.float32), "FP32")
-        with pytest.raises(InferenceServerException, match="unexpected shape"):
-            client.infer("unet", [wrong, time_, context])
+        for sample, said in (
+            (np.zeros((1, channels, 8, 1000), np.float32), "width must lie in"),
+            (np.zeros((1, channels + 1, 8, 8), np.float32), "unexpected shape"),
+        ):
+            inputs = [tensor(api, name, array, "FP32") for name, array in (feed | {"sample": sample}).items()]
+            with pytest.raises(InferenceServerException, match=said):
+                client.infer("unet", inputs)
     assert triton_server.ready()
 
 

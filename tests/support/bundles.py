@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ldm_calibration.settings import Settings
+from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import SHIPPED, build
+from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
-from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.request import EngineRequest
+from ldm_export.families import open_checkpoint
 
 __all__ = ["CAPABILITIES", "ENGINES", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
 
@@ -26,7 +27,7 @@ def build_bundle(checkpoint: Path, folder: Path) -> None:
 
 def build_shapes(folder: Path) -> None:
     """Build the bundle of the checkpoint that ships, in fp32."""
-    build(open_checkpoint(SHIPPED), folder)
+    build(open_checkpoint(demo_checkpoint()), folder)
 
 
 def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
@@ -35,7 +36,7 @@ def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
     build(open_checkpoint(checkpoint), folder, "fp16")
 
 
-def add_int8(bundle: Path, settings: Settings, folder: Path) -> None:
+def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:
     """Copy a bundle and add int8 graphs, calibrated with ``settings``, and their report."""
     shutil.copytree(bundle, folder)
     write_report(calibrate(folder, settings).bundle)
@@ -44,4 +45,4 @@ def add_int8(bundle: Path, settings: Settings, folder: Path) -> None:
 def add_engines(bundle: Path, folder: Path) -> None:
     """Copy the shipped checkpoint's bundle and add fp16 graphs and their engines for all of ``CAPABILITIES``."""
     shutil.copytree(bundle, folder)
-    build(open_checkpoint(SHIPPED), folder, "fp16", ENGINES)
+    build(open_checkpoint(demo_checkpoint()), folder, "fp16", ENGINES)

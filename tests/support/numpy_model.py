@@ -15,7 +15,7 @@ from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, check_feed
 
-__all__ = ["FACTOR", "SCHEDULERS", "FunctionBackend", "description", "numpy_pipeline", "write_tokenizer"]
+__all__ = ["FACTOR", "SCHEDULERS", "FunctionBackend", "description", "numpy_pipeline", "write_tokenizer", "write_unet"]
 
 TOKENS, WIDTH, CHANNELS, FACTOR = 6, 4, 4, 2
 BATCH = Axis("batch", 1, 2, 64)
@@ -82,7 +82,7 @@ def description(
         guidance=("unconditional", "conditional") if text else (),
         latents=Latents(CHANNELS, FACTOR),
         scheduler=scheduler,
-        defaults=Defaults(6, 0.0, 3.0),
+        defaults=Defaults(6, 0.0, 1.0),
     )
 
 
@@ -149,9 +149,7 @@ def write_tokenizer(path: Path) -> None:
                 {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
             ],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")
-            },
+            "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")},
         },
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
@@ -163,3 +161,54 @@ def write_tokenizer(path: Path) -> None:
         },
     }
     path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def write_unet(path: Path) -> ComponentSpec:
+    """Write the text-conditioned UNet as an ONNX graph, equal to the NumPy function except for rounding."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    spec = description().components["unet"]
+    constants = {
+        "four": np.array(4, np.float32),
+        "one": np.array(1, np.float32),
+        "share": np.array(0.3, np.float32),
+        "token": np.array(1, np.int64),
+        "plane": np.array([2, 3], np.int64),
+        "weights": np.array([[1], [1], [0]], np.float32),
+    }
+    nodes = [
+        ("MatMul", ["time_embedding", "weights"], "time"),
+        ("Gather", ["kv.0", "token"], "chosen"),
+        ("Mul", ["chosen", "four"], "context"),
+        ("Add", ["time", "context"], "shift_flat"),
+        ("Unsqueeze", ["shift_flat", "plane"], "shift"),
+        ("Add", ["sample", "shift"], "x"),
+        ("Mul", ["x", "x"], "square"),
+        ("Add", ["one", "square"], "below"),
+        ("Div", ["x", "below"], "quotient"),
+        ("Mul", ["sample", "share"], "kept"),
+        ("Add", ["quotient", "kept"], "noise_pred"),
+    ]
+    made = [
+        helper.make_node(kind, inputs, [output], name=output, **({"axis": 1} if kind == "Gather" else {}))
+        for kind, inputs, output in nodes
+    ]
+
+    def value(tensor: TensorSpec) -> onnx.ValueInfoProto:
+        shape = [dim.symbol if isinstance(dim, Axis) else dim for dim in tensor.shape]
+        return helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape)
+
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(
+        made,
+        "unet",
+        [value(tensor) for tensor in spec.inputs],
+        [value(tensor) for tensor in spec.outputs],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    model.ir_version = 10
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return spec

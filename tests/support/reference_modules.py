@@ -11,8 +11,8 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import open_checkpoint
 from tests.support.checkpoints import write_tensors
 
 FILES = {"bert": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}

@@ -8,6 +8,7 @@ latent.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ import onnx.parser
 from onnx import numpy_helper
 
 from ldm_calibration.model import CalibrationModel
+from ldm_runtime.bundle import Bundle, file_facts
+from ldm_runtime.bundle_layout import MANIFEST, graph_file
+from ldm_runtime.manifest import Component, Manifest, Stage
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
-__all__ = ["text_model", "unconditional_model"]
+__all__ = ["bundle_of", "text_model", "unconditional_model"]
 
 CHANNELS, WIDTH, TOKENS, HIDDEN = 4, 16, 6, 16
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "green", "circle", "square"]
@@ -147,6 +151,7 @@ def text_model(folder: Path) -> CalibrationModel:
         w_out=_normal(rng, HIDDEN, WIDTH),
         flat_shape=np.array([0, WIDTH, -1], np.int64),
     )
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     conditioning = ConditioningSpec("text", "text_encoder", {"tokenizer": "tokenizer.json"}, ("context",))
     model = ModelDescription(
@@ -280,3 +285,32 @@ def _tokenizer() -> dict[str, object]:
             "vocab": {token: index for index, token in enumerate(VOCABULARY)},
         },
     }
+
+
+def bundle_of(model: CalibrationModel, folder: Path, quantize: tuple[str, ...]) -> Bundle:
+    """Write a bundle of a small model's fp32 graphs into ``folder``; each graph has a stage of its own."""
+    for name, graph in model.graphs.items():
+        (folder / name).mkdir(parents=True)
+        shutil.copyfile(graph, folder / graph_file(name, "fp32"))
+    stages = {f"{name}.fp32": Stage(f"key of {name}", (graph_file(name, "fp32"),)) for name in model.graphs}
+    for entry in model.model.conditioning:
+        for role, file in entry.files.items():
+            shutil.copyfile(model.files(file), folder / file)
+            stages[role] = Stage(f"key of {role}", (file,))
+    description = model.model
+    manifest = Manifest(
+        family=description.family,
+        components={
+            name: Component(spec, {"fp32": graph_file(name, "fp32")}) for name, spec in description.components.items()
+        },
+        conditioning=description.conditioning,
+        guidance=description.guidance,
+        latents=description.latents,
+        scheduler=description.scheduler,
+        defaults=description.defaults,
+        files=file_facts(folder, [file for stage in stages.values() for file in stage.files]),
+        stages=stages,
+        request={"precision": "fp32", "quantize": list(quantize)},
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return Bundle.open(folder)

@@ -23,19 +23,19 @@ class StepGate:
 
     Attributes:
         rows: The number of rows of each call, in the order of the calls.
-        times: The timesteps of the rows of each call.
+        feeds: The UNet's inputs of each call.
     """
 
     def __init__(self, run: Callable[[Feed], dict[str, NDArray[np.float32]]]) -> None:
         self.run = run
         self.rows: list[int] = []
-        self.times: list[list[int]] = []
+        self.feeds: list[Feed] = []
         self._arrived, self._permits = threading.Semaphore(0), threading.Semaphore(0)
         self._is_open = threading.Event()
 
     def __call__(self, feed: Feed) -> dict[str, NDArray[np.float32]]:
         self.rows.append(len(feed["sample"]))
-        self.times.append(feed["timestep"].tolist())
+        self.feeds.append(dict(feed))
         self._arrived.release()
         if not self._is_open.is_set():
             assert self._permits.acquire(timeout=TIMEOUT), "StepGate: nobody let the call through"

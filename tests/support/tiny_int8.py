@@ -1,25 +1,40 @@
-"""A tiny bundle's calibration: how it is asked for, and what it came to."""
+"""The calibration of the tiny bundle: its settings, its model, and its record."""
 
 from __future__ import annotations
 
+from ldm_calibration.model import CalibrationModel
 from ldm_calibration.record import ComponentRecord, read_record
-from ldm_calibration.settings import Settings
-from ldm_calibration.trajectories import Model
-from ldm_export.bundle.int8_stages import RECORD
+from ldm_calibration.settings import CalibrationSettings
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.ddim import DDIM
-from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 
-PROMPTS = ("a red circle", "a blue square")
-SETTINGS = Settings(PROMPTS, PROMPTS, steps=3, samples=2, trial_steps=3, sensitivity="results", min_psnr=15.0)
+REQUESTS = ({"prompts": "a red circle"}, {"prompts": "a blue square"})
+SETTINGS = CalibrationSettings(
+    REQUESTS,
+    REQUESTS,
+    steps=3,
+    samples=2,
+    trial_steps=3,
+    sensitivity="results",
+    eta=0.3,
+    guidance_scale=6.0,
+    min_psnr=15.0,
+)
+LATENTS_SETTINGS = CalibrationSettings(
+    REQUESTS[:1], REQUESTS[1:], steps=4, samples=2, trial_steps=4, eta=0.3, guidance_scale=6.0, min_psnr=20.0
+)
+"""Settings that measure the sensitivity of each layer in the final latents."""
+QUANTIZED = ("unet", "decoder", "text_encoder")
 
 
 def part(bundle: Bundle, name: str) -> ComponentRecord:
-    return read_record(bundle.file(RECORD)).components[name]
+    """What the record of a bundle says of a component."""
+    return read_record(bundle.file(CALIBRATION_RECORD)).components[name]
 
 
-def model_of(bundle: Bundle) -> Model:
-    manifest = bundle.manifest
-    graphs = {name: bundle.graph(name, "fp32") for name in COMPONENTS}
-    specs = {name: manifest.components[name].spec for name in COMPONENTS}
-    return Model(graphs, specs, bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler))
+def model_of(bundle: Bundle) -> CalibrationModel:
+    """The fp32 model of a bundle."""
+    model = bundle.manifest.model
+    graphs = {name: bundle.graph(name, "fp32") for name in pipeline_components(model)}
+    return CalibrationModel(model, graphs, bundle.file)

@@ -1,4 +1,4 @@
-"""Asking a Triton server as its users do, with tritonclient or with nothing but HTTP and JSON."""
+"""Requests to a Triton server as its users make them: with tritonclient, or with plain HTTP and JSON."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ KINDS = {
     "NEGATIVE_PROMPT": "BYTES",
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
-    **dict.fromkeys(("ETA", "GUIDANCE", "TIMEOUT"), "FP32"),
+    **dict.fromkeys(("COUNT", "GUIDANCE_EVERY"), "INT32"),
+    **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "TIMEOUT"), "FP32"),
 }
 DTYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 WAIT = 120
-"""Seconds that one answer may take."""
+"""Timeout of one response in seconds."""
 
 
 def tensors(api: Any, wish: dict[str, Any]) -> list[Any]:
-    """Inputs of `ldm` from plain values: one, or a list."""
+    """Inputs of `ldm` from plain values or lists of them."""
     made = []
     for name, value in wish.items():
         listed = value if isinstance(value, list) else [value]
@@ -46,7 +47,7 @@ def wanted(api: Any, outputs: tuple[str, ...]) -> list[Any]:
 
 
 def over_http(url: str, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> Any:
-    """One answer over HTTP: a result with ``as_numpy``."""
+    """Send one request over HTTP and return the result, which has ``as_numpy``."""
     api = tritonclient.http
     with api.InferenceServerClient(url, network_timeout=WAIT, connection_timeout=WAIT) as client:
         return client.infer(model, tensors(api, wish), outputs=wanted(api, outputs))
@@ -60,7 +61,7 @@ class Grpc:
         self.client = self._api.InferenceServerClient(url)
 
     def ask(self, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> Asked:
-        """Ask, and do not wait."""
+        """Send a request without waiting for its response."""
         asked = Asked()
         asked.call = self.client.async_infer(
             model,
@@ -71,7 +72,7 @@ class Grpc:
         return asked
 
     def stream(self, wish: dict[str, Any], outputs: tuple[str, ...]) -> Iterator[Any]:
-        """The answers of `ldm_stream` as they come; closing it early cancels."""
+        """Yield the responses of `ldm_stream` as they arrive; closing the iterator early cancels the request."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.client.start_stream(lambda result, error: answers.put((result, error)))
         whole = False
@@ -94,14 +95,14 @@ class Grpc:
 
 
 class Asked:
-    """A request that is on its way."""
+    """A request that has been sent."""
 
     def __init__(self) -> None:
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.call: Any = None
 
     def result(self) -> Any:
-        """Its answer; raises the server's error."""
+        """Wait for the response; raises the server's error."""
         result, error = self.answers.get(timeout=WAIT)
         if error is not None:
             raise error
@@ -109,7 +110,7 @@ class Asked:
 
 
 def post(url: str, path: str, document: Any) -> tuple[int, Any]:
-    """Plain HTTP: status and parsed JSON."""
+    """Send plain HTTP; returns the status and the parsed JSON."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     request = urllib.request.Request(f"http://{url}{path}", body, {"Content-Type": "application/json"})
     try:

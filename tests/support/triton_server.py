@@ -85,7 +85,7 @@ class TritonServer:
             return False
 
     def figures(self) -> dict[str, float]:
-        """The metrics of the engine room: name{labels} without those of the model → value."""
+        """Metrics of the batch scheduler: name{labels}, without the labels of the model, -> value."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         found: dict[str, float] = {}

@@ -11,7 +11,8 @@ from ldm_calibration.model import CalibrationModel
 from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.build import Built, assemble
 from ldm_export.bundle.int8_stages import PRECISION, REFERENCE, graph_files, int8_stages, is_int8_stage
-from ldm_export.bundle.stages import Outcome, link_files, run_stage, work_folder
+from ldm_export.bundle.publish import work_folder
+from ldm_export.bundle.stages import Outcome, link_files, run_stage
 from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import INT8_REPORT

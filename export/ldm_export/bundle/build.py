@@ -27,10 +27,11 @@ from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
 from ldm_export.bundle.publish import publish, work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
-from ldm_export.checkpoint.digest import weights_sha256
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
-from ldm_export.families import RequestFields, family_named
+from ldm_export.families import family_named
+from ldm_export.requests import RequestFields
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST, graph_file
@@ -40,12 +41,10 @@ from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["CHECKPOINT_SHA256", "PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
+__all__ = ["PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
-CHECKPOINT_SHA256 = "checkpoint_sha256"
-"""Key of a manifest's ``request`` with the digest of the checkpoint's weights (``checkpoint.digest``)."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,7 @@ def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[
     before = {name: outcome.key for name, outcome in outcomes.items()}
     if options.calibration is not None:
         model, quantize = calibration_model(plan), plan.family.quantize
-        return int8_stages(
-            plan.work, model, options.calibration, quantize, before, plan.on_progress, options.grade
-        )
+        return int8_stages(plan.work, model, options.calibration, quantize, before, plan.on_progress, options.grade)
     if options.precision == "fp32":
         return []
     requests = plan.family.requests(None) if options.requests is None else options.requests
@@ -193,9 +190,7 @@ def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[
     return [ranges, *half_stages(plan, options.precision, ranges)]
 
 
-def _engine_stages(
-    plan: BuildPlan, request: EngineRequest, precision: str, sources: Mapping[str, str]
-) -> list[Stage]:
+def _engine_stages(plan: BuildPlan, request: EngineRequest, precision: str, sources: Mapping[str, str]) -> list[Stage]:
     components = [(spec, precision) for spec in plan.model.components.values()]
     steps = [(spec, "fp32") for spec in model_steps(plan.model).values()]
     return [engine_stage(plan, spec, graph, request, sources) for spec, graph in (*components, *steps)]

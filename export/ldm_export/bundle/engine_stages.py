@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ldm_export.bundle.build_plan import BuildPlan
 from ldm_export.bundle.stages import Stage
-from ldm_export.engine.builder_package import check_request, open_package
 from ldm_export.engine.builder import build_engine
+from ldm_export.engine.builder_package import check_request, open_package
 from ldm_export.engine.process import build_in_subprocess
 from ldm_export.engine.profiles import latent_bounds
 from ldm_export.engine.request import EngineJob, EngineRequest

@@ -1,4 +1,4 @@
-"""What is in a bundle, as plain values: components, shapes, sizes, operators, and what was measured."""
+"""The content of a bundle as plain values: components, shapes, sizes, operators, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,44 +8,59 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import files_of_graph, precision_report
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.manifest import Component
+
+__all__ = ["inspect_bundle"]
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """JSON-able facts of a bundle. Operators are counted where onnx is installed.
 
     Raises:
-        ManifestError: a graph is not the one that was built.
+        ManifestError: A graph is not the one that was built.
     """
     manifest = bundle.manifest
-    components: dict[str, dict[str, Any]] = {}
-    for name in COMPONENTS:
-        component, graphs = manifest.components[name], {}
-        for precision, graph in component.graphs.items():
-            files = [file for file in manifest.files if file in (graph, f"{graph}.data")]
-            size = sum(manifest.files[file].size for file in files)
-            operators = _operators(bundle.graph(name, precision))
-            graphs[precision] = {"file": graph, "bytes": size} | ({"operators": operators} if operators else {})
-            if (report := f"report/{name}.{precision}.json") in manifest.files:
-                graphs[precision]["islands"] = _islands(bundle.file(report))
-        components[name] = {
-            "inputs": [str(tensor) for tensor in component.spec.inputs],
-            "outputs": [str(tensor) for tensor in component.spec.outputs],
-            "graphs": graphs,
-        }
-        if component.engines:
-            components[name]["engines"] = [
-                {**engine.to_json(), "bytes": manifest.files[engine.file].size} for engine in component.engines
-            ]
     return {
-        "components": components,
+        "family": manifest.family,
+        "conditioning": [entry.kind for entry in manifest.conditioning],
+        "guidance": list(manifest.guidance),
+        "components": {name: _component(bundle, name, part) for name, part in manifest.components.items()},
         "scheduler": dict(manifest.scheduler),
-        "asked": dict(manifest.asked),
+        "request": dict(manifest.request),
         "measured": dict(manifest.measured),
         "tools": dict(manifest.tools),
         "files": {name: fact.size for name, fact in manifest.files.items()},
     }
+
+
+def _component(bundle: Bundle, name: str, component: Component) -> dict[str, Any]:
+    graphs = {precision: _graph(bundle, name, precision) for precision in component.graphs}
+    variants = {
+        engine: {precision: _graph(bundle, name, precision, engine) for precision in found}
+        for engine, found in component.variants.items()
+    }
+    engines = [{**engine.to_json(), "bytes": bundle.manifest.files[engine.file].size} for engine in component.engines]
+    return {
+        "runs": component.spec.runs,
+        "inputs": [str(tensor) for tensor in component.spec.inputs],
+        "outputs": [str(tensor) for tensor in component.spec.outputs],
+        "graphs": graphs,
+        **({"variants": variants} if variants else {}),
+        **({"engines": engines} if engines else {}),
+    }
+
+
+def _graph(bundle: Bundle, name: str, precision: str, variant: str = "") -> dict[str, Any]:
+    files = bundle.manifest.files
+    file = str(bundle.manifest.components[name].graph(precision, variant))
+    facts: dict[str, Any] = {"file": file, "bytes": sum(files[part].size for part in files_of_graph(file, files))}
+    if operators := _operators(bundle.graph(name, precision, variant)):
+        facts["operators"] = operators
+    if not variant and (report := precision_report(name, precision)) in files:
+        facts["islands"] = _islands(bundle.file(report))
+    return facts
 
 
 def _islands(report: Path) -> dict[str, int]:

@@ -12,10 +12,10 @@ from ldm_calibration.model import CalibrationModel
 from ldm_calibration.ranges import measure_ranges
 from ldm_export.bundle.build_plan import BuildPlan, relative
 from ldm_export.bundle.stages import Stage
-from ldm_export.families.family import RequestFields
 from ldm_export.graph.islands import MARGIN
 from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes.half_precision import half_precision
+from ldm_export.requests import RequestFields
 from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, precision_report
 
 __all__ = ["RANGE_STEPS", "calibration_model", "half_stages", "ranges_stage"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, get_args
 
 from ldm_export.checkpoint.layout import Part
@@ -46,7 +47,7 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
     Raises:
         CheckpointError: A value has a wrong type or an absurd size; the message names the key.
     """
-    parameters = inspect.signature(part.classes[class_name].__init__).parameters.values()  # type: ignore[misc]
+    parameters = inspect.signature(part.classes[class_name].__init__).parameters.values()
     known = {p.name: p for p in parameters if p.default is not inspect.Parameter.empty}
     full = {name: parameter.default for name, parameter in known.items()}
     for key, value in config.items():
@@ -62,6 +63,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     if key == "trained_betas" and value is not None:
         default = (0.0,)
     like = default[0] if isinstance(default, tuple) else default
+    fits: Callable[[Any], bool]
     if key in _COUNTS or key in _SIZES:
         most = _COUNTS.get(key, _LARGEST)
         fits, expected = (lambda given: type(given) is int and 1 <= given <= most), f"a whole number from 1 to {most}"

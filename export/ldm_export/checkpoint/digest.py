@@ -8,28 +8,35 @@ from pathlib import Path
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["SUFFIXES", "weights_sha256"]
+__all__ = ["CHECKPOINT_SHA256", "SUFFIXES", "weight_files", "weights_sha256"]
 
+CHECKPOINT_SHA256 = "checkpoint_sha256"
+"""Key of a manifest's ``request`` under which a build records the digest of its checkpoint's weights."""
 SUFFIXES = (".safetensors", ".bin", ".pt")
 """Suffixes of weight files."""
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Relative path → file of every weight file in the component folders of a diffusers folder, sorted by path."""
+    files = [path for path in folder.glob("*/*") if path.suffix in SUFFIXES and path.is_file()]
+    return {name: path for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files)}
 
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 of a checkpoint's weight files: of one line ``PATH SHA-256`` for each file, sorted by path.
 
     Args:
-        folder: A diffusers folder; weight files are the files with one of ``SUFFIXES`` in its component folders.
+        folder: A diffusers folder.
 
     Returns:
-        64 hexadecimal digits. Two checkpoints have the same digest exactly if they have the same weight files under
-        the same paths; configs and tokenizers do not count.
+        64 hexadecimal digits. Two checkpoints have the same digest only if they have the same weight files under the
+        same paths; configs and tokenizers do not count.
 
     Raises:
         CheckpointError: A weight file cannot be read.
     """
     try:
-        files = sorted(path for path in folder.glob("*/*") if path.suffix in SUFFIXES and path.is_file())
-        lines = [f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files]
+        lines = [f"{name} {sha256(path)}\n" for name, path in weight_files(folder).items()]
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); check the checkpoint") from None
     return hashlib.sha256("".join(lines).encode()).hexdigest()

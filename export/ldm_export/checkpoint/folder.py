@@ -90,9 +90,7 @@ def read_folder(
             weight_file(component.folder, component.name)
         for name, entry in layout.files.items():
             if not any((files[name] / file).is_file() for file in entry.one_of):
-                raise CheckpointError(
-                    f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole"
-                )
+                raise CheckpointError(f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole")
     config = {**scheduler.config, "class": scheduler.class_name}
     return Checkpoint(folder, family, layout, components, files, config, random_seed)
 

@@ -122,7 +122,8 @@ def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
 
 def _load_safetensors(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as opened:  # opened anew for every tensor: pages read before are let go
-        return opened.get_tensor(name)
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_index
-from ldm_export.families.family import BundleFile, Family, RequestFields, TracedComponent
+from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_runtime.errors import CheckpointError
 
@@ -15,7 +15,6 @@ __all__ = [
     "FAMILIES",
     "BundleFile",
     "Family",
-    "RequestFields",
     "TracedComponent",
     "family_named",
     "family_of",

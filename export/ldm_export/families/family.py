@@ -14,12 +14,10 @@ from torch import nn
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout
 from ldm_export.graph.component_split import SplitRule
+from ldm_export.requests import RequestFields
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["BundleFile", "Family", "RequestFields", "TracedComponent"]
-
-RequestFields = Mapping[str, Any]
-"""Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
+__all__ = ["BundleFile", "Family", "TracedComponent"]
 
 
 @dataclass(frozen=True)

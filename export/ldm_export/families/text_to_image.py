@@ -7,8 +7,9 @@ hidden states condition the UNet by cross-attention. Prompts are tokenized by BE
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from ldm_export.checkpoint.diffusers_parts import (
     AUTOENCODER,
@@ -36,19 +37,18 @@ from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSou
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
-from ldm_export.families.family import BundleFile, Family, RequestFields, TracedComponent
+from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
-from ldm_export.graph.wrappers import Decoder, UNet
-from ldm_export.prompts import PROMPTS
+from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.errors import CheckpointError
-from ldm_runtime.model import DECODER, ConditioningSpec, Defaults, Latents, ModelDescription
-from ldm_runtime.model import UNET as UNET_NAME
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "TOKENS", "TextEncoder"]
+__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape"]
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
@@ -68,7 +68,7 @@ BERT = Part(
         "num_attention_heads": "encoder_attention_heads",
         "intermediate_size": "encoder_ffn_dim",
     },
-    construct=lambda config: LDMBertModel(LDMBertConfig(**config)),
+    construct=lambda config: LDMBertModel(LDMBertConfig(**config)),  # type: ignore[no-untyped-call]
 )
 
 
@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, bert: nn.Module):
         super().__init__()
-        self.bert = bert.model
+        self.bert: Any = bert.model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = self.bert(input_ids)[0]
@@ -97,41 +97,73 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return problems
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a checkpoint that the shapes of its graphs derive from.
+
+    Attributes:
+        tokens: Tokens of a prompt.
+        context_width: Channels of the text encoder's hidden states.
+        latents: Channels of the latents, and pixels per latent.
+        latent_size: The model's own height and width, in latents.
+        image_channels: Channels of the decoded image.
+    """
+
+    tokens: int
+    context_width: int
+    latents: Latents
+    latent_size: int
+    image_channels: int
+
+    def specs(self) -> dict[str, ComponentSpec]:
+        """Component -> spec; "unet" takes ``timestep`` and ``context``."""
+        sides, context = latent_axes(self.latent_size), (self.tokens, self.context_width)
+        encoder = ComponentSpec(
+            TEXT_ENCODER,
+            (TensorSpec("input_ids", "int64", (IMAGES, self.tokens)),),
+            (TensorSpec(CONTEXT, "float32", (IMAGES, *context)),),
+            "request",
+        )
+        conditioning = (conditioned(CONTEXT, len(GUIDANCE), context),)
+        return {
+            TEXT_ENCODER: encoder,
+            UNET: unet_spec(self.latents, sides, len(GUIDANCE), conditioning),
+            DECODER: decoder_spec(self.latents, sides, self.image_channels),
+        }
+
+
+def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
+    """The sizes in a checkpoint's full configs."""
+    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    return ModelShape(
+        tokens=min(TOKENS, text["max_position_embeddings"]),
+        context_width=text["d_model"],
+        latents=Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder)),
+        latent_size=unet["sample_size"],
+        image_channels=autoencoder["out_channels"],
+    )
+
+
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``timestep`` and ``context``.
+    """The model of a checkpoint, with the specs of ``ModelShape``.
 
     Raises:
         SpecError: The runtime does not have the scheduler with these options.
     """
-    configs = checkpoint.configs()
-    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
-    tokens, width = min(TOKENS, text["max_position_embeddings"]), text["d_model"]
-    latents = Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder))
-    sides = latent_axes(unet["sample_size"])
-    encoder = ComponentSpec(
-        TEXT_ENCODER,
-        (TensorSpec("input_ids", "int64", (IMAGES, tokens)),),
-        (TensorSpec(CONTEXT, "float32", (IMAGES, tokens, width)),),
-        "request",
-    )
-    context = conditioned(CONTEXT, len(GUIDANCE), (tokens, width))
+    shape = model_shape(checkpoint.configs())
     return ModelDescription(
         family=TEXT_TO_IMAGE.name,
-        components={
-            TEXT_ENCODER: encoder,
-            UNET_NAME: unet_spec(latents, sides, len(GUIDANCE), (context,)),
-            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
-        },
+        components=shape.specs(),
         conditioning=(ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),),
         guidance=GUIDANCE,
-        latents=latents,
+        latents=shape.latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
         defaults=DEFAULTS,
     )
 
 
 @contextmanager
-def _tokenizer_folder(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     """The checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
     source = checkpoint.files["tokenizer"]
     if checkpoint.random_seed is None or any((source / name).exists() for name in VOCABULARY_FILES):
@@ -153,16 +185,13 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
         )
 
 
-def _requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    return tuple({"prompts": prompt} for prompt in (PROMPTS if prompts is None else prompts))
-
-
-def _reference(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
+def _reference(checkpoint: Checkpoint) -> Any:
     with _tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
     config = dict(checkpoint.scheduler_config)
     scheduler = SCHEDULER.classes[config.pop("class")]
-    pipeline = LDMTextToImagePipeline(
+    constructor: Any = LDMTextToImagePipeline
+    pipeline = constructor(
         vqvae=load_module(checkpoint, "autoencoder"),
         bert=load_module(checkpoint, TEXT_ENCODER),
         tokenizer=tokenizer,
@@ -173,9 +202,7 @@ def _reference(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
     return pipeline
 
 
-def _reference_image(
-    pipeline: LDMTextToImagePipeline, request: RequestFields, generator: torch.Generator
-) -> Image.Image:
+def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
     image: Image.Image = pipeline(
         [request["prompts"]],
         generator=generator,
@@ -204,13 +231,13 @@ TEXT_TO_IMAGE = Family(
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, TextEncoder),
-        UNET_NAME: TracedComponent("unet", UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
-        DECODER: TracedComponent("decoder", Decoder),
+        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        DECODER: TracedComponent("decoder", wrappers.Decoder),
     },
     files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", _write_tokenizer)},
     describe=describe,
-    quantize=(UNET_NAME, DECODER, TEXT_ENCODER),
-    requests=_requests,
+    quantize=(UNET, DECODER, TEXT_ENCODER),
+    requests=text_requests,
     reference=_reference,
     reference_image=_reference_image,
 )

@@ -89,7 +89,7 @@ def load_graph(path: Path) -> ir.Model:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             file = path.with_name(Path(tensor.location).name)
-            shape = tuple(int(size) for size in tensor.shape)
+            shape = tuple(tensor.shape.numpy())
             mapped = np.memmap(file, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
             value.const_value = ir.Tensor(mapped, dtype=tensor.dtype, name=tensor.name)
     return model
@@ -136,6 +136,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
             optimize=False,
             verbose=False,
         )
+    assert program is not None
     with _quiet():
         program.apply_weights(weights)
         program.optimize()
@@ -189,7 +190,7 @@ def _share_equal_weights(graph: ir.Graph) -> None:
             key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
             if (kept := first.setdefault(key, value)) is not value:
                 value.replace_all_uses_with(kept)
-                graph.initializers.pop(value.name)
+                graph.initializers.pop(value.name or "")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -42,8 +44,9 @@ class Decoder(nn.Module):
 
     def __init__(self, autoencoder: nn.Module, divide: bool = False):
         super().__init__()
-        self.autoencoder = free_upsampling(autoencoder)
-        self.scaling_factor = float(autoencoder.config.scaling_factor)
+        config: Any = autoencoder.config
+        self.autoencoder: Any = free_upsampling(autoencoder)
+        self.scaling_factor = float(config.scaling_factor)
         self.divide = divide
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -57,7 +60,7 @@ class _Upsample(nn.Module):
 
     def __init__(self, original: Upsample2D):
         super().__init__()
-        self.conv = original.conv
+        self.conv: Any = original.conv
 
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         factor = None if output_size is not None else 2.0

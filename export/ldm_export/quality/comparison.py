@@ -1,23 +1,27 @@
-"""Backends on the same feed: how far each of them is from the first, part by part and in a whole picture."""
+"""Backends on the same inputs: how far each of them is from the first, by component and in a whole image."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_export.prompts import PROMPTS
-from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds
+from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared
+from ldm_export.quality.real_feeds import real_feeds
+from ldm_export.requests import RequestFields
+from ldm_runtime.backends import Feed
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
+__all__ = ["PICTURE", "Difference", "Run", "compare", "facts", "parse_runs"]
+
 PICTURE = "picture"
-OPTIONS: dict[str, Any] = {"seed": 0, "eta": 0.3, "guidance_scale": 6.0}
+"""Name of the image among the parts that are compared."""
 
 
 @dataclass(frozen=True)
@@ -67,44 +71,51 @@ def parse_runs(text: str, precision: str | None) -> tuple[Run, ...]:
 def compare(
     bundle: Bundle,
     runs: Sequence[Run],
-    prompts: Sequence[str] = PROMPTS,
-    steps: int = 50,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    requests: Sequence[RequestFields],
+    steps: int | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Difference, ...]:
-    """Run every component on the feed of the first run, and draw the first prompt, on each of the backends.
+    """Run every component on the inputs of the first run, and generate the first request's image, on each backend.
 
     One pipeline after the other is loaded, one component of it at a time.
 
+    Args:
+        bundle: What is run.
+        runs: Backends and precisions; the first is the one that the others are compared with.
+        requests: One image each, with seeds 0, 1, ….
+        steps: Denoising steps of the image; None takes the model's default.
+        on_progress: Called with what is run, and how many runs are done and in total.
+
     Raises:
-        ManifestError, BackendError: the bundle is damaged, or a backend cannot run it.
-        SpecError: a number the pipeline does not take.
+        ManifestError, BackendError: The bundle is damaged, or a backend cannot run it.
+        SpecError: A value that the model does not take.
     """
-    feeds: dict[str, dict[str, NDArray[Any]]] = {}
-    first: dict[str, NDArray[Any]] = {}
+    feeds: Mapping[str, Feed] = {}
+    first: dict[str, dict[str, NDArray[Any]]] = {}
     coarsest, found = TOLERANCES["fp32"], []
     for done, run in enumerate(runs):
-        progress(str(run), done, len(runs))
+        on_progress(str(run), done, len(runs))
         with LatentDiffusionPipeline.from_bundle(
             bundle, backend=run.backend, precision=run.precision, keep_loaded=False
         ) as pipeline:
             choice = pipeline.choice
             assert choice is not None
             tolerance = _coarser(TOLERANCES.get(choice.graph, TOLERANCES["bf16"]), TOLERANCES[choice.arithmetic])
-            feeds = feeds or real_feeds(pipeline, prompts)
-            given = {}
+            feeds = feeds or real_feeds(pipeline, bundle.file, requests).components
+            results = {}
             for name, feed in feeds.items():
-                (given[name],) = pipeline.backends[name].run(feed).values()
+                results[name] = pipeline.backends[name].run(feed)
                 pipeline.backends[name].close()
-            made = pipeline(prompts[0], num_inference_steps=steps, **OPTIONS)
-            given[PICTURE] = np.asarray(made.images[0], np.float64)
+            image = pipeline(**{"seed": 0, "num_inference_steps": steps, **requests[0]}).images[0]
+            results[PICTURE] = {PICTURE: np.asarray(image, np.float64)}
         if not first:
-            first, coarsest = given, tolerance
+            first, coarsest = results, tolerance
             continue
         found += [
             Difference(str(run), name, compared(name, got, first[name]), _coarser(coarsest, tolerance))
-            for name, got in given.items()
+            for name, got in results.items()
         ]
-    progress("compared", len(runs), len(runs))
+    on_progress("compared", len(runs), len(runs))
     return tuple(found)
 
 

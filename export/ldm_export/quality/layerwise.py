@@ -1,4 +1,4 @@
-"""Two precisions of a graph, tensor by tensor: where they part, and which tensor is the first to."""
+"""Compares two precisions of a graph tensor by tensor, and finds the first tensor that differs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from ldm_runtime.backends.onnxruntime import first_line
+from ldm_calibration.probes import add_outputs
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import BuildError
+
+__all__ = ["Layer", "compare_layers", "first_beyond"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -87,9 +90,7 @@ def _tensors(graph: Path) -> dict[str, tuple[str, str]]:
 def _values(graph: Path, names: set[str], feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Run a copy of the graph, weights referred to, that gives these tensors out."""
     model = ir.load(graph)
-    outputs = {value.name for value in model.graph.outputs}
-    for node in model.graph:
-        model.graph.outputs.extend(v for v in node.outputs if v.name in names and v.name not in outputs)
+    add_outputs(model, sorted(names))
     probe = graph.with_name(f".{graph.stem}.layers.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -1,8 +1,8 @@
-"""How two results are compared: by share of their scale, cosine and PSNR, on feeds that the model really sees."""
+"""How two results are compared: largest error as a share of the scale, cosine and PSNR, and what is accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.images import psnr
-from ldm_runtime.pipeline import LatentDiffusionPipeline
+
+__all__ = ["TOLERANCES", "ComponentResult", "Tolerance", "compared"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ TOLERANCES = {
     "bf16": Tolerance(component=0.1, pixel=255, psnr=30),
     "int8": Tolerance(component=0.5, pixel=255, psnr=25),
 }
-"""What is accepted of each precision unless told otherwise: fp32 draws the same picture, the others one close to it."""
+"""What is accepted of each precision by default: fp32 gives the same image, the others one close to it."""
 
 
 @dataclass(frozen=True)
 class ComponentResult:
-    """One component on the same inputs as torch: largest |error| as a share of the largest |value|, cosine, PSNR dB.
+    """Results of one component against the expected ones for the same inputs.
 
-    ``psnr`` is None where the two are equal.
+    Attributes:
+        name: Of the component.
+        max_error: Largest |error| as a share of the largest |value| expected.
+        cosine: Cosine between the two.
+        psnr: In dB; None where the two are equal.
     """
 
     name: str
@@ -44,25 +49,12 @@ class ComponentResult:
     psnr: float | None
 
 
-def real_feeds(pipeline: LatentDiffusionPipeline, prompts: Sequence[str]) -> dict[str, dict[str, NDArray[Any]]]:
-    """Real inputs: the prompts' tokens and contexts, noise at timesteps from start to end, and latents."""
-    rng = np.random.default_rng(0)
-    geometry = pipeline.geometry
-    tokens = pipeline.tokenizer(list(prompts)[: geometry.images])
-    context = pipeline.backends["text_encoder"].run({"input_ids": tokens})["context"]
-    shape = (len(tokens), geometry.channels, geometry.height.opt, geometry.width.opt)
-    latents = rng.standard_normal(shape).astype(np.float32)
-    timestep = np.linspace(1, pipeline.scheduler.num_train_timesteps - 1, len(tokens)).astype(np.int64)
-    return {
-        "text_encoder": {"input_ids": tokens},
-        "unet": {"sample": latents, "timestep": timestep, "context": context},
-        "decoder": {"latents": latents},
-    }
-
-
-def compared(name: str, got: NDArray[Any], expected: NDArray[Any]) -> ComponentResult:
-    """How close one result is to another of the same shape."""
-    one, other = got.astype(np.float64), expected.astype(np.float64)
+def compared(name: str, got: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> ComponentResult:
+    """Compare outputs with the expected ones of the same names and shapes; several outputs count as one vector."""
+    one, other = (
+        np.concatenate([np.asarray(outputs[key], np.float64).ravel() for key in expected])
+        for outputs in (got, expected)
+    )
     scale = float(np.abs(other).max()) or 1.0
     cosine = float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other) or 1.0))
     return ComponentResult(name, float(np.abs(one - other).max()) / scale, cosine, psnr(one, other, scale))

@@ -1,44 +1,61 @@
-"""Measures a bundle against the checkpoint it came from: each component against torch, pictures against diffusers."""
+"""Measures a bundle against the checkpoint it came from: each component against torch, images against diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LDMTextToImagePipeline
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import BertTokenizerFast
 
+from ldm_export.bundle.stages import OnProgress
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
-from ldm_export.graph.components import MODULES
-from ldm_export.prompts import PROMPTS
-from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared, real_feeds
+from ldm_export.families import Family, family_named
+from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared
+from ldm_export.quality.real_feeds import RealFeeds, real_feeds
+from ldm_export.requests import RequestFields, label
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import SpecError
+from ldm_runtime.errors import CheckpointError, SpecError
 from ldm_runtime.images import psnr
+from ldm_runtime.model import SAMPLE, TIMESTEP, UNET, Defaults
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-ETA, GUIDANCE, MAX_PROMPTS = 0.3, 6.0, 1000
+__all__ = ["PictureResult", "Verification", "verify"]
+
+MAX_REQUESTS = 1000
+_SHARED = ("seed", "num_inference_steps", "eta", "guidance_scale")
 
 
 @dataclass(frozen=True, eq=False)
 class PictureResult:
-    """One picture, ours and diffusers': largest difference of a pixel in 1/255, PSNR dB (None where equal)."""
+    """One image, ours and diffusers'.
 
-    prompt: str
-    seed: int
+    Attributes:
+        request: Its request with every option filled in.
+        max_pixel: Largest difference of a pixel in 1/255.
+        psnr: In dB; None where the two are equal.
+        ours, theirs: The images.
+    """
+
+    request: RequestFields
     max_pixel: int
     psnr: float | None
     ours: Image.Image
     theirs: Image.Image
+
+    @property
+    def fields(self) -> RequestFields:
+        """The request without the seed and the options that all images share."""
+        return {name: value for name, value in self.request.items() if name not in _SHARED}
+
+    @property
+    def label(self) -> str:
+        """The request as a short text."""
+        return label(self.fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +64,7 @@ class Verification:
 
     bundle: str
     precision: str
-    steps: int
+    defaults: Defaults
     tolerance: Tolerance
     components: tuple[ComponentResult, ...]
     pictures: tuple[PictureResult, ...]
@@ -62,12 +79,12 @@ class Verification:
             if not c.max_error <= allowed
         ]
         lines += [
-            f"picture {p.prompt!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
+            f"picture {p.label!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
             for p in self.pictures
             if p.max_pixel > pixel
         ]
         return lines + [
-            f"picture {p.prompt!r}: PSNR {p.psnr:.1f} dB, expected at least {self.tolerance.psnr:g} dB"
+            f"picture {p.label!r}: PSNR {p.psnr:.1f} dB, expected at least {self.tolerance.psnr:g} dB"
             for p in self.pictures
             if p.psnr is not None and not p.psnr >= self.tolerance.psnr
         ]
@@ -79,14 +96,10 @@ class Verification:
                 c.name: {"max_error": c.max_error, "cosine": c.cosine, "psnr": c.psnr} for c in self.components
             },
             "pictures": [
-                {"prompt": p.prompt, "seed": p.seed, "max_pixel": p.max_pixel, "psnr": p.psnr} for p in self.pictures
+                {"request": dict(p.fields), "seed": p.request["seed"], "max_pixel": p.max_pixel, "psnr": p.psnr}
+                for p in self.pictures
             ],
-            "settings": {
-                "precision": self.precision,
-                "steps": self.steps,
-                "eta": ETA,
-                "guidance_scale": GUIDANCE,
-            },
+            "settings": {"precision": self.precision, **asdict(self.defaults)},
             "tolerance": asdict(self.tolerance),
             "within_tolerance": not self.failures,
         }
@@ -95,70 +108,78 @@ class Verification:
 def verify(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    prompts: Sequence[str] = PROMPTS,
-    steps: int = 50,
+    requests: Sequence[RequestFields] | None = None,
+    steps: int | None = None,
     precision: str = "fp32",
     tolerance: Tolerance = TOLERANCES["fp32"],
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = lambda part, done, total: None,
 ) -> Verification:
-    """Run bundle and checkpoint on the same prompts and seeds (0, 1, …) and compare.
+    """Run bundle and checkpoint on the same requests and seeds (0, 1, …) and compare.
+
+    Args:
+        bundle: What is measured.
+        checkpoint: What it was built from.
+        requests: One image each; None takes the family's defaults.
+        steps: Denoising steps of the images; None takes the model's default. eta and guidance scale are the model's.
+        precision: Of the graphs.
+        tolerance: What is accepted.
+        on_progress: Called with what is measured, and how many measurements are done and in total.
 
     Raises:
-        SpecError: no prompts, too many, or another number the pipeline does not take.
-        ManifestError, CheckpointError, BackendError: either side cannot be loaded.
+        SpecError: No requests, too many, or a value the model does not take.
+        ManifestError, CheckpointError, BackendError: Either side cannot be loaded, or they are of two families.
     """
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
-    total = 3 + len(prompts)
-    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as ours:
-        feeds = real_feeds(ours, prompts)
-        components = []
-        for done, (name, feed) in enumerate(feeds.items()):
-            progress(name, done, total)
-            components.append(_component(ours, checkpoint, name, feed))
-        theirs = reference_pipeline(checkpoint)
-        pictures = []
-        for seed, prompt in enumerate(prompts):
-            progress("pictures", 3 + seed, total)
-            pictures.append(_picture(ours, theirs, prompt, seed, steps))
-        progress("pictures", total, total)
-    return Verification(bundle.folder.name, precision, steps, tolerance, tuple(components), tuple(pictures))
-
-
-def reference_pipeline(checkpoint: Checkpoint) -> LDMTextToImagePipeline:
-    """diffusers' own pipeline of the checkpoint, float32 on the CPU."""
-    with TemporaryDirectory() as room:
-        tokenizer = BertTokenizerFast.from_pretrained(str(tokenizer_folder(checkpoint, Path(room))))
-    pipeline = LDMTextToImagePipeline(
-        vqvae=load_module(checkpoint, "autoencoder"),
-        bert=load_module(checkpoint, "text_encoder"),
-        tokenizer=tokenizer,
-        unet=load_module(checkpoint, "unet"),
-        scheduler=DDIMScheduler.from_config(dict(checkpoint.scheduler_config)),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    family = family_named(bundle.manifest.family)
+    if checkpoint.family != family.name:
+        raise CheckpointError(
+            f"{checkpoint.folder}: got a checkpoint of {checkpoint.family}, expected one of the bundle's family "
+            f"{family.name}; give the checkpoint that it was built from"
+        )
+    requests = family.requests(None) if requests is None else requests
+    if not 1 <= len(requests) <= MAX_REQUESTS:
+        raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
+    total = len(family.components) + len(requests)
+    defaults = bundle.manifest.defaults
+    if steps is not None:
+        defaults = Defaults(steps, defaults.eta, defaults.guidance_scale)
+    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime", device="cpu") as ours:
+        feeds = real_feeds(ours, bundle.file, requests)
+        components: list[ComponentResult] = []
+        for name in family.components:
+            on_progress(name, len(components), total)
+            components.append(_component(ours, checkpoint, family, name, feeds))
+        theirs = family.reference(checkpoint)
+        pictures: list[PictureResult] = []
+        for seed, request in enumerate(requests):
+            on_progress("pictures", len(components) + seed, total)
+            pictures.append(_picture(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))
+        on_progress("pictures", total, total)
+    return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(pictures))
 
 
 def _component(
-    ours: LatentDiffusionPipeline, checkpoint: Checkpoint, name: str, feed: dict[str, NDArray[Any]]
+    ours: LatentDiffusionPipeline, checkpoint: Checkpoint, family: Family, name: str, feeds: RealFeeds
 ) -> ComponentResult:
-    module = MODULES[name](load_module(checkpoint, name)).eval()
+    """A traced component against its torch module; the UNet together with what was split off it."""
+    spec, traced = family.describe(checkpoint).components[name], family.components[name]
+    module = traced.wrap(load_module(checkpoint, traced.module)).eval()
     with torch.inference_mode():
-        expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy()
-    (got,) = ours.backends[name].run(feed).values()
-    return compared(name, got, expected)
+        result = module(*(torch.from_numpy(feeds.sources[tensor.name]) for tensor in spec.inputs))
+    results = result if isinstance(result, tuple) else (result,)
+    expected = {tensor.name: one.numpy() for tensor, one in zip(spec.outputs, results, strict=True)}
+    if name != UNET:
+        return compared(name, ours.backends[name].run(feeds.components[name]), expected)
+    conditioning = ours.denoiser.condition(feeds.sources)
+    schedule = ours.denoiser.embed(feeds.sources[TIMESTEP])
+    predicted = ours.denoiser(feeds.sources[SAMPLE], schedule, conditioning)
+    return compared(name, {spec.outputs[0].name: predicted}, expected)
 
 
-def _picture(
-    ours: LatentDiffusionPipeline, theirs: LDMTextToImagePipeline, prompt: str, seed: int, steps: int
-) -> PictureResult:
-    mine = ours(prompt, seed=seed, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=steps).images[0]
+def _picture(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> PictureResult:
+    mine = ours(**request).images[0]
     with torch.random.fork_rng(devices=[]):
-        generator = torch.manual_seed(seed)  # the global generator: the noise of the steps continues its stream
-        reference = theirs(
-            [prompt], generator=generator, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=steps
-        ).images[0]
-    pair = [np.asarray(image, np.float64) for image in (mine, reference)]
+        generator = torch.manual_seed(request["seed"])  # the global generator: the noise of the steps continues it
+        reference = family.reference_image(theirs, request, generator)
+    pair: list[NDArray[np.float64]] = [np.asarray(image, np.float64) for image in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
-    return PictureResult(prompt, seed, worst, psnr(*pair, peak=255.0), mine, reference)
+    return PictureResult(request, worst, psnr(pair[0], pair[1], peak=255.0), mine, reference)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ldm_export.page.document import Figure, Markup, decibel, difference, document, element, picture, table, text
-from ldm_export.quality.verification import Tolerance, Verification
+from ldm_export.quality.measures import Tolerance
+from ldm_export.quality.verification import Verification
 
 AMPLIFIED = 64
 """A difference of one in 255 shows as a quarter of full brightness."""
@@ -20,7 +21,7 @@ def page(result: Verification) -> str:
     ]
     pictures = [
         (
-            Markup(f"{text(p.prompt)}<br>seed {p.seed}"),
+            Markup(f"{text(p.label)}<br>seed {p.request['seed']}"),
             picture(p.theirs),
             picture(p.ours),
             picture(difference(p.ours, p.theirs, AMPLIFIED)),
@@ -43,10 +44,11 @@ def page(result: Verification) -> str:
             element("h2", "Pictures, against diffusers"),
             element(
                 "p",
-                f"The same prompt and seed, {result.steps} steps; {_accepted(result.tolerance)} is accepted. "
+                f"The same request and seed, {result.defaults.num_inference_steps} steps; "
+                f"{_accepted(result.tolerance)} is accepted. "
                 f"The difference is shown {AMPLIFIED} times as bright as it is.",
             ),
-            table(("prompt", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),
+            table(("request", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""All that a bundle can tell of its precisions: pictures drawn with each, sizes, seconds, and what its files report."""
+"""Contents of a report: images drawn with each precision of a bundle, sizes, timings and the bundle's own reports."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm_export.sample_requests import SampleRequest
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import files_of_graph
 from ldm_runtime.errors import BackendError, ManifestError, SpecError
 from ldm_runtime.images import psnr
-from ldm_runtime.manifest import COMPONENTS
+from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
-MAX_PROMPTS, MAX_BYTES = 100, 64 * 2**20
+MAX_REQUESTS, MAX_BYTES = 100, 64 * 2**20
 REFERENCE = "fp32"
 ORDER = (REFERENCE, "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class PrecisionImages:
     """What one precision drew.
 
     Attributes:
-        images: one for each prompt; none where it could not be run.
-        step: median seconds of one denoising step.
-        backend: what ran it.
-        failure: why it could not be run.
+        images: One per request; none if it could not be run.
+        step: Median seconds of one denoising step.
+        backend: What ran it.
+        failure: Why it could not be run.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -41,76 +43,92 @@ class Drawn:
     failure: str | None = None
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report draws: the first seed (image i has seed + i), denoising steps, and the backend."""
+
+    seed: int = 0
+    steps: int | None = None
+    backend: str = "auto"
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
     """What a report shows.
 
     Attributes:
-        bundle: what it is about.
-        prompts: one for each picture; picture ``i`` has seed ``seed + i``.
-        drawn: precision → what it drew; fp32 first.
-        files: path → content of the bundle's report files in JSON.
+        bundle: What it is about.
+        requests: One per image.
+        options: Seed, steps and backend.
+        drawn: Precision -> what it drew; fp32 first.
+        files: Path -> content of the bundle's JSON report files.
     """
 
     bundle: Bundle
-    prompts: tuple[str, ...]
-    seed: int
-    steps: int
-    drawn: Mapping[str, Drawn]
+    requests: tuple[SampleRequest, ...]
+    options: ReportOptions
+    drawn: Mapping[str, PrecisionImages]
     files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that have graphs of every precision of the report."""
+        held = self.bundle.manifest.components
+        return tuple(name for name, part in held.items() if all(one in part.graphs for one in self.drawn))
 
     def size(self, precision: str) -> int:
         """Bytes of a precision's graphs with their weights."""
         manifest = self.bundle.manifest
-        graphs = {manifest.components[name].graphs[precision] for name in COMPONENTS}
-        return sum(fact.size for file, fact in manifest.files.items() if file.removesuffix(".data") in graphs)
+        graphs = {part.graphs[precision] for part in manifest.components.values() if precision in part.graphs}
+        files = {file for graph in graphs for file in files_of_graph(graph, manifest.files)}
+        return sum(manifest.files[file].size for file in files)
 
     def psnr(self, precision: str) -> tuple[float | None, ...]:
-        """Of each picture against fp32's in dB, None where the two are equal; empty where either was not drawn."""
+        """PSNR in dB of each image against fp32's, None if they are equal; empty if either was not drawn."""
         pairs = zip(self.drawn[REFERENCE].images, self.drawn[precision].images, strict=False)
-        return tuple(psnr(*(np.asarray(image, np.float64) for image in pair), peak=255.0) for pair in pairs)
+        return tuple(
+            psnr(np.asarray(reference, np.float64), np.asarray(image, np.float64), 255.0) for reference, image in pairs
+        )
 
 
 def make_report(
     bundle: Bundle,
-    prompts: Sequence[str],
-    seed: int = 0,
-    steps: int = 50,
-    backend: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    requests: Sequence[SampleRequest],
+    options: ReportOptions | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
-    """Draw the prompts with each precision the bundle holds, one after another, and read its report files.
+    """Draw the requests with each precision of the bundle, one after another, and read its report files.
 
-    A precision that this machine's backend has no kernels for is told of in the report and is no error.
+    A precision that the backend cannot run on this machine is stated in the report and is not an error.
 
     Raises:
-        SpecError: prompts, seed or steps that the pipeline does not take.
-        ManifestError: the bundle is damaged.
+        SpecError: A request, seed or number of steps that the pipeline does not take.
+        ManifestError: The bundle is damaged.
     """
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise SpecError(f"prompts: got {len(prompts)}, expected 1..{MAX_PROMPTS}")
+    options = options or ReportOptions()
+    if not 1 <= len(requests) <= MAX_REQUESTS:
+        raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
     files = {name: read_json(bundle, name) for name in bundle.manifest.files if _is_report(name)}
-    requests = [
-        Request(prompt, seed=seed + i, eta=0.3, guidance_scale=6.0, num_inference_steps=steps)
-        for i, prompt in enumerate(prompts)
+    seeded = [
+        Request(**one, seed=options.seed + i, num_inference_steps=options.steps) for i, one in enumerate(requests)
     ]
-    held, drawn, total = precisions(bundle), {}, len(prompts) * steps
+    held, drawn = precisions(bundle), {}
     for index, precision in enumerate(held):
 
-        def told(done: int, what: str = precision, before: int = index * total) -> None:
-            progress(what, before + done, len(held) * total)
+        def advance(done: int, total: int, what: str = precision, before: int = index) -> None:
+            on_progress(what, before * total + done, len(held) * total)
 
-        drawn[precision] = _draw(bundle, precision, requests, backend, told)
-    return Report(bundle, tuple(prompts), seed, steps, drawn, files)
+        drawn[precision] = _draw(bundle, precision, seeded, options.backend, advance)
+    return Report(bundle, tuple(requests), options, drawn, files)
 
 
 def precisions(bundle: Bundle) -> list[str]:
-    """Those in which every component has a graph, fp32 first.
+    """Precisions in which the UNet and the decoder have graphs, fp32 first.
 
     Raises:
-        ManifestError: no fp32 graphs to compare with.
+        ManifestError: There are no fp32 graphs to compare with.
     """
-    parts = [bundle.manifest.components[name].graphs for name in COMPONENTS]
+    parts = [bundle.manifest.components[name].graphs for name in (UNET, DECODER)]
     held = [precision for precision in parts[0] if all(precision in graphs for graphs in parts)]
     if REFERENCE not in held:
         raise ManifestError(f"{bundle.folder}: no {REFERENCE} graphs to compare with; rebuild the bundle")
@@ -118,10 +136,10 @@ def precisions(bundle: Bundle) -> list[str]:
 
 
 def read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
-    """One of the bundle's files as JSON, checked against the manifest first.
+    """Read one of the bundle's files as JSON, after checking it against the manifest.
 
     Raises:
-        ManifestError: damaged, larger than ``MAX_BYTES``, or no JSON object.
+        ManifestError: Damaged, larger than ``MAX_BYTES``, or not a JSON object.
     """
     size = bundle.manifest.files[name].size
     if size > MAX_BYTES:
@@ -142,27 +160,31 @@ def _is_report(name: str) -> bool:
 
 
 def _draw(
-    bundle: Bundle, precision: str, requests: Sequence[Request], backend: str, progress: Callable[[int], None]
-) -> Drawn:
+    bundle: Bundle,
+    precision: str,
+    requests: Sequence[Request],
+    backend: str,
+    on_progress: Callable[[int, int], None],
+) -> PrecisionImages:
     images, seconds, ran = list[Image.Image](), list[float](), backend
     try:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend=backend) as pipeline:
             if pipeline.choice:
                 ran = f"{pipeline.choice.backend}, computing in {pipeline.choice.arithmetic}"
             for index, request in enumerate(requests):
-                steps, begun = pipeline.steps(request), time.perf_counter()
-                for step in steps:
+                begun = time.perf_counter()
+                for step in pipeline.steps(request):
                     seconds.append(time.perf_counter() - begun)
-                    progress(index * step.total + step.index + 1)
+                    on_progress(index * step.total + step.index + 1, len(requests) * step.total)
                     begun = time.perf_counter()
                 images += _decoded(pipeline, step.latents)
     except BackendError as error:
-        return Drawn(backend=ran, failure=str(error))
-    return Drawn(tuple(images), median(seconds), ran)
+        return PrecisionImages(backend=ran, failure=str(error))
+    return PrecisionImages(tuple(images), median(seconds), ran)
 
 
 def _decoded(pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]]) -> list[Image.Image]:
     try:
         return pipeline.decode(latents)
-    except SpecError as error:  # NaN: a finding about the precision, as is an engine that fails
+    except SpecError as error:  # NaN is a finding about the precision, as is an engine that fails
         raise BackendError(str(error)) from None

@@ -1,6 +1,6 @@
-"""Values of a bundle's report files as far as they are what they should be: what is not is left out, not refused.
+"""Lenient access to the JSON of a bundle's report files: a value of an unexpected type is skipped, not refused.
 
-A page that only shows them need not fail on one that a later version writes in another form.
+A page that only displays values need not fail on a report that a later version writes in another form.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ SMALLEST = 1e-30
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value where it is an object of JSON, else an empty one."""
+    """Return the value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def mappings(value: Any) -> Sequence[Mapping[str, Any]]:
-    """The objects of a list, none where it is no list."""
+    """Return the JSON objects of a list; none if the value is not a list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a number of a size that something measured has: 0, or from 1e-30 to 1e30; else None."""
+    """Return the value if it is 0 or a number of magnitude 1e-30 to 1e30, as measurements are; else None."""
     if type(value) not in (int, float) or not (value == 0 or SMALLEST <= abs(value) <= 1 / SMALLEST):
         return None
     found: float = value

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: pictures of each precision side by side, figures, plots, and proofs."""
+"""The report as one self-contained HTML page: images of each precision side by side, figures, plots and proofs."""
 
 from __future__ import annotations
 
@@ -24,43 +24,46 @@ from ldm_export.page.document import (
 )
 from ldm_export.page.fact_tables import fact_tables
 from ldm_export.report.contents import REFERENCE, Report
-from ldm_export.report.int8_section import FILE, int8_section
+from ldm_export.report.int8_section import int8_section
 from ldm_export.report.lenient_json import finite, mapping
+from ldm_export.sample_requests import caption
 from ldm_export.screen import human_bytes
-from ldm_runtime.manifest import COMPONENTS, NAME
+from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, RANGES_REPORT, precision_report
 
-RANGES = "report/ranges.json"
 MAX_LISTED = 40
 """Rows of the lists that may be long."""
 
 
 def report_page(report: Report) -> str:
-    """HTML with inline pictures and plots; opens without a network."""
-    sections = (_pictures, _precisions, _int8, _half, _engines, _measured, _origin)
+    """HTML with inline images and plots; opens without a network."""
+    sections = (_images, _precisions, _int8, _half, _engines, _measured, _origin)
     return document(
         f"{report.bundle.folder.resolve().name}: report", (part for section in sections for part in section(report))
     )
 
 
-def _pictures(report: Report) -> Iterator[Markup]:
+def _images(report: Report) -> Iterator[Markup]:
     others = [name for name, drawn in report.drawn.items() if name != REFERENCE and drawn.images]
-    yield element("h2", "Pictures")
+    yield element("h2", "Images")
     for name, drawn in report.drawn.items():
         if drawn.failure:
             yield element("p", f"{name} was not drawn: {drawn.failure}", class_="bad")
     if not report.drawn[REFERENCE].images:
         return
     times = {name: _amplification(report, name) for name in others}
+    defaults = report.bundle.manifest.defaults
+    steps = report.options.steps or defaults.num_inference_steps
     yield element(
         "p",
-        f"The same prompt and seed in each precision, {report.steps} steps, guidance 6, eta 0.3."
-        + (" Differences from fp32 are shown as many times brighter as told." if others else ""),
+        f"The same request and seed in each precision, {steps} steps, guidance scale {defaults.guidance_scale:g}, eta "
+        f"{defaults.eta:g}." + (" Differences from fp32 are amplified by the factor in the heading." if others else ""),
     )
     rows = []
-    for index, prompt in enumerate(report.prompts):
+    for index, request in enumerate(report.requests):
+        label = caption(request)
         images = {name: report.drawn[name].images[index] for name in (REFERENCE, *others)}
-        row = [Markup(f"{text(prompt)}<br><span class=note>seed {report.seed + index}</span>")]
-        row += [picture(image, f"{prompt}, {name}") for name, image in images.items()]
+        row = [Markup(f"{text(label)}<br><span class=note>seed {report.options.seed + index}</span>")]
+        row += [picture(image, f"{label}, {name}") for name, image in images.items()]
         row += [
             Markup(
                 picture(difference(images[name], images[REFERENCE], times[name]), f"difference of {name}")
@@ -69,11 +72,11 @@ def _pictures(report: Report) -> Iterator[Markup]:
             for name in others
         ]
         rows.append(row)
-    yield table(("prompt", REFERENCE, *others, *(f"|{name} − fp32| × {times[name]}" for name in others)), rows)
+    yield table(("request", REFERENCE, *others, *(f"|{name} − fp32| × {times[name]}" for name in others)), rows)
 
 
 def _amplification(report: Report, precision: str) -> int:
-    """A power of two that makes the largest difference bright and no more: at most 64."""
+    """The largest power of two, at most 64, that keeps the largest difference within the range of a pixel."""
     pairs = zip(report.drawn[REFERENCE].images, report.drawn[precision].images, strict=True)
     largest = max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
     return int(2 ** min(6, max(0, np.floor(np.log2(255 / max(largest, 1))))))
@@ -98,52 +101,52 @@ def _precisions(report: Report) -> Iterator[Markup]:
                 Figure(f"{first / drawn.step:.2f}×") if drawn.step and first else None,
             )
         )
-    yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "engine", "ms a step", "speed"), rows)
+    yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "engine", "ms per step", "speed"), rows)
     yield element(
         "p",
-        f"PSNR is of the {len(report.prompts)} pictures above against fp32. A step is one denoising step of one prompt "
-        "with guidance on the machine that made this report: the median of all. The precisions "
-        "ran one after another, so take a few percent of speed for noise.",
+        f"PSNR compares the {len(report.requests)} images above with fp32. A step is one denoising step of one request "
+        "on the machine that made this report (median of all steps). The precisions ran one after another, so "
+        "differences of a few percent in speed are noise.",
         class_="note",
     )
 
 
 def _int8(report: Report) -> Iterator[Markup]:
-    if facts := report.files.get(FILE):
+    if facts := report.files.get(INT8_REPORT):
         yield from int8_section(facts)
 
 
 def _half(report: Report) -> Iterator[Markup]:
     rows, listed = [], []
     for precision in report.drawn:
-        for component in COMPONENTS:
-            facts = report.files.get(f"report/{component}.{precision}.json")
+        for component in report.components:
+            facts = report.files.get(precision_report(component, precision))
             if facts is None or "islands" not in facts:
                 continue
             islands = mapping(facts.get("islands"))
             reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())
-            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            rows.append((component, precision, finite(facts.get("half")), len(islands), told))
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            rows.append((component, precision, finite(facts.get("half")), len(islands), counts))
             listed += [
                 (component, precision, node, reason) for node, reason in islands.items() if "range" in str(reason)
             ]
     if not rows:
         return
-    yield element("h2", "Half precision: what stays in fp32")
+    yield element("h2", "Half precision: operators that stay in fp32")
     yield table(("component", "precision", "nodes in half", "nodes in fp32", "why"), rows)
     if listed:
-        yield element("p", "Kept for their measured range:")
+        yield element("p", "Operators that stay in fp32 because of their measured range:")
         yield table(("component", "precision", "node", "why"), listed[:MAX_LISTED])
         if len(listed) > MAX_LISTED:
             yield element("p", f"… and {len(listed) - MAX_LISTED} more.", class_="note")
-    yield from _magnitudes(report.files.get(RANGES, {}))
+    yield from _magnitudes(report.files.get(RANGES_REPORT, {}))
 
 
 def _magnitudes(ranges: Mapping[str, Any]) -> Iterator[Markup]:
-    """How large the tensors of each component grow, from the largest to the smallest."""
+    """Plot the largest magnitude of each tensor of each component, in descending order."""
     series = []
-    for component in COMPONENTS:
-        values = [value for value in map(finite, mapping(ranges.get(component)).values()) if value and value > 0]
+    for component, magnitudes in ranges.items():
+        values = [value for value in map(finite, mapping(magnitudes).values()) if value and value > 0]
         if values:
             points = tuple((float(rank), value) for rank, value in enumerate(sorted(values, reverse=True), 1))
             series.append(Series(component, points, marked=False))
@@ -160,9 +163,9 @@ def _engines(report: Report) -> Iterator[Markup]:
     for component, part in report.bundle.manifest.components.items():
         for engine in part.engines:
             work = mapping(engine.proof.get("matrix_work"))
-            told = ", ".join(f"{count} {kind}" for kind, count in work.items())
+            kinds = ", ".join(f"{count} {kind}" for kind, count in work.items())
             built = f"{engine.package} {engine.version}"
-            rows.append((component, engine.precision, built, ", ".join(engine.compute_capabilities), told or "none"))
+            rows.append((component, engine.precision, built, ", ".join(engine.compute_capabilities), kinds or "none"))
     if rows:
         yield element("h2", "Engines")
         columns = ("component", "precision", "built by", "compute capability", "proof: matrix work")
@@ -171,8 +174,8 @@ def _engines(report: Report) -> Iterator[Markup]:
 
 def _measured(report: Report) -> Iterator[Markup]:
     for name, facts in report.bundle.manifest.measured.items():
-        if name == "int8" and FILE in report.files:
-            continue  # told in its own section
+        if name == "int8" and INT8_REPORT in report.files:
+            continue  # shown in its own section
         yield element("h2", f"Measured: {name}")
         yield from fact_tables(facts)
 
@@ -180,9 +183,9 @@ def _measured(report: Report) -> Iterator[Markup]:
 def _origin(report: Report) -> Iterator[Markup]:
     manifest = report.bundle.manifest
     yield element("h2", "Origin")
-    yield table(("asked for", ""), [(key, _short(value)) for key, value in sorted(manifest.asked.items())])
+    yield table(("build request", ""), [(key, _short(value)) for key, value in sorted(manifest.request.items())])
     yield table(("built with", ""), sorted(manifest.tools.items()))
-    digest = hashlib.sha256((report.bundle.folder / NAME).read_bytes()).hexdigest()
+    digest = hashlib.sha256((report.bundle.folder / MANIFEST).read_bytes()).hexdigest()
     yield element("p", "SHA-256 of the manifest: ", element("code", digest), class_="note")
 
 

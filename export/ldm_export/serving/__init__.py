@@ -1,1 +1,1 @@
-"""A bundle on a Triton server: its model repository, and a client."""
+"""Serving a bundle with Triton Inference Server: the model repository, and a client."""

@@ -1,4 +1,4 @@
-"""Where a server listens: a URL's host, port and protocol."""
+"""Address of a server: host, port and protocol of a URL."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from urllib.parse import urlsplit
 
 from ldm_runtime.errors import SpecError
 
+__all__ = ["PROTOCOLS", "Address", "parse_url"]
+
 PROTOCOLS = {"http": 8000, "grpc": 8001}
-"""Protocol → Triton's usual port."""
+"""Protocol -> Triton's default port."""
 SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """Host and port of a server, its protocol ("http" or "grpc"), and whether the connection is encrypted."""
 
     host: str
     port: int
@@ -31,10 +33,14 @@ class Address:
 
 
 def parse_url(text: str, protocol: str | None = None) -> Address:
-    """``[http|https|grpc|grpcs://]host[:port]``; ``protocol`` decides where the text has no scheme (default http).
+    """Parse ``[http|https|grpc|grpcs://]host[:port]``.
+
+    Args:
+        text: The URL.
+        protocol: "http" or "grpc", for a URL without a scheme; None means http.
 
     Raises:
-        SpecError: it is none, or its scheme is not the protocol asked for.
+        SpecError: The text is not such a URL, or its scheme is of another protocol.
     """
     expected = "expected host, host:port, or one of " + ", ".join(f"{scheme}://host:port" for scheme in SCHEMES)
     try:

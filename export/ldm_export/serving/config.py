@@ -1,4 +1,4 @@
-"""The config.pbtxt of each model of a Triton repository, from the components' own specs."""
+"""The config.pbtxt of each model of a Triton repository, derived from the bundle's model description."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm_export.serving.pbtxt import Enum, MapOf
-from ldm_runtime.engine_facts import Engine
+from ldm_runtime.engine_facts import EngineFacts
+from ldm_runtime.model import ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
-from ldm_runtime.triton.parameters import Settings
-from ldm_runtime.triton.tensors import INPUTS, OUTPUTS, STREAM_INPUTS, STREAM_OUTPUTS, TensorField
+from ldm_runtime.triton.parameters import ModelParameters
+from ldm_runtime.triton.tensors import TensorField, input_fields, output_fields
+
+__all__ = ["DATA_TYPES", "TARGETS", "Serving", "component_config", "plan_name", "stream_config", "unary_config"]
 
 TARGETS = ("python", "onnxruntime", "tensorrt")
-"""What runs the separate components: our runtime in Triton's python backend, or Triton's own backends."""
+"""What runs the models of single components: this runtime in Triton's Python backend, or Triton's own backends."""
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 DATA_TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
-QUEUE = 256
-"""Requests that may wait before one component."""
-DELAY = 0
-"""Microseconds that a request waits for others to share its call. A denoising loop would pay it at every step."""
+MAX_QUEUE_SIZE = 256
+"""Requests that may wait for the model of one component."""
+MAX_QUEUE_DELAY = 0
+"""Microseconds that a request waits for others to share its call. A denoising loop pays them at every step."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served: what runs the components, on what, and the settings of the python backend."""
+    """How a bundle is served.
+
+    Attributes:
+        target: What runs the models of single components, one of ``TARGETS``.
+        gpu: True if they run on a GPU.
+        parameters: Parameters of the models of the Python backend.
+    """
 
     target: str
     gpu: bool
-    settings: Settings
+    parameters: ModelParameters
 
 
-def component_config(spec: ComponentSpec, serving: Serving, engines: Sequence[Engine] = ()) -> dict[str, Any]:
-    """The config of a component alone: its batch is Triton's, its other axes are as in the spec or the engine.
+def component_config(spec: ComponentSpec, serving: Serving, engines: Sequence[EngineFacts] = ()) -> dict[str, Any]:
+    """Config of the model of one component. Triton batches requests along the first axis of every tensor.
 
     Args:
-        spec: of the component; the first axis of every tensor is the batch.
-        serving: how.
-        engines: of target "tensorrt", one for each compute capability.
+        spec: Spec of the component.
+        serving: How the bundle is served.
+        engines: For target "tensorrt", one engine per compute capability.
     """
-    most = _most(spec, engines)
     named: dict[str, Any] = {"name": spec.name}
     if serving.target == "python":
-        settings = replace(serving.settings, component=spec.name)
-        named |= {"backend": "python", "parameters": MapOf(settings.parameters())}
+        parameters = replace(serving.parameters, component=spec.name)
+        named |= {"backend": "python", "parameters": MapOf(parameters.to_config())}
     else:
         named |= {"platform": PLATFORMS[serving.target]}
     if serving.target == "tensorrt":
@@ -53,68 +61,72 @@ def component_config(spec: ComponentSpec, serving: Serving, engines: Sequence[En
         )
     return {
         **named,
-        "max_batch_size": most,
+        "max_batch_size": _max_batch_size(spec, engines),
         "input": [_tensor(tensor) for tensor in spec.inputs],
         "output": [_tensor(tensor) for tensor in spec.outputs],
         "dynamic_batching": {
-            "max_queue_delay_microseconds": DELAY,
-            "default_queue_policy": {"allow_timeout_override": True, "max_queue_size": QUEUE},
+            "max_queue_delay_microseconds": MAX_QUEUE_DELAY,
+            "default_queue_policy": {"allow_timeout_override": True, "max_queue_size": MAX_QUEUE_SIZE},
         },
-        **_placed(serving.gpu),
+        **_instance_group(serving.gpu),
         "optimization": _optimization(serving),
         "model_warmup": [_warmup(spec)],
-        **_versions(),
+        **_version_policy(),
     }
 
 
-def room_config(serving: Serving) -> dict[str, Any]:
-    """The config of `ldm_stream`, which batches requests itself and answers each step."""
+def stream_config(model: ModelDescription, serving: Serving) -> dict[str, Any]:
+    """Config of `ldm_stream`, which batches requests itself and responds to each step.
+
+    Raises:
+        SpecError: The model has a kind of conditioning that has no tensors.
+    """
     return {
         "name": "ldm_stream",
         "backend": "python",
         "max_batch_size": 0,
         "model_transaction_policy": {"decoupled": True},
-        **_wired(STREAM_INPUTS, STREAM_OUTPUTS),
-        "parameters": MapOf(serving.settings.parameters()),
-        **_placed(serving.gpu),
-        **_versions(),
+        **_fields(input_fields(model, stream=True), output_fields(model, stream=True)),
+        "parameters": MapOf(serving.parameters.to_config()),
+        **_instance_group(serving.gpu),
+        **_version_policy(),
     }
 
 
-def front_config(serving: Serving) -> dict[str, Any]:
-    """The config of `ldm`, which answers once."""
+def unary_config(model: ModelDescription, serving: Serving) -> dict[str, Any]:
+    """Config of `ldm`, which sends one response per request; errors as ``stream_config``."""
     return {
         "name": "ldm",
         "backend": "python",
         "max_batch_size": 0,
-        **_wired(INPUTS, OUTPUTS),
-        "parameters": MapOf(serving.settings.parameters()),
-        **_placed(False),
-        **_versions(),
+        **_fields(input_fields(model), output_fields(model)),
+        "parameters": MapOf(serving.parameters.to_config()),
+        **_instance_group(False),
+        **_version_policy(),
     }
 
 
-def plan_name(engine: Engine) -> str:
-    """The file name of an engine in a version's folder."""
+def plan_name(engine: EngineFacts) -> str:
+    """File name of an engine in the folder of a version."""
     return "-".join(["model", *(c.replace(".", "") for c in engine.compute_capabilities)]) + ".plan"
 
 
-def _wired(inputs: Sequence[TensorField], outputs: Sequence[TensorField]) -> dict[str, Any]:
-    def message(wire: TensorField) -> dict[str, Any]:
-        return {"name": wire.name, "data_type": Enum(wire.data_type), "dims": list(wire.dims)}
+def _fields(inputs: Sequence[TensorField], outputs: Sequence[TensorField]) -> dict[str, Any]:
+    def message(field: TensorField) -> dict[str, Any]:
+        return {"name": field.name, "data_type": Enum(field.data_type), "dims": list(field.dims)}
 
-    taken = [message(wire) | ({"optional": True} if wire.optional else {}) for wire in inputs]
-    return {"input": taken, "output": [message(wire) for wire in outputs]}
+    taken = [message(field) | ({"optional": True} if field.optional else {}) for field in inputs]
+    return {"input": taken, "output": [message(field) for field in outputs]}
 
 
-def _most(spec: ComponentSpec, engines: Sequence[Engine]) -> int:
+def _max_batch_size(spec: ComponentSpec, engines: Sequence[EngineFacts]) -> int:
     most = min(tensor.bounds("max")[0] for tensor in spec.inputs)
     name = spec.inputs[0].name
     return min([most, *(max(profile[name][2][0] for profile in engine.profiles) for engine in engines)])
 
 
 def _tensor(tensor: TensorSpec) -> dict[str, Any]:
-    """Without the batch; a tensor that is one number a row is [1] to the client and a vector to the model."""
+    """A tensor without its batch axis. One number per row is [1] for the client and reshaped to a vector."""
     message = {"name": tensor.name, "data_type": Enum(f"TYPE_{DATA_TYPES[tensor.dtype]}")}
     dims = [_size(dim) for dim in tensor.shape[1:]]
     return message | ({"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}})
@@ -124,12 +136,12 @@ def _size(dim: Dim) -> int:
     return -1 if isinstance(dim, Axis) and dim.min < dim.max else dim.opt * dim.scale if isinstance(dim, Axis) else dim
 
 
-def _placed(gpu: bool) -> dict[str, Any]:
+def _instance_group(gpu: bool) -> dict[str, Any]:
     kind: Mapping[str, Any] = {"kind": Enum("KIND_GPU"), "gpus": [0]} if gpu else {"kind": Enum("KIND_CPU")}
     return {"instance_group": [{"count": 1, **kind}]}
 
 
-def _versions() -> dict[str, Any]:
+def _version_policy() -> dict[str, Any]:
     return {"version_policy": {"latest": {"num_versions": 1}}}
 
 
@@ -142,7 +154,7 @@ def _optimization(serving: Serving) -> dict[str, Any]:
 
 
 def _warmup(spec: ComponentSpec) -> dict[str, Any]:
-    """One call at the usual shapes, before the model is ready."""
+    """One call at the optimal shapes before the model is ready."""
     inputs = {
         tensor.name: {
             "data_type": Enum(f"TYPE_{DATA_TYPES[tensor.dtype]}"),

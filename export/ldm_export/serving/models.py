@@ -1,4 +1,4 @@
-"""The models of a Triton repository: what each one's folder holds."""
+"""The models of a Triton repository: the config and files of each."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_export.serving.config import Serving, component_config, front_config, plan_name, room_config
+from ldm_export.serving.config import Serving, component_config, plan_name, stream_config, unary_config
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import MANIFEST
+from ldm_runtime.bundle_layout import MANIFEST, files_of_graph
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.triton.parameters import BUNDLE
 
-MODELS = (*COMPONENTS, "ldm_stream", "ldm")
-"""In the order in which they are put in place: `ldm` asks `ldm_stream`."""
-CODE = '''"""Written by `ldm-export triton`. Triton's python backend needs the package ldm-export for it."""
+__all__ = ["STREAM", "UNARY", "Model", "make_model", "model_names"]
+
+UNARY, STREAM = "ldm", "ldm_stream"
+CODE = '''"""Written by `ldm-export triton`. Triton's Python backend needs the package ldm-export to run it."""
 
 import triton_python_backend_utils as pb_utils
 from ldm_runtime.triton.{module} import {name}
@@ -29,50 +30,60 @@ class TritonPythonModel({name}):
 
 @dataclass(frozen=True)
 class Model:
-    """One model: its name and config, and what a version of it holds: path → text, or file to link."""
+    """One model.
+
+    Attributes:
+        name: Its name on the server.
+        config: Content of its config.pbtxt.
+        files: Files of a version: path -> text to write, or file to link.
+    """
 
     name: str
     config: Mapping[str, Any]
     files: Mapping[str, str | Path]
 
 
+def model_names(bundle: Bundle) -> tuple[str, ...]:
+    """All models of a bundle, in the order in which they are written: `ldm` calls `ldm_stream`, so it comes last."""
+    return (*pipeline_components(bundle.manifest.model), STREAM, UNARY)
+
+
 def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
-    """The model of that name; the bundle's files have been checked.
+    """Make one of the bundle's models. The caller has checked the bundle's files.
 
     Raises:
-        ManifestError: it has no graph of that precision.
-        BuildError: the bundle has no engine that Triton itself loads.
+        ManifestError: A component has no graph of the precision.
+        BuildError: A component has no engine that Triton loads itself.
+        SpecError: The model has a kind of conditioning that cannot be served.
     """
-    if name == "ldm":
-        return Model(name, front_config(serving), {"model.py": CODE.format(module="unary", name="UnaryModel")})
-    if name == "ldm_stream":
+    model = bundle.manifest.model
+    if name == UNARY:
+        return Model(name, unary_config(model, serving), {"model.py": CODE.format(module="unary", name="UnaryModel")})
+    if name == STREAM:
         code = CODE.format(module="decoupled", name="DecoupledModel")
-        return Model(name, room_config(serving), {"model.py": code, **_bundled(bundle)})
-    spec, precision = bundle.manifest.components[name].spec, serving.settings.precision
+        return Model(name, stream_config(model, serving), {"model.py": code, **_bundle_files(bundle)})
+    component, precision = bundle.manifest.components[name], serving.parameters.precision
     if serving.target == "onnxruntime":
-        graph = bundle.manifest.components[name].graphs.get(precision, "")
+        _, *weights = files_of_graph(component.graph(precision) or "", bundle.manifest.files)
         files: dict[str, str | Path] = {"model.onnx": bundle.graph(name, precision)}
-        if (weights := f"{graph}.data") in bundle.manifest.files:
-            files[Path(weights).name] = bundle.folder / weights  # the name by which the graph knows it
-        return Model(name, component_config(spec, serving), files)
+        files |= {Path(file).name: bundle.folder / file for file in weights}  # the graph refers to them by this name
+        return Model(name, component_config(component.spec, serving), files)
     if serving.target == "tensorrt":
         engines = [
-            engine
-            for engine in bundle.manifest.components[name].engines
-            if engine.package == "tensorrt" and engine.precision == precision
+            engine for engine in component.engines if engine.package == "tensorrt" and engine.precision == precision
         ]
         if not engines:
             raise BuildError(
                 f"{bundle.folder}: {name} has no {precision} engine of TensorRT, the only kind that Triton loads "
-                f"itself; build one with `ldm-export build --precision {precision} --target tensorrt`, or take "
+                f"itself; build one with `ldm-export build --precision {precision} --target tensorrt`, or use "
                 "--target python"
             )
         plans = {plan_name(engine): bundle.folder / engine.file for engine in engines}
-        return Model(name, component_config(spec, serving, engines), plans)
+        return Model(name, component_config(component.spec, serving, engines), plans)
     code = CODE.format(module="component_model", name="ComponentModel")
-    return Model(name, component_config(spec, serving), {"model.py": code, **_bundled(bundle)})
+    return Model(name, component_config(component.spec, serving), {"model.py": code, **_bundle_files(bundle)})
 
 
-def _bundled(bundle: Bundle) -> dict[str, Path]:
-    """All of the bundle: which of its graphs run is decided where they are served."""
+def _bundle_files(bundle: Bundle) -> dict[str, Path]:
+    """All files of the bundle, because the serving machine decides which of its graphs run."""
     return {f"{BUNDLE}/{name}": bundle.folder / name for name in (*bundle.manifest.files, MANIFEST)}

@@ -1,4 +1,4 @@
-"""Protocol buffers' text format, for Triton's config.pbtxt; no protobuf package is needed."""
+"""Writes the text format of protocol buffers, for Triton's config.pbtxt, without a protobuf package."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+__all__ = ["Enum", "MapOf", "to_pbtxt"]
+
 
 class Enum(str):
-    """A name that is written without quotes, such as KIND_CPU."""
+    """Name of an enum value, written without quotes, e.g. KIND_CPU."""
 
 
 def to_pbtxt(message: Mapping[str, Any]) -> str:
-    """A message as text, two spaces a level.
+    """Write a message as text, with two spaces of indentation per level.
 
-    A mapping is a message, a ``MapOf`` a map field, a list a repeated field; texts are quoted, ``Enum``s are not.
+    A mapping is a message, a ``MapOf`` a map field, a list a repeated field. Strings are quoted, ``Enum``s not.
     """
     return "\n".join(_fields(message, "")) + "\n"
 
 
 class MapOf(dict[str, Any]):
-    """A map field: written as entries of ``key`` and ``value``."""
+    """A map field, written as entries with ``key`` and ``value``."""
 
 
 def _fields(message: Mapping[str, Any], indent: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Puts models into a Triton model repository: files are linked, and a new version is there at once or not at all."""
+"""Writes models into a Triton model repository: files are linked, and a new version appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_export.bundle.stages import work_folder
+from ldm_export.bundle.publish import work_folder
 from ldm_export.serving.models import Model
 from ldm_export.serving.pbtxt import to_pbtxt
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.errors import BuildError
 
+__all__ = ["versions", "write_models"]
+
 CONFIG = "config.pbtxt"
-HEADER = "# Written by ldm-export triton; it is written anew with each version.\n"
-KEPT = 2
-"""Versions of a model that stay: the new one, and the one before it, which a server may still run."""
+HEADER = "# Written by ldm-export triton, which replaces it with each version.\n"
+MAX_VERSIONS = 2
+"""Versions of a model that are kept: the new one, and the one before it, which a server may still run."""
 
 
 def write_models(repository: Path, models: Sequence[Model]) -> int:
-    """Add a version of each model, in their order, and give its number; other models there are left alone.
+    """Add a version of each model, in their order; other models of the repository are not changed.
 
-    All files are ready, on the same disk, before the first model is changed; each model's version then appears by one
-    rename, and its config by another. A server takes it up when it is told to load, or polls.
+    All files are prepared on the same disk before the first model is changed. Each model's version then appears by one
+    rename, and its config by another. A server loads it when it is told to, or when it polls.
+
+    Args:
+        repository: Folder of the models; created if it does not exist.
+        models: The models.
+
+    Returns:
+        Number of the version.
 
     Raises:
-        BuildError: a model of that name is there that is not ours, another process writes, or the disk refuses.
+        BuildError: A model of that name was not written by this program, another process is writing, or the disk is
+            full.
     """
     _check_ours(repository, models)
     version = 1 + max([0, *(number for model in models for number in versions(repository / model.name))])
@@ -39,7 +49,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
             (stage / model.name / CONFIG).write_text(HEADER + to_pbtxt(model.config), encoding="utf-8")
         if repository.exists():
             for model in models:
-                _put(stage / model.name, repository / model.name, version)
+                _publish(stage / model.name, repository / model.name, version)
         else:
             stage.rename(repository)
         shutil.rmtree(work)
@@ -47,7 +57,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
 
 
 def versions(folder: Path) -> list[int]:
-    """The versions of a model, rising."""
+    """Version numbers in a model's folder, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and int(name) > 0)
 
@@ -59,12 +69,12 @@ def _check_ours(repository: Path, models: Sequence[Model]) -> None:
         config = repository / model.name / CONFIG
         if config.parent.exists() and not (config.is_file() and config.read_text(errors="replace").startswith(HEADER)):
             raise BuildError(
-                f"{config.parent}: is no model that `ldm-export triton` wrote; move it or choose another -o"
+                f"{config.parent}: is not a model that `ldm-export triton` wrote; move it or choose another -o"
             )
 
 
 def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
-    """The files of one version: a hard link each, or on another disk one copy for all models."""
+    """Write the files of one version: each is a hard link, or on another disk one copy for all models."""
     for name, source in model.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +88,11 @@ def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
         placed.setdefault(source, path)
 
 
-def _put(staged: Path, model: Path, version: int) -> None:
+def _publish(staged: Path, model: Path, version: int) -> None:
     if not model.exists():
         staged.rename(model)
         return
     (staged / str(version)).rename(model / str(version))
     write_whole(model / CONFIG, (staged / CONFIG).read_bytes())
-    for old in versions(model)[:-KEPT]:
+    for old in versions(model)[:-MAX_VERSIONS]:
         shutil.rmtree(model / str(old))

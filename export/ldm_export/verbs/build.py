@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
-from ldm_export.verbs.options import PRECISIONS, quieten, unwritten
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
+HALF = ("fp16", "bf16")
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
-    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder; left out: the shipped shapes model")
+    """Add the options."""
+    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder (default: the demo model)")
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     engines = verb.add_argument_group("engines")
@@ -44,31 +45,41 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export build``."""
+    """Run ``ldm-export build``.
+
+    Raises:
+        LdmError: The checkpoint, an option or the output folder cannot be used.
+    """
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.bundle import build as building
+        from ldm_export.bundle.build import BuildOptions, build
         from ldm_export.bundle.int8_report import write_report
-        from ldm_export.checkpoint.folder import open_checkpoint
+        from ldm_export.demo import demo_checkpoint, demo_grader
+        from ldm_export.families import family_named, open_checkpoint
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
-    shapes = args.checkpoint is None or args.checkpoint.resolve() == building.SHIPPED
-    settings = settings_of(args, shapes) if args.precision == "int8" else None
-    if settings is None and given(args):
-        raise BuildError(f"{', '.join(given(args))}: of int8; give --precision int8 too")
-    checkpoint = open_checkpoint(args.checkpoint or building.SHIPPED, random_weights=args.random_weights)
+    _check_given(args)
+    checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
+    family = family_named(checkpoint.family)
+    kinds = [entry.kind for entry in family.describe(checkpoint).conditioning]
+    model = None if args.random_weights else checkpoint.folder
+    options = BuildOptions(
+        args.precision,
+        engines,
+        settings_of(args, kinds) if args.precision == "int8" else None,
+        demo_grader(model),
+        requests=family.requests(chosen_prompts(args.prompts, model)) if args.precision in HALF else None,
+    )
     with screen.bar("reading", None) as bar:
-        built = building.build(
+        built = build(
             checkpoint,
             args.output,
-            args.precision,
-            engines,
-            lambda stage, done, total: bar.to(done, total, stage),
-            settings,
+            options=options,
+            on_progress=lambda stage, done, total: bar.to(done, total, stage),
         )
-        if settings is not None:
+        if args.precision == "int8":
             bar.to(0, 1, "report")
             try:
                 bundle, report = write_report(built.bundle)
@@ -81,11 +92,21 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         result = {"bundle": str(args.output), "bytes": size, "made": made, "seconds": time.monotonic() - begun}
         screen.json(result)
         return
-    what = f"made {', '.join(made)}" if made else "nothing to do, all of it is there"
+    what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
-    if settings is not None:
+    if args.precision == "int8":
         show(report, screen)
     screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
+
+
+def _check_given(args: argparse.Namespace) -> None:
+    """Refuse options of int8 for another precision; --prompts is an option of half precision too."""
+    if args.precision == "int8":
+        return
+    foreign = [option for option in given(args) if option != "--prompts" or args.precision not in HALF]
+    if foreign:
+        fitting = f"{', '.join(HALF)} or int8" if foreign == ["--prompts"] else "int8"
+        raise BuildError(f"{', '.join(foreign)}: of {fitting}; give --precision {fitting} too")
 
 
 def _engines(args: argparse.Namespace) -> EngineRequest | None:

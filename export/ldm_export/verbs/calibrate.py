@@ -16,9 +16,7 @@ from ldm_runtime.errors import SpecError
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument(
-        "--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured"
-    )
+    verb.add_argument("--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured")
     add_int8_arguments(verb)
 
 
@@ -33,13 +31,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with needs("export"):
         from ldm_export.bundle.add_int8 import calibrate
         from ldm_export.bundle.int8_report import write_report
+        from ldm_export.demo import demo_grader
     begun = time.monotonic()
-    conditioning = [entry.kind for entry in Bundle.open(args.bundle).manifest.conditioning]
+    bundle = Bundle.open(args.bundle)
+    conditioning = [entry.kind for entry in bundle.manifest.conditioning]
     if args.record is not None and given(args):
         raise SpecError(f"--record: got {', '.join(given(args))} too, but the record determines them; leave them out")
-    settings = args.record or settings_of(args, conditioning)
+    settings = args.record or settings_of(args, conditioning, bundle)
     with screen.bar("reading") as bar:
-        built = calibrate(args.bundle, settings, lambda part, done, total: bar.to(done, total, part))
+        built = calibrate(
+            args.bundle, settings, lambda part, done, total: bar.to(done, total, part), demo_grader(bundle)
+        )
         bar.to(0, 1, "report")
         try:
             _, report = write_report(built.bundle)

@@ -1,4 +1,4 @@
-"""``ldm-export client``: ask a Triton server for pictures; needs neither a bundle nor an engine."""
+"""``ldm-export client``: request images from a Triton server; needs neither a bundle nor an engine."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ from PIL import Image
 
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
-from ldm_export.serving.client import Arrays, Connection, ServerError
-from ldm_export.verbs.image_options import add_request, check_output, write_pictures
-from ldm_runtime.errors import SpecError
+from ldm_export.serving.client import Arrays, Connection
+from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_runtime.errors import ServerError, SpecError
+
+__all__ = ["add_arguments", "run"]
 
 MODEL, STREAM = "ldm", "ldm_stream"
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options of the command."""
     add_request(verb)
     server = verb.add_argument_group("server")
     server.add_argument("--url", default="localhost", help="[http|https|grpc|grpcs://]host[:port] (default localhost)")
-    server.add_argument("--protocol", choices=tuple(PROTOCOLS), help="where the URL names none (default http)")
-    server.add_argument("--model", help=f"on the server (default {MODEL}, with --stream {STREAM})")
-    server.add_argument("--stream", action="store_true", help="show each step as the server does it; over gRPC")
+    server.add_argument("--protocol", choices=tuple(PROTOCOLS), help="for a URL without one (default http)")
+    server.add_argument("--model", help=f"name on the server (default {MODEL}, with --stream {STREAM})")
+    server.add_argument("--stream", action="store_true", help="show each step as the server finishes it; over gRPC")
     server.add_argument(
         "--preview-every",
         type=int,
         default=0,
         metavar="N",
-        help="with --stream, write what is foreseen too: out-9.png, …",
+        help="with --stream, write a preview every N steps: out-9.png, …",
     )
-    server.add_argument("--priority", type=int, help="0, the most urgent, to 4 (default: the server's)")
+    server.add_argument("--priority", type=int, help="0 (most urgent) to 4 (default: the server's)")
     server.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="it may take, then it is dropped (default 300)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="time after which the request is cancelled (default 300)",
     )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export client``."""
+    """Run the command."""
     from ldm_runtime.request import fresh_seed
 
-    check_output(args)
+    check_output(args.output)
     address = parse_url(args.url, args.protocol or ("grpc" if args.stream and "://" not in args.url else None))
     if args.stream and address.protocol != "grpc":
         raise SpecError(f"url: {address} cannot stream; use gRPC and its port, usually {PROTOCOLS['grpc']}")
     if args.preview_every and not args.stream:
-        raise SpecError("--preview-every: got no --stream, which brings the previews; add it")
+        raise SpecError("--preview-every: got no --stream, which delivers the previews; add it")
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("connecting"):
         connection = Connection(address, args.model or (STREAM if args.stream else MODEL), args.timeout)
     with connection:
         inputs = _inputs(args, seed)
-        answer = _streamed(connection, inputs, args, screen) if args.stream else _asked(connection, inputs, screen)
-    written = write_pictures(args, _images(answer["IMAGE"], args, address))
+        answer = _stream(connection, inputs, args, screen) if args.stream else _infer(connection, inputs, screen)
+    images = _images(answer["IMAGE"], args, address)
+    written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     if args.json:
         screen.json({"files": [str(path) for path in written], "seed": seed})
         return
@@ -66,14 +73,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The model's inputs by name; what is left out is the server's to choose."""
+    """The model's inputs by name; options that are left out take the server's defaults."""
     inputs = {
-        "PROMPT": args.prompts,
+        "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
+        "COUNT": args.count,
         "SEED": seed,
         "STEPS": args.steps,
         "ETA": args.eta,
         "GUIDANCE": args.guidance,
+        "GUIDANCE_EVERY": args.guidance_every,
+        "GUIDANCE_INTERVAL": args.guidance_interval,
         "HEIGHT": args.height,
         "WIDTH": args.width,
         "IMAGES_PER_PROMPT": args.images_per_prompt if args.images_per_prompt != 1 else None,
@@ -84,13 +94,13 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _asked(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Arrays:
+def _infer(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Arrays:
     with screen.bar("waiting for the server"):
         return connection.infer(inputs, ["IMAGE"])
 
 
-def _streamed(connection: Connection, inputs: dict[str, Any], args: argparse.Namespace, screen: Screen) -> Arrays:
-    """The last answer; those before tell the steps done, and some of them bring a preview."""
+def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Namespace, screen: Screen) -> Arrays:
+    """The last response; the responses before it report the finished steps, and some of them contain a preview."""
     answer: Arrays = {}
     with screen.bar("denoising") as bar, closing(connection.stream(inputs, ["STEP", "TOTAL", "IMAGE"])) as answers:
         for answer in answers:
@@ -99,17 +109,21 @@ def _streamed(connection: Connection, inputs: dict[str, Any], args: argparse.Nam
             step, total = (int(answer[name].ravel()[0]) for name in ("STEP", "TOTAL"))
             bar.to(step, total)
             if "IMAGE" in answer and step < total:
-                place = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
-                foreseen = argparse.Namespace(output=place, each=False, images_per_prompt=args.images_per_prompt)
-                write_pictures(foreseen, _images(answer.pop("IMAGE"), args, connection.address))
+                preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
+                images = _images(answer.pop("IMAGE"), args, connection.address)
+                write_images(preview, images, grid_columns(args.images_per_prompt))
     if "IMAGE" not in answer:
-        raise ServerError(f"{connection.address}: the stream ended without a picture; look into the server's log")
+        raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer
 
 
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:
-    count = len(args.prompts) * args.images_per_prompt
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != count or array.shape[3] != 3 or not array.size:
+    from ldm_runtime.images import pil_image
+
+    count = len(args.prompts) * args.images_per_prompt if args.prompts else args.count or 1
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != count or not array.size:
         got = f"{array.dtype} {list(array.shape)}"
         raise ServerError(f"{address}: IMAGE is {got}, expected uint8 [{count}, height, width, 3]; check --model")
-    return [Image.fromarray(image) for image in array]
+    if array.shape[3] not in (1, 3, 4):
+        raise ServerError(f"{address}: IMAGE has {array.shape[3]} channels, expected 1, 3 or 4; check --model")
+    return [pil_image(image) for image in array]

@@ -1,56 +1,46 @@
-"""``ldm-export generate``: make pictures from a bundle; needs no torch."""
+"""``ldm-export generate``: generate images from a bundle, without torch."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.image_options import add_request, check_output, write_pictures
+from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
 from ldm_export.verbs.options import PRECISIONS
-from ldm_runtime.backends.selection import BACKENDS
+from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.errors import SpecError
+
+if TYPE_CHECKING:
+    from ldm_runtime.request import Request
+
+__all__ = ["add_arguments", "run"]
 
 MAX_THREADS = 1024
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options of the command."""
     verb.add_argument("bundle", type=Path)
     add_request(verb)
     verb.add_argument(
-        "--guidance-interval",
-        nargs=2,
-        type=float,
-        default=(0.0, 1.0),
-        metavar=("START", "END"),
-        help="shares of the steps that are guided; the others take half the time and change the picture (default 0 1)",
-    )
-    verb.add_argument(
-        "--guidance-every",
-        type=int,
-        default=1,
-        metavar="STEPS",
-        help="compute the direction of guidance each so many steps and hold it between: with 2 three quarters of the "
-        "work, with 3 two thirds, and nearly the same picture (default 1, exact)",
-    )
-    verb.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="fp32 is exact (default: the bundle's, or bf16 where it is faster; told)",
+        help="fp32 is exact (default: the bundle's, or bf16 arithmetic if it is faster; printed)",
     )
-    verb.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs it (default: the fastest here)")
+    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest here)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     verb.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what OpenVINO compiles, to start sooner")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export generate``."""
+    """Run the command."""
     from ldm_runtime.pipeline import LatentDiffusionPipeline
-    from ldm_runtime.request import Request, fresh_seed
+    from ldm_runtime.request import fresh_seed
 
-    check_output(args)
+    check_output(args.output)
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise SpecError(f"threads: got {args.threads}, expected 1..{MAX_THREADS}; leave it out for all cores")
     seed = fresh_seed() if args.seed is None else args.seed
@@ -65,25 +55,37 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             keep_loaded=False,
         )
     with loaded as pipeline:
-        request = Request(
-            args.prompts,
-            negative_prompt=args.negative_prompt,
-            seed=seed,
-            eta=args.eta,
-            guidance_scale=args.guidance,
-            num_inference_steps=args.steps,
-            height=args.height,
-            width=args.width,
-            images_per_prompt=args.images_per_prompt,
-        )
+        steps = pipeline.steps(_request(args, seed))
         with screen.bar("denoising") as bar:
-            for step in pipeline.steps(request, tuple(args.guidance_interval), args.guidance_every):
+            for step in steps:
                 bar.to(step.index + 1, step.total)
             images = pipeline.decode(step.latents)
-    written = write_pictures(args, images)
+    written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
+    choice = loaded.choice
+    assert choice is not None  # from_bundle has made it
     if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": loaded.choice.facts()})
+        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": choice.facts()})
         return
-    screen.note(f"seed {seed}; {loaded.choice}")
+    screen.note(f"seed {seed}; {choice}")
     for path in written:
         screen.result(str(path))
+
+
+def _request(args: argparse.Namespace, seed: int) -> Request:
+    from ldm_runtime.guidance import FULL_INTERVAL
+    from ldm_runtime.request import Request
+
+    return Request(
+        args.prompts or None,
+        negative_prompt=args.negative_prompt,
+        count=args.count,
+        seed=seed,
+        eta=args.eta,
+        guidance_scale=args.guidance,
+        num_inference_steps=args.steps,
+        height=args.height,
+        width=args.width,
+        images_per_prompt=args.images_per_prompt,
+        guidance_interval=FULL_INTERVAL if args.guidance_interval is None else tuple(args.guidance_interval),
+        guidance_every=1 if args.guidance_every is None else args.guidance_every,
+    )

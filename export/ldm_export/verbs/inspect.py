@@ -11,7 +11,7 @@ from ldm_runtime.bundle import Bundle
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options."""
     verb.add_argument("bundle", type=Path)
     verb.add_argument("--check", action="store_true", help="check every file's digest too")
 
@@ -29,6 +29,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.json:
         screen.json(facts)
         return
+    conditioning, guidance = ", ".join(facts["conditioning"]) or "none", ", ".join(facts["guidance"]) or "none"
+    model = [["family", facts["family"]], ["conditioning", conditioning], ["guidance", guidance]]
+    screen.table("model", ["", ""], model)
     for name, component in facts["components"].items():
         rows = [[direction, text] for direction in ("inputs", "outputs") for text in component[direction]]
         for precision, graph in component["graphs"].items():
@@ -40,9 +43,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 half, *kept = graph["islands"].items()
                 reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
                 rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
+        for engine, graphs in component.get("variants", {}).items():
+            rows += [[engine, f"{graph['file']}, {human_bytes(graph['bytes'])}"] for graph in graphs.values()]
         rows += [["engine", _engine(engine)] for engine in component.get("engines", ())]
         screen.table(name, ["", ""], rows)
-    screen.table("asked", ["", ""], _flat(facts["asked"]))
+    screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
 

@@ -14,6 +14,7 @@ from ldm_runtime.errors import SpecError
 if TYPE_CHECKING:
     from ldm_calibration.model import ImageRequest
     from ldm_calibration.settings import CalibrationSettings
+    from ldm_export.demo import Model
 
 __all__ = ["add_int8_arguments", "default_requests", "given", "settings_of", "show"]
 
@@ -29,14 +30,14 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="text file with one prompt per line (models conditioned on text)",
+        help="text file with one prompt per line (models conditioned on text; the demo model has its own)",
     )
     int8.add_argument("--min-psnr", type=float, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
     int8.add_argument(
         "--max-accuracy-loss",
         type=float,
         metavar="SHARE",
-        help="maximum loss of prompt accuracy (models with a grader)",
+        help="maximum loss of prompt accuracy (demo model)",
     )
     int8.add_argument(
         "--calibration-steps", type=int, metavar="N", help="denoising steps of the observed images (default 20)"
@@ -56,23 +57,34 @@ def given(args: argparse.Namespace) -> list[str]:
 
 
 def default_requests(
-    conditioning: Collection[str], observed: int, trials: int
+    conditioning: Collection[str], model: Model, observed: int, trials: int
 ) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
     """Requests to observe and requests to try if the user gives no prompts; None if prompts are needed.
 
     Args:
         conditioning: Kinds of the model's conditioning; empty for an unconditional model.
+        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
+            for random weights.
         observed, trials: Number of requests of each.
     """
-    return None if conditioning else (({},) * observed, ({},) * trials)
+    from ldm_export.demo import calibration_prompts
+
+    if not conditioning:
+        return ({},) * observed, ({},) * trials
+    prompts = calibration_prompts(model, observed, trials)
+    if prompts is None:
+        return None
+    first, second = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
+    return first, second
 
 
-def settings_of(args: argparse.Namespace, conditioning: Collection[str]) -> CalibrationSettings:
+def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
     """The settings of the calibration.
 
     Args:
         args: Parsed options.
         conditioning: Kinds of the model's conditioning, e.g. ("text",).
+        model: As for ``default_requests``.
 
     Raises:
         SpecError: The model needs prompts and there are none, takes none and there are some, or a number is out of
@@ -90,7 +102,7 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str]) -> Cali
             raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
         requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
         observed, tried = requests[:OBSERVED], requests[:trials]
-    elif defaults := default_requests(conditioning, OBSERVED, trials):
+    elif defaults := default_requests(conditioning, model, OBSERVED, trials):
         observed, tried = defaults
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_runtime.errors import BuildError, SpecError
+
+if TYPE_CHECKING:
+    from ldm_export.demo import Model
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -24,6 +29,24 @@ def lines(path: Path) -> list[str]:
     return [line for line in found if line]
 
 
+def chosen_prompts(file: Path | None, model: Model) -> Sequence[str] | None:
+    """Prompts to measure a model with: those of a file, or the demo model's own; None for the family's defaults.
+
+    Args:
+        file: As the user gave it.
+        model: A bundle or a checkpoint folder; None for random weights.
+
+    Raises:
+        SpecError: The file cannot be read or has no prompts.
+        CheckpointError: A weight file cannot be read.
+    """
+    from ldm_export.demo import default_prompts, is_demo
+
+    if file is not None:
+        return lines(file)
+    return default_prompts(model) if is_demo(model) else None
+
+
 def unwritten(path: Path, error: OSError, advice: str) -> BuildError:
     """What to raise where a result cannot be written."""
     what = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
@@ -37,4 +60,4 @@ def quieten(verbose: bool) -> None:
 
     if not verbose:
         diffusers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

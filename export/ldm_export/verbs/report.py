@@ -1,4 +1,4 @@
-"""``ldm-export report``: one HTML page on a bundle's precisions: pictures, quality, size and speed; needs no torch."""
+"""``ldm-export report``: write an HTML page that compares a bundle's precisions: images, quality, size and speed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="page to write (default report.html)"
     )
-    verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
-    verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next (default 0)")
-    verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
-    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="what draws them (default: the fastest here)")
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: four)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the first image; image i has seed + i (default 0)")
+    verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest here)")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
-    from ldm_export.prompts import PROMPTS
-    from ldm_export.report.contents import make_report
+    from ldm_export.prompts import default_prompts
+    from ldm_export.report.contents import ReportOptions, make_report
     from ldm_export.report.page import report_page
+    from ldm_export.sample_requests import sample_requests
 
     if not args.output.name or args.output.is_dir():
         raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
+    prompts = lines(args.prompts) if args.prompts else default_prompts(bundle)
+    requests = sample_requests(bundle.manifest.model, prompts)
+    options = ReportOptions(args.seed, args.steps, args.backend)
     with screen.bar("drawing") as bar:
-        report = make_report(
-            bundle, prompts, args.seed, args.steps, args.backend, lambda what, done, total: bar.to(done, total, what)
-        )
+        report = make_report(bundle, requests, options, lambda what, done, total: bar.to(done, total, what))
     page = report_page(report).encode()
     try:
         write_whole(args.output, page)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import PRECISIONS, lines, quieten, unwritten
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the shipped shapes model")
+    verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the demo model")
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
-    verb.add_argument("--steps", type=int, default=50, help="denoising steps of the pictures (default 50)")
+    verb.add_argument("--steps", type=int, help="denoising steps of the pictures (default: the model's)")
     verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
     verb.add_argument("--tolerance", type=float, help="largest error of a component, of its own scale")
     verb.add_argument("--max-pixel", type=int, help="largest difference of a pixel, of 255 (default 1 for fp32)")
@@ -44,15 +45,15 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.bundle.build import SHIPPED
-        from ldm_export.checkpoint.folder import open_checkpoint
-        from ldm_export.prompts import PROMPTS
-        from ldm_export.quality.verification import TOLERANCES, verify
+        from ldm_export.demo import demo_checkpoint
+        from ldm_export.families import family_named, open_checkpoint
+        from ldm_export.quality.measures import TOLERANCES
+        from ldm_export.quality.verification import verify
         from ldm_export.quality.verification_page import page
     quieten(args.verbose)
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
-    checkpoint = open_checkpoint(args.against or SHIPPED, random_weights=args.random_weights)
+    requests = family_named(bundle.manifest.family).requests(chosen_prompts(args.prompts, bundle))
+    checkpoint = open_checkpoint(args.against or demo_checkpoint(), random_weights=args.random_weights)
     precision = args.precision or bundle.precision
     given = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
     for option, value in zip(("tolerance", "max-pixel", "min-psnr"), given.values(), strict=True):
@@ -63,13 +64,13 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         result = verify(
             bundle,
             checkpoint,
-            prompts,
+            requests,
             args.steps,
             precision,
             tolerance,
-            progress=lambda *told: bar.to(told[1], told[2], told[0]),
+            on_progress=lambda part, done, total: bar.to(done, total, part),
         )
-    reports = {"report/verify.html": page(result).encode()}
+    reports = {VERIFY_PAGE: page(result).encode()}
     try:
         bundle.with_measured({"verify": result.facts()}, reports)
     except OSError as error:
@@ -79,23 +80,23 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     else:
         rows = [[c.name, *_figures(c)] for c in result.components]
         screen.table("components, against torch", ["component", "max error", "cosine", "PSNR dB"], rows)
-        rows = [[p.prompt, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.pictures]
-        screen.table("pictures, against diffusers", ["prompt", "max pixel", "PSNR dB"], rows)
-        screen.result(str(args.bundle / "report/verify.html"))
+        rows = [[p.label, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.pictures]
+        screen.table("pictures, against diffusers", ["request", "max pixel", "PSNR dB"], rows)
+        screen.result(str(args.bundle / VERIFY_PAGE))
         for failure in result.failures:
             screen.result(f"beyond tolerance: {failure}")
     return 1 if result.failures else 0
 
 
 def _backends(args: argparse.Namespace, screen: Screen) -> int:
-    from ldm_export.prompts import PROMPTS
     from ldm_export.quality.comparison import compare, facts, parse_runs
+    from ldm_export.requests import requests_for
 
     runs = parse_runs(args.backends, args.precision)
-    prompts = lines(args.prompts) if args.prompts else PROMPTS
     bundle = Bundle.open(args.bundle)
+    requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
     with screen.bar("loading") as bar:
-        found = compare(bundle, runs, prompts, args.steps, lambda what, done, total: bar.to(done, total, what))
+        found = compare(bundle, runs, requests, args.steps, lambda what, done, total: bar.to(done, total, what))
     try:
         bundle.with_measured({"backends": facts(runs, found)}, {})
     except OSError as error:
@@ -115,9 +116,10 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.prompts import PROMPTS
         from ldm_export.quality.layerwise import compare_layers, first_beyond
-        from ldm_export.quality.measures import TOLERANCES, real_feeds
+        from ldm_export.quality.measures import TOLERANCES
+        from ldm_export.quality.real_feeds import real_feeds
+        from ldm_export.requests import requests_for
         from ldm_runtime.pipeline import LatentDiffusionPipeline
     bundle = Bundle.open(args.bundle)
     precision = args.precision or bundle.precision
@@ -127,12 +129,15 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     with LatentDiffusionPipeline.from_bundle(
         bundle, backend="onnxruntime", device="cpu", precision="fp32", keep_loaded=False
     ) as pipeline:
-        feeds = real_feeds(pipeline, (lines(args.prompts) if args.prompts else PROMPTS)[:1])
-    told, beyond = {}, False
+        requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
+        feeds = real_feeds(pipeline, bundle.file, requests[:1]).components
+    told: dict[str, dict[str, Any]] = {}
+    beyond = False
     with screen.bar("comparing", len(feeds)) as bar:
         for done, (name, feed) in enumerate(feeds.items()):
             bar.to(done, len(feeds), name)
-            layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), feed)
+            row = {tensor: array[-1:] for tensor, array in feed.items()}  # all tensors of a call are kept
+            layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), row)
             first, worst = first_beyond(layers, threshold), max(layers, key=lambda layer: layer.error)
             beyond = beyond or first is not None
             told[name] = {"tensors": len(layers), "first_beyond": first, "worst": worst}
@@ -148,7 +153,7 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     screen.table(f"{precision} against fp32, threshold {threshold:g}", ["", "tensor", "error", "largest"], rows)
     for name, facts in told.items():
         if first := facts["first_beyond"]:
-            screen.result(f"{name}: parts first at {first.tensor}, given by {first.node} in {first.dtype}")
+            screen.result(f"{name}: differs first at {first.tensor}, computed by {first.node} in {first.dtype}")
         else:
             screen.result(f"{name}: all {facts['tensors']} tensors are within {threshold:g} of their largest value")
     return int(beyond)

@@ -87,7 +87,9 @@ class Batch:
         self.members: list[Member] = []
         self._state: BatchState | None = None
         self._conditioning: Tensors = {}
-        self._sample = self._noise = self._direction = np.empty(0, np.float32)
+        self._sample: F32 = np.empty(0, np.float32)
+        self._noise: F32 = self._sample
+        self._direction: F32 = self._sample
         self._arrange()
 
     @property

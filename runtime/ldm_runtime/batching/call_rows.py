@@ -48,7 +48,7 @@ class CallRows:
 
     Attributes:
         used: Number of rows in use.
-        conditioning: Selects the conditioning rows of the call; a slice where they are contiguous, which copies nothing.
+        conditioning: Selects the conditioning rows of the call; a slice, which copies nothing, if they are contiguous.
         image, member: Image and member of each row, intp [rows].
         conditional: For each image, its row with the conditional prediction, intp [images].
         guided: Images that are evaluated in both branches.

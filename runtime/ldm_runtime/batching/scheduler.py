@@ -89,7 +89,7 @@ class BatchScheduler:
             priority: 0 (most urgent) to 4.
             timeout: Seconds until the request expires, in the queue or while it runs; None for no deadline.
             on_progress: Called after each step, on the notifier thread.
-            preview_every: Steps between two previews in ``on_progress``, each of which costs a decoder call; 0 for none.
+            preview_every: Steps between two previews in ``on_progress``, which cost a decoder call each; 0 for none.
 
         Raises:
             SpecError: A value cannot be used, or the request needs more than ``max_rows`` rows.
@@ -108,9 +108,7 @@ class BatchScheduler:
                 f"images: {plan.images} images need {plan.rows} rows of a UNet call (with guidance two each), expected "
                 f"at most {self._limits.max_rows}; make several requests"
             )
-        job = Job(
-            plan, priority=priority, timeout=timeout, on_progress=on_progress, preview_every=preview_every
-        )
+        job = Job(plan, priority=priority, timeout=timeout, on_progress=on_progress, preview_every=preview_every)
         with self._changed:
             if self._closing:
                 raise CancelledError("batch scheduler: closing, no more requests are accepted")
@@ -138,7 +136,7 @@ class BatchScheduler:
         return self._counters.snapshot(ready=self.ready, waiting=len(self._queue), running=len(self._active))
 
     def close(self, timeout: float = 0.0) -> None:
-        """Accept no more requests, finish the accepted ones within ``timeout`` seconds, cancel the rest, end threads."""
+        """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads."""
         with self._changed:
             if not self._closing:
                 self._closing, self._drain_until = True, time.monotonic() + timeout

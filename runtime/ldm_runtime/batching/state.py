@@ -33,7 +33,8 @@ class BatchState:
     @property
     def latents(self) -> F32:
         """Latents of all images, float32 [capacity, C, h, w]; a view that ``advance`` invalidates."""
-        return self._arrays[0]
+        latents: F32 = self._arrays[0]
+        return latents
 
     def get(self, images: slice, slots: int) -> list[F32]:
         """Views of the first ``slots`` arrays of some images, float32 [images, C, h, w] each."""

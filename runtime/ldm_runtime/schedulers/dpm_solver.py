@@ -11,10 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.schedulers.dpm_solver_rows import noise_levels, update, x0_weights
-from ldm_runtime.schedulers.noise_schedule import EARLY_KEYS, TIMESTEP_SPACINGS, NoiseSchedule
-from ldm_runtime.schedulers.options import choice, fail, integer, positive, real, step_count, switch
-from ldm_runtime.schedulers.sigmas import beta_sigmas, exponential_sigmas, karras_sigmas, sigma_timesteps
+from ldm_runtime.schedulers.dpm_solver_options import CHOICES, FOREIGN, RENAMED, SWITCHES
+from ldm_runtime.schedulers.dpm_solver_rows import model_value, noise_levels, update, x0_weights
+from ldm_runtime.schedulers.noise_schedule import NoiseSchedule
+from ldm_runtime.schedulers.options import among, choice, fail, integer, positive, real, step_count, switch
+from ldm_runtime.schedulers.sigmas import (
+    beta_sigmas,
+    exponential_sigmas,
+    karras_sigmas,
+    sigma_timesteps,
+    solver_timesteps,
+)
 from ldm_runtime.schedulers.trajectory import Threshold, Trajectory
 
 __all__ = ["FOREIGN", "MAX_STEPS", "DPMSolverMultistep"]
@@ -25,39 +32,6 @@ I64 = NDArray[np.int64]
 
 MAX_STEPS = 10_000
 SMALLEST_ALPHA = np.float32(2**-24)  # the last ᾱ with rescale_betas_zero_snr: not 0, so that sigma is finite
-SWITCHES = (
-    "thresholding",
-    "lower_order_final",
-    "euler_at_final",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-    "rescale_betas_zero_snr",
-)
-CHOICES = {
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"),
-    "solver_type": ("midpoint", "heun"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "timestep_spacing": TIMESTEP_SPACINGS,
-}
-RENAMED = {  # names of other solvers, which diffusers takes for these
-    "algorithm_type": {"deis": "dpmsolver++"},
-    "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
-}
-
-FOREIGN: Mapping[str, tuple[Any, ...] | None] = {
-    **EARLY_KEYS,
-    "skip_prk_steps": None,  # PNDM
-    "set_alpha_to_one": None,
-    "clip_sample": None,  # DDIM; diffusers keeps it in configs of DPM-Solver, which never clips
-    "clip_sample_range": None,
-    "use_flow_sigmas": (None, False),
-    "flow_shift": None,  # read with use_flow_sigmas only
-    "use_dynamic_shifting": None,
-    "time_shift_type": None,
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +78,7 @@ class DPMSolverMultistep(NoiseSchedule):
             self._set(name, switch)
         for name, renamed in RENAMED.items():
             for old, new in renamed.items():
-                if isinstance(getattr(self, name), str) and getattr(self, name) == old:
+                if among(getattr(self, name), (old,)):
                     object.__setattr__(self, name, new)
         for name, choices in CHOICES.items():
             self._set(name, choice, choices)
@@ -125,12 +99,15 @@ class DPMSolverMultistep(NoiseSchedule):
             raise fail("rescale_betas_zero_snr", True, "false, because these betas rescale to NaN")
 
     def to_config(self) -> dict[str, Any]:
-        """Return every option, ready for JSON, without the unset sigma_min and sigma_max and an infinite
-        lambda_min_clipped, which JSON does not have; ``class`` is the class name of diffusers."""
+        """Return the options, ready for JSON, and the class name of diffusers as "class".
+
+        An unset sigma_min or sigma_max and a lambda_min_clipped of -inf, which JSON cannot express, are left out.
+        """
         config = super().to_config()
-        unset = (name for name in ("sigma_min", "sigma_max") if config[name] is None)
-        infinite = ("lambda_min_clipped",) if self.lambda_min_clipped == -math.inf else ()
-        return {name: value for name, value in config.items() if name not in (*unset, *infinite)}
+        left_out = [name for name in ("sigma_min", "sigma_max") if config[name] is None]
+        if self.lambda_min_clipped == -math.inf:
+            left_out.append("lambda_min_clipped")
+        return {name: value for name, value in config.items() if name not in left_out}
 
     @property
     def alphas_cumprod(self) -> F32:
@@ -145,7 +122,8 @@ class DPMSolverMultistep(NoiseSchedule):
 
         As in diffusers, these are not always ``num_inference_steps`` timesteps within the training timesteps: "leading"
         with steps_offset can exceed them, "trailing" can end with -1 or, with lambda_min_clipped, be shorter. The
-        sigma of such a timestep is that of the nearest training timestep.
+        sigma of such a timestep is that of the nearest training timestep. A timestep that is interpolated from a sigma
+        can differ from diffusers' by 1 where the last bit of the sigma decides.
 
         Raises:
             SpecError: The number of steps is not in 1..10 000.
@@ -203,7 +181,7 @@ class DPMSolverMultistep(NoiseSchedule):
             self.algorithm_type, self.solver_type, order, levels[:, max(i - 2, 0) : i + 2]
         )
         slots = self.solver_order
-        current = self._current(levels[:, i], x0_weights)
+        current = model_value(self.algorithm_type, self.thresholding, slots, levels[:, i], x0_weights)
         rows = np.zeros((slots, slots + 3))
         rows[0] = of_models[0] * current
         rows[0, 0] += of_x
@@ -215,36 +193,20 @@ class DPMSolverMultistep(NoiseSchedule):
             rows[2, 1] = 1
         return rows
 
-    def _current(self, level: F64, x0_weights: F64) -> F64:
-        """Weights of what the solver integrates, x0 or noise, as predicted at a call; float64 [slots + 3]."""
-        slots = self.solver_order
-        of_x0 = np.zeros(slots + 3)
-        if self.thresholding:
-            of_x0[slots + 1] = 1
-        else:
-            of_x0[0], of_x0[slots] = x0_weights
-        if self.algorithm_type.endswith("++"):
-            return of_x0
-        if self.prediction_type == "epsilon" and not self.thresholding:
-            return np.asarray(np.eye(slots + 3)[slots], np.float64)
-        alpha, sigma, _ = level
-        noise: F64 = -alpha / sigma * of_x0
-        noise[0] += 1 / sigma
-        return noise
-
     def _timesteps_and_sigmas(self, num_inference_steps: int) -> tuple[I64, F32]:
         """Timesteps, int64 [calls], and sigmas, float32 [calls + 1]."""
         steps = step_count(num_inference_steps, MAX_STEPS)
         with np.errstate(all="ignore"):  # trajectory() refuses non-finite values
             alphas = self.alphas_cumprod
             trained: F64 = np.sqrt((1 - alphas) / alphas).astype(np.float64)
-            logs = np.log(trained.astype(np.float32)).astype(np.float64)
+            logs = np.log(trained.astype(np.float32))
             low = self.sigma_min if self.sigma_min is not None else float(trained[0])
             high = self.sigma_max if self.sigma_max is not None else float(trained[-1])
             if self.use_karras_sigmas:
                 sigmas = karras_sigmas(low, high, steps)
             elif self.use_lu_lambdas:
-                sigmas = np.exp(logs[-1] + np.linspace(0, 1, steps) * (logs[0] - logs[-1]))
+                first, last = float(logs[-1]), float(logs[0])
+                sigmas = np.exp(first + np.linspace(0, 1, steps) * (last - first))
             elif self.use_exponential_sigmas:
                 sigmas = exponential_sigmas(low, high, steps)
             elif self.use_beta_sigmas:
@@ -266,15 +228,10 @@ class DPMSolverMultistep(NoiseSchedule):
         return np.concatenate([sigmas, [final]]).astype(np.float32)
 
     def _spaced(self, steps: int, alphas: F32) -> I64:
-        log_snr = np.log(np.sqrt(alphas)) - np.log(np.sqrt(1 - alphas))
         count = self.num_train_timesteps
+        log_snr = np.log(np.sqrt(alphas)) - np.log(np.sqrt(1 - alphas))
         end = count - int(np.searchsorted(log_snr[::-1], np.float32(self.lambda_min_clipped)))
-        if self.timestep_spacing == "linspace":
-            found: NDArray[Any] = np.linspace(0, end - 1, steps + 1).round()[::-1][:-1]
-        elif self.timestep_spacing == "leading":
-            found = np.arange(steps + 1)[::-1][:-1] * (end // (steps + 1)) + self.steps_offset
-        else:
-            found = np.arange(end, 0, -(count / steps)).round() - 1
+        found = solver_timesteps(self.timestep_spacing, count, end, steps, self.steps_offset)
         if not len(found):
             raise fail("lambda_min_clipped", self.lambda_min_clipped, "a lower value, which leaves some timesteps")
-        return found.astype(np.int64)
+        return found

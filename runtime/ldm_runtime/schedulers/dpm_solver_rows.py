@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["noise_levels", "update", "x0_weights"]
+__all__ = ["model_value", "noise_levels", "update", "x0_weights"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -34,6 +34,32 @@ def x0_weights(prediction_type: str, levels: F64, calls: int) -> F64:
     if prediction_type == "sample":
         return np.stack([np.zeros_like(alpha), np.ones_like(alpha)], axis=1)
     return np.stack([alpha, -sigma], axis=1)
+
+
+def model_value(algorithm: str, thresholding: bool, slots: int, level: F64, x0_weights: F64) -> F64:
+    """Return the weights of the value that the solver integrates: x0 for "++", else noise.
+
+    Args:
+        algorithm: As in ``update``.
+        thresholding: True if x0 is thresholded, so that it has a column of its own.
+        slots: Number of arrays in the state.
+        level: alpha, sigma and lambda of the call, float64 [3].
+        x0_weights: Weights of x and prediction in x0, float64 [2].
+
+    Returns:
+        float64 [slots + 3] over the columns of ``Trajectory.rows``.
+    """
+    value = np.zeros(slots + 3)
+    if thresholding:
+        value[slots + 1] = 1
+    else:
+        value[0], value[slots] = x0_weights
+    if algorithm.endswith("++"):
+        return value
+    alpha, sigma, _ = level
+    value *= -alpha / sigma
+    value[0] = 1 / sigma if thresholding else (1 - alpha * x0_weights[0]) / sigma
+    return value
 
 
 def update(algorithm: str, solver_type: str, order: int, levels: F64) -> tuple[float, float, F64]:
@@ -87,9 +113,14 @@ def _integrals(
     elif algorithm == "sde-dpmsolver++":
         e = -np.expm1(-2 * h)
         weights = [alpha * e, alpha * (1 - e / (2 * h)), alpha * ((e - 2 * h) / (2 * h) ** 2 - 0.5)]
-        of_x, of_noise = sigma / sigma_s * np.exp(-h), sigma * np.sqrt(e)
+        of_x, of_noise = sigma / sigma_s * np.exp(-h), sigma * np.sqrt(_rounded(e))
     else:
         e = np.expm1(h)
         weights = [-2 * sigma * e, -2 * sigma * (e / h - 1), zero]
-        of_x, of_noise = alpha / alpha_s, sigma * np.sqrt(np.expm1(2 * h))
+        of_x, of_noise = alpha / alpha_s, sigma * np.sqrt(_rounded(np.expm1(2 * h)))
     return float(of_x), float(of_noise), [weights[0], zero, zero] if h == 0 else weights
+
+
+def _rounded(variance: np.float64) -> np.float64:
+    """Zero instead of a negative variance that comes from rounding two equal noise levels differently."""
+    return np.float64(0) if -1e-6 < variance < 0 else variance

@@ -1,13 +1,14 @@
-"""Spacings of noise levels between the largest and the smallest sigma, as diffusers computes them."""
+"""Spacings of noise levels and timesteps for DPM-Solver, as diffusers computes them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beta_quantile", "beta_sigmas", "exponential_sigmas", "karras_sigmas", "sigma_timesteps"]
+__all__ = ["beta_quantile", "beta_sigmas", "exponential_sigmas", "karras_sigmas", "sigma_timesteps", "solver_timesteps"]
 
 F64 = NDArray[np.float64]
 
@@ -54,18 +55,41 @@ def beta_quantile(p: F64) -> F64:
     return np.asarray(np.where(p > 0.5, 1 - found, found), np.float64)
 
 
-def sigma_timesteps(sigmas: F64, log_sigmas: F64) -> F64:
+def sigma_timesteps(sigmas: F64, log_sigmas: NDArray[np.float32]) -> F64:
     """Return the timestep of each sigma by linear interpolation of the logarithms; float64 [n], not rounded.
 
     Args:
         sigmas: Noise levels, float64 [n].
-        log_sigmas: Logarithm of the sigma of every training timestep, float64 [num_train_timesteps], two or more.
+        log_sigmas: Logarithm of the sigma of every training timestep, float32 [num_train_timesteps], two or more.
     """
-    found = []
-    for log_sigma in np.log(np.maximum(sigmas, 1e-10)):
-        not_above = np.flatnonzero(log_sigmas <= log_sigma)
+    found, knots = [], log_sigmas.astype(np.float64)
+    for sigma in np.maximum(sigmas, 1e-10):
+        log_sigma = np.log(sigma)  # of scalars, as in diffusers: NumPy rounds those of arrays differently
+        not_above = np.flatnonzero(knots <= log_sigma)
         low = min(int(not_above[-1]) if len(not_above) else 0, len(log_sigmas) - 2)
-        weight = (log_sigmas[low] - log_sigma) / (log_sigmas[low] - log_sigmas[low + 1])
-        weight = np.clip(weight, 0, 1)
+        gap = np.float64(log_sigmas[low] - log_sigmas[low + 1])  # rounded to float32, as in diffusers
+        weight = np.clip((knots[low] - log_sigma) / gap, 0, 1)
         found.append((1 - weight) * low + weight * (low + 1))
     return np.array(found, np.float64)
+
+
+def solver_timesteps(spacing: str, count: int, end: int, steps: int, offset: int) -> NDArray[np.int64]:
+    """Return descending timesteps as DPM-Solver spaces them: other than DDIM's, they leave out timestep 0.
+
+    Args:
+        spacing: "leading", "linspace" or "trailing".
+        count: Number of training timesteps.
+        end: Number of these that are used, from the first.
+        steps: Number of inference steps.
+        offset: Added to the timesteps of "leading".
+
+    Returns:
+        int64 [steps]; with "trailing" one more because of rounding, the last of them -1, or fewer if ``end < count``.
+    """
+    if spacing == "linspace":
+        found: NDArray[Any] = np.linspace(0, end - 1, steps + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        found = np.arange(steps + 1)[::-1][:-1] * (end // (steps + 1)) + offset
+    else:
+        found = np.arange(end, 0, -(count / steps)).round() - 1
+    return found.astype(np.int64)

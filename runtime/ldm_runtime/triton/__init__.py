@@ -1,1 +1,1 @@
-"""What runs inside Triton's python backend; the ``model.py`` of a model repository takes it from here."""
+"""Models for Triton's Python backend; the ``model.py`` files of a model repository import their class from here."""

@@ -1,46 +1,55 @@
-"""Asks a server whether a picture can be made now: ``python3 -m ldm_runtime.triton.check http://127.0.0.1:8000``.
+"""Asks a server whether it can generate images now: ``python3 -m ldm_runtime.triton.check http://127.0.0.1:8000``.
 
-For a container's health check and Kubernetes' probes: exit code 0 for yes, 1 for no with the reason in one line.
-Triton's own ``/v2/health/ready`` tells that the models were loaded; it stays true where an engine fails or hangs later.
+For a container's health check and Kubernetes' probes. The exit code is 0 for yes, and 1 for no, with the reason in one
+line. Triton's ``/v2/health/ready`` reports that the models were loaded; it stays true if an engine fails later.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from typing import Any
 
 from ldm_runtime.triton.tensors import CHECK
 
-BODY = {
-    "parameters": {CHECK: True},
-    "inputs": [{"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [CHECK]}],
-}
+__all__ = ["check"]
+
+PROMPT = {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [CHECK]}
+SEED = {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [0]}
 
 
-def check(url: str, model: str = "ldm", seconds: float = 8.0) -> str | None:
-    """None where the server can make a picture, else why not. It answers at once, without queueing.
+def check(url: str, model: str = "ldm", timeout: float = 8.0) -> str | None:
+    """Return None if the server can generate images, else the reason. The server answers at once, without queueing.
 
     Args:
-        url: of its HTTP endpoint.
+        url: The server's HTTP endpoint, e.g. "http://127.0.0.1:8000".
         model: `ldm` or `ldm_stream`.
-        seconds: to wait for an answer.
+        timeout: Seconds to wait for an answer.
     """
-    headers = {"Content-Type": "application/json"}
-    address = f"{url.rstrip('/')}/v2/models/{model}/infer"
+    address, end = f"{url.rstrip('/')}/v2/models/{model}", time.monotonic() + timeout
     try:
-        request = urllib.request.Request(address, json.dumps(BODY).encode(), headers)
-        with urllib.request.urlopen(request, timeout=seconds):
-            return None
+        inputs = {tensor["name"] for tensor in _answer(address, None, timeout)["inputs"]}
+        body = {"parameters": {CHECK: True}, "inputs": [PROMPT if "PROMPT" in inputs else SEED]}
+        _answer(f"{address}/infer", body, max(0.1, end - time.monotonic()))
     except urllib.error.HTTPError as error:
         return f"{url}: {error.code}: {error.read(10_000).decode(errors='replace')}"
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
         return f"{url}: {getattr(error, 'reason', error)}"
+    return None
+
+
+def _answer(address: str, body: Any, timeout: float) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return json.load(response)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: python3 -m {__spec__.name} URL")
-    sys.exit(" ".join(refusal.split()) if (refusal := check(sys.argv[1])) else 0)
+    sys.exit(" ".join(reason.split()) if (reason := check(sys.argv[1])) else 0)

@@ -1,4 +1,4 @@
-"""The models `text_encoder`, `unet` and `decoder`: one component of a bundle each, without the others."""
+"""The model of one component of a bundle, e.g. `text_encoder` or `unet`; the other components are not loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError
-from ldm_runtime.specs import TensorSpec
-from ldm_runtime.triton.parameters import Settings, version_folder
+from ldm_runtime.triton.open_requests import error_text
+from ldm_runtime.triton.parameters import ModelParameters, bundle_folder
+
+__all__ = ["ComponentModel"]
 
 Feed = dict[str, NDArray[Any]]
 
 
 class ComponentModel:
-    """As Triton's python backend calls it; ``pb`` is triton_python_backend_utils."""
+    """A model of Triton's Python backend; ``pb`` is triton_python_backend_utils."""
 
     pb: Any
 
@@ -24,25 +27,23 @@ class ComponentModel:
         """Load the component.
 
         Raises:
-            TritonModelException: in one line, why it does not load.
+            TritonModelException: The component cannot be loaded; one line.
         """
-        settings = Settings.of(args)
         try:
-            self._pipeline = settings.open(version_folder(args))
-            self._backend = self._pipeline.backends[settings.component]
+            self._backend = ModelParameters.from_args(args).open_component(Bundle.open(bundle_folder(args)))
         except LdmError as error:
             raise self.pb.TritonModelException(str(error)) from None
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer the requests that Triton has put together: those of one shape run in one call."""
+        """Answer the requests of a batch; requests with equal shapes run in one call."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         feeds = [self._feed(request) for request in requests]
         for index, feed in enumerate(feeds):
             groups.setdefault(tuple(array.shape[1:] for array in feed.values()), []).append(index)
-        answers: dict[int, Any] = {}
+        responses: dict[int, Any] = {}
         for indices in groups.values():
-            answers |= dict(zip(indices, self._run([feeds[index] for index in indices]), strict=True))
-        return [answers[index] for index in range(len(requests))]
+            responses |= dict(zip(indices, self._run([feeds[index] for index in indices]), strict=True))
+        return [responses[index] for index in range(len(requests))]
 
     def _feed(self, request: Any) -> Feed:
         feed = {}
@@ -56,11 +57,10 @@ class ComponentModel:
         try:
             results = self._backend.run(joined)
         except Exception as error:
-            text = str(error) if isinstance(error, LdmError) else f"server: {type(error).__name__}: {error}"
-            answer = self.pb.InferenceResponse(error=self.pb.TritonError(" ".join(text.split())))
-            return [answer] * len(feeds)
+            response = self.pb.InferenceResponse(error=self.pb.TritonError(error_text(error)))
+            return [response] * len(feeds)
         ends = np.cumsum([len(next(iter(feed.values()))) for feed in feeds])
-        parts = {tensor.name: np.split(results[tensor.name], ends[:-1]) for tensor in self._outputs}
+        parts = {tensor.name: np.split(results[tensor.name], ends[:-1]) for tensor in self._backend.outputs}
         return [
             self.pb.InferenceResponse(
                 [self.pb.Tensor(name, np.ascontiguousarray(part[i])) for name, part in parts.items()]
@@ -68,10 +68,6 @@ class ComponentModel:
             for i in range(len(feeds))
         ]
 
-    @property
-    def _outputs(self) -> tuple[TensorSpec, ...]:
-        return self._backend.outputs
-
     def finalize(self) -> None:
-        """Free it."""
-        self._pipeline.close()
+        """Free the component."""
+        self._backend.close()

@@ -1,4 +1,4 @@
-"""The model `ldm_stream`: an engine room behind Triton, which tells each step and sends the pictures last."""
+"""The model `ldm_stream`: a batch scheduler in Triton, with a response for each step and the images in the last."""
 
 from __future__ import annotations
 
@@ -6,104 +6,122 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ldm_runtime.batching.job import Job, JobResult
+from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.scheduler import BatchScheduler
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError, QueueFullError
+from ldm_runtime.model import UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
-from ldm_runtime.triton.parameters import PER_STEP, Settings, version_folder
+from ldm_runtime.triton.parameters import PER_STEP, ModelParameters, bundle_folder
 from ldm_runtime.triton.per_step import PerStepUNet
 from ldm_runtime.triton.prometheus import MetricsExporter
 from ldm_runtime.triton.response_files import ResponseFiles
-from ldm_runtime.triton.tensors import CANCEL, CHECK, ID, answer, asked, parameters, told
+from ldm_runtime.triton.tensors import (
+    CANCEL,
+    CHECK,
+    ID,
+    parse_parameters,
+    parse_request,
+    progress_tensors,
+    response_tensors,
+)
 
-DRAIN = 25.0
-"""Seconds that running requests have to end when the model is unloaded; Triton itself waits for 30."""
+__all__ = ["DecoupledModel"]
+
+DRAIN_SECONDS = 25.0
+"""Time that running requests have to end when the model is unloaded; Triton itself waits for 30 seconds."""
 
 
 class DecoupledModel:
-    """As Triton's python backend calls it; ``pb`` is triton_python_backend_utils."""
+    """A model of Triton's Python backend; ``pb`` is triton_python_backend_utils."""
 
     pb: Any
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the pipeline and make a first picture; a model that cannot is not ready.
+        """Load the pipeline and generate a test image; a model that cannot generate one does not become ready.
+
+        With the UNet in another model, the test image is generated after loading, when that model can be called.
 
         Raises:
-            TritonModelException: in one line, why.
+            TritonModelException: The model cannot be loaded; one line.
         """
-        settings = Settings.of(args)
+        parameters = ModelParameters.from_args(args)
+        per_step = parameters.unet == PER_STEP
         try:
-            self._pipeline = settings.open(version_folder(args))
-            pipeline = self._per_step(self._pipeline) if settings.unet == PER_STEP else self._pipeline
-            self._room = BatchScheduler(pipeline, settings.limits, prove=settings.unet != PER_STEP)
+            bundle = Bundle.open(bundle_folder(args))
+            self._pipeline = parameters.open_pipeline(bundle)
+            pipeline = self._per_step(self._pipeline, bundle) if per_step else self._pipeline
+            self._scheduler = BatchScheduler(pipeline, parameters.limits, warm_up=not per_step)
         except LdmError as error:
             raise self.pb.TritonModelException(str(error)) from None
-        self._open, self._parcels = OpenRequests(), ResponseFiles()
-        self._named: dict[str, Job] = {}
-        self._meters = MetricsExporter(self.pb, args, self._room.figures)
+        self._open, self._files = OpenRequests(), ResponseFiles()
+        self._jobs: dict[str, Job] = {}
+        self._metrics = MetricsExporter(self.pb, args, self._scheduler.snapshot)
 
-    def _per_step(self, pipeline: LatentDiffusionPipeline) -> LatentDiffusionPipeline:
-        backends = {**pipeline.backends, "unet": PerStepUNet(self.pb, pipeline.backends["unet"])}
-        return LatentDiffusionPipeline(backends, pipeline.tokenizer, pipeline.scheduler)
+    def _per_step(self, pipeline: LatentDiffusionPipeline, bundle: Bundle) -> LatentDiffusionPipeline:
+        model = pipeline.model
+        backends = {**pipeline.backends, UNET: PerStepUNet(self.pb, model.components[UNET])}
+        return LatentDiffusionPipeline(model, backends, bundle.file)
 
     def execute(self, requests: list[Any]) -> None:
-        """Let requests in; returns at once, the answers follow."""
+        """Accept requests; returns at once, the responses follow."""
         for each in requests:
             request = OpenRequest(each, self.pb)
             try:
-                self._let_in(request)
+                self._accept(request)
             except Exception as error:
                 request.fail(error)
 
-    def _let_in(self, request: OpenRequest) -> None:
-        options = parameters(request.parameters)
+    def _accept(self, request: OpenRequest) -> None:
+        options = parse_parameters(request.parameters)
         if CANCEL in options:
-            if ticket := self._named.get(str(options[CANCEL])):
-                ticket.cancel()
+            if job := self._jobs.get(str(options[CANCEL])):
+                job.cancel()
             return request.send({}, last=True)
         if CHECK in options:
-            if not self._room.ready:
-                raise QueueFullError("engine room: the engine fails or hangs, no picture can be made now")
+            if not self._scheduler.ready:
+                raise QueueFullError("batch scheduler: the engine fails or does not respond; try again later")
             return request.send({}, last=True)
-        wish = asked(request.inputs)
-        streams = bool(request.wanted & {"STEP", "TOTAL"}) or wish.preview_every > 0
-        ticket = self._room.submit(
-            wish.request,
-            priority=wish.priority,
-            seconds=wish.seconds,
-            progress=(lambda step: self._tell(request, step)) if streams else None,
-            preview_every=wish.preview_every,
+        submission = parse_request(request.inputs)
+        streams = bool(request.requested & {"STEP", "TOTAL"}) or submission.preview_every > 0
+        job = self._scheduler.submit(
+            submission.request,
+            priority=submission.priority,
+            timeout=submission.timeout,
+            on_progress=(lambda progress: self._report(request, progress)) if streams else None,
+            preview_every=submission.preview_every,
         )
-        name, steps = str(options.get(ID, "")), wish.request.num_inference_steps
-        if name:  # of `ldm`, which tells when its caller has gone
-            self._named[name] = ticket
+        name = str(options.get(ID, ""))
+        if name:  # from `ldm`, which reports when its caller has disconnected
+            self._jobs[name] = job
         else:
-            request.cancel = ticket.cancel
+            request.cancel = job.cancel
             self._open.add(request)
-        return ticket.future.add_done_callback(lambda future: self._done(request, name, steps, future))
+        steps = len(job.plan.trajectory)
+        return job.future.add_done_callback(lambda future: self._finish(request, name, steps, future))
 
-    def _tell(self, request: OpenRequest, step: Any) -> None:
-        if step.index + 1 < step.total:  # the last step's answer is that with the pictures
-            request.send(told(step, request.wanted), last=False)
+    def _report(self, request: OpenRequest, progress: Progress) -> None:
+        if progress.index + 1 < progress.total:  # the response of the last step is the one with the images
+            request.send(progress_tensors(progress, request.requested), last=False)
 
-    def _done(self, request: OpenRequest, name: str, steps: int, future: Future[JobResult]) -> None:
-        self._named.pop(name, None)
+    def _finish(self, request: OpenRequest, name: str, steps: int, future: Future[JobResult]) -> None:
+        self._jobs.pop(name, None)
         error = future.exception()
         if error is not None:
             return request.fail(error)
-        tensors = answer(future.result(), steps, request.wanted)
+        tensors = response_tensors(future.result(), steps, request.requested)
         try:
-            if self._parcels.awaited(name):
-                self._parcels.fill(name, tensors)
+            if self._files.expects(name):
+                self._files.write(name, tensors)
                 tensors = {}
         except OSError as full:
             return request.fail(full)
         return request.send(tensors, last=True)
 
     def finalize(self) -> None:
-        """Finish what runs, within bounds, and free everything."""
-        self._room.close(DRAIN)
+        """Finish the running requests within ``DRAIN_SECONDS`` and free everything."""
+        self._scheduler.close(DRAIN_SECONDS)
         self._open.close()
-        self._meters.close()
+        self._metrics.close()
         self._pipeline.close()

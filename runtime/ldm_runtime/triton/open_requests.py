@@ -1,4 +1,4 @@
-"""Requests that Triton has given us and that wait for their last answer."""
+"""Triton requests that wait for their last response."""
 
 from __future__ import annotations
 
@@ -12,70 +12,83 @@ import numpy as np
 from ldm_runtime.errors import LdmError
 from ldm_runtime.triton.tensors import Tensors
 
-WATCH, LOOK = 0.02, 0.004
-"""Seconds from one look at whether callers still want their answers to the next, and at least so many per caller: each
-look is a message to the server and back, and takes its time from the cores that the UNet runs on."""
+__all__ = ["OpenRequest", "OpenRequests", "error_text"]
+
+POLL_SECONDS, POLL_SECONDS_PER_REQUEST = 0.02, 0.004
+"""Time between two checks for disconnected callers, and at least this time per request: each check is a message to the
+server and back, and takes CPU time from the UNet."""
 _log = logging.getLogger(__name__)
 
 
+def error_text(error: BaseException) -> str:
+    """The error as one line for a caller; the type of an unexpected error is included."""
+    text = str(error) if isinstance(error, LdmError) else f"server: {type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
 class OpenRequest:
-    """One of them: answers go to its sender, the last one once and only once.
+    """One request. Responses go to its sender; the last one is sent exactly once.
 
     Args:
-        request: Triton's.
+        request: Triton's request.
         pb: triton_python_backend_utils.
+
+    Attributes:
+        inputs: The request's tensors, copied because Triton frees its own.
+        requested: Names of the requested outputs.
+        parameters: Request parameters, a JSON object as text.
+        cancel: Stops the work on the request.
+        finished: True after the last response.
     """
 
     def __init__(self, request: Any, pb: Any):
         self._pb, self._sender, self._lock = pb, request.get_response_sender(), threading.Lock()
-        self.inputs = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}  # copies: Triton's go
-        self.wanted = set(request.requested_output_names())
+        self.inputs: Tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+        self.requested = set(request.requested_output_names())
         self.parameters: str = request.parameters()
         self.cancel: Callable[[], object] | None = None
-        """What stops the work on it."""
-        self.over = False
+        self.finished = False
 
     def send(self, tensors: Tensors, last: bool) -> None:
-        """Send an answer; nothing after the last one."""
+        """Send a response; after the last one nothing is sent."""
         self._send(self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()]), last)
 
     def fail(self, error: BaseException) -> None:
-        """Send an error as the last answer, told in one line."""
-        text = str(error) if isinstance(error, LdmError) else f"server: {type(error).__name__}: {error}"
-        self._send(self._pb.InferenceResponse(error=self._pb.TritonError(" ".join(text.split()))), True)
+        """Send an error, in one line, as the last response."""
+        self._send(self._pb.InferenceResponse(error=self._pb.TritonError(error_text(error))), True)
 
     def _send(self, response: Any, last: bool) -> None:
         flags = {"flags": self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL} if last else {}
         with self._lock:
-            if self.over:
+            if self.finished:
                 return
-            self.over = last
+            self.finished = last
             try:
                 self._sender.send(response, **flags)
-            except Exception:  # the caller is gone
-                _log.exception("an answer could not be sent")
+            except Exception:  # the caller has disconnected
+                _log.exception("a response could not be sent")
 
-    def gone(self) -> bool:
-        """True where the caller has cancelled it; a sender that has sent its last answer must not be asked."""
+    def disconnected(self) -> bool:
+        """True if the caller has cancelled the request; a sender must not be asked after its last response."""
         with self._lock:
-            return not self.over and bool(self._sender.is_cancelled())
+            return not self.finished and bool(self._sender.is_cancelled())
 
 
 class OpenRequests:
-    """All of them, and a thread that cancels those whose callers have gone."""
+    """All open requests, and a thread that cancels those whose callers have disconnected."""
 
     def __init__(self) -> None:
         self._open: set[OpenRequest] = set()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._watch, name="ldm-callers", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="ldm-open-requests", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def add(self, request: OpenRequest) -> None:
-        """Watch a request until it is over."""
+        """Watch a request until it is finished."""
         with self._changed:
             self._open.add(request)
             self._changed.notify()
@@ -87,14 +100,15 @@ class OpenRequests:
                     self._changed.wait()
                 if self._closing:
                     return
-                self._open = {request for request in self._open if not request.over}
+                self._open = {request for request in self._open if not request.finished}
                 watched = list(self._open)
             for request in watched:
-                if request.cancel is not None and not request.over and request.gone():
+                if request.cancel is not None and not request.finished and request.disconnected():
                     request.cancel()
                     request.cancel = None
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, max(WATCH, LOOK * len(watched)))
+                pause = max(POLL_SECONDS, POLL_SECONDS_PER_REQUEST * len(watched))
+                self._changed.wait_for(lambda: self._closing, pause)
 
     def close(self) -> None:
         """End the thread."""

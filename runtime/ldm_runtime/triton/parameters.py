@@ -1,4 +1,4 @@
-"""What a model's config.pbtxt tells the python backend: which graphs, on what, and how many at once."""
+"""The ``parameters`` of a model's config.pbtxt: what the Python backend loads and its limits."""
 
 from __future__ import annotations
 
@@ -8,73 +8,107 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_runtime.backends import Backend
+from ldm_runtime.backends.factory import open_component
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
+__all__ = ["BUNDLE", "IN_PROCESS", "PER_STEP", "ModelParameters", "bundle_folder"]
+
 BUNDLE = "bundle"
-"""Folder of a version that holds the bundle's files."""
+"""Folder of a model version that holds the bundle's files."""
 IN_PROCESS, PER_STEP = "in_process", "per_step"
 """Where `ldm_stream` runs the UNet: in its own process, or by a call to the model `unet` at each step."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The ``parameters`` of a config.pbtxt; all are texts there, and empty where nothing is asked."""
+class ModelParameters:
+    """Parameters of one model. All are strings, as in config.pbtxt; an empty string means the default.
+
+    Attributes:
+        component: Name of the component, for a model that serves one component.
+        precision, backend, device, threads: As ``LatentDiffusionPipeline.from_bundle``.
+        max_rows, row_buckets, max_queue: As in ``Limits``; the buckets are separated by spaces.
+        unet: ``IN_PROCESS`` or ``PER_STEP``.
+    """
 
     component: str = ""
     precision: str = ""
     backend: str = "auto"
     device: str = "auto"
     threads: str = ""
-    rows: str = "32"
-    call_rows: str = ""
-    queue: str = "256"
+    max_rows: str = "32"
+    row_buckets: str = ""
+    max_queue: str = "256"
     unet: str = IN_PROCESS
 
     @classmethod
-    def of(cls, args: Mapping[str, str]) -> Settings:
-        """From what Triton gives to ``initialize``."""
+    def from_args(cls, args: Mapping[str, str]) -> ModelParameters:
+        """Read the parameters from the argument of a model's ``initialize``."""
         given = json.loads(args["model_config"]).get("parameters", {})
         fields = {name: given[name]["string_value"] for name in cls.__dataclass_fields__ if name in given}
         return cls(**fields)
 
-    def parameters(self) -> dict[str, Any]:
-        """As a config.pbtxt holds them."""
+    def to_config(self) -> dict[str, Any]:
+        """The map field ``parameters`` of a config.pbtxt."""
         texts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: {"string_value": text} for name, text in texts.items() if text}
 
     @property
     def limits(self) -> Limits:
-        """Of the engine room.
+        """Limits of the batch scheduler.
 
         Raises:
-            SpecError: a number is none.
+            SpecError: A parameter is not a number, or out of range.
         """
-        sizes = [_number("call_rows", text) for text in self.call_rows.split()]
-        return Limits(_number("rows", self.rows), sizes or None, _number("queue", self.queue))
+        buckets = [_number("row_buckets", text) for text in self.row_buckets.split()]
+        max_rows, max_queue = _number("max_rows", self.max_rows), _number("max_queue", self.max_queue)
+        return Limits(max_rows=max_rows, row_buckets=buckets or None, max_queue=max_queue)
 
-    def open(self, version: Path) -> LatentDiffusionPipeline:
-        """The pipeline of a version's bundle; its files are checked, and loaded when they are used.
+    def open_pipeline(self, bundle: Bundle) -> LatentDiffusionPipeline:
+        """Open the bundle's pipeline; its files are checked now and loaded on first use.
 
         Raises:
-            LdmError: as ``LatentDiffusionPipeline.from_bundle``.
+            LdmError: As ``LatentDiffusionPipeline.from_bundle``.
         """
         return LatentDiffusionPipeline.from_bundle(
-            version / BUNDLE,
+            bundle,
             precision=self.precision or None,
             backend=self.backend,
             device=self.device,
-            threads=_number("threads", self.threads) if self.threads else None,
+            threads=self._threads,
         )
 
+    def open_component(self, bundle: Bundle) -> Backend:
+        """Open ``component`` alone; the files of the other components are not read.
 
-def version_folder(args: Mapping[str, str]) -> Path:
-    """The folder of the version that Triton loads."""
-    return Path(args["model_repository"]) / args["model_version"]
+        Raises:
+            LdmError: As ``open_pipeline``; or the bundle has no such component.
+        """
+        return open_component(
+            bundle,
+            self.component,
+            precision=self.precision or None,
+            backend=self.backend,
+            device=self.device,
+            threads=self._threads,
+        )
+
+    @property
+    def _threads(self) -> int | None:
+        return _number("threads", self.threads) if self.threads else None
+
+
+def bundle_folder(args: Mapping[str, str]) -> Path:
+    """The bundle in the model version that Triton loads, from the argument of ``initialize``."""
+    return Path(args["model_repository"]) / args["model_version"] / BUNDLE
 
 
 def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise SpecError(f"config.pbtxt: parameter {name}: got {text!r:.40}, expected a whole number; write it anew")
+    if not (text.isascii() and text.isdecimal()):
+        raise SpecError(
+            f"config.pbtxt: parameter {name}: got {text!r:.40}, expected a whole number; write the repository again"
+        )
     return int(text)

@@ -1,4 +1,4 @@
-"""The engine room's figures on Triton's metrics endpoint."""
+"""Exports the counters of the batch scheduler to Triton's metrics endpoint, in Prometheus format."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm_runtime.batching.counters import Figures
+from ldm_runtime.batching.counters import Snapshot
 
-PERIOD = 0.5
-"""Seconds between two readings."""
+__all__ = ["MetricsExporter"]
+
+PERIOD_SECONDS = 0.5
 GAUGES = {
-    "ldm_ready": "1 while a picture can be made",
-    "ldm_queue_length": "requests that wait",
+    "ldm_ready": "1 if images can be generated",
+    "ldm_queue_length": "waiting requests",
     "ldm_running_requests": "requests in the running batches",
-    "ldm_batch_fill": "share of a UNet call's rows in use, mean over the last ten seconds",
-    "ldm_steps_per_second": "UNet calls a second, over the last ten seconds",
+    "ldm_batch_fill": "used share of the maximum rows of a UNet call, mean over the last ten seconds",
+    "ldm_steps_per_second": "UNet calls per second over the last ten seconds",
 }
 COUNTERS = {
     "ldm_unet_calls_total": "UNet calls",
-    "ldm_unet_rows_total": "rows of UNet calls",
+    "ldm_unet_rows_total": "rows of all UNet calls",
     "ldm_requests_total": "requests by outcome",
     "ldm_stage_seconds_total": "seconds by stage",
 }
 
 
 class MetricsExporter:
-    """Copies figures into Triton's metrics twice a second, on a thread of its own.
+    """Copies a snapshot of the counters into Triton's metrics twice a second, on a thread of its own.
 
     Args:
         pb: triton_python_backend_utils.
-        args: what Triton gave to ``initialize``.
-        figures: reads them.
+        args: The argument of the model's ``initialize``.
+        snapshot: Reads the counters.
     """
 
-    def __init__(self, pb: Any, args: Mapping[str, str], figures: Callable[[], Figures]):
+    def __init__(self, pb: Any, args: Mapping[str, str], snapshot: Callable[[], Snapshot]):
         self._labels = {"model": args["model_name"], "version": args["model_version"]}
         kinds = ((GAUGES, pb.MetricFamily.GAUGE), (COUNTERS, pb.MetricFamily.COUNTER))
         self._families = {
@@ -42,47 +43,47 @@ class MetricsExporter:
             for described, kind in kinds
             for name, text in described.items()
         }
-        self._meters: dict[tuple[str, str], Any] = {}
-        self._figures, self._end = figures, threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ldm-meters", daemon=True)
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._snapshot, self._end = snapshot, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ldm-metrics", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._write(self._figures())
-            if self._end.wait(PERIOD):
+            self._write(self._snapshot())
+            if self._end.wait(PERIOD_SECONDS):
                 return
 
-    def _write(self, figures: Figures) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         single = {
-            "ldm_ready": figures.ready,
-            "ldm_queue_length": figures.waiting,
-            "ldm_running_requests": figures.running,
-            "ldm_batch_fill": figures.fill,
-            "ldm_steps_per_second": figures.steps_per_second,
-            "ldm_unet_calls_total": figures.steps,
-            "ldm_unet_rows_total": figures.rows,
+            "ldm_ready": snapshot.ready,
+            "ldm_queue_length": snapshot.waiting,
+            "ldm_running_requests": snapshot.running,
+            "ldm_batch_fill": snapshot.batch_fill,
+            "ldm_steps_per_second": snapshot.steps_per_second,
+            "ldm_unet_calls_total": snapshot.steps,
+            "ldm_unet_rows_total": snapshot.rows,
         }
         for name, value in single.items():
             self._set(name, {}, value)
-        for outcome, count in figures.outcomes.items():
+        for outcome, count in snapshot.outcomes.items():
             self._set("ldm_requests_total", {"outcome": outcome}, count)
-        for stage, seconds in figures.seconds.items():
+        for stage, seconds in snapshot.seconds.items():
             self._set("ldm_stage_seconds_total", {"stage": stage}, seconds)
 
     def _set(self, family: str, labels: dict[str, str], value: float) -> None:
         key = (family, "".join(labels.values()))
-        if key not in self._meters:
-            self._meters[key] = self._families[family].Metric(labels={**self._labels, **labels})
-        meter = self._meters[key]
+        if key not in self._metrics:
+            self._metrics[key] = self._families[family].Metric(labels={**self._labels, **labels})
+        metric = self._metrics[key]
         if family in GAUGES:
-            meter.set(float(value))
-        elif (more := value - meter.value()) > 0:
-            meter.increment(more)
+            metric.set(float(value))
+        elif (more := value - metric.value()) > 0:
+            metric.increment(more)
 
     def close(self) -> None:
-        """End the thread, and take the figures off the endpoint."""
+        """End the thread and remove the metrics from the endpoint."""
         self._end.set()
         self._thread.join()
-        self._meters.clear()
+        self._metrics.clear()
         self._families.clear()

@@ -1,7 +1,8 @@
-"""Answers that `ldm_stream` leaves for `ldm` in files: a model's tensors must not come to another through Triton.
+"""Response files: `ldm_stream` passes the tensors of a response to `ldm` in a file instead of through Triton.
 
-Triton 24.10's python backend makes the arrays of such an answer without Python's lock, and when several come at once
-the process that asked dies (mended by pull request 394 of triton-inference-server/python_backend, January 2025).
+Triton 24.10's Python backend builds the arrays of such a response without holding Python's lock, so that the receiving
+process crashes when several arrive at once (fixed by pull request 394 of triton-inference-server/python_backend,
+January 2025).
 """
 
 from __future__ import annotations
@@ -15,40 +16,42 @@ import numpy as np
 
 from ldm_runtime.triton.tensors import Tensors
 
+__all__ = ["ResponseFiles"]
+
 SHARED = Path("/dev/shm")
 BYTES, SIZES = ".bytes", ".sizes"
-"""Behind the name of a tensor of texts: all of them, one after the other, and how long each is."""
+"""Suffixes of the two arrays that hold a string tensor: its strings joined, and the length of each."""
 
 
 class ResponseFiles:
-    """Files by name, in a folder that the processes of one server share; in memory where the system has that.
+    """Files by name, in a folder that the processes of one server share; in memory if the system has /dev/shm.
 
-    Who waits for an answer opens a parcel; who has the answer fills it, if it is open: names that nobody waits for, as
-    those a stranger makes up, write nothing.
+    The waiting model creates an empty file; the answering model writes only to existing files, so an ID invented by a
+    client creates nothing.
     """
 
     def __init__(self) -> None:
         place = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
         self._folder = place / f"ldm-{os.getuid()}-{os.getppid()}"
 
-    def open(self, name: str) -> None:
-        """Wait for an answer; ``name`` is fresh and a file's name.
+    def create(self, name: str) -> None:
+        """Create an empty file to wait for a response; ``name`` is new, and valid as a file name.
 
         Raises:
-            OSError: no room, or the folder is another user's.
+            OSError: The disk is full, or the folder belongs to another user.
         """
         self._folder.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(self._folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
-    def awaited(self, name: str) -> bool:
-        """True where the answer is to be left here."""
+    def expects(self, name: str) -> bool:
+        """True if a model waits for the response of this name."""
         return bool(name) and Path(name).name == name and (self._folder / name).is_file()
 
-    def fill(self, name: str, tensors: Tensors) -> None:
-        """Leave an answer.
+    def write(self, name: str, tensors: Tensors) -> None:
+        """Write a response to an existing file.
 
         Raises:
-            OSError: no room.
+            OSError: The disk is full.
         """
         plain: Tensors = {}
         for tensor, array in tensors.items():
@@ -60,8 +63,8 @@ class ResponseFiles:
         with (self._folder / name).open("r+b") as file:
             np.savez(file, **plain)  # type: ignore[arg-type]
 
-    def take(self, name: str) -> Tensors:
-        """The answer of a filled parcel; nothing of one that is empty."""
+    def read(self, name: str) -> Tensors:
+        """Read a response; no tensors if none has been written."""
         path = self._folder / name
         if not path.stat().st_size:
             return {}
@@ -74,11 +77,11 @@ class ResponseFiles:
             found[key] = np.array([texts[start:end] for start, end in zip(starts, ends, strict=False)], object)
         return found
 
-    def drop(self, name: str) -> None:
-        """Wait no longer."""
+    def remove(self, name: str) -> None:
+        """Remove a file; the response of this name is no longer expected."""
         (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave nothing behind."""
-        with suppress(OSError):  # another process has parcels in it still
+        """Remove the folder if it is empty."""
+        with suppress(OSError):  # another process still waits for responses
             self._folder.rmdir()

@@ -1,4 +1,4 @@
-"""The tensors of the models `ldm` and `ldm_stream`, and the request that they carry."""
+"""Tensors of the models `ldm` and `ldm_stream`, and their conversion to requests and from results."""
 
 from __future__ import annotations
 
@@ -10,19 +10,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ldm_runtime.batching.job import JobResult, Progress
 from ldm_runtime.errors import SpecError
-from ldm_runtime.images import to_png
-from ldm_runtime.request import Request
+from ldm_runtime.images import pil_image, to_png
+from ldm_runtime.model import DECODER, ModelDescription
+from ldm_runtime.request import Request, RequestOptions
+
+__all__ = [
+    "CANCEL",
+    "CHECK",
+    "ID",
+    "Submission",
+    "TensorField",
+    "Tensors",
+    "image_tensors",
+    "input_fields",
+    "output_fields",
+    "parse_parameters",
+    "parse_request",
+    "progress_tensors",
+    "response_tensors",
+]
 
 Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class TensorField:
-    """One tensor: its name, Triton data type, dimensions (-1: any size), and whether it may be left out."""
+    """One tensor of a model's config: name, Triton data type, dimensions (-1: any size), whether it may be left out."""
 
     name: str
     data_type: str
@@ -30,75 +46,113 @@ class TensorField:
     optional: bool = True
 
 
-INPUTS = (
-    TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
-    TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
+KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
+    "text": (
+        TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
+        TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
+        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+    ),
+}
+"""Kind of conditioning -> its inputs."""
+COUNT = TensorField("COUNT", "TYPE_INT32")
+GUIDANCE_FIELDS = (
+    TensorField("GUIDANCE", "TYPE_FP32"),
+    TensorField("GUIDANCE_EVERY", "TYPE_INT32"),
+    TensorField("GUIDANCE_INTERVAL", "TYPE_FP32", (2,)),
+)
+COMMON_FIELDS = (
     TensorField("SEED", "TYPE_INT64", (-1,)),
     TensorField("STEPS", "TYPE_INT32"),
     TensorField("ETA", "TYPE_FP32"),
-    TensorField("GUIDANCE", "TYPE_FP32"),
     TensorField("HEIGHT", "TYPE_INT32"),
     TensorField("WIDTH", "TYPE_INT32"),
-    TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
     TensorField("PRIORITY", "TYPE_INT32"),
     TensorField("TIMEOUT", "TYPE_FP32"),
 )
-STREAM_INPUTS = (*INPUTS, TensorField("PREVIEW_EVERY", "TYPE_INT32"))
-OUTPUTS = (
-    TensorField("IMAGE", "TYPE_UINT8", (-1, -1, -1, 3)),
-    TensorField("PNG", "TYPE_STRING", (-1,)),
-    TensorField("PNG_BASE64", "TYPE_STRING", (-1,)),
-    TensorField("SEED_USED", "TYPE_INT64", (-1,)),
-)
-STREAM_OUTPUTS = (*OUTPUTS, TensorField("STEP", "TYPE_INT32"), TensorField("TOTAL", "TYPE_INT32"))
+PREVIEW_EVERY = TensorField("PREVIEW_EVERY", "TYPE_INT32")
 
 CHECK, ID, CANCEL = "check", "ldm_id", "ldm_cancel"
-"""Request parameters. ``check``: answer at once whether a picture can be made. ``ldm`` passes requests on to
-``ldm_stream`` with an ``ldm_id``, and cancels one by another request with that id as ``ldm_cancel``."""
+"""Request parameters. ``check``: answer at once whether images can be generated. `ldm` forwards a request to
+`ldm_stream` with an ``ldm_id``, and cancels it by another request with that id as ``ldm_cancel``."""
+
+
+def input_fields(model: ModelDescription, stream: bool = False) -> tuple[TensorField, ...]:
+    """Inputs of `ldm` or, with ``stream``, of `ldm_stream`: those of the model's conditioning, then the common ones.
+
+    Raises:
+        SpecError: The model has a kind of conditioning that has no tensors.
+    """
+    kinds = [entry.kind for entry in model.conditioning]
+    if unknown := [kind for kind in kinds if kind not in KIND_FIELDS]:
+        raise SpecError(f"triton: conditioning {unknown[0]!r:.40} has no tensors, expected {', '.join(KIND_FIELDS)}")
+    of_kinds = [field for kind in kinds for field in KIND_FIELDS[kind]] or [COUNT]
+    guidance = GUIDANCE_FIELDS if model.guidance else ()
+    return (*of_kinds, *guidance, *COMMON_FIELDS, *((PREVIEW_EVERY,) if stream else ()))
+
+
+def output_fields(model: ModelDescription, stream: bool = False) -> tuple[TensorField, ...]:
+    """Outputs of `ldm` or, with ``stream``, of `ldm_stream`. IMAGE has as many channels as the decoder's image."""
+    channels = model.components[DECODER].outputs[0].bounds("opt")[1]
+    numbers = (TensorField("STEP", "TYPE_INT32"), TensorField("TOTAL", "TYPE_INT32"))
+    return (
+        TensorField("IMAGE", "TYPE_UINT8", (-1, -1, -1, channels)),
+        TensorField("PNG", "TYPE_STRING", (-1,)),
+        TensorField("PNG_BASE64", "TYPE_STRING", (-1,)),
+        TensorField("SEED_USED", "TYPE_INT64", (-1,)),
+        *(numbers if stream else ()),
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Submission:
-    """A request as it came over the wire."""
+    """A request and the arguments of ``BatchScheduler.submit`` that came with it."""
 
     request: Request
     priority: int
-    seconds: float | None
+    timeout: float | None
     preview_every: int
 
 
-def asked(tensors: Mapping[str, NDArray[Any]]) -> Submission:
-    """Read a request; what is left out has the defaults of ``ldm-export generate``.
+def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
+    """Read a request from its tensors; options that are left out take the model's defaults.
 
     Raises:
-        SpecError: a tensor has more than one number, or a prompt is no UTF-8. Values are checked later.
+        SpecError: A tensor has another number of values, or a text is not UTF-8. Values are checked by the pipeline.
     """
-    seeds = [int(seed) for seed in tensors["SEED"].ravel()] if "SEED" in tensors else None
-    guidance, eta, seconds = (_one(tensors, name, float) for name in ("GUIDANCE", "ETA", "TIMEOUT"))
-    steps, priority, every, images = (
-        _one(tensors, name, int) for name in ("STEPS", "PRIORITY", "PREVIEW_EVERY", "IMAGES_PER_PROMPT")
-    )
-    request = Request(
-        _texts(tensors, "PROMPT"),
-        negative_prompt=_texts(tensors, "NEGATIVE_PROMPT") if "NEGATIVE_PROMPT" in tensors else "",
-        seed=seeds[0] if seeds is not None and len(seeds) == 1 else seeds,
-        eta=0.3 if eta is None else eta,
-        guidance_scale=6.0 if guidance is None else guidance,
-        num_inference_steps=50 if steps is None else steps,
-        height=_one(tensors, "HEIGHT", int),
-        width=_one(tensors, "WIDTH", int),
-        images_per_prompt=1 if images is None else images,
-    )
-    return Submission(request, 2 if priority is None else priority, seconds, every or 0)
+    options: RequestOptions = {
+        "count": _one(tensors, "COUNT", int),
+        "eta": _one(tensors, "ETA", float),
+        "guidance_scale": _one(tensors, "GUIDANCE", float),
+        "num_inference_steps": _one(tensors, "STEPS", int),
+        "height": _one(tensors, "HEIGHT", int),
+        "width": _one(tensors, "WIDTH", int),
+    }
+    if "NEGATIVE_PROMPT" in tensors:
+        options["negative_prompt"] = _texts(tensors, "NEGATIVE_PROMPT")
+    if "SEED" in tensors:
+        seeds = [int(seed) for seed in tensors["SEED"].ravel()]
+        options["seed"] = seeds[0] if len(seeds) == 1 else seeds
+    if "IMAGES_PER_PROMPT" in tensors:
+        options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
+    if "GUIDANCE_EVERY" in tensors:
+        options["guidance_every"] = _one(tensors, "GUIDANCE_EVERY", int)
+    if "GUIDANCE_INTERVAL" in tensors:
+        start, end = _values(tensors, "GUIDANCE_INTERVAL", 2)
+        options["guidance_interval"] = (float(start), float(end))
+    request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options)
+    priority, preview_every = _one(tensors, "PRIORITY", int), _one(tensors, "PREVIEW_EVERY", int)
+    return Submission(request, 2 if priority is None else priority, _one(tensors, "TIMEOUT", float), preview_every or 0)
+
+
+def _values(tensors: Mapping[str, NDArray[Any]], name: str, count: int) -> list[Any]:
+    values = list(tensors[name].ravel())
+    if len(values) != count:
+        raise SpecError(f"{name}: got {len(values)} values, expected {count}")
+    return values
 
 
 def _one(tensors: Mapping[str, NDArray[Any]], name: str, kind: Callable[[Any], Any]) -> Any:
-    if name not in tensors:
-        return None
-    values = tensors[name].ravel()
-    if len(values) != 1:
-        raise SpecError(f"{name}: got {len(values)} values, expected one")
-    return kind(values[0])
+    return kind(_values(tensors, name, 1)[0]) if name in tensors else None
 
 
 def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
@@ -107,37 +161,38 @@ def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
         try:
             texts.append(value.decode() if isinstance(value, bytes) else str(value))
         except UnicodeDecodeError as error:
-            raise SpecError(f"{name} {number}: is no UTF-8 text (byte {error.start}); encode it as UTF-8") from None
+            raise SpecError(f"{name} {number}: is not UTF-8 (byte {error.start}); encode the text as UTF-8") from None
     return texts
 
 
-def answer(pictures: JobResult, steps: int, wanted: set[str]) -> Tensors:
-    """The last answer: all that is wanted."""
-    tensors: Tensors = {"SEED_USED": np.array(pictures.seeds, np.int64)} if "SEED_USED" in wanted else {}
-    return tensors | told(Progress(steps - 1, steps, pictures.images), wanted)
+def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:
+    """The last response of a request of ``steps`` steps: those of its outputs that are requested."""
+    tensors: Tensors = {"SEED_USED": np.array(result.seeds, np.int64)} if "SEED_USED" in requested else {}
+    return tensors | progress_tensors(Progress(steps - 1, steps, result.images), requested)
 
 
-def told(progress: Progress, wanted: set[str]) -> Tensors:
-    """An answer before the last: steps done, of how many, and a preview where there is one."""
+def progress_tensors(progress: Progress, requested: set[str]) -> Tensors:
+    """A response before the last: the number of finished steps, the total, and a preview if there is one."""
     numbers = {"STEP": progress.index + 1, "TOTAL": progress.total}
-    tensors: Tensors = {name: np.array([number], np.int32) for name, number in numbers.items() if name in wanted}
-    return tensors if progress.preview is None else tensors | shown(progress.preview, wanted)
+    tensors: Tensors = {name: np.array([number], np.int32) for name, number in numbers.items() if name in requested}
+    return tensors if progress.preview is None else tensors | image_tensors(progress.preview, requested)
 
 
-def shown(images: NDArray[np.uint8], wanted: set[str]) -> Tensors:
-    """IMAGE, PNG and PNG_BASE64 of uint8 [images, H, W, 3], where wanted.
+def image_tensors(images: NDArray[np.uint8], requested: set[str]) -> Tensors:
+    """IMAGE, PNG and PNG_BASE64 of uint8 [images, H, W, channels], those that are requested.
 
-    A caller who names no outputs gets no PNG: its bytes are no text, and would spoil an answer in JSON.
+    A request that names no outputs asks for all of them. It gets no PNG, because JSON cannot represent its bytes.
     """
-    tensors: Tensors = {"IMAGE": images} if "IMAGE" in wanted else {}
-    if (named := wanted & {"PNG", "PNG_BASE64"}) and not {wire.name for wire in OUTPUTS} <= wanted:
-        files = [to_png(Image.fromarray(image)) for image in images]
-        coded = {"PNG": files, "PNG_BASE64": [base64.b64encode(file) for file in files]}
-        tensors |= {name: np.array(coded[name], object) for name in named}
+    tensors: Tensors = {"IMAGE": images} if "IMAGE" in requested else {}
+    named = requested & {"PNG", "PNG_BASE64"}
+    if named and not {"IMAGE", "PNG", "PNG_BASE64", "SEED_USED"} <= requested:
+        files = [to_png(pil_image(image)) for image in images]
+        encoded = {"PNG": files, "PNG_BASE64": [base64.b64encode(file) for file in files]}
+        tensors |= {name: np.array(encoded[name], object) for name in named}
     return tensors
 
 
-def parameters(text: str) -> dict[str, Any]:
-    """Triton's request parameters, which it gives as JSON."""
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Parameters of a request, which Triton passes as a JSON object."""
     found = json.loads(text or "{}")
     return found if isinstance(found, dict) else {}

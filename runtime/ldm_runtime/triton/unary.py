@@ -1,4 +1,4 @@
-"""The model `ldm`: one request, one answer, over plain HTTP too; `ldm_stream` does the work, for both in one batch."""
+"""The model `ldm`: one response per request, also over plain HTTP; `ldm_stream` does the work for both."""
 
 from __future__ import annotations
 
@@ -9,73 +9,77 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ldm_runtime.errors import LdmError, QueueFullError
+from ldm_runtime.errors import AnsweredError, LdmError, QueueFullError
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
-from ldm_runtime.triton.parameters import Settings
+from ldm_runtime.triton.parameters import ModelParameters
 from ldm_runtime.triton.response_files import ResponseFiles
-from ldm_runtime.triton.tensors import CANCEL, ID, Tensors, parameters
+from ldm_runtime.triton.tensors import CANCEL, ID, Tensors, parse_parameters
+
+__all__ = ["UnaryModel"]
 
 MODEL = "ldm_stream"
 SPARE = 16
-"""Requests passed on beyond those that can wait and run there: they are refused there, with its own words."""
-
-
-class AnsweredError(LdmError):
-    """What `ldm_stream` answered, in its words."""
+"""Requests forwarded beyond those that `ldm_stream` accepts, so that it refuses them with its own message."""
 
 
 class UnaryModel:
-    """As Triton's python backend calls it; ``pb`` is triton_python_backend_utils.
+    """A model of Triton's Python backend; ``pb`` is triton_python_backend_utils.
 
-    A model that answers in many parts ("decoupled") cannot be asked over plain HTTP; so this one waits for the last.
+    Plain HTTP cannot call a decoupled model, which sends several responses; this model waits for the last of them.
     """
 
     pb: Any
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Make ready to pass requests on."""
-        limits = Settings.of(args).limits
-        self._most = limits.queue + limits.rows * limits.heights_and_widths + SPARE
-        self._threads = ThreadPoolExecutor(self._most, "ldm-front")
-        self._cancels = ThreadPoolExecutor(4, "ldm-cancel")
-        self._open, self._parcels = OpenRequests(), ResponseFiles()
-        self._passed = threading.Semaphore(self._most)
+        """Start the threads that forward requests.
+
+        Raises:
+            TritonModelException: A parameter of the config cannot be used; one line.
+        """
+        try:
+            limits = ModelParameters.from_args(args).limits
+        except LdmError as error:
+            raise self.pb.TritonModelException(str(error)) from None
+        self._max_forwarded = limits.max_queue + limits.max_rows * limits.max_sizes + SPARE
+        self._forwarding = ThreadPoolExecutor(self._max_forwarded, "ldm-forward")
+        self._cancelling = ThreadPoolExecutor(4, "ldm-cancel")
+        self._open, self._files = OpenRequests(), ResponseFiles()
+        self._free = threading.Semaphore(self._max_forwarded)
 
     def execute(self, requests: list[Any]) -> None:
-        """Pass requests on; returns at once, the answers follow."""
+        """Forward requests; returns at once, the responses follow."""
         for each in requests:
             request = OpenRequest(each, self.pb)
-            if not self._passed.acquire(blocking=False):
-                request.fail(QueueFullError(f"queue: {self._most} requests wait already; ask again later"))
+            if not self._free.acquire(blocking=False):
+                waiting = f"{self._max_forwarded} requests are waiting already"
+                request.fail(QueueFullError(f"queue: full, {waiting}; try again later"))
                 continue
             name = str(uuid.uuid4())
-            request.cancel = partial(self._cancels.submit, self._cancel, name)
-            self._threads.submit(self._pass, request, name)
+            request.cancel = partial(self._cancelling.submit, self._cancel, name, request.inputs)
+            self._forwarding.submit(self._forward, request, name)
             self._open.add(request)
 
-    def _pass(self, request: OpenRequest, name: str) -> None:
+    def _forward(self, request: OpenRequest, name: str) -> None:
         try:
-            options = {**parameters(request.parameters), ID: name}
+            options = {**parse_parameters(request.parameters), ID: name}
             options.pop(CANCEL, None)
-            self._parcels.open(name)
-            found = self._ask(request.inputs, options, request.wanted)
-            request.send(self._parcels.take(name) or found, last=True)
+            self._files.create(name)
+            found = self._call(request.inputs, options, request.requested)
+            request.send(self._files.read(name) or found, last=True)
         except Exception as error:
             request.fail(error)
         finally:
-            self._parcels.drop(name)
-            self._passed.release()
+            self._files.remove(name)
+            self._free.release()
 
-    def _cancel(self, name: str) -> None:
-        self._ask({"PROMPT": np.array([b""], object)}, {CANCEL: name}, {"SEED_USED"})
+    def _cancel(self, name: str, inputs: Tensors) -> None:
+        self._call(inputs, {CANCEL: name}, {"SEED_USED"})
 
-    def _ask(self, inputs: Tensors, options: dict[str, Any], wanted: set[str]) -> Tensors:
+    def _call(self, inputs: Tensors, options: dict[str, Any], requested: set[str]) -> Tensors:
         request = self.pb.InferenceRequest(
             model_name=MODEL,
             inputs=[self.pb.Tensor(name, array) for name, array in inputs.items()],
-            requested_output_names=sorted(wanted),
+            requested_output_names=sorted(requested),
             parameters=options,
         )
         found: Tensors = {}
@@ -86,8 +90,8 @@ class UnaryModel:
         return found
 
     def finalize(self) -> None:
-        """Wait for the last answers; Triton unloads a model only when there are none to come."""
-        self._threads.shutdown()
-        self._cancels.shutdown()
+        """Wait for the last responses; Triton unloads a model only when it has no requests."""
+        self._forwarding.shutdown()
+        self._cancelling.shutdown()
         self._open.close()
-        self._parcels.close()
+        self._files.close()

@@ -16,7 +16,8 @@ from ldm_runtime.errors import BuildError
 
 
 def small() -> ir.Model:
-    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[N] a) => (float[N] out) { x = Exp(a) y = Neg(a) out = Abs(x) }'
+    nodes = "x = Exp(a) y = Neg(a) out = Abs(x)"
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[N] a) => (float[N] out) {{ {nodes} }}'
     return ir.from_proto(onnx.parser.parse_model(text))
 
 
@@ -34,7 +35,7 @@ def test_an_unexpected_error_names_the_pass() -> None:
     def breaking(model: ir.Model) -> PassResult:
         raise KeyError("x")
 
-    with pytest.raises(BuildError, match="^g: pass breaking failed: KeyError"):
+    with pytest.raises(BuildError, match=r"^g: pass breaking failed: KeyError"):
         apply(small(), (counting, breaking))
 
 
@@ -43,7 +44,7 @@ def test_a_pass_that_changes_the_outputs_is_refused() -> None:
         model.graph.outputs[0].name = "other"
         return PassResult(model, 1)
 
-    with pytest.raises(BuildError, match="^g: pass renaming changed inputs or outputs"):
+    with pytest.raises(BuildError, match=r"^g: pass renaming changed inputs or outputs"):
         apply(small(), (renaming,))
 
 
@@ -52,7 +53,7 @@ def test_a_pass_that_breaks_the_order_is_refused() -> None:
         model.graph.insert_before(model.graph[0], model.graph[-1])
         return PassResult(model, 1)
 
-    with pytest.raises(BuildError, match="^g: pass reordering: node .* reads 'x'"):
+    with pytest.raises(BuildError, match=r"^g: pass reordering: node .* reads 'x'"):
         apply(small(), (reordering,))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from whole import Whole, run
+from whole import Whole, largest_difference, run
 
 from ldm_calibration.probes import HIGHEST, LARGEST, LOWEST, add_extremes, add_largest, add_outputs, add_shapes
 from ldm_export.graph.onnx_graph import save_graph
@@ -37,7 +37,8 @@ def tensors(
     names = computed(model)
     assert add_outputs(model, names) == tuple(name for name in names if name != "noise_pred")
     found = run_probe(model, feed, tmp_path_factory.mktemp("tensors"))
-    np.testing.assert_array_equal(found["noise_pred"], run(wholes["conditional"].path, feed)["noise_pred"])
+    expected = run(wholes["conditional"].path, feed)["noise_pred"]
+    assert largest_difference(found["noise_pred"], expected) <= 1e-5  # ONNX Runtime fuses fewer nodes of this graph
     return found
 
 

@@ -14,7 +14,8 @@ Rules:
 4. Q and K may each be multiplied by a constant scalar; the node's attribute ``scale`` is the product of the scalars. V
    has no factor.
 5. Attention of any other form stays as it is, for example attention with a mask.
-6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention".
+6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention". If
+   that name has no module, the whole name takes its place.
 
 Precondition: the values have types and shapes, as ``graph.onnx_graph`` writes them.
 Postcondition: no rewritten Softmax is left, and the model imports the domain com.microsoft if the pass rewrote any.
@@ -96,12 +97,13 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     result = joined.outputs[0]
     if result.shape is None or len(result.shape) != 3 or result.shape[2] != value.heads * value.width:
         return False
+    name = softmax.name or ""
     node = ir.node(
         "MultiHeadAttention",
         [query.value, key.value, value.value],
         {"num_heads": query.heads, "scale": query.scale * key.scale},
         domain=DOMAIN,
-        name=f"{(softmax.name or '').rpartition('/')[0]}/MultiHeadAttention",
+        name=f"{name.rpartition('/')[0] or name}/MultiHeadAttention",
     )
     attended = node.outputs[0]
     attended.name, attended.shape, attended.type = f"{result.name}/attention", result.shape, result.type

@@ -69,16 +69,8 @@ class Split:
 def split_cross_attention_kv(model: ir.Model, source: str = "context") -> Split | None:
     """Split off the keys and values of every cross-attention.
 
-    Args:
-        model: UNet with the input ``source`` float32 [batch, T, D]. It stays unchanged.
-        source: Name of the input with the text states.
-
-    Returns:
-        The component ``cross_attention_kv`` with outputs ``kv.0``, ``kv.1``, ..., each float32 [batch, T, width], and
-        the rest. None if the graph has no such input or computes nothing from it alone.
-
-    Raises:
-        BuildError: As ``split_off``.
+    The prefix ``cross_attention_kv`` takes ``source`` float32 [batch, T, D] and gives ``kv.0``, ``kv.1``, ..., each
+    float32 [batch, T, width]. None and errors are as in ``split_off``.
     """
     return split_off(model, source, "cross_attention_kv", stem="kv")
 
@@ -86,16 +78,8 @@ def split_cross_attention_kv(model: ir.Model, source: str = "context") -> Split 
 def split_time_embedding(model: ir.Model, source: str = "timestep") -> Split | None:
     """Split off the time embedding and its projections for every residual block.
 
-    Args:
-        model: UNet with the input ``source`` int64 [batch]. It stays unchanged.
-        source: Name of the input with the timesteps.
-
-    Returns:
-        The component ``time_embedding`` with one output ``time_embedding`` float32 [batch, S], and the rest. None if
-        the graph has no such input or computes nothing from it alone.
-
-    Raises:
-        BuildError: As ``split_off``.
+    The prefix ``time_embedding`` takes ``source`` int64 [batch] and gives one output ``time_embedding`` float32
+    [batch, S]. None and errors are as in ``split_off``.
     """
     return split_off(model, source, "time_embedding", pack="time_embedding")
 

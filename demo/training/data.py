@@ -1,0 +1,55 @@
+"""Batches of the shapes domain for training: pictures, sentences and their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import torch
+
+from ldm_export_demo.drawing import Figure, Scene, arrange, draw
+from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, Sentence, is_held_out, random_sentence
+
+
+def training_sentence(rng: np.random.Generator) -> Sentence:
+    """A random full sentence that is not held out."""
+    while is_held_out(sentence := random_sentence(rng)):
+        pass
+    return sentence
+
+
+def crowded_pictures(seed: int, index: int, count: int) -> torch.Tensor:
+    """Pictures of four shapes each, one a quarter, float32 [count, 3, 64, 64] in [-1, 1]: more edges to learn from."""
+    rng = np.random.default_rng([seed, index, 4])
+    return _normalised([draw(_crowd(rng)) for _ in range(count)])
+
+
+def _crowd(rng: np.random.Generator) -> Scene:
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    colours = [name for name in COLOURS if name != background]
+    figures = []
+    for row, column in product((16, 48), repeat=2):
+        radius = rng.uniform(7, 13)
+        x, y = (centre + rng.uniform(radius - 15, 15 - radius) for centre in (column, row))
+        figures.append(Figure(colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))], radius, x, y))
+    return Scene(background, tuple(figures))
+
+
+def _normalised(pixels: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pictures(seed: int, index: int, count: int) -> tuple[torch.Tensor, list[Sentence]]:
+    """Batch ``index`` of a seed's stream: float32 [count, 3, 64, 64] in [-1, 1] and the full sentences."""
+    rng = np.random.default_rng([seed, index])
+    sentences = [training_sentence(rng) for _ in range(count)]
+    return _normalised([draw(arrange(sentence, rng)) for sentence in sentences]), sentences
+
+
+def loosen(sentence: Sentence, rng: np.random.Generator, share: float = 0.1) -> Sentence:
+    """The sentence with each part that may be left open left open with probability ``share``."""
+    things = tuple(replace(thing, size=None) if rng.random() < share else thing for thing in sentence.things)
+    place = None if rng.random() < share else sentence.place
+    background = None if rng.random() < share else sentence.background
+    return Sentence(things, place, sentence.relation, background)

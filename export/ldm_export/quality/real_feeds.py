@@ -1,0 +1,107 @@
+"""Inputs that the components of a model receive for real requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_export.requests import RequestFields
+from ldm_runtime.backends import Backend, Feed, SpecBackend
+from ldm_runtime.errors import SpecError
+from ldm_runtime.model import DECODER, LATENTS, SAMPLE, TIMESTEP, UNET
+from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.request import Request
+from ldm_runtime.specs import ComponentSpec
+
+__all__ = ["MAX_REQUESTS", "RealFeeds", "real_feeds"]
+
+MAX_REQUESTS = 8
+"""Requests that one feed is made of."""
+STEPS = 4
+"""Denoising steps, at least, of the schedules that timesteps are taken from."""
+
+
+@dataclass(frozen=True, eq=False)
+class RealFeeds:
+    """Inputs for real requests; arrays have rows of all requests.
+
+    Attributes:
+        components: Component -> its feed, in the order in which the components run.
+        sources: Tensor -> array: what encoders take and give, sample, timestep and latents, from which everything else
+            is derived. The inputs of the whole UNet, before anything is split off, are among them.
+    """
+
+    components: Mapping[str, Feed]
+    sources: Mapping[str, NDArray[Any]]
+
+
+class _Recorder(SpecBackend):
+    """Runs a backend and keeps its feeds."""
+
+    def __init__(self, backend: Backend, spec: ComponentSpec):
+        self._backend, self._spec = backend, spec
+        self.feeds: list[Feed] = []
+
+    def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        self.feeds.append({name: np.array(array) for name, array in feed.items()})
+        return self._backend.run(feed)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def real_feeds(
+    pipeline: LatentDiffusionPipeline, files: Callable[[str], Path], requests: Sequence[RequestFields]
+) -> RealFeeds:
+    """Run everything of a pipeline but the UNet and the decoder for some requests, and collect all inputs.
+
+    Image ``i`` has the seed ``i``. The UNet's samples and the decoder's latents are standard normal noise; timesteps
+    run from the start of a schedule to its end.
+
+    Args:
+        pipeline: Its components are loaded on use and stay as they are.
+        files: Resolves the path of a file that a conditioning names; ``Bundle.file``.
+        requests: One image each; the first ``MAX_REQUESTS`` are used.
+
+    Raises:
+        SpecError: No requests, or a field that the model does not take.
+        BackendError: The engine failed.
+    """
+    requests = requests[:MAX_REQUESTS]
+    if not requests:
+        raise SpecError("requests: got none, expected at least one to measure with")
+    model = pipeline.model
+    recorders = {name: _Recorder(backend, model.components[name]) for name, backend in pipeline.backends.items()}
+    recording = LatentDiffusionPipeline(model, recorders, files)
+    rng, rows, sources = np.random.default_rng(0), list[Feed](), list[Feed]()
+    steps = max(STEPS, len(requests))
+    for index, fields in enumerate(requests):
+        plan = recording.plan(Request(**{**fields, "seed": index, "num_inference_steps": steps}))
+        conditioning = recording.condition(plan)
+        encoded = [
+            {name: array for one in recording.conditioners for name, array in one.rows(plan.request, branch).items()}
+            for branch in plan.branches
+        ]
+        place = index * (len(plan.trajectory) - 1) // max(1, len(requests) - 1)
+        timestep = plan.trajectory.timesteps[place : place + 1]
+        schedule = recording.denoiser.embed(timestep)
+        latents = rng.standard_normal(plan.shape).astype(np.float32)
+        sample = np.concatenate([latents] * len(plan.branches))
+        embedded = {name: np.repeat(array, plan.rows, axis=0) for name, array in schedule.items()}
+        rows.append({SAMPLE: sample, **embedded, **conditioning})
+        joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
+        sources.append({SAMPLE: sample, TIMESTEP: np.repeat(timestep, plan.rows), **joined, LATENTS: latents})
+    feeds = {name: _joined(one.feeds) for name, one in recorders.items() if one.feeds}
+    encoders = [feeds[entry.component] for entry in model.conditioning if entry.component in feeds]
+    whole = {name: array for feed in (*encoders, _joined(sources)) for name, array in feed.items()}
+    feeds |= {UNET: _joined(rows), DECODER: {LATENTS: whole[LATENTS]}}
+    return RealFeeds({name: feeds[name] for name in model.components if name in feeds}, whole)
+
+
+def _joined(feeds: Sequence[Feed]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}

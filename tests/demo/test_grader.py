@@ -1,0 +1,190 @@
+"""The grader against pictures with exactly one thing wrong, and the shares it counts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldm_export_demo.drawing import PALETTE, RADIUS, Figure, Scene, arrange, coverage, draw
+from ldm_export_demo.grader import ATTRIBUTES, Grade, accuracy, grade
+from ldm_export_demo.grammar import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Sentence,
+    parse,
+    random_sentence,
+)
+
+
+def wrong(picture: np.ndarray, sentence: Sentence | str) -> set[str]:
+    """The attributes that the grader finds wrong."""
+    given = grade(picture, parse(sentence) if isinstance(sentence, str) else sentence)
+    return {name for name in ATTRIBUTES if not getattr(given, name)}
+
+
+def picture_of(text: str, seed: int = 0) -> np.ndarray:
+    return draw(arrange(parse(text), np.random.default_rng(seed)))
+
+
+def paint(picture: np.ndarray, colour: str, alpha: np.ndarray) -> np.ndarray:
+    over = np.asarray(PALETTE[colour], np.float32)
+    return np.rint(picture + alpha[..., None] * (over - picture)).astype(np.uint8)
+
+
+def test_open_parts_are_not_judged():
+    picture = picture_of("a small red circle at the top left on a white background")
+    assert wrong(picture, "a red circle") == set()
+    assert wrong(picture, "a large red circle at the top left on a white background") == {"size"}
+    assert wrong(picture, "a red circle at the right on a white background") == {"position"}
+    assert wrong(picture, "a red circle at the top left on a gray background") == {"background"}
+    assert wrong(picture, "a blue cross") == {"colour", "shape"}
+
+
+def _other(names, current, rng, barred=()):
+    names = [name for name in names if name != current and name not in barred]
+    return names[rng.integers(len(names))]
+
+
+def _changed(sentence: Sentence, attribute: str, rng: np.random.Generator) -> Sentence:
+    """The sentence with one attribute, of one of its things, made another."""
+    at = int(rng.integers(len(sentence.things)))
+    thing = sentence.things[at]
+    if attribute == "background":
+        taken = [thing.colour for thing in sentence.things]
+        return replace(sentence, background=_other(BACKGROUNDS, sentence.background, rng, taken))
+    if attribute == "position" and sentence.place:
+        return replace(sentence, place=_other(PLACES, sentence.place, rng))
+    if attribute == "position":
+        return replace(sentence, relation=_other(RELATIONS, sentence.relation, rng))
+    names = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[attribute]
+    barred = [sentence.background] if attribute == "colour" else []
+    changed = replace(thing, **{attribute: _other(names, getattr(thing, attribute), rng, barred)})
+    return replace(sentence, things=(*sentence.things[:at], changed, *sentence.things[at + 1 :]))
+
+
+@pytest.mark.parametrize("attribute", ["background", "colour", "shape", "size", "position"])
+def test_one_wrong_attribute_fails_alone(attribute):
+    rng = np.random.default_rng(2)
+    for _ in range(120):
+        asked = random_sentence(rng, 0.5)
+        if len(set(asked.things)) < len(asked.things):
+            continue  # identical things: their order is nobody's fault
+        drawn = _changed(asked, attribute, rng)
+        assert wrong(draw(arrange(drawn, rng)), asked) == {attribute}, (str(asked), str(drawn))
+
+
+@pytest.mark.parametrize("asked", COLOURS)
+@pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
+def test_every_other_colour_is_distinguished(asked, drawn):
+    picture = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
+    assert wrong(picture, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
+
+
+def test_colours_bound_to_the_wrong_objects_fail():
+    asked = "a small red circle left of a large blue square on a white background"
+    assert wrong(picture_of("a small blue circle left of a large red square on a white background"), asked) == {
+        "colour"
+    }
+    assert wrong(picture_of("a large blue square left of a small red circle on a white background"), asked) == {
+        "position"
+    }
+    assert wrong(picture_of("a large red circle left of a small blue square on a white background"), asked) == {"size"}
+    assert wrong(picture_of("a small red square left of a large blue circle on a white background"), asked) == {"shape"}
+
+
+@pytest.mark.parametrize("radius", [4.5, 15.5])
+def test_a_radius_far_from_both_sizes_is_no_size(radius):
+    picture = draw(Scene("black", (Figure("green", "square", radius, 32, 32),)))
+    assert [wrong(picture, f"a {size} green square") for size in SIZES] == [{"size"}, {"size"}]
+
+
+@pytest.mark.parametrize(("x", "right"), [(48, True), (43, True), (40.5, False), (55, False)])
+def test_a_place_ends_six_pixels_from_its_centre(x, right):
+    picture = draw(Scene("gray", (Figure("red", "circle", 8, x, 32),)))
+    assert wrong(picture, "a red circle at the right") == (set() if right else {"position"})
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("radius", [3.0, 8.0])
+def test_an_extra_object_fails(background, radius):
+    for colour in [name for name in PALETTE if name != background]:
+        asked = f"a large {'red' if colour != 'red' else 'blue'} cross in the center on a {background} background"
+        picture = paint(picture_of(asked), colour, coverage("circle", radius, 8, 56))
+        assert wrong(picture, asked) == {"count"}, colour
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_spot_of_four_by_four_pixels_fails(background):
+    asked = f"a large blue square in the center on a {background} background"
+    beside, inside = np.s_[3:7, 50:54], np.s_[28:32, 30:34]
+    spots = [(beside, colour) for colour in PALETTE if colour != background]
+    for at, colour in [*spots, (inside, "red"), (inside, "green")]:
+        picture = picture_of(asked)
+        picture[at] = PALETTE[colour]
+        assert wrong(picture, asked) == {"count"}, (colour, at)
+
+
+def test_a_missing_object_fails():
+    asked = "a small red circle above a large blue square on a white background"
+    assert "count" in wrong(draw(Scene("white", (Figure("red", "circle", 8, 32, 16),))), asked)
+    assert wrong(draw(Scene("white", ())), asked) == set(ATTRIBUTES) - {"background"}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_half_an_object_fails(shape, size):
+    whole = coverage(shape, RADIUS[size], 32, 32)
+    for half in (np.s_[:, 32:], np.s_[:, :32], np.s_[32:, :]):
+        alpha = whole.copy()
+        alpha[half] = 0
+        picture = paint(draw(Scene("yellow", ())), "purple", alpha)
+        found = wrong(picture, f"a {size} purple {shape} in the center")
+        assert found & {"shape", "size"}, found
+
+
+@pytest.mark.parametrize("second", ["red", "blue"])
+def test_merged_objects_fail(second):
+    figures = (Figure("red", "circle", 12, 22, 32), Figure(second, "square", 12, 42, 32))
+    text = f"a large red circle left of a large {second} square on a white background"
+    assert "count" in wrong(draw(Scene("white", figures)), text)
+
+
+def test_an_object_of_two_colours_fails():
+    picture = picture_of("a large red square in the center on a white background")
+    picture[32:][(picture[32:] != 255).any(-1)] = PALETTE["blue"]
+    for colour in ("red", "blue"):
+        asked = f"a large {colour} square in the center on a white background"
+        assert {"count", "colour"} <= wrong(picture, asked)
+
+
+def test_accuracy_counts_each_kind_apart():
+    one = "a small red circle at the top left on a white background"
+    two = "a small red circle left of a large blue square on a white background"
+    given = accuracy(
+        [picture_of(one), picture_of(one), picture_of(two), picture_of(one)], [one, "a red cross", two, two]
+    )
+    assert (given.overall.number, given.overall.correct) == (4, 0.5)
+    assert (given.overall.background, given.overall.count, given.overall.shape) == (1.0, 0.75, 0.5)
+    assert (given.one_object.number, given.one_object.correct, given.one_object.shape) == (2, 0.5, 0.5)
+    assert (given.two_objects.number, given.two_objects.correct, given.two_objects.count) == (2, 0.5, 0.5)
+    assert accuracy([picture_of(two)], [two]).one_object is None
+
+
+def test_accuracy_refuses_what_it_cannot_grade():
+    one = "a small red circle"
+    with pytest.raises(ValueError, match="no pictures"):
+        accuracy([], [])
+    with pytest.raises(ValueError, match="argument"):
+        accuracy([picture_of(one)], [one, one])
+    with pytest.raises(ValueError, match="grammar"):
+        accuracy([picture_of(one)], ["a photograph of a cat"])
+
+
+def test_a_grade_is_right_only_as_a_whole():
+    assert Grade(*[True] * 6).correct
+    for name in ATTRIBUTES:
+        assert not replace(Grade(*[True] * 6), **{name: False}).correct

@@ -1,0 +1,112 @@
+"""The optional demo model: recognised by the digest of its weights, and refused in one line if it is not installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_calibration.record import read_record
+from ldm_export.bundle.add_int8 import calibrate
+from ldm_export.bundle.build import build
+from ldm_export.bundle.int8_report import write_report
+from ldm_export.bundle.int8_stages import RECORD
+from ldm_export.checkpoint.digest import weights_sha256
+from ldm_export.checkpoint.folder import open_checkpoint
+from ldm_export.demo import calibration_prompts, default_prompts, demo_checkpoint, demo_grader, is_demo
+from ldm_export.prompts import PROMPTS, PromptSet
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.errors import SpecError
+from tests.support.tiny_int8 import SETTINGS
+
+WITHOUT_DEMO = """
+import sys
+sys.modules["ldm_export_demo"] = None
+from ldm_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def demo_copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_checkpoint(), tmp_path / "renamed"))
+
+
+def test_it_is_recognised_by_its_weights_alone(demo_copy: Path, tiny_checkpoint: Path) -> None:
+    assert is_demo(demo_checkpoint()) and is_demo(demo_copy)
+    assert not is_demo(tiny_checkpoint) and not is_demo(None)
+    weights = demo_copy / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert not is_demo(demo_copy) and weights_sha256(demo_copy) != weights_sha256(demo_checkpoint())
+
+
+def test_a_folder_of_the_same_name_is_another_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("shapes", "checkpoint"):
+        assert not is_demo(Path(shutil.copytree(tiny_checkpoint, tmp_path / name)))
+
+
+def test_a_bundle_is_recognised_by_what_its_build_recorded(shapes_bundle: Path, tiny_bundle: Path) -> None:
+    demo, other = Bundle.open(shapes_bundle), Bundle.open(tiny_bundle)
+    assert demo.manifest.asked["checkpoint_sha256"] == weights_sha256(demo_checkpoint())
+    assert is_demo(demo) and not is_demo(other)
+    assert default_prompts(other) == PROMPTS != default_prompts(demo)
+    assert demo_grader(other) is None and calibration_prompts(other, 2, 2) is None
+    calibration, trials = calibration_prompts(demo, 4, 8) or ((), ())
+    assert (len(calibration), len(trials)) == (4, 8) and not set(calibration) & set(trials)
+    hostile = replace(demo.manifest, asked={"checkpoint_sha256": [{"x": 1}]})
+    assert not is_demo(replace(demo, manifest=hostile))
+
+
+def test_its_grader_returns_none_for_what_it_cannot_grade(demo_copy: Path) -> None:
+    grade = demo_grader(demo_copy)
+    assert grade is not None
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert grade([image], ["a red circle"]) == [False]
+    assert grade([image], ["a photo of a cat"]) is None and grade([image[:32]], ["a red circle"]) is None
+
+
+@pytest.mark.parametrize("verb", [("build", "-o", "new"), ("verify",)])
+def test_without_it_one_line_says_how_to_install_it(verb: tuple[str, ...], tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = [*verb, *([str(tiny_bundle)] if verb == ("verify",) else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEMO, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install ./demo" in done.stderr and "make demo" in done.stderr
+
+
+def test_half_precision_is_measured_with_the_given_prompts(
+    tiny_checkpoint: Path, tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    first = build(checkpoint, tmp_path / "bundle", "fp16")
+    ranges = json.loads(first.bundle.file("report/ranges.json").read_text())
+    again = build(checkpoint, tmp_path / "bundle", "fp16", prompts=PromptSet(("a red circle",)))
+    assert again.origins["ranges"] == "made" and again.origins["unet.fp32"] == "kept"
+    assert json.loads(again.bundle.file("report/ranges.json").read_text()) != ranges
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    refused("build", tiny_checkpoint, "-o", "new", "--prompts", "p.txt", said="--prompts: of fp16, bf16 or int8; give")
+    refused(
+        *("build", tiny_checkpoint, "-o", "new", "--precision", "fp16", "--prompts", "p.txt", "--trials", "4"),
+        said="--trials: of int8; give --precision int8 too",
+    )
+
+
+def test_prompt_accuracy_is_bounded_by_the_callers_grader(bundle_copy: Path) -> None:
+    settings = replace(SETTINGS, max_accuracy_loss=0.5)
+    with pytest.raises(SpecError, match=r"^max accuracy loss: got 0\.5, expected none, .*no grader; give --min-psnr"):
+        calibrate(bundle_copy, settings)
+    with pytest.raises(SpecError, match=r"^max accuracy loss: the grader cannot grade these images"):
+        calibrate(bundle_copy, settings, grade=lambda images, prompts: None)
+    built = calibrate(bundle_copy, settings, grade=lambda images, prompts: [True, False])
+    pictures = read_record(built.bundle.file(RECORD)).document["pictures"]
+    assert [(one["correct_fp32"], one["correct_int8"]) for one in pictures] == [(True, True), (False, False)]
+    summary = write_report(built.bundle)[1]["summary"]
+    assert (summary["correct_fp32"], summary["correct_int8"]) == (0.5, 0.5)
