@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.number_checks import as_integer, shown
 from ldm_runtime.model import DECODER, UNET, ModelDescription
+from ldm_runtime.number_checks import as_integer, shown
 from ldm_runtime.specs import Axis
 
 __all__ = ["Geometry"]

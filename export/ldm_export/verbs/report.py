@@ -27,7 +27,6 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
-    from ldm_export.demo import default_prompts
     from ldm_export.report.contents import ReportOptions, make_report
     from ldm_export.report.page import report_page
     from ldm_export.sample_requests import sample_requests
