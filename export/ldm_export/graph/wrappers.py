@@ -26,7 +26,7 @@ class UNet(nn.Module):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute the outputs of the class\'s docstring."""
+        """Compute the outputs of the class's docstring."""
         given = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **given, return_dict=False)[0]
         return noise

@@ -20,6 +20,7 @@ from torch.export import Dim
 from ldm_export.families.text_to_image import ModelShape
 from ldm_export.graph.onnx_graph import OPSET, export_graph, load_graph, save_graph
 from ldm_export.graph.wrappers import UNet, free_upsampling
+from ldm_runtime.model import Latents
 
 Arrays = Mapping[str, NDArray[Any]]
 TOKENS, WIDTH = 5, 24
