@@ -69,7 +69,9 @@ def test_weights_beside_the_graphs_move_with_the_bundle(
 ) -> None:
     monkeypatch.setattr(onnx_graph, "INLINE_BYTES", 1000)
     made(configs, tmp_path / "made", random_weights=True)
-    beside = {f"{name}/fp32.onnx.data" for name in Bundle.open(small_bundle).manifest.model.components if "step" not in name}
+    beside = {
+        f"{name}/fp32.onnx.data" for name in Bundle.open(small_bundle).manifest.model.components if "step" not in name
+    }
     assert files(tmp_path / "made") == files(small_bundle) | beside
     moved = (tmp_path / "made").rename(tmp_path / "moved")
     assert np.array_equal(picture(moved), picture(small_bundle))

@@ -19,8 +19,8 @@ from ldm_export.bundle.build import build
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.bundle.int8_stages import RECORD
 from ldm_export.checkpoint.digest import weights_sha256
-from ldm_export.checkpoint.folder import open_checkpoint
 from ldm_export.demo import calibration_prompts, default_prompts, demo_checkpoint, demo_grader, is_demo
+from ldm_export.families import open_checkpoint
 from ldm_export.prompts import PROMPTS, PromptSet
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError

@@ -14,9 +14,9 @@ import pytest
 import tensorrt_rtx
 
 from ldm_export.bundle.build import build
-from ldm_export.families import open_checkpoint
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineRequest
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle

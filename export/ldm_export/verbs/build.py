@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     options = BuildOptions(
         args.precision,
         engines,
-        settings_of(args, kinds) if args.precision == "int8" else None,
+        settings_of(args, kinds, model) if args.precision == "int8" else None,
         demo_grader(model),
         requests=family.requests(chosen_prompts(args.prompts, model)) if args.precision in HALF else None,
     )
