@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from ldm_runtime.ddim import DDIM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
