@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from ldm_runtime.manifest import COMPONENTS, NAME
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from tests.support.checkpoints import edit_json
 
 Refused = Callable[..., None]
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in COMPONENTS))
 READERS: dict[str, tuple[str, ...]] = {
     "generate": ("a red circle", "--steps", "1", "--seed", "0"),

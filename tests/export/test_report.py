@@ -1,4 +1,4 @@
-"""The report: what it shows of a bundle, that a stranger's names stay text, and how a real browser shows it."""
+"""The report: what it shows of a bundle, that untrusted names are shown as text, and how a real browser shows it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from ldm_export.cli import main
 from ldm_export.screen import human_bytes
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.images import psnr
-from ldm_runtime.manifest import COMPONENTS, NAME
 from tests.support.browser import screenshot, shown
 from tests.support.markup import Page, assert_self_contained
 
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 PROMPTS = ("a red circle", "a blue square left of a green cross")
 STEPS = 3
 HOSTILE = (
@@ -55,7 +56,7 @@ def test_pictures_are_those_the_runtime_draws_with_their_amplified_difference(
 ) -> None:
     page = Page.read(half_page)
     assert_self_contained(page)
-    head, *rows = page.table("prompt")
+    head, *rows = page.table("request")
     assert head[:3] == ["prompt", "fp32", "fp16"] and len(rows) == 2
     times = int(head[3].removeprefix("|fp16 − fp32| × "))
     found, expected = pictures(page), []
@@ -90,7 +91,7 @@ def test_precisions_islands_and_origin_are_shown(half_bundle: Bundle, half_page:
         assert (int(nodes), int(kept)) == (facts["half"], len(facts["islands"]))
         assert f"{sum(reason == 'softmax' for reason in facts['islands'].values())} softmax" in why
     assert page.text.count("largest fp16 number") == 1
-    assert ["checkpoint", "tiny"] in page.table("asked for")
+    assert ["checkpoint", "tiny"] in page.table("build request")
 
 
 def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundle, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundl
     assert main(["report", str(int8_bundle.folder), "--steps", "2", "-o", str(target), "--quiet"]) == 0
     page, facts = Page.read(target), json.loads(int8_bundle.file("report/int8.json").read_text())
     assert_self_contained(page)
-    assert page.table("prompt")[0][:3] == ["prompt", "fp32", "int8"]
+    assert page.table("request")[0][:3] == ["prompt", "fp32", "int8"]
     assert "Budget met: at least 20 dB on 1 image, mean " in page.text and facts["record"]["sha256"] in page.text
     (outcome,) = [rows for rows in page.tables if any(row[0] == "UNet operations in int8" for row in rows)]
     told = {row[0]: row[1] for row in outcome}
@@ -122,7 +123,7 @@ def test_a_bundle_of_fp32_alone_gives_a_page_without_comparisons(tiny_bundle: Pa
     assert told == {"page": str(target), "bytes": target.stat().st_size, "precisions": ["fp32"]}
     page = Page.read(target)
     assert_self_contained(page)
-    assert page.table("prompt")[0] == ["prompt", "fp32"] and len(pictures(page)) == 4
+    assert page.table("request")[0] == ["prompt", "fp32"] and len(pictures(page)) == 4
     assert "Half precision" not in page.text and "Differences" not in page.text
 
 
