@@ -52,8 +52,10 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
     told = json.loads(out)
     assert err == "" and set(told) == {"bundle", "bytes", "made", "seconds"}
     assert told["bundle"] == "sub/bundle"
-    traced, derived = ("text_encoder", "unet", "decoder"), ("unet.onnxruntime-cpu", "step", "guided_step")
-    assert sorted(told["made"]) == sorted(["tokenizer", *(f"{name}.fp32" for name in (*traced, *derived))])
+    graphs = ("text_encoder", "unet", "decoder", "step", "guided_step")
+    assert sorted(told["made"]) == sorted(
+        ["tokenizer", "unet.fp32.onnxruntime-cpu", *(f"{name}.fp32" for name in graphs)]
+    )
     built = Bundle.open(place / "sub/bundle")
     built.check()
     assert told["bytes"] == sum(fact.size for fact in built.manifest.files.values())
@@ -67,7 +69,7 @@ def test_build_keeps_valid_files_and_rebuilds_damaged_ones(tiny_checkpoint, bund
     before = (bundle_copy / NAME).read_bytes()
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
     assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 10 files\n", out)
-    assert re.fullmatch(r"nothing to do, all of it is there; \d+ s\n", err)
+    assert re.fullmatch(r"nothing to do, the bundle is complete; \d+ s\n", err)
     (bundle_copy / "tokenizer.json").write_bytes(b"{}")
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
     assert re.fullmatch(r"made tokenizer; \d+ s\n", err)
@@ -137,7 +139,7 @@ def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     assert set(facts["components"]) == set(ALL)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
+    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision", "quantize"}
     assert (facts["request"]["checkpoint"], facts["request"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
     assert facts["files"] == sizes and len(sizes) == 10
