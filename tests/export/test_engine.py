@@ -13,6 +13,7 @@ import tensorrt_rtx
 
 from ldm_export.bundle.build import build
 from ldm_export.cli import main
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove

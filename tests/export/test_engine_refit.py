@@ -14,6 +14,7 @@ import pytest
 import tensorrt_rtx
 
 from ldm_export.bundle.build import build
+from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint

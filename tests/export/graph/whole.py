@@ -13,13 +13,14 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from ldm_export.families.text_to_image import ModelShape
-from ldm_export.graph.wrappers import UNet, free_upsampling
 from numpy.typing import NDArray
 from torch import nn
 from torch.export import Dim
 
+from ldm_export.families.text_to_image import ModelShape
 from ldm_export.graph.onnx_graph import OPSET, export_graph, load_graph, save_graph
+from ldm_export.graph.wrappers import UNet, free_upsampling
+from ldm_runtime.model import Latents
 
 Arrays = Mapping[str, NDArray[Any]]
 TOKENS, WIDTH = 5, 24
@@ -124,7 +125,7 @@ def whole(kind: str, folder: Path) -> Whole:
     net = net.eval().requires_grad_(False)
     if kind.startswith("conditional"):
         module: nn.Module = UNet(net).eval()
-        spec = ModelShape(tokens=TOKENS, context_width=WIDTH, latents=Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
+        spec = ModelShape(TOKENS, WIDTH, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
         export_graph(module, spec, path)
     else:
         module = _Unconditional(net).eval()
