@@ -1,7 +1,7 @@
 """Measures what int8 costs on the demo model: images of held-out prompts by fp32 and int8 with the same seeds.
 
-Make the bundle with `ldm-export build --precision int8 -o build/shapes-int8`; its budget was kept on other prompts than
-these. Writes PSNR, SSIM and the prompt accuracy for each backend; the grader has no learned part.
+Make the bundle with `ldm-export build --precision int8 -o build/shapes-int8`; its budget was checked on other prompts
+than these. Writes PSNR, SSIM and the prompt accuracy for each backend; the grader has no learned part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.quality import Picture, mean_psnr, psnr, ssim
+from ldm_calibration.quality import Image, image_psnr, mean_psnr, ssim
 from ldm_export.bench.figures import machine, versions
 from ldm_export_demo import grade
 from ldm_export_demo.grammar import held_out_prompts
@@ -26,8 +26,8 @@ BATCH = 10
 VARIANTS = (("onnxruntime", "int8"), ("openvino", "int8"))
 
 
-def pictures(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[Picture]:
-    """One picture for each prompt, with a seed of its own; 50 steps, eta 0.3, guidance 6."""
+def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[Image]:
+    """One image for each prompt, each with its own seed; 50 steps, eta 0.3, guidance 6."""
     found = []
     with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=precision) as pipeline:
         starts = range(0, len(prompts), BATCH)
@@ -46,13 +46,13 @@ def main() -> None:
     args = parser.parse_args()
     report = json.loads(Bundle.open(args.bundle).file("report/int8.json").read_text())
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
-    exact = pictures(args.bundle, "onnxruntime", "fp32", prompts)
+    exact = images_of(args.bundle, "onnxruntime", "fp32", prompts)
     rows, table = [], Table("backend", "PSNR mean", "PSNR worst", "SSIM mean", "correct fp32", "correct int8")
     for backend, precision in VARIANTS:
         begun = time.perf_counter()
-        found = pictures(args.bundle, backend, precision, prompts)
-        decibels = [psnr(*pair) for pair in zip(exact, found, strict=True)]
-        marks = [grade(drawn, prompts) for drawn in (exact, found)]
+        found = images_of(args.bundle, backend, precision, prompts)
+        decibels = [image_psnr(*pair) for pair in zip(exact, found, strict=True)]
+        marks = [grade(images, prompts) for images in (exact, found)]
         row = {
             "backend": backend,
             "psnr_mean": mean_psnr(decibels),

@@ -26,26 +26,27 @@ from typing import Any
 import numpy as np
 import onnx
 from executed import OpenVinoFormat, int8_share
-from ldm_runtime.ddim import DDIM
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ldm_calibration.model import CalibrationModel
 from ldm_calibration.record import read_record
-from ldm_calibration.sampling import unet_feeds
-from ldm_calibration.trajectories import Model, run_trajectories
+from ldm_calibration.sampling import feeds_of
+from ldm_calibration.settings import CalibrationSettings
+from ldm_calibration.trajectories import run_trajectories
 from ldm_export_demo.grader import accuracy
 from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.backends import Backend
+from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.images import psnr
-from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import ComponentSpec
 
 NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
@@ -165,14 +166,12 @@ def digest(*facts: object) -> str:
 
 
 def calibration_feeds(bundle: Bundle) -> list[Feed]:
-    """The samples ours was calibrated with: the record's prompts, seeds and steps run again."""
-    manifest = bundle.manifest
-    specs = {name: part.spec for name, part in manifest.components.items() if name in COMPONENTS}
-    graphs = {name: bundle.graph(name, "fp32") for name in specs}
-    model = Model(graphs, specs, bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler))
-    asked = read_record(bundle.file("calibration.json")).document["settings"]
-    held = run_trajectories(model, asked["prompts"], asked["steps"], asked["eta"], asked["guidance_scale"])
-    return unet_feeds(held, asked["samples"])
+    """The samples that ours was calibrated with: the record's requests, seeds and steps run again."""
+    description = bundle.manifest.model
+    graphs = {name: bundle.graph(name, "fp32") for name in pipeline_components(description)}
+    settings = CalibrationSettings(**read_record(bundle.file("calibration.json")).document["settings"])
+    recorded = run_trajectories(CalibrationModel(description, graphs, bundle.file), settings, ("unet",))
+    return feeds_of(recorded, "unet", settings.samples)
 
 
 def write_samples(feeds: Sequence[Feed], folder: Path) -> Path:
@@ -206,7 +205,7 @@ def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Pa
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=backend) as pipeline:
         spec = bundle.manifest.components["unet"].spec
         backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
-        changed = LatentDiffusionPipeline(backends, pipeline.tokenizer, pipeline.scheduler)
+        changed = LatentDiffusionPipeline(pipeline.model, backends, bundle.file)
         starts = range(0, len(prompts), BATCH)
         for start in track(starts, description=graph.stem, console=Console(stderr=True)):
             texts = prompts[start : start + BATCH]

@@ -1,8 +1,8 @@
-"""What serving costs beside the UNet itself: the engine room, Triton before it, and the UNet called at each step.
+"""Cost of serving beside the UNet itself: the batch scheduler, Triton, and a UNet that is called at each step.
 
-Three ways to draw the same pictures take turns in each round: the UNet alone at that batch (what is possible), the
-engine room in this process, and a real Triton server whose `ldm_stream` runs the UNet in its process or calls the model
-`unet` at each step. Then what a step costs without any UNet, at the size of the published model.
+Each round generates the same images in turn with the UNet alone at that batch (the upper bound), with the batch
+scheduler in this process, and with a real Triton server whose `ldm_stream` runs the UNet in its process or calls the
+model `unet` at each step. Then it measures the cost of a step without any UNet, at the size of the published model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from ldm_runtime.ddim import DDIM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,9 +31,11 @@ from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
+from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
-from ldm_runtime.request import Geometry
-from ldm_runtime.specs import Axis
+from ldm_runtime.guidance import StepBranches
+from ldm_runtime.request import Plan
+from ldm_runtime.schedulers import DDIM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,24 +49,24 @@ BAR, STEP_BAR = 0.90, 1.0
 
 
 def raw(pipeline: LatentDiffusionPipeline, prompts: int, steps: int) -> float:
-    """Seconds of ``steps`` UNet calls alone, of so many guided prompts, what they share computed before."""
-    rng = np.random.default_rng(0)
-    shapes = {spec.name: (2 * prompts, *spec.bounds("opt")[1:]) for spec in pipeline.backends["unet"].inputs}
-    sample, context = (rng.standard_normal(shapes[name], np.float32) for name in ("sample", "context"))
-    conditioning, times = pipeline.unet.encode(context), np.full(2 * prompts, 500, np.int64)
+    """Seconds of ``steps`` UNet calls alone, for guided prompts; what the steps share is computed before."""
+    plan = pipeline.plan(Request(["a"] * prompts, seed=0, guidance_scale=GUIDANCE, num_inference_steps=1))
+    conditioning, embedded = pipeline.condition(plan), pipeline.denoiser.embed(plan.trajectory.timesteps)
+    schedule = {name: array.repeat(plan.rows, 0) for name, array in embedded.items()}
+    sample = np.random.default_rng(0).standard_normal((plan.rows, *plan.shape[1:]), np.float32)
     begun = time.perf_counter()
     for _ in range(steps):
-        pipeline.unet(sample, times, conditioning)
+        pipeline.denoiser(sample, schedule, conditioning)
     return time.perf_counter() - begun
 
 
-def in_the_room(room: BatchScheduler, prompts: list[str], steps: int) -> tuple[float, float, float]:
-    """Seconds for all prompts; of them those of text encoder and decoder; milliseconds of other work a step."""
-    before, begun = room.figures(), time.perf_counter()
+def scheduled(scheduler: BatchScheduler, prompts: list[str], steps: int) -> tuple[float, float, float]:
+    """Seconds for all prompts; those of conditioning and decoder among them; milliseconds of other work per step."""
+    before, begun = scheduler.snapshot(), time.perf_counter()
     options = {"num_inference_steps": steps, "eta": ETA, "guidance_scale": GUIDANCE}
-    for ticket in [room.submit(Request(prompt, seed=seed, **options)) for seed, prompt in enumerate(prompts)]:
-        ticket.result()
-    seconds, after = time.perf_counter() - begun, room.figures()
+    for job in [scheduler.submit(Request(prompt, seed=seed, **options)) for seed, prompt in enumerate(prompts)]:
+        job.result()
+    seconds, after = time.perf_counter() - begun, scheduler.snapshot()
     spent = {stage: after.seconds[stage] - before.seconds[stage] for stage in after.seconds}
     other = (spent["step"] + spent["noise"]) / (after.steps - before.steps) * 1000
     return seconds, spent["encode"] + spent["decode"], other
@@ -84,32 +85,32 @@ def over_triton(grpc: Grpc, prompts: list[str], steps: int) -> float:
 
 
 def without_a_unet(images: int, seconds: float, eta: float, steps: int = 200) -> dict[str, float]:
-    """Milliseconds a step of the engine room's own work, for guided images of the published model's size.
+    """Milliseconds per step of the batch's own work, for guided images of the published model's size.
 
-    A UNet that takes ``seconds`` and does nothing stands in for the real one; noise is drawn beside it.
+    A UNet that sleeps for ``seconds`` replaces the real one; noise is generated meanwhile.
     """
-    geometry = Geometry(4, Axis("height", 2, 32, 128), Axis("width", 2, 32, 128), 32, 8)
     scheduler = DDIM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    trajectory = scheduler.trajectory(1000, eta)
     predicted = np.random.default_rng(0).standard_normal((2 * images, 4, 32, 32)).astype(np.float32)
+    both, branches = (StepBranches.BOTH,) * len(trajectory), ("unconditional", "conditional")
 
     class Idle:
-        def __call__(self, sample: np.ndarray, timestep: np.ndarray, conditioning: object) -> np.ndarray:
+        def __call__(self, sample: np.ndarray, schedule: object, conditioning: object) -> np.ndarray:
             time.sleep(seconds)
             return predicted
 
-    with ThreadPoolExecutor(1) as drawer:
-        batch, tally = Batch(Idle(), 2 * images, None, drawer), Counters(2 * images)
+    with ThreadPoolExecutor(1) as executor:
+        batch, counters = Batch(Idle(), Limits(max_rows=2 * images), executor), Counters(2 * images)
         for seed in range(images):
-            request = Request("a", seed=seed, eta=eta, guidance_scale=GUIDANCE, num_inference_steps=1000)
-            plan, schedule = request.plan(geometry), scheduler.schedule(1000, eta)
-            ticket = Job(plan, schedule, priority=2, seconds=None, progress=None, preview_every=0)
-            batch.join(ticket, {"context": np.zeros((2, 77, 1280), np.float32)})
+            plan = Plan(Request("a"), (seed,), (1, 4, 32, 32), None, GUIDANCE, branches, both, trajectory)
+            schedule = {"time_embedding": np.zeros((len(trajectory), 1280), np.float32)}
+            batch.join(Job(plan), {"context": np.zeros((2, 77, 1280), np.float32)}, schedule)
         for _ in range(10):
-            batch.step(tally)
-        before = dict(tally.seconds)
+            batch.step(counters)
+        before = dict(counters.seconds)
         for _ in range(steps):
-            batch.step(tally)
-    spent = {stage: (tally.seconds[stage] - before[stage]) / steps * 1000 for stage in ("step", "noise")}
+            batch.step(counters)
+    spent = {stage: (counters.seconds[stage] - before[stage]) / steps * 1000 for stage in ("step", "noise")}
     return {
         "images": images,
         "eta": eta,
@@ -120,7 +121,7 @@ def without_a_unet(images: int, seconds: float, eta: float, steps: int = 200) ->
 
 
 class Servers:
-    """Two Triton servers of one bundle: the UNet in the engine room's process, and called at each step."""
+    """Two Triton servers of one bundle: the UNet in the process of `ldm_stream`, and called at each step."""
 
     def __init__(self, bundle: Path, folder: Path):
         self.asked: dict[str, Grpc] = {}
@@ -149,7 +150,7 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", precision="fp32") as pipeline,
-        BatchScheduler(pipeline) as room,
+        BatchScheduler(pipeline) as scheduler,
     ):
         servers = Servers(bundle, Path(folder))
         try:
@@ -162,11 +163,11 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
                         for way, grpc in servers.asked.items()
                     },
                 }
-                found: dict[str, list[float]] = {name: [] for name in (*ways, "room", "models", "other_ms")}
+                found: dict[str, list[float]] = {name: [] for name in (*ways, "scheduler", "models", "other_ms")}
                 for number in range(rounds + 1):
                     values = {name: way() for name, way in ways.items()}
-                    timed = in_the_room(room, prompts, steps)
-                    values |= dict(zip(("room", "models", "other_ms"), timed, strict=True))
+                    timed = scheduled(scheduler, prompts, steps)
+                    values |= dict(zip(("scheduler", "models", "other_ms"), timed, strict=True))
                     for name, value in values.items() if number else ():  # the first round warms up
                         found[name].append(value)
                 rows.append(_row(count, steps, found))
@@ -181,13 +182,13 @@ def _row(count: int, steps: int, found: dict[str, list[float]]) -> dict[str, flo
     def share(way: str) -> float:
         return statistics.median(a / b for a, b in zip(found["raw"], found[way], strict=True))
 
-    steps_alone = [whole - models for whole, models in zip(found["room"], found["models"], strict=True)]
+    steps_alone = [whole - models for whole, models in zip(found["scheduler"], found["models"], strict=True)]
     per_step = [(b - a) / steps * 1000 for a, b in zip(found["triton"], found["triton_per_step"], strict=True)]
     return {
         "prompts": count,
         "unet_call_ms": middle["raw"] / steps * 1000,
-        "room_steps_share": statistics.median(a / b for a, b in zip(found["raw"], steps_alone, strict=True)),
-        "room_share": share("room"),
+        "scheduler_steps_share": statistics.median(a / b for a, b in zip(found["raw"], steps_alone, strict=True)),
+        "scheduler_share": share("scheduler"),
         "triton_share": share("triton"),
         "triton_per_step_share": share("triton_per_step"),
         "other_work_ms_a_step": middle["other_ms"],
@@ -214,17 +215,21 @@ def main() -> None:
         "throughput": rows,
         "own_work": own,
         "bars": {
-            "share at 16, steps": last["room_steps_share"] >= BAR,
-            "share at 16, whole pictures": last["room_share"] >= BAR,
+            "share at 16, steps": last["scheduler_steps_share"] >= BAR,
+            "share at 16, whole pictures": last["scheduler_share"] >= BAR,
             "share at 16, through Triton": last["triton_share"] >= BAR,
             "own work a step at 16": most <= STEP_BAR,
         },
     }
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    table = Table("prompts", "UNet call", "room, steps", "room, whole", "Triton", "Triton, per step", "a call costs")
+    table = Table(
+        "prompts", "UNet call", "scheduler, steps", "scheduler, whole", "Triton", "Triton, per step", "a call costs"
+    )
     for row in rows:
-        shares = (f"{row[f'{way}share']:.1%}" for way in ("room_steps_", "room_", "triton_", "triton_per_step_"))
+        shares = (
+            f"{row[f'{way}share']:.1%}" for way in ("scheduler_steps_", "scheduler_", "triton_", "triton_per_step_")
+        )
         call = f"{row['unet_call_ms']:.1f} ms"
         table.add_row(str(row["prompts"]), call, *shares, f"{row['per_step_call_costs_ms']:.2f} ms")
     Console().print(table)

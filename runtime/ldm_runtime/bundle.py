@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.atomic_files import sha256, write_together
-from ldm_runtime.bundle_layout import MANIFEST, files_of_graph
+from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import FileFact, Manifest, read_manifest
 from ldm_runtime.model import DECODER, UNET
@@ -69,7 +69,8 @@ class Bundle:
     def graph(self, component: str, precision: str, variant: str = "") -> Path:
         """The checked ONNX graph of a component; its external weights, if any, are checked too.
 
-        ``variant`` names an engine; its own variant of the graph is returned if the bundle has one.
+        ``variant`` names an engine; its own variant of the graph is returned if the bundle has one. A variant may read
+        the weights of the portable graph, so both graphs' weights are checked.
 
         Raises:
             ManifestError: no graph of that precision, or a file of it is not what was built.
@@ -81,9 +82,10 @@ class Bundle:
                 f"{self.folder}: component {component} has no {precision} graph, only "
                 f"{', '.join(part.graphs) or 'none'}; build it with `ldm-export build --precision {precision}`"
             )
-        for file in reversed(files_of_graph(name, self.manifest.files)):
-            path = self.file(file)
-        return path
+        for weights in dict.fromkeys(map(weights_file, (part.graphs.get(precision, name), name))):
+            if weights in self.manifest.files:
+                self.file(weights)
+        return self.file(name)
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
         """Check every file the manifest lists.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-import reprlib
 from dataclasses import dataclass
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import DECODER, UNET, ModelDescription
+from ldm_runtime.number_checks import as_integer, shown
 from ldm_runtime.specs import Axis
 
 __all__ = ["Geometry"]
@@ -59,14 +58,11 @@ class Geometry:
         if pixels is None:
             return axis.opt
         low, high = axis.min * self.factor, axis.max * self.factor
-        try:
-            size = -1 if isinstance(pixels, bool) else operator.index(pixels)  # type: ignore[call-overload]
-        except TypeError:
-            size = -1
-        if size % self.factor or not low <= size <= high:
+        size = as_integer(pixels)
+        if size is None or size % self.factor or not low <= size <= high:
             expected = f"a multiple of {self.factor} from {low} to {high} pixels"
-            raise SpecError(f"{side}: got {reprlib.repr(pixels)}, expected {expected}")
-        return int(size // self.factor)
+            raise SpecError(f"{side}: got {shown(pixels)}, expected {expected}")
+        return size // self.factor
 
 
 def _axis(dim: Axis | int) -> Axis:

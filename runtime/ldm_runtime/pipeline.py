@@ -262,7 +262,8 @@ class LatentDiffusionPipeline:
             embedded = {name: np.repeat(array[index : index + 1], len(rows), 0) for name, array in schedule.items()}
             predicted = self.denoiser(rows, embedded, conditioning if both else conditional)
             if both:
-                predicted, direction = guide(*np.split(predicted, 2), np.float32(plan.guidance_scale))
+                unconditional, guided = np.split(predicted, 2)
+                predicted, direction = guide(unconditional, guided, np.float32(plan.guidance_scale))
             elif branches is StepBranches.REUSED:
                 predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
             state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from ldm_export.cli import main, make_parser
 from ldm_runtime.triton.prometheus import COUNTERS, GAUGES
-from ldm_runtime.triton.tensors import STREAM_INPUTS, STREAM_OUTPUTS
+from ldm_runtime.triton.tensors import input_fields, output_fields
 from tests.support.dockerfile import ROOT, stages
+from tests.support.numpy_model import description
 from tests.support.triton_server import TritonServer
 
 PAGE, EXAMPLES = ((ROOT / "docs" / name).read_text() for name in ("serving.md", "serving-examples.md"))
@@ -57,7 +58,9 @@ def test_every_command_is_one_that_the_command_line_takes(text: str) -> None:
 
 def test_every_name_is_one_that_the_server_has() -> None:
     told = set(re.findall(r"`(\w+)`", PAGE))
-    assert {wire.name for wire in (*STREAM_INPUTS, *STREAM_OUTPUTS)} <= told
+    for model in (description(), description(text=False)):
+        fields = (*input_fields(model, stream=True), *output_fields(model, stream=True))
+        assert {field.name for field in fields} <= told
     metrics = set(re.findall(r"`(ldm_\w+?)(?:\{\w+\})?`", PAGE)) - {"ldm_stream", "ldm_runtime"}
     assert metrics == {*GAUGES, *COUNTERS}
     files = re.findall(r"docker/[\w./-]*[\w/]", PAGE)

@@ -1,4 +1,4 @@
-"""``ldm-export bench``: every part on every backend asked for, in turns, and what it refuses. No time is asserted."""
+"""``ldm-export bench``: every component on every backend in turns, and refusals. No time is asserted."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from ldm_export.bench.benchmark import PARTS
+from ldm_export.bench.benchmark import BenchSettings, Combination, benchmark
+from ldm_export.bench.component_feeds import component_rows, feed_at
 from ldm_export.bench.figures import Timing, machine, speedup
 from ldm_export.bench.worker_pool import Worker, rounds
 from ldm_export.cli import main
 from ldm_runtime.errors import BackendError
+from ldm_runtime.model import Latents, ModelDescription
+from tests.support.small_bundle import SPECS, write_small_bundle
 
+PER_BATCH = ("cross_attention_kv", "unet", "decoder", "image")
+"""Parts whose work depends on the batch size, in the order of the manifest."""
 FAST = ("--steps", "2", "--runs", "2", "--threads", "1")
 
 
@@ -35,7 +41,8 @@ def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> No
     assert list(facts["combinations"]) == names
     assert [part["choice"]["backend"] for part in facts["combinations"].values()] == ["onnxruntime", "openvino"]
     measures = facts["measures"]
-    parts = [(part, batch) for batch in (1, 2) for part in PARTS if (part, batch) != ("text_encoder", 2)]
+    first = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder", "image")
+    parts = [*((part, 1) for part in first), *((part, 2) for part in PER_BATCH)]
     assert [(m["part"], m["batch"], m["combination"]) for m in measures] == [
         (*p, name) for p in parts for name in names
     ]
@@ -48,6 +55,31 @@ def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> No
     assert all(m["ratio"] == 1 for m in measures if m["combination"] == names[0])
     texts = {mark.text for mark in ElementTree.parse(chart).iter("{http://www.w3.org/2000/svg}text")}
     assert {*names, "images a second", "unet × 2", "decoder"} <= texts
+
+
+def test_an_unconditional_model_is_timed_by_its_number_of_images(tmp_path: Path) -> None:
+    write_small_bundle(tmp_path / "bundle")
+    calls: list[str] = []
+    settings = BenchSettings(batches=(1, 3), runs=1, threads=1, height=8)
+    combinations = [Combination("onnxruntime", "fp32"), Combination("onnxruntime", "bf16")]
+    result = benchmark(tmp_path / "bundle", combinations, settings, lambda what, done, total: calls.append(what))
+    assert [(measure.part, measure.batch) for measure in result.measures] == [
+        *(("time_embedding", 1), ("unet", 1), ("decoder", 1), ("image", 1)),
+        *(("unet", 3), ("decoder", 3), ("image", 3)),
+    ]
+    assert "has no bf16 graph" in result.refused["onnxruntime bf16"]
+    assert (result.settings.steps, result.settings.guidance_scale, result.settings.eta) == (4, 1.0, 0.0)
+    assert "unet × 4" in result.chart() and calls[0] == "loading onnxruntime fp32"
+
+
+def test_rows_and_inputs_of_components() -> None:
+    model = ModelDescription("unconditional", SPECS, (), (), Latents(4, 2), {})
+    rows = [component_rows(model, name, 3, 2, 50) for name in ("time_embedding", "unet", "decoder")]
+    assert rows == [16, 6, 3]  # the graph of the time embedding takes 16 timesteps
+    assert component_rows(model, "time_embedding", 3, 2, 5) == 5
+    feed = feed_at(SPECS["unet"], {"batch": 6, "height": 5})
+    assert {name: array.shape for name, array in feed.items()} == {"sample": (6, 4, 5, 4), "time_embedding": (6, 8)}
+    assert set(np.unique(feed_at(SPECS["time_embedding"], {"batch": 16})["timestep"])) == {0, 1}
 
 
 def test_a_table_and_what_was_left_out(tiny_bundle: Path, capfd) -> None:
@@ -68,7 +100,7 @@ REFUSED = {
     "steps": (["bundle", "--steps", "0", "--batch", "1"], "steps: got 0, expected 1..1000"),
     "guidance": (["bundle", "--guidance", "nan", "--batch", "1"], "guidance_scale: got nan, expected a finite number"),
     "nothing runs": (["bundle", "--precision", "fp16", "--backend", "onnxruntime"], "has no fp16 graph"),
-    "no chart": (["bundle", "-o", "bench.png"], "bench.png: expected the name of a picture that ends in .svg"),
+    "no chart": (["bundle", "-o", "bench.png"], "bench.png: expected the name of a file that ends in .svg"),
     "no place": (["bundle", "-o", "no/bundle.svg", "--batch", "1", *FAST], "no/bundle.svg: cannot be written"),
 }
 
@@ -81,7 +113,7 @@ def test_what_cannot_be_timed(refused, bundle_copy: Path, case: str) -> None:
 
 
 ECHO = """
-from ldm_export.bench.worker_process import obey
+from ldm_export.bench.worker_process import serve_commands
 def start(settings):
     if settings.get("refuse"): raise ValueError("it will\\nnot")
     print("noise that is no answer")
@@ -89,7 +121,7 @@ def start(settings):
         if command.get("die"): raise SystemExit(3)
         return lambda: {"got": [settings["name"], command["number"]]}
     return ready, {"hello": settings["name"]}
-obey(start)
+serve_commands(start)
 """
 
 

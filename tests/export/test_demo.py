@@ -15,15 +15,15 @@ import pytest
 
 from ldm_calibration.record import read_record
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import build
+from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
-from ldm_export.bundle.int8_stages import RECORD
 from ldm_export.checkpoint.digest import weights_sha256
 from ldm_export.demo import calibration_prompts, default_prompts, demo_checkpoint, demo_grader, is_demo
 from ldm_export.families import open_checkpoint
-from ldm_export.prompts import PROMPTS, PromptSet
+from ldm_export.prompts import PROMPTS
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import SpecError
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD
+from ldm_runtime.errors import BuildError, SpecError
 from tests.support.tiny_int8 import SETTINGS
 
 WITHOUT_DEMO = """
@@ -54,13 +54,13 @@ def test_a_folder_of_the_same_name_is_another_model(tiny_checkpoint: Path, tmp_p
 
 def test_a_bundle_is_recognised_by_what_its_build_recorded(shapes_bundle: Path, tiny_bundle: Path) -> None:
     demo, other = Bundle.open(shapes_bundle), Bundle.open(tiny_bundle)
-    assert demo.manifest.asked["checkpoint_sha256"] == weights_sha256(demo_checkpoint())
+    assert demo.manifest.request["checkpoint_sha256"] == weights_sha256(demo_checkpoint())
     assert is_demo(demo) and not is_demo(other)
     assert default_prompts(other) == PROMPTS != default_prompts(demo)
     assert demo_grader(other) is None and calibration_prompts(other, 2, 2) is None
     calibration, trials = calibration_prompts(demo, 4, 8) or ((), ())
     assert (len(calibration), len(trials)) == (4, 8) and not set(calibration) & set(trials)
-    hostile = replace(demo.manifest, asked={"checkpoint_sha256": [{"x": 1}]})
+    hostile = replace(demo.manifest, request={"checkpoint_sha256": [{"x": 1}]})
     assert not is_demo(replace(demo, manifest=hostile))
 
 
@@ -68,8 +68,10 @@ def test_its_grader_returns_none_for_what_it_cannot_grade(demo_copy: Path) -> No
     grade = demo_grader(demo_copy)
     assert grade is not None
     image = np.zeros((64, 64, 3), np.uint8)
-    assert grade([image], ["a red circle"]) == [False]
-    assert grade([image], ["a photo of a cat"]) is None and grade([image[:32]], ["a red circle"]) is None
+    circle = {"prompts": "a red circle"}
+    assert grade([image], [circle]) == [False]
+    assert grade([image], [{"prompts": "a photo of a cat"}]) is None and grade([image], [{}]) is None
+    assert grade([image[:32]], [circle]) is None
 
 
 @pytest.mark.parametrize("verb", [("build", "-o", "new"), ("verify",)])
@@ -87,8 +89,9 @@ def test_half_precision_is_measured_with_the_given_prompts(
 ) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint)
     first = build(checkpoint, tmp_path / "bundle", "fp16")
+    options = BuildOptions("fp16", requests=({"prompts": "a red circle"},))
     ranges = json.loads(first.bundle.file("report/ranges.json").read_text())
-    again = build(checkpoint, tmp_path / "bundle", "fp16", prompts=PromptSet(("a red circle",)))
+    again = build(checkpoint, tmp_path / "bundle", options=options)
     assert again.origins["ranges"] == "made" and again.origins["unet.fp32"] == "kept"
     assert json.loads(again.bundle.file("report/ranges.json").read_text()) != ranges
     (tmp_path / "p.txt").write_text("a red circle\n")
@@ -101,12 +104,12 @@ def test_half_precision_is_measured_with_the_given_prompts(
 
 def test_prompt_accuracy_is_bounded_by_the_callers_grader(bundle_copy: Path) -> None:
     settings = replace(SETTINGS, max_accuracy_loss=0.5)
-    with pytest.raises(SpecError, match=r"^max accuracy loss: got 0\.5, expected none, .*no grader; give --min-psnr"):
+    with pytest.raises(SpecError, match=r"^max accuracy loss: got 0\.5, but no grader .*give --min-psnr"):
         calibrate(bundle_copy, settings)
-    with pytest.raises(SpecError, match=r"^max accuracy loss: the grader cannot grade these images"):
-        calibrate(bundle_copy, settings, grade=lambda images, prompts: None)
-    built = calibrate(bundle_copy, settings, grade=lambda images, prompts: [True, False])
-    pictures = read_record(built.bundle.file(RECORD)).document["pictures"]
-    assert [(one["correct_fp32"], one["correct_int8"]) for one in pictures] == [(True, True), (False, False)]
+    with pytest.raises(BuildError, match=r"^max accuracy loss: the grader cannot grade the trial images"):
+        calibrate(bundle_copy, settings, grade=lambda images, requests: None)
+    built = calibrate(bundle_copy, settings, grade=lambda images, requests: [True, False])
+    images = read_record(built.bundle.file(CALIBRATION_RECORD)).document["images"]
+    assert [(one["correct_fp32"], one["correct_int8"]) for one in images] == [(True, True), (False, False)]
     summary = write_report(built.bundle)[1]["summary"]
     assert (summary["correct_fp32"], summary["correct_int8"]) == (0.5, 0.5)

@@ -19,7 +19,7 @@ from ldm_calibration.qdq import insert_qdq
 from ldm_calibration.record import read_record
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.engine.builder import build_engine
-from ldm_export.engine.request import EngineRequest
+from ldm_export.engine.request import EngineJob, EngineRequest
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
@@ -71,15 +71,16 @@ def test_openvino_executes_every_chosen_layer_in_int8(calibrated: Bundle, name: 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_tensorrt_rtx_builds_it_and_its_program_computes_in_int8(calibrated: Bundle, name: str, tmp_path: Path) -> None:
     held = part(calibrated, name)
-    islands = [layer["name"] for layer in held.layers if not layer["int8"]]
-    made = build_engine(
+    islands = tuple(layer["name"] for layer in held.layers if not layer["int8"])
+    job = EngineJob(
         calibrated.graph(name, "int8"),
         calibrated.manifest.components[name].spec,
         "int8",
         EngineRequest("tensorrt-rtx", ("8.6", "8.9", "12.0")),
         tmp_path / "engine",
-        islands=islands,
+        islands,
     )
+    made = build_engine(job)
     assert made.proof["matrix_work"]["int8"] > 3, made.proof
 
 

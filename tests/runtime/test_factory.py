@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from ldm_runtime.backends.engine import Choice, Engine, Loader, Placement, Wish,
 from ldm_runtime.backends.factory import open_component, open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
-from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.bundle import file_facts
+from ldm_runtime.bundle_layout import graph_file, weights_file
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, ManifestError
 from ldm_runtime.specs import ComponentSpec
@@ -82,6 +84,17 @@ def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Coun
         open_component(bundle, "vae")
 
 
+def test_weights_that_a_variant_shares_with_the_portable_graph_are_checked(bundle: Bundle) -> None:
+    weights = bundle.folder / weights_file(graph_file("unet", "fp32"))
+    weights.write_bytes(b"weights")
+    files = {**bundle.manifest.files, **file_facts(bundle.folder, [str(weights.relative_to(bundle.folder))])}
+    shared = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    assert shared.graph("unet", "fp32", VARIANT).name == f"fp32.{VARIANT}.onnx"
+    weights.write_bytes(b"damaged")
+    with pytest.raises(ManifestError, match=r"unet/fp32\.onnx\.data: got sha256"):
+        open_model(shared, "onnxruntime", device="cpu")
+
+
 def test_a_damaged_file_is_refused_before_anything_is_loaded(bundle: Bundle) -> None:
     (bundle.folder / "decoder/fp32.onnx").write_bytes(b"damaged")
     with pytest.raises(ManifestError, match=r"decoder/fp32\.onnx: got 7 bytes"):
@@ -96,6 +109,32 @@ def test_both_engines_of_the_cpu_generate_the_same_image(bundle: Bundle, tmp_pat
             images.append(np.asarray(pipeline(count=2, seed=1).images[1], int))
     assert np.abs(images[0] - images[1]).max() <= 1 and images[0].std() > 1
     assert len(list((tmp_path / "cache").iterdir())) == 3  # a folder for each graph that OpenVINO compiled
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_pipeline_frees_what_it_has_used_if_asked(bundle: Bundle, keep: bool) -> None:
+    with LatentDiffusionPipeline.from_bundle(bundle, backend="openvino", keep_loaded=keep, threads=1) as pipeline:
+        backends = pipeline.backends.values()
+        assert pipeline.choice is not None and pipeline.choice.backend == "openvino"
+        assert not any(isinstance(one, LazyBackend) and one.is_loaded for one in backends)
+        first = pipeline(count=1, seed=1)
+        assert [isinstance(one, LazyBackend) and one.is_loaded for one in backends] == [keep] * 3
+        again = pipeline(count=1, seed=1)
+        assert first.images[0].tobytes() == again.images[0].tobytes()
+
+
+def test_a_text_is_encoded_once_and_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LatentDiffusionPipeline.from_bundle(tiny_bundle, precision="fp32", threads=1) as pipeline:
+        rows: list[int] = []
+        encoder = pipeline.backends["text_encoder"]
+        run = encoder.run
+        monkeypatch.setattr(encoder, "run", lambda feed: rows.append(len(feed["input_ids"])) or run(feed))
+        options = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 3.0}
+        together = pipeline(["a red circle", "a blue square"], **options)
+        assert rows == [1, 1, 1]
+        pipeline(["a blue square", "a red circle"], **options)
+        assert rows == [1, 1, 1]
+        assert len(together.images) == 2
 
 
 class NumpyBackend(SpecBackend):

@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt")
 def weight_files(folder: Path) -> dict[str, Path]:
     """Relative path → file of every weight file in the component folders of a diffusers folder, sorted by path."""
     files = [path for path in folder.glob("*/*") if path.suffix in SUFFIXES and path.is_file()]
-    return {name: path for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files)}
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in files))
 
 
 def weights_sha256(folder: Path) -> str:

@@ -26,6 +26,7 @@ class UNet(nn.Module):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Compute the outputs of the class's docstring."""
         given = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **given, return_dict=False)[0]
         return noise
@@ -50,6 +51,7 @@ class Decoder(nn.Module):
         self.divide = divide
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Compute the outputs of the class's docstring."""
         scaled = latents / self.scaling_factor if self.divide else 1 / self.scaling_factor * latents
         image: torch.Tensor = self.autoencoder.decode(scaled, return_dict=False)[0]
         return (image / 2 + 0.5).clamp(0, 1)

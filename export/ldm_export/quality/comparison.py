@@ -56,7 +56,7 @@ class Difference:
 
 
 def parse_runs(text: str, precision: str | None) -> tuple[Run, ...]:
-    """ "onnxruntime,openvino:fp32": two or more backends, each with a precision of its own or the one given for all.
+    """Parse "onnxruntime,openvino:fp32": two or more backends, each with its own precision or the one given for all.
 
     Raises:
         SpecError: fewer than two, or one of them twice.
