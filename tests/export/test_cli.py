@@ -153,7 +153,7 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert err == "" and facts["within_tolerance"] is True
     assert set(facts["components"]) == set(COMPONENTS)
     assert all(0 <= part["max_error"] < 1e-3 for part in facts["components"].values())
-    assert [picture["prompt"] for picture in facts["pictures"]] == ["a <b>red</b> circle", "a blue [/i] square"]
+    assert [picture["request"]["prompts"] for picture in facts["pictures"]] == ["a <b>red</b> circle", "a blue [/i] square"]
     assert all(picture["max_pixel"] <= 1 for picture in facts["pictures"])
     bundle = Bundle.open(bundle_copy)
     bundle.check()
@@ -163,7 +163,7 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert "http:" not in page and "https:" not in page and "within the tolerance" in page
     out, err = run(capfd, *arguments)
     assert "a blue [/i] square" in out and f"{bundle_copy}/report/verify.html\n" in out and err == ""
-    assert "verify.settings.steps" in run(capfd, "inspect", bundle_copy)[0]
+    assert "verify.settings.num_inference_steps" in run(capfd, "inspect", bundle_copy)[0]
 
 
 def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place, capfd) -> None:
