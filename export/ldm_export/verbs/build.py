@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
-TARGETS = ("tensorrt-rtx", "tensorrt")
 HALF = ("fp16", "bf16")
 RANGED = 16
 """Most requests that the ranges of half precision are measured on."""
@@ -28,7 +28,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=TARGETS, help="also build TensorRT engines")
+    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines")
     engines.add_argument(
         "--compute-capability", metavar="LIST", help="of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)"
     )
