@@ -17,7 +17,7 @@ PROMPT := a small red circle left of a large blue square on a yellow background
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
-	@echo "The picture is in $(CURDIR)/build/demo.png"
+	@echo "The image is in $(CURDIR)/build/demo.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
+# The tests open pages in a real browser. Without one, Debian's Chromium is installed if this runs as root.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
