@@ -130,6 +130,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' DPM-Solver
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, tmp_path: Path) -> None:
     edit_json(tiny / "model_index.json", scheduler=["diffusers", scheduler])
