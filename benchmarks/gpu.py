@@ -1,7 +1,7 @@
-"""Seconds of a denoising step and of a whole picture on a GPU: TensorRT and ONNX Runtime against torch.
+"""Time of a denoising step and of a whole image on a GPU: TensorRT and ONNX Runtime against torch.
 
-All take turns, round by round, so that what the GPU does beside falls on each of them. The floor of a step is the time
-in which the GPU can read the UNet's weights once, by the bandwidth measured here. --device cpu tries the script out.
+The runtimes alternate, so that other load on the GPU affects all of them. The lower bound of a step is the time in
+which the GPU can read the UNet's weights once, from the bandwidth measured here. --device cpu tests the script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = {"eta": 0.3, "guidance_scale": 6.0}
 TOOLS = ("tensorrt-rtx", "tensorrt", "onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "cuda-python", "numpy")
 COPIED, COPIES = 2**30, 20  # bytes moved to measure the bandwidth, and how often
 Timed = Callable[[], dict[str, float]]
-"""Runs once and gives seconds of a step and of a whole call."""
+"""Runs once and returns the seconds of a step and of a whole call."""
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; raises LdmError where there is no GPU or a bundle that cannot be read."""
+    """Return all figures; raises LdmError if there is no GPU or the bundle cannot be read."""
     cuda = Cuda() if args.device == "cuda" else None
     bundle = Bundle.open(args.bundle)
     runs: dict[str, Timed] = {}
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             runs |= theirs(args)
         except (LdmError, ImportError) as error:
             left_out["torch"] = str(error)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "picture": []} for name in runs}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "image": []} for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
             taken = run()
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
-    """A pipeline of the bundle; each run has a prompt of its own, whose text is encoded in the picture's time."""
+    """Return a run of the bundle's pipeline. Each run has a new prompt, whose encoding counts for the image."""
     device = args.device if backend == "onnxruntime" else "auto"
     pipeline = LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=args.precision, device=device)
     prompts = (f"{PROMPT} {number}" for number in count())
@@ -112,25 +112,24 @@ def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
         options = {"seed": 0, "num_inference_steps": args.steps, "images_per_prompt": args.images, **OPTIONS}
         request = Request(next(prompts), **options)
         begun = time.perf_counter()
-        pipeline.texts.encode([str(request.prompts), ""])
+        pipeline.condition(pipeline.plan(request))
         encoded = time.perf_counter()
         *_, last = pipeline.steps(request)
         latents = last.latents  # waits for the device
         denoised = time.perf_counter()
         pipeline.decode(latents)
-        return {"step": (denoised - encoded) / args.steps, "picture": time.perf_counter() - begun}
+        return {"step": (denoised - encoded) / args.steps, "image": time.perf_counter() - begun}
 
-    run()  # loads it, so that an engine that cannot run here is told
+    run()  # loads the engine, and fails here if it cannot run
     return run
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Timed]:
-    """diffusers' pipeline on the same device, as it is and with its UNet compiled."""
+    """Return runs of diffusers' pipeline on the same device, eager and with its UNet compiled."""
     import torch
 
     from ldm_export.demo import demo_checkpoint
-    from ldm_export.families import open_checkpoint
-    from ldm_export.quality.verification import reference_pipeline
+    from ldm_export.families import family_named, open_checkpoint
     from ldm_runtime.errors import BackendError
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -138,7 +137,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     dtype = dtype if args.device == "cuda" else torch.float32
     checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
-    pipeline = reference_pipeline(checkpoint).to(args.device, dtype)
+    pipeline = family_named(checkpoint.family).reference(checkpoint).to(args.device, dtype)
     unets = {"torch eager": pipeline.unet, "torch.compile": torch.compile(pipeline.unet, mode="max-autotune")}
     if args.device == "cpu":
         unets.pop("torch.compile")
@@ -165,7 +164,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
                 begun = time.perf_counter()
                 pipeline([PROMPT] * args.images, generator=generator, num_inference_steps=args.steps, **OPTIONS)
                 wait()
-            return {"step": stepped / args.steps, "picture": time.perf_counter() - begun}
+            return {"step": stepped / args.steps, "image": time.perf_counter() - begun}
 
         return run
 
@@ -173,14 +172,14 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
 
 
 def sample_shape(unet: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the latents a UNet was trained on."""
+    """Return channels, height and width of the latents a UNet was trained on."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
 
 
 def measured_bandwidth(cuda: Cuda) -> float:
-    """Bytes a second that the GPU reads, of a copy within its memory, which reads and writes each byte."""
+    """Return the bytes per second of a copy within the GPU's memory, which reads and writes each byte."""
     source, target = (cuda.call("cudaMalloc", COPIED) for _ in range(2))
     stream = cuda.call("cudaStreamCreate")
     try:
@@ -198,7 +197,7 @@ def measured_bandwidth(cuda: Cuda) -> float:
 
 
 def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
-    """Whether the UNet's engine loads on this GPU although it was built for others, as an 8.0 engine on 9.0."""
+    """Try to load the UNet's engine on this GPU although it was built for others, e.g. an 8.0 engine on 9.0."""
     from ldm_runtime.backends.engine_match import open_package
 
     engines = [one for one in bundle.manifest.components["unet"].engines if one.compute_capabilities]
@@ -217,13 +216,13 @@ def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
 
 
 def device_name(cuda: Cuda) -> str:
-    """What the driver calls the GPU."""
+    """Return the GPU's name."""
     name = cuda.call("cudaGetDeviceProperties", 0).name
     return name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -231,11 +230,11 @@ def installed(name: str) -> str | None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    table = Table("", "step, ms", "picture, ms", "of the floor", title=facts["device"])
+    table = Table("", "step, ms", "image, ms", "of the lower bound", title=facts["device"])
     floor = facts["floor"] and facts["floor"]["step"]
     for name, parts in facts["seconds"].items():
-        step, picture = (parts[what]["median"] for what in ("step", "picture"))
-        table.add_row(name, f"{step * 1e3:.3f}", f"{picture * 1e3:.1f}", f"{step / floor:.2f}×" if floor else "")
+        step, image = (parts[what]["median"] for what in ("step", "image"))
+        table.add_row(name, f"{step * 1e3:.3f}", f"{image * 1e3:.1f}", f"{step / floor:.2f}×" if floor else "")
     if floor:
         table.add_row("reading the weights once", f"{floor * 1e3:.3f}", "", "1.00×")
     Console().print(table)

@@ -1,4 +1,4 @@
-"""The peers' virtual environments: torch with diffusers, and optimum with ONNX Runtime and OpenVINO."""
+"""Virtual environments of the other runtimes: torch with diffusers, and optimum with ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = {
 
 
 def made(work: Path, name: str) -> Path:
-    """The Python of an environment, which is made below ``work`` unless it is there."""
+    """Return the Python of an environment below ``work``; create the environment if it does not exist."""
     folder = work / f"venv-{name}"
     python, stamp = folder / "bin/python", folder / ".made"
     if not stamp.exists():
@@ -31,7 +31,7 @@ def made(work: Path, name: str) -> Path:
 
 
 def run(work: Path, name: str, arguments: list[str]) -> None:
-    """Run a script of ``peer_workers`` in an environment; its output is seen only where it fails."""
+    """Run a script of ``peer_workers`` in an environment; its output is shown only if it fails."""
     script, *rest = arguments
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [str(made(work, name)), str(HERE / script), *rest]

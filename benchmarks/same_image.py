@@ -1,6 +1,6 @@
-"""How close a bundle's pictures are to diffusers' own, over settings, seeds and batch sizes: the demo model.
+"""Difference between a bundle's images and those of diffusers, over settings, seeds and batch sizes.
 
-Writes a table of the largest difference of any pixel, and of the share of pixel values that differ at all.
+Uses the demo model. Writes the largest difference of any pixel value, and the share of values that differ.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main() -> None:
     Console().print(table)
     if args.json:
         tools = {name: version(name) for name in ("torch", "diffusers", "onnxruntime", "numpy")}
-        pictures = args.seeds * sum(args.batches)
-        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "pictures": pictures}
+        images = args.seeds * sum(args.batches)
+        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "images": images}
         facts["rows"] = rows
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
 

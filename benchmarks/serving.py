@@ -73,14 +73,14 @@ def scheduled(scheduler: BatchScheduler, prompts: list[str], steps: int) -> tupl
 
 
 def over_triton(grpc: Grpc, prompts: list[str], steps: int) -> float:
-    """Seconds for all prompts, asked at once over gRPC."""
+    """Return the seconds for all prompts, sent at once over gRPC."""
     begun = time.perf_counter()
     wishes = [
         {"PROMPT": prompt, "SEED": seed, "STEPS": steps, "ETA": ETA, "GUIDANCE": GUIDANCE}
         for seed, prompt in enumerate(prompts)
     ]
-    for asked in [grpc.ask(wish) for wish in wishes]:
-        asked.result()
+    for call in [grpc.ask(wish) for wish in wishes]:
+        call.result()
     return time.perf_counter() - begun
 
 
@@ -124,7 +124,7 @@ class Servers:
     """Two Triton servers of one bundle: the UNet in the process of `ldm_stream`, and called at each step."""
 
     def __init__(self, bundle: Path, folder: Path):
-        self.asked: dict[str, Grpc] = {}
+        self.clients: dict[str, Grpc] = {}
         self._running: list[TritonServer] = []
         for way, options in {"triton": [], "triton_per_step": ["--per-step"]}.items():
             usual = ["--only", "ldm", "--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
@@ -133,12 +133,12 @@ class Servers:
             server = TritonServer(folder / way, folder / f"{way}.log")
             server.start()
             self._running.append(server)
-            self.asked[way] = Grpc(server.grpc)
+            self.clients[way] = Grpc(server.grpc)
             while server.figures().get("ldm_ready") != 1:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        for grpc in self.asked.values():
+        for grpc in self.clients.values():
             grpc.client.close()
         for server in self._running:
             server.stop()
@@ -160,7 +160,7 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
                     "raw": lambda count=count: raw(pipeline, count, steps),
                     **{
                         way: lambda grpc=grpc, prompts=prompts: over_triton(grpc, prompts, steps)
-                        for way, grpc in servers.asked.items()
+                        for way, grpc in servers.clients.items()
                     },
                 }
                 found: dict[str, list[float]] = {name: [] for name in (*ways, "scheduler", "models", "other_ms")}

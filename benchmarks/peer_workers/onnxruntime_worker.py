@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from pictures import draw, pipeline
+from reference_pipeline import draw, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: checkpoint (for configs and tokenizer), graphs (their folder), pictures, threads."""
+    """Settings: checkpoint (configs and tokenizer), graphs (their folder), images, threads."""
     torch.set_num_threads(settings["threads"])
-    names = ("unet", "bert", "decoder")[: 3 if settings["pictures"] else 1]
+    names = ("unet", "bert", "decoder")[: 3 if settings["images"] else 1]
     folder = Path(settings["graphs"])
     sessions = {
         name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
@@ -36,7 +36,7 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
         return run("unet", sample, np.array(timestep, np.int64), context)
 
     made = None
-    if settings["pictures"]:
+    if settings["images"]:
         made = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(run("bert", tokens.numpy())),

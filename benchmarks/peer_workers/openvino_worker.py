@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from pictures import draw, pipeline
+from reference_pipeline import draw, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
 
 
 class Compiled:
-    """A model that is compiled anew when the shapes of its inputs change, as ``OVPipeline.reshape`` does."""
+    """A model that is compiled again when the shapes of its inputs change, as ``OVPipeline.reshape`` does."""
 
     def __init__(self, core: openvino.Core, model: Path, options: dict[str, Any]):
         self._core, self._model, self._options, self._shapes = core, core.read_model(model), options, None
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        """The first output."""
+        """Return the first output."""
         shapes = [list(array.shape) for array in arrays]
         if shapes != self._shapes:
             ports = [port.get_any_name() for port in self._model.inputs]
@@ -35,7 +35,7 @@ class Compiled:
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: checkpoint (configs, tokenizer), models (folder), unet (file in it), precision, pictures, threads."""
+    """Settings: checkpoint (configs, tokenizer), models (folder), unet (file in it), precision, images, threads."""
     torch.set_num_threads(settings["threads"])
     core, folder = openvino.Core(), Path(settings["models"])
     options = {
@@ -49,7 +49,7 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
         return unet(sample, np.full(len(sample), timestep, np.int64), context)
 
     made = None
-    if settings["pictures"]:
+    if settings["images"]:
         bert, decoder = (Compiled(core, folder / f"{name}.xml", options) for name in ("bert", "decoder"))
         made = pipeline(
             Path(settings["checkpoint"]),

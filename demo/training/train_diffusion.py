@@ -49,7 +49,7 @@ def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
 
 @torch.no_grad()
 def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Posterior mean and deviation, each float32 [SCENES, 4, 8, 8], and the sentences; kept in ``latents.pt``."""
+    """Posterior mean and deviation, each float32 [SCENES, 8, 8, 8], and the sentences; cached in ``latents.pt``."""
     sentences, moments = [], []
     kept = folder / "latents.pt"
     count = 256

@@ -125,4 +125,6 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
                 "give --target too"
             )
         return None
-    return EngineRequest(args.target, tuple(filter(None, capabilities)), bounds, args.refittable, args.timing_cache)
+    return EngineRequest(
+        args.target, tuple(filter(None, capabilities)), bounds, refittable=args.refittable, timings=args.timing_cache
+    )

@@ -47,7 +47,7 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         choices=("latents", "results"),
         help="rank layers by their effect on the final latents (default), or on their own results, which is faster",
     )
-    int8.add_argument("--trials", type=int, metavar="N", help="images on which the budget is checked (default 16)")
+    int8.add_argument("--trials", type=int, metavar="N", help="images that check the budget (default 16, graded 100)")
     int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of these (default 50)")
 
 
