@@ -21,7 +21,7 @@ VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, cli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 after an error told in one line on standard error; bad usage exits with 2."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger().setLevel(logging.DEBUG if args.verbose else logging.ERROR)
     logging.captureWarnings(True)
@@ -39,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, LdmError):
             return _told(str(error))
         raise
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments; prompts may also follow the options, which argparse does not allow for optional positionals."""
+    args, extra = parser.parse_known_args(arguments)
+    if extra and (not hasattr(args, "prompts") or any(argument.startswith("-") for argument in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.prompts = [*args.prompts, *extra]
+    return args
 
 
 def _told(message: str) -> int:

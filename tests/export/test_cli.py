@@ -153,7 +153,10 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert err == "" and facts["within_tolerance"] is True
     assert set(facts["components"]) == {"text_encoder", "unet", "decoder"}
     assert all(0 <= part["max_error"] < 1e-3 for part in facts["components"].values())
-    assert [picture["prompt"] for picture in facts["pictures"]] == ["a <b>red</b> circle", "a blue [/i] square"]
+    assert [picture["request"]["prompts"] for picture in facts["pictures"]] == [
+        "a <b>red</b> circle",
+        "a blue [/i] square",
+    ]
     assert all(picture["max_pixel"] <= 1 for picture in facts["pictures"])
     bundle = Bundle.open(bundle_copy)
     bundle.check()

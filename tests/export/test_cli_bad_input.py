@@ -76,7 +76,7 @@ ASKED = {
     "spaces": ([" \n "], "prompts: got an empty prompt"),
     "100 000 characters": (["a" * 10**5], ": got 100000 characters, expected at most 10000; shorten it"),
     "no Unicode": (["a \udcff"], ": character 2 is the lone surrogate U+DCFF, expected Unicode"),
-    "33 prompts": (["a"] * 33, "prompts: got 33 images in one call, expected 1..32; make several calls"),
+    "33 prompts": (["a"] * 33, "images: got 33 in one call, expected 1..32; make several calls"),
     "width 63": (["--width", "63", PROMPT], "width: got 63, expected a multiple of 8 from 16 to 1024 pixels"),
     "height 0": (["--height", "0", PROMPT], "height: got 0, expected a multiple of 8"),
     "height 2000": (["--height", "2000", PROMPT], "height: got 2000, expected a multiple of 8 from 16 to 1024"),
