@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,9 +130,23 @@ def test_other_factor_and_grey_images(
     with Image.open(output) as image:
         assert (image.mode, image.size) == ("L", (66, 32))
     assert main(["triton", str(bundle.folder), "-o", str(tmp_path / "models"), "--quiet"]) == 0
-    lines = (tmp_path / "models/ldm/config.pbtxt").read_text().split()
-    shape = lines[lines.index('"IMAGE"') : lines.index('"IMAGE"') + 12]
-    assert "1" in " ".join(shape).replace("-1", "").replace(",", " ").split(), shape
+    config = (tmp_path / "models/ldm/config.pbtxt").read_text()
+    assert re.search(r'"IMAGE"\s+data_type: TYPE_UINT8\s+dims: \[-1, -1, -1, 1\]', config), config
+
+
+EMPTY = ("", "   ", "a red circle " * 1000)
+
+
+def test_empty_blank_and_long_prompts(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    pipeline = LDMTextToImagePipeline.from_pretrained(tiny_checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    bundle = Bundle.open(tiny_bundle)
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime", threads=1) as mine:
+        for prompt in EMPTY:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                expected = np.asarray(pipeline(prompt, **OPTIONS).images[0])
+            assert_same(np.asarray(mine(prompt, seed=0, **OPTIONS).images[0]), expected)
 
 
 def test_widths_of_the_levels_that_attend() -> None:
