@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer
 
 __all__ = ["check_latents", "grid", "pil_image", "psnr", "to_pil", "to_png", "to_uint8"]
 
 CHANNELS = (1, 3, 4)
 """Channels of the images that PIL writes: L, RGB and RGBA."""
+MAX_COLUMNS = 2**31 - 1
 MAX_LATENT = 1e9
 """Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
 
@@ -70,8 +72,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     """
     if not images:
         raise SpecError("grid: got no images, expected at least one")
-    if columns is not None and columns < 1:
-        raise SpecError(f"grid: got {columns} columns, expected at least one")
+    if columns is not None:
+        columns = integer("grid: columns", columns, 1, MAX_COLUMNS)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)

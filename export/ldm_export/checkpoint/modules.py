@@ -157,8 +157,9 @@ def _check(
     if problems:
         unread = f"; {len(unused)} tensors unused: {shortened(unused)}" if unused else ""
         files = shortened({stored.file.name for stored in weights.values()}) or "its weights"
+        what = "; ".join(problems) + unread
         raise CheckpointError(
-            f"{name}: {component.folder}: {files} and config.json describe different models: {'; '.join(problems)}{unread}; "
+            f"{name}: {component.folder}: {files} and config.json describe different models: {what}; "
             "use the config and the weights of one checkpoint"
         )
     if unused:

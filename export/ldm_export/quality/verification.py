@@ -183,8 +183,8 @@ def _picture(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request
         reference = family.reference_image(theirs, sized, generator)
     if (mine.size, mine.mode) != (reference.size, reference.mode):
         raise CheckpointError(
-            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; verify it "
-            "against the checkpoint it was built from"
+            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
+            "verify it against the checkpoint it was built from"
         )
     pair: list[NDArray[np.float64]] = [np.asarray(image, np.float64) for image in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())

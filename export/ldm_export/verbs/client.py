@@ -14,6 +14,7 @@ from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
 from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.options import real_number, whole_number
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]
@@ -31,15 +32,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     server.add_argument("--stream", action="store_true", help="show each step as the server finishes it; over gRPC")
     server.add_argument(
         "--preview-every",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
         help="with --stream, write a preview every N steps: out-9.png, …",
     )
-    server.add_argument("--priority", type=int, help="0 (most urgent) to 4 (default: the server's)")
+    server.add_argument("--priority", type=whole_number, help="0 (most urgent) to 4 (default: the server's)")
     server.add_argument(
         "--timeout",
-        type=float,
+        type=real_number,
         default=300.0,
         metavar="SECONDS",
         help="time after which the request is cancelled (default 300)",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm_export.verbs.options import unwritten
+from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import write_together
 from ldm_runtime.errors import BuildError
 
@@ -20,29 +20,37 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to draw; none for a model without text")
     verb.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write (default out.png)")
     verb.add_argument("--each", action="store_true", help="beside a grid of several images, write each: out-0.png, …")
-    verb.add_argument("--seed", type=int, help="the same seed gives the same images (default: random, printed)")
-    verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    verb.add_argument("--eta", type=float, help="noise added at each step, 0 for none (default: the model's)")
-    verb.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
+    verb.add_argument(
+        "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
+    )
+    verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
+    verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
+    verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
     verb.add_argument(
         "--guidance-interval",
         nargs=2,
-        type=float,
+        type=real_number,
         metavar=("START", "END"),
         help="share of the steps that use guidance; the others take half the time and change the image (default 0 1)",
     )
     verb.add_argument(
         "--guidance-every",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="compute the guidance direction at every N-th step and reuse it between: 2 saves a quarter of the work, "
         "3 a third, with nearly the same image (default 1, exact)",
     )
     verb.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    verb.add_argument("--width", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
-    verb.add_argument("--height", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
-    verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
-    verb.add_argument("--count", type=int, metavar="N", help="images, for a model without prompts (default 1)")
+    verb.add_argument(
+        "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
+    )
+    verb.add_argument(
+        "--height", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
+    )
+    verb.add_argument(
+        "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images of each prompt (default 1)"
+    )
+    verb.add_argument("--count", type=whole_number, metavar="N", help="images, for a model without prompts (default 1)")
 
 
 def check_output(output: Path) -> None:

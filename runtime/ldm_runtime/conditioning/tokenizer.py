@@ -13,6 +13,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.number_checks import integer
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,7 @@ class Tokenizer:
             SpecError: ``length`` is no integer from 2 to MAX_LENGTH.
             ManifestError: no such file, damaged, or not a BERT tokenizer as ``ldm-export build`` writes it.
         """
-        if type(length) is not int or not 2 <= length <= MAX_LENGTH:
-            raise SpecError(f"tokenizer: got length {length!r:.40}, expected an integer from 2 to {MAX_LENGTH}")
+        length = integer("tokenizer: length", length, 2, MAX_LENGTH)
         path = Path(path)
         if not path.is_file():
             raise ManifestError(f"{path}: no such file, expected the bundle's tokenizer; rebuild the bundle")
