@@ -95,11 +95,16 @@ ASKED = {
         ["-o", "file/out.png", PROMPT],
         "file/out.png: cannot be written (file is no folder); choose",
     ),
-    "a folder": (["-o", "folder", PROMPT], "folder: is a folder, expected the name of a picture; choose another -o"),
+    "a folder": (
+        ["-o", "folder", PROMPT],
+        "folder: is a folder, expected the name of an image file; choose another -o",
+    ),
     "no name": (["-o", ".", PROMPT], ".: is a folder"),
     "the root": (["-o", "/", PROMPT], "/: is a folder"),
     "no place": (["-o", "/proc/out.png", PROMPT], "/proc/out.png: cannot be written"),
-    "a long name": (["-o", "x" * 300, PROMPT], "File name too long"),
+    "a long name": (["-o", "x" * 300 + ".png", PROMPT], "File name too long"),
+    "no suffix": (["-o", "out", PROMPT], "out: expected a name that ends in .png, .jpg, .jpeg, .webp"),
+    "another suffix": (["-o", "out.mp4", PROMPT], "out.mp4: expected a name that ends in .png"),
 }
 
 

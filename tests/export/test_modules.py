@@ -107,6 +107,7 @@ def test_text_encoder_saved_without_its_head(tiny: Path) -> None:
 
 
 def test_unused_tensors_are_left_out_with_a_warning(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
     expected = {name: ours(tiny, name) for name in ("text_encoder", "decoder")}
     assert not caplog.records
     change(tiny, "vqvae", lambda state: state.update({"loss.logvar": torch.zeros(()), "loss.0.weight": torch.ones(3)}))

@@ -62,6 +62,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("loading") as bar:
         result = benchmark(args.bundle, combinations, settings, lambda what, done, total: bar.to(done, total, what))
     if args.output:
+        if args.output.exists():
+            screen.note(f"overwriting {args.output}")
         try:
             write_whole(args.output, result.chart().encode())
         except OSError as error:

@@ -65,12 +65,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         answer = _stream(connection, inputs, args, screen) if args.stream else _infer(connection, inputs, screen)
     images = _images(answer["IMAGE"], args, address)
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
-    if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed})
-        return
-    screen.note(f"seed {seed}")
-    for path in written:
-        screen.result(str(path))
+    written.show(screen, {"seed": seed}, f"seed {seed}", args.json)
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -112,7 +107,8 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
             if "IMAGE" in answer and step < total:
                 preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
                 images = _images(answer.pop("IMAGE"), args, connection.address)
-                write_images(preview, images, grid_columns(args.images_per_prompt))
+                replaced = write_images(preview, images, grid_columns(args.images_per_prompt)).replaced
+                screen.note(f"{preview}: preview of step {step} of {total}{', overwritten' if replaced else ''}")
     if "IMAGE" not in answer:
         raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer

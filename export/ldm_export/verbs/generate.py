@@ -58,12 +58,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle has made it
-    if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": choice.facts()})
-        return
-    screen.note(f"seed {seed}; {choice}")
-    for path in written:
-        screen.result(str(path))
+    written.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
 
 
 def _request(args: argparse.Namespace, seed: int) -> Request:

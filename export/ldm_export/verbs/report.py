@@ -41,6 +41,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("drawing") as bar:
         report = make_report(bundle, requests, options, lambda what, done, total: bar.to(done, total, what))
     page = report_page(report).encode()
+    replaced = args.output.exists()
     try:
         write_whole(args.output, page)
     except OSError as error:
@@ -48,4 +49,6 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.json:
         screen.json({"page": str(args.output), "bytes": len(page), "precisions": list(report.drawn)})
         return
+    if replaced:
+        screen.note(f"overwrote {args.output}")
     screen.result(str(args.output))
