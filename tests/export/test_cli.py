@@ -57,7 +57,7 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
     built = Bundle.open(place / "sub/bundle")
     built.check()
     assert told["bytes"] == sum(fact.size for fact in built.manifest.files.values())
-    assert built.manifest.asked["random_weights_seed"] == 0
+    assert built.manifest.request["random_weights_seed"] == 0
     assert not list(place.rglob(".*"))
     run(capfd, "generate", "sub/bundle", PROMPT, *STEPS)
     assert pixels("out.png").shape == (16, 16, 3)
@@ -131,17 +131,17 @@ def test_names_and_prompts_with_brackets_and_colons_are_not_markup(tiny_bundle, 
 def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "inspect", tiny_bundle, "--check")
     assert err == ""
-    assert "checked: all 9 files have the sizes and digests of the manifest" in out
+    assert "checked: all 10 files have the sizes and digests of the manifest" in out
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
         assert text in out
     facts = json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])
     assert set(facts["components"]) == set(COMPONENTS)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["asked"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
-    assert (facts["asked"]["checkpoint"], facts["asked"]["precision"]) == ("tiny", "fp32")
+    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
+    assert (facts["request"]["checkpoint"], facts["request"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
-    assert facts["files"] == sizes and len(sizes) == 9
+    assert facts["files"] == sizes and len(sizes) == 10
 
 
 def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bundle_copy, place, capfd) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -106,14 +106,14 @@ def free_upsampling(module: nn.Module) -> nn.Module:
             free_upsampling(child)
     if isinstance(module, ResnetBlock2D) and _is_nearest(module.upsample):
         module.downsample, module.upsample = _Upsample(module.upsample), None
-    if any(map(_upsamples, _upsamplers(module))):
+    if _upsamplers(module):
         module.register_forward_pre_hook(_set_upsampled_size, with_kwargs=True)
     if hasattr(module, "num_upsamplers"):
         module.num_upsamplers = _Always()  # type: ignore[assignment]
     return module
 
 
-def _is_nearest(module: Any) -> bool:
+def _is_nearest(module: Any) -> TypeGuard[Upsample2D]:
     """Whether this is nearest upsampling with or without a convolution, and nothing else."""
     return (
         isinstance(module, Upsample2D)
@@ -124,16 +124,14 @@ def _is_nearest(module: Any) -> bool:
     )
 
 
-def _upsamples(module: nn.Module) -> bool:
-    return isinstance(module, ResnetBlock2D) and isinstance(module.downsample, _Upsample)
-
-
-def _upsamplers(module: nn.Module) -> list[nn.Module]:
-    return list(getattr(module, "upsamplers", None) or ())
+def _upsamplers(block: nn.Module) -> list[_Upsample]:
+    """The upsampling inside the residual blocks that a block ends with."""
+    resnets = list(getattr(block, "upsamplers", None) or ())
+    inside = [resnet.downsample for resnet in resnets if isinstance(resnet, ResnetBlock2D)]
+    return [one for one in inside if isinstance(one, _Upsample)]
 
 
 def _set_upsampled_size(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Tell a block's upsampling resnets the size of the skip connection, which diffusers passes to the block only."""
     for upsampler in _upsamplers(block):
-        if _upsamples(upsampler):
-            upsampler.downsample.size = named.get("upsample_size")  # type: ignore[union-attr]
+        upsampler.size = named.get("upsample_size")
