@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from ldm_export.screen import Screen, printable
+from ldm_export.screen import Screen, printable, warnings_on
 from ldm_export.verbs import bench, build, calibrate, client, generate, inspect, report, triton, verify
 from ldm_runtime.errors import LdmError, interrupted
 
@@ -25,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger().setLevel(logging.DEBUG if args.verbose else logging.ERROR)
     logging.captureWarnings(True)
+    screen = Screen(quiet=args.quiet)
     try:
-        return int(args.command(args, Screen(quiet=args.quiet)) or 0)
+        with warnings_on(screen, shown=not args.verbose):
+            return int(args.command(args, screen) or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone, e.g. `| head`
         return 1

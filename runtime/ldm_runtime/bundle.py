@@ -11,6 +11,7 @@ from typing import Any
 from ldm_runtime.atomic_files import sha256, write_together
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.linked_files import stays_inside
 from ldm_runtime.manifest import FileFact, Manifest, read_manifest
 from ldm_runtime.model import DECODER, UNET
 
@@ -57,7 +58,7 @@ class Bundle:
     def _check(self, path: Path, fact: FileFact) -> None:
         if not path.is_file():
             raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not stays_inside(path, self.folder):
             raise ManifestError(f"{path}: a link that leaves the bundle; do not use this bundle")
         size = path.stat().st_size
         if size != fact.size:

@@ -133,6 +133,7 @@ def test_names_and_prompts_with_brackets_and_colons_are_not_markup(tiny_bundle, 
 def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "inspect", tiny_bundle, "--check")
     assert err == ""
+    assert "checked: all 10 files have the sizes and digests of the manifest" in out
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
         assert text in out
     facts = json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])

@@ -55,7 +55,7 @@ def write_report(bundle: Bundle) -> tuple[Bundle, dict[str, Any]]:
         "record": {"file": CALIBRATION_RECORD, "sha256": digest},
         "settings": {
             "images": len(images),
-            "steps": settings["trial_steps"],
+            "steps": _or(settings["trial_steps"], defaults.num_inference_steps),
             "eta": _or(settings["eta"], defaults.eta),
             "guidance_scale": _or(settings["guidance_scale"], defaults.guidance_scale),
             "backend": "onnxruntime",

@@ -112,7 +112,7 @@ def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, Fi
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).unlink(missing_ok=True)
         try:
-            os.link(source, work / name)
+            os.link(source.resolve(), work / name)
         except OSError:
             shutil.copyfile(source, work / name)
     return {name: bundle.manifest.files[name] for name in sources}

@@ -17,13 +17,23 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_export.checkpoint.json_files import first_line, read_json, shortened
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.linked_files import stays_inside
 
-__all__ = ["DTYPES", "StoredTensor", "read_weights", "weight_file"]
+__all__ = ["DTYPES", "FLOAT8", "StoredTensor", "read_weights", "weight_file"]
 
-DTYPES = ("float32", "float16", "bfloat16")
-"""The dtypes of weights that are read; every other one (integers, float8) would need a scale or a meaning."""
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+"""Dtypes of eight bits. Their values are read as they are: a checkpoint with scales beside them is refused."""
+DTYPES = ("float64", "float32", "float16", "bfloat16", *FLOAT8)
+"""The dtypes of weights that are read, as float32. Integers would need a scale."""
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _FIRST_RELEASE = "diffusion_model.pt"
 
@@ -64,7 +74,7 @@ def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
 
     Raises:
         CheckpointError: no weights, a damaged or truncated file, a ``.bin`` that holds more than tensors, a shard that
-            is missing, lies outside the checkpoint or holds other tensors than the index says.
+            is missing, lies outside the checkpoint or lacks tensors that the index lists.
     """
     file = weight_file(folder, component)
     return _read_shards(file, component) if file.suffix == ".json" else _read_file(file, component)
@@ -158,22 +168,20 @@ def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
     for shard in sorted(set(weight_map.values())):
         listed = {name for name, file in weight_map.items() if file == shard}
         held = _read_file(_shard_path(index, shard, where), component)
-        if listed != set(held):
+        if lost := listed - set(held):
             raise CheckpointError(
-                f"{where} and {shard} differ in {shortened(listed ^ set(held))}: the index lists {len(listed)} tensors "
-                f"in that shard, it holds {len(held)}; download both again"
+                f"{where}: shard {shard} lacks {shortened(lost)}: the index lists {len(listed)} tensors in that shard, "
+                f"it holds {len(held)}; download both again"
             )
-        weights |= held
+        weights |= {name: stored for name, stored in held.items() if weight_map.get(name, shard) == shard}
     return weights
 
 
 def _shard_path(index: Path, shard: str, where: str) -> Path:
-    """The shard's file, if it lies in the index's folder; a Hugging Face cache has links there into its ``blobs``."""
+    """The shard's file, if it lies in the index's folder; links into a Hugging Face cache are followed."""
     folder = index.parent.resolve()
-    roots = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
     try:
-        file = (folder / shard).resolve()
-        inside, exists = any(file.is_relative_to(root) for root in roots), file.is_file()
+        inside, exists = stays_inside(folder / shard, folder), (folder / shard).is_file()
     except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a zero byte
         inside, exists = False, False
     if shard != Path(shard).name or not inside:

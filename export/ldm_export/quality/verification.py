@@ -177,9 +177,15 @@ def _component(
 
 def _picture(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> PictureResult:
     mine = ours(**request).images[0]
+    sized = {**request, "height": mine.height, "width": mine.width}
     with torch.random.fork_rng(devices=[]):
         generator = torch.manual_seed(request["seed"])  # the global generator: the noise of the steps continues it
-        reference = family.reference_image(theirs, request, generator)
+        reference = family.reference_image(theirs, sized, generator)
+    if (mine.size, mine.mode) != (reference.size, reference.mode):
+        raise CheckpointError(
+            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
+            "verify it against the checkpoint it was built from"
+        )
     pair: list[NDArray[np.float64]] = [np.asarray(image, np.float64) for image in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
     return PictureResult(request, worst, psnr(pair[0], pair[1], peak=255.0), mine, reference)

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from ldm_export.extras import needs
 from ldm_export.serving.address import Address
 from ldm_runtime.errors import LdmError, ServerError, SpecError
+from ldm_runtime.number_checks import seconds, shown
 
 __all__ = ["Arrays", "Connection"]
 
+MAX_TIMEOUT = 1e6
 GRACE = 10.0
 """Seconds to wait beyond the timeout, so that the server's own error message arrives."""
 Arrays = dict[str, NDArray[Any]]
@@ -45,8 +47,9 @@ class Connection:
     """
 
     def __init__(self, address: Address, model: str, timeout: float):
-        if not 0 < timeout < 1e6:
-            raise SpecError(f"timeout: got {timeout:g}, expected a number of seconds above 0")
+        timeout = seconds("timeout", timeout)
+        if timeout > MAX_TIMEOUT:
+            raise SpecError(f"timeout: got {shown(timeout)}, expected at most {MAX_TIMEOUT:g} seconds")
         self.address, self.model, self.timeout = address, model, timeout
         with needs("client"):
             if address.protocol == "http":

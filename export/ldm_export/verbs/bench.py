@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.options import PRECISIONS, unwritten
+from ldm_export.verbs.options import PRECISIONS, real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.backends.selection import DEVICES
@@ -22,16 +22,21 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--precision", nargs="+", choices=PRECISIONS, help="one or several, each with every backend (default: its own)"
     )
     verb.add_argument(
-        "--batch", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="images of one call (default 1 2 4)"
+        "--batch",
+        nargs="+",
+        type=whole_number,
+        default=[1, 2, 4],
+        metavar="N",
+        help="images of one call (default 1 2 4)",
     )
-    verb.add_argument("--steps", type=int, help="denoising steps of a generation (default: the model's)")
-    verb.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
-    verb.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
-    verb.add_argument("--eta", type=float, help="noise of each step, 0 for none (default: the model's)")
-    verb.add_argument("--width", type=int, help="pixels (default: the model's)")
-    verb.add_argument("--height", type=int, help="pixels (default: the model's)")
+    verb.add_argument("--steps", type=whole_number, help="denoising steps of a generation (default: the model's)")
+    verb.add_argument("--runs", type=whole_number, default=5, help="rounds (default 5)")
+    verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
+    verb.add_argument("--eta", type=real_number, help="noise of each step, 0 for none (default: the model's)")
+    verb.add_argument("--width", type=whole_number, help="pixels (default: the model's)")
+    verb.add_argument("--height", type=whole_number, help="pixels (default: the model's)")
     verb.add_argument("--device", choices=DEVICES, default="auto", help="where to run (default auto)")
-    verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument("-o", "--output", type=Path, metavar="SVG", help="write a chart here")
 
 
@@ -57,6 +62,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("loading") as bar:
         result = benchmark(args.bundle, combinations, settings, lambda what, done, total: bar.to(done, total, what))
     if args.output:
+        if args.output.exists():
+            screen.note(f"overwriting {args.output}")
         try:
             write_whole(args.output, result.chart().encode())
         except OSError as error:

@@ -14,6 +14,7 @@ from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
 from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.options import real_number, whole_number
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]
@@ -31,15 +32,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     server.add_argument("--stream", action="store_true", help="show each step as the server finishes it; over gRPC")
     server.add_argument(
         "--preview-every",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
         help="with --stream, write a preview every N steps: out-9.png, …",
     )
-    server.add_argument("--priority", type=int, help="0 (most urgent) to 4 (default: the server's)")
+    server.add_argument("--priority", type=whole_number, help="0 (most urgent) to 4 (default: the server's)")
     server.add_argument(
         "--timeout",
-        type=float,
+        type=real_number,
         default=300.0,
         metavar="SECONDS",
         help="time after which the request is cancelled (default 300)",
@@ -64,12 +65,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         answer = _stream(connection, inputs, args, screen) if args.stream else _infer(connection, inputs, screen)
     images = _images(answer["IMAGE"], args, address)
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
-    if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed})
-        return
-    screen.note(f"seed {seed}")
-    for path in written:
-        screen.result(str(path))
+    written.show(screen, {"seed": seed}, f"seed {seed}", args.json)
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -111,7 +107,8 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
             if "IMAGE" in answer and step < total:
                 preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
                 images = _images(answer.pop("IMAGE"), args, connection.address)
-                write_images(preview, images, grid_columns(args.images_per_prompt))
+                replaced = write_images(preview, images, grid_columns(args.images_per_prompt)).replaced
+                screen.note(f"{preview}: preview of step {step} of {total}{', overwritten' if replaced else ''}")
     if "IMAGE" not in answer:
         raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer

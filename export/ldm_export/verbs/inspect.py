@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             bundle.check(lambda name: bar.to(names.index(name), what=name))
     facts = inspect_bundle(bundle)
     if args.json:
-        screen.json(facts)
+        screen.json({**facts, "checked": bool(args.check)})
         return
     conditioning, guidance = ", ".join(facts["conditioning"]) or "none", ", ".join(facts["guidance"]) or "none"
     model = [["family", facts["family"]], ["conditioning", conditioning], ["guidance", guidance]]
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+    if args.check:
+        screen.result(f"checked: all {len(bundle.manifest.files)} files have the sizes and digests of the manifest")
 
 
 def _engine(engine: dict[str, Any]) -> str:

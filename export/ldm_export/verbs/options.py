@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_runtime.errors import BuildError, SpecError
+from ldm_runtime.number_checks import shown
 
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MAX_DIGITS = 40
+"""Longest number on the command line; no option needs more."""
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is none, or has more than MAX_DIGITS characters.
+    """
+    try:
+        if len(text) <= MAX_DIGITS:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number of at most {MAX_DIGITS} digits")
+
+
+def real_number(text: str) -> float:
+    """Parse a number for argparse; errors as ``whole_number``."""
+    try:
+        if len(text) <= MAX_DIGITS:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a number of at most {MAX_DIGITS} characters")
 
 
 def lines(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import chosen_prompts, unwritten
+from ldm_export.verbs.options import chosen_prompts, unwritten, whole_number
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
@@ -20,8 +20,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), help="page to write (default report.html)"
     )
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: four)")
-    verb.add_argument("--seed", type=int, default=0, help="seed of the first image; image i has seed + i (default 0)")
-    verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    verb.add_argument(
+        "--seed", type=whole_number, default=0, help="seed of the first image; image i has seed + i (default 0)"
+    )
+    verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
     verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest here)")
 
 
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("drawing") as bar:
         report = make_report(bundle, requests, options, lambda what, done, total: bar.to(done, total, what))
     page = report_page(report).encode()
+    replaced = args.output.exists()
     try:
         write_whole(args.output, page)
     except OSError as error:
@@ -46,4 +49,6 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.json:
         screen.json({"page": str(args.output), "bytes": len(page), "precisions": list(report.drawn)})
         return
+    if replaced:
+        screen.note(f"overwrote {args.output}")
     screen.result(str(args.output))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, real_number, unwritten, whole_number
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError
@@ -23,11 +23,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundle", type=Path)
     verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the demo model")
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
-    verb.add_argument("--steps", type=int, help="denoising steps of the pictures (default: the model's)")
+    verb.add_argument("--steps", type=whole_number, help="denoising steps of the pictures (default: the model's)")
     verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
-    verb.add_argument("--tolerance", type=float, help="largest error of a component, of its own scale")
-    verb.add_argument("--max-pixel", type=int, help="largest difference of a pixel, of 255 (default 1 for fp32)")
-    verb.add_argument("--min-psnr", type=float, metavar="DB", help="least PSNR of a picture (default 45 for fp16)")
+    verb.add_argument("--tolerance", type=real_number, help="largest error of a component, of its own scale")
+    verb.add_argument("--max-pixel", type=whole_number, help="largest pixel difference, of 255 (default 1 for fp32)")
+    verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
     others = verb.add_mutually_exclusive_group()
     others.add_argument(

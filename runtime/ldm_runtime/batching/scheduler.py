@@ -17,7 +17,7 @@ from ldm_runtime.batching.notifier import Notifier
 from ldm_runtime.batching.request_queue import PRIORITIES, RequestQueue
 from ldm_runtime.batching.self_test import self_test_request
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
-from ldm_runtime.number_checks import shown
+from ldm_runtime.number_checks import MAX_SECONDS, as_integer, number, seconds, shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
@@ -97,12 +97,7 @@ class BatchScheduler:
             CancelledError: The scheduler is closing.
         """
         plan = self._pipeline.plan(request)
-        if type(priority) is not int or priority not in PRIORITIES:
-            raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")
-        if timeout is not None and not 0 < timeout < float("inf"):
-            raise SpecError(f"timeout: got {shown(timeout)}, expected a number of seconds above 0, or None")
-        if type(preview_every) is not int or preview_every < 0:
-            raise SpecError(f"preview_every: got {shown(preview_every)}, expected a number of steps, or 0 for none")
+        priority, timeout, preview_every = _checked(priority, timeout, preview_every)
         if plan.rows > self._limits.max_rows:
             raise SpecError(
                 f"images: {plan.images} images need {plan.rows} rows of a UNet call (with guidance two each), expected "
@@ -136,7 +131,12 @@ class BatchScheduler:
         return self._counters.snapshot(ready=self.ready, waiting=len(self._queue), running=len(self._active))
 
     def close(self, timeout: float = 0.0) -> None:
-        """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads."""
+        """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads.
+
+        Raises:
+            SpecError: ``timeout`` is no number from 0; the scheduler goes on.
+        """
+        timeout = number("timeout", timeout, 0, MAX_SECONDS)
         with self._changed:
             if not self._closing:
                 self._closing, self._drain_until = True, time.monotonic() + timeout
@@ -223,6 +223,16 @@ class BatchScheduler:
         if not isinstance(message, Progress):
             self._counters.outcomes[_outcome(message)] += 1
         self._notifier.notify(job, message)
+
+
+def _checked(priority: int, timeout: float | None, preview_every: int) -> tuple[int, float | None, int]:
+    """The options of ``submit`` as Python's numbers; SpecError for what they cannot be."""
+    urgency, every = as_integer(priority), as_integer(preview_every)
+    if urgency is None or urgency not in PRIORITIES:
+        raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")
+    if every is None or every < 0:
+        raise SpecError(f"preview_every: got {shown(preview_every)}, expected a number of steps, or 0 for none")
+    return urgency, None if timeout is None else seconds("timeout", timeout), every
 
 
 def _outcome(message: JobResult | LdmError) -> str:

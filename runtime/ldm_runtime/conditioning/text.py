@@ -65,18 +65,18 @@ class TextConditioner:
         """Check the prompts; one image for each, times ``images_per_prompt``.
 
         Raises:
-            SpecError: No prompts, an empty one, or another number of negative prompts.
+            SpecError: No prompts, or another number of negative prompts.
         """
         if request.prompts is None:
             raise SpecError("prompts: got none, expected a text or a list of texts; this model draws from text")
         prompts = _texts("prompts", request.prompts)
+        if not prompts:
+            raise SpecError("prompts: got an empty list, expected a text or a list of texts")
         negative = _texts("negative_prompt", request.negative_prompt)
         if len(negative) not in (1, len(prompts)):
             raise SpecError(
                 f"negative_prompt: got {len(negative)} for {len(prompts)} prompts, expected one, or one each"
             )
-        if not all(prompt.strip() for prompt in prompts) or not prompts:
-            raise SpecError("prompts: got an empty prompt, expected a text of at least one character")
         return len(prompts) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
