@@ -13,7 +13,8 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, grid_columns, write_images
+from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
     from ldm_runtime.request import fresh_seed
 
-    check_output(args.output)
+    destination(args.output)
     address = parse_url(args.url, args.protocol or ("grpc" if args.stream and "://" not in args.url else None))
     if args.stream and address.protocol != "grpc":
         raise SpecError(f"url: {address} cannot stream; use gRPC and its port, usually {PROTOCOLS['grpc']}")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, grid_columns, write_images
 from ldm_export.verbs.options import PRECISIONS
+from ldm_runtime.atomic_files import destination
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.errors import SpecError
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_runtime.pipeline import LatentDiffusionPipeline
     from ldm_runtime.request import fresh_seed
 
-    check_output(args.output)
+    destination(args.output)
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise SpecError(f"threads: got {args.threads}, expected 1..{MAX_THREADS}; leave it out for all cores")
     seed = fresh_seed() if args.seed is None else args.seed

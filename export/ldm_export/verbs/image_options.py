@@ -10,9 +10,8 @@ from PIL import Image
 
 from ldm_export.verbs.options import unwritten
 from ldm_runtime.atomic_files import write_together
-from ldm_runtime.errors import BuildError
 
-__all__ = ["add_request", "check_output", "grid_columns", "write_images"]
+__all__ = ["add_request", "grid_columns", "write_images"]
 
 
 def add_request(verb: argparse.ArgumentParser) -> None:
@@ -43,16 +42,6 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--height", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
     verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
     verb.add_argument("--count", type=int, metavar="N", help="images, for a model without prompts (default 1)")
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output path that cannot be a file, before any work is done.
-
-    Raises:
-        BuildError: The path is a folder.
-    """
-    if not output.name or output.is_dir():
-        raise BuildError(f"{output}: is a folder, expected the name of an image file; choose another -o")
 
 
 def grid_columns(images_per_prompt: int) -> int | None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import lines, unwritten
-from ldm_runtime.atomic_files import write_whole
+from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import BuildError
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -31,8 +30,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.report.page import report_page
     from ldm_export.sample_requests import sample_requests
 
-    if not args.output.name or args.output.is_dir():
-        raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
+    destination(args.output)
     bundle = Bundle.open(args.bundle)
     requests = sample_requests(bundle.manifest.model, lines(args.prompts) if args.prompts else None, bundle)
     options = ReportOptions(args.seed, args.steps, args.backend)
