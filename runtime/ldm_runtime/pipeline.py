@@ -28,6 +28,7 @@ from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
 from ldm_runtime.number_checks import integer, number
 from ldm_runtime.request import Plan, Request, RequestOptions, check_latents_given, seeds_of
 from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
 
@@ -157,14 +158,23 @@ class LatentDiffusionPipeline:
             cache=None if cache is None else Path(cache),
             once=not keep_loaded,
         )
-        return cls(
+        verified: list[VerifiedFile] = []
+
+        def file(name: str) -> Path:
+            verified.append(bundle.verified(name))
+            return verified[-1].path
+
+        pipeline = cls(
             bundle.manifest.model,
             opened.backends,
-            bundle.file,
+            file,
             keep_loaded=keep_loaded,
             choice=opened.choice,
             loop=opened.loop,
         )
+        for one in verified:  # the conditioners have read them by now
+            one.check()
+        return pipeline
 
     def __call__(
         self,

@@ -22,6 +22,7 @@ from ldm_runtime.bundle_layout import graph_file, weights_file
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, ManifestError
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.verified_file import VerifiedFile
 from tests.support.small_bundle import VARIANT, write_small_bundle
 
 FOLDER_ONLY = Placement("cpu", threads=1)
@@ -36,13 +37,13 @@ def bundle(tmp_path: Path) -> Bundle:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts how often each file is hashed, by its path in the bundle."""
     counts: Counter[str] = Counter()
-    digest = bundle_module.sha256
+    verify = bundle_module.verify
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, sha256: str, size: int) -> VerifiedFile:
         counts[str(Path(*path.parts[-2:]))] += 1
-        return digest(path)
+        return verify(path, sha256, size)
 
-    monkeypatch.setattr(bundle_module, "sha256", counted)
+    monkeypatch.setattr(bundle_module, "verify", counted)
     return counts
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ldm_runtime.backends.host import first_line, import_engine, usable_cores
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
 __all__ = ["EXTRA", "PROVIDERS", "load_onnxruntime", "open_session", "providers", "session_options"]
 
@@ -53,7 +54,7 @@ def session_options(threads: int | None = None) -> Any:
 
 
 def open_session(
-    graph: Path,
+    graph: GraphFile,
     spec: ComponentSpec,
     device: str,
     threads: int | None = None,
@@ -74,6 +75,7 @@ def open_session(
 
     Raises:
         BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
+        ManifestError: The bundle was replaced after the graph had been verified.
     """
     ort = load_onnxruntime()
     options = session_options(threads)
@@ -89,17 +91,18 @@ def open_session(
         attempts.insert(0, capture)
     while True:
         try:
-            session = ort.InferenceSession(str(graph), options, providers=attempts[0])
+            session = ort.InferenceSession(str(path_of(graph)), options, providers=attempts[0])
             break
         except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
             if len(attempts) > 1 and _CAPTURE_REFUSED in str(error):
                 attempts.pop(0)
                 continue
-            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {first_line(error)}") from None
+            raise BackendError(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
+    unchanged(graph)
     found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
     if device == "cuda" and found != "cuda":
         raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
-    _check_names(session, spec, graph)
+    _check_names(session, spec, path_of(graph))
     return session, found
 
 

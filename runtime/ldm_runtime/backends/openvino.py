@@ -18,8 +18,9 @@ from ldm_runtime.backends.openvino_shapes import ShapedGraph
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.specs import ComponentSpec, check_feed
+from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
 __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
 
@@ -45,7 +46,7 @@ class OpenVinoBackend(SpecBackend):
 
     def __init__(
         self,
-        graph: Path,
+        graph: GraphFile,
         spec: ComponentSpec,
         arithmetic: str = "fp32",
         threads: int | None = None,
@@ -55,7 +56,7 @@ class OpenVinoBackend(SpecBackend):
             raise BackendError(f"arithmetic: got {arithmetic!r:.40}, expected one of {', '.join(ARITHMETIC)}")
         if arithmetic == "bf16" and not has_bf16():
             raise BackendError("this CPU has no bf16 arithmetic; use precision fp32")
-        self._core, self._graph, self._spec = core(), graph, spec
+        self._core, self._file, self._graph, self._spec = core(), graph, path_of(graph), spec
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
@@ -63,8 +64,8 @@ class OpenVinoBackend(SpecBackend):
         }
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
-        weights = weights_beside(graph)
-        size = (weights if weights.is_file() else graph).stat().st_size
+        weights = weights_beside(self._graph)
+        size = (weights if weights.is_file() else self._graph).stat().st_size
         self._unused: Any = self._read()
         self._shaped = ShapedGraph(self._take, self._core, options, size)
 
@@ -79,6 +80,7 @@ class OpenVinoBackend(SpecBackend):
             model = reader.convert(reader.load(str(self._graph)))
         except Exception as error:  # openvino raises a bare RuntimeError for failures of its C++ code
             raise BackendError(f"{self._spec.name}: openvino cannot load {self._graph}: {first_line(error)}") from None
+        unchanged(self._file)
         for side, ports, tensors in (
             ("inputs", model.inputs, self._spec.inputs),
             ("outputs", model.outputs, self._spec.outputs),
@@ -96,11 +98,12 @@ class OpenVinoBackend(SpecBackend):
         Raises:
             SpecError: The feed does not fit the spec.
             BackendError: openvino failed, e.g. because memory ran out.
+            ManifestError: The graph had to be read again, and the bundle was replaced meanwhile.
         """
         check_feed(self._spec, feed)
         try:
             request = self._shaped.run({k: np.require(array, requirements=("C", "W")) for k, array in feed.items()})
-        except BackendError:
+        except LdmError:
             raise
         except Exception as error:  # as in _read
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
@@ -150,7 +153,7 @@ class OpenVinoEngine:
             ManifestError: A file is not the one that was built, or there is no graph of that precision.
         """
         part = bundle.manifest.components[component]
-        graph, cache = bundle.graph(component, choice.graph), placement.cache
+        graph, cache = bundle.verified_graph(component, choice.graph), placement.cache
         if cache is not None:
             cache = cache / _cache_folder(bundle, part.graphs[choice.graph])
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
