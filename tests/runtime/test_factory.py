@@ -77,7 +77,7 @@ def test_the_loop_on_cuda_does_not_hash_the_unet_again(bundle: Bundle, hashed: C
 def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Counter[str]) -> None:
     (bundle.folder / "unet/fp32.onnx").write_bytes(b"damaged")
     backend = open_component(bundle, "decoder", "onnxruntime", device="cpu", threads=1)
-    assert hashed == {"decoder/fp32.onnx": 1} and isinstance(backend, OnnxRuntimeBackend)
+    assert hashed == {"decoder/fp32.onnx": 1} and isinstance(backend.load(), OnnxRuntimeBackend)
     assert backend.run({"latents": np.zeros((2, 4, 4, 4), np.float32)})["image"].shape == (2, 3, 8, 8)
     with pytest.raises(ManifestError, match=r"unet/fp32\.onnx: got 7 bytes"):
         open_component(bundle, "unet", "openvino")

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend, Feed, SpecBackend
-from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.specs import ComponentSpec, check_result
 
 __all__ = ["LazyBackend"]
 
@@ -37,8 +37,15 @@ class LazyBackend(SpecBackend):
         return self._loaded
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """Run the component once. Raises what the loader and the backend raise."""
-        return self.load().run(feed)
+        """Run the component once and check what it returns.
+
+        Raises:
+            BackendError: A dtype or shape is not what the spec says.
+            LdmError: What the loader and the backend raise.
+        """
+        result = self.load().run(feed)
+        check_result(self._spec, feed, result)
+        return result
 
     def close(self) -> None:
         """Free the component if it was loaded."""

@@ -15,6 +15,7 @@ from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish
 from ldm_runtime.backends.host import first_line, import_engine, is_installed, usable_cores
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
+from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
@@ -26,6 +27,8 @@ __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 """Precision of arithmetic -> OpenVINO's name of it. Both keep the types that a graph states, e.g. int8 by Q/DQ."""
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
+"""OpenVINO's name of an element type -> dtype."""
 RANK = 40
 EXTRA = "openvino"
 
@@ -85,11 +88,7 @@ class OpenVinoBackend(SpecBackend):
             ("inputs", model.inputs, self._spec.inputs),
             ("outputs", model.outputs, self._spec.outputs),
         ):
-            got, expected = {port.any_name for port in ports}, {tensor.name for tensor in tensors}
-            if got != expected:
-                raise BackendError(
-                    f"{self._graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild"
-                )
+            check_ports(self._graph, side, {port.any_name: _port(port) for port in ports}, tensors)
         return model
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
@@ -113,6 +112,11 @@ class OpenVinoBackend(SpecBackend):
         """Free the compiled graphs."""
         self._unused = None
         self._shaped.close()
+
+
+def _port(port: Any) -> Port:
+    kind, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
+    return _DTYPES.get(kind, kind), shape.rank.get_length() if shape.rank.is_static else None
 
 
 class OpenVinoEngine:
