@@ -83,7 +83,9 @@ class Generation:
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time.
+    Threads may share a pipeline: its components run one at a time, and the images are those of separate calls. A loop
+    on a device serves one request at a time; a request that another one displaces raises ``BackendError``. To serve
+    many callers, use ``batching.scheduler.BatchScheduler``.
 
     Args:
         model: Description of the model, as in the manifest.
