@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_runtime.atomic_files import sha256, write_together
@@ -13,6 +13,7 @@ from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import FileFact, Manifest, read_manifest
 from ldm_runtime.model import DECODER, UNET
+from ldm_runtime.onnx_external import external_locations
 from ldm_runtime.verified_file import VerifiedFile, verify
 
 
@@ -84,12 +85,26 @@ class Bundle:
                 f"{self.folder}: component {component} has no {precision} graph, only "
                 f"{', '.join(part.graphs) or 'none'}; build it with `ldm-export build --precision {precision}`"
             )
-        weights = dict.fromkeys(map(weights_file, (part.graphs.get(precision, name), name)))
-        beside = tuple(self.verified(file) for file in weights if file in self.manifest.files)
-        return replace(self.verified(name), beside=beside)
+        graph = self.verified(name)
+        weights = [*map(weights_file, (part.graphs.get(precision, name), name)), *self._external(name)]
+        files = [file for file in dict.fromkeys(weights) if file in self.manifest.files]
+        return replace(graph, beside=tuple(map(self.verified, files)))
+
+    def _external(self, name: str) -> list[str]:
+        """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""
+        found = []
+        for location in sorted(external_locations(self.folder / name)):
+            file = str(PurePosixPath(name).parent / location)
+            if file not in self.manifest.files or not location:
+                raise ManifestError(
+                    f"{self.folder / name}: refers to {location!r:.80}, which the manifest does not list, so its "
+                    "digest cannot be checked; do not use this bundle"
+                )
+            found.append(file)
+        return found
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
-        """Check every file the manifest lists.
+        """Check every file the manifest lists, and that graphs refer to no other files.
 
         Raises:
             ManifestError: as ``file``.
@@ -97,6 +112,10 @@ class Bundle:
         for name in self.manifest.files:
             progress(name)
             self.file(name)
+        for part in self.manifest.components.values():
+            for graphs in (part.graphs, *part.variants.values()):
+                for graph in graphs.values():
+                    self._external(graph)
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
         """Write report files and measured figures into the bundle; the manifest is replaced last, at once.

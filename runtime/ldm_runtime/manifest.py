@@ -275,7 +275,15 @@ def _defaults(entry: dict[str, Any]) -> Defaults:
 
 
 def _graphs(where: str, value: Any) -> dict[str, str]:
-    return require_map(where, value, safe_path)
+    return require_map(where, value, _graph)
+
+
+def _graph(where: str, value: Any) -> str:
+    """The path of a graph. Engines and packages choose a file's format by its name, so only ".onnx" is taken."""
+    path = safe_path(where, value)
+    if not path.endswith(".onnx"):
+        raise ManifestError(f"{where}: got {path!r:.80}, expected the path of an .onnx file; rebuild the bundle")
+    return path
 
 
 def _component(where: str, value: Any) -> Component:
