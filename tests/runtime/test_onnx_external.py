@@ -39,12 +39,9 @@ def graph(name: str, *nodes: onnx.NodeProto, **parts: list) -> onnx.GraphProto:
 
 
 def model_with_every_place() -> tuple[onnx.ModelProto, set[str]]:
-    deep = graph("deep", initializer=[tensor("subgraph")])
-    for depth in range(2000):
-        node = onnx.NodeProto(op_type="If")
-        node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g.CopyFrom(deep)
-        if depth % 1000 == 999:  # copying deeper is slow: two levels of each suffice beside a long chain
-            deep = graph(f"deep{depth}", node)
+    branch = onnx.NodeProto(op_type="If")
+    branch.attribute.add(name="then_branch").g.CopyFrom(graph("inner", initializer=[tensor("subgraph")]))
+    deep = graph("outer", branch)
     node = onnx.NodeProto(op_type="Any")
     node.attribute.add(name="t").t.CopyFrom(tensor("attribute"))
     node.attribute.add(name="ts").tensors.append(tensor("attribute list"))
