@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger().setLevel(logging.DEBUG if args.verbose else logging.ERROR)
+    for package in ("ldm_export", "ldm_calibration", "ldm_runtime"):
+        logging.getLogger(package).setLevel(_level(args))
     logging.captureWarnings(True)
     try:
         return int(args.command(args, Screen(quiet=args.quiet)) or 0)
@@ -39,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, LdmError):
             return _told(str(error))
         raise
+
+
+def _level(args: argparse.Namespace) -> int:
+    """The least level of the project's own messages that are shown."""
+    if args.verbose:
+        return logging.DEBUG
+    return logging.ERROR if args.quiet else logging.WARNING
 
 
 def _told(message: str) -> int:

@@ -14,6 +14,7 @@ from ldm_runtime.engine_facts import EngineFacts, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription, check_model
+from ldm_runtime.regular_files import read_regular
 from ldm_runtime.spec_json import spec_from_json, spec_to_json
 from ldm_runtime.specs import ComponentSpec
 
@@ -138,11 +139,9 @@ def read_manifest(bundle: Path) -> Manifest:
         if not path.is_file():
             missing = f"{path}: no such file" if bundle.is_dir() else f"{bundle}: no such folder"
             raise ManifestError(f"{missing}, expected a bundle; make it with `ldm-export build -o {bundle}`")
-        if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild it")
-        content = path.read_bytes()
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    content = read_regular(path, MAX_BYTES, ManifestError)
     try:
         document = json.loads(content.decode())
         if not _shallow(document):
@@ -173,7 +172,7 @@ def _parse(document: Any) -> Manifest:
         raise ManifestError(
             f"version: got {version!r:.60}, this ldm-export reads {VERSION}; rebuild the bundle with `ldm-export build`"
         )
-    files = require_map("files", top.get("files"), _file_fact)
+    files = require_map("files", top.get("files"), file_fact)
     for path in files:
         safe_path("files", path)
     manifest = Manifest(
@@ -219,7 +218,12 @@ def safe_path(where: str, path: Any) -> str:
     return given
 
 
-def _file_fact(where: str, value: Any) -> FileFact:
+def file_fact(where: str, value: Any) -> FileFact:
+    """Read ``{"sha256": …, "size": …}``.
+
+    Raises:
+        ManifestError: A field is missing or cannot be used.
+    """
     entry = require_object(where, value)
     digest, size = entry.get("sha256"), entry.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int or size < 0:

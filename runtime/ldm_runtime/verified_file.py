@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.regular_files import OPEN_FLAGS
 
 __all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", "verify"]
 
 CHUNK = 4 * 2**20
-OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Flags that open a file for reading without waiting for the writer of a pipe."""
 
 
 @dataclass(frozen=True)

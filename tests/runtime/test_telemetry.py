@@ -32,7 +32,7 @@ CONNECTS = re.compile(r"(connect|send\w*)\(.*AF_INET")
 
 
 def connections(tmp_path: Path, script: str, *arguments: str) -> list[str]:
-    """Lines of the process's calls that connect or send; the process has an empty home folder, which must stay empty."""
+    """Calls of a process that connect or send. Its home folder is empty and must stay so."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     home, trace = tmp_path / "home", tmp_path / "trace"

@@ -25,7 +25,7 @@ from ldm_export.bundle.graph_stages import (
 )
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
-from ldm_export.bundle.publish import publish, work_folder
+from ldm_export.bundle.publish import publish, remove, work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
@@ -36,9 +36,10 @@ from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST, graph_file
 from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, Component, Manifest
+from ldm_runtime.manifest import FORMAT, MAX_BYTES, Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.model import UNET
+from ldm_runtime.regular_files import read_regular
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
@@ -174,7 +175,10 @@ def _previous(target: Path) -> Bundle | None:
 def _has_manifest(folder: Path) -> bool:
     """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
     manifest = folder / MANIFEST
-    return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
+    try:
+        return json.dumps(FORMAT).encode() in read_regular(manifest, MAX_BYTES, ManifestError)
+    except ManifestError:
+        return False
 
 
 def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[str, Outcome]) -> list[Stage]:
@@ -263,7 +267,7 @@ def _same(previous: Bundle, manifest: Manifest) -> bool:
 def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
     """Put the manifest's files, which lie in ``work``, in the bundle's place at once, and remove ``work``."""
     finished = work / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
+    remove(finished)
     for name in manifest.files:
         (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).rename(finished / name)
