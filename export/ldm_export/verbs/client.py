@@ -107,7 +107,7 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
         for answer in answers:
             if not {"STEP", "TOTAL"} <= answer.keys():
                 continue
-            step, total = (int(answer[name].ravel()[0]) for name in ("STEP", "TOTAL"))
+            step, total = (_number(answer[name], name, connection.address) for name in ("STEP", "TOTAL"))
             bar.to(step, total)
             if "IMAGE" in answer and step < total:
                 preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
@@ -116,6 +116,13 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
     if "IMAGE" not in answer:
         raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer
+
+
+def _number(array: NDArray[Any], name: str, address: Address) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu":
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ServerError(f"{address}: {name} is {got}, expected one whole number; check --model")
+    return int(array.ravel()[0])
 
 
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:

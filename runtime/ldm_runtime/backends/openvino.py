@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
 """OpenVINO's name of an element type -> dtype."""
 RANK = 40
+log = logging.getLogger(__name__)
 EXTRA = "openvino"
 
 
@@ -159,11 +162,22 @@ class OpenVinoEngine:
         part = bundle.manifest.components[component]
         graph, cache = bundle.verified_graph(component, choice.graph), placement.cache
         if cache is not None:
-            cache = cache / _cache_folder(bundle, part.graphs[choice.graph])
+            cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
 
     def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
         """None: on the CPU the pipeline's NumPy loop runs beside the UNet."""
+        return None
+
+
+def _writable(folder: Path) -> Path | None:
+    """The folder, created if need be; None after a warning if it cannot be written, because it only saves time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        log.warning("cache: %s cannot be written (%s); compiled graphs are not kept", folder, error.strerror)
         return None
 
 
