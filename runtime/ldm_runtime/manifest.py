@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,8 @@ FORMAT, VERSION = "ldm-export bundle", 2
 MAX_BYTES = 16 * 2**20
 MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
 MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS = 1024, 256, 1000
+MAX_VALUES = 2**31 - 1
+"""Most values of a tensor at its usual size, 8 GiB as float32."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -298,4 +301,10 @@ def _component(where: str, value: Any) -> Component:
     for engine in engines:
         safe_path(f"{where}.engines", engine.file)
     variants = require_map(f"{where}.variants", entry.get("variants", {}), _graphs)
-    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs, engines, variants)
+    spec = spec_from_json(where, where.rpartition(".")[2], entry)
+    for tensor in spec.inputs + spec.outputs:
+        if (values := prod(tensor.bounds("opt"))) > MAX_VALUES:
+            raise ManifestError(
+                f"{where}: {tensor}: {values} values at its usual size, expected at most {MAX_VALUES}; rebuild it"
+            )
+    return Component(spec, graphs, engines, variants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,9 @@ __all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
 
 F32 = NDArray[np.float32]
 MAX_COUNT = 4096
+MAX_VALUES = 2**30
+"""Most values of the images or the latents of one call, 4 GiB as float32. Sizes come from callers and from a bundle's
+axes, and a typing error or a hostile bundle must not exhaust the memory."""
 _T = TypeVar("_T")
 
 
@@ -221,6 +225,13 @@ class LatentDiffusionPipeline:
             geometry.latents_of("height", request.height),
             geometry.latents_of("width", request.width),
         )
+        pixels = math.prod(shape[2:]) * geometry.factor**2
+        values = images * max(math.prod(shape[1:]), pixels * geometry.image_channels)
+        if values > MAX_VALUES:
+            raise SpecError(
+                f"size: got {images} images of {pixels} pixels, which are {values} values, expected at most "
+                f"{MAX_VALUES}; make smaller images or several calls"
+            )
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
         eta = _or(request.eta, defaults.eta)
         trajectory = self.scheduler.trajectory(_or(request.num_inference_steps, defaults.num_inference_steps), eta)

@@ -126,7 +126,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 @given(
     facts=st.dictionaries(names, json_values, max_size=4),
     tools=st.dictionaries(names, names, max_size=4),
-    bounds=st.lists(st.integers(1, 2**31 - 1), min_size=3, max_size=3).map(sorted),
+    bounds=st.lists(st.integers(1, 2**17), min_size=3, max_size=3).map(sorted),
     scale=st.integers(1, 9999),
 )
 def test_any_facts_read_back_equal(tmp_path_factory, facts, tools, bounds, scale) -> None:

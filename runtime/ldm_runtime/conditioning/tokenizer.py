@@ -12,6 +12,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.regular_files import read_regular
 
 MAX_BYTES = 64 * 2**20
 """Largest tokenizer.json that is read; BERT's largest published ones are under 10 MiB."""
@@ -56,7 +57,7 @@ class Tokenizer:
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle"
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path, MAX_BYTES, ManifestError).decode()
             pad = _pad_token(json.loads(text))
             fast = tokenizers.Tokenizer.from_str(text) if pad else None
         except Exception as error:  # tokenizers raises no narrower class
