@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable, warnings_on
@@ -20,6 +21,9 @@ VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, cli
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 after an error told in one line on standard error; bad usage exits with 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without UTF-8 shows other characters as \u escapes
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args = _parse(parser, arguments)
     logging.basicConfig(format="%(name)s: %(message)s")

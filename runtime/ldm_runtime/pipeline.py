@@ -28,6 +28,7 @@ from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
 from ldm_runtime.planner import Planner
 from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
 
@@ -80,7 +81,9 @@ class Generation:
 class LatentDiffusionPipeline:
     """A latent diffusion model ready to run; use ``from_bundle``.
 
-    One pipeline serves one thread at a time.
+    Threads may share a pipeline: its components run one at a time, and the images are those of separate calls. A loop
+    on a device serves one request at a time; a request that another one displaces raises ``BackendError``. To serve
+    many callers, use ``batching.scheduler.BatchScheduler``.
 
     Args:
         model: Description of the model, as in the manifest.
@@ -156,14 +159,23 @@ class LatentDiffusionPipeline:
             cache=None if cache is None else Path(cache),
             once=not keep_loaded,
         )
-        return cls(
+        verified: list[VerifiedFile] = []
+
+        def file(name: str) -> Path:
+            verified.append(bundle.verified(name))
+            return verified[-1].path
+
+        pipeline = cls(
             bundle.manifest.model,
             opened.backends,
-            bundle.file,
+            file,
             keep_loaded=keep_loaded,
             choice=opened.choice,
             loop=opened.loop,
         )
+        for one in verified:  # the conditioners have read them by now
+            one.check()
+        return pipeline
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,9 @@ from ldm_runtime.schedulers import Scheduler
 __all__ = ["Planner"]
 
 MAX_COUNT = 4096
+MAX_VALUES = 2**30
+"""Most values of the images or the latents of one call, 4 GiB as float32. Sizes come from callers and from a bundle's
+axes, and a typing error or a hostile bundle must not exhaust the memory."""
 _T = TypeVar("_T")
 
 
@@ -52,6 +56,7 @@ class Planner:
             geometry.latents_of("height", request.height),
             geometry.latents_of("width", request.width),
         )
+        _check_memory(shape, geometry)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
         steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
         trajectory = self.scheduler.trajectory(steps, eta)
@@ -87,3 +92,13 @@ class Planner:
 
 def _or(value: _T | None, default: _T) -> _T:
     return default if value is None else value
+
+
+def _check_memory(shape: tuple[int, int, int, int], geometry: Geometry) -> None:
+    pixels = math.prod(shape[2:]) * geometry.factor**2
+    values = shape[0] * max(math.prod(shape[1:]), pixels * geometry.image_channels)
+    if values > MAX_VALUES:
+        raise SpecError(
+            f"size: got {shape[0]} images of {pixels} pixels, which are {values} values, expected at most "
+            f"{MAX_VALUES}; make smaller images or several calls"
+        )

@@ -95,10 +95,7 @@ ASKED = {
         ["-o", "file/out.png", PROMPT],
         "file/out.png: cannot be written (file is no folder); choose",
     ),
-    "a folder": (
-        ["-o", "folder", PROMPT],
-        "folder: is a folder, expected the name of an image file; choose another -o",
-    ),
+    "a folder": (["-o", "folder", PROMPT], "folder: is a folder, expected the name of a file; choose another name"),
     "no name": (["-o", ".", PROMPT], ".: is a folder"),
     "the root": (["-o", "/", PROMPT], "/: is a folder"),
     "no place": (["-o", "/proc/out.png", PROMPT], "/proc/out.png: cannot be written"),

@@ -50,7 +50,7 @@ ASKED = {
     "previews without a stream": (["--preview-every", "5"], "--preview-every: got no --stream"),
     "no time": (["--timeout", "0"], "timeout: got 0.0, expected a number of seconds above 0"),
     "not a number of seconds": (["--timeout", "nan"], "timeout: got nan, expected a number"),
-    "a folder": (["-o", "."], ".: is a folder, expected the name of an image file; choose another -o"),
+    "a folder": (["-o", "."], ".: is a folder, expected the name of a file; choose another name"),
     "nobody's name": (["--url", "nowhere.invalid"], "http://nowhere.invalid:8000: cannot be reached ("),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,17 @@ def test_bad_json(tmp_path: Path, content: bytes, what: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"unet: .*x.json:? {what}"):
         read_json(tmp_path / "x.json", "unet")
+
+
+def test_an_archive_that_inflates_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(CheckpointError, match=r"bytes that inflate to 10000002, expected entries that are not compres"):
+        read_weights(tmp_path, "unet")
+
+
+def test_a_tensor_that_repeats_its_values_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1).expand(10**12)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"'x' has shape \[1000000000000\], but only 4 bytes are stored for it"):
+        read_weights(tmp_path, "unet")

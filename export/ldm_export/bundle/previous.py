@@ -8,7 +8,8 @@ from pathlib import Path
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, Manifest
+from ldm_runtime.manifest import FORMAT, MAX_BYTES, Manifest
+from ldm_runtime.regular_files import read_regular
 
 __all__ = ["describes", "previous_bundle"]
 
@@ -32,7 +33,10 @@ def previous_bundle(target: Path) -> Bundle | None:
 def _has_manifest(folder: Path) -> bool:
     """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
     manifest = folder / MANIFEST
-    return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
+    try:
+        return json.dumps(FORMAT).encode() in read_regular(manifest, MAX_BYTES, ManifestError)
+    except ManifestError:
+        return False
 
 
 def describes(previous: Bundle, manifest: Manifest) -> bool:

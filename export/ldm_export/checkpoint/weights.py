@@ -139,6 +139,7 @@ def _load_safetensors(file: Path, name: str) -> torch.Tensor:
 def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
     """As above. Files written by torch before 1.6 cannot be mapped and are held in memory until the dict is let go."""
     where = f"{component}: {file}"
+    _check_archive(file, where)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle raises whatever the damage leads to
@@ -154,9 +155,36 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             kind = f"{type(tensor).__name__} {getattr(tensor, 'layout', '')}".strip()
             raise CheckpointError(f"{where}: {name!r} is a {kind}, expected a dict from names to dense tensors only")
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > stored:
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {list(tensor.shape)}, but only {stored} bytes are stored for it; "
+                "use another checkpoint"
+            )
         dtype = str(tensor.dtype).removeprefix("torch.")
         weights[name] = StoredTensor(component, name, file, tuple(tensor.shape), dtype, tensor.detach)
     return weights
+
+
+def _check_archive(file: Path, where: str) -> None:
+    """Refuse a PyTorch archive that inflates to more than the file has: torch writes its entries as they are.
+
+    Raises:
+        CheckpointError: Entries are compressed or overlap, or the directory of the archive is damaged.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        message = f"damaged or truncated ({first_line(error)}), expected a state dict; download it again"
+        raise CheckpointError(f"{where}: {message}") from error
+    if size > file.stat().st_size:
+        raise CheckpointError(
+            f"{where}: {file.stat().st_size} bytes that inflate to {size}, expected entries that are not compressed; "
+            "use another checkpoint"
+        )
 
 
 def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:

@@ -79,8 +79,8 @@ class Connection:
             if not self._client.is_model_ready(self.model, **limit):
                 raise ServerError(self._unready(limit))
             facts = self._client.get_model_metadata(self.model, **({} if self._http else {"as_json": True, **limit}))
-        self.inputs: dict[str, str] = {tensor["name"]: tensor["datatype"] for tensor in facts.get("inputs", [])}
-        self.outputs: list[str] = [tensor["name"] for tensor in facts.get("outputs", [])]
+            self.inputs = {str(tensor["name"]): str(tensor["datatype"]) for tensor in facts.get("inputs", [])}
+            self.outputs = [str(tensor["name"]) for tensor in facts.get("outputs", [])]
 
     def _unready(self, limit: dict[str, Any]) -> str:
         """Why the model is not ready: unknown, failed, loading, or loaded but unable to generate images."""
@@ -159,8 +159,9 @@ class Connection:
                     final = response.parameters.get("triton_final_response")
                     complete = final is not None and final.bool_param
                     present = [tensor.name for tensor in response.outputs]
-                if present:
-                    yield _arrays(result, [name for name in outputs if name in present])
+                    arrays = _arrays(result, [name for name in outputs if name in present]) if present else None
+                if arrays is not None:
+                    yield arrays
         finally:
             self._client.stop_stream(cancel_requests=not complete)
 
@@ -175,6 +176,8 @@ class Connection:
                     f"{self.address}: model {self.model!r} has no input {name}, only {known}; choose another"
                 )
             kind, listed = self.inputs[name], value if isinstance(value, list) else [value]
+            if kind != "BYTES" and triton_to_np_dtype(kind) is None:
+                raise ServerError(f"{self.address}: input {name} has the unknown data type {kind!r:.40}; check --model")
             try:
                 if kind == "BYTES":
                     array = np.array([text.encode() for text in listed], dtype=object)
@@ -204,7 +207,8 @@ class Connection:
             raise ServerError(f"{self.address}: no answer in {self.timeout:g} s; {LONGER}") from None
         except LdmError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            # the last three: an answer of another form than the protocol's
             cause = " ".join(str(error).split()) or type(error).__name__
             other = "grpc" if self._http else "http"
             raise ServerError(f"{self.address}: no Triton server answers ({cause}); is the port for {other}?") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.options import PRECISIONS, real_number, unwritten, whole_number
-from ldm_runtime.atomic_files import write_whole
+from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.backends.selection import DEVICES
 from ldm_runtime.errors import BuildError
@@ -97,8 +97,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 def _check(output: Path) -> None:
     """Refuse, before the work, an output that could not be written after it."""
-    if output.suffix != ".svg" or output.is_dir():
+    if output.suffix != ".svg":
         raise BuildError(f"{output}: expected the name of a file that ends in .svg; choose another -o")
+    destination(output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BuildError(f"{output}: cannot be written ({folder} is no folder, or not writable); choose another -o")

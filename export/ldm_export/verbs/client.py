@@ -13,8 +13,9 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, grid_columns, write_images
 from ldm_export.verbs.options import real_number, whole_number
+from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
     from ldm_runtime.request import fresh_seed
 
-    check_output(args.output)
+    destination(args.output)
     address = parse_url(args.url, args.protocol or ("grpc" if args.stream and "://" not in args.url else None))
     if args.stream and address.protocol != "grpc":
         raise SpecError(f"url: {address} cannot stream; use gRPC and its port, usually {PROTOCOLS['grpc']}")
@@ -102,7 +103,7 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
         for answer in answers:
             if not {"STEP", "TOTAL"} <= answer.keys():
                 continue
-            step, total = (int(answer[name].ravel()[0]) for name in ("STEP", "TOTAL"))
+            step, total = (_number(answer[name], name, connection.address) for name in ("STEP", "TOTAL"))
             bar.to(step, total)
             if "IMAGE" in answer and step < total:
                 preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
@@ -112,6 +113,13 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
     if "IMAGE" not in answer:
         raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer
+
+
+def _number(array: NDArray[Any], name: str, address: Address) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu":
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ServerError(f"{address}: {name} is {got}, expected one whole number; check --model")
+    return int(array.ravel()[0])
 
 
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:

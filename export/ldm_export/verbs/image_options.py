@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, unwritten, whole_number
-from ldm_runtime.atomic_files import write_together
+from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError
 
 __all__ = ["Written", "add_request", "check_output", "grid_columns", "write_images"]
@@ -86,12 +86,11 @@ def check_output(output: Path) -> None:
     """Refuse an output path that cannot be an image file, before any work is done.
 
     Raises:
-        BuildError: The path is a folder, or its suffix is of no format that can be written.
+        BuildError: The path is a folder or special file, or its suffix is of no format that can be written.
     """
     from ldm_runtime.images import FORMATS
 
-    if not output.name or output.is_dir():
-        raise BuildError(f"{output}: is a folder, expected the name of an image file; choose another -o")
+    destination(output)
     if output.suffix.lower() not in FORMATS:
         raise BuildError(f"{output}: expected a name that ends in {', '.join(FORMATS)}; choose another -o")
 

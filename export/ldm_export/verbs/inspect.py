@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 def _engine(engine: dict[str, Any]) -> str:
     gpus = ", ".join(engine["compute_capabilities"]) or "the GPU it was built on"
-    work = ", ".join(f"{count} {kind}" for kind, count in engine["proof"].get("matrix_work", {}).items())
+    work = ", ".join(f"{count} {kind}" for kind, count in mapping(engine["proof"].get("matrix_work")).items())
     what = f"{engine['precision']} for {gpus}, {engine['package']} {engine['version']}"
     return f"{engine['file']}, {human_bytes(engine['bytes'])}; {what}; matrix work: {work or 'none'}"
 

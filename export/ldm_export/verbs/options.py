@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.number_checks import shown
+from ldm_runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MAX_PROMPTS = 16 * 2**20
+"""Largest file of prompts in bytes."""
 MAX_DIGITS = 40
 """Longest number on the command line; no option needs more."""
 
@@ -49,8 +52,8 @@ def lines(path: Path) -> list[str]:
         SpecError: it cannot be read, or holds none.
     """
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        found = [line.strip() for line in read_regular(path, MAX_PROMPTS, SpecError).decode().splitlines()]
+    except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read as a text file of prompts ({error})") from None
     if not any(found):
         raise SpecError(f"{path}: got no prompts, expected one a line")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import chosen_prompts, unwritten, whole_number
-from ldm_runtime.atomic_files import write_whole
+from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import BuildError
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -33,8 +32,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.report.page import report_page
     from ldm_export.requests import requests_for
 
-    if not args.output.name or args.output.is_dir():
-        raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
+    destination(args.output)
     bundle = Bundle.open(args.bundle)
     requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
     options = ReportOptions(args.seed, args.steps, args.backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_runtime.backends import Backend
 from ldm_runtime.backends.engine import Choice, Engine, Placement, Wish, pipeline_components
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.registry import AUTO
@@ -78,7 +77,7 @@ def open_component(
     device: str = "auto",
     threads: int | None = None,
     cache: Path | None = None,
-) -> Backend:
+) -> LazyBackend:
     """Load one component. Only its own files are read and checked.
 
     Arguments and errors are those of ``open_model``; the component must be one of the bundle's.
@@ -88,4 +87,7 @@ def open_component(
         raise BackendError(f"{bundle.folder}: got component {component!r:.60}, expected one of {known}")
     threads = checked_threads(threads)
     engine, choice = select_backend(bundle, backend, Wish(precision, device))
-    return engine.open(bundle, component, choice, Placement(choice.device, threads, cache))()
+    loader = engine.open(bundle, component, choice, Placement(choice.device, threads, cache))
+    opened = LazyBackend(bundle.manifest.components[component].spec, loader)
+    opened.load()
+    return opened

@@ -65,7 +65,7 @@ class BatchScheduler:
             self._test_request = self_test_request(pipeline)
             if warm_up:
                 self._self_test()
-        except LdmError:
+        except BaseException:
             self._noise_executor.shutdown()
             self._notifier.close(1)
             raise
@@ -121,10 +121,14 @@ class BatchScheduler:
 
     @property
     def ready(self) -> bool:
-        """True if images can be generated: the last attempt succeeded, the thread is alive, and no call is stalled."""
+        """True if images can be generated: the last attempt succeeded, the threads are alive, and no call is stalled.
+
+        The thread that generates noise is covered by the attempts: each self-test uses it.
+        """
         idle = not (self._active or self._queue or self._testing)
         moving = idle or time.monotonic() - self._last_progress < self._limits.stall_timeout
-        return not self._active.unhealthy and not self._closing and self._thread.is_alive() and moving
+        alive = self._thread.is_alive() and self._notifier.is_alive()
+        return not self._active.unhealthy and not self._closing and alive and moving
 
     def snapshot(self) -> Snapshot:
         """Counters and current state."""
@@ -195,14 +199,15 @@ class BatchScheduler:
             try:
                 self._self_test()
                 self._active.unhealthy = False
-            except LdmError as error:
+            except BaseException as error:
                 self._active.unhealthy = True
                 delay = min(2 * delay, RETRY_SECONDS[1])
-                _log.error("self-test failed: %s", error)
+                _log.error("self-test failed: %s: %s", type(error).__name__, error)
             self._testing = False
 
     def _self_test(self) -> None:
         """Generate a test image; NaN or infinite values in it raise SpecError."""
+        self._noise_executor.submit(int).result()
         for step in self._pipeline.steps(self._test_request):
             latents = step.latents
         self._pipeline.decode(latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class TextConditioner:
         self.tokenizer = tokenizer
         self._backend, self._output = backend, output
         self._states: OrderedDict[str, F32] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -109,15 +111,16 @@ class TextConditioner:
             SpecError: A text cannot be tokenized.
             BackendError: The engine failed.
         """
-        found = {text: self._states[text] for text in texts if text in self._states}
-        for text in texts:
-            if text not in found:
-                found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
-            self._states[text] = found[text]
-            self._states.move_to_end(text)
-        while len(self._states) > CACHE_SIZE:
-            self._states.popitem(last=False)
-        return found
+        with self._lock:
+            found = {text: self._states[text] for text in texts if text in self._states}
+            for text in texts:
+                if text not in found:
+                    found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
+                self._states[text] = found[text]
+                self._states.move_to_end(text)
+            while len(self._states) > CACHE_SIZE:
+                self._states.popitem(last=False)
+            return found
 
     def close(self) -> None:
         """Free the text encoder; encoded prompts stay."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.number_checks import integer
+from ldm_runtime.regular_files import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Tokenizer:
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle"
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path, MAX_BYTES, ManifestError).decode()
             document = json.loads(text)
             pad = _pad_token(document)
             sides = [_side(document, section) for section in ("padding", "truncation")] if pad else []
