@@ -84,6 +84,6 @@ def open_component(
         raise BackendError(f"{bundle.folder}: got component {component!r:.60}, expected one of {known}")
     engine, choice = select_backend(bundle, backend, Wish(precision, device))
     loader = engine.open(bundle, component, choice, Placement(choice.device, threads, cache))
-    backend = LazyBackend(bundle.manifest.components[component].spec, loader)
-    backend.load()
-    return backend
+    opened = LazyBackend(bundle.manifest.components[component].spec, loader)
+    opened.load()
+    return opened
