@@ -71,7 +71,7 @@ def _islands(report: Path) -> dict[str, int]:
     facts = read_object(report, MAX_REPORT)
     islands = require_object(f"{report}: islands", facts.get("islands"))
     reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())
-    counts = {
+    counts: dict[str, int] = {
         kind: require_integer(f"{report}: {kind}", facts[kind], 0, MAX_REPORT)
         for kind in ("half", "int8")
         if kind in facts
