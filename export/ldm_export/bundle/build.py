@@ -7,14 +7,13 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from ldm_calibration.settings import CalibrationSettings, Grade
-from ldm_export.bundle.build_plan import BuildPlan
-from ldm_export.bundle.engine_stages import engine_of, engine_stage, in_latents
+from ldm_export.bundle.build_manifest import build_request, built_manifest, same_build
+from ldm_export.bundle.build_plan import BuildOptions, BuildPlan
+from ldm_export.bundle.engine_stages import engine_stage, in_latents
 from ldm_export.bundle.graph_stages import (
     file_stages,
     graph_stages,
@@ -23,66 +22,27 @@ from ldm_export.bundle.graph_stages import (
     step_stages,
     variant_stages,
 )
-from ldm_export.bundle.int8_stages import graph_files, int8_stages
+from ldm_export.bundle.int8_stages import int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
 from ldm_export.bundle.publish import publish, work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
-from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_named
-from ldm_export.requests import RequestFields
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST, graph_file
+from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST
 from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, Component, Manifest
-from ldm_runtime.manifest import Stage as StageFact
-from ldm_runtime.model import UNET
-from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.manifest import FORMAT, Manifest
 
-__all__ = ["PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
+__all__ = ["BuildOptions", "Built", "assemble", "build"]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """What is built beside the fp32 graphs.
-
-    Attributes:
-        precision: "fp32", "fp16", "bf16" or "int8".
-        engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
-        calibration: Settings of int8's calibration; for int8 only.
-        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
-        requests: What the ranges of half precision are measured on, one image each. None takes the family's defaults.
-
-    Raises:
-        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
-    """
-
-    precision: str = "fp32"
-    engines: EngineRequest | None = None
-    calibration: CalibrationSettings | None = None
-    grade: Grade | None = None
-    requests: Sequence[RequestFields] | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
-        if (self.precision == "int8") != (self.calibration is not None):
-            raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """fp32, and the precision if it is another."""
-        return tuple(dict.fromkeys(("fp32", self.precision)))
-
-
-@dataclass(frozen=True)
 class Built:
-    """A bundle and, by stage, where its files came from: "made", "resumed" or "kept"."""
+    """A bundle, and the origin of the files of each stage: "made", "resumed" or "kept"."""
 
     bundle: Bundle
     origins: dict[str, str]
@@ -97,28 +57,28 @@ def build(
     options: BuildOptions | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
-    """Export a checkpoint's components and write a bundle; what is there already is kept.
+    """Export a checkpoint's components and write a bundle; finished stages of an existing bundle are kept.
 
     One component at a time is loaded, traced and freed. The bundle appears whole or not at all.
 
     Args:
         checkpoint: An opened checkpoint.
-        target: The bundle's folder; an existing folder that is no bundle is refused.
-        precision, engines: Short for ``options`` with these alone.
-        options: What is built beside the fp32 graphs.
-        on_progress: Receives the progress of each stage, the last being "bundle".
+        target: The bundle's folder; an existing folder that is not a bundle is refused.
+        precision, engines: Shorthand for ``options`` with these values only.
+        options: What to build besides the fp32 graphs.
+        on_progress: Receives the progress of each stage, the last of which is "bundle".
 
     Raises:
         CheckpointError: Weights are missing or damaged.
-        BuildError: A component cannot be exported, or the disk refuses.
+        BuildError: A component cannot be exported, or files cannot be written.
     """
     options = BuildOptions(precision, engines) if options is None else options
-    target = target.resolve()  # a link stays a link
+    target = target.resolve()  # replaces the folder that a link points to
     family = family_named(checkpoint.family)
     model, previous = family.describe(checkpoint), _previous(target)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
-    request = _request(checkpoint, options, family.quantize)
+    request = build_request(checkpoint, options, family.quantize)
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress)
@@ -130,21 +90,9 @@ def build(
         if latents is not None:
             _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)
         on_progress("bundle", 0, 1)
-        manifest = Manifest(
-            family=plan.model.family,
-            components=_components(plan, options, latents, variants, outcomes),
-            conditioning=plan.model.conditioning,
-            guidance=plan.model.guidance,
-            latents=plan.model.latents,
-            scheduler=plan.model.scheduler,
-            defaults=plan.model.defaults,
-            files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
-            stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
-            tools=tools,
-            request=request,
-        )
+        manifest = built_manifest(plan, options, latents, variants, outcomes, request)
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
-        if untouched and previous is not None and _same(previous, manifest):
+        if untouched and previous is not None and same_build(previous, manifest):
             shutil.rmtree(work)
         else:
             assemble(work, target, manifest, outcomes)
@@ -168,11 +116,11 @@ def _previous(target: Path) -> Bundle | None:
     try:
         return Bundle.open(target)
     except ManifestError:
-        return None  # damaged, or of another version: build all of it
+        return None  # damaged, or of another version: build everything
 
 
 def _has_manifest(folder: Path) -> bool:
-    """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
+    """True if the folder has a bundle's manifest, even a damaged one; other programs write a manifest.json too."""
     manifest = folder / MANIFEST
     return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
@@ -201,67 +149,8 @@ def _sources(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
     return {file: outcome.key for outcome in outcomes.values() for file in outcome.files}
 
 
-def _components(
-    plan: BuildPlan,
-    options: BuildOptions,
-    engines: EngineRequest | None,
-    variants: Mapping[str, Stage],
-    outcomes: Mapping[str, Outcome],
-) -> dict[str, Component]:
-    """The manifest's components: those of the model, then the step graphs, which are always in fp32."""
-
-    def component(spec: ComponentSpec, precisions: tuple[str, ...]) -> Component:
-        graphs = graph_files(spec.name, precisions, outcomes)
-        built = () if engines is None else (engine_of(plan, spec.name, precisions[-1], engines),)
-        return Component(spec, graphs, built)
-
-    components = {name: component(spec, options.precisions) for name, spec in plan.model.components.items()}
-    for engine, stage in variants.items():
-        file = graph_file(UNET, "fp32", engine)
-        if file in outcomes[stage.name].files:
-            found = {**components[UNET].variants, engine: {"fp32": file}}
-            components[UNET] = replace(components[UNET], variants=found)
-    return components | {name: component(spec, ("fp32",)) for name, spec in model_steps(plan.model).items()}
-
-
-def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str, ...]) -> dict[str, Any]:
-    """What the manifest says about the request; nothing of it is specific to this machine."""
-    request: dict[str, Any] = {
-        "checkpoint": checkpoint.folder.resolve().name,
-        "precision": options.precision,
-        "quantize": list(quantize),
-    }
-    if options.engines is not None:
-        engines = asdict(options.engines)
-        request["engines"] = {
-            "target": engines["target"],
-            "compute_capabilities": list(engines["compute_capabilities"]),
-            "bounds": {name: list(bounds) for name, bounds in engines["bounds"]},
-            "refittable": engines["refittable"],
-        }
-    if checkpoint.random_seed is not None:
-        return {**request, "random_weights_seed": checkpoint.random_seed}
-    return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}
-
-
-def _same(previous: Bundle, manifest: Manifest) -> bool:
-    """True where the previous bundle says what this build would, with reports and measurements added at most."""
-    before = previous.manifest
-    try:
-        for name in before.files.keys() - manifest.files.keys():
-            previous.file(name)
-    except ManifestError:
-        return False  # a damaged report: leave the reports out
-    return (before.stages, before.components, before.request, before.model) == (
-        manifest.stages,
-        manifest.components,
-        manifest.request,
-        manifest.model,
-    )
-
-
 def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
-    """Put the manifest's files, which lie in ``work``, in the bundle's place at once, and remove ``work``."""
+    """Replace the bundle at ``target`` by the manifest's files, which are in ``work``, and remove ``work``."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     for name in manifest.files:

@@ -1,33 +1,71 @@
-"""What every stage of a build needs to know."""
+"""Options of a build, and the inputs that all of its stages share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.stages import OnProgress
 from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.engine.request import EngineRequest
 from ldm_export.families.family import Family
+from ldm_export.requests import RequestFields
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import graph_file
-from ldm_runtime.errors import CheckpointError
+from ldm_runtime.errors import BuildError, CheckpointError
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["BuildPlan", "folder_digests", "relative"]
+__all__ = ["PRECISIONS", "BuildOptions", "BuildPlan", "folder_digests", "relative"]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of a build: what it produces besides the fp32 graphs.
+
+    Attributes:
+        precision: "fp32", "fp16", "bf16" or "int8".
+        engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
+        calibration: Settings of int8's calibration; for int8 only.
+        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
+        requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
+
+    Raises:
+        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
+    """
+
+    precision: str = "fp32"
+    engines: EngineRequest | None = None
+    calibration: CalibrationSettings | None = None
+    grade: Grade | None = None
+    requests: Sequence[RequestFields] | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
+        if (self.precision == "int8") != (self.calibration is not None):
+            raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """fp32, and the precision if it is another."""
+        return tuple(dict.fromkeys(("fp32", self.precision)))
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Inputs and places of one build.
+    """Inputs and folders of one build.
 
     Attributes:
-        checkpoint: What is exported.
-        family: Of the checkpoint.
-        model: Its components: the traced ones, and after the fp32 graphs are there, those of the bundle.
-        work: Folder in which the files of finished stages lie under their paths in the bundle.
-        previous: The bundle that is there, if any.
+        checkpoint: The checkpoint to export.
+        family: Family of the checkpoint.
+        model: The model: with traced components at first, with those of the bundle after the fp32 graphs are written.
+        work: Folder with the files of finished stages, under their paths in the bundle.
+        previous: The existing bundle, if any.
         tools: Package -> version.
         on_progress: Receives the progress of each stage.
     """

@@ -1,4 +1,4 @@
-"""Options that `generate` and `client` share: what to generate, and where to write the images."""
+"""Options shared by `generate` and `client`: the request, and the files to write."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ __all__ = ["add_request", "check_output", "grid_columns", "write_images"]
 
 def add_request(verb: argparse.ArgumentParser) -> None:
     """Add the options of a request and of its output."""
-    verb.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to draw; none for a model without text")
+    verb.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text prompts; none for a model without text conditioning"
+    )
     verb.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write (default out.png)")
-    verb.add_argument("--each", action="store_true", help="beside a grid of several images, write each: out-0.png, …")
+    verb.add_argument(
+        "--each", action="store_true", help="write each of several images too, not only their grid: out-0.png, …"
+    )
     verb.add_argument("--seed", type=int, help="the same seed gives the same images (default: random, printed)")
     verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     verb.add_argument("--eta", type=float, help="noise added at each step, 0 for none (default: the model's)")
@@ -38,11 +42,17 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         help="compute the guidance direction at every N-th step and reuse it between: 2 saves a quarter of the work, "
         "3 a third, with nearly the same image (default 1, exact)",
     )
-    verb.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    verb.add_argument("--width", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
-    verb.add_argument("--height", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
+    verb.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="text that describes what the image must not show"
+    )
+    verb.add_argument(
+        "--width", type=int, help="width in pixels, a multiple of the model's factor (default: the model's)"
+    )
+    verb.add_argument(
+        "--height", type=int, help="height in pixels, a multiple of the model's factor (default: the model's)"
+    )
     verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
-    verb.add_argument("--count", type=int, metavar="N", help="images, for a model without prompts (default 1)")
+    verb.add_argument("--count", type=int, metavar="N", help="number of images of a model without prompts (default 1)")
 
 
 def check_output(output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options of int8 that ``build`` and ``calibrate`` share, the settings they give, and the table of the report."""
+"""Options of int8 shared by ``build`` and ``calibrate``, the calibration settings, and the table of the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm_calibration.settings import CalibrationSettings
     from ldm_export.demo import Model
 
-__all__ = ["add_int8_arguments", "default_requests", "given", "settings_of", "show"]
+__all__ = ["add_int8_arguments", "default_requests", "given_options", "settings_of", "show"]
 
 OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
 """Maximum number of observed images, and numbers of trial images; graded trials need more images."""
@@ -48,18 +48,18 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         help="rank layers by their effect on the final latents (default), or on their own results, which is faster",
     )
     int8.add_argument("--trials", type=int, metavar="N", help="images on which the budget is checked (default 16)")
-    int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of these (default 50)")
+    int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of the trial images (default 50)")
 
 
-def given(args: argparse.Namespace) -> list[str]:
-    """Names of the options on the command line."""
+def given_options(args: argparse.Namespace) -> list[str]:
+    """Names of the int8 options that are on the command line."""
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
 def default_requests(
     conditioning: Collection[str], model: Model, observed: int, trials: int
 ) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
-    """Requests to observe and requests to try if the user gives no prompts; None if prompts are needed.
+    """Default requests to observe and to generate trial images from; None if the user must give prompts.
 
     Args:
         conditioning: Kinds of the model's conditioning; empty for an unconditional model.
@@ -79,7 +79,7 @@ def default_requests(
 
 
 def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
-    """The settings of the calibration.
+    """Make the settings of the calibration from the options.
 
     Args:
         args: Parsed options.
@@ -87,7 +87,7 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
         model: As for ``default_requests``.
 
     Raises:
-        SpecError: The model needs prompts and there are none, takes none and there are some, or a number is out of
+        SpecError: The model needs prompts and there are none, takes none and some are given, or a number is out of
             range.
     """
     from ldm_calibration.settings import CalibrationSettings
