@@ -1,8 +1,8 @@
-"""What building TensorRT for RTX engines of a model of any size costs: seconds and most memory of every engine.
+"""Measures the cost of building TensorRT for RTX engines of a model: seconds and peak memory of every engine.
 
-Builds a bundle of random weights from a folder of configs through the command line, in a process of its own; finished
-graphs of a bundle that is there already are kept. Exits with 1 where an engine takes longer than --seconds, or while it
-is built the process holds more than 1.3 × the component's float32 weights + 3 GB.
+Builds a bundle of random weights from a folder of configs through the command line, in its own process; finished
+graphs of an existing bundle are reused. Exits with 1 if an engine takes longer than --seconds, or if the process uses
+more memory during its build than 1.3 × the component's float32 weights + 3 GB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the bundle to write")
     parser.add_argument("--precision", default="fp16", help="of the engines (default fp16)")
     parser.add_argument("--compute-capability", default="8.9", metavar="LIST", help="default 8.9")
-    parser.add_argument("--seconds", type=float, default=60, help="most seconds of one engine (default 60)")
+    parser.add_argument("--seconds", type=float, default=60, help="maximum seconds of one engine (default 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
     options = ["--precision", args.precision, "--target", "tensorrt-rtx", "--random-weights", "--quiet"]
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
-    """Run a build; its exit code, and the most resident bytes of it while each stage was made, by stage."""
+    """Run a build; return its exit code and the peak of resident bytes during each stage."""
     process, peaks, ended = subprocess.Popen(command), dict[str, int](), threading.Event()
     sampler = threading.Thread(target=sample, args=(process.pid, work, peaks, ended))
     sampler.start()
@@ -83,7 +83,7 @@ def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
 
 
 def sample(pid: int, work: Path, peaks: dict[str, int], ended: threading.Event) -> None:
-    """Raise the peak of the stage being made, told by its folder in the build's work folder; children count."""
+    """Update the peak of the running stage, found by its folder in the work folder; child processes count."""
     while not ended.is_set():
         making = [path.name.removeprefix(".").removesuffix(".making") for path in work.glob(".*.making")]
         total = resident(pid) + sum(map(resident, children(pid)))
@@ -101,7 +101,7 @@ def children(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Resident bytes of a process, 0 where it has ended; see proc_pid_status(5)."""
+    """Resident bytes of a process, 0 if it has ended; see proc_pid_status(5)."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

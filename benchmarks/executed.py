@@ -1,4 +1,4 @@
-"""Graphs on OpenVINO: those in its own format as a backend, and in which precision each graph's matrix work runs."""
+"""Runs graphs in OpenVINO's own format, and measures in which precision OpenVINO computes matrix work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoFormat:
-    """Runs a graph in OpenVINO's own format, which NNCF writes: what is not int8 in fp32."""
+    """Runs a graph in OpenVINO's own format, which NNCF writes: operations that are not int8 run in fp32."""
 
     def __init__(self, graph: Path, spec: ComponentSpec):
         self.inputs, self.outputs = spec.inputs, spec.outputs
@@ -34,9 +34,9 @@ class OpenVinoFormat:
 
 
 def int8_share(graph: Path, spec: ComponentSpec) -> float:
-    """Of the operations of all convolutions and matrix products, those that OpenVINO runs in int8, by its own account.
+    """Share of the operations of convolutions and matrix products that OpenVINO runs in int8.
 
-    They are counted in the graph as read, for one prompt with guidance; what each runs in, the compiled model says.
+    Operations are counted in the original graph for one prompt with guidance; the compiled model reports precisions.
     """
     model = core().read_model(str(graph))
     model.reshape({tensor.name: [2, *tensor.bounds("opt")[1:]] for tensor in spec.inputs})
@@ -57,7 +57,7 @@ def int8_share(graph: Path, spec: ComponentSpec) -> float:
 
 
 def summed(operation: Any) -> int:
-    """How many products are added up for one result."""
+    """Number of products that are summed for one result."""
     if operation.get_type_name() == "MatMul":
         shape = list(operation.input_value(0).shape)
         return shape[-2] if operation.get_attributes()["transpose_a"] else shape[-1]

@@ -1,7 +1,7 @@
-"""What exporting a model of any size costs: seconds of each stage, and the most memory the build held at once.
+"""Measures the cost of exporting a model: seconds of each stage, and peak memory of the build.
 
-Builds a bundle of random weights from a folder of configs through the command line, in a process of its own, and exits
-with 1 where the peak is beyond 1.3 × the largest component's float32 weights + 3 GB.
+Builds a bundle of random weights from a folder of configs through the command line, in its own process, and exits
+with 1 if the peak exceeds 1.3 × the largest component's float32 weights + 3 GB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOOLS = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 
 @dataclass
 class Peak:
-    """The most resident memory of a process in bytes: as the kernel counted it, and of samples split by kind."""
+    """Peak resident memory of a process in bytes: counted by the kernel, and sampled by kind."""
 
     resident: int = 0
     sampled: dict[str, int] = field(default_factory=lambda: {"VmRSS": 0, "RssAnon": 0, "RssFile": 0})
@@ -42,7 +42,7 @@ def main() -> int:
     args = parser.parse_args()
     work = args.output.parent / f".{args.output.name}.part"
     for folder in (args.output, work):
-        if folder.exists():  # stages kept from before would cost nothing
+        if folder.exists():  # stages of an earlier run would cost nothing
             parser.error(f"{folder} exists; remove it, or choose another --output")
     command = ["build", str(args.configs), "--random-weights", "-o", str(args.output), "--quiet"]
     begun = time.monotonic()
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> tuple[int, Peak]:
-    """Run a command; its exit code, and the memory it held at most."""
+    """Run a command; return its exit code and its peak memory."""
     process, peak, ended = subprocess.Popen(command), Peak(), threading.Event()
     sampler = threading.Thread(target=sample, args=(process.pid, peak, ended))
     sampler.start()
@@ -83,7 +83,7 @@ def run(command: list[str]) -> tuple[int, Peak]:
 
 
 def sample(pid: int, peak: Peak, ended: threading.Event) -> None:
-    """Raise the sampled peaks to what /proc/PID/status tells, until ``ended``; see proc_pid_status(5)."""
+    """Update the sampled peaks from /proc/PID/status until ``ended``; see proc_pid_status(5)."""
     status = Path(f"/proc/{pid}/status")
     while not ended.wait(INTERVAL):
         try:

@@ -1,4 +1,4 @@
-"""From the start of a process to its first picture, in a thin environment: the command line, as a user runs it."""
+"""Times the command line from the start of the process to the first image, in an environment without torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {backend: [] for backend in args.backend}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.runs):
-            for backend, found in seconds.items():
-                picture = Path(folder, "first.png")
-                command = [args.python, "-m", "ldm_export.cli", "generate", args.bundle, PROMPT, "-o", picture]
+            for backend, values in seconds.items():
+                image = Path(folder, "first.png")
+                command = [args.python, "-m", "ldm_export.cli", "generate", args.bundle, PROMPT, "-o", image]
                 start = time.perf_counter()
                 subprocess.run([*map(str, command), "--backend", backend, "--quiet"], check=True, capture_output=True)
-                found.append(time.perf_counter() - start)
-                picture.unlink()
+                values.append(time.perf_counter() - start)
+                image.unlink()
     rows = {backend: {"median": statistics.median(s), "least": min(s)} for backend, s in seconds.items()}
     facts = {"machine": platform.processor() or platform.machine(), "steps": 50, "seconds": rows}
     print(json.dumps(facts, indent=1))

@@ -1,7 +1,7 @@
-"""Seconds of a denoising step and of a whole picture on a GPU: TensorRT and ONNX Runtime against torch.
+"""Times a denoising step and a whole image on a GPU: TensorRT and ONNX Runtime against torch.
 
-All take turns, round by round, so that what the GPU does beside falls on each of them. The floor of a step is the time
-in which the GPU can read the UNet's weights once, by the bandwidth measured here. --device cpu tries the script out.
+All alternate in every round, so that other load on the GPU affects each of them. The lower bound of a step is the time
+to read the UNet's weights once, at the bandwidth measured here. --device cpu tests the script without a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = {"eta": 0.3, "guidance_scale": 6.0}
 TOOLS = ("tensorrt-rtx", "tensorrt", "onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "cuda-python", "numpy")
 COPIED, COPIES = 2**30, 20  # bytes moved to measure the bandwidth, and how often
 Timed = Callable[[], dict[str, float]]
-"""Runs once and gives seconds of a step and of a whole call."""
+"""Runs once and returns the seconds of a step and of a whole call."""
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; raises LdmError where there is no GPU or a bundle that cannot be read."""
+    """All figures; raises LdmError if there is no GPU or the bundle cannot be read."""
     cuda = Cuda() if args.device == "cuda" else None
     bundle = Bundle.open(args.bundle)
     runs: dict[str, Timed] = {}
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             runs |= theirs(args)
         except (LdmError, ImportError) as error:
             left_out["torch"] = str(error)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "picture": []} for name in runs}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "image": []} for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
             taken = run()
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": "cpu" if cuda is None else device_name(cuda),
         "compute_capability": None if cuda is None else cuda.capability(),
         "machine": platform.processor() or platform.machine(),
-        "tools": {name: found for name in TOOLS if (found := installed(name))},
+        "tools": {name: number for name in TOOLS if (number := installed(name))},
         "settings": {"precision": args.precision, "images": args.images, "steps": args.steps, "rounds": args.rounds},
         "seconds": {
             name: {what: {"median": median(v), "min": min(v), "max": max(v)} for what, v in parts.items()}
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
-    """A pipeline of the bundle; each run has a prompt of its own, whose text is encoded in the picture's time."""
+    """A pipeline of the bundle; each run has a prompt of its own, whose text is encoded in the image's time."""
     device = args.device if backend == "onnxruntime" else "auto"
     pipeline = LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=args.precision, device=device)
     prompts = (f"{PROMPT} {number}" for number in count())
@@ -118,9 +118,9 @@ def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
         latents = last.latents  # waits for the device
         denoised = time.perf_counter()
         pipeline.decode(latents)
-        return {"step": (denoised - encoded) / args.steps, "picture": time.perf_counter() - begun}
+        return {"step": (denoised - encoded) / args.steps, "image": time.perf_counter() - begun}
 
-    run()  # loads it, so that an engine that cannot run here is told
+    run()  # loads it, so that an engine that cannot run here is reported
     return run
 
 
@@ -165,7 +165,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
                 begun = time.perf_counter()
                 pipeline([PROMPT] * args.images, generator=generator, num_inference_steps=args.steps, **OPTIONS)
                 wait()
-            return {"step": stepped / args.steps, "picture": time.perf_counter() - begun}
+            return {"step": stepped / args.steps, "image": time.perf_counter() - begun}
 
         return run
 
@@ -180,7 +180,7 @@ def sample_shape(unet: Any) -> tuple[int, int, int]:
 
 
 def measured_bandwidth(cuda: Cuda) -> float:
-    """Bytes a second that the GPU reads, of a copy within its memory, which reads and writes each byte."""
+    """Read bandwidth of the GPU in bytes per second, from a copy that reads and writes each byte."""
     source, target = (cuda.call("cudaMalloc", COPIED) for _ in range(2))
     stream = cuda.call("cudaStreamCreate")
     try:
@@ -217,13 +217,13 @@ def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
 
 
 def device_name(cuda: Cuda) -> str:
-    """What the driver calls the GPU."""
+    """Name of the GPU according to the driver."""
     name = cuda.call("cudaGetDeviceProperties", 0).name
     return name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """The version of a package, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -231,11 +231,11 @@ def installed(name: str) -> str | None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    table = Table("", "step, ms", "picture, ms", "of the floor", title=facts["device"])
+    table = Table("", "step, ms", "image, ms", "of the floor", title=facts["device"])
     floor = facts["floor"] and facts["floor"]["step"]
     for name, parts in facts["seconds"].items():
-        step, picture = (parts[what]["median"] for what in ("step", "picture"))
-        table.add_row(name, f"{step * 1e3:.3f}", f"{picture * 1e3:.1f}", f"{step / floor:.2f}×" if floor else "")
+        step, image = (parts[what]["median"] for what in ("step", "image"))
+        table.add_row(name, f"{step * 1e3:.3f}", f"{image * 1e3:.1f}", f"{step / floor:.2f}×" if floor else "")
     if floor:
         table.add_row("reading the weights once", f"{floor * 1e3:.3f}", "", "1.00×")
     Console().print(table)

@@ -1,9 +1,8 @@
-"""How cost grows with batch, pixels and steps: a chart, and exponents fitted to the logarithms.
+"""Measures how cost grows with batch, pixels and steps: a chart, and exponents fitted to the logarithms.
 
-Each UNet call of a batch × size grid is timed on its own, and the decoder's calls too; the steps are timed as whole
-pictures. Beside the measured seconds of a step stand its floating-point operations, counted on the torch module by
-torch's FlopCounterMode without computing anything, so that growth beyond linear can be told from waste: an exponent of
-the seconds beyond that of the operations is waste.
+Each UNet call of a batch × size grid is timed on its own, and the decoder's calls too; the steps are timed on
+whole images. The floating-point operations of a step, counted on the torch module by FlopCounterMode without computing
+anything, are reported too. If the seconds grow faster than the operations, the difference is overhead.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="for its UNet's configuration (default: the demo model)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 384, 448, 512], help="pixels of a side")
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="none: no whole pictures")
+    parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="none: no whole images")
     parser.add_argument("--corners", action="store_true", help="not the grid: batches at one size, sizes at one batch")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--backend", default="auto")
@@ -109,16 +108,16 @@ def exponents(facts: dict) -> dict[str, dict[str, float]]:
         "batch": [point for point in grid if point["size"] == first["size"]],
         "pixels": [point for point in grid if point["batch"] == first["batch"]],
     }
-    found: dict[str, dict[str, float]] = {}
+    fitted: dict[str, dict[str, float]] = {}
     for axis, points in along.items():
         values = [point[axis] for point in points]
         if len(values) > 1:
-            found[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
-            found[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
+            fitted[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
+            fitted[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
     if len(facts["steps"]) > 1:
         steps = [point["steps"] for point in facts["steps"]]
-        found["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
-    return found
+        fitted["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
+    return fitted
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -127,7 +126,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def chart(facts: dict) -> str:
-    """SVG: seconds of a step by batch for each size, and per image and megapixel by size; whole pictures by steps."""
+    """SVG: seconds of a step by batch for each size, and per image and megapixel by size; whole images by steps."""
     grid, sizes = facts["grid"], sorted({point["size"] for point in facts["grid"]})
     by_size = [
         Series(f"{size}×{size}", tuple((p["batch"], p["unet"]) for p in grid if p["size"] == size)) for size in sizes
@@ -147,7 +146,7 @@ def chart(facts: dict) -> str:
     ]
     if facts["steps"]:
         steps = Series(f"{sizes[0]}×{sizes[0]}", tuple((p["steps"], p["image"]) for p in facts["steps"]))
-        charts.append(lines(f"{name}: a picture", "steps", "seconds", [steps], log=both))
+        charts.append(lines(f"{name}: an image", "steps", "seconds", [steps], log=both))
     return sheet(charts)
 
 

@@ -1,7 +1,7 @@
-"""Guidance at fewer steps: the work it saves, and what it does to the demo model's images.
+"""Measures guidance at fewer steps: the work it saves, and its effect on the demo model's images.
 
-PSNR against the pictures of the fp32 graphs that are guided at every step, and the share of pictures that the grader
-finds right. The bundle is one with int8 graphs; fp32 alone is measured where it has none.
+Reports PSNR against fp32 images with guidance at every step, and the share of correct images. int8 is measured too if
+the bundle has int8 graphs.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from rich.table import Table
 from ldm_export_demo.grader import grade
 from ldm_export_demo.grammar import held_out_prompts, parse
 from ldm_runtime import Bundle, LatentDiffusionPipeline
-from ldm_runtime.guidance import Branches, branches
+from ldm_runtime.guidance import StepBranches, step_branches
 from ldm_runtime.images import psnr
 
 SETTINGS = (
     *(((0.0, 1.0), every) for every in (1, 2, 3, 4)),
     *((interval, 1) for interval in ((0.0, 0.8), (0.0, 0.6), (0.1, 1.0), (0.2, 0.8))),
 )
-"""Interval, and each how many steps; the first is the reference."""
+"""Guidance interval, and N of "every N-th step"; the first setting is the reference."""
 OPTIONS: dict[str, Any] = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    bundle, prompts = Bundle.open(args.bundle), held_out_prompts(args.pictures // 2, args.pictures // 2)
+    bundle, prompts = Bundle.open(args.bundle), held_out_prompts(args.images // 2, args.images // 2)
     precisions = ("fp32", "int8") if bundle.precision == "int8" else ("fp32",)
     rows: list[dict[str, Any]] = []
     reference: list[np.ndarray] = []
@@ -46,35 +46,39 @@ def main() -> None:
             for interval, every in track(SETTINGS, precision, console=Console(stderr=True)):
                 options = OPTIONS | {"guidance_interval": interval, "guidance_every": every}
                 images = [pipeline(prompt, seed=seed, **options).images[0] for seed, prompt in enumerate(prompts)]
-                pictures = [np.asarray(image).astype(float) for image in images]
-                reference = reference or pictures
-                rows.append({"precision": precision, "interval": interval, "every": every} | facts(pictures, reference))
-                right = [grade(np.asarray(one), parse(text)).correct for one, text in zip(images, prompts, strict=True)]
-                rows[-1] |= {"rows_of_the_unet": share(interval, every), "right": float(np.mean(right))}
-    table = Table("graphs", "guided steps", "each", "UNet rows", "PSNR dB: mean", "median", "worst", "right")
+                arrays = [np.asarray(image).astype(float) for image in images]
+                reference = reference or arrays
+                rows.append({"precision": precision, "interval": interval, "every": every} | facts(arrays, reference))
+                correct = [
+                    grade(np.asarray(one), parse(text)).correct for one, text in zip(images, prompts, strict=True)
+                ]
+                rows[-1] |= {"rows_of_the_unet": share(interval, every), "correct": float(np.mean(correct))}
+    table = Table("graphs", "guided steps", "each", "UNet rows", "PSNR dB: mean", "median", "worst", "correct")
     for row in rows:
-        found = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr"))
+        decibels = (
+            "–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr")
+        )
         guided = "{:g} to {:g}".format(*row["interval"])
         work = f"{row['rows_of_the_unet']:.0%}"
-        table.add_row(row["precision"], guided, str(row["every"]), work, *found, f"{row['right']:.0%}")
+        table.add_row(row["precision"], guided, str(row["every"]), work, *decibels, f"{row['correct']:.0%}")
     Console().print(table)
     if args.json:
-        told = {"pictures": args.pictures, **OPTIONS, "tools": {"openvino": version("openvino")}, "rows": rows}
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+        report = {"images": args.images, **OPTIONS, "tools": {"openvino": version("openvino")}, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def facts(pictures: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
-    """PSNR of the pictures that are not equal; None where all are."""
-    found = [psnr(one, other, 255.0) for one, other in zip(pictures, reference, strict=True)]
-    values = [value for value in found if value is not None]
+def facts(images: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
+    """Statistics of the PSNR of images that differ; None if all are equal."""
+    ratios = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
+    values = [value for value in ratios if value is not None]
     measures = {"mean_psnr": np.mean, "median_psnr": np.median, "worst_psnr": np.min}
     return {name: float(measure(values)) if values else None for name, measure in measures.items()}
 
 
 def share(interval: tuple[float, float], every: int) -> float:
-    """Rows that the UNet computes, of those of guidance at every step."""
-    steps = branches(interval, every, OPTIONS["num_inference_steps"])
-    return sum(2 if step is Branches.BOTH else 1 for step in steps) / (2 * len(steps))
+    """Rows of the UNet, as a share of those with guidance at every step."""
+    steps = step_branches(interval, every, OPTIONS["num_inference_steps"])
+    return sum(2 if step is StepBranches.BOTH else 1 for step in steps) / (2 * len(steps))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) ->
         starts = range(0, len(prompts), BATCH)
         for start in track(starts, description=f"{backend} {precision}", console=Console(stderr=True)):
             some = prompts[start : start + BATCH]
-            made = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
-            found += [np.asarray(image) for image in made.images]
+            result = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
+            found += [np.asarray(image) for image in result.images]
     return found
 
 

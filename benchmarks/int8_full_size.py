@@ -1,8 +1,8 @@
-"""int8 at full size: the memory that calibrating takes, and a UNet call in int8 against the best float one, by turns.
+"""Measures int8 at full size: memory of the calibration, and time of a UNet call in int8 and in float, alternating.
 
-Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. It is
-calibrated beside where it lies, on hard links; the bundle itself stays as it is. With random weights the pictures mean
-nothing, so the budget is open; memory and speed are those of a trained model.
+Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. A copy
+of hard links beside it is calibrated; the bundle itself is not changed. Images of random weights mean nothing, so the
+budget is open; memory and speed are those of a trained model.
 """
 
 from __future__ import annotations
@@ -82,24 +82,24 @@ def compiled(graph: Path, feed: dict[str, NDArray[Any]], hint: str) -> openvino.
 
 def kinds(model: openvino.CompiledModel) -> dict[str, int]:
     """Type → convolutions and matrix products that the executed graph computes in it."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for operation in model.get_runtime_model().get_ops():
         facts = operation.get_rt_info()
         if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul"):
-            found[facts["runtimePrecision"].get()] += 1
-    return dict(found)
+            counts[facts["runtimePrecision"].get()] += 1
+    return dict(counts)
 
 
 def timed(bundle: Path) -> dict[str, Any]:
-    """One UNet call of one guided picture: fp32 graph in bf16, and the int8 graph, interleaved."""
-    held = Bundle.open(bundle)
+    """One UNet call of one guided image: fp32 graph in bf16, and the int8 graph, interleaved."""
+    opened = Bundle.open(bundle)
     feed = {
         name: np.resize(array, (2, *array.shape[1:]))
-        for name, array in dummy_inputs(held.manifest.components["unet"].spec).items()
+        for name, array in dummy_inputs(opened.manifest.components["unet"].spec).items()
     }
     models = {
-        "bf16": compiled(held.graph("unet", "fp32"), feed, "bf16"),
-        "int8": compiled(held.graph("unet", "int8"), feed, "bf16"),
+        "bf16": compiled(opened.graph("unet", "fp32"), feed, "bf16"),
+        "int8": compiled(opened.graph("unet", "int8"), feed, "bf16"),
     }
     taken: dict[str, list[float]] = {name: [] for name in models}
     for name, model in (*models.items(), *(list(models.items()) * ROUNDS)):
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("memory", "speed", "both"), default="both")
     parser.add_argument("--json", type=Path, help="write the figures here; those of the other part stay")
     args = parser.parse_args()
-    with TemporaryDirectory(dir=args.bundle.parent) as room:
-        place = args.keep or Path(room) / "bundle"
+    with TemporaryDirectory(dir=args.bundle.parent) as tmp:
+        place = args.keep or Path(tmp) / "bundle"
         facts: dict[str, Any] = {}
         if args.json and args.json.is_file():
             facts = json.loads(args.json.read_text())

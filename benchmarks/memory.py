@@ -1,6 +1,6 @@
-"""Peak memory of one generation, each in a process of its own, against the bytes of the weights in use.
+"""Measures the peak memory of one generation, each in its own process, against the size of the weights in use.
 
-The bar: 1.25 × the weights in the precision they are computed in, all three components together, and 1 GB.
+Bound: 1.25 × the weights of all components in the precision of the arithmetic, plus 1 GB.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> None:
     rows = []
     for backend, precision in COMBINATIONS:
         for keep in (False, True):
-            asked = map(str, (args.bundle, backend, precision, args.steps, keep, PROMPT))
-            done = subprocess.run([sys.executable, "-c", ONE, *asked], capture_output=True, text=True, check=True)
+            arguments = map(str, (args.bundle, backend, precision, args.steps, keep, PROMPT))
+            done = subprocess.run([sys.executable, "-c", ONE, *arguments], capture_output=True, text=True, check=True)
             used = weights * BYTES[precision] // 4
             peak, allowed = json.loads(done.stdout.splitlines()[-1]), 1.25 * used + 1e9
             rows.append({"backend": backend, "precision": precision, "keep_loaded": keep, "peak_bytes": peak})
@@ -52,7 +52,7 @@ def main() -> None:
     if args.json:
         tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")}
         facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "steps": args.steps}
-        facts |= {"bundle": str(manifest.asked.get("checkpoint")), "rows": rows}
+        facts |= {"bundle": str(manifest.request.get("checkpoint")), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
 

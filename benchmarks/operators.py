@@ -1,7 +1,6 @@
-"""Where the time of one guided UNet step goes, by kind of operation: ONNX Runtime's and OpenVINO's own counters.
+"""Profiles one guided UNet step by kind of operation, with the counters of ONNX Runtime and OpenVINO.
 
-The graph is the bundle's, run by the engine itself: of `unet` what the runtime computes once a prompt is counted too,
-of `keyed_unet`, which ONNX Runtime runs on a CPU, it is not.
+The engine runs the graph of the bundle that the runtime would run on it, including the engine's own variant.
 """
 
 from __future__ import annotations
@@ -14,32 +13,28 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from ldm_runtime.backends.onnxruntime_keyed import KEYED
 from rich.console import Console
 from rich.table import Table
 
 from ldm_export.bench.figures import machine, versions
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import dummy_inputs
-
-MIDDLE = 500
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
     parser.add_argument("--engine", choices=("onnxruntime", "openvino"), default="openvino")
-    parser.add_argument("--component", choices=("unet", KEYED), default="unet")
     parser.add_argument("--precision", default="fp32", help="whose graph (default fp32)")
     parser.add_argument("--arithmetic", choices=("f32", "bf16"), default="bf16", help="of openvino (default bf16)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    graph = str(bundle.graph(args.component, args.precision))
-    feed = dummy_inputs(bundle.manifest.components[args.component].spec)
+    graph = str(bundle.graph(UNET, args.precision, args.engine))
+    feed = dummy_inputs(bundle.manifest.components[UNET].spec)
     feed = {name: np.concatenate([array[:1]] * 2) for name, array in feed.items()}
-    feed["timestep"] = np.full(2, MIDDLE, np.int64)
     if args.engine == "openvino":
         milliseconds, counts = openvino(graph, feed, args.arithmetic, args.runs)
     else:
@@ -54,13 +49,13 @@ def main() -> None:
     Console().print(table)
     if args.json:
         arithmetic = args.arithmetic if args.engine == "openvino" else args.precision
-        facts = {"machine": machine(), "tools": versions(), "engine": args.engine, "component": args.component}
+        facts = {"machine": machine(), "tools": versions(), "engine": args.engine, "component": UNET}
         facts |= {"graph": args.precision}
         args.json.write_text(json.dumps({**facts, "arithmetic": arithmetic, "operations": rows}, indent=2) + "\n")
 
 
 def openvino(graph: str, feed: dict, arithmetic: str, runs: int) -> tuple[Counter[str], Counter[str]]:
-    """Milliseconds and number by kind and kernel: what OpenVINO's CPU plugin ran, fused as it runs it."""
+    """Milliseconds and number of operations by kind and kernel, as fused by OpenVINO's CPU plugin."""
     from openvino import Core
 
     core = Core()
@@ -80,15 +75,15 @@ def openvino(graph: str, feed: dict, arithmetic: str, runs: int) -> tuple[Counte
 
 
 def onnxruntime(graph: str, feed: dict, runs: int) -> tuple[Counter[str], Counter[str]]:
-    """Milliseconds and number by operator, fused ones under the names ONNX Runtime gives them."""
+    """Milliseconds and number by operator, with ONNX Runtime's names for fused ones."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.enable_profiling = True
     spent, counts = Counter[str](), Counter[str]()
-    with tempfile.TemporaryDirectory() as room:
-        options.profile_file_prefix = str(Path(room) / "profile")
+    with tempfile.TemporaryDirectory() as tmp:
+        options.profile_file_prefix = str(Path(tmp) / "profile")
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         for _ in range(runs):
             session.run(None, feed)

@@ -1,6 +1,6 @@
-"""Writes a checkpoint of configs alone with the weights that ``ldm-export build --random-weights`` draws for it.
+"""Writes a checkpoint with the random weights of ``ldm-export build --random-weights``, from a folder of configs.
 
-The peers of ``peers.py`` load it with diffusers. One component at a time is held in memory.
+The peers of ``peers.py`` load it with diffusers. Only one component at a time is in memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from ldm_export.bundle.publish import publish
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.placeholder_vocabulary import tokenizer_folder
+from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.families import open_checkpoint
+from ldm_export.families.text_to_image import VOCABULARY_FILES
 
 FILES = {
     "text_encoder": "bert/model.safetensors",
@@ -32,17 +33,17 @@ def main() -> None:
 
 
 def write(configs: Path, output: Path) -> None:
-    """Write ``output``, a diffusers folder with safetensors, unless it is there."""
+    """Write ``output``, a diffusers folder with safetensors, unless it exists."""
     if output.exists():
         return
     checkpoint = open_checkpoint(configs, random_weights=True)
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(configs, part)
-    room = part / "stand-in"
-    room.mkdir()
-    shutil.copytree(tokenizer_folder(checkpoint, room), part / "tokenizer", dirs_exist_ok=True)
-    shutil.rmtree(room)
+    tokenizer = part / "tokenizer"
+    if not any((tokenizer / name).exists() for name in VOCABULARY_FILES):
+        tokenizer.mkdir(exist_ok=True)
+        placeholder_tokenizer(checkpoint.files["tokenizer"], tokenizer)
     for name, file in FILES.items():
         weights = load_module(checkpoint, name).state_dict()
         save_file({key: tensor.contiguous() for key, tensor in weights.items()}, part / file, {"format": "pt"})

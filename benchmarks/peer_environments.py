@@ -19,8 +19,8 @@ PACKAGES = {
 }
 
 
-def made(work: Path, name: str) -> Path:
-    """The Python of an environment, which is made below ``work`` unless it is there."""
+def environment_python(work: Path, name: str) -> Path:
+    """Return the Python of an environment below ``work``, creating the environment if needed."""
     folder = work / f"venv-{name}"
     python, stamp = folder / "bin/python", folder / ".made"
     if not stamp.exists():
@@ -31,10 +31,10 @@ def made(work: Path, name: str) -> Path:
 
 
 def run(work: Path, name: str, arguments: list[str]) -> None:
-    """Run a script of ``peer_workers`` in an environment; its output is seen only where it fails."""
+    """Run a script of ``peer_workers`` in an environment; its output is shown only if it fails."""
     script, *rest = arguments
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [str(made(work, name)), str(HERE / script), *rest]
+    command = [str(environment_python(work, name)), str(HERE / script), *rest]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")

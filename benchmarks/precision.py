@@ -1,4 +1,4 @@
-"""What half precision costs: images of the demo model in fp32 and fp16, same prompts and seeds, side by side.
+"""Measures what half precision costs: images of the demo model in fp32 and fp16 with the same prompts and seeds.
 
 Writes PSNR (mean, worst) and the prompt accuracy of each precision; the grader has no learned part.
 """
@@ -25,17 +25,17 @@ from ldm_runtime.images import psnr
 
 BATCH = 10
 EQUAL = 10 * math.log10(255**2 / 1e-10)
-"""What equal pictures count as, in dB."""
+"""PSNR in dB that stands for equal images."""
 
 
-def pictures(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:
-    """One picture for each prompt, uint8 [64, 64, 3]; batch ``i`` starts from seed ``i``; 50 steps, eta 0.3."""
-    found = []
+def images_of(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:
+    """Generate one image for each prompt, uint8 [64, 64, 3]; batch ``i`` starts from seed ``i``; 50 steps, eta 0.3."""
+    images = list[NDArray[np.uint8]]()
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
         for start in track(range(0, len(prompts), BATCH), description=precision, console=Console(stderr=True)):
-            made = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
-            found += [np.asarray(image) for image in made.images]
-    return found
+            result = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
+            images += [np.asarray(image) for image in result.images]
+    return images
 
 
 def main() -> None:
@@ -45,28 +45,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
-    made = {precision: pictures(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
-    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(made["fp32"], made["fp16"], strict=True)]
-    decibels = np.array([EQUAL if value is None else value for value in found])
-    right = {precision: accuracy(images, prompts).overall.correct for precision, images in made.items()}
-    pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(made["fp32"], made["fp16"], strict=True)]
+    images = {precision: images_of(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
+    ratios = [psnr(one.astype(float), other, 255.0) for one, other in zip(images["fp32"], images["fp16"], strict=True)]
+    decibels = np.array([EQUAL if value is None else value for value in ratios])
+    correct = {precision: accuracy(one, prompts).overall.correct for precision, one in images.items()}
+    pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(images["fp32"], images["fp16"], strict=True)]
     figures = {
         "prompts": len(prompts),
         "psnr_mean": float(decibels.mean()),
         "psnr_worst": float(decibels.min()),
         "max_pixel": int(max(pixels)),
-        "right": right,
+        "correct": correct,
         "machine": platform.processor() or platform.machine(),
         "tools": {name: version(name) for name in ("onnxruntime", "numpy")},
     }
-    table = Table("prompts", "PSNR mean, dB", "PSNR worst, dB", "largest difference", "right fp32", "right fp16")
+    table = Table("prompts", "PSNR mean, dB", "PSNR worst, dB", "largest difference", "correct fp32", "correct fp16")
     table.add_row(
         str(len(prompts)),
         f"{figures['psnr_mean']:.1f}",
         f"{figures['psnr_worst']:.1f}",
         f"{figures['max_pixel']}/255",
-        f"{right['fp32']:.1%}",
-        f"{right['fp16']:.1%}",
+        f"{correct['fp32']:.1%}",
+        f"{correct['fp16']:.1%}",
     )
     Console().print(table)
     if args.json:

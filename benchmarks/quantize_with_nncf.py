@@ -1,4 +1,4 @@
-"""Quantizes a UNet with NNCF's post-training quantization: run by ``quantizers.py`` with the Python NNCF lives in."""
+"""Quantizes a UNet with NNCF's post-training quantization: run by ``quantizers.py`` in an environment with NNCF."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def main() -> None:
                 parser.error(f"{args.graph} has no matrix work {layer[0]!r}")
             names += found
         scope = nncf.IgnoredScope(names=names)
-    made = nncf.quantize(
+    quantized = nncf.quantize(
         model,
         nncf.Dataset(feeds),
         subset_size=len(feeds),
         model_type=nncf.ModelType.TRANSFORMER if args.transformer else None,
         ignored_scope=scope,
     )
-    openvino.save_model(made, args.output, compress_to_fp16=False)
+    openvino.save_model(quantized, args.output, compress_to_fp16=False)
 
 
 if __name__ == "__main__":

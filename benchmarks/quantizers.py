@@ -1,11 +1,11 @@
-"""Our int8 UNet beside those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
+"""Compares our int8 UNet with those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
 
 The same fp32 graph, the same calibration samples, the same prompts and seeds, the same engine; text encoder and decoder
-stay in fp32. Writes for each the share of the UNet's operations the engine runs in int8, PSNR and SSIM of the pictures
+stay in fp32. Writes for each the share of the UNet's operations the engine runs in int8, PSNR and SSIM of the images
 against fp32, and the prompt accuracy; the grader has no learned part.
 
 The bundle is one with int8 graphs: ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an
-environment of its own, made in the work folder unless one is given. Killed, it goes on with what it has not drawn yet.
+environment of its own, made in the work folder unless one is given. A killed run resumes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MATRIX = ("Conv", "MatMul", "Gemm")
 """``quantize_static`` with every default ends in an error on this graph ("Quantization parameter shared mode is not
 supported for weight yet", preprocessed or not), and with Reshape left out gives one that OpenVINO refuses to load."""
 Feed = Mapping[str, NDArray[Any]]
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,23 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes-int8"), help="built with --precision int8")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts, a third of them with one object")
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
-    parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="of an environment with nncf (default: made anew)")
-    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for what is made")
+    parser.add_argument(
+        "--nncf", type=Path, metavar="PYTHON", help="Python of an environment with nncf (default: create one)"
+    )
+    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for intermediate files")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
     args.work.mkdir(parents=True, exist_ok=True)
     variants = list(make_variants(bundle, args))
-    drawn = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
+    images = {variant.name: generate(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
     spec = bundle.manifest.components["unet"].spec
     rows = []
     for variant in variants:
         share = int8_share(variant.graph, spec) if args.backend == "openvino" else None
         rows.append({"name": variant.name, "how": variant.how, "int8_share": share})
-        rows[-1] |= quality(drawn[variant.name], drawn["fp32"], prompts)
+        rows[-1] |= quality(images[variant.name], images["fp32"], prompts)
     tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")} | {
         "nncf": NNCF[0].partition("==")[2]
     }
@@ -120,7 +122,7 @@ def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]
     layers = json.loads(bundle.file("report/int8.json").read_text())["components"]["unet"]["layers"]
     floats = [layer["name"] for layer in layers if not layer["int8"]]
     record = bundle.file("calibration.json")
-    folder = args.work / digest(sha256(source), sha256(record))[:16]  # what is made of other inputs is made anew
+    folder = args.work / digest(sha256(source), sha256(record))[:16]  # other inputs get another folder
     folder.mkdir(exist_ok=True)
     feeds = calibration_feeds(bundle)
     same = {"op_types_to_quantize": list(MATRIX), "nodes_to_exclude": floats}
@@ -183,7 +185,7 @@ def write_samples(feeds: Sequence[Feed], folder: Path) -> Path:
 
 
 def nncf_python(args: argparse.Namespace) -> str:
-    """The Python with NNCF: as given, or of an environment made now."""
+    """Return the Python with NNCF: as given, or of a new environment."""
     if args.nncf:
         return str(args.nncf)
     folder = args.work / "venv"
@@ -194,14 +196,14 @@ def nncf_python(args: argparse.Namespace) -> str:
     return str(folder / "bin/python")
 
 
-def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Pictures:
-    """One picture for each prompt, uint8 [prompts, 64, 64, 3]; a picture's seed is its place. Kept for the next run."""
+def generate(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Images:
+    """Generate an image for each prompt, uint8 [prompts, 64, 64, 3], seeded by its index; cached for the next run."""
     weights = graph.with_suffix(".bin")  # of OpenVINO's own format
     files = [sha256(file) for file in (graph, weights) if file.exists()]
     kept = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
     if kept.exists():
         return np.load(kept)
-    made = list[Pictures]()
+    arrays = list[Images]()
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=backend) as pipeline:
         spec = bundle.manifest.components["unet"].spec
         backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
@@ -211,9 +213,9 @@ def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Pa
             texts = prompts[start : start + BATCH]
             seeds = list(range(start, start + len(texts)))
             images = changed(texts, seed=seeds, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
-            made += [np.asarray(image) for image in images]
-    np.save(kept, np.stack(made))
-    return np.stack(made)
+            arrays += [np.asarray(image) for image in images]
+    np.save(kept, np.stack(arrays))
+    return np.stack(arrays)
 
 
 def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
@@ -223,14 +225,14 @@ def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
     return OpenVinoBackend(graph, spec) if graph.suffix == ".onnx" else OpenVinoFormat(graph, spec)
 
 
-def quality(pictures: Pictures, reference: Pictures, prompts: list[str]) -> dict[str, float | None]:
+def quality(images: Images, reference: Images, prompts: list[str]) -> dict[str, float | None]:
     """PSNR in dB, mean and worst, and the prompt accuracy; PSNR is None where all are equal."""
-    pairs = zip(pictures.astype(np.float64), reference.astype(np.float64), strict=True)
-    found = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
+    pairs = zip(images.astype(np.float64), reference.astype(np.float64), strict=True)
+    ratios = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
     return {
-        "psnr_mean": float(np.mean(found)) if found else None,
-        "psnr_worst": min(found) if found else None,
-        "right": accuracy(list(pictures), prompts).overall.correct,
+        "psnr_mean": float(np.mean(ratios)) if ratios else None,
+        "psnr_worst": min(ratios) if ratios else None,
+        "correct": accuracy(list(images), prompts).overall.correct,
     }
 
 

@@ -1,4 +1,4 @@
-"""How close a bundle's pictures are to diffusers' own, over settings, seeds and batch sizes: the demo model.
+"""Measures how close a bundle's images are to those of diffusers, over settings, seeds and batch sizes (demo model).
 
 Writes a table of the largest difference of any pixel, and of the share of pixel values that differ at all.
 """
@@ -57,8 +57,8 @@ def main() -> None:
     Console().print(table)
     if args.json:
         tools = {name: version(name) for name in ("torch", "diffusers", "onnxruntime", "numpy")}
-        pictures = args.seeds * sum(args.batches)
-        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "pictures": pictures}
+        images = args.seeds * sum(args.batches)
+        facts = {"machine": platform.processor() or platform.machine(), "tools": tools, "images": images}
         facts["rows"] = rows
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
-"""Thousands of mixed requests on a real Triton server, some cancelled, some bad: none may be lost, memory must be flat.
+"""Sends thousands of mixed requests to a real Triton server: none may be lost, and memory must not grow.
 
-Loopback only, and bounded in count and time. `make test` sets up what it needs. Every tenth picture is compared with
-the one that this process makes.
+Some requests are cancelled, some are invalid. It uses the loopback interface only, and its count and time are bounded.
+`make test` installs what it needs. Every tenth image is compared with the one that this process generates.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ BAD = (
     ({"PROMPT": b"\xff"}, "no UTF-8"),
 )
 FLAT = 0.10
-"""Most that memory may grow from a quarter of the way to the end."""
+"""Maximum growth of memory between a quarter of the run and its end."""
 
 
 def wish_of(rng: random.Random, prompts: list[str]) -> dict:
-    """One request: another prompt, seed, length, guidance, eta and now and then size."""
+    """Generate a random request: prompt, seed, steps, guidance, eta and sometimes another size."""
     height, width = rng.choice([(64, 64)] * 6 + [(96, 64), (64, 96)])
     return {
         "PROMPT": rng.choice(prompts),
@@ -61,7 +61,7 @@ def wish_of(rng: random.Random, prompts: list[str]) -> dict:
     }
 
 
-def drawn(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
+def generated(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
     names = ("PROMPT", "SEED", "STEPS", "GUIDANCE", "ETA", "HEIGHT", "WIDTH")
     prompt, seed, steps, guidance, eta, height, width = (wish[name] for name in names)
     request = Request(
@@ -73,28 +73,36 @@ def drawn(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
 
 
 def one(grpc: Grpc, number: int, args: argparse.Namespace, prompts: list[str]) -> tuple[str, dict, np.ndarray | None]:
-    """Ask once: what came of it, the wish, and its picture where it is to be compared."""
+    """Send one request; return its outcome, the request, and its image if it is to be compared."""
     rng = random.Random(number)
     wish, chance = wish_of(rng, prompts), rng.random()
     if chance < args.bad:
-        change, said = rng.choice(BAD)
+        change, expected = rng.choice(BAD)
         try:
             grpc.ask(wish | change).result()
         except InferenceServerException as error:
-            return ("bad, and told why" if said in error.message() else f"bad, but told {error.message()}"), wish, None
-        return "bad, but a picture came", wish, None
+            return (
+                (
+                    "bad, refused with the reason"
+                    if expected in error.message()
+                    else f"bad, refused with {error.message()}"
+                ),
+                wish,
+                None,
+            )
+        return "bad, but an image arrived", wish, None
     if chance < args.bad + args.cancel:
-        asked = grpc.ask(wish | {"STEPS": 200})
+        pending = grpc.ask(wish | {"STEPS": 200})
         time.sleep(rng.random() * 0.5)
-        asked.call.cancel()
+        pending.call.cancel()
         try:
-            asked.result()
+            pending.result()
         except InferenceServerException as error:
-            return ("cancelled" if "ancel" in str(error) else f"cancelled, but told {error}"), wish, None
-        return "cancelled too late, a picture came", wish, None
+            return ("cancelled" if "ancel" in str(error) else f"cancelled, but failed with {error}"), wish, None
+        return "cancelled too late, an image arrived", wish, None
     image = grpc.ask(wish).result().as_numpy("IMAGE")
     fits = image.shape == (1, wish["HEIGHT"], wish["WIDTH"], 3) and image.dtype == np.uint8
-    return ("a picture" if fits else f"a picture of {image.shape}"), wish, image if number % 10 == 0 else None
+    return ("an image" if fits else f"an image of {image.shape}"), wish, image if number % 10 == 0 else None
 
 
 def memory(server: TritonServer) -> float:
@@ -105,7 +113,7 @@ def memory(server: TritonServer) -> float:
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # ended since
+            continue  # has ended
         total += next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
     return total
 
@@ -117,7 +125,7 @@ def main() -> int:
     parser.add_argument("--concurrent", type=int, default=24)
     parser.add_argument("--cancel", type=float, default=0.05, help="share that is cancelled")
     parser.add_argument("--bad", type=float, default=0.05, help="share that is bad")
-    parser.add_argument("--seconds", type=float, default=1500, help="at most; then it has failed")
+    parser.add_argument("--seconds", type=float, default=1500, help="maximum duration; a longer run fails")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(8, 8, seed=0)
@@ -136,7 +144,7 @@ def main() -> int:
 
                 def run(number: int) -> None:
                     if time.monotonic() - begun > args.seconds:
-                        outcomes["not asked, the time was over"] += 1
+                        outcomes["not sent, the time was over"] += 1
                         return
                     try:
                         outcome, wish, image = one(grpc, number, args, prompts)
@@ -168,10 +176,10 @@ def main() -> int:
             grpc.client.close()
             server.stop()
     with LatentDiffusionPipeline.from_bundle(args.bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        worst = max(int(np.abs(image.astype(int) - drawn(pipeline, wish)).max()) for wish, image in compared)
+        worst = max(int(np.abs(image.astype(int) - generated(pipeline, wish)).max()) for wish, image in compared)
     quarter = next(sample for sample in samples if sample["done"] >= args.requests / 4)
     growth = samples[-1]["bytes"] / quarter["bytes"] - 1
-    good = {"a picture", "bad, and told why", "cancelled", "cancelled too late, a picture came"}
+    good = {"an image", "bad, refused with the reason", "cancelled", "cancelled too late, an image arrived"}
     lost = sum(count for outcome, count in outcomes.items() if outcome not in good)
     idle = figures["ldm_queue_length"] == figures["ldm_running_requests"] == 0
     passed = not lost and growth <= FLAT and worst <= 1 and idle and sum(outcomes.values()) == args.requests

@@ -36,6 +36,6 @@ def test_it_writes_seconds_and_what_it_left_out(tiny_bundle: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "gpu.json").read_text())
     assert set(facts["seconds"]) == {"onnxruntime"} and "no fp32 engine" in facts["left_out"]["tensorrt"]
-    step, picture = (facts["seconds"]["onnxruntime"][what]["median"] for what in ("step", "picture"))
-    assert 0 < step < picture
+    step, image = (facts["seconds"]["onnxruntime"][what]["median"] for what in ("step", "image"))
+    assert 0 < step < image
     assert facts["floor"] is None and "reading the weights once" not in done.stdout

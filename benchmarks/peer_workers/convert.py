@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import draw, load, pipeline
+from image_pipeline import draw, load, pipeline
 
 PROMPTS = 8
 STEPS = 20
@@ -121,7 +121,7 @@ def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
         seen.append([sample.numpy(), np.full(len(sample), int(timestep), np.int64), context.numpy()])
         return torch.from_numpy(unet(seen[-1])[0])
 
-    made = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
+    pipe = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
     config = json.loads((checkpoint / "unet/config.json").read_text())
     side = config["sample_size"]
     for index in range(PROMPTS):
@@ -129,7 +129,7 @@ def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
             "prompts": [f"a large red circle above a small blue square on a {('white', 'black')[index % 2]} background"]
         }
         command |= {"seed": 1000 + index, "batch": 1, "steps": STEPS, "guidance": 6.0, "height": None, "width": None}
-        draw(made, {**command, "latent": [config["in_channels"], side, side]})
+        draw(pipe, {**command, "latent": [config["in_channels"], side, side]})
     return seen[::KEPT]
 
 

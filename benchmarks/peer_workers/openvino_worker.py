@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from pictures import draw, pipeline
+from image_pipeline import draw, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
@@ -35,7 +35,7 @@ class Compiled:
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: checkpoint (configs, tokenizer), models (folder), unet (file in it), precision, pictures, threads."""
+    """Settings: checkpoint (configs, tokenizer), models (folder), unet (file in it), precision, images, threads."""
     torch.set_num_threads(settings["threads"])
     core, folder = openvino.Core(), Path(settings["models"])
     options = {
@@ -48,17 +48,17 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(sample, np.full(len(sample), timestep, np.int64), context)
 
-    made = None
-    if settings["pictures"]:
+    pipe = None
+    if settings["images"]:
         bert, decoder = (Compiled(core, folder / f"{name}.xml", options) for name in ("bert", "decoder"))
-        made = pipeline(
+        pipe = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(bert(tokens.numpy())),
             lambda sample, timestep, context: torch.from_numpy(step(sample.numpy(), int(timestep), context.numpy())),
             lambda latents: torch.from_numpy(decoder(latents.numpy())),
         )
     tools = {name: version(name) for name in ("openvino", "optimum-intel", "nncf", "torch")}
-    return Task(step, partial(draw, made)).ready, {"tools": tools}
+    return Task(step, partial(draw, pipe)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

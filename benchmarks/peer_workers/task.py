@@ -1,4 +1,4 @@
-"""What every peer is told to do, and on which numbers: one UNet call, or whole pictures."""
+"""The task of every peer and its inputs: one UNet call, or whole images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def step_inputs(command: Command) -> tuple[np.ndarray, int, np.ndarray]:
 
 
 def latents(command: Command) -> np.ndarray:
-    """Where pictures start, float32 [batch, 4, h, w]."""
+    """Starting noise of the images, float32 [batch, 4, h, w]."""
     rng = np.random.default_rng(command["seed"])
     return rng.standard_normal((command["batch"], *command["latent"])).astype(np.float32)
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import draw, load, pipeline
+from image_pipeline import draw, load, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: checkpoint, dtype, compile, pictures (load the other components too), threads."""
+    """Settings: checkpoint, dtype, compile, images (load the other components too), threads."""
     torch.set_num_threads(settings["threads"])
     checkpoint, dtype = Path(settings["checkpoint"]), getattr(torch, settings["dtype"])
     modules = {
-        name: load(checkpoint, name, dtype) for name in ("unet", "bert", "vqvae")[: 3 if settings["pictures"] else 1]
+        name: load(checkpoint, name, dtype) for name in ("unet", "bert", "vqvae")[: 3 if settings["images"] else 1]
     }
     forward = modules["unet"].forward
     if settings["compile"]:
@@ -33,16 +33,16 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(torch.from_numpy(sample), torch.tensor(timestep), torch.from_numpy(context)).numpy()
 
-    made = None
-    if settings["pictures"]:
-        made = pipeline(
+    pipe = None
+    if settings["images"]:
+        pipe = pipeline(
             checkpoint,
             lambda tokens: modules["bert"](tokens)[0].float(),
             unet,
             lambda latents: modules["vqvae"].decode(latents.to(dtype)).sample.float(),
         )
     tools = {name: version(name) for name in ("torch", "diffusers")}
-    return Task(step, partial(draw, made)).ready, {"tools": tools}
+    return Task(step, partial(draw, pipe)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ __all__ = ["check_latents", "grid", "pil_image", "psnr", "to_pil", "to_png", "to
 CHANNELS = (1, 3, 4)
 """Channels of the images that PIL writes: L, RGB and RGBA."""
 MAX_LATENT = 1e9
-"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
+"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black image."""
 
 
 def check_latents(latents: NDArray[np.float32]) -> None:

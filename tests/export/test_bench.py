@@ -109,8 +109,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_timed(refused, bundle_copy: Path, case: str) -> None:
     (bundle_copy.parent / "no").write_text("a file")
-    arguments, said = REFUSED[case]
-    refused("bench", *arguments, said=said)
+    arguments, message = REFUSED[case]
+    refused("bench", *arguments, message=message)
 
 
 ECHO = """

@@ -1,4 +1,4 @@
-"""diffusers' own pipeline with its parts given as functions, the way optimum's pipelines wrap their engines."""
+"""diffusers' pipeline around functions that compute its parts, like optimum's pipelines around their engines."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def pipeline(checkpoint: Path, bert: Function, unet: Function, decoder: Function
     )
     if not hasattr(vqvae_config, "scaling_factor"):
         vqvae_config.scaling_factor = 0.18215
-    made = LDMTextToImagePipeline(
+    pipe = LDMTextToImagePipeline(
         vqvae=Part(decoder, vqvae_config, lambda image: SimpleNamespace(sample=image)),
         bert=Part(bert, None, lambda states: (states,)),
         tokenizer=BertTokenizerFast.from_pretrained(checkpoint / "tokenizer"),
         unet=Part(unet, unet_config, lambda noise: SimpleNamespace(sample=noise)),
         scheduler=DDIMScheduler.from_pretrained(checkpoint / "scheduler"),
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def draw(made: LDMTextToImagePipeline, command: Command) -> list[Any]:
+def draw(pipe: LDMTextToImagePipeline, command: Command) -> list[Any]:
     """PIL images."""
     size = {name: command[name] for name in ("height", "width")}
-    return made(
+    return pipe(
         command["prompts"],
         guidance_scale=command["guidance"],
         eta=0.0,

@@ -1,6 +1,6 @@
-"""What bf16 arithmetic on OpenVINO, its default where the CPU has it, does to the demo model's images.
+"""Measures the effect of bf16 arithmetic on OpenVINO, the default on CPUs that support it, on the demo model's images.
 
-PSNR against ONNX Runtime in fp32, and the share of pictures that the grader finds right, of held-out prompts.
+Reports PSNR against ONNX Runtime in fp32 and the share of correct images, on held-out prompts.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ OPTIONS = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    prompts = held_out_prompts(args.pictures // 2, args.pictures // 2)
-    drawn = {precision: pictures(args.bundle, *precision, prompts) for precision in BOTH}
-    exact, rounded = (drawn[which] for which in BOTH)
-    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
-    decibels = np.array([math.inf if value is None else value for value in found])
+    prompts = held_out_prompts(args.images // 2, args.images // 2)
+    generated = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
+    exact, rounded = (generated[which] for which in BOTH)
+    ratios = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
+    decibels = np.array([math.inf if value is None else value for value in ratios])
     facts = {
         "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         **OPTIONS,
-        "pictures": len(prompts),
+        "images": len(prompts),
         "psnr": {"median": float(np.median(decibels)), "least": float(decibels.min())},
-        "right": {
-            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(found, prompts, strict=True)]))
-            for (_, arithmetic), found in drawn.items()
+        "correct": {
+            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(images, prompts, strict=True)]))
+            for (_, arithmetic), images in generated.items()
         },
     }
     print(json.dumps(facts, indent=1))
@@ -50,8 +50,8 @@ def main() -> None:
 BOTH = (("onnxruntime", "fp32"), ("openvino", "bf16"))
 
 
-def pictures(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[np.ndarray]:
-    """uint8 [64, 64, 3] of each prompt, from the seeds 0, 1, …"""
+def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[np.ndarray]:
+    """Generate one image, uint8 [64, 64, 3], for each prompt, with the seeds 0, 1, …."""
     with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=precision) as pipeline:
         images = [pipeline(prompt, seed=seed, **OPTIONS).images[0] for seed, prompt in enumerate(prompts)]
     return [np.asarray(image) for image in images]
