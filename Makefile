@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests look at pages in a real browser: Debian's is installed where there is none and that is allowed.
+# The tests open pages in a real browser. Without one, Debian's Chromium is installed if this runs as root.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -52,7 +52,7 @@ model: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# What exports a model, and the demo model.
+# The exporter and the demo model.
 $(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/$(PIP) -c constraints.txt -e ".[export]" -e ./demo
 	touch $@
@@ -63,7 +63,7 @@ $(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/p
 	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,client]" -e ./demo
 	touch $@ $(VENV)/.demo
 
-# What an inference server gets: the wheel, and no torch, diffusers, transformers or onnx; with NumPy 2 and with 1.26.
+# Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.
 $(THIN)/.thin: $(SOURCES) | $(VENV)/bin/python
 	$(PYTHON) -m venv --clear $(THIN)
 	$(THIN)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[onnxruntime]"
@@ -75,8 +75,8 @@ $(THIN)-numpy1/.thin: $(SOURCES) | $(VENV)/bin/python
 	$(THIN)-numpy1/bin/python -m pip install --disable-pip-version-check -q -c $(THIN)-numpy1/constraints.txt ".[onnxruntime]"
 	touch $@
 
-# A Triton server with its python backend, and the wheel in the environment that the backend runs in: NumPy 1.26, as its
-# stub gives no data to NumPy 2. The server looks for the stub of its own Python beside the backend.
+# A Triton server with its Python backend, and the wheel in the environment of the backend. NumPy is 1.26, because with
+# NumPy 2 the backend delivers empty tensors. The server looks for the stub of its Python version next to the backend.
 $(TRITON)/.triton: $(SOURCES) | $(VENV)/bin/python
 	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
 	sed 's/^numpy==.*/numpy==1.26.4/' constraints.txt > $(TRITON)/constraints.txt
@@ -87,7 +87,7 @@ $(TRITON)/.triton: $(SOURCES) | $(VENV)/bin/python
 		cp python_backend_stubs/$$version/triton_python_backend_stub backends/python/
 	touch $@
 
-# KServe's types, to check the manifest against; without what the SDK needs to run.
+# KServe's types, to validate the manifest; without the SDK's other dependencies.
 $(KSERVE)/.types: | $(VENV)/.dev
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(KSERVE) kserve==0.21.0
 	touch $@

@@ -1,6 +1,6 @@
-"""Measures the effect of bf16 arithmetic on OpenVINO, the default on CPUs that support it, on the demo model's images.
+"""Effect of bf16 arithmetic, OpenVINO's default if the CPU supports it, on the demo model's images.
 
-Reports PSNR against ONNX Runtime in fp32 and the share of correct images, on held-out prompts.
+Measures PSNR against ONNX Runtime in fp32, and the share of correct images by the grader, for held-out prompts.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(args.images // 2, args.images // 2)
-    generated = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
-    exact, rounded = (generated[which] for which in BOTH)
-    ratios = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
-    decibels = np.array([math.inf if value is None else value for value in ratios])
+    drawn = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
+    exact, rounded = (drawn[which] for which in BOTH)
+    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
+    decibels = np.array([math.inf if value is None else value for value in found])
     facts = {
         "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         **OPTIONS,
         "images": len(prompts),
         "psnr": {"median": float(np.median(decibels)), "least": float(decibels.min())},
         "correct": {
-            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(images, prompts, strict=True)]))
-            for (_, arithmetic), images in generated.items()
+            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(found, prompts, strict=True)]))
+            for (_, arithmetic), found in drawn.items()
         },
     }
     print(json.dumps(facts, indent=1))
@@ -51,7 +51,7 @@ BOTH = (("onnxruntime", "fp32"), ("openvino", "bf16"))
 
 
 def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[np.ndarray]:
-    """Generate one image, uint8 [64, 64, 3], for each prompt, with the seeds 0, 1, …."""
+    """Return one image per prompt, uint8 [64, 64, 3], with seeds 0, 1, …"""
     with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=precision) as pipeline:
         images = [pipeline(prompt, seed=seed, **OPTIONS).images[0] for seed, prompt in enumerate(prompts)]
     return [np.asarray(image) for image in images]

@@ -1,8 +1,8 @@
-"""Measures the cost of building TensorRT for RTX engines of a model: seconds and peak memory of every engine.
+"""Time and peak memory of building each TensorRT for RTX engine of a model.
 
-Builds a bundle of random weights from a folder of configs through the command line, in its own process; finished
-graphs of an existing bundle are reused. Exits with 1 if an engine takes longer than --seconds, or if the process uses
-more memory during its build than 1.3 × the component's float32 weights + 3 GB.
+Builds a bundle with random weights from a folder of config files through the command line, in its own process. Finished
+graphs of an existing bundle are kept. Exits with 1 if an engine takes longer than --seconds, or if the peak memory of
+its build exceeds 1.3 × the component's float32 weights + 3 GB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the bundle to write")
     parser.add_argument("--precision", default="fp16", help="of the engines (default fp16)")
     parser.add_argument("--compute-capability", default="8.9", metavar="LIST", help="default 8.9")
-    parser.add_argument("--seconds", type=float, default=60, help="maximum seconds of one engine (default 60)")
+    parser.add_argument("--seconds", type=float, default=60, help="limit for one engine (default 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
     options = ["--precision", args.precision, "--target", "tensorrt-rtx", "--random-weights", "--quiet"]
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
-    """Run a build; return its exit code and the peak of resident bytes during each stage."""
+    """Run a build and return its exit code and the peak resident bytes of each stage."""
     process, peaks, ended = subprocess.Popen(command), dict[str, int](), threading.Event()
     sampler = threading.Thread(target=sample, args=(process.pid, work, peaks, ended))
     sampler.start()
@@ -83,7 +83,7 @@ def run(command: list[str], work: Path) -> tuple[int, dict[str, int]]:
 
 
 def sample(pid: int, work: Path, peaks: dict[str, int], ended: threading.Event) -> None:
-    """Update the peak of the running stage, found by its folder in the work folder; child processes count."""
+    """Update the peak of the current stage, which its folder in the work folder identifies; child processes count."""
     while not ended.is_set():
         making = [path.name.removeprefix(".").removesuffix(".making") for path in work.glob(".*.making")]
         total = resident(pid) + sum(map(resident, children(pid)))
@@ -93,7 +93,7 @@ def sample(pid: int, work: Path, peaks: dict[str, int], ended: threading.Event) 
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started; see proc_pid_task_children(5)."""
+    """Return the child processes of a process; see proc_pid_task_children(5)."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
@@ -101,7 +101,7 @@ def children(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Resident bytes of a process, 0 if it has ended; see proc_pid_status(5)."""
+    """Return the resident bytes of a process, 0 if it has ended; see proc_pid_status(5)."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Runs graphs in OpenVINO's own format, and measures in which precision OpenVINO computes matrix work."""
+"""OpenVINO: a backend for graphs in its own format, and the share of operations that a graph executes in int8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoFormat:
-    """Runs a graph in OpenVINO's own format, which NNCF writes: operations that are not int8 run in fp32."""
+    """Runs a graph in OpenVINO's own format, which NNCF writes. Operations that are not int8 run in fp32."""
 
     def __init__(self, graph: Path, spec: ComponentSpec):
         self.inputs, self.outputs = spec.inputs, spec.outputs
@@ -34,9 +34,9 @@ class OpenVinoFormat:
 
 
 def int8_share(graph: Path, spec: ComponentSpec) -> float:
-    """Share of the operations of convolutions and matrix products that OpenVINO runs in int8.
+    """Return the share of the operations of all convolutions and matrix products that OpenVINO executes in int8.
 
-    Operations are counted in the original graph for one prompt with guidance; the compiled model reports precisions.
+    Operations are counted in the original graph, for one prompt with guidance; the compiled model states the types.
     """
     model = core().read_model(str(graph))
     model.reshape({tensor.name: [2, *tensor.bounds("opt")[1:]] for tensor in spec.inputs})
@@ -57,7 +57,7 @@ def int8_share(graph: Path, spec: ComponentSpec) -> float:
 
 
 def summed(operation: Any) -> int:
-    """Number of products that are summed for one result."""
+    """Return the number of products that are summed for one result."""
     if operation.get_type_name() == "MatMul":
         shape = list(operation.input_value(0).shape)
         return shape[-2] if operation.get_attributes()["transpose_a"] else shape[-1]

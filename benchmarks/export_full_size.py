@@ -1,7 +1,7 @@
-"""Measures the cost of exporting a model: seconds of each stage, and peak memory of the build.
+"""Time of each stage and peak memory of exporting a model.
 
-Builds a bundle of random weights from a folder of configs through the command line, in its own process, and exits
-with 1 if the peak exceeds 1.3 × the largest component's float32 weights + 3 GB.
+Builds a bundle with random weights from a folder of config files through the command line, in its own process. Exits
+with 1 if the peak exceeds 1.3 × the float32 weights of the largest component + 3 GB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOOLS = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 
 @dataclass
 class Peak:
-    """Peak resident memory of a process in bytes: counted by the kernel, and sampled by kind."""
+    """Peak resident memory of a process in bytes: counted by the kernel, and by kind from samples."""
 
     resident: int = 0
     sampled: dict[str, int] = field(default_factory=lambda: {"VmRSS": 0, "RssAnon": 0, "RssFile": 0})
@@ -42,7 +42,7 @@ def main() -> int:
     args = parser.parse_args()
     work = args.output.parent / f".{args.output.name}.part"
     for folder in (args.output, work):
-        if folder.exists():  # stages of an earlier run would cost nothing
+        if folder.exists():  # stages kept from an earlier build would cost nothing
             parser.error(f"{folder} exists; remove it, or choose another --output")
     command = ["build", str(args.configs), "--random-weights", "-o", str(args.output), "--quiet"]
     begun = time.monotonic()
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> tuple[int, Peak]:
-    """Run a command; return its exit code and its peak memory."""
+    """Run a command and return its exit code and its peak memory."""
     process, peak, ended = subprocess.Popen(command), Peak(), threading.Event()
     sampler = threading.Thread(target=sample, args=(process.pid, peak, ended))
     sampler.start()
@@ -96,7 +96,7 @@ def sample(pid: int, peak: Peak, ended: threading.Event) -> None:
 
 
 def component_bytes(bundle: Path) -> dict[str, int]:
-    """Component → bytes of its float32 graph and of the weights beside it."""
+    """Return component -> bytes of its float32 graph and external weights."""
     sizes: dict[str, int] = {}
     for file in [*bundle.glob("*/fp32.onnx"), *bundle.glob("*/fp32.onnx.data")]:
         sizes[file.parent.name] = sizes.get(file.parent.name, 0) + file.stat().st_size
@@ -118,7 +118,7 @@ def show(facts: dict) -> None:
     table.add_row(f"bound: {FACTOR} × largest + {BASE / 1e9:g} GB", "", f"{facts['bound_bytes'] / 1e9:.2f}")
     console = Console()
     console.print(table)
-    console.print("within the bound" if facts["within_bound"] else "beyond the bound")
+    console.print("within the limit" if facts["within_bound"] else "beyond the limit")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Times a denoising step and a whole image on a GPU: TensorRT and ONNX Runtime against torch.
+"""Time of a denoising step and of a whole image on a GPU: TensorRT and ONNX Runtime against torch.
 
-All alternate in every round, so that other load on the GPU affects each of them. The lower bound of a step is the time
-to read the UNet's weights once, at the bandwidth measured here. --device cpu tests the script without a GPU.
+The runtimes alternate, so that other load on the GPU affects all of them. The lower bound of a step is the time in
+which the GPU can read the UNet's weights once, from the bandwidth measured here. --device cpu tests the script.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; raises LdmError if there is no GPU or the bundle cannot be read."""
+    """Return all figures; raises LdmError if there is no GPU or the bundle cannot be read."""
     cuda = Cuda() if args.device == "cuda" else None
     bundle = Bundle.open(args.bundle)
     runs: dict[str, Timed] = {}
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": "cpu" if cuda is None else device_name(cuda),
         "compute_capability": None if cuda is None else cuda.capability(),
         "machine": platform.processor() or platform.machine(),
-        "tools": {name: number for name in TOOLS if (number := installed(name))},
+        "tools": {name: found for name in TOOLS if (found := installed(name))},
         "settings": {"precision": args.precision, "images": args.images, "steps": args.steps, "rounds": args.rounds},
         "seconds": {
             name: {what: {"median": median(v), "min": min(v), "max": max(v)} for what, v in parts.items()}
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
-    """A pipeline of the bundle; each run has a prompt of its own, whose text is encoded in the image's time."""
+    """Return a run of the bundle's pipeline. Each run has a new prompt, whose encoding counts for the image."""
     device = args.device if backend == "onnxruntime" else "auto"
     pipeline = LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=args.precision, device=device)
     prompts = (f"{PROMPT} {number}" for number in count())
@@ -112,7 +112,7 @@ def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
         options = {"seed": 0, "num_inference_steps": args.steps, "images_per_prompt": args.images, **OPTIONS}
         request = Request(next(prompts), **options)
         begun = time.perf_counter()
-        pipeline.texts.encode([str(request.prompts), ""])
+        pipeline.condition(pipeline.plan(request))
         encoded = time.perf_counter()
         *_, last = pipeline.steps(request)
         latents = last.latents  # waits for the device
@@ -120,17 +120,16 @@ def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
         pipeline.decode(latents)
         return {"step": (denoised - encoded) / args.steps, "image": time.perf_counter() - begun}
 
-    run()  # loads it, so that an engine that cannot run here is reported
+    run()  # loads the engine, and fails here if it cannot run
     return run
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Timed]:
-    """diffusers' pipeline on the same device, as it is and with its UNet compiled."""
+    """Return runs of diffusers' pipeline on the same device, eager and with its UNet compiled."""
     import torch
 
     from ldm_export.demo import demo_checkpoint
-    from ldm_export.families import open_checkpoint
-    from ldm_export.quality.verification import reference_pipeline
+    from ldm_export.families import family_named, open_checkpoint
     from ldm_runtime.errors import BackendError
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -138,7 +137,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     dtype = dtype if args.device == "cuda" else torch.float32
     checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
-    pipeline = reference_pipeline(checkpoint).to(args.device, dtype)
+    pipeline = family_named(checkpoint.family).reference(checkpoint).to(args.device, dtype)
     unets = {"torch eager": pipeline.unet, "torch.compile": torch.compile(pipeline.unet, mode="max-autotune")}
     if args.device == "cpu":
         unets.pop("torch.compile")
@@ -173,14 +172,14 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
 
 
 def sample_shape(unet: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the latents a UNet was trained on."""
+    """Return channels, height and width of the latents a UNet was trained on."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
 
 
 def measured_bandwidth(cuda: Cuda) -> float:
-    """Read bandwidth of the GPU in bytes per second, from a copy that reads and writes each byte."""
+    """Return the bytes per second of a copy within the GPU's memory, which reads and writes each byte."""
     source, target = (cuda.call("cudaMalloc", COPIED) for _ in range(2))
     stream = cuda.call("cudaStreamCreate")
     try:
@@ -198,7 +197,7 @@ def measured_bandwidth(cuda: Cuda) -> float:
 
 
 def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
-    """Whether the UNet's engine loads on this GPU although it was built for others, as an 8.0 engine on 9.0."""
+    """Try to load the UNet's engine on this GPU although it was built for others, e.g. an 8.0 engine on 9.0."""
     from ldm_runtime.backends.engine_match import open_package
 
     engines = [one for one in bundle.manifest.components["unet"].engines if one.compute_capabilities]
@@ -217,13 +216,13 @@ def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
 
 
 def device_name(cuda: Cuda) -> str:
-    """Name of the GPU according to the driver."""
+    """Return the GPU's name."""
     name = cuda.call("cudaGetDeviceProperties", 0).name
     return name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None if it is not installed."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -231,7 +230,7 @@ def installed(name: str) -> str | None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    table = Table("", "step, ms", "image, ms", "of the floor", title=facts["device"])
+    table = Table("", "step, ms", "image, ms", "of the lower bound", title=facts["device"])
     floor = facts["floor"] and facts["floor"]["step"]
     for name, parts in facts["seconds"].items():
         step, image = (parts[what]["median"] for what in ("step", "image"))

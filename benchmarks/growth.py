@@ -1,8 +1,8 @@
-"""Measures how cost grows with batch, pixels and steps: a chart, and exponents fitted to the logarithms.
+"""Growth of cost with batch, pixels and steps: a chart, and exponents fitted to the logarithms.
 
-Each UNet call of a batch × size grid is timed on its own, and the decoder's calls too; the steps are timed on
-whole images. The floating-point operations of a step, counted on the torch module by FlopCounterMode without computing
-anything, are reported too. If the seconds grow faster than the operations, the difference is overhead.
+Times the UNet and the decoder for each point of a batch × size grid, and whole images for each number of steps. The
+floating-point operations of a step are counted on the torch module by torch's FlopCounterMode, without computing
+anything. An exponent of the seconds above that of the operations means wasted time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 384, 448, 512], help="pixels of a side")
     parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="none: no whole images")
-    parser.add_argument("--corners", action="store_true", help="not the grid: batches at one size, sizes at one batch")
+    parser.add_argument("--corners", action="store_true", help="one size for all batches, one batch for all sizes")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision")
@@ -49,7 +49,7 @@ def main() -> None:
     command = [sys.executable, "-m", "ldm_export.bench.bundle_worker"]
     settings |= {"device": "cpu", "threads": None}
     facts |= {"grid": [], "steps": [], "refused": []}
-    for size in args.sizes:  # a process for each: what it holds for one size is not for the next
+    for size in args.sizes:  # one process per size, so that memory of one size does not affect the next
         with Worker("bench", command, settings) as one:
             facts["choice"] = one.facts["choice"]
             for batch in args.batches:
@@ -59,7 +59,7 @@ def main() -> None:
                 try:
                     for part in ("unet", "decoder"):
                         point[part] = seconds(one, part, batch, size, args.runs)
-                except BackendError as error:  # larger batches of this size would not run either
+                except BackendError as error:  # larger batches of this size would fail too
                     facts["refused"].append(point | {"error": str(error)})
                     print(error, file=sys.stderr)
                     break
@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def seconds(worker: Worker, part: str, batch: int, size: int, runs: int, steps: int = 1) -> float:
-    """The least seconds of ``runs`` timings: what the machine does besides can only add to it."""
+    """Return the minimum of ``runs`` timings, because other load can only add to it."""
     command = {"what": part, "batch": batch, "steps": steps, "guidance": 6.0, "eta": 0.0, "seed": 0}
     (answers,) = rounds([worker], lambda number: {**command, "height": size, "width": size}, runs)
     return min(answer["seconds"] for answer in answers)
 
 
 def gigaflop(config: dict, rows: int, side: int) -> dict[str, float]:
-    """10⁹ operations of a UNet call: all, and those of attention's products of tokens with tokens."""
+    """Return 10⁹ operations of a UNet call: all, and those of the products of attention."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config).eval()
         sample, context = torch.empty(rows, unet.config.in_channels, side, side), unet.config.cross_attention_dim
@@ -101,32 +101,32 @@ def gigaflop(config: dict, rows: int, side: int) -> dict[str, float]:
 
 
 def exponents(facts: dict) -> dict[str, dict[str, float]]:
-    """Slopes of logarithms: over batch at the least size, over pixels at the least batch, over steps."""
+    """Return exponents over batch at the smallest size, over pixels at the smallest batch, and over steps."""
     grid = facts["grid"]
     first = {name: min(point[name] for point in grid) for name in ("batch", "size")}
     along = {
         "batch": [point for point in grid if point["size"] == first["size"]],
         "pixels": [point for point in grid if point["batch"] == first["batch"]],
     }
-    fitted: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for axis, points in along.items():
         values = [point[axis] for point in points]
         if len(values) > 1:
-            fitted[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
-            fitted[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
+            found[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
+            found[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
     if len(facts["steps"]) > 1:
         steps = [point["steps"] for point in facts["steps"]]
-        fitted["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
-    return fitted
+        found["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
+    return found
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent e of y ∝ xᵉ, by least squares."""
+    """Return the exponent e of y ∝ xᵉ, by least squares."""
     return float(np.polyfit([math.log(value) for value in x], [math.log(value) for value in y], 1)[0])
 
 
 def chart(facts: dict) -> str:
-    """SVG: seconds of a step by batch for each size, and per image and megapixel by size; whole images by steps."""
+    """Return an SVG of seconds: a step by batch and size, per image and megapixel, and whole images by steps."""
     grid, sizes = facts["grid"], sorted({point["size"] for point in facts["grid"]})
     by_size = [
         Series(f"{size}×{size}", tuple((p["batch"], p["unet"]) for p in grid if p["size"] == size)) for size in sizes

@@ -1,7 +1,7 @@
-"""Measures guidance at fewer steps: the work it saves, and its effect on the demo model's images.
+"""Guidance in fewer steps: the work it saves, and its effect on the demo model's images.
 
-Reports PSNR against fp32 images with guidance at every step, and the share of correct images. int8 is measured too if
-the bundle has int8 graphs.
+Measures PSNR against the images of the fp32 graphs with guidance at every step, and the share of correct images by the
+grader. Use a bundle with int8 graphs; without them only fp32 is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTINGS = (
     *(((0.0, 1.0), every) for every in (1, 2, 3, 4)),
     *((interval, 1) for interval in ((0.0, 0.8), (0.0, 0.6), (0.1, 1.0), (0.2, 0.8))),
 )
-"""Guidance interval, and N of "every N-th step"; the first setting is the reference."""
+"""Pairs of guidance_interval and guidance_every. The first is the reference."""
 OPTIONS: dict[str, Any] = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
 
 
@@ -45,38 +45,36 @@ def main() -> None:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="openvino") as pipeline:
             for interval, every in track(SETTINGS, precision, console=Console(stderr=True)):
                 options = OPTIONS | {"guidance_interval": interval, "guidance_every": every}
-                images = [pipeline(prompt, seed=seed, **options).images[0] for seed, prompt in enumerate(prompts)]
-                arrays = [np.asarray(image).astype(float) for image in images]
-                reference = reference or arrays
-                rows.append({"precision": precision, "interval": interval, "every": every} | facts(arrays, reference))
-                correct = [
-                    grade(np.asarray(one), parse(text)).correct for one, text in zip(images, prompts, strict=True)
-                ]
+                made = [pipeline(prompt, seed=seed, **options).images[0] for seed, prompt in enumerate(prompts)]
+                images = [np.asarray(image).astype(float) for image in made]
+                reference = reference or images
+                rows.append({"precision": precision, "interval": interval, "every": every} | facts(images, reference))
+                correct = [grade(np.asarray(one), parse(text)).correct for one, text in zip(made, prompts, strict=True)]
                 rows[-1] |= {"rows_of_the_unet": share(interval, every), "correct": float(np.mean(correct))}
-    table = Table("graphs", "guided steps", "each", "UNet rows", "PSNR dB: mean", "median", "worst", "correct")
+    table = Table(
+        "graphs", "guidance_interval", "guidance_every", "UNet rows", "PSNR dB: mean", "median", "worst", "correct"
+    )
     for row in rows:
-        decibels = (
-            "–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr")
-        )
+        found = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr"))
         guided = "{:g} to {:g}".format(*row["interval"])
         work = f"{row['rows_of_the_unet']:.0%}"
-        table.add_row(row["precision"], guided, str(row["every"]), work, *decibels, f"{row['correct']:.0%}")
+        table.add_row(row["precision"], guided, str(row["every"]), work, *found, f"{row['correct']:.0%}")
     Console().print(table)
     if args.json:
-        report = {"images": args.images, **OPTIONS, "tools": {"openvino": version("openvino")}, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        document = {"images": args.images, **OPTIONS, "tools": {"openvino": version("openvino")}, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def facts(images: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
-    """Statistics of the PSNR of images that differ; None if all are equal."""
-    ratios = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
-    values = [value for value in ratios if value is not None]
+    """Return PSNR statistics of the images that differ from the reference; None if none does."""
+    found = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
+    values = [value for value in found if value is not None]
     measures = {"mean_psnr": np.mean, "median_psnr": np.median, "worst_psnr": np.min}
     return {name: float(measure(values)) if values else None for name, measure in measures.items()}
 
 
 def share(interval: tuple[float, float], every: int) -> float:
-    """Rows of the UNet, as a share of those with guidance at every step."""
+    """Return the share of UNet rows that are computed, relative to guidance at every step."""
     steps = step_branches(interval, every, OPTIONS["num_inference_steps"])
     return sum(2 if step is StepBranches.BOTH else 1 for step in steps) / (2 * len(steps))
 

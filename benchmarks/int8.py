@@ -1,4 +1,4 @@
-"""Measures what int8 costs on the demo model: images of held-out prompts by fp32 and int8 with the same seeds.
+"""Effect of int8 on the demo model: images of held-out prompts in fp32 and int8 with the same seeds.
 
 Make the bundle with `ldm-export build --precision int8 -o build/shapes-int8`; its budget was checked on other prompts
 than these. Writes PSNR, SSIM and the prompt accuracy for each backend; the grader has no learned part.
@@ -27,14 +27,14 @@ VARIANTS = (("onnxruntime", "int8"), ("openvino", "int8"))
 
 
 def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[Image]:
-    """One image for each prompt, each with its own seed; 50 steps, eta 0.3, guidance 6."""
+    """Return one image per prompt, each with its own seed; 50 steps, eta 0.3, guidance 6."""
     found = []
     with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=precision) as pipeline:
         starts = range(0, len(prompts), BATCH)
         for start in track(starts, description=f"{backend} {precision}", console=Console(stderr=True)):
             some = prompts[start : start + BATCH]
-            result = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
-            found += [np.asarray(image) for image in result.images]
+            made = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
+            found += [np.asarray(image) for image in made.images]
     return found
 
 

@@ -1,8 +1,8 @@
-"""Measures int8 at full size: memory of the calibration, and time of a UNet call in int8 and in float, alternating.
+"""int8 at full size: peak memory of calibration, and the time of a UNet call in int8 and in bf16, alternating.
 
-Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. A copy
-of hard links beside it is calibrated; the bundle itself is not changed. Images of random weights mean nothing, so the
-budget is open; memory and speed are those of a trained model.
+Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. It is
+calibrated in a copy of hard links; the bundle itself does not change. With random weights the images have no meaning,
+so there is no budget; memory and speed are those of a trained model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ALLOWED_BEYOND_WEIGHTS = 4e9
 
 
 def linked(bundle: Path, place: Path) -> Path:
-    """A copy of a bundle made of hard links."""
+    """Copy a bundle with hard links."""
     for file in bundle.rglob("*"):
         if file.is_file():
             (place / file.relative_to(bundle)).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def linked(bundle: Path, place: Path) -> Path:
 
 
 def calibrated(bundle: Path) -> dict[str, Any]:
-    """Calibrate in a process of its own: seconds and peak memory."""
+    """Calibrate in a separate process and return seconds and peak memory."""
     prompts = bundle.with_name("prompts.txt")
     prompts.write_text("a painting of a squirrel eating a burger\n")
     command = [sys.executable, "-m", "ldm_export.cli", "calibrate", str(bundle), "--prompts", str(prompts), *OPTIONS]
@@ -81,17 +81,17 @@ def compiled(graph: Path, feed: dict[str, NDArray[Any]], hint: str) -> openvino.
 
 
 def kinds(model: openvino.CompiledModel) -> dict[str, int]:
-    """Type → convolutions and matrix products that the executed graph computes in it."""
-    counts: Counter[str] = Counter()
+    """Return type -> number of convolutions and matrix products that the compiled graph executes in it."""
+    found: Counter[str] = Counter()
     for operation in model.get_runtime_model().get_ops():
         facts = operation.get_rt_info()
         if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul"):
-            counts[facts["runtimePrecision"].get()] += 1
-    return dict(counts)
+            found[facts["runtimePrecision"].get()] += 1
+    return dict(found)
 
 
 def timed(bundle: Path) -> dict[str, Any]:
-    """One UNet call of one guided image: fp32 graph in bf16, and the int8 graph, interleaved."""
+    """Time one UNet call of a guided image: the fp32 graph in bf16 and the int8 graph, alternating."""
     opened = Bundle.open(bundle)
     feed = {
         name: np.resize(array, (2, *array.shape[1:]))
@@ -118,12 +118,12 @@ def timed(bundle: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--keep", type=Path, help="calibrate here and keep it; one that is there is timed only")
+    parser.add_argument("--keep", type=Path, help="calibrate here and keep it; an existing bundle is only timed")
     parser.add_argument("--part", choices=("memory", "speed", "both"), default="both")
-    parser.add_argument("--json", type=Path, help="write the figures here; those of the other part stay")
+    parser.add_argument("--json", type=Path, help="write the figures here; figures of the other part are kept")
     args = parser.parse_args()
-    with TemporaryDirectory(dir=args.bundle.parent) as tmp:
-        place = args.keep or Path(tmp) / "bundle"
+    with TemporaryDirectory(dir=args.bundle.parent) as folder:
+        place = args.keep or Path(folder) / "bundle"
         facts: dict[str, Any] = {}
         if args.json and args.json.is_file():
             facts = json.loads(args.json.read_text())

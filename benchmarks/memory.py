@@ -1,6 +1,6 @@
-"""Measures the peak memory of one generation, each in its own process, against the size of the weights in use.
+"""Peak memory of one generation, each in its own process, compared with the size of the weights in use.
 
-Bound: 1.25 × the weights of all components in the precision of the arithmetic, plus 1 GB.
+The limit is 1.25 × the weights of all components in the precision of the arithmetic, plus 1 GB.
 """
 
 from __future__ import annotations

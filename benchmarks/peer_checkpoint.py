@@ -1,6 +1,6 @@
-"""Writes a checkpoint with the random weights of ``ldm-export build --random-weights``, from a folder of configs.
+"""Writes a checkpoint of config files with the random weights that ``ldm-export build --random-weights`` draws.
 
-The peers of ``peers.py`` load it with diffusers. Only one component at a time is in memory.
+The other runtimes of ``peers.py`` load it with diffusers. One component at a time is in memory.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def write(configs: Path, output: Path) -> None:
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(configs, part)
-    tokenizer = part / "tokenizer"
-    if not any((tokenizer / name).exists() for name in VOCABULARY_FILES):
-        tokenizer.mkdir(exist_ok=True)
-        placeholder_tokenizer(checkpoint.files["tokenizer"], tokenizer)
+    source, target = checkpoint.files["tokenizer"], part / "tokenizer"
+    if not any((source / name).exists() for name in VOCABULARY_FILES):
+        target.mkdir(exist_ok=True)
+        placeholder_tokenizer(source, target)
     for name, file in FILES.items():
         weights = load_module(checkpoint, name).state_dict()
         save_file({key: tensor.contiguous() for key, tensor in weights.items()}, part / file, {"format": "pt"})

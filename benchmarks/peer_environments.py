@@ -1,4 +1,4 @@
-"""The peers' virtual environments: torch with diffusers, and optimum with ONNX Runtime and OpenVINO."""
+"""Virtual environments of the other runtimes: torch with diffusers, and optimum with ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PACKAGES = {
 }
 
 
-def environment_python(work: Path, name: str) -> Path:
-    """Return the Python of an environment below ``work``, creating the environment if needed."""
+def made(work: Path, name: str) -> Path:
+    """Return the Python of an environment below ``work``; create the environment if it does not exist."""
     folder = work / f"venv-{name}"
     python, stamp = folder / "bin/python", folder / ".made"
     if not stamp.exists():
@@ -34,7 +34,7 @@ def run(work: Path, name: str, arguments: list[str]) -> None:
     """Run a script of ``peer_workers`` in an environment; its output is shown only if it fails."""
     script, *rest = arguments
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [str(environment_python(work, name)), str(HERE / script), *rest]
+    command = [str(made(work, name)), str(HERE / script), *rest]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")

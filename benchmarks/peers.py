@@ -1,13 +1,13 @@
-"""Times this repository's backends and their peers side by side: same weights, prompts and starting noise, in turns.
+"""Times ldm-export and other runtimes side by side, alternating, with the same weights, prompts and initial noise.
 
-Peers, each in a process of its own environment below --work: diffusers on torch (eager float32 and bfloat16, and
-compiled), ONNX Runtime on optimum-onnx's export, OpenVINO on optimum-intel's (bf16, and int8 by NNCF). Everything that
-is missing below --work is created first: environments, random weights, exports, quantisation.
+Each runtime has its own process and environment below --work: diffusers on torch (eager float32 and bfloat16, and
+compiled), ONNX Runtime with optimum-onnx's export, OpenVINO with optimum-intel's (bf16, and int8 by NNCF). Missing
+environments, random weights, exports and quantized models are created first.
 
     python benchmarks/peers.py --work /tmp/peers --bundle build/shapes --checkpoint demo/ldm_export_demo/checkpoint
     python benchmarks/peers.py --work /tmp/peers --bundle build/large --checkpoint large --random-weights --what unet
 
-Workers that fit into memory together alternate; otherwise there are several groups, each with the reference.
+Runtimes that fit into memory together alternate; otherwise there are several groups, each with the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import peer_checkpoint
-from peer_environments import HERE, PYTHONPATH, environment_python, run
+from peer_environments import HERE, PYTHONPATH, made, run
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +41,7 @@ FILES = {"unet.onnx": "onnx", "unet.xml": "openvino", "unet-int8.xml": "int8"}
 
 @dataclass(frozen=True)
 class Peer:
-    """A timed alternative: worker script, environment ("" for this one), settings, and memory per byte of weights."""
+    """A runtime to time: worker script, environment ("" for this one), settings, and bytes per byte of weights."""
 
     script: str
     environment: str
@@ -78,25 +78,29 @@ PEERS = {
     "ldm-export float, guidance each 3rd step": ours("auto", "float", 1.6, 3),
     "ldm-export int8, guidance each 3rd step": ours("auto", "int8", 1.2, 3),
 }
-"""The last two generate nearly the same images (benchmarks/guidance.py), by the steps of the two before."""
+"""The last two reuse guidance between steps; their steps are those of the two runtimes before."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for environments, exports and weights")
     parser.add_argument("--bundle", type=Path, required=True, help="the checkpoint's bundle")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusers folder; of configs alone with …")
-    parser.add_argument("--random-weights", action="store_true", help="… the weights drawn, as the bundle's were")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusers folder")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="config files only: draw the weights",
+    )
     parser.add_argument("--what", choices=("unet", "image"), default="image", help="one step, or whole images")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     parser.add_argument(
-        "--reference", choices=PEERS, default=REFERENCE, metavar="PEER", help="reference of the comparison"
+        "--reference", choices=PEERS, default=REFERENCE, metavar="PEER", help="what the others are compared with"
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=1, help="images, each guided: two rows of the UNet")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--memory", type=float, default=14.0, metavar="GB", help="maximum memory of one group")
+    parser.add_argument("--memory", type=float, default=14.0, metavar="GB", help="memory limit of one group")
     parser.add_argument("--prepare", action="store_true", help="create what is missing, without timing")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -117,17 +121,17 @@ def main() -> None:
     facts |= {"steps": args.steps, "batch": args.batch, "weights_bytes": size, "bundle": args.bundle.absolute().name}
     for number, group in enumerate(groups(args.only, args.reference, size, args.memory * 1e9)):
         measure(args, group, number, checkpoint, exports, facts)
-        if args.json:  # after each group, so that its results are kept if a later one fails
+        if args.json:  # after each group, so that an error does not lose earlier figures
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(facts, indent=2) + "\n")
     show(facts)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Create what the peers need; return the checkpoint with weights, and the folder of its exports."""
+    """Create what the runtimes need; return the checkpoint with weights and the folder of its exports."""
     name, names = args.bundle.absolute().name, (args.reference, *args.only)
     for environment in {PEERS[peer].environment for peer in names} - {""}:
-        environment_python(args.work, environment)
+        made(args.work, environment)
     checkpoint = args.checkpoint
     if args.random_weights:
         checkpoint = args.work / f"{name}-checkpoint"
@@ -144,14 +148,14 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def groups(names: list[str], reference: str, size: int, memory: float) -> list[list[str]]:
-    """The peers in groups that fit into ``memory`` together, the reference first in each."""
-    result = [[reference]]
+    """Return the runtimes in groups that fit into ``memory``, with the reference first in each."""
+    found = [[reference]]
     for name in names:
         if name != reference:
-            if size * sum(PEERS[peer].share for peer in (*result[-1], name)) > memory and len(result[-1]) > 1:
-                result.append([reference])
-            result[-1].append(name)
-    return result
+            if size * sum(PEERS[peer].share for peer in (*found[-1], name)) > memory and len(found[-1]) > 1:
+                found.append([reference])
+            found[-1].append(name)
+    return found
 
 
 def measure(
@@ -171,7 +175,7 @@ def measure(
         workers = list[Worker]()
         for name in names:
             peer = PEERS[name]
-            python = environment_python(args.work, peer.environment) if peer.environment else Path(sys.executable)
+            python = made(args.work, peer.environment) if peer.environment else Path(sys.executable)
             environment = os.environ | {
                 "PYTHONPATH": PYTHONPATH,
                 "TORCHINDUCTOR_CACHE_DIR": str(args.work / "inductor"),
@@ -182,7 +186,7 @@ def measure(
                 workers.append(stack.enter_context(Worker(name, line, {**shared, **peer.settings}, environment)))
             except BackendError as error:
                 if name == args.reference:
-                    raise SystemExit(f"{name}, the reference: {error}") from None
+                    raise SystemExit(f"{name} is the reference, but failed: {error}") from None
                 print(f"left out: {error}", file=sys.stderr)
                 facts["refused"][name] = str(error)
         warm = {**command, "steps": WARM_STEPS, "times": 1}
@@ -192,11 +196,11 @@ def measure(
 
         texts = default_prompts(None if args.random_weights else args.checkpoint)
 
-        def command(number: int) -> Facts:  # new prompts in each round, because encoded texts may be cached
+        def command_of(number: int) -> Facts:  # new prompts in each round, because encoded prompts are cached
             prompts = [f"{texts[index % len(texts)]}, number {number}" for index in range(args.batch)]
             return {**(warm if number < 0 else command), "prompts": prompts}
 
-        answers = rounds(workers, command, args.runs, dot)
+        answers = rounds(workers, command_of, args.runs, dot)
         for worker in workers:
             worker.ask({"what": "save", "path": str(results / f"{worker.name}.npy")})
     seconds = [[answer["seconds"] for answer in worker] for worker in answers]

@@ -1,4 +1,4 @@
-"""Measures what half precision costs: images of the demo model in fp32 and fp16 with the same prompts and seeds.
+"""Effect of half precision: images of the demo model in fp32 and fp16 with the same prompts and seeds.
 
 Writes PSNR (mean, worst) and the prompt accuracy of each precision; the grader has no learned part.
 """
@@ -25,17 +25,17 @@ from ldm_runtime.images import psnr
 
 BATCH = 10
 EQUAL = 10 * math.log10(255**2 / 1e-10)
-"""PSNR in dB that stands for equal images."""
+"""PSNR in dB that two equal images count as."""
 
 
 def images_of(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:
-    """Generate one image for each prompt, uint8 [64, 64, 3]; batch ``i`` starts from seed ``i``; 50 steps, eta 0.3."""
-    images = list[NDArray[np.uint8]]()
+    """Return one image per prompt, uint8 [64, 64, 3]; batch ``i`` has seed ``i``; 50 steps, eta 0.3."""
+    found = []
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
         for start in track(range(0, len(prompts), BATCH), description=precision, console=Console(stderr=True)):
-            result = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
-            images += [np.asarray(image) for image in result.images]
-    return images
+            made = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
+            found += [np.asarray(image) for image in made.images]
+    return found
 
 
 def main() -> None:
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
-    images = {precision: images_of(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
-    ratios = [psnr(one.astype(float), other, 255.0) for one, other in zip(images["fp32"], images["fp16"], strict=True)]
-    decibels = np.array([EQUAL if value is None else value for value in ratios])
-    correct = {precision: accuracy(one, prompts).overall.correct for precision, one in images.items()}
-    pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(images["fp32"], images["fp16"], strict=True)]
+    made = {precision: images_of(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
+    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(made["fp32"], made["fp16"], strict=True)]
+    decibels = np.array([EQUAL if value is None else value for value in found])
+    correct = {precision: accuracy(images, prompts).overall.correct for precision, images in made.items()}
+    pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(made["fp32"], made["fp16"], strict=True)]
     figures = {
         "prompts": len(prompts),
         "psnr_mean": float(decibels.mean()),

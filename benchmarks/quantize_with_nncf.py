@@ -1,4 +1,4 @@
-"""Quantizes a UNet with NNCF's post-training quantization: run by ``quantizers.py`` in an environment with NNCF."""
+"""Quantizes a UNet with NNCF's post-training quantization; ``quantizers.py`` runs it in NNCF's environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import openvino
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("graph", type=Path, help="the fp32 ONNX graph")
-    parser.add_argument("samples", type=Path, help="folder of .npz files, a feed each")
+    parser.add_argument("samples", type=Path, help="folder of .npz files, one feed each")
     parser.add_argument("output", type=Path, help="the .xml to write")
     parser.add_argument("--transformer", action="store_true", help="model type transformer: SmoothQuant, mixed preset")
     parser.add_argument("--leave", type=Path, help="a JSON list of [node, its result] to leave in float")
@@ -26,20 +26,20 @@ def main() -> None:
         kinds = ("Convolution", "GroupConvolution", "MatMul")
         known = [one.get_friendly_name() for one in model.get_ops() if one.get_type_name() in kinds]
         names = []
-        for layer in json.loads(args.leave.read_text()):  # by its name or its result's, a bias apart
+        for layer in json.loads(args.leave.read_text()):  # by the name of the node or of its result
             found = [name for name in known if name.removesuffix("/WithoutBiases") in layer]
             if not found:
                 parser.error(f"{args.graph} has no matrix work {layer[0]!r}")
             names += found
         scope = nncf.IgnoredScope(names=names)
-    quantized = nncf.quantize(
+    made = nncf.quantize(
         model,
         nncf.Dataset(feeds),
         subset_size=len(feeds),
         model_type=nncf.ModelType.TRANSFORMER if args.transformer else None,
         ignored_scope=scope,
     )
-    openvino.save_model(quantized, args.output, compress_to_fp16=False)
+    openvino.save_model(made, args.output, compress_to_fp16=False)
 
 
 if __name__ == "__main__":

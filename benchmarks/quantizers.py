@@ -1,11 +1,11 @@
-"""Compares our int8 UNet with those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
+"""Compares the int8 UNet with those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
 
-The same fp32 graph, the same calibration samples, the same prompts and seeds, the same engine; text encoder and decoder
-stay in fp32. Writes for each the share of the UNet's operations the engine runs in int8, PSNR and SSIM of the images
-against fp32, and the prompt accuracy; the grader has no learned part.
+All use the same fp32 graph, calibration samples, prompts, seeds and engine; text encoder and decoder stay in fp32.
+Writes for each the share of the UNet's operations that the engine executes in int8, PSNR of the images against fp32,
+and the prompt accuracy; the grader has no learned part.
 
-The bundle is one with int8 graphs: ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an
-environment of its own, made in the work folder unless one is given. A killed run resumes.
+Make the bundle with ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in its own environment,
+which is created in the work folder unless one is given. A killed run continues with the missing images.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from ldm_runtime.specs import ComponentSpec
 NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
 BATCH, STEPS, ETA, GUIDANCE = 10, 50, 0.3, 6.0
 MATRIX = ("Conv", "MatMul", "Gemm")
-"""``quantize_static`` with every default ends in an error on this graph ("Quantization parameter shared mode is not
-supported for weight yet", preprocessed or not), and with Reshape left out gives one that OpenVINO refuses to load."""
+"""``quantize_static`` fails on this graph with its defaults ("Quantization parameter shared mode is not supported for
+weight yet", preprocessed or not), and without Reshape it gives a graph that OpenVINO refuses to load."""
 Feed = Mapping[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A UNet to compare: its name, how it was made, and its graph, ONNX or OpenVINO's own."""
+    """A UNet to compare: its name, how it was made, and its graph in ONNX or OpenVINO's format."""
 
     name: str
     how: str
@@ -82,23 +82,21 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes-int8"), help="built with --precision int8")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts, a third of them with one object")
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
-    parser.add_argument(
-        "--nncf", type=Path, metavar="PYTHON", help="Python of an environment with nncf (default: create one)"
-    )
-    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for intermediate files")
+    parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="of an environment with nncf (default: a new one)")
+    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for results")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
     args.work.mkdir(parents=True, exist_ok=True)
     variants = list(make_variants(bundle, args))
-    images = {variant.name: generate(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
+    drawn = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
     spec = bundle.manifest.components["unet"].spec
     rows = []
     for variant in variants:
         share = int8_share(variant.graph, spec) if args.backend == "openvino" else None
         rows.append({"name": variant.name, "how": variant.how, "int8_share": share})
-        rows[-1] |= quality(images[variant.name], images["fp32"], prompts)
+        rows[-1] |= quality(drawn[variant.name], drawn["fp32"], prompts)
     tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")} | {
         "nncf": NNCF[0].partition("==")[2]
     }
@@ -115,14 +113,14 @@ def main() -> None:
 
 
 def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]:
-    """fp32, ours, and the peers': with their defaults, and on the very layers that ours quantizes."""
+    """Yield fp32, ours, and ONNX Runtime's and NNCF's with their defaults and on the layers of ours."""
     source = bundle.graph("unet", "fp32")
     yield Variant("fp32", "the reference", source)
     yield Variant("ours", "ldm-export build --precision int8", bundle.graph("unet", "int8"))
     layers = json.loads(bundle.file("report/int8.json").read_text())["components"]["unet"]["layers"]
     floats = [layer["name"] for layer in layers if not layer["int8"]]
     record = bundle.file("calibration.json")
-    folder = args.work / digest(sha256(source), sha256(record))[:16]  # other inputs get another folder
+    folder = args.work / digest(sha256(source), sha256(record))[:16]  # results of other inputs are not reused
     folder.mkdir(exist_ok=True)
     feeds = calibration_feeds(bundle)
     same = {"op_types_to_quantize": list(MATRIX), "nodes_to_exclude": floats}
@@ -144,7 +142,7 @@ def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]
 def nncf_variants(
     source: Path, floats: list[str], feeds: Sequence[Feed], folder: Path, args: argparse.Namespace
 ) -> Iterator[Variant]:
-    """NNCF's, in OpenVINO's own format."""
+    """Yield NNCF's graphs, in OpenVINO's format."""
     leave = folder / "floats.json"
     nodes = onnx.load(source, load_external_data=False).graph.node
     leave.write_text(json.dumps([[node.name, *node.output] for node in nodes if node.name in floats]))
@@ -168,7 +166,7 @@ def digest(*facts: object) -> str:
 
 
 def calibration_feeds(bundle: Bundle) -> list[Feed]:
-    """The samples that ours was calibrated with: the record's requests, seeds and steps run again."""
+    """Return the samples of the calibration: the record's requests, seeds and steps run again."""
     description = bundle.manifest.model
     graphs = {name: bundle.graph(name, "fp32") for name in pipeline_components(description)}
     settings = CalibrationSettings(**read_record(bundle.file("calibration.json")).document["settings"])
@@ -177,7 +175,7 @@ def calibration_feeds(bundle: Bundle) -> list[Feed]:
 
 
 def write_samples(feeds: Sequence[Feed], folder: Path) -> Path:
-    """A file for each feed, for another process."""
+    """Write a file for each feed, for another process."""
     folder.mkdir(exist_ok=True)
     for index, feed in enumerate(feeds):
         np.savez(folder / f"{index:05}.npz", **feed)
@@ -185,7 +183,7 @@ def write_samples(feeds: Sequence[Feed], folder: Path) -> Path:
 
 
 def nncf_python(args: argparse.Namespace) -> str:
-    """Return the Python with NNCF: as given, or of a new environment."""
+    """Return the Python with NNCF: as given, or of an environment that is created now."""
     if args.nncf:
         return str(args.nncf)
     folder = args.work / "venv"
@@ -196,14 +194,14 @@ def nncf_python(args: argparse.Namespace) -> str:
     return str(folder / "bin/python")
 
 
-def generate(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Images:
-    """Generate an image for each prompt, uint8 [prompts, 64, 64, 3], seeded by its index; cached for the next run."""
+def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Images:
+    """Return one image per prompt, uint8 [prompts, 64, 64, 3]; image i has seed i. Cached for the next run."""
     weights = graph.with_suffix(".bin")  # of OpenVINO's own format
     files = [sha256(file) for file in (graph, weights) if file.exists()]
     kept = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
     if kept.exists():
         return np.load(kept)
-    arrays = list[Images]()
+    made = list[Images]()
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=backend) as pipeline:
         spec = bundle.manifest.components["unet"].spec
         backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
@@ -213,40 +211,40 @@ def generate(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work
             texts = prompts[start : start + BATCH]
             seeds = list(range(start, start + len(texts)))
             images = changed(texts, seed=seeds, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
-            arrays += [np.asarray(image) for image in images]
-    np.save(kept, np.stack(arrays))
-    return np.stack(arrays)
+            made += [np.asarray(image) for image in images]
+    np.save(kept, np.stack(made))
+    return np.stack(made)
 
 
 def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
-    """The UNet's graph on an engine; what is not int8 is computed in fp32."""
+    """Open the UNet's graph on an engine; operations that are not int8 run in fp32."""
     if backend == "onnxruntime":
         return OnnxRuntimeBackend(graph, spec, "cpu")
     return OpenVinoBackend(graph, spec) if graph.suffix == ".onnx" else OpenVinoFormat(graph, spec)
 
 
 def quality(images: Images, reference: Images, prompts: list[str]) -> dict[str, float | None]:
-    """PSNR in dB, mean and worst, and the prompt accuracy; PSNR is None where all are equal."""
+    """Return mean and worst PSNR in dB, and the prompt accuracy; PSNR is None if all images are equal."""
     pairs = zip(images.astype(np.float64), reference.astype(np.float64), strict=True)
-    ratios = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
+    found = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
     return {
-        "psnr_mean": float(np.mean(ratios)) if ratios else None,
-        "psnr_worst": min(ratios) if ratios else None,
+        "psnr_mean": float(np.mean(found)) if found else None,
+        "psnr_worst": min(found) if found else None,
         "correct": accuracy(list(images), prompts).overall.correct,
     }
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The figures as a table."""
+    """Print the figures as a table."""
     table = Table("UNet", "operations in int8", "PSNR mean, dB", "worst", "prompt accuracy")
     for row in rows:
         numbers = [row["psnr_mean"], row["psnr_worst"]]
         shown = ["–" if value is None else f"{value:.1f}" for value in numbers]
         share = "–" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
-        table.add_row(row["name"], share, *shown, f"{row['right']:.1%}")
+        table.add_row(row["name"], share, *shown, f"{row['correct']:.1%}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's quantizer advises to preprocess; the graph is folded
+    logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime's advice to preprocess the graph
     main()

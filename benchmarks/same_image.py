@@ -1,6 +1,6 @@
-"""Measures how close a bundle's images are to those of diffusers, over settings, seeds and batch sizes (demo model).
+"""Difference between a bundle's images and those of diffusers, over settings, seeds and batch sizes.
 
-Writes a table of the largest difference of any pixel, and of the share of pixel values that differ at all.
+Uses the demo model. Writes the largest difference of any pixel value, and the share of values that differ.
 """
 
 from __future__ import annotations

@@ -73,14 +73,14 @@ def scheduled(scheduler: BatchScheduler, prompts: list[str], steps: int) -> tupl
 
 
 def over_triton(grpc: Grpc, prompts: list[str], steps: int) -> float:
-    """Seconds for all prompts, requested concurrently over gRPC."""
+    """Return the seconds for all prompts, sent at once over gRPC."""
     begun = time.perf_counter()
     wishes = [
         {"PROMPT": prompt, "SEED": seed, "STEPS": steps, "ETA": ETA, "GUIDANCE": GUIDANCE}
         for seed, prompt in enumerate(prompts)
     ]
-    for pending in [grpc.ask(wish) for wish in wishes]:
-        pending.result()
+    for call in [grpc.ask(wish) for wish in wishes]:
+        call.result()
     return time.perf_counter() - begun
 
 
@@ -126,14 +126,14 @@ class Servers:
     def __init__(self, bundle: Path, folder: Path):
         self.clients: dict[str, Grpc] = {}
         self._running: list[TritonServer] = []
-        for variant, options in {"triton": [], "triton_per_step": ["--per-step"]}.items():
+        for way, options in {"triton": [], "triton_per_step": ["--per-step"]}.items():
             usual = ["--only", "ldm", "--backend", "onnxruntime", "--precision", "fp32", "--quiet"]
-            if ldm_export(["triton", str(bundle), "-o", str(folder / variant), *usual, *options]):
+            if ldm_export(["triton", str(bundle), "-o", str(folder / way), *usual, *options]):
                 raise SystemExit(1)
-            server = TritonServer(folder / variant, folder / f"{variant}.log")
+            server = TritonServer(folder / way, folder / f"{way}.log")
             server.start()
             self._running.append(server)
-            self.clients[variant] = Grpc(server.grpc)
+            self.clients[way] = Grpc(server.grpc)
             while server.figures().get("ldm_ready") != 1:
                 time.sleep(0.1)
 
@@ -156,45 +156,45 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
         try:
             for count in track(CONCURRENT, console=Console(stderr=True)):
                 prompts = held_out_prompts(0, count, seed=0)
-                variants: dict[str, Callable[[], float]] = {
+                ways: dict[str, Callable[[], float]] = {
                     "raw": lambda count=count: raw(pipeline, count, steps),
                     **{
-                        variant: lambda grpc=grpc, prompts=prompts: over_triton(grpc, prompts, steps)
-                        for variant, grpc in servers.clients.items()
+                        way: lambda grpc=grpc, prompts=prompts: over_triton(grpc, prompts, steps)
+                        for way, grpc in servers.clients.items()
                     },
                 }
-                seconds: dict[str, list[float]] = {name: [] for name in (*variants, "scheduler", "models", "other_ms")}
+                found: dict[str, list[float]] = {name: [] for name in (*ways, "scheduler", "models", "other_ms")}
                 for number in range(rounds + 1):
-                    values = {name: variant() for name, variant in variants.items()}
+                    values = {name: way() for name, way in ways.items()}
                     timed = scheduled(scheduler, prompts, steps)
                     values |= dict(zip(("scheduler", "models", "other_ms"), timed, strict=True))
                     for name, value in values.items() if number else ():  # the first round warms up
-                        seconds[name].append(value)
-                rows.append(_row(count, steps, seconds))
+                        found[name].append(value)
+                rows.append(_row(count, steps, found))
         finally:
             servers.close()
     return rows
 
 
-def _row(count: int, steps: int, seconds: dict[str, list[float]]) -> dict[str, float]:
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+def _row(count: int, steps: int, found: dict[str, list[float]]) -> dict[str, float]:
+    middle = {name: statistics.median(values) for name, values in found.items()}
 
-    def share(variant: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds["raw"], seconds[variant], strict=True))
+    def share(way: str) -> float:
+        return statistics.median(a / b for a, b in zip(found["raw"], found[way], strict=True))
 
-    steps_alone = [whole - models for whole, models in zip(seconds["scheduler"], seconds["models"], strict=True)]
-    per_step = [(b - a) / steps * 1000 for a, b in zip(seconds["triton"], seconds["triton_per_step"], strict=True)]
+    steps_alone = [whole - models for whole, models in zip(found["scheduler"], found["models"], strict=True)]
+    per_step = [(b - a) / steps * 1000 for a, b in zip(found["triton"], found["triton_per_step"], strict=True)]
     return {
         "prompts": count,
         "unet_call_ms": middle["raw"] / steps * 1000,
-        "scheduler_steps_share": statistics.median(a / b for a, b in zip(seconds["raw"], steps_alone, strict=True)),
+        "scheduler_steps_share": statistics.median(a / b for a, b in zip(found["raw"], steps_alone, strict=True)),
         "scheduler_share": share("scheduler"),
         "triton_share": share("triton"),
         "triton_per_step_share": share("triton_per_step"),
         "other_work_ms_a_step": middle["other_ms"],
         "per_step_call_costs_ms": statistics.median(per_step),
-        "images_a_minute_raw": 60 * count / middle["raw"],
-        "images_a_minute_triton": 60 * count / middle["triton"],
+        "pictures_a_minute_raw": 60 * count / middle["raw"],
+        "pictures_a_minute_triton": 60 * count / middle["triton"],
     }
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         "own_work": own,
         "bars": {
             "share at 16, steps": last["scheduler_steps_share"] >= BAR,
-            "share at 16, whole images": last["scheduler_share"] >= BAR,
+            "share at 16, whole pictures": last["scheduler_share"] >= BAR,
             "share at 16, through Triton": last["triton_share"] >= BAR,
             "own work a step at 16": most <= STEP_BAR,
         },
@@ -228,8 +228,7 @@ def main() -> None:
     )
     for row in rows:
         shares = (
-            f"{row[f'{variant}share']:.1%}"
-            for variant in ("scheduler_steps_", "scheduler_", "triton_", "triton_per_step_")
+            f"{row[f'{way}share']:.1%}" for way in ("scheduler_steps_", "scheduler_", "triton_", "triton_per_step_")
         )
         call = f"{row['unet_call_ms']:.1f} ms"
         table.add_row(str(row["prompts"]), call, *shares, f"{row['per_step_call_costs_ms']:.2f} ms")

@@ -1,7 +1,7 @@
-"""Sends thousands of mixed requests to a real Triton server: none may be lost, and memory must not grow.
+"""Sends thousands of mixed requests to a Triton server, some cancelled, some invalid: none may be lost.
 
-Some requests are cancelled, some are invalid. It uses the loopback interface only, and its count and time are bounded.
-`make test` installs what it needs. Every tenth image is compared with the one that this process generates.
+Memory must not grow. Uses loopback only, and is bounded in count and time. `make test` creates the environment that it
+needs. Every tenth image is compared with an image of this process.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ BAD = (
     ({"PROMPT": b"\xff"}, "no UTF-8"),
 )
 FLAT = 0.10
-"""Maximum growth of memory between a quarter of the run and its end."""
+"""Largest growth of memory between a quarter of the requests and the end."""
 
 
 def wish_of(rng: random.Random, prompts: list[str]) -> dict:
-    """Generate a random request: prompt, seed, steps, guidance, eta and sometimes another size."""
+    """Return a random request: prompt, seed, steps, guidance, eta, size and priority."""
     height, width = rng.choice([(64, 64)] * 6 + [(96, 64), (64, 96)])
     return {
         "PROMPT": rng.choice(prompts),
@@ -61,7 +61,7 @@ def wish_of(rng: random.Random, prompts: list[str]) -> dict:
     }
 
 
-def generated(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
+def drawn(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
     names = ("PROMPT", "SEED", "STEPS", "GUIDANCE", "ETA", "HEIGHT", "WIDTH")
     prompt, seed, steps, guidance, eta, height, width = (wish[name] for name in names)
     request = Request(
@@ -73,47 +73,40 @@ def generated(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
 
 
 def one(grpc: Grpc, number: int, args: argparse.Namespace, prompts: list[str]) -> tuple[str, dict, np.ndarray | None]:
-    """Send one request; return its outcome, the request, and its image if it is to be compared."""
+    """Send one request; return its outcome, its inputs, and its image if it is to be compared."""
     rng = random.Random(number)
     wish, chance = wish_of(rng, prompts), rng.random()
     if chance < args.bad:
-        change, expected = rng.choice(BAD)
+        change, said = rng.choice(BAD)
         try:
             grpc.ask(wish | change).result()
         except InferenceServerException as error:
-            return (
-                (
-                    "bad, refused with the reason"
-                    if expected in error.message()
-                    else f"bad, refused with {error.message()}"
-                ),
-                wish,
-                None,
-            )
-        return "bad, but an image arrived", wish, None
+            right = said in error.message()
+            return ("invalid, right error" if right else f"invalid, wrong error: {error.message()}"), wish, None
+        return "invalid, but an image came", wish, None
     if chance < args.bad + args.cancel:
-        pending = grpc.ask(wish | {"STEPS": 200})
+        call = grpc.ask(wish | {"STEPS": 200})
         time.sleep(rng.random() * 0.5)
-        pending.call.cancel()
+        call.call.cancel()
         try:
-            pending.result()
+            call.result()
         except InferenceServerException as error:
-            return ("cancelled" if "ancel" in str(error) else f"cancelled, but failed with {error}"), wish, None
-        return "cancelled too late, an image arrived", wish, None
+            return ("cancelled" if "ancel" in str(error) else f"cancelled, wrong error: {error}"), wish, None
+        return "cancelled too late, an image came", wish, None
     image = grpc.ask(wish).result().as_numpy("IMAGE")
     fits = image.shape == (1, wish["HEIGHT"], wish["WIDTH"], 3) and image.dtype == np.uint8
     return ("an image" if fits else f"an image of {image.shape}"), wish, image if number % 10 == 0 else None
 
 
 def memory(server: TritonServer) -> float:
-    """Bytes in use by the server and its models, each page counted once (PSS)."""
+    """Return the bytes in use by the server and its models, each page counted once (PSS)."""
     session = ["ps", "-o", "pid=", "-s", str(server.process.pid)]
     total = 0
     for pid in subprocess.run(session, capture_output=True, text=True, check=True).stdout.split():
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
-            continue  # has ended
+            continue  # ended since
         total += next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
     return total
 
@@ -124,8 +117,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrent", type=int, default=24)
     parser.add_argument("--cancel", type=float, default=0.05, help="share that is cancelled")
-    parser.add_argument("--bad", type=float, default=0.05, help="share that is bad")
-    parser.add_argument("--seconds", type=float, default=1500, help="maximum duration; a longer run fails")
+    parser.add_argument("--bad", type=float, default=0.05, help="share that is invalid")
+    parser.add_argument("--seconds", type=float, default=1500, help="time limit")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(8, 8, seed=0)
@@ -140,11 +133,11 @@ def main() -> int:
         grpc, over, begun = Grpc(server.grpc), threading.Event(), time.monotonic()
         try:
             with Progress(console=Console(stderr=True)) as bar, ThreadPoolExecutor(args.concurrent) as threads:
-                task = bar.add_task("asking", total=args.requests)
+                task = bar.add_task("requests", total=args.requests)
 
                 def run(number: int) -> None:
                     if time.monotonic() - begun > args.seconds:
-                        outcomes["not sent, the time was over"] += 1
+                        outcomes["not sent, time limit reached"] += 1
                         return
                     try:
                         outcome, wish, image = one(grpc, number, args, prompts)
@@ -176,10 +169,10 @@ def main() -> int:
             grpc.client.close()
             server.stop()
     with LatentDiffusionPipeline.from_bundle(args.bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        worst = max(int(np.abs(image.astype(int) - generated(pipeline, wish)).max()) for wish, image in compared)
+        worst = max(int(np.abs(image.astype(int) - drawn(pipeline, wish)).max()) for wish, image in compared)
     quarter = next(sample for sample in samples if sample["done"] >= args.requests / 4)
     growth = samples[-1]["bytes"] / quarter["bytes"] - 1
-    good = {"an image", "bad, refused with the reason", "cancelled", "cancelled too late, an image arrived"}
+    good = {"an image", "invalid, right error", "cancelled", "cancelled too late, an image came"}
     lost = sum(count for outcome, count in outcomes.items() if outcome not in good)
     idle = figures["ldm_queue_length"] == figures["ldm_running_requests"] == 0
     passed = not lost and growth <= FLAT and worst <= 1 and idle and sum(outcomes.values()) == args.requests

@@ -1,8 +1,8 @@
 """Exports a checkpoint as optimum does: ``onnx`` by optimum-onnx, ``openvino`` by optimum-intel, ``int8`` by NNCF.
 
-The text encoder and the decoder, of which optimum knows no configuration, go through the calls that its exporters end
-in. The int8 UNet is quantised, weights and activations, with the settings of optimum-intel's OVQuantizationConfig, on
-calls of real denoising, or on random numbers where the weights are random.
+optimum has no export configuration for the text encoder and the decoder, so they are exported with the functions that
+its exporters call. Weights and activations of the int8 UNet are quantized with the settings of optimum-intel's
+OVQuantizationConfig, on calls of real denoising, or on random numbers if the weights are random.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from image_pipeline import draw, load, pipeline
+from reference_pipeline import draw, load, pipeline
 
 PROMPTS = 8
 STEPS = 20
 KEPT = 5
-"""Of the calls of a calibrating trajectory every fifth is taken."""
+"""Every fifth call of a calibration trajectory is used."""
 
 
 class Decoder(torch.nn.Module):
-    """Latents → image, nothing else of the autoencoder."""
+    """The decoder of the autoencoder: latents → image."""
 
     def __init__(self, autoencoder: torch.nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ class Decoder(torch.nn.Module):
 
 
 class Encoder(torch.nn.Module):
-    """Tokens → hidden states; the head, which the pipeline never uses, is not computed."""
+    """The text encoder without its unused head: tokens → hidden states."""
 
     def __init__(self, bert: torch.nn.Module):
         super().__init__()
@@ -48,7 +48,7 @@ class Encoder(torch.nn.Module):
 
 
 def others(checkpoint: Path) -> dict[str, tuple[torch.nn.Module, torch.Tensor, dict[int, str]]]:
-    """Name → module, example input, its free dimensions."""
+    """Return name -> module, example input, dynamic dimensions."""
     config = json.loads((checkpoint / "vqvae/config.json").read_text())
     latents = torch.randn(2, config["latent_channels"], 8, 8)
     return {
@@ -58,7 +58,7 @@ def others(checkpoint: Path) -> dict[str, tuple[torch.nn.Module, torch.Tensor, d
 
 
 def to_onnx(checkpoint: Path, output: Path) -> None:
-    """unet.onnx, bert.onnx, decoder.onnx."""
+    """Write unet.onnx, bert.onnx and decoder.onnx."""
     from optimum.exporters.onnx import export
     from optimum.exporters.onnx.model_configs import UNetOnnxConfig
 
@@ -72,7 +72,7 @@ def to_onnx(checkpoint: Path, output: Path) -> None:
 
 
 def to_openvino(checkpoint: Path, output: Path) -> None:
-    """unet.xml, bert.xml, decoder.xml."""
+    """Write unet.xml, bert.xml and decoder.xml."""
     import openvino
     from optimum.exporters.openvino import export
     from optimum.exporters.openvino.model_configs import UNetOpenVINOConfig
@@ -85,7 +85,7 @@ def to_openvino(checkpoint: Path, output: Path) -> None:
 
 
 def to_int8(checkpoint: Path, output: Path, random: bool) -> None:
-    """unet-int8.xml."""
+    """Write unet-int8.xml."""
     import nncf
     import openvino
 
@@ -121,7 +121,7 @@ def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
         seen.append([sample.numpy(), np.full(len(sample), int(timestep), np.int64), context.numpy()])
         return torch.from_numpy(unet(seen[-1])[0])
 
-    pipe = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
+    made = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
     config = json.loads((checkpoint / "unet/config.json").read_text())
     side = config["sample_size"]
     for index in range(PROMPTS):
@@ -129,7 +129,7 @@ def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
             "prompts": [f"a large red circle above a small blue square on a {('white', 'black')[index % 2]} background"]
         }
         command |= {"seed": 1000 + index, "batch": 1, "steps": STEPS, "guidance": 6.0, "height": None, "width": None}
-        draw(pipe, {**command, "latent": [config["in_channels"], side, side]})
+        draw(made, {**command, "latent": [config["in_channels"], side, side]})
     return seen[::KEPT]
 
 

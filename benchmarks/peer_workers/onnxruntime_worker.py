@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from image_pipeline import draw, pipeline
+from reference_pipeline import draw, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: checkpoint (for configs and tokenizer), graphs (their folder), images, threads."""
+    """Settings: checkpoint (configs and tokenizer), graphs (their folder), images, threads."""
     torch.set_num_threads(settings["threads"])
     names = ("unet", "bert", "decoder")[: 3 if settings["images"] else 1]
     folder = Path(settings["graphs"])
@@ -35,16 +35,16 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return run("unet", sample, np.array(timestep, np.int64), context)
 
-    pipe = None
+    made = None
     if settings["images"]:
-        pipe = pipeline(
+        made = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(run("bert", tokens.numpy())),
             lambda sample, timestep, context: torch.from_numpy(step(sample.numpy(), int(timestep), context.numpy())),
             lambda latents: torch.from_numpy(run("decoder", latents.numpy())),
         )
     tools = {name: version(name) for name in ("onnxruntime", "optimum-onnx", "torch")}
-    return Task(step, partial(draw, pipe)).ready, {"tools": tools}
+    return Task(step, partial(draw, made)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from image_pipeline import draw, pipeline
+from reference_pipeline import draw, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
 
 
 class Compiled:
-    """A model that is compiled anew when the shapes of its inputs change, as ``OVPipeline.reshape`` does."""
+    """A model that is compiled again when the shapes of its inputs change, as ``OVPipeline.reshape`` does."""
 
     def __init__(self, core: openvino.Core, model: Path, options: dict[str, Any]):
         self._core, self._model, self._options, self._shapes = core, core.read_model(model), options, None
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        """The first output."""
+        """Return the first output."""
         shapes = [list(array.shape) for array in arrays]
         if shapes != self._shapes:
             ports = [port.get_any_name() for port in self._model.inputs]
@@ -48,17 +48,17 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(sample, np.full(len(sample), timestep, np.int64), context)
 
-    pipe = None
+    made = None
     if settings["images"]:
         bert, decoder = (Compiled(core, folder / f"{name}.xml", options) for name in ("bert", "decoder"))
-        pipe = pipeline(
+        made = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(bert(tokens.numpy())),
             lambda sample, timestep, context: torch.from_numpy(step(sample.numpy(), int(timestep), context.numpy())),
             lambda latents: torch.from_numpy(decoder(latents.numpy())),
         )
     tools = {name: version(name) for name in ("openvino", "optimum-intel", "nncf", "torch")}
-    return Task(step, partial(draw, pipe)).ready, {"tools": tools}
+    return Task(step, partial(draw, made)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A bundle on the runtime of this repository."""
+"""A bundle on ldm_runtime."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: bundle, backend, precision ("float": the fastest that is no int8), every (of guidance), threads."""
+    """Settings: bundle, backend, precision ("float": the fastest except int8), every (guidance_every), threads."""
     options = {name: settings[name] for name in ("backend", "precision", "threads")}
     if options["precision"] == "float":
         options["precision"] = "bf16" if has_bf16() else "fp32"
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
-    kept: dict[int, dict] = {}
+    kept: dict[int, tuple] = {}
 
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
-        if id(context) not in kept:  # once a prompt, as the pipeline does: the other steps find it done
+        if id(context) not in kept:  # once per prompt and schedule, as the pipeline does
             kept.clear()
-            kept[id(context)] = pipeline.unet.encode(context)
-        return pipeline.unet(sample, np.full(len(sample), timestep, np.int64), kept[id(context)])
+            schedule = pipeline.denoiser.embed(np.full(len(sample), timestep, np.int64))
+            kept[id(context)] = schedule, pipeline.denoiser.condition({"context": context})
+        return pipeline.denoiser(sample, *kept[id(context)])
 
     def draw(command: Command) -> list:
         options = {name: command[name] for name in ("height", "width")}

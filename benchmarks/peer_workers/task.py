@@ -1,4 +1,4 @@
-"""The task of every peer and its inputs: one UNet call, or whole images."""
+"""The task of every runtime and its inputs: one UNet call, or whole images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ Step = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
 def step_inputs(command: Command) -> tuple[np.ndarray, int, np.ndarray]:
-    """Inputs of one UNet call: 2 × batch rows, as guidance has them."""
+    """Return the inputs of one UNet call: 2 × batch rows, for guidance."""
     rng, rows = np.random.default_rng(command["seed"]), 2 * command["batch"]
     sample = rng.standard_normal((rows, *command["latent"])).astype(np.float32)
     return sample, MIDDLE, rng.standard_normal((rows, *command["context"])).astype(np.float32)
 
 
 def latents(command: Command) -> np.ndarray:
-    """Starting noise of the images, float32 [batch, 4, h, w]."""
+    """Return the initial latents, float32 [batch, 4, h, w]."""
     rng = np.random.default_rng(command["seed"])
     return rng.standard_normal((command["batch"], *command["latent"])).astype(np.float32)
 
 
 class Task:
-    """One peer's work: ``step`` is its UNet; ``draw`` gives PIL images of a command's prompts, from ``latents``, with
-    guidance and without noise in the steps."""
+    """Task of one runtime: ``step`` calls its UNet; ``draw`` returns PIL images of a command's prompts.
+
+    Images start from ``latents``, with guidance and with eta 0.
+    """
 
     def __init__(self, step: Step, draw: Callable[[Command], Any]):
         self._step, self._draw, self._last = step, draw, np.zeros(0)
 
     def ready(self, command: Command) -> Callable[[], object]:
-        """The call to time; ``what`` "save" writes the last result to ``path``."""
+        """Return the call to time; ``what`` "save" writes the last result to ``path``."""
         if command["what"] == "save":
             return lambda: np.save(Path(command["path"]), self._last)
         if command["what"] == "unet":

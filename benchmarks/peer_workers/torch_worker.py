@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from image_pipeline import draw, load, pipeline
+from reference_pipeline import draw, load, pipeline
 from task import Command, Task
 
 from ldm_export.bench.worker_process import serve_commands
@@ -33,16 +33,16 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(torch.from_numpy(sample), torch.tensor(timestep), torch.from_numpy(context)).numpy()
 
-    pipe = None
+    made = None
     if settings["images"]:
-        pipe = pipeline(
+        made = pipeline(
             checkpoint,
             lambda tokens: modules["bert"](tokens)[0].float(),
             unet,
             lambda latents: modules["vqvae"].decode(latents.to(dtype)).sample.float(),
         )
     tools = {name: version(name) for name in ("torch", "diffusers")}
-    return Task(step, partial(draw, pipe)).ready, {"tools": tools}
+    return Task(step, partial(draw, made)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

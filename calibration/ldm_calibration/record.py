@@ -16,6 +16,7 @@ from ldm_calibration.qdq import QuantizedTensors, Scaling
 from ldm_calibration.scalings import GraphScalings
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object, require_str
+from ldm_runtime.regular_files import read_regular
 
 __all__ = ["ComponentRecord", "Record", "component_json", "layer_json", "make_record", "read_record"]
 
@@ -128,12 +129,8 @@ def read_record(file: Path) -> Record:
         ManifestError: The file is too large or is not a record, or a field has another type.
     """
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_BYTES}; calibrate again")
-        document = json.loads(file.read_bytes().decode())
+        document = json.loads(read_regular(file, MAX_BYTES, ManifestError).decode())
         json.dumps(document, allow_nan=False)
-    except OSError as error:
-        raise ManifestError(f"{file}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{file}: not a calibration record ({error}); calibrate again") from None
     try:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import SpecBackend
 from ldm_runtime.backends.host import first_line
-from ldm_runtime.backends.onnxruntime import session_options
+from ldm_runtime.backends.onnxruntime_session import load_onnxruntime, session_options
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec, check_feed
 
@@ -35,7 +34,7 @@ class Session:
     """
 
     def __init__(self, model: ir.Model, folder: Path, *, frees_early: bool = False):
-        options = session_options(None)
+        onnxruntime, options = load_onnxruntime(), session_options(None)
         options.log_severity_level = 4
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if frees_early:

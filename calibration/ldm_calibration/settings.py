@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,11 +11,13 @@ from numpy.typing import NDArray
 
 from ldm_calibration.model import ImageRequest, request_fields
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer, number, shown
 
 __all__ = ["CalibrationSettings", "Grade", "check_grade"]
 
 Grade = Callable[[Sequence[NDArray[np.uint8]], Sequence[ImageRequest]], list[bool] | None]
 """Decides which images uint8 [H, W, 3] show what their requests ask for; returns None if it cannot grade them."""
+MAX_STEPS = 1000
 SENSITIVITIES = ("latents", "results")
 _BUDGET = ("trial_requests", "trial_steps", "min_psnr", "max_accuracy_loss")
 
@@ -33,7 +34,7 @@ class CalibrationSettings:
         samples: Number of steps of each observed image at which every tensor is observed.
         sensitivity: How layers are ranked: "latents" measures the effect of each layer on the final latents;
             "results" measures the error of the layer's own result, which is much faster for a large model.
-        trial_steps: Denoising steps of the trial images.
+        trial_steps: Denoising steps of the trial images; None takes the model's default.
         eta, guidance_scale: Of all images; None takes the model's default.
         min_psnr: Minimum mean PSNR in dB of the trial images against fp32 images of the same seeds; None for no bound.
         max_accuracy_loss: Maximum loss of prompt accuracy against fp32, from 0 to 1; None for no bound. It needs a
@@ -48,7 +49,7 @@ class CalibrationSettings:
     steps: int = 20
     samples: int = 10
     sensitivity: str = "latents"
-    trial_steps: int = 50
+    trial_steps: int | None = None
     eta: float | None = None
     guidance_scale: float | None = None
     min_psnr: float | None = 35.0
@@ -66,15 +67,19 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         for name in ("requests", "trial_requests"):
             _check_requests(name, getattr(self, name))
-        for name in ("steps", "samples", "trial_steps"):
-            if not 2 <= getattr(self, name) <= 1000:
-                raise SpecError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected 2..1000")
         if self.sensitivity not in SENSITIVITIES:
-            raise SpecError(f"sensitivity: got {self.sensitivity!r:.40}, expected one of {', '.join(SENSITIVITIES)}")
-        if self.min_psnr is not None and not (math.isfinite(self.min_psnr) and 0 <= self.min_psnr <= 100):
-            raise SpecError(f"min psnr: got {self.min_psnr}, expected 0..100 dB")
-        if self.max_accuracy_loss is not None and not 0 <= self.max_accuracy_loss <= 1:
-            raise SpecError(f"max accuracy loss: got {self.max_accuracy_loss}, expected a share from 0 to 1")
+            raise SpecError(f"sensitivity: got {shown(self.sensitivity)}, expected one of {', '.join(SENSITIVITIES)}")
+        for name in ("steps", "samples", "trial_steps"):
+            self._set(name, integer, 2, MAX_STEPS)
+        self._set("eta", number, 0.0)
+        self._set("guidance_scale", number)
+        self._set("min_psnr", number, 0.0, 100.0)
+        self._set("max_accuracy_loss", number, 0.0, 1.0)
+
+    def _set(self, name: str, check: Callable[..., Any], *bounds: float) -> None:
+        """Replace a number by what its check makes of it; None stays."""
+        if (value := getattr(self, name)) is not None or name in ("steps", "samples"):
+            object.__setattr__(self, name, check(name.replace("_", " "), value, *bounds))
 
 
 def check_grade(settings: CalibrationSettings, grade: Grade | None) -> None:

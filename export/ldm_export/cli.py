@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from types import ModuleType
 
-from ldm_export.screen import Screen, printable
+from ldm_export.screen import Screen, printable, warnings_on
 from ldm_export.verbs import bench, build, calibrate, client, generate, inspect, report, triton, verify
 from ldm_runtime.errors import LdmError, interrupted
 
@@ -20,13 +21,18 @@ VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, cli
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 after an error, which is printed as one line; bad usage exits with 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without UTF-8 shows other characters as \u escapes
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger().setLevel(logging.DEBUG if args.verbose else logging.ERROR)
     logging.captureWarnings(True)
+    screen = Screen(quiet=args.quiet)
     try:
-        return int(args.command(args, Screen(quiet=args.quiet)) or 0)
+        with warnings_on(screen, shown=not args.verbose):
+            return int(args.command(args, screen) or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe, e.g. `| head`
         return 1
@@ -41,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, LdmError):
             return _print_error(str(error))
         raise
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments; prompts may also follow the options, which argparse does not allow for optional positionals."""
+    args, extra = parser.parse_known_args(arguments)
+    if extra and (not hasattr(args, "prompts") or any(argument.startswith("-") for argument in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.prompts = [*args.prompts, *extra]
+    return args
 
 
 def _print_error(message: str) -> int:

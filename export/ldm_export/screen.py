@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,49 @@ class Screen:
         for row in rows:
             table.add_row(*map(printable, row))
         self.out.print(table)
+
+
+PACKAGES = ("ldm_runtime", "ldm_calibration", "ldm_export")
+
+
+class _Notes(logging.Handler):
+    """Prints warnings as notes, each text once."""
+
+    def __init__(self, screen: Screen):
+        super().__init__(logging.WARNING)
+        self._screen, self._told = screen, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if text not in self._told:
+            self._told.add(text)
+            self._screen.note(f"warning: {text}")
+
+
+@contextmanager
+def warnings_on(screen: Screen, shown: bool = True) -> Iterator[None]:
+    """Print the warnings that this project's packages log while the block runs, and hide them from the root logger.
+
+    Args:
+        screen: Prints them, unless it is quiet.
+        shown: False leaves them to the root logger.
+    """
+    if not shown:
+        yield
+        return
+    notes, loggers = _Notes(screen), [logging.getLogger(name) for name in PACKAGES]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(notes)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(notes)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 class _Bar:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_runtime.atomic_files import sha256, write_together
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.linked_files import stays_inside
 from ldm_runtime.manifest import FileFact, Manifest, read_manifest
 from ldm_runtime.model import DECODER, UNET
+from ldm_runtime.onnx_external import external_locations
+from ldm_runtime.verified_file import VerifiedFile, verify
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,13 @@ class Bundle:
         return str(wanted) if all(wanted in component.graphs for component in components) else "fp32"
 
     def file(self, name: str) -> Path:
-        """The path of one file, after its place, size and digest have been checked.
+        """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""
+        return self.verified(name).path
+
+    def verified(self, name: str) -> VerifiedFile:
+        """Check the place, size and digest of one file and record its identity.
+
+        What opens the file afterwards calls ``unchanged`` of the result, which notices that the bundle was replaced.
 
         Raises:
             ManifestError: not in the manifest, missing, outside the folder, or not the bytes that were built.
@@ -49,24 +58,19 @@ class Bundle:
         if fact is None:
             raise ManifestError(f"{self.folder / MANIFEST}: lists no file {name!r}; rebuild the bundle")
         try:
-            self._check(path, fact)
+            if not path.is_file():
+                raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
+            if not stays_inside(path, self.folder):
+                raise ManifestError(f"{path}: a link that leaves the bundle; do not use this bundle")
+            return verify(path, fact.sha256, fact.size)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error.strerror}); copy the file again or rebuild") from None
-        return path
-
-    def _check(self, path: Path, fact: FileFact) -> None:
-        if not path.is_file():
-            raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ManifestError(f"{path}: a link that leaves the bundle; do not use this bundle")
-        size = path.stat().st_size
-        if size != fact.size:
-            raise ManifestError(f"{path}: got {size} bytes, expected {fact.size}; copy the file again or rebuild")
-        digest = sha256(path)
-        if digest != fact.sha256:
-            raise ManifestError(f"{path}: got sha256 {digest}, expected {fact.sha256}; copy the file again or rebuild")
 
     def graph(self, component: str, precision: str, variant: str = "") -> Path:
+        """The path of ``verified_graph``."""
+        return self.verified_graph(component, precision, variant).path
+
+    def verified_graph(self, component: str, precision: str, variant: str = "") -> VerifiedFile:
         """The checked ONNX graph of a component; its external weights, if any, are checked too.
 
         ``variant`` names an engine; its own variant of the graph is returned if the bundle has one. A variant may read
@@ -82,13 +86,26 @@ class Bundle:
                 f"{self.folder}: component {component} has no {precision} graph, only "
                 f"{', '.join(part.graphs) or 'none'}; build it with `ldm-export build --precision {precision}`"
             )
-        for weights in dict.fromkeys(map(weights_file, (part.graphs.get(precision, name), name))):
-            if weights in self.manifest.files:
-                self.file(weights)
-        return self.file(name)
+        graph = self.verified(name)
+        weights = [*map(weights_file, (part.graphs.get(precision, name), name)), *self._external(name)]
+        files = [file for file in dict.fromkeys(weights) if file in self.manifest.files]
+        return replace(graph, beside=tuple(map(self.verified, files)))
+
+    def _external(self, name: str) -> list[str]:
+        """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""
+        found = []
+        for location in sorted(external_locations(self.folder / name)):
+            file = str(PurePosixPath(name).parent / location)
+            if file not in self.manifest.files or not location:
+                raise ManifestError(
+                    f"{self.folder / name}: refers to {location!r:.80}, which the manifest does not list, so its "
+                    "digest cannot be checked; do not use this bundle"
+                )
+            found.append(file)
+        return found
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
-        """Check every file the manifest lists.
+        """Check every file the manifest lists, and that graphs refer to no other files.
 
         Raises:
             ManifestError: as ``file``.
@@ -96,6 +113,10 @@ class Bundle:
         for name in self.manifest.files:
             progress(name)
             self.file(name)
+        for part in self.manifest.components.values():
+            for graphs in (part.graphs, *part.variants.values()):
+                for graph in graphs.values():
+                    self._external(graph)
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
         """Write report files and measured figures into the bundle; the manifest is replaced last, at once.

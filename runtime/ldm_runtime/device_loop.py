@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,12 +57,14 @@ class DeviceLoop:
         open_device: Returns a device with the components "unet", ``STEP`` and, for guided models, ``GUIDED_STEP``;
             called at the first use.
         slots: State slots of the step components, see ``slots_of``.
+        lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
     """
 
-    def __init__(self, open_device: Callable[[], Device], slots: int = 1):
+    def __init__(self, open_device: Callable[[], Device], slots: int = 1, lock: RLock | None = None):
         self._open, self._slots = open_device, slots
         self._device: Device | None = None
         self._running: object = None
+        self._lock = RLock() if lock is None else lock
 
     def takes(self, plan: Plan) -> bool:
         """True if the device can run a plan; otherwise the pipeline runs it in NumPy.
@@ -91,39 +95,59 @@ class DeviceLoop:
             raise SpecError(
                 "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
             )
-        device = self._device = self._device or self._open()
-        self._running = current = object()
         step = GUIDED_STEP if plan.guided else STEP
         tensors = _tensors(plan, self._slots, schedule, conditioning)
-        device.hold(tensors, (UNET, step))
         noise = plan.noise()
         latents = plan.start(noise)[0]
-        device.write(SAMPLE, np.concatenate([latents, latents]) if plan.guided else latents)
-        for name in {NOISE, HISTORY} & tensors.keys():
-            device.write(name, np.zeros(tensors[name][0], np.float32))
-        for name, array in conditioning.items():
-            device.write(name, array)
+        current = object()
+        with self._lock:
+            device = self._device = self._device or self._open()
+            self._running = current
+            device.hold(tensors, (UNET, step))
+            device.write(SAMPLE, np.concatenate([latents, latents]) if plan.guided else latents)
+            for name in {NOISE, HISTORY} & tensors.keys():
+                device.write(name, np.zeros(tensors[name][0], np.float32))
+            for name, array in conditioning.items():
+                device.write(name, array)
+
+        def read() -> F32:
+            with self._running_alone(current):
+                return device.read(SAMPLE)[: plan.images]
+
         scalars = coefficients(plan.trajectory.rows, self._slots, plan.guidance_scale)
         for index in range(len(plan.trajectory)):
-            if self._running is not current:
+            drawn = next(noise) if plan.trajectory.needs_noise else None
+            with self._running_alone(current):
+                for name, array in schedule.items():
+                    device.write(name, np.repeat(array[index : index + 1], plan.rows, 0))
+                device.write(COEFFICIENTS, np.repeat(scalars[index : index + 1], plan.images, 0))
+                if drawn is not None:
+                    device.write(NOISE, drawn)
+                device.launch(UNET)
+                device.launch(step)
+                device.copy(NEXT_SAMPLE, SAMPLE)
+                if self._slots > 1:
+                    device.copy(NEXT_HISTORY, HISTORY)
+            yield read
+
+    @contextmanager
+    def _running_alone(self, request: object) -> Iterator[None]:
+        """Hold the device for a request, which must be the one that has started last.
+
+        Raises:
+            BackendError: Another request has started, or the loop was closed, so that the tensors are not its own.
+        """
+        with self._lock:
+            if self._running is not request:
                 raise BackendError("device loop: another request has started on the device; finish one before the next")
-            for name, array in schedule.items():
-                device.write(name, np.repeat(array[index : index + 1], plan.rows, 0))
-            device.write(COEFFICIENTS, np.repeat(scalars[index : index + 1], plan.images, 0))
-            if plan.trajectory.needs_noise:
-                device.write(NOISE, next(noise))
-            device.launch(UNET)
-            device.launch(step)
-            device.copy(NEXT_SAMPLE, SAMPLE)
-            if self._slots > 1:
-                device.copy(NEXT_HISTORY, HISTORY)
-            yield lambda: device.read(SAMPLE)[: plan.images]
+            yield
 
     def close(self) -> None:
         """Free the device's memory; the next request opens it again."""
-        device, self._device, self._running = self._device, None, None
-        if device is not None:
-            device.close()
+        with self._lock:
+            device, self._device, self._running = self._device, None, None
+            if device is not None:
+                device.close()
 
 
 def slots_of(step: ComponentSpec) -> int:

@@ -11,11 +11,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer, shown
 
-__all__ = ["check_latents", "grid", "pil_image", "psnr", "to_pil", "to_png", "to_uint8"]
+__all__ = ["FORMATS", "check_latents", "grid", "pil_image", "psnr", "to_bytes", "to_pil", "to_png", "to_uint8"]
 
 CHANNELS = (1, 3, 4)
 """Channels of the images that PIL writes: L, RGB and RGBA."""
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+"""Suffix of a file -> Pillow's name of its format."""
+MAX_COLUMNS = 2**31 - 1
 MAX_LATENT = 1e9
 """Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black image."""
 
@@ -70,8 +82,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     """
     if not images:
         raise SpecError("grid: got no images, expected at least one")
-    if columns is not None and columns < 1:
-        raise SpecError(f"grid: got {columns} columns, expected at least one")
+    if columns is not None:
+        columns = integer("grid: columns", columns, 1, MAX_COLUMNS)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)
@@ -80,6 +92,32 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
+
+
+def to_bytes(image: Image.Image, suffix: str) -> bytes:
+    """Encode an image in the format of a file name's suffix.
+
+    JPEG and WebP are written with quality 95, as JPEG has no lossless mode and WebP's is slow. JPEG has no opacity and
+    BMP's is rarely read, so RGBA images are laid on white for these.
+
+    Args:
+        image: Of mode L, RGB or RGBA.
+        suffix: A key of ``FORMATS``, in upper or lower case.
+
+    Raises:
+        SpecError: The suffix is of another format, or the format does not take images of this size.
+    """
+    name = FORMATS.get(suffix.lower())
+    if name is None:
+        raise SpecError(f"image: got the suffix {shown(suffix)}, expected one of {', '.join(FORMATS)}")
+    if name in ("JPEG", "BMP") and image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, name, quality=95)
+    except (OSError, ValueError) as error:  # Pillow's, e.g. for a side beyond 65535 pixels
+        raise SpecError(f"image: {name} does not take {image.mode} {image.size} ({error}); use .png") from None
+    return buffer.getvalue()
 
 
 def to_png(image: Image.Image) -> bytes:

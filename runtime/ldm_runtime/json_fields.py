@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.regular_files import read_regular
 
-__all__ = ["require_integer", "require_list", "require_map", "require_object", "require_str"]
+__all__ = ["read_object", "require_integer", "require_list", "require_map", "require_object", "require_str"]
 
 _T = TypeVar("_T")
+
+
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most ``limit`` bytes, with finite numbers only.
+
+    Raises:
+        ManifestError: The file cannot be read, or holds something else.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        value = json.loads(read_regular(path, limit, ManifestError), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON ({error}); rebuild the bundle") from None
+    return require_object(str(path), value)
 
 
 def require_object(where: str, value: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +15,7 @@ from ldm_runtime.engine_facts import EngineFacts, engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription, check_model
+from ldm_runtime.regular_files import read_regular
 from ldm_runtime.spec_json import spec_from_json, spec_to_json
 from ldm_runtime.specs import ComponentSpec
 
@@ -21,6 +23,8 @@ FORMAT, VERSION = "ldm-export bundle", 2
 MAX_BYTES = 16 * 2**20
 MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
 MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS = 1024, 256, 1000
+MAX_VALUES = 2**31 - 1
+"""Most values of a tensor at its usual size, 8 GiB as float32."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -138,11 +142,9 @@ def read_manifest(bundle: Path) -> Manifest:
         if not path.is_file():
             missing = f"{path}: no such file" if bundle.is_dir() else f"{bundle}: no such folder"
             raise ManifestError(f"{missing}, expected a bundle; make it with `ldm-export build -o {bundle}`")
-        if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild it")
-        content = path.read_bytes()
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    content = read_regular(path, MAX_BYTES, ManifestError)
     try:
         document = json.loads(content.decode())
         if not _shallow(document):
@@ -173,7 +175,7 @@ def _parse(document: Any) -> Manifest:
         raise ManifestError(
             f"version: got {version!r:.60}, this ldm-export reads {VERSION}; rebuild the bundle with `ldm-export build`"
         )
-    files = require_map("files", top.get("files"), _file_fact)
+    files = require_map("files", top.get("files"), file_fact)
     for path in files:
         safe_path("files", path)
     manifest = Manifest(
@@ -219,7 +221,12 @@ def safe_path(where: str, path: Any) -> str:
     return given
 
 
-def _file_fact(where: str, value: Any) -> FileFact:
+def file_fact(where: str, value: Any) -> FileFact:
+    """Read ``{"sha256": …, "size": …}``.
+
+    Raises:
+        ManifestError: A field is missing or cannot be used.
+    """
     entry = require_object(where, value)
     digest, size = entry.get("sha256"), entry.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int or size < 0:
@@ -275,7 +282,15 @@ def _defaults(entry: dict[str, Any]) -> Defaults:
 
 
 def _graphs(where: str, value: Any) -> dict[str, str]:
-    return require_map(where, value, safe_path)
+    return require_map(where, value, _graph)
+
+
+def _graph(where: str, value: Any) -> str:
+    """The path of a graph. Engines and packages choose a file's format by its name, so only ".onnx" is taken."""
+    path = safe_path(where, value)
+    if not path.endswith(".onnx"):
+        raise ManifestError(f"{where}: got {path!r:.80}, expected the path of an .onnx file; rebuild the bundle")
+    return path
 
 
 def _component(where: str, value: Any) -> Component:
@@ -286,4 +301,10 @@ def _component(where: str, value: Any) -> Component:
     for engine in engines:
         safe_path(f"{where}.engines", engine.file)
     variants = require_map(f"{where}.variants", entry.get("variants", {}), _graphs)
-    return Component(spec_from_json(where, where.rpartition(".")[2], entry), graphs, engines, variants)
+    spec = spec_from_json(where, where.rpartition(".")[2], entry)
+    for tensor in spec.inputs + spec.outputs:
+        if (values := prod(tensor.bounds("opt"))) > MAX_VALUES:
+            raise ManifestError(
+                f"{where}: {tensor}: {values} values at its usual size, expected at most {MAX_VALUES}; rebuild it"
+            )
+    return Component(spec, graphs, engines, variants)

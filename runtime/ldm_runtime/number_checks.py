@@ -10,9 +10,12 @@ import numpy as np
 
 from ldm_runtime.errors import SpecError
 
-__all__ = ["FLOAT32_MAX", "as_float", "as_integer", "integer", "number", "shown"]
+__all__ = ["FLOAT32_MAX", "MAX_SECONDS", "as_float", "as_integer", "integer", "number", "seconds", "shown", "threads"]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_SECONDS = 1e9
+"""Longest timeout, about 30 years: what an operating system's clocks and locks take."""
+MAX_THREADS = 1024
 
 
 def shown(value: Any) -> str:
@@ -69,4 +72,30 @@ def number(name: str, value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT
         unbounded = (low, high) == (-FLOAT32_MAX, FLOAT32_MAX)
         expected = "a finite number of float32's range" if unbounded else f"a number from {low:g} to {high:g}"
         raise SpecError(f"{name}: got {shown(value)}, expected {expected}")
+    return found
+
+
+def seconds(name: str, value: Any) -> float:
+    """Return a number of seconds above 0, at most MAX_SECONDS, as a float.
+
+    Raises:
+        SpecError: Another type, NaN, or out of bounds.
+    """
+    found = as_float(value)
+    if found is None or not 0 < found <= MAX_SECONDS:
+        raise SpecError(f"{name}: got {shown(value)}, expected a number of seconds above 0 and up to {MAX_SECONDS:g}")
+    return found
+
+
+def threads(value: Any) -> int | None:
+    """Return a number of CPU threads as an int; None, for all cores, stays None.
+
+    Raises:
+        SpecError: Another type, or out of bounds.
+    """
+    if value is None:
+        return None
+    found = as_integer(value)
+    if found is None or not 1 <= found <= MAX_THREADS:
+        raise SpecError(f"threads: got {shown(value)}, expected 1..{MAX_THREADS}; leave it out for all cores")
     return found

@@ -265,9 +265,9 @@ def test_older_autoencoder_of_a_wrong_type(tmp_path: Path) -> None:
         ("bert/config.json", {"d_model": 32}, "cross_attention_dim is 24, not the text encoder's 32"),
         ("vqvae/config.json", {"latent_channels": 3}, r"in and out channels are \(4, 4\), the latents' 3"),
         ("unet/config.json", {"out_channels": 8}, r"in and out channels are \(4, 8\), the latents' 4"),
-        ("unet/config.json", {"sample_size": None}, "sample_size is None, expected one number"),
+        ("unet/config.json", {"sample_size": [8, 8, 8]}, r"sample_size is \(8, 8, 8\), expected one number, or height"),
         ("vqvae/config.json", {"scaling_factor": 0}, "scaling_factor is 0, expected a positive number"),
-        ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type asks for inputs"),
+        ("unet/config.json", {"addition_embed_type": "text_image"}, "addition_embed_type asks for inputs"),
     ],
 )
 def test_components_that_do_not_fit(tiny: Path, file: str, changes: dict[str, object], what: str) -> None:

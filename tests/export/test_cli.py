@@ -133,6 +133,7 @@ def test_names_and_prompts_with_brackets_and_colons_are_not_markup(tiny_bundle, 
 def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "inspect", tiny_bundle, "--check")
     assert err == ""
+    assert "checked: all 10 files have the sizes and digests of the manifest" in out
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
         assert text in out
     facts = json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])
@@ -153,7 +154,10 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert err == "" and facts["within_tolerance"] is True
     assert set(facts["components"]) == {"text_encoder", "unet", "decoder"}
     assert all(0 <= part["max_error"] < 1e-3 for part in facts["components"].values())
-    assert [image["prompt"] for image in facts["images"]] == ["a <b>red</b> circle", "a blue [/i] square"]
+    assert [image["request"]["prompts"] for image in facts["images"]] == [
+        "a <b>red</b> circle",
+        "a blue [/i] square",
+    ]
     assert all(image["max_pixel"] <= 1 for image in facts["images"])
     bundle = Bundle.open(bundle_copy)
     bundle.check()

@@ -48,9 +48,9 @@ ASKED = {
     "two protocols": (["--url", "http://x", "--protocol", "grpc"], "url: 'http://x' is for http, but --protocol is"),
     "a stream over HTTP": (["--url", "http://x", "--stream"], "url: http://x:8000 cannot stream; use gRPC"),
     "previews without a stream": (["--preview-every", "5"], "--preview-every: got no --stream"),
-    "no time": (["--timeout", "0"], "timeout: got 0, expected a number of seconds above 0"),
+    "no time": (["--timeout", "0"], "timeout: got 0.0, expected a number of seconds above 0"),
     "not a number of seconds": (["--timeout", "nan"], "timeout: got nan, expected a number"),
-    "a folder": (["-o", "."], ".: is a folder, expected the name of an image file; choose another -o"),
+    "a folder": (["-o", "."], ".: is a folder, expected the name of a file; choose another name"),
     "nobody's name": (["--url", "nowhere.invalid"], "http://nowhere.invalid:8000: cannot be reached ("),
 }
 

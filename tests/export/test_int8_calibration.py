@@ -22,7 +22,9 @@ from ldm_calibration.sensitivity import measure_sensitivity
 from ldm_calibration.trajectories import run_trajectories
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
+from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError
 from tests.support.tiny_int8 import QUANTIZED, SETTINGS, model_of, part
 
@@ -114,3 +116,14 @@ def test_a_model_that_gives_nan_is_refused(calibrated: Bundle, tmp_path: Path) -
     broken = replace(model, graphs={**model.graphs, "unet": tmp_path / "unet.onnx"})
     with pytest.raises(BuildError, match=r"^unet: got NaN or infinity in fp32"):
         run_trajectories(broken, SETTINGS, QUANTIZED)
+
+
+def test_calibrate_says_that_int8_becomes_the_default(
+    calibrated: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(calibrated.folder, tmp_path / "bundle"))
+    record = Path(shutil.copy(folder / CALIBRATION_RECORD, tmp_path))
+    assert main(["calibrate", str(folder), "--record", str(record)]) == 0
+    message = "`ldm-export generate` now takes int8 from this bundle; --precision fp32 is exact"
+    assert message in capsys.readouterr().err
+    assert Bundle.open(folder).precision == "int8"

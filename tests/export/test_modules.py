@@ -29,6 +29,8 @@ from tests.support.reference_modules import FILES, change, ours, run, theirs
         {"format": "bin"},
         {"dtype": torch.float16},
         {"dtype": torch.bfloat16, "format": "bin"},
+        {"dtype": torch.float64},
+        {"dtype": torch.float8_e5m2},
         {"shards": 3},
     ],
     ids=str,
@@ -88,6 +90,36 @@ def test_copies_under_older_names(tiny: Path) -> None:
     name = "down_blocks.0.downsamplers.0.conv.weight"
     change(tiny, "unet", lambda state: state.update({name.replace("conv", "op"): state[name] + 1}))
     assert torch.equal(ours(tiny, "unet"), expected)
+
+
+def test_text_encoder_saved_without_its_head(tiny: Path) -> None:
+    expected = ours(tiny, "text_encoder")
+
+    def strip(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            tensor = state.pop(name)
+            if name.startswith("model."):
+                state[name.removeprefix("model.")] = tensor
+
+    change(tiny, "bert", strip)
+    assert torch.equal(ours(tiny, "text_encoder"), expected)
+    assert torch.equal(theirs(tiny, "text_encoder"), expected)
+
+
+def test_unused_tensors_are_left_out_with_a_warning(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
+    expected = {name: ours(tiny, name) for name in ("text_encoder", "decoder")}
+    assert not caplog.records
+    change(tiny, "vqvae", lambda state: state.update({"loss.logvar": torch.zeros(()), "loss.0.weight": torch.ones(3)}))
+    change(tiny, "bert", lambda state: state.update({"cls.bias": torch.zeros(5)}))
+    for name, output in expected.items():
+        assert torch.equal(ours(tiny, name), output)
+        assert torch.equal(theirs(tiny, name), output)
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("ldm_export")]
+    assert [line.partition(": left out ")[2] for line in told] == [
+        "a tensor that is not used: cls.bias",
+        "2 tensors that the model does not use: loss.0.weight, loss.logvar",
+    ]
 
 
 def test_ready_to_trace(tiny: Path) -> None:

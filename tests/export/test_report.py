@@ -185,7 +185,7 @@ def test_a_report_file_that_cannot_be_read_is_refused(
     [
         (("--steps", "0"), "steps: got 0, expected 1..1000"),
         (("--seed", str(2**70)), "seed: got 1180591620717411303424"),
-        (("-o", "."), ".: is a folder, expected the name of a page"),
+        (("-o", "."), ".: is a folder, expected the name of a file"),
         (("-o", "/proc/page.html", "--steps", "1"), "/proc/page.html: cannot be written"),
         (("--prompts", "none.txt"), "none.txt: cannot be read as a text file of prompts"),
     ],

@@ -98,6 +98,9 @@ LAYOUTS = {
     "line ends of Windows": vocab_form(end="\r\n"),
     "blank lines and trailing space": vocab_form(*SPECIAL, "", "red \u3000\t", "", "a\x1c", "a", " e", ""),
     "a token twice": vocab_form(*SPECIAL, "red", "a", "red", "circle", "[MASK]", "##e"),
+    "padding on the left": VOCAB | config(padding_side="left"),
+    "cut on the left": VOCAB | config(truncation_side="left"),
+    "both on the left": json_form() | config(padding_side="left", truncation_side="left", pad_token="<pad>"),
     "unknown entries": VOCAB | config(never_split=["red"], do_basic_tokenize=False, tokenizer_class="Y"),
 }
 LENGTH_OF = {"tokenizer.json and config": 512, "older name of the length": 64}
@@ -197,9 +200,8 @@ REFUSED = {
     "null name": (VOCAB | config(pad_token=None), r"vocab\.txt: .*pad_token None"),
     "name of a wrong type": (VOCAB | config(sep_token=3), r"tokenizer_config\.json: .*got the token 3"),
     "flag of a wrong type": (VOCAB | config(do_lower_case="yes"), r"tokenizer_config\.json: .*TypeError"),
-    "padding on the left": (VOCAB | config(padding_side="left"), r"tokenizer_config\.json: padding_side is 'left'"),
-    "cut on the left": (VOCAB | config(truncation_side="left"), r"tokenizer_config\.json: truncation_side is 'left'"),
-    "baked padding on the left": (json_form(padding=PADDING | {"direction": "Left"}), "padding_side is 'left'"),
+    "padding on no side": (VOCAB | config(padding_side="top"), r"tokenizer_config\.json: padding_side is 'top'"),
+    "cut on no side": (VOCAB | config(truncation_side=3), r"tokenizer_config\.json: truncation_side is 3"),
     "extra of a wrong type": (VOCAB | {MAP: {"extra_special_tokens": 7}}, r"_config\.json: .*TypeError"),
     "special tokens as text": (VOCAB | config(split_special_tokens=True), "split_special_tokens"),
     "padding of a wrong type": (json_form(padding=[1]), r"tokenizer\.json: .*AttributeError"),

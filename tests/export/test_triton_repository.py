@@ -113,7 +113,11 @@ def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle
     stream, front = (config(tmp_path / "repository", name) for name in ("ldm_stream", "ldm"))
     assert stream.model_transaction_policy.decoupled and not front.model_transaction_policy.decoupled
     assert {tensor.name for tensor in stream.input} - {tensor.name for tensor in front.input} == {"PREVIEW_EVERY"}
-    assert {tensor.name for tensor in stream.output} - {tensor.name for tensor in front.output} == {"STEP", "TOTAL"}
+    assert {tensor.name for tensor in stream.output} - {tensor.name for tensor in front.output} == {
+        "STEP",
+        "TOTAL",
+        "FINAL",
+    }
     assert [tensor.name for tensor in front.input if not tensor.optional] == ["PROMPT"]
     assert front.max_batch_size == stream.max_batch_size == 0
     args = {"parameters": {key: {"string_value": value.string_value} for key, value in stream.parameters.items()}}

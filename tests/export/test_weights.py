@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def assert_read(folder: Path, state: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(got[name], tensor.to(torch.float32), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 @pytest.mark.parametrize("transformers", [True, False])
@@ -186,10 +187,10 @@ def test_not_finite(tmp_path: Path, file: str, dtype: torch.dtype, value: float)
 
 
 def test_other_dtypes_are_reported(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "model.safetensors", {"ids": torch.arange(4), "wide": torch.ones(2, dtype=torch.float64)})
+    write_tensors(tmp_path / "model.safetensors", {"ids": torch.arange(4), "flags": torch.ones(2, dtype=torch.bool)})
     assert {name: stored.dtype for name, stored in read_weights(tmp_path, "unet").items()} == {
         "ids": "I64",
-        "wide": "F64",
+        "flags": "BOOL",
     }
     (tmp_path / "model.safetensors").unlink()
     write_tensors(tmp_path / "pytorch_model.bin", {"ids": torch.arange(4)})
@@ -248,16 +249,36 @@ def test_shards_of_a_hugging_face_cache(tmp_path: Path) -> None:
     assert_read(folder, STATE)
 
 
+def test_links_to_blobs_of_a_cache_elsewhere(tmp_path: Path) -> None:
+    """Earlier versions of huggingface_hub filled a folder outside the cache with links."""
+    folder, blobs = tmp_path / "unet", tmp_path / "hub" / "models--x--y" / "blobs"
+    folder.mkdir()
+    blobs.mkdir(parents=True)
+    write_weights(folder, STATE, format="safetensors", shards=2)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    assert_read(folder, STATE)
+
+
 def test_index_and_shard_disagree(tmp_path: Path) -> None:
     write_weights(tmp_path, STATE, format="safetensors", shards=2)
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     weight_map = read_json(index, "unet")["weight_map"]
-    edit_json(index, weight_map=weight_map | {"ghost": weight_map["scalar"]})
-    with pytest.raises(CheckpointError, match=r"differ in ghost: the index lists 3 tensors in that shard, it holds 2"):
-        read_weights(tmp_path, "unet")
     edit_json(index, weight_map={name: shard for name, shard in weight_map.items() if name != "scalar"})
-    with pytest.raises(CheckpointError, match=r"differ in scalar: the index lists 1 tensors in that shard, it holds 2"):
+    assert_read(tmp_path, STATE)
+    edit_json(index, weight_map=weight_map | {"ghost": weight_map["scalar"]})
+    with pytest.raises(CheckpointError, match=r"shard \S+ lacks ghost: the index lists 3 tensors .*, it holds 2"):
         read_weights(tmp_path, "unet")
+
+
+def test_tensor_in_two_shards_is_the_listed_one(tmp_path: Path) -> None:
+    write_weights(tmp_path, STATE, format="safetensors", shards=2)
+    weight_map = read_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", "unet")["weight_map"]
+    other = next(shard for shard in weight_map.values() if shard != weight_map["scalar"])
+    held = {name: tensor for name, tensor in STATE.items() if weight_map[name] == other}
+    write_tensors(tmp_path / other, held | {"scalar": torch.tensor(9.0)})
+    assert_read(tmp_path, STATE)
 
 
 @pytest.mark.parametrize("weight_map", [..., None, [], {"x": 3}, {"x": None}])
@@ -285,3 +306,17 @@ def test_bad_json(tmp_path: Path, content: bytes, what: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"unet: .*x.json:? {what}"):
         read_json(tmp_path / "x.json", "unet")
+
+
+def test_an_archive_that_inflates_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(CheckpointError, match=r"bytes that inflate to 10000002, expected entries that are not compres"):
+        read_weights(tmp_path, "unet")
+
+
+def test_a_tensor_that_repeats_its_values_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1).expand(10**12)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"'x' has shape \[1000000000000\], but only 4 bytes are stored for it"):
+        read_weights(tmp_path, "unet")

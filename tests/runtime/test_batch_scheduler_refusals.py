@@ -12,7 +12,7 @@ from ldm_runtime.errors import SpecError
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(""), "prompts: got an empty prompt"),
+        (Request([]), "prompts: got an empty list"),
         (Request("a", num_inference_steps=0), "steps: got 0"),
         (Request("a", eta=float("nan")), "eta: got nan"),
         (Request("a", guidance_scale=float("inf")), "guidance_scale"),
@@ -23,7 +23,7 @@ from ldm_runtime.errors import SpecError
         (Request("a", guidance_every=0), "guidance_every: got 0"),
         (Request("a", guidance_interval=(1, 0)), "guidance_interval: got 1 to 0"),
         (Request("\ud800"), "lone surrogate"),
-        (Request("a" * 10_001), "10001 characters"),
+        (Request("a" * 50_001), "50001 characters"),
     ],
 )
 def test_bad_requests_do_not_affect_others(scheduler, request_: Request, message: str) -> None:

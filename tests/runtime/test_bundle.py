@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.atomic_files import sha256, write_together, write_whole
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.bundle_layout import MANIFEST as NAME
@@ -103,6 +104,25 @@ def test_links_inside_the_bundle_and_to_the_bundle_are_fine(bundle_copy: Path) -
     (bundle_copy / "tokenizer.json").symlink_to("shared.json")
     (bundle_copy.parent / "link").symlink_to("bundle")
     Bundle.open(bundle_copy.parent / "link").check()
+
+
+def test_a_bundle_in_a_hub_cache(bundle_copy: Path) -> None:
+    """Every file is a link from snapshots into blobs; a blob with other bytes is refused as any file is."""
+    blobs, snapshot = bundle_copy.parent / "models--me--x/blobs", bundle_copy.parent / "models--me--x/snapshots/89ab"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in bundle_copy.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(bundle_copy)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    bundle = Bundle.open(snapshot)
+    bundle.check()
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime") as pipeline:
+        assert pipeline("a red circle", seed=1, num_inference_steps=1).images[0].size == (64, 64)
+    blob = (snapshot / "tokenizer.json").resolve()
+    blob.write_bytes(blob.read_bytes().replace(b"circle", b"square"))
+    with pytest.raises(ManifestError, match=r"tokenizer.json: got sha256"):
+        bundle.file("tokenizer.json")
 
 
 def test_files_missing_from_the_manifest_are_refused(bundle_copy: Path) -> None:

@@ -22,6 +22,7 @@ from ldm_runtime.bundle_layout import graph_file, weights_file
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, ManifestError
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.verified_file import VerifiedFile
 from tests.support.small_bundle import VARIANT, write_small_bundle
 
 FOLDER_ONLY = Placement("cpu", threads=1)
@@ -36,13 +37,13 @@ def bundle(tmp_path: Path) -> Bundle:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts how often each file is hashed, by its path in the bundle."""
     counts: Counter[str] = Counter()
-    digest = bundle_module.sha256
+    verify = bundle_module.verify
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, sha256: str, size: int) -> VerifiedFile:
         counts[str(Path(*path.parts[-2:]))] += 1
-        return digest(path)
+        return verify(path, sha256, size)
 
-    monkeypatch.setattr(bundle_module, "sha256", counted)
+    monkeypatch.setattr(bundle_module, "verify", counted)
     return counts
 
 
@@ -76,7 +77,7 @@ def test_the_loop_on_cuda_does_not_hash_the_unet_again(bundle: Bundle, hashed: C
 def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Counter[str]) -> None:
     (bundle.folder / "unet/fp32.onnx").write_bytes(b"damaged")
     backend = open_component(bundle, "decoder", "onnxruntime", device="cpu", threads=1)
-    assert hashed == {"decoder/fp32.onnx": 1} and isinstance(backend, OnnxRuntimeBackend)
+    assert hashed == {"decoder/fp32.onnx": 1} and isinstance(backend.load(), OnnxRuntimeBackend)
     assert backend.run({"latents": np.zeros((2, 4, 4, 4), np.float32)})["image"].shape == (2, 3, 8, 8)
     with pytest.raises(ManifestError, match=r"unet/fp32\.onnx: got 7 bytes"):
         open_component(bundle, "unet", "openvino")

@@ -95,7 +95,7 @@ def test_no_images_and_no_columns_are_refused() -> None:
     with pytest.raises(SpecError, match="grid: got no images, expected at least one"):
         grid([])
     for columns in (0, -1):
-        with pytest.raises(SpecError, match=f"grid: got {columns} columns, expected at least one"):
+        with pytest.raises(SpecError, match=f"grid: columns: got {columns}, expected a whole number from 1"):
             grid(tiles(2), columns)
 
 

@@ -98,7 +98,7 @@ def test_guidance_on_a_part_of_the_steps(plan: Callable[..., Plan]) -> None:
 
 
 ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, what it expects
-    ("prompts", ["", " \n", [], ["a", ""]], "got an empty prompt, expected a text of at least one character"),
+    ("prompts", [[], ()], "got an empty list, expected a text or a list of texts"),
     ("prompts", [None], "got none, expected a text or a list of texts"),
     ("prompts", [5, b"a", {"a"}, ["a", 1], (p for p in "ab")], "expected a text or a list of texts"),
     ("negative_prompt", [None, 5, ["a", None], {"a": "b"}], "expected a text or a list of texts"),

@@ -166,7 +166,7 @@ def test_threads_share_a_tokenizer(shapes):
         (iter(["red"]), "prompts: got one list_iterator"),
         (["red", None], "prompt 1: got NoneType"),
         ([b"red"], "prompt 0: got bytes"),
-        (["x" * (MAX_CHARACTERS + 1)], "prompt 0: got 10001 characters, expected at most 10000"),
+        (["x" * (MAX_CHARACTERS + 1)], "prompt 0: got 50001 characters, expected at most 50000"),
         (["red", "x" * 100_000], "prompt 1: got 100000 characters"),
         (["\ud83d"], r"prompt 0: character 0 is the lone surrogate U\+D83D"),
         (["red", "red \udc9f circle"], r"prompt 1: character 4 is the lone surrogate U\+DC9F"),
@@ -249,3 +249,15 @@ def test_imports_neither_transformers_nor_torch():
     heavy = "{'transformers', 'torch', 'onnx'} & set(sys.modules)"
     code = f"import sys, ldm_runtime.conditioning.tokenizer; print(sorted({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_prompt_that_is_cut_off_is_logged(shapes, caplog):
+    caplog.set_level("WARNING")
+    tokenizer = Tokenizer.from_file(shapes, 5)
+    tokenizer(["red circle red", ""])
+    assert not caplog.records
+    tokenizer(["red circle red circle", "red"])
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    message = "prompt: only 14 of its 21 characters are used, because the model takes 5 tokens; shorten it"
+    assert record.getMessage() == message

@@ -24,8 +24,7 @@ CHECK = {
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"PROMPT": ""}, "prompts: got an empty prompt"),
-        ({"PROMPT": []}, "prompts: got an empty prompt"),
+        ({"PROMPT": []}, "prompts: got an empty list"),
         ({"PROMPT": b"\xff\xfe"}, "PROMPT 0: is not UTF-8"),
         ({"PROMPT": "a" * 10_001}, "10001 characters"),
         ({"PROMPT": ["a"] * 33}, "images: got 33 in one call"),

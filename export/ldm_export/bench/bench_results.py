@@ -11,10 +11,12 @@ from ldm_export.bench.worker_pool import Facts
 from ldm_export.page.chart import Series, bars, lines, sheet
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
+from ldm_runtime.number_checks import FLOAT32_MAX, integer, number, threads
 
 __all__ = ["BenchSettings", "Benchmark", "Combination", "Measure"]
 
 MAX_RUNS, MAX_BATCHES, MAX_IMAGES = 1000, 16, 10**6
+MAX_SIZE = 2**24
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,21 @@ class BenchSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        batches = [("batch", batch, MAX_IMAGES) for batch in self.batches]
-        for name, value, most in (("runs", self.runs, MAX_RUNS), *batches):
-            if not 1 <= value <= most:
-                raise SpecError(f"{name}: got {value}, expected 1..{most}")
         if not 1 <= len(self.batches) <= MAX_BATCHES:
             raise SpecError(f"batch: got {len(self.batches)} of them, expected 1..{MAX_BATCHES}")
+        checked: dict[str, Any] = {
+            "runs": integer("runs", self.runs, 1, MAX_RUNS),
+            "batches": tuple(integer("batch", batch, 1, MAX_IMAGES) for batch in self.batches),
+            "threads": threads(self.threads),
+        }
+        for name in ("steps", "height", "width"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = integer(name, value, 1, MAX_SIZE)
+        for name, least in (("guidance_scale", -FLOAT32_MAX), ("eta", 0.0)):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = number(name, value, least)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def for_model(self, model: ModelDescription) -> BenchSettings:
         """Replace None by the model's defaults for steps, guidance scale and eta."""

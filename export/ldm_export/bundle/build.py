@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from ldm_export.bundle.build_manifest import build_request, built_manifest, same_build
-from ldm_export.bundle.build_plan import BuildOptions, BuildPlan
-from ldm_export.bundle.engine_stages import engine_stage, in_latents
+from ldm_calibration.settings import CalibrationSettings, Grade
+from ldm_export.bundle.assemble import assemble
+from ldm_export.bundle.build_plan import BuildPlan
+from ldm_export.bundle.engine_stages import engine_of, engine_stage, in_latents
 from ldm_export.bundle.graph_stages import (
     file_stages,
     graph_stages,
@@ -22,22 +21,61 @@ from ldm_export.bundle.graph_stages import (
     step_stages,
     variant_stages,
 )
-from ldm_export.bundle.int8_stages import int8_stages
+from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
-from ldm_export.bundle.publish import publish, work_folder
+from ldm_export.bundle.previous import describes, previous_bundle
+from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
+from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_named
-from ldm_runtime.atomic_files import write_whole
+from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST
-from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, Manifest
+from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.errors import BuildError
+from ldm_runtime.manifest import Component, Manifest
+from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.model import UNET
+from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["BuildOptions", "Built", "assemble", "build"]
+__all__ = ["PRECISIONS", "BuildOptions", "Built", "build"]
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of a build: what it produces besides the fp32 graphs.
+
+    Attributes:
+        precision: "fp32", "fp16", "bf16" or "int8".
+        engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
+        calibration: Settings of int8's calibration; for int8 only.
+        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
+        requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
+
+    Raises:
+        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
+    """
+
+    precision: str = "fp32"
+    engines: EngineRequest | None = None
+    calibration: CalibrationSettings | None = None
+    grade: Grade | None = None
+    requests: Sequence[RequestFields] | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
+        if (self.precision == "int8") != (self.calibration is not None):
+            raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """fp32, and the precision if it is another."""
+        return tuple(dict.fromkeys(("fp32", self.precision)))
 
 
 @dataclass(frozen=True)
@@ -75,10 +113,10 @@ def build(
     options = BuildOptions(precision, engines) if options is None else options
     target = target.resolve()  # replaces the folder that a link points to
     family = family_named(checkpoint.family)
-    model, previous = family.describe(checkpoint), _previous(target)
+    model, previous = family.describe(checkpoint), previous_bundle(target)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
-    request = build_request(checkpoint, options, family.quantize)
+    request = _request(checkpoint, options, family.quantize)
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress)
@@ -90,9 +128,21 @@ def build(
         if latents is not None:
             _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)
         on_progress("bundle", 0, 1)
-        manifest = built_manifest(plan, options, latents, variants, outcomes, request)
+        manifest = Manifest(
+            family=plan.model.family,
+            components=_components(plan, options, latents, variants, outcomes),
+            conditioning=plan.model.conditioning,
+            guidance=plan.model.guidance,
+            latents=plan.model.latents,
+            scheduler=plan.model.scheduler,
+            defaults=plan.model.defaults,
+            files={name: fact for outcome in outcomes.values() for name, fact in outcome.files.items()},
+            stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
+            tools=tools,
+            request=request,
+        )
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
-        if untouched and previous is not None and same_build(previous, manifest):
+        if untouched and previous is not None and describes(previous, manifest):
             shutil.rmtree(work)
         else:
             assemble(work, target, manifest, outcomes)
@@ -106,23 +156,6 @@ def _run(stages: Sequence[Stage], plan: BuildPlan, outcomes: dict[str, Outcome])
         plan.on_progress(stage.name, 0, 1)
         outcomes[stage.name] = run_stage(stage, plan.work, plan.previous)
         plan.on_progress(stage.name, 1, 1)
-
-
-def _previous(target: Path) -> Bundle | None:
-    if not target.exists():
-        return None
-    if not target.is_dir() or (any(target.iterdir()) and not _has_manifest(target)):
-        raise BuildError(f"{target}: exists and is no bundle; choose another -o or remove it, nothing was changed")
-    try:
-        return Bundle.open(target)
-    except ManifestError:
-        return None  # damaged, or of another version: build everything
-
-
-def _has_manifest(folder: Path) -> bool:
-    """True if the folder has a bundle's manifest, even a damaged one; other programs write a manifest.json too."""
-    manifest = folder / MANIFEST
-    return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
 
 def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[str, Outcome]) -> list[Stage]:
@@ -149,20 +182,44 @@ def _sources(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
     return {file: outcome.key for outcome in outcomes.values() for file in outcome.files}
 
 
-def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
-    """Replace the bundle at ``target`` by the manifest's files, which are in ``work``, and remove ``work``."""
-    finished = work / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    for name in manifest.files:
-        (finished / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).rename(finished / name)
-    write_whole(finished / MANIFEST, manifest.to_json().encode())
-    log = {
-        "host": platform.platform(),
-        "python": platform.python_version(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "stages": {name: {"seconds": round(o.seconds, 3), "origin": o.origin} for name, o in outcomes.items()},
+def _components(
+    plan: BuildPlan,
+    options: BuildOptions,
+    engines: EngineRequest | None,
+    variants: Mapping[str, Stage],
+    outcomes: Mapping[str, Outcome],
+) -> dict[str, Component]:
+    """Return the components of the model, then the step graphs, which are always in fp32."""
+
+    def component(spec: ComponentSpec, precisions: tuple[str, ...]) -> Component:
+        graphs = graph_files(spec.name, precisions, outcomes)
+        built = () if engines is None else (engine_of(plan, spec.name, precisions[-1], engines),)
+        return Component(spec, graphs, built)
+
+    components = {name: component(spec, options.precisions) for name, spec in plan.model.components.items()}
+    for engine, stage in variants.items():
+        file = graph_file(UNET, "fp32", engine)
+        if file in outcomes[stage.name].files:
+            variants_of_unet = {**components[UNET].variants, engine: {"fp32": file}}
+            components[UNET] = replace(components[UNET], variants=variants_of_unet)
+    return components | {name: component(spec, ("fp32",)) for name, spec in model_steps(plan.model).items()}
+
+
+def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str, ...]) -> dict[str, Any]:
+    """Return the manifest's entry about the build request; it does not depend on this machine."""
+    request: dict[str, Any] = {
+        "checkpoint": checkpoint.folder.resolve().name,
+        "precision": options.precision,
+        "quantize": list(quantize),
     }
-    write_whole(finished / BUILD_LOG, (json.dumps(log, indent=2) + "\n").encode())
-    publish(finished, target)
-    shutil.rmtree(work)
+    if options.engines is not None:
+        engines = asdict(options.engines)
+        request["engines"] = {
+            "target": engines["target"],
+            "compute_capabilities": list(engines["compute_capabilities"]),
+            "bounds": {name: list(bounds) for name, bounds in engines["bounds"]},
+            "refittable": engines["refittable"],
+        }
+    if checkpoint.random_seed is not None:
+        return {**request, "random_weights_seed": checkpoint.random_seed}
+    return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}

@@ -1,59 +1,21 @@
-"""Options of a build, and the inputs that all of its stages share."""
+"""Inputs that all stages of a build share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.stages import OnProgress
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.engine.request import EngineRequest
 from ldm_export.families.family import Family
-from ldm_export.requests import RequestFields
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import graph_file
-from ldm_runtime.errors import BuildError, CheckpointError
+from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["PRECISIONS", "BuildOptions", "BuildPlan", "folder_digests", "relative"]
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Options of a build: what it produces besides the fp32 graphs.
-
-    Attributes:
-        precision: "fp32", "fp16", "bf16" or "int8".
-        engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
-        calibration: Settings of int8's calibration; for int8 only.
-        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
-        requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
-
-    Raises:
-        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
-    """
-
-    precision: str = "fp32"
-    engines: EngineRequest | None = None
-    calibration: CalibrationSettings | None = None
-    grade: Grade | None = None
-    requests: Sequence[RequestFields] | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
-        if (self.precision == "int8") != (self.calibration is not None):
-            raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """fp32, and the precision if it is another."""
-        return tuple(dict.fromkeys(("fp32", self.precision)))
+__all__ = ["BuildPlan", "folder_digests", "relative"]
 
 
 @dataclass(frozen=True)

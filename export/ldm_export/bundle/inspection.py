@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,13 @@ from typing import Any
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, precision_report
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.json_fields import read_object, require_integer, require_object
 from ldm_runtime.manifest import Component
 
 __all__ = ["inspect_bundle"]
+
+MAX_REPORT = 64 * 2**20
+"""Largest size of a report in bytes, and largest count in it."""
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -65,9 +68,15 @@ def _graph(bundle: Bundle, name: str, precision: str, variant: str = "") -> dict
 
 def _islands(report: Path) -> dict[str, int]:
     """Count the nodes in lower precision, and the nodes in fp32 by reason."""
-    facts = json.loads(report.read_text())
-    reasons = Counter(str(reason).partition(":")[0] for reason in facts["islands"].values())
-    return {**{kind: facts[kind] for kind in ("half", "int8") if kind in facts}, **reasons}
+    facts = read_object(report, MAX_REPORT)
+    islands = require_object(f"{report}: islands", facts.get("islands"))
+    reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())
+    counts: dict[str, int] = {
+        kind: require_integer(f"{report}: {kind}", facts[kind], 0, MAX_REPORT)
+        for kind in ("half", "int8")
+        if kind in facts
+    }
+    return {**counts, **reasons}
 
 
 def _operators(graph: Path) -> dict[str, int] | None:
@@ -78,6 +87,6 @@ def _operators(graph: Path) -> dict[str, int] | None:
         return None
     try:
         model = onnx.load(str(graph), load_external_data=False)
-    except DecodeError as error:
+        return dict(Counter(node.op_type for node in model.graph.node).most_common())
+    except (DecodeError, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise ManifestError(f"{graph}: no ONNX graph ({error}); rebuild the bundle") from None
-    return dict(Counter(node.op_type for node in model.graph.node).most_common())

@@ -17,6 +17,7 @@ from ldm_calibration.record import ComponentRecord, Record, read_record
 from ldm_runtime.backends.host import usable_cores
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD, INT8_REPORT, files_of_graph
+from ldm_runtime.json_fields import read_object
 from ldm_runtime.model import SAMPLE, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
@@ -24,6 +25,8 @@ from ldm_runtime.request import Request
 __all__ = ["FEW_IMAGES", "write_report"]
 
 FORMAT, VERSION = "ldm-export int8 report", 2
+MAX_REPORT = 64 * 2**20
+"""Largest size of a report in bytes."""
 ROUNDS = 7
 """Timed calls of each UNet; calls of both precisions alternate, after one call of each that is not timed."""
 FEW_IMAGES = 8
@@ -43,7 +46,7 @@ def write_report(bundle: Bundle) -> tuple[Bundle, dict[str, Any]]:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     before = bundle.manifest.measured.get("int8")
     if isinstance(before, dict) and before.get("record") == digest and INT8_REPORT in bundle.manifest.files:
-        return bundle, json.loads(bundle.file(INT8_REPORT).read_text())
+        return bundle, read_object(bundle.file(INT8_REPORT), MAX_REPORT)
     record = read_record(file)
     settings, images = record.document["settings"], record.document["images"]
     components = {name: _component(bundle, name, part, record) for name, part in record.components.items()}
@@ -55,7 +58,7 @@ def write_report(bundle: Bundle) -> tuple[Bundle, dict[str, Any]]:
         "record": {"file": CALIBRATION_RECORD, "sha256": digest},
         "settings": {
             "images": len(images),
-            "steps": settings["trial_steps"],
+            "steps": _or(settings["trial_steps"], defaults.num_inference_steps),
             "eta": _or(settings["eta"], defaults.eta),
             "guidance_scale": _or(settings["guidance_scale"], defaults.guidance_scale),
             "backend": "onnxruntime",

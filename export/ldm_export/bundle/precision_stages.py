@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnxruntime
-
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.ranges import measure_ranges
 from ldm_export.bundle.build_plan import BuildPlan, relative
@@ -16,6 +14,7 @@ from ldm_export.graph.islands import MARGIN
 from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_export.requests import RequestFields
+from ldm_runtime.backends.onnxruntime_session import load_onnxruntime
 from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, precision_report
 
 __all__ = ["RANGE_STEPS", "calibration_model", "half_stages", "ranges_stage"]
@@ -57,7 +56,7 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
         "scheduler": dict(plan.model.scheduler),
         "requests": [dict(request) for request in requests],
         "steps": RANGE_STEPS,
-        "tools": {**plan.tools, "onnxruntime": onnxruntime.__version__},
+        "tools": {**plan.tools, "onnxruntime": load_onnxruntime().__version__},
     }
     return Stage("ranges", depends, run)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ldm_runtime.errors import BuildError
 
-__all__ = ["publish", "work_folder"]
+__all__ = ["publish", "remove", "work_folder"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+LOCK = "lock"
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,19 +34,15 @@ def work_folder(target: Path) -> Iterator[Path]:
     """
     work = target.parent / f".{target.name}.part"
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        _create(work)
+        lock = _open_lock(work)
     except OSError as error:
         raise BuildError(f"{target.parent}: cannot be written ({error.strerror}); choose another -o") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat())
-        except (BlockingIOError, FileNotFoundError):
-            locked = False  # locked by another build, or removed by it at its end
-        if not locked:
+        if not _is_locked(lock, work):
             raise BuildError(f"{target}: another build is writing it; wait for it or choose another -o")
         try:
+            _remove_foreign(work)
             yield work
         except Exception as error:
             shutil.rmtree(work, ignore_errors=True)
@@ -48,6 +50,84 @@ def work_folder(target: Path) -> Iterator[Path]:
                 raise
             what, where = error.strerror or error, error.filename or target
             raise BuildError(f"{where}: {what}; free some disk space or choose another -o") from error
+
+
+def _create(work: Path) -> None:
+    """Create the work folder, for this user alone; one that is there already must be a folder of this user."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(mode=0o700)
+        return
+    except FileExistsError:
+        facts = work.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise BuildError(f"{work}: is no folder of this user, as an unfinished build leaves it; remove it")
+    work.chmod(0o700)
+
+
+def _open_lock(work: Path) -> IO[bytes]:
+    """Open the lock file without following a link and without changing it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(work / LOCK, flags, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        descriptor = -1
+    if descriptor < 0 or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise BuildError(f"{work / LOCK}: is no regular file, as an unfinished build leaves it; remove {work}")
+    return os.fdopen(descriptor, "r+b")
+
+
+def _is_locked(lock: IO[bytes], work: Path) -> bool:
+    """Lock the file; False if another build has locked it, or has removed it at its end.
+
+    On a file system without locks a warning names the folder, and the build goes on.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        _log.warning(
+            "%s: the file system has no locks (%s); run no other build of the same -o meanwhile", work, error.strerror
+        )
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), (work / LOCK).lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_foreign(work: Path) -> None:
+    """Remove what no build leaves in a work folder: links, special files, and entries of other users.
+
+    Nobody else can write to the folder any more, so that the builder may then follow the paths in it.
+    """
+    owner = work.lstat().st_uid
+    folders = [work]
+    while folders:
+        for entry in list(os.scandir(folders.pop())):
+            facts = entry.stat(follow_symlinks=False)
+            if facts.st_uid != owner or not (stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)):
+                remove(Path(entry.path))
+            elif stat.S_ISDIR(facts.st_mode):
+                folders.append(Path(entry.path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not its target) or a folder with its content, if it exists.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def publish(finished: Path, target: Path) -> None:
@@ -64,7 +144,7 @@ def publish(finished: Path, target: Path) -> None:
         shutil.rmtree(finished)
     else:  # a file system without exchange: for an instant the target is absent
         old = finished.with_name(f"{finished.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         target.rename(old)
         finished.rename(target)
         shutil.rmtree(old)

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_export.bundle.publish import remove
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import FileFact
+from ldm_runtime.json_fields import require_map, require_object
+from ldm_runtime.manifest import MAX_BYTES, FileFact, file_fact, safe_path
+from ldm_runtime.regular_files import read_regular
 
 __all__ = ["OnProgress", "Outcome", "Stage", "link_files", "run_stage"]
 
@@ -81,12 +84,16 @@ def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
 
 
 def _recorded(record: Path, key: str, work: Path) -> dict[str, FileFact] | None:
-    if not record.is_file():
+    """The files of a finished stage; None if its record or one of them is missing, damaged, or of another build."""
+    try:
+        note = require_object("stage", json.loads(read_regular(record, MAX_BYTES, ManifestError)))
+        facts = require_map("files", note.get("files"), file_fact)
+        for name in facts:
+            safe_path("files", name)
+        whole = note.get("key") == key and all((work / name).is_file() for name in facts)
+        return facts if whole and file_facts(work, facts) == facts else None
+    except (ManifestError, OSError, ValueError, RecursionError):
         return None
-    note = json.loads(record.read_text())
-    facts = {name: FileFact(**fact) for name, fact in note["files"].items()}
-    whole = note["key"] == key and all((work / name).is_file() for name in facts)
-    return facts if whole and file_facts(work, facts) == facts else None
 
 
 def _linked(stage: Stage, work: Path, previous: Bundle | None) -> dict[str, FileFact] | None:
@@ -112,7 +119,7 @@ def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, Fi
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).unlink(missing_ok=True)
         try:
-            os.link(source, work / name)
+            os.link(source.resolve(), work / name)
         except OSError:
             shutil.copyfile(source, work / name)
     return {name: bundle.manifest.files[name] for name in sources}
@@ -120,7 +127,7 @@ def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, Fi
 
 def _run(stage: Stage, work: Path) -> list[str]:
     folder = work / f".{stage.name}.making"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir()
     try:
         names = stage.run(folder)

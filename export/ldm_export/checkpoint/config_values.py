@@ -11,7 +11,12 @@ from ldm_runtime.errors import CheckpointError
 
 __all__ = ["full_config", "with_current_names"]
 
-_COUNTS = {"encoder_layers": 512, "layers_per_block": 32, "transformer_layers_per_block": 32}  # key -> maximum
+_COUNTS = {  # key -> maximum
+    "encoder_layers": 512,
+    "layers_per_block": 32,
+    "transformer_layers_per_block": 32,
+    "reverse_transformer_layers_per_block": 32,
+}
 _SIZES = (
     *("sample_size", "in_channels", "out_channels", "block_out_channels", "norm_num_groups", "latent_channels"),
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "num_vq_embeddings", "vq_embed_dim"),
@@ -20,6 +25,7 @@ _SIZES = (
 )
 _LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # maximum of a number; lengths of a list, of trained_betas
 _LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or a list with one per level
+_NULLABLE = ("pad_token_id",)  # numbers without an annotation that may be null
 
 
 def with_current_names(part: Part, config: dict[str, Any]) -> dict[str, Any]:
@@ -52,10 +58,23 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
     full = {name: parameter.default for name, parameter in known.items()}
     for key, value in config.items():
         if key in known:
-            if value is not None or type(None) not in get_args(known[key].annotation):
+            if value is not None or not _may_be_null(key, known[key]):
                 _check_value(f"{where}: {key}", key, value, full[key])
-            full[key] = tuple(value) if isinstance(value, list) else value
+            full[key] = _converted(value, full[key])
     return full
+
+
+def _may_be_null(key: str, parameter: inspect.Parameter) -> bool:
+    """Whether diffusers takes null: where the class says so, for switches (false), and for names it compares."""
+    default = parameter.default
+    return type(None) in get_args(parameter.annotation) or isinstance(default, bool | str) or key in _NULLABLE
+
+
+def _converted(value: Any, default: Any) -> Any:
+    """Lists as tuples; 0 and 1 as the booleans they stand for."""
+    if isinstance(value, list):
+        return tuple(_converted(each, default) for each in value)
+    return bool(value) if isinstance(default, bool) and isinstance(value, int | float) else value
 
 
 def _check_value(where: str, key: str, value: Any, default: Any) -> None:
@@ -68,7 +87,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
         most = _COUNTS.get(key, _LARGEST)
         fits, expected = (lambda one: type(one) is int and 1 <= one <= most), f"a whole number from 1 to {most}"
     elif isinstance(like, bool):
-        fits, expected = (lambda one: isinstance(one, bool)), "true or false"
+        fits, expected = (lambda given: given in (0, 1)), "true or false"
     elif isinstance(like, str):
         fits, expected = (lambda one: isinstance(one, str)), "a string"
     elif like is None:
@@ -78,7 +97,8 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     if isinstance(value, list):
         longest = _MOST_STEPS if key == "trained_betas" else _LONGEST
         fine = default is None or isinstance(default, tuple) or key in _LISTS
-        fine = fine and 1 <= len(value) <= longest and all(map(fits, value))
+        flat = [each for one in value for each in (one if key in _COUNTS and isinstance(one, list) else [one])]
+        fine = fine and 1 <= len(value) <= longest and len(flat) <= longest**2 and all(map(fits, flat))
     else:
         fine = (value is None and default is None) or (not isinstance(default, tuple) and fits(value))
     if not fine:

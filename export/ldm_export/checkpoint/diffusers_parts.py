@@ -28,8 +28,10 @@ __all__ = [
     "SCHEDULER",
     "UNET",
     "UNET_CONDITION",
+    "context_widths",
     "latent_channels",
     "latent_problems",
+    "latent_size",
     "pixels_per_latent",
 ]
 
@@ -87,13 +89,42 @@ def pixels_per_latent(autoencoder: Config) -> int:
     return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
 
 
+def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:
+    """Height and width of a model's own images, in latents, from the full configs.
+
+    They are the UNet's ``sample_size``, one number or a pair. A UNet without one takes the autoencoder's.
+    """
+    size, factor = unet["sample_size"], 1
+    if size is None:
+        size, factor = autoencoder["sample_size"], pixels_per_latent(autoencoder)
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height, width) if factor == 1 else (max(2, height // factor), max(2, width // factor))
+
+
+def context_widths(unet: Config) -> set[int]:
+    """Widths that a UNet's cross-attention takes of the text encoder's states, from its full config.
+
+    ``encoder_hid_dim`` is the width before a projection; otherwise the levels with cross-attention have one each.
+    """
+    if unet["encoder_hid_dim"] is not None:
+        return {unet["encoder_hid_dim"]}
+    down, widths = unet["down_block_types"], unet["cross_attention_dim"]
+    if isinstance(widths, int):
+        return {widths}
+    up, last = tuple(reversed(unet["up_block_types"])), widths[-1:]
+    used = [width for kinds in (down, up) for kind, width in zip(kinds, widths, strict=False) if "CrossAttn" in kind]
+    return {*used, *(last if "CrossAttn" in (unet["mid_block_type"] or "") else ())}
+
+
 def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
     """Check that a UNet denoises the latents of an autoencoder, and that their size and scale are usable."""
     latents, scale = latent_channels(autoencoder), autoencoder["scaling_factor"]
-    channels, size = (unet["in_channels"], unet["out_channels"]), unet["sample_size"]
+    channels = (unet["in_channels"], unet["out_channels"])
+    sizes = [config["sample_size"] for config in (unet, autoencoder)]
+    size = sizes[0] if sizes[0] is not None else sizes[1]
     checks = (
         (channels == (latents, latents), f"the unet's in and out channels are {channels}, the latents' {latents}"),
-        (type(size) is int, f"the unet's sample_size is {size!r}, expected one number, the latents' height and width"),
+        (type(size) is int or len(size) == 2, f"sample_size is {size!r:.80}, expected one number, or height and width"),
         (scale > 0, f"the autoencoder's scaling_factor is {scale}, expected a positive number"),
     )
     return [problem for fine, problem in checks if not fine]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.regular_files import read_regular
 
 __all__ = ["MAX_JSON", "first_line", "read_json", "shortened"]
 
@@ -29,7 +30,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
             raise CheckpointError(
                 f"{where}: {file} is {size} bytes long, expected at most {MAX_JSON}; is it JSON at all?"
             )
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file, MAX_JSON, CheckpointError).decode())
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error

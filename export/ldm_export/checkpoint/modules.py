@@ -6,6 +6,7 @@ no second copy of the weights: peak memory is the module in float32 and its larg
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -16,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 from ldm_export.checkpoint.folder import Checkpoint, Component
 from ldm_export.checkpoint.json_files import first_line, shortened
 from ldm_export.checkpoint.layout import ModuleSource, Part, WeightNames
-from ldm_export.checkpoint.weights import DTYPES, StoredTensor, read_weights
+from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor, read_weights
 from ldm_runtime.errors import CheckpointError, SpecError
 
 __all__ = ["MAX_BYTES", "load_module"]
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**30
 """Maximum size of a module in float32, in bytes; the UNet of ldm-text2im-large-256 has 3.5 GB."""
@@ -28,9 +31,12 @@ MAX_BYTES = 64 * 2**30
 def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
     """Load the module ``name`` of the checkpoint's layout: float32 on the CPU, in eval mode and without gradients.
 
+    Tensors that the module does not use are left out, with a warning, as diffusers does.
+
     Raises:
-        CheckpointError: The config describes no module, or one above MAX_BYTES; tensors are missing, left over,
-            misshapen, of another dtype than DTYPES, or not finite; the files cannot be read (``read_weights``).
+        CheckpointError: The config describes no module, or one above MAX_BYTES; tensors are missing, misshapen, of
+            another dtype than DTYPES, or not finite; float8 tensors have scales beside them; the files cannot be read
+            (``read_weights``).
         SpecError: The layout has no module of that name.
     """
     if name not in checkpoint.layout.modules:
@@ -81,7 +87,7 @@ def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, compon
         if key in expected or not (key.startswith(unused) or key.endswith(part.weights.ignored))
     }
     _check(weights, expected, name, part.weights, component)
-    state = {key: stored.read().reshape(expected[key]) for key, stored in weights.items()}
+    state = {key: weights[key].read().reshape(shape) for key, shape in expected.items()}
     module.load_state_dict(state, assign=True)
     if left := [key for key, buffer in module.named_buffers() if buffer.is_meta]:
         with _EmptyOnMeta():
@@ -130,8 +136,9 @@ def _check(
     names: WeightNames,
     component: Component,
 ) -> None:
-    """Raise one CheckpointError that lists tensors that are missing, left over, or of another shape or dtype."""
-    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    """Warn of unused tensors, and raise one CheckpointError naming what is missing, misshapen or of another dtype."""
+    missing, unused = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    scales = [key for key in unused if "scale" in key] if any(one.dtype in FLOAT8 for one in weights.values()) else []
     misfits = []
     for key in sorted(expected.keys() & weights.keys()):
         stored, shape = weights[key], expected[key]
@@ -140,12 +147,21 @@ def _check(
             misfits.append(f"{stored.name} (got {stored.dtype} {list(stored.shape)}, expected float {list(shape)})")
     problems = [
         f"{len(keys)} tensors {what}: {shortened(keys)}"
-        for what, keys in (("missing", missing), ("left over", extra), ("of another shape or dtype", misfits))
+        for what, keys in (
+            ("missing", missing),
+            ("of another shape or dtype", misfits),
+            ("of scales, which float8 values are not multiplied by here", scales),
+        )
         if keys
     ]
     if problems:
+        unread = f"; {len(unused)} tensors unused: {shortened(unused)}" if unused else ""
         files = shortened({stored.file.name for stored in weights.values()}) or "its weights"
+        what = "; ".join(problems) + unread
         raise CheckpointError(
-            f"{name}: {component.folder}: {files} and config.json describe different models: {'; '.join(problems)}; "
+            f"{name}: {component.folder}: {files} and config.json describe different models: {what}; "
             "use the config and the weights of one checkpoint"
         )
+    if unused:
+        count = f"{len(unused)} tensors that the model does not use" if len(unused) > 1 else "a tensor that is not used"
+        log.warning("%s: %s: left out %s: %s", name, component.folder, count, shortened(unused))

@@ -44,12 +44,13 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
     """Write the tokenizer to ``target`` and return its ``model_max_length``, or 77 if that is unset or out of range.
 
     The file is a BertNormalizer, a BertPreTokenizer, a WordPiece model and a [CLS] … [SEP] template, in the format of
-    the ``tokenizers`` library; equal folders give equal bytes. It has no truncation. It has padding, without a
-    length, only if the padding token is not [PAD]. A token that vocab.txt lists twice has the id of its last line.
+    the ``tokenizers`` library; equal folders give equal bytes. It has a padding section only where the padding token
+    is not [PAD] or the side is left, and a truncation section only where the side is left; their lengths mean nothing,
+    because the reader sets them. A token twice in vocab.txt has its last line's id.
 
     Raises:
-        CheckpointError: A file is missing, over 64 MiB, not UTF-8 or not JSON; the vocabulary is missing, empty or
-            without a special token; an entry has a wrong type; or the tokenizer is not BERT's or pads on the left.
+        CheckpointError: names the file. None there, over 64 MiB, not UTF-8, not JSON, no or an empty vocabulary, one
+            without a special token, an entry of a wrong type, or a tokenizer that is not BERT's.
     """
     published = _read_json(folder / "tokenizer.json")
     if published is not None:
@@ -62,7 +63,7 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
     else:
         raise CheckpointError(f"{folder}: neither tokenizer.json nor vocab.txt; expected a BERT tokenizer's folder")
     config, added = _settings(folder, published or {})
-    _check_sides(folder, config, published or {})
+    sides = _sides(folder, config, published or {})
     special = _special_tokens(source, vocabulary, config)
     with _errors_of(folder / _CONFIG):
         normalizer = normalizers.BertNormalizer(
@@ -73,7 +74,7 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
         )
         tokens = _added_tokens(config, added)
     with _errors_of(source):
-        text = _to_json(vocabulary, normalizer, tokens, special)
+        text = _to_json(vocabulary, normalizer, tokens, special, sides)
         content = text.encode()
         if published is not None:
             _compare(source, published["normalizer"], json.loads(text)["normalizer"])
@@ -156,15 +157,18 @@ def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], 
     return config, added
 
 
-def _check_sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> None:
-    """Refuse unsupported settings: padding or truncation on the left, and splitting special tokens in a prompt."""
+def _sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> tuple[str, str]:
+    """The sides on which prompts are padded and cut off; typed special tokens that are to stay text are refused."""
+    sides = []
     for key, section in (("padding_side", "padding"), ("truncation_side", "truncation")):
         with _errors_of(folder / "tokenizer.json"):
             side = config.get(key, (published.get(section) or {}).get("direction", "right").lower())
-        if side != "right":
-            raise CheckpointError(f"{folder / _CONFIG}: {key} is {side!r:.40}, only 'right' is supported")
+        if side not in ("left", "right"):
+            raise CheckpointError(f"{folder / _CONFIG}: {key} is {side!r:.40}, expected 'left' or 'right'")
+        sides.append(side)
     if config.get("split_special_tokens", False) is not False:
         raise CheckpointError(f"{folder / _CONFIG}: split_special_tokens is set, only false is supported")
+    return sides[0], sides[1]
 
 
 def _content(token: Any) -> str | None:
@@ -215,7 +219,13 @@ def _added_tokens(config: dict[str, Any], added: dict[int, dict[str, Any]]) -> l
     return list(tokens.values())
 
 
-def _to_json(vocabulary: dict[str, int], normalizer: Any, tokens: list[AddedToken], special: dict[str, str]) -> str:
+def _to_json(
+    vocabulary: dict[str, int],
+    normalizer: Any,
+    tokens: list[AddedToken],
+    special: dict[str, str],
+    sides: tuple[str, str],
+) -> str:
     fast = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
     fast.normalizer, fast.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     fast.decoder = decoders.WordPiece(prefix="##")
@@ -226,8 +236,11 @@ def _to_json(vocabulary: dict[str, int], normalizer: Any, tokens: list[AddedToke
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
         special_tokens=[(token, fast.token_to_id(token)) for token in (first, last)],
     )
-    if pad != "[PAD]":
-        fast.enable_padding(pad_id=fast.token_to_id(pad), pad_token=pad)
+    padding_side, truncation_side = sides
+    if pad != "[PAD]" or padding_side != "right":
+        fast.enable_padding(direction=padding_side, pad_id=fast.token_to_id(pad), pad_token=pad)
+    if truncation_side != "right":
+        fast.enable_truncation(DEFAULT_LENGTH, direction=truncation_side)
     document = json.loads(fast.to_str())
     document["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"

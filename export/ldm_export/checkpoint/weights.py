@@ -17,13 +17,23 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_export.checkpoint.json_files import first_line, read_json, shortened
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.linked_files import stays_inside
 
-__all__ = ["DTYPES", "StoredTensor", "read_weights", "weight_file"]
+__all__ = ["DTYPES", "FLOAT8", "StoredTensor", "read_weights", "weight_file"]
 
-DTYPES = ("float32", "float16", "bfloat16")
-"""Supported dtypes of weights. Others (integers, float8) would need a scale."""
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+"""Dtypes of eight bits. Their values are read as they are: a checkpoint with scales beside them is refused."""
+DTYPES = ("float64", "float32", "float16", "bfloat16", *FLOAT8)
+"""The dtypes of weights that are read, as float32. Integers would need a scale."""
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _FIRST_RELEASE = "diffusion_model.pt"
 
@@ -63,8 +73,8 @@ def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
     ``.fp16.`` and ``.bf16.``. ``component`` is for error messages.
 
     Raises:
-        CheckpointError: There are no weights, a file is damaged or truncated, a ``.bin`` contains other objects than
-            tensors, or a shard is missing, lies outside the checkpoint or has other tensors than the index says.
+        CheckpointError: no weights, a damaged or truncated file, a ``.bin`` that holds more than tensors, a shard that
+            is missing, lies outside the checkpoint or lacks tensors that the index lists.
     """
     file = weight_file(folder, component)
     return _read_shards(file, component) if file.suffix == ".json" else _read_file(file, component)
@@ -129,6 +139,7 @@ def _load_safetensors(file: Path, name: str) -> torch.Tensor:
 def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
     """Read a state dict. Files of torch before 1.6 cannot be mapped and stay in memory until the dict is released."""
     where = f"{component}: {file}"
+    _check_archive(file, where)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle raises any exception
@@ -144,9 +155,36 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             kind = f"{type(tensor).__name__} {getattr(tensor, 'layout', '')}".strip()
             raise CheckpointError(f"{where}: {name!r} is a {kind}, expected a dict from names to dense tensors only")
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > stored:
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {list(tensor.shape)}, but only {stored} bytes are stored for it; "
+                "use another checkpoint"
+            )
         dtype = str(tensor.dtype).removeprefix("torch.")
         weights[name] = StoredTensor(component, name, file, tuple(tensor.shape), dtype, tensor.detach)
     return weights
+
+
+def _check_archive(file: Path, where: str) -> None:
+    """Refuse a PyTorch archive that inflates to more than the file has: torch writes its entries as they are.
+
+    Raises:
+        CheckpointError: Entries are compressed or overlap, or the directory of the archive is damaged.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        message = f"damaged or truncated ({first_line(error)}), expected a state dict; download it again"
+        raise CheckpointError(f"{where}: {message}") from error
+    if size > file.stat().st_size:
+        raise CheckpointError(
+            f"{where}: {file.stat().st_size} bytes that inflate to {size}, expected entries that are not compressed; "
+            "use another checkpoint"
+        )
 
 
 def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
@@ -158,22 +196,20 @@ def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
     for shard in sorted(set(weight_map.values())):
         listed = {name for name, file in weight_map.items() if file == shard}
         stored = _read_file(_shard_path(index, shard, where), component)
-        if listed != set(stored):
+        if lost := listed - set(stored):
             raise CheckpointError(
-                f"{where} and {shard} differ in {shortened(listed ^ set(stored))}: the index lists {len(listed)} "
-                f"tensors in that shard, it holds {len(stored)}; download both again"
+                f"{where}: shard {shard} lacks {shortened(lost)}: the index lists {len(listed)} tensors in that shard, "
+                f"it holds {len(stored)}; download both again"
             )
-        weights |= stored
+        weights |= {name: tensor for name, tensor in stored.items() if weight_map.get(name, shard) == shard}
     return weights
 
 
 def _shard_path(index: Path, shard: str, where: str) -> Path:
-    """Return the file of a shard in the index's folder; a Hugging Face cache has links there into its ``blobs``."""
+    """The shard's file, if it lies in the index's folder; links into a Hugging Face cache are followed."""
     folder = index.parent.resolve()
-    roots = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
     try:
-        file = (folder / shard).resolve()
-        inside, exists = any(file.is_relative_to(root) for root in roots), file.is_file()
+        inside, exists = stays_inside(folder / shard, folder), (folder / shard).is_file()
     except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a zero byte
         inside, exists = False, False
     if shard != Path(shard).name or not inside:

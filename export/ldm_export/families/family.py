@@ -65,7 +65,8 @@ class Family:
         requests: One request without a seed for each of the prompts; None gives the family's default requests. Raises
             SpecError for prompts if the family's models take none.
         reference: diffusers' own pipeline of a checkpoint, float32 on the CPU.
-        reference_image: Runs that pipeline for one request with every option filled in, noise from the generator.
+        reference_image: Runs that pipeline for one request with every option filled in, height and width in pixels of
+            our image among them, noise from the generator.
     """
 
     name: str

@@ -27,13 +27,15 @@ from ldm_export.checkpoint.diffusers_parts import (
     DECODER_MODULE,
     SCHEDULER,
     UNET_CONDITION,
+    context_widths,
     latent_channels,
     latent_problems,
+    latent_size,
     pixels_per_latent,
 )
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.json_files import shortened
-from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSource, Part
+from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSource, Part, WeightNames
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
@@ -54,10 +56,17 @@ TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
 """The pipeline pads every prompt to this length, or to the text encoder's where that is shorter."""
 GUIDANCE = ("unconditional", "conditional")
+PIPELINE_FACTOR = 8
+"""Pixels per latent that diffusers' pipeline assumes of every autoencoder."""
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.3, guidance_scale=6.0)
 """As in the example of LDMTextToImagePipeline."""
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
-_OTHER_INPUTS = ("encoder_hid_dim_type", "class_embed_type", "addition_embed_type", "num_class_embeds")
+_EMBEDDINGS = {  # of the UNet, and their kinds that the text encoder's states suffice for
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
 
 BERT = Part(
     folders=("bert", "text_encoder"),
@@ -68,6 +77,7 @@ BERT = Part(
         "num_attention_heads": "encoder_attention_heads",
         "intermediate_size": "encoder_ffn_dim",
     },
+    weights=WeightNames(((r"^(?!model\.)", "model."),)),  # saved without the head on top
     construct=lambda config: LDMBertModel(LDMBertConfig(**config)),  # type: ignore[no-untyped-call]
 )
 
@@ -89,11 +99,11 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the UNet needs no input that the pipeline does not give."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     problems = []
-    if unet["cross_attention_dim"] != text["d_model"]:
-        width = unet["cross_attention_dim"]
-        problems.append(f"the unet's cross_attention_dim is {width}, not the text encoder's {text['d_model']}")
+    if wrong := sorted(context_widths(unet) - {text["d_model"]}):
+        key = "cross_attention_dim" if unet["encoder_hid_dim"] is None else "encoder_hid_dim"
+        problems.append(f"the unet's {key} is {wrong[0]}, not the text encoder's {text['d_model']}")
     problems += latent_problems(unet, autoencoder)
-    if other := [key for key in _OTHER_INPUTS if unet[key] is not None]:
+    if other := [key for key, kinds in _EMBEDDINGS.items() if unet[key] not in kinds]:
         problems.append(f"the unet's {shortened(other)} asks for inputs that a text-to-image pipeline does not give")
     return problems
 
@@ -106,14 +116,14 @@ class ModelShape:
         tokens: Tokens of a prompt.
         context_width: Channels of the text encoder's hidden states.
         latents: Channels of the latents, and pixels per latent.
-        latent_size: The model's own height and width, in latents.
+        latent_size: The model's own height and width, in latents; one number for both.
         image_channels: Channels of the decoded image.
     """
 
     tokens: int
     context_width: int
     latents: Latents
-    latent_size: int
+    latent_size: int | tuple[int, int]
     image_channels: int
 
     def specs(self) -> dict[str, ComponentSpec]:
@@ -140,7 +150,7 @@ def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
         tokens=min(TOKENS, text["max_position_embeddings"]),
         context_width=text["d_model"],
         latents=Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder)),
-        latent_size=unet["sample_size"],
+        latent_size=latent_size(unet, autoencoder),
         image_channels=autoencoder["out_channels"],
     )
 
@@ -204,9 +214,13 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    """Run diffusers' pipeline, which divides the sizes it is given by 8 whatever the autoencoder's factor is."""
+    factor = 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
     image: Image.Image = pipeline(
         [request["prompts"]],
         generator=generator,
+        height=request["height"] // factor * PIPELINE_FACTOR,
+        width=request["width"] // factor * PIPELINE_FACTOR,
         eta=request["eta"],
         guidance_scale=request["guidance_scale"],
         num_inference_steps=request["num_inference_steps"],

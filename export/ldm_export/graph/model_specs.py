@@ -21,10 +21,15 @@ def rows(branches: int) -> Axis:
     return Axis(IMAGES.name, IMAGES.min, count * IMAGES.opt, count * IMAGES.max)
 
 
-def latent_axes(size: int) -> tuple[Axis, Axis]:
-    """Height and width of the latents: free from 2 to four times the model's own ``size``."""
-    longest = max(MAX_LATENT, 4 * size)
-    return Axis("height", 2, size, longest), Axis("width", 2, size, longest)
+def latent_axes(size: int | tuple[int, int]) -> tuple[Axis, Axis]:
+    """Height and width of the latents: free from 2 to four times the model's own ``size``.
+
+    Args:
+        size: One number, or height and width.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    longest = max(MAX_LATENT, 4 * height, 4 * width)
+    return Axis("height", 2, height, longest), Axis("width", 2, width, longest)
 
 
 def unet_spec(

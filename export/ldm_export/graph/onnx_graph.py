@@ -71,7 +71,7 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
         model = _trace(module, spec)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise BuildError(
-            f"{spec.name}: cannot be traced: {_first_line(_cause(error))}; report it with the model's config"
+            f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
         ) from error
     _name(model, spec)
     _share_equal_weights(model.graph)
@@ -199,7 +199,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(max(before, logging.WARNING))
+        logging.disable(max(before, logging.ERROR))
         try:
             yield
         finally:
@@ -211,6 +211,13 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _reason(error: BaseException) -> str:
+    """The first lines of what went wrong, without an ending colon: the line behind it says what it announces."""
+    lines = [line.strip() for line in str(_cause(error)).strip().splitlines() if line.strip()]
+    last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: last + 1])[:300] or type(_cause(error)).__name__
 
 
 def _first_line(error: BaseException) -> str:

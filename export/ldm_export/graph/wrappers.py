@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import interpolate
@@ -58,13 +59,19 @@ class Decoder(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Upsample2D without its branches on the batch and element count, which would pin those dimensions in a trace."""
+    """Upsample2D without its branches on the batch and element count, which would pin those dimensions in a trace.
+
+    Attributes:
+        size: Height and width of the result where the caller's ``output_size`` cannot say it; None doubles both sides.
+    """
 
     def __init__(self, original: Upsample2D):
         super().__init__()
-        self.conv: Any = original.conv
+        self.conv: Any = original.conv if original.use_conv else nn.Identity()
+        self.size: tuple[int, int] | None = None
 
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
+        output_size = self.size if output_size is None else output_size
         factor = None if output_size is not None else 2.0
         result: torch.Tensor = self.conv(
             interpolate(hidden_states, size=output_size, scale_factor=factor, mode="nearest")
@@ -87,12 +94,44 @@ class _Always:
 
 
 def free_upsampling(module: nn.Module) -> nn.Module:
-    """Make a diffusers model's upsampling traceable for any batch and size; its results stay the same."""
+    """Make a diffusers model's upsampling traceable for any batch and size; its results stay the same.
+
+    Some blocks upsample inside a residual block. Its branch on the batch is avoided by moving the upsampling to the
+    place of the downsampling, and the block sets its size before each call.
+    """
     for name, child in list(module.named_children()):
-        if isinstance(child, Upsample2D) and child.interpolate and child.use_conv and child.norm is None:
+        if _is_nearest(child) and child.use_conv:
             setattr(module, name, _Upsample(child))
         else:
             free_upsampling(child)
+    if isinstance(module, ResnetBlock2D) and _is_nearest(module.upsample):
+        module.downsample, module.upsample = _Upsample(module.upsample), None
+    if _upsamplers(module):
+        module.register_forward_pre_hook(_set_upsampled_size, with_kwargs=True)
     if hasattr(module, "num_upsamplers"):
         module.num_upsamplers = _Always()  # type: ignore[assignment]
     return module
+
+
+def _is_nearest(module: Any) -> TypeGuard[Upsample2D]:
+    """Whether this is nearest upsampling with or without a convolution, and nothing else."""
+    return (
+        isinstance(module, Upsample2D)
+        and module.interpolate
+        and not module.use_conv_transpose
+        and module.norm is None
+        and (not module.use_conv or module.name == "conv")
+    )
+
+
+def _upsamplers(block: nn.Module) -> list[_Upsample]:
+    """The upsampling inside the residual blocks that a block ends with."""
+    resnets = list(getattr(block, "upsamplers", None) or ())
+    inside = [resnet.downsample for resnet in resnets if isinstance(resnet, ResnetBlock2D)]
+    return [one for one in inside if isinstance(one, _Upsample)]
+
+
+def _set_upsampled_size(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Tell a block's upsampling resnets the size of the skip connection, which diffusers passes to the block only."""
+    for upsampler in _upsamplers(block):
+        upsampler.size = named.get("upsample_size")

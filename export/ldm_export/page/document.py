@@ -96,8 +96,12 @@ def inline_image(image: Image.Image, alt: str = "") -> Markup:
 
 
 def difference(one: Image.Image, other: Image.Image, times: int) -> Image.Image:
-    """Absolute difference of two images, amplified by the factor ``times``."""
-    return ImageChops.difference(one, other).point(lambda value: min(255, value * times))
+    """How far two images differ, ``times`` as bright as it is. Differences in opacity show as grey."""
+    found = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
+    if found.mode != "RGBA":
+        return found
+    red, green, blue, alpha = found.split()
+    return Image.merge("RGB", [ImageChops.lighter(channel, alpha) for channel in (red, green, blue)])
 
 
 def _cell(value: Any) -> tuple[Markup, bool]:

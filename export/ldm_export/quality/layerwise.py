@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 
 from ldm_calibration.probes import add_outputs
 from ldm_runtime.backends.host import first_line
+from ldm_runtime.backends.onnxruntime_session import load_onnxruntime
 from ldm_runtime.errors import BuildError
 
 __all__ = ["Layer", "compare_layers", "first_beyond"]
@@ -93,6 +93,7 @@ def _values(graph: Path, names: set[str], feed: Mapping[str, NDArray[Any]]) -> d
     model = ir.load(graph)
     add_outputs(model, sorted(names))
     probe = graph.with_name(f".{graph.stem}.layers.onnx")
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -177,11 +177,17 @@ def _component(
 
 def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> ImageResult:
     mine = ours(**request).images[0]
+    sized = {**request, "height": mine.height, "width": mine.width}
     with torch.random.fork_rng(devices=[]):
         generator = torch.manual_seed(
             request["seed"]
         )  # the global generator, from which the steps draw their noise too
-        reference = family.reference_image(theirs, request, generator)
+        reference = family.reference_image(theirs, sized, generator)
+    if (mine.size, mine.mode) != (reference.size, reference.mode):
+        raise CheckpointError(
+            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
+            "verify it against the checkpoint it was built from"
+        )
     pair: list[NDArray[np.float64]] = [np.asarray(one, np.float64) for one in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
     return ImageResult(request, worst, psnr(pair[0], pair[1], peak=255.0), mine, reference)

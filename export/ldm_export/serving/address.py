@@ -47,11 +47,18 @@ def parse_url(text: str, protocol: str | None = None) -> Address:
         parts = urlsplit(text if "://" in text else f"{protocol or 'http'}://{text}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise SpecError(f"url: got {text!r} ({error}), {expected}") from None
+        detail = "" if "@" in text else f" ({error})"
+        raise SpecError(f"url: got {_shown(text)!r}{detail}, {expected}") from None
     plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme not in SCHEMES or not host or not plain or any(char.isspace() for char in text):
-        raise SpecError(f"url: got {text!r}, {expected}")
+        raise SpecError(f"url: got {_shown(text)!r}, {expected}")
     spoken, secure = SCHEMES[parts.scheme]
     if protocol not in (None, spoken):
         raise SpecError(f"url: {text!r} is for {spoken}, but --protocol is {protocol}; leave one of them out")
     return Address(host, PROTOCOLS[spoken] if port is None else port, spoken, secure)
+
+
+def _shown(text: str) -> str:
+    """A URL for messages, without the user name and the password that it may have."""
+    scheme, separator, rest = text.rpartition("://") if "://" in text else ("", "", text)
+    return f"{scheme.rpartition('@')[2]}{separator}…@{rest.rpartition('@')[2]}" if "@" in text else text

@@ -18,9 +18,11 @@ from ldm_export.extras import needs
 from ldm_export.serving.address import Address
 from ldm_export.serving.server_errors import one_line_errors
 from ldm_runtime.errors import ServerError, SpecError
+from ldm_runtime.number_checks import seconds, shown
 
 __all__ = ["Arrays", "Connection"]
 
+MAX_TIMEOUT = 1e6
 GRACE = 10.0
 """Seconds to wait beyond the timeout, so that the server's own error message arrives."""
 Arrays = dict[str, NDArray[Any]]
@@ -45,8 +47,9 @@ class Connection:
     """
 
     def __init__(self, address: Address, model: str, timeout: float):
-        if not 0 < timeout < 1e6:
-            raise SpecError(f"timeout: got {timeout:g}, expected a number of seconds above 0")
+        timeout = seconds("timeout", timeout)
+        if timeout > MAX_TIMEOUT:
+            raise SpecError(f"timeout: got {shown(timeout)}, expected at most {MAX_TIMEOUT:g} seconds")
         self.address, self.model, self.timeout = address, model, timeout
         with needs("client"):
             if address.protocol == "http":
@@ -76,8 +79,8 @@ class Connection:
             if not self._client.is_model_ready(self.model, **limit):
                 raise ServerError(self._unready(limit))
             facts = self._client.get_model_metadata(self.model, **({} if self._http else {"as_json": True, **limit}))
-        self.inputs: dict[str, str] = {tensor["name"]: tensor["datatype"] for tensor in facts.get("inputs", [])}
-        self.outputs: list[str] = [tensor["name"] for tensor in facts.get("outputs", [])]
+            self.inputs = {str(tensor["name"]): str(tensor["datatype"]) for tensor in facts.get("inputs", [])}
+            self.outputs = [str(tensor["name"]) for tensor in facts.get("outputs", [])]
 
     def _unready(self, limit: dict[str, Any]) -> str:
         """Why the model is not ready: unknown, failed, loading, or loaded but unable to generate images."""
@@ -156,8 +159,9 @@ class Connection:
                     final = response.parameters.get("triton_final_response")
                     complete = final is not None and final.bool_param
                     present = [tensor.name for tensor in response.outputs]
-                if present:
-                    yield _arrays(result, [name for name in outputs if name in present])
+                    arrays = _arrays(result, [name for name in outputs if name in present]) if present else None
+                if arrays is not None:
+                    yield arrays
         finally:
             self._client.stop_stream(cancel_requests=not complete)
 
@@ -172,6 +176,8 @@ class Connection:
                     f"{self.address}: model {self.model!r} has no input {name}, only {known}; choose another"
                 )
             kind, listed = self.inputs[name], value if isinstance(value, list) else [value]
+            if kind != "BYTES" and triton_to_np_dtype(kind) is None:
+                raise ServerError(f"{self.address}: input {name} has the unknown data type {kind!r:.40}; check --model")
             try:
                 if kind == "BYTES":
                     array = np.array([text.encode() for text in listed], dtype=object)

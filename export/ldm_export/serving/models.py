@@ -10,7 +10,7 @@ from typing import Any
 from ldm_export.serving.config import Serving, component_config, plan_name, stream_config, unary_config
 from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import MANIFEST, files_of_graph
+from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import BuildError
 from ldm_runtime.triton.parameters import BUNDLE
 
@@ -64,9 +64,10 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
         return Model(name, stream_config(model, serving), {"model.py": code, **_bundle_files(bundle)})
     component, precision = bundle.manifest.components[name], serving.parameters.precision
     if serving.target == "onnxruntime":
-        _, *weights = files_of_graph(component.graph(precision) or "", bundle.manifest.files)
-        files: dict[str, str | Path] = {"model.onnx": bundle.graph(name, precision)}
-        files |= {Path(file).name: bundle.folder / file for file in weights}  # the graph refers to them by this name
+        graph = bundle.verified_graph(name, precision)
+        files: dict[str, str | Path] = {"model.onnx": graph.path}
+        folder = graph.path.parent  # the graph refers to its weights by paths from here
+        files |= {str(weights.path.relative_to(folder)): weights.path for weights in graph.beside}
         return Model(name, component_config(component.spec, serving), files)
     if serving.target == "tensorrt":
         engines = [

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_export.bundle.publish import work_folder
+from ldm_export.bundle.publish import remove, work_folder
 from ldm_export.serving.models import Model
 from ldm_export.serving.pbtxt import to_pbtxt
 from ldm_runtime.atomic_files import write_whole
@@ -42,7 +42,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
     version = 1 + max([0, *(number for model in models for number in versions(repository / model.name))])
     with work_folder(repository) as work:
         stage = work / "models"
-        shutil.rmtree(stage, ignore_errors=True)
+        remove(stage)
         placed: dict[Path, Path] = {}
         for model in models:
             _fill(stage / model.name / str(version), model, placed)

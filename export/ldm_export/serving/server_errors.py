@@ -41,7 +41,8 @@ def one_line_errors(address: Address, timeout: float) -> Iterator[None]:
         raise ServerError(f"{address}: no answer in {timeout:g} s; {LONGER}") from None
     except LdmError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        # the last three: the response does not have the form of the protocol
         cause = " ".join(str(error).split()) or type(error).__name__
         other = "grpc" if address.protocol == "http" else "http"
         raise ServerError(f"{address}: no Triton server answers ({cause}); is the port for {other}?") from None

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.options import PRECISIONS, unwritten
-from ldm_runtime.atomic_files import write_whole
+from ldm_export.verbs.options import PRECISIONS, real_number, unwritten, whole_number
+from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.backends.selection import DEVICES
 from ldm_runtime.errors import BuildError
@@ -27,23 +27,27 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="precisions to time on each backend (default: the backend's own choice)",
     )
     verb.add_argument(
-        "--batch", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="images of one call (default 1 2 4)"
+        "--batch",
+        nargs="+",
+        type=whole_number,
+        default=[1, 2, 4],
+        metavar="N",
+        help="images of one call (default 1 2 4)",
     )
-    verb.add_argument("--steps", type=int, help="denoising steps of a generation (default: the model's)")
-    verb.add_argument("--runs", type=int, default=5, help="timed rounds (default 5)")
-    verb.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
-    verb.add_argument("--eta", type=float, help="noise added at each step, 0 for none (default: the model's)")
-    verb.add_argument("--width", type=int, help="width in pixels (default: the model's)")
-    verb.add_argument("--height", type=int, help="height in pixels (default: the model's)")
+    verb.add_argument("--steps", type=whole_number, help="denoising steps of a generation (default: the model's)")
+    verb.add_argument("--runs", type=whole_number, default=5, help="timed rounds (default 5)")
+    verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
+    verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
+    verb.add_argument("--width", type=whole_number, help="pixels (default: the model's)")
+    verb.add_argument("--height", type=whole_number, help="pixels (default: the model's)")
     verb.add_argument("--device", choices=DEVICES, default="auto", help="device to run on (default auto)")
-    verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument("-o", "--output", type=Path, metavar="SVG", help="file to write a chart to")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export bench``."""
-    from ldm_export.bench.bench_results import BenchSettings, Combination
-    from ldm_export.bench.benchmark import benchmark
+    from ldm_export.bench.benchmark import BenchSettings, Combination, benchmark
 
     if args.output:
         _check(args.output)
@@ -63,6 +67,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("loading") as bar:
         result = benchmark(args.bundle, combinations, settings, lambda what, done, total: bar.to(done, total, what))
     if args.output:
+        if args.output.exists():
+            screen.note(f"overwriting {args.output}")
         try:
             write_whole(args.output, result.chart().encode())
         except OSError as error:
@@ -96,8 +102,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 def _check(output: Path) -> None:
     """Refuse an output that cannot be written, before any work is done."""
-    if output.suffix != ".svg" or output.is_dir():
+    if output.suffix != ".svg":
         raise BuildError(f"{output}: expected the name of a file that ends in .svg; choose another -o")
+    destination(output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BuildError(f"{output}: cannot be written ({folder} is no folder, or not writable); choose another -o")

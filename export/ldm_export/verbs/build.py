@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
-TARGETS = ("tensorrt-rtx", "tensorrt")
 HALF = ("fp16", "bf16")
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""
@@ -32,7 +32,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and arithmetic (default fp32)"
     )
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=TARGETS, help="also build TensorRT engines for this package")
+    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines for this package")
     engines.add_argument(
         "--compute-capability",
         metavar="LIST",
@@ -138,9 +138,5 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
             )
         return None
     return EngineRequest(
-        args.target,
-        tuple(filter(None, capabilities)),
-        bounds,
-        refittable=args.refittable,
-        timings=args.timing_cache,
+        args.target, tuple(filter(None, capabilities)), bounds, refittable=args.refittable, timings=args.timing_cache
     )

@@ -58,3 +58,5 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     show(report, screen)
+    if built.bundle.precision == "int8":
+        screen.note("`ldm-export generate` now takes int8 from this bundle; --precision fp32 is exact")

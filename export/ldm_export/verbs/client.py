@@ -13,7 +13,9 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, grid_columns, write_images
+from ldm_export.verbs.options import real_number, whole_number
+from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]
@@ -35,15 +37,17 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--preview-every",
-        type=int,
+        type=whole_number,
         default=0,
         metavar="N",
         help="with --stream, write a preview every N steps: out-9.png, …",
     )
-    server.add_argument("--priority", type=int, help="priority from 0 (most urgent) to 4 (default: the server's)")
+    server.add_argument(
+        "--priority", type=whole_number, help="priority from 0 (most urgent) to 4 (default: the server's)"
+    )
     server.add_argument(
         "--timeout",
-        type=float,
+        type=real_number,
         default=300.0,
         metavar="SECONDS",
         help="time after which the request is cancelled (default 300)",
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
     from ldm_runtime.request import fresh_seed
 
-    check_output(args.output)
+    destination(args.output)
     address = parse_url(args.url, args.protocol or ("grpc" if args.stream and "://" not in args.url else None))
     if args.stream and address.protocol != "grpc":
         raise SpecError(f"url: {address} cannot stream; use gRPC and its port, usually {PROTOCOLS['grpc']}")
@@ -68,12 +72,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         answer = _stream(connection, inputs, args, screen) if args.stream else _infer(connection, inputs, screen)
     images = _images(answer["IMAGE"], args, address)
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
-    if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed})
-        return
-    screen.note(f"seed {seed}")
-    for path in written:
-        screen.result(str(path))
+    written.show(screen, {"seed": seed}, f"seed {seed}", args.json)
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -110,15 +109,23 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
         for answer in answers:
             if not {"STEP", "TOTAL"} <= answer.keys():
                 continue
-            step, total = (int(answer[name].ravel()[0]) for name in ("STEP", "TOTAL"))
+            step, total = (_number(answer[name], name, connection.address) for name in ("STEP", "TOTAL"))
             bar.to(step, total)
             if "IMAGE" in answer and step < total:
                 preview = args.output.with_name(f"{args.output.stem}-{step}{args.output.suffix}")
                 images = _images(answer.pop("IMAGE"), args, connection.address)
-                write_images(preview, images, grid_columns(args.images_per_prompt))
+                replaced = write_images(preview, images, grid_columns(args.images_per_prompt)).replaced
+                screen.note(f"{preview}: preview of step {step} of {total}{', overwritten' if replaced else ''}")
     if "IMAGE" not in answer:
         raise ServerError(f"{connection.address}: the stream ended without an image; look into the server's log")
     return answer
+
+
+def _number(array: NDArray[Any], name: str, address: Address) -> int:
+    if array.size != 1 or array.dtype.kind not in "iu":
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ServerError(f"{address}: {name} is {got}, expected one whole number; check --model")
+    return int(array.ravel()[0])
 
 
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:

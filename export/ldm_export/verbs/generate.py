@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
-from ldm_export.verbs.options import PRECISIONS
+from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
-from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
     from ldm_runtime.request import Request
 
 __all__ = ["add_arguments", "run"]
-
-MAX_THREADS = 1024
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -35,7 +32,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
     )
-    verb.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="cache of OpenVINO's compiled models, for faster starts"
     )
@@ -47,8 +44,6 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_runtime.request import fresh_seed
 
     check_output(args.output)
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise SpecError(f"threads: got {args.threads}, expected 1..{MAX_THREADS}; leave it out for all cores")
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("loading"):
         loaded = LatentDiffusionPipeline.from_bundle(
@@ -69,12 +64,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle sets it
-    if args.json:
-        screen.json({"files": [str(path) for path in written], "seed": seed, "choice": choice.facts()})
-        return
-    screen.note(f"seed {seed}; {choice}")
-    for path in written:
-        screen.result(str(path))
+    written.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
 
 
 def _request(args: argparse.Namespace, seed: int) -> Request:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from ldm_export.verbs.options import unwritten
-from ldm_runtime.atomic_files import write_together
+from ldm_export.screen import Screen
+from ldm_export.verbs.options import real_number, unwritten, whole_number
+from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError
 
-__all__ = ["add_request", "check_output", "grid_columns", "write_images"]
+__all__ = ["Written", "add_request", "check_output", "grid_columns", "write_images"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files that were written, and those of them that existed before."""
+
+    files: tuple[Path, ...]
+    replaced: tuple[Path, ...]
+
+    def show(self, screen: Screen, facts: Mapping[str, Any], note: str, json: bool) -> None:
+        """Print the files: as JSON with further facts, or one per line after the note."""
+        if json:
+            names = {"files": self.files, "overwritten": self.replaced}
+            screen.json({**{name: [str(path) for path in paths] for name, paths in names.items()}, **facts})
+            return
+        screen.note(note)
+        for path in self.replaced:
+            screen.note(f"overwrote {path}")
+        for path in self.files:
+            screen.result(str(path))
 
 
 def add_request(verb: argparse.ArgumentParser) -> None:
@@ -20,24 +43,32 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="text prompts; none for a model without text conditioning"
     )
-    verb.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write (default out.png)")
+    verb.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help="image to write, in the format of its suffix: .png, .jpg, .webp, .tif, .bmp (default out.png)",
+    )
     verb.add_argument(
         "--each", action="store_true", help="write each of several images too, not only their grid: out-0.png, …"
     )
-    verb.add_argument("--seed", type=int, help="the same seed gives the same images (default: random, printed)")
-    verb.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    verb.add_argument("--eta", type=float, help="noise added at each step, 0 for none (default: the model's)")
-    verb.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
+    verb.add_argument(
+        "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
+    )
+    verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
+    verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
+    verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
     verb.add_argument(
         "--guidance-interval",
         nargs=2,
-        type=float,
+        type=real_number,
         metavar=("START", "END"),
         help="share of the steps that use guidance; the others take half the time and change the image (default 0 1)",
     )
     verb.add_argument(
         "--guidance-every",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="compute the guidance direction at every N-th step and reuse it between: 2 saves a quarter of the work, "
         "3 a third, with nearly the same image (default 1, exact)",
@@ -46,23 +77,30 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--negative-prompt", default="", metavar="TEXT", help="text that describes what the image must not show"
     )
     verb.add_argument(
-        "--width", type=int, help="width in pixels, a multiple of the model's factor (default: the model's)"
+        "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )
     verb.add_argument(
-        "--height", type=int, help="height in pixels, a multiple of the model's factor (default: the model's)"
+        "--height", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )
-    verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
-    verb.add_argument("--count", type=int, metavar="N", help="number of images of a model without prompts (default 1)")
+    verb.add_argument(
+        "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images of each prompt (default 1)"
+    )
+    verb.add_argument(
+        "--count", type=whole_number, metavar="N", help="number of images of a model without prompts (default 1)"
+    )
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output path that cannot be a file, before any work is done.
+    """Refuse an output path that cannot be an image file, before any work is done.
 
     Raises:
-        BuildError: The path is a folder.
+        BuildError: The path is a folder or special file, or its suffix is of no format that can be written.
     """
-    if not output.name or output.is_dir():
-        raise BuildError(f"{output}: is a folder, expected the name of an image file; choose another -o")
+    from ldm_runtime.images import FORMATS
+
+    destination(output)
+    if output.suffix.lower() not in FORMATS:
+        raise BuildError(f"{output}: expected a name that ends in {', '.join(FORMATS)}; choose another -o")
 
 
 def grid_columns(images_per_prompt: int) -> int | None:
@@ -70,28 +108,30 @@ def grid_columns(images_per_prompt: int) -> int | None:
     return images_per_prompt if images_per_prompt > 1 else None
 
 
-def write_images(output: Path, images: Sequence[Image.Image], columns: int | None, each: bool = False) -> list[Path]:
+def write_images(output: Path, images: Sequence[Image.Image], columns: int | None, each: bool = False) -> Written:
     """Write one image, or a grid of several; all files are written or none.
 
     Args:
-        output: PNG file to write.
+        output: File to write, in the format of its suffix.
         images: At least one image.
         columns: Columns of the grid; None for a square grid.
         each: Also write each of several images, as output-0.png, output-1.png, ….
 
     Returns:
-        The files written.
+        The files written, and those of them that existed before.
 
     Raises:
         BuildError: They cannot be written.
+        SpecError: The format does not take an image of this size.
     """
-    from ldm_runtime.images import grid, to_png
+    from ldm_runtime.images import grid, to_bytes
 
     files = {output: grid(images, columns)}
     if each and len(images) > 1:
         files |= {output.with_name(f"{output.stem}-{i}{output.suffix}"): image for i, image in enumerate(images)}
     try:
-        write_together({path: to_png(image) for path, image in files.items()})
+        replaced = tuple(path for path in files if path.exists())
+        write_together({path: to_bytes(image, path.suffix) for path, image in files.items()})
     except OSError as error:
         raise unwritten(output, error, "choose another -o") from None
-    return list(files)
+    return Written(tuple(files), replaced)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             bundle.check(lambda name: bar.to(names.index(name), what=name))
     facts = inspect_bundle(bundle)
     if args.json:
-        screen.json(facts)
+        screen.json({**facts, "checked": bool(args.check)})
         return
     conditioning, guidance = ", ".join(facts["conditioning"]) or "none", ", ".join(facts["guidance"]) or "none"
     model = [["family", facts["family"]], ["conditioning", conditioning], ["guidance", guidance]]
@@ -50,11 +51,13 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+    if args.check:
+        screen.result(f"checked: all {len(bundle.manifest.files)} files have the sizes and digests of the manifest")
 
 
 def _engine(engine: dict[str, Any]) -> str:
     gpus = ", ".join(engine["compute_capabilities"]) or "the GPU it was built on"
-    work = ", ".join(f"{count} {kind}" for kind, count in engine["proof"].get("matrix_work", {}).items())
+    work = ", ".join(f"{count} {kind}" for kind, count in mapping(engine["proof"].get("matrix_work")).items())
     what = f"{engine['precision']} for {gpus}, {engine['package']} {engine['version']}"
     return f"{engine['file']}, {human_bytes(engine['bytes'])}; {what}; matrix work: {work or 'none'}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.options import lines
+from ldm_export.verbs.options import lines, real_number, whole_number
 from ldm_runtime.errors import SpecError
 
 if TYPE_CHECKING:
@@ -32,23 +32,30 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file with one prompt per line (models conditioned on text; the demo model has its own)",
     )
-    int8.add_argument("--min-psnr", type=float, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
+    int8.add_argument("--min-psnr", type=real_number, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
     int8.add_argument(
         "--max-accuracy-loss",
-        type=float,
+        type=real_number,
         metavar="SHARE",
         help="maximum loss of prompt accuracy (demo model)",
     )
     int8.add_argument(
-        "--calibration-steps", type=int, metavar="N", help="denoising steps of the observed images (default 20)"
+        "--calibration-steps",
+        type=whole_number,
+        metavar="N",
+        help="denoising steps of the observed images (default 20)",
     )
     int8.add_argument(
         "--sensitivity",
         choices=("latents", "results"),
         help="rank layers by their effect on the final latents (default), or on their own results, which is faster",
     )
-    int8.add_argument("--trials", type=int, metavar="N", help="images on which the budget is checked (default 16)")
-    int8.add_argument("--trial-steps", type=int, metavar="N", help="denoising steps of the trial images (default 50)")
+    int8.add_argument(
+        "--trials", type=whole_number, metavar="N", help="images that check the budget (default 16, graded 100)"
+    )
+    int8.add_argument(
+        "--trial-steps", type=whole_number, metavar="N", help="denoising steps of these (default: the model's)"
+    )
 
 
 def given_options(args: argparse.Namespace) -> list[str]:
@@ -111,7 +118,7 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
         requests=observed,
         trial_requests=tried,
         steps=20 if args.calibration_steps is None else args.calibration_steps,
-        trial_steps=50 if args.trial_steps is None else args.trial_steps,
+        trial_steps=args.trial_steps,
         sensitivity=args.sensitivity or "latents",
         min_psnr=args.min_psnr if bounded else 35.0,
         max_accuracy_loss=args.max_accuracy_loss,

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_runtime.errors import BuildError, SpecError
+from ldm_runtime.number_checks import shown
+from ldm_runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MAX_PROMPTS = 16 * 2**20
+"""Largest file of prompts in bytes."""
+MAX_DIGITS = 40
+"""Longest number on the command line; no option needs more."""
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is none, or has more than MAX_DIGITS characters.
+    """
+    try:
+        if len(text) <= MAX_DIGITS:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number of at most {MAX_DIGITS} digits")
+
+
+def real_number(text: str) -> float:
+    """Parse a number for argparse; errors as ``whole_number``."""
+    try:
+        if len(text) <= MAX_DIGITS:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a number of at most {MAX_DIGITS} characters")
 
 
 def lines(path: Path) -> list[str]:
@@ -21,8 +52,8 @@ def lines(path: Path) -> list[str]:
         SpecError: The file cannot be read or has no prompts.
     """
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = [line.strip() for line in read_regular(path, MAX_PROMPTS, SpecError).decode().splitlines()]
+    except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read as a text file of prompts ({error})") from None
     if not any(prompts):
         raise SpecError(f"{path}: got no prompts, expected one a line")

@@ -10,11 +10,13 @@ from ldm_export.screen import Screen
 from ldm_export.serving.config import TARGETS, Serving
 from ldm_export.serving.models import STREAM, UNARY, make_model, model_names
 from ldm_export.serving.repository import write_models
-from ldm_export.verbs.options import PRECISIONS
+from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
+from ldm_runtime.batching.limits import MAX_COUNT
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import UNET
+from ldm_runtime.number_checks import integer, shown, threads
 from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, ModelParameters
 
 __all__ = ["add_arguments", "row_buckets", "run"]
@@ -38,11 +40,16 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
     )
     verb.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
-    verb.add_argument("--threads", type=int, help="CPU threads of each model (default: all cores)")
+    verb.add_argument("--threads", type=whole_number, help="CPU threads of each model (default: all cores)")
     verb.add_argument(
-        "--max-rows", type=int, default=32, help="maximum rows of one UNet call; a guided image takes two (default 32)"
+        "--max-rows",
+        type=whole_number,
+        default=32,
+        help="maximum rows of one UNet call; a guided image takes two (default 32)",
     )
-    verb.add_argument("--max-queue", type=int, default=256, help="maximum number of waiting requests (default 256)")
+    verb.add_argument(
+        "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
+    )
     verb.add_argument(
         "--only",
         nargs="+",
@@ -85,13 +92,11 @@ def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) 
 
 
 def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
-    if args.threads is not None and args.threads < 1:
-        raise SpecError(f"threads: got {args.threads}, expected 1 or more; leave it out for all cores")
+    threads(args.threads)
     most = min(tensor.bounds("max")[0] for tensor in bundle.manifest.components[UNET].spec.inputs)
     if not 1 <= args.max_rows <= most:
-        raise SpecError(f"max-rows: got {args.max_rows}, expected 1..{most}, which this bundle's UNet takes")
-    if args.max_queue < 1:
-        raise SpecError(f"max-queue: got {args.max_queue}, expected 1 or more")
+        raise SpecError(f"max-rows: got {shown(args.max_rows)}, expected 1..{most}, which this bundle's UNet takes")
+    integer("max-queue", args.max_queue, 1, MAX_COUNT)
     precision = bundle.precision if args.target != "python" and args.precision is None else args.precision
     backend = args.backend if args.target == "python" or args.backend != "auto" else args.target
     fixed = backend == "tensorrt"

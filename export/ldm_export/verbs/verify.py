@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, real_number, unwritten, whole_number
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError
@@ -25,11 +25,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--against", type=Path, metavar="CHECKPOINT", help="checkpoint to compare with (default: the demo model)"
     )
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line (default: four)")
-    verb.add_argument("--steps", type=int, help="denoising steps of the images (default: the model's)")
+    verb.add_argument("--steps", type=whole_number, help="denoising steps of the images (default: the model's)")
     verb.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
-    verb.add_argument("--tolerance", type=float, help="maximum error of a component, as a share of its largest value")
-    verb.add_argument("--max-pixel", type=int, help="maximum difference of a pixel, in 1/255 (default 1 for fp32)")
-    verb.add_argument("--min-psnr", type=float, metavar="DB", help="minimum PSNR of an image (default 45 for fp16)")
+    verb.add_argument(
+        "--tolerance", type=real_number, help="maximum error of a component, as a share of its largest value"
+    )
+    verb.add_argument("--max-pixel", type=whole_number, help="largest pixel difference, of 255 (default 1 for fp32)")
+    verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
     others = verb.add_mutually_exclusive_group()
     others.add_argument(

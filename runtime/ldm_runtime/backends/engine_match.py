@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 from ldm_runtime.backends.cuda import Cuda
@@ -13,6 +12,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = [
     "PACKAGES",
@@ -35,13 +35,13 @@ class MatchedEngine:
 
     Attributes:
         facts: The manifest's entry.
-        file: Path of the engine.
+        file: The engine.
         spec: Inputs and outputs of the component.
         package: The module that runs it.
     """
 
     facts: EngineFacts
-    file: Path
+    file: VerifiedFile
     spec: ComponentSpec
     package: ModuleType
 
@@ -58,7 +58,7 @@ def match_engine(bundle: Bundle, component: str, precision: str) -> MatchedEngin
     check_graph(bundle, component, precision, engines)
     package = open_package(engines)
     facts = matching_engine(component, engines, package.__version__, Cuda().capability())
-    return MatchedEngine(facts, bundle.file(facts.file), bundle.manifest.components[component].spec, package)
+    return MatchedEngine(facts, bundle.verified(facts.file), bundle.manifest.components[component].spec, package)
 
 
 def engines_of(bundle: Bundle, component: str, precision: str) -> tuple[EngineFacts, ...]:

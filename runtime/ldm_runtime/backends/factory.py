@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_runtime.backends import Backend
 from ldm_runtime.backends.engine import Choice, Engine, Placement, Wish, pipeline_components
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.registry import AUTO
@@ -14,6 +13,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
 from ldm_runtime.model import UNET
+from ldm_runtime.number_checks import threads as checked_threads
 
 __all__ = ["OpenModel", "open_component", "open_model"]
 
@@ -53,9 +53,11 @@ def open_model(
         once: True if the model generates one image and is then freed.
 
     Raises:
+        SpecError: ``threads`` is no number from 1 to 1024.
         ManifestError: A file is not the one that was built.
         BackendError: The engine cannot run the bundle on this machine.
     """
+    threads = checked_threads(threads)
     engine, choice = select_backend(bundle, backend, Wish(precision, device, once))
     placement = Placement(choice.device, threads, cache)
     model = bundle.manifest.model
@@ -75,7 +77,7 @@ def open_component(
     device: str = "auto",
     threads: int | None = None,
     cache: Path | None = None,
-) -> Backend:
+) -> LazyBackend:
     """Load one component. Only its own files are read and checked.
 
     Arguments and errors are those of ``open_model``; the component must be one of the bundle's.
@@ -83,5 +85,9 @@ def open_component(
     if component not in bundle.manifest.components:
         known = ", ".join(bundle.manifest.components)
         raise BackendError(f"{bundle.folder}: got component {component!r:.60}, expected one of {known}")
+    threads = checked_threads(threads)
     engine, choice = select_backend(bundle, backend, Wish(precision, device))
-    return engine.open(bundle, component, choice, Placement(choice.device, threads, cache))()
+    loader = engine.open(bundle, component, choice, Placement(choice.device, threads, cache))
+    opened = LazyBackend(bundle.manifest.components[component].spec, loader)
+    opened.load()
+    return opened

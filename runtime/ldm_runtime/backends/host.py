@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ldm_runtime.errors import BackendError, interrupted
+from ldm_runtime.telemetry import hidden_reporter, quieten_engine
 
 __all__ = ["first_line", "has_nvidia_gpu", "import_engine", "is_installed", "usable_cores"]
 
@@ -58,7 +59,7 @@ def is_installed(module: str) -> bool:
 
 
 def import_engine(module: str, extra: str) -> ModuleType:
-    """Import an optional package.
+    """Import an optional package. It sends no reports to its vendor, see ``telemetry``.
 
     Args:
         module: Name of the module.
@@ -70,7 +71,10 @@ def import_engine(module: str, extra: str) -> ModuleType:
     """
     install = f'pip install "ldm-export[{extra}]"'
     try:
-        return importlib.import_module(module)
+        with hidden_reporter():
+            imported = importlib.import_module(module)
+        quieten_engine(imported)
+        return imported
     except (ImportError, OSError, RuntimeError) as error:
         if interrupted(error):
             raise KeyboardInterrupt from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.errors import BackendError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
+from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
 __all__ = [
     "CPU_VARIANT",
@@ -62,7 +62,7 @@ class OnnxRuntimeBackend(SpecBackend):
         BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
     """
 
-    def __init__(self, graph: Path, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
+    def __init__(self, graph: GraphFile, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
         self._spec = spec
         self._session, self.device = open_session(graph, spec, device, threads)
 
@@ -95,7 +95,7 @@ class OnnxRuntimeBackend(SpecBackend):
 class OnnxRuntimeLoader:
     """Loads a component whose graph has been checked."""
 
-    graph: Path
+    graph: VerifiedFile
     spec: ComponentSpec
     placement: Placement
 
@@ -140,7 +140,7 @@ class OnnxRuntimeEngine:
         Raises:
             ManifestError: A file is not the one that was built, or there is no graph of that precision.
         """
-        graph = bundle.graph(component, choice.graph, CPU_VARIANT if placement.device == "cpu" else "")
+        graph = bundle.verified_graph(component, choice.graph, CPU_VARIANT if placement.device == "cpu" else "")
         return OnnxRuntimeLoader(graph, bundle.manifest.components[component].spec, placement)
 
     def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
@@ -152,7 +152,7 @@ class OnnxRuntimeEngine:
         loader, steps = unet.loader, step_graphs(bundle.manifest.model)
         if placement.device != "cuda" or not steps or not isinstance(loader, OnnxRuntimeLoader):
             return None
-        graphs = {name: (bundle.graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
+        graphs = {name: (bundle.verified_graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
         graphs[UNET] = loader.graph, loader.spec
         return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
 

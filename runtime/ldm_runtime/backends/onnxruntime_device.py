@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ldm_runtime.backends.onnxruntime_session import load_onnxruntime, open_sess
 from ldm_runtime.device_loop import Tensor
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, sizes_of
+from ldm_runtime.verified_file import GraphFile
 
 __all__ = ["OnnxRuntimeDevice"]
 
@@ -29,7 +29,7 @@ class OnnxRuntimeDevice:
         device: "cuda", or "cpu" for tests.
     """
 
-    def __init__(self, graphs: Mapping[str, tuple[Path, ComponentSpec]], device: str = "cuda"):
+    def __init__(self, graphs: Mapping[str, tuple[GraphFile, ComponentSpec]], device: str = "cuda"):
         self._graphs, self._device = graphs, device
         self._held: Any = None
         self._values: dict[str, Any] = {}

@@ -9,14 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.backends.host import first_line, import_engine, usable_cores
+from ldm_runtime.backends.ports import check_ports
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
 __all__ = ["EXTRA", "PROVIDERS", "load_onnxruntime", "open_session", "providers", "session_options"]
 
 EXTRA = "onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Device -> ONNX Runtime's execution provider."""
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+}
+"""ONNX Runtime's name of a tensor type -> dtype."""
 _CAPTURE_REFUSED = "cannot use the graph capture feature"
 """ONNX Runtime's message if a part of a graph runs on the CPU, so that a call cannot be captured as a CUDA graph."""
 
@@ -53,7 +63,7 @@ def session_options(threads: int | None = None) -> Any:
 
 
 def open_session(
-    graph: Path,
+    graph: GraphFile,
     spec: ComponentSpec,
     device: str,
     threads: int | None = None,
@@ -74,6 +84,7 @@ def open_session(
 
     Raises:
         BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
+        ManifestError: The bundle was replaced after the graph had been verified.
     """
     ort = load_onnxruntime()
     options = session_options(threads)
@@ -89,28 +100,30 @@ def open_session(
         attempts.insert(0, capture)
     while True:
         try:
-            session = ort.InferenceSession(str(graph), options, providers=attempts[0])
+            session = ort.InferenceSession(str(path_of(graph)), options, providers=attempts[0])
             break
         except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
             if len(attempts) > 1 and _CAPTURE_REFUSED in str(error):
                 attempts.pop(0)
                 continue
-            raise BackendError(f"{spec.name}: onnxruntime cannot load {graph}: {first_line(error)}") from None
+            raise BackendError(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
+    unchanged(graph)
     found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
     if device == "cuda" and found != "cuda":
         raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
-    _check_names(session, spec, graph)
+    _check_ports(session, spec, path_of(graph))
     return session, found
 
 
-def _check_names(session: Any, spec: ComponentSpec, graph: Path) -> None:
+def _check_ports(session: Any, spec: ComponentSpec, graph: Path) -> None:
     for side, ports, tensors in (
         ("inputs", session.get_inputs(), spec.inputs),
         ("outputs", session.get_outputs(), spec.outputs),
     ):
-        got, expected = {port.name for port in ports}, {tensor.name for tensor in tensors}
-        if got != expected:
-            raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
+        got = {
+            port.name: (_DTYPES.get(port.type, port.type), len(port.shape) if port.shape else None) for port in ports
+        }
+        check_ports(graph, side, got, tensors)
 
 
 def providers(device: str, available: Sequence[str]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,22 @@ from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish
 from ldm_runtime.backends.host import first_line, import_engine, is_installed, usable_cores
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
+from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.specs import ComponentSpec, check_feed
+from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
 __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
 
 ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 """Precision of arithmetic -> OpenVINO's name of it. Both keep the types that a graph states, e.g. int8 by Q/DQ."""
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
+"""OpenVINO's name of an element type -> dtype."""
 RANK = 40
+log = logging.getLogger(__name__)
 EXTRA = "openvino"
 
 
@@ -45,7 +52,7 @@ class OpenVinoBackend(SpecBackend):
 
     def __init__(
         self,
-        graph: Path,
+        graph: GraphFile,
         spec: ComponentSpec,
         arithmetic: str = "fp32",
         threads: int | None = None,
@@ -55,7 +62,7 @@ class OpenVinoBackend(SpecBackend):
             raise BackendError(f"arithmetic: got {arithmetic!r:.40}, expected one of {', '.join(ARITHMETIC)}")
         if arithmetic == "bf16" and not has_bf16():
             raise BackendError("this CPU has no bf16 arithmetic; use precision fp32")
-        self._core, self._graph, self._spec = core(), graph, spec
+        self._core, self._file, self._graph, self._spec = core(), graph, path_of(graph), spec
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
@@ -63,8 +70,8 @@ class OpenVinoBackend(SpecBackend):
         }
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
-        weights = weights_beside(graph)
-        size = (weights if weights.is_file() else graph).stat().st_size
+        weights = weights_beside(self._graph)
+        size = (weights if weights.is_file() else self._graph).stat().st_size
         self._unused: Any = self._read()
         self._shaped = ShapedGraph(self._take, self._core, options, size)
 
@@ -79,15 +86,12 @@ class OpenVinoBackend(SpecBackend):
             model = reader.convert(reader.load(str(self._graph)))
         except Exception as error:  # openvino raises a bare RuntimeError for failures of its C++ code
             raise BackendError(f"{self._spec.name}: openvino cannot load {self._graph}: {first_line(error)}") from None
+        unchanged(self._file)
         for side, ports, tensors in (
             ("inputs", model.inputs, self._spec.inputs),
             ("outputs", model.outputs, self._spec.outputs),
         ):
-            got, expected = {port.any_name for port in ports}, {tensor.name for tensor in tensors}
-            if got != expected:
-                raise BackendError(
-                    f"{self._graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild"
-                )
+            check_ports(self._graph, side, {port.any_name: _port(port) for port in ports}, tensors)
         return model
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
@@ -96,11 +100,12 @@ class OpenVinoBackend(SpecBackend):
         Raises:
             SpecError: The feed does not fit the spec.
             BackendError: openvino failed, e.g. because memory ran out.
+            ManifestError: The graph had to be read again, and the bundle was replaced meanwhile.
         """
         check_feed(self._spec, feed)
         try:
             request = self._shaped.run({k: np.require(array, requirements=("C", "W")) for k, array in feed.items()})
-        except BackendError:
+        except LdmError:
             raise
         except Exception as error:  # as in _read
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
@@ -110,6 +115,11 @@ class OpenVinoBackend(SpecBackend):
         """Free the compiled graphs."""
         self._unused = None
         self._shaped.close()
+
+
+def _port(port: Any) -> Port:
+    kind, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
+    return _DTYPES.get(kind, kind), shape.rank.get_length() if shape.rank.is_static else None
 
 
 class OpenVinoEngine:
@@ -150,13 +160,24 @@ class OpenVinoEngine:
             ManifestError: A file is not the one that was built, or there is no graph of that precision.
         """
         part = bundle.manifest.components[component]
-        graph, cache = bundle.graph(component, choice.graph), placement.cache
+        graph, cache = bundle.verified_graph(component, choice.graph), placement.cache
         if cache is not None:
-            cache = cache / _cache_folder(bundle, part.graphs[choice.graph])
+            cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
 
     def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
         """None: on the CPU the pipeline's NumPy loop runs beside the UNet."""
+        return None
+
+
+def _writable(folder: Path) -> Path | None:
+    """The folder, created if need be; None after a warning if it cannot be written, because it only saves time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        log.warning("cache: %s cannot be written (%s); compiled graphs are not kept", folder, error.strerror)
         return None
 
 

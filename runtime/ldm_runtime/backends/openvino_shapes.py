@@ -74,11 +74,21 @@ class ShapedGraph:
             if self._options["INFERENCE_PRECISION_HINT"] == "bf16":
                 fold_upsampling(model)
         with release_mapped_pages(_weights(model)):
-            compiled = self._core.compile_model(model, "CPU", self._options)
+            compiled = self._compile(model)
         if "CACHE_DIR" in self._options:  # a file of the cache stays mapped, with weights in fp32
             release_mapped_files(Path(self._options["CACHE_DIR"]))
         self._requests[key] = compiled.create_infer_request(), {}
         return self._requests[key]
+
+    def _compile(self, model: Any) -> Any:
+        """Compile a graph; if that fails with a cache, e.g. because its disk is full, then without it."""
+        try:
+            return self._core.compile_model(model, "CPU", self._options)
+        except RuntimeError:
+            if self._options.pop("CACHE_DIR", None) is None:
+                raise
+            log.warning("openvino: cannot compile with the cache; compiled graphs are not kept")
+            return self._core.compile_model(model, "CPU", self._options)
 
     def close(self) -> None:
         """Free the compiled graphs."""

@@ -56,6 +56,7 @@ class TensorRtBackend(SpecBackend):
         sizes = sizes_of(self._spec, shapes)
         results = {t.name: empty(t.shape_at(sizes), t.dtype) for t in self._spec.outputs}
         arrays = {**inputs, **results}
+        self._cuda.call("cudaDeviceSynchronize")  # a device loop may have launched this engine on its own stream
         addresses = {name: self._buffers[name].hold(array.nbytes) for name, array in arrays.items()}
         for name, array in inputs.items():
             self._cuda.upload(array, addresses[name], self._stream)
@@ -139,4 +140,4 @@ class TensorRtEngine:
                 raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
             return TensorRtDevice(backend.engine, lambda name: LoadedEngine(matched[name]))
 
-        return DeviceLoop(open_device, slots_of(matched[steps[0]].spec))
+        return DeviceLoop(open_device, slots_of(matched[steps[0]].spec), unet.lock)

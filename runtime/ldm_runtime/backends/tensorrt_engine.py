@@ -25,13 +25,16 @@ class LoadedEngine:
 
     Raises:
         BackendError: There is no GPU, or the engine does not load.
+        ManifestError: The bundle was replaced after the engine had been verified.
     """
 
     def __init__(self, matched: MatchedEngine):
-        self.spec, self._facts, file, package = matched.spec, matched.facts, matched.file, matched.package
+        self.spec, self._facts, file, package = matched.spec, matched.facts, matched.file.path, matched.package
         self.cuda = Cuda()
         self._runtime = package.Runtime(package.Logger(package.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        content = file.read_bytes()
+        matched.file.check()
+        self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise BackendError(f"{file}: {package.__name__} cannot load it; {rebuild_command(self._facts)}")
         self._context = _context(package, self._engine, file)

@@ -76,7 +76,7 @@ class ActiveBatches:
                 if size not in self._batches:
                     self._batches[size] = Batch(self._pipeline.denoiser, self._limits, self._noise_executor)
                 self._batches[size].join(job, conditioning, schedule)
-        except Exception as error:
+        except BaseException as error:
             self._fail([job], error)
 
     def _embed(self, job: Job) -> Tensors:
@@ -106,7 +106,7 @@ class ActiveBatches:
         batch = list(self._batches.values())[self._turn % len(self._batches)]
         try:
             batch.step(self._counters)
-        except Exception as error:
+        except BaseException as error:
             self._batches = {size: other for size, other in self._batches.items() if other is not batch}
             self._fail([member.job for member in batch.members], error)
             return
@@ -139,7 +139,7 @@ class ActiveBatches:
             try:
                 with self._counters.time("decode"):
                     images = self._images(np.concatenate([latents for _, latents in group]))
-            except Exception as error:
+            except BaseException as error:
                 if count > 1:
                     for single in group:
                         self._finish([single])
@@ -162,7 +162,7 @@ class ActiveBatches:
     def _images(self, latents: F32) -> NDArray[np.uint8]:
         return np.ascontiguousarray(to_uint8(self._pipeline.decode_array(latents)))
 
-    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+    def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
         """End jobs with an error. A ``SpecError`` is the request's own; any other error marks the engine unhealthy."""
         if not isinstance(error, SpecError):
             self.unhealthy = True

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ldm_runtime.errors import SpecError
+import numpy as np
 
-__all__ = ["Limits"]
+from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import integer, seconds, shown
+
+__all__ = ["MAX_COUNT", "Limits"]
+
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Limits:
         stall_timeout: Seconds without a finished UNet call, while there is work, after which it is not ready.
 
     Raises:
-        SpecError: A count is below 1, or the buckets do not ascend to ``max_rows``.
+        SpecError: A count is no whole number from 1, a time is no number of seconds above 0, or the buckets do not
+            ascend to ``max_rows``.
     """
 
     max_rows: int = 32
@@ -37,13 +43,19 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_queue", "max_sizes"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise SpecError(f"limits: {name}: got {value!r:.40}, expected a whole number from 1")
-        buckets = list(self.row_buckets or [self.max_rows])
-        if buckets != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != self.max_rows:
-            raise SpecError(
-                f"limits: row_buckets: got {buckets}, expected ascending counts that end with max_rows, {self.max_rows}"
-            )
+            object.__setattr__(self, name, integer(f"limits: {name}", getattr(self, name), 1, MAX_COUNT))
+        for name in ("aging_seconds", "self_test_after", "stall_timeout"):
+            object.__setattr__(self, name, seconds(f"limits: {name}", getattr(self, name)))
+        if self.row_buckets is None:
+            return
+        given = self.row_buckets
+        if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
+            raise SpecError(f"limits: row_buckets: got {shown(given)}, expected a list of counts")
+        buckets = [integer("limits: row_buckets", count, 1, MAX_COUNT) for count in given]
+        if not buckets or buckets != sorted(set(buckets)) or buckets[-1] != self.max_rows:
+            expected = f"ascending counts that end with max_rows, {self.max_rows}"
+            raise SpecError(f"limits: row_buckets: got {shown(buckets)}, expected {expected}")
+        object.__setattr__(self, "row_buckets", buckets)
 
     def padded(self, rows: int) -> int:
         """Rows of a UNet call in which ``rows`` rows (1..max_rows) are in use."""

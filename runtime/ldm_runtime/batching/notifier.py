@@ -33,23 +33,32 @@ class Notifier:
 
     def _run(self) -> None:
         while (entry := self._messages.get()) is not None:
-            job, message = entry
-            with suppress(InvalidStateError):  # the caller has cancelled the future itself
-                if isinstance(message, Progress):
-                    self._progress(job, message)
-                elif isinstance(message, JobResult):
-                    job.future.set_result(message)
-                else:
-                    job.future.set_exception(message)
+            try:
+                self._deliver(*entry)
+            except BaseException:  # also SystemExit and the like: the thread delivers the messages of all requests
+                _log.exception("a callback of a request raised an error")
+
+    def _deliver(self, job: Job, message: Progress | JobResult | LdmError) -> None:
+        with suppress(InvalidStateError):  # the caller has cancelled the future itself
+            if isinstance(message, Progress):
+                self._progress(job, message)
+            elif isinstance(message, JobResult):
+                job.future.set_result(message)
+            else:
+                job.future.set_exception(message)
 
     def _progress(self, job: Job, message: Progress) -> None:
         if job.on_progress is None or job.future.done():
             return
         try:
             job.on_progress(message)
-        except Exception:
+        except BaseException:
             _log.exception("on_progress raised an error; it is not called again for this request")
             job.on_progress = None
+
+    def is_alive(self) -> bool:
+        """True if messages are delivered."""
+        return self._thread.is_alive()
 
     def close(self, timeout: float) -> None:
         """Deliver the pending messages, then end the thread; waits for ``timeout`` seconds at most."""

@@ -17,7 +17,7 @@ from ldm_runtime.batching.notifier import Notifier
 from ldm_runtime.batching.request_queue import PRIORITIES, RequestQueue
 from ldm_runtime.batching.self_test import self_test_request
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
-from ldm_runtime.number_checks import shown
+from ldm_runtime.number_checks import MAX_SECONDS, as_integer, number, seconds, shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
@@ -65,7 +65,7 @@ class BatchScheduler:
             self._test_request = self_test_request(pipeline)
             if warm_up:
                 self._self_test()
-        except LdmError:
+        except BaseException:
             self._noise_executor.shutdown()
             self._notifier.close(1)
             raise
@@ -97,12 +97,7 @@ class BatchScheduler:
             CancelledError: The scheduler is closing.
         """
         plan = self._pipeline.plan(request)
-        if type(priority) is not int or priority not in PRIORITIES:
-            raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")
-        if timeout is not None and not 0 < timeout < float("inf"):
-            raise SpecError(f"timeout: got {shown(timeout)}, expected a number of seconds above 0, or None")
-        if type(preview_every) is not int or preview_every < 0:
-            raise SpecError(f"preview_every: got {shown(preview_every)}, expected a number of steps, or 0 for none")
+        priority, timeout, preview_every = _checked(priority, timeout, preview_every)
         if plan.rows > self._limits.max_rows:
             raise SpecError(
                 f"images: {plan.images} images need {plan.rows} rows of a UNet call (with guidance two each), expected "
@@ -126,17 +121,26 @@ class BatchScheduler:
 
     @property
     def ready(self) -> bool:
-        """True if images can be generated: the last attempt succeeded, the thread is alive, and no call is stalled."""
+        """True if images can be generated: the last attempt succeeded, the threads are alive, and no call is stalled.
+
+        The thread that generates noise is covered by the attempts: each self-test uses it.
+        """
         idle = not (self._active or self._queue or self._testing)
         moving = idle or time.monotonic() - self._last_progress < self._limits.stall_timeout
-        return not self._active.unhealthy and not self._closing and self._thread.is_alive() and moving
+        alive = self._thread.is_alive() and self._notifier.is_alive()
+        return not self._active.unhealthy and not self._closing and alive and moving
 
     def snapshot(self) -> Snapshot:
         """Counters and current state."""
         return self._counters.snapshot(ready=self.ready, waiting=len(self._queue), running=len(self._active))
 
     def close(self, timeout: float = 0.0) -> None:
-        """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads."""
+        """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads.
+
+        Raises:
+            SpecError: ``timeout`` is no number from 0; the scheduler goes on.
+        """
+        timeout = number("timeout", timeout, 0, MAX_SECONDS)
         with self._changed:
             if not self._closing:
                 self._closing, self._drain_until = True, time.monotonic() + timeout
@@ -195,14 +199,15 @@ class BatchScheduler:
             try:
                 self._self_test()
                 self._active.unhealthy = False
-            except LdmError as error:
+            except BaseException as error:
                 self._active.unhealthy = True
                 delay = min(2 * delay, RETRY_SECONDS[1])
-                _log.error("self-test failed: %s", error)
+                _log.error("self-test failed: %s: %s", type(error).__name__, error)
             self._testing = False
 
     def _self_test(self) -> None:
         """Generate a test image; NaN or infinite values in it raise SpecError."""
+        self._noise_executor.submit(int).result()
         for step in self._pipeline.steps(self._test_request):
             latents = step.latents
         self._pipeline.decode(latents)
@@ -223,6 +228,16 @@ class BatchScheduler:
         if not isinstance(message, Progress):
             self._counters.outcomes[_outcome(message)] += 1
         self._notifier.notify(job, message)
+
+
+def _checked(priority: int, timeout: float | None, preview_every: int) -> tuple[int, float | None, int]:
+    """The options of ``submit`` as Python's numbers; SpecError for what they cannot be."""
+    urgency, every = as_integer(priority), as_integer(preview_every)
+    if urgency is None or urgency not in PRIORITIES:
+        raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")
+    if every is None or every < 0:
+        raise SpecError(f"preview_every: got {shown(preview_every)}, expected a number of steps, or 0 for none")
+    return urgency, None if timeout is None else seconds("timeout", timeout), every
 
 
 def _outcome(message: JobResult | LdmError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class TextConditioner:
         self.tokenizer = tokenizer
         self._backend, self._output = backend, output
         self._states: OrderedDict[str, F32] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -65,18 +67,18 @@ class TextConditioner:
         """Check the prompts; one image for each, times ``images_per_prompt``.
 
         Raises:
-            SpecError: No prompts, an empty one, or another number of negative prompts.
+            SpecError: No prompts, or another number of negative prompts.
         """
         if request.prompts is None:
             raise SpecError("prompts: got none, expected a text or a list of texts; this model draws from text")
         prompts = _texts("prompts", request.prompts)
+        if not prompts:
+            raise SpecError("prompts: got an empty list, expected a text or a list of texts")
         negative = _texts("negative_prompt", request.negative_prompt)
         if len(negative) not in (1, len(prompts)):
             raise SpecError(
                 f"negative_prompt: got {len(negative)} for {len(prompts)} prompts, expected one, or one each"
             )
-        if not all(prompt.strip() for prompt in prompts) or not prompts:
-            raise SpecError("prompts: got an empty prompt, expected a text of at least one character")
         return len(prompts) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
@@ -109,15 +111,16 @@ class TextConditioner:
             SpecError: A text cannot be tokenized.
             BackendError: The engine failed.
         """
-        found = {text: self._states[text] for text in texts if text in self._states}
-        for text in texts:
-            if text not in found:
-                found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
-            self._states[text] = found[text]
-            self._states.move_to_end(text)
-        while len(self._states) > CACHE_SIZE:
-            self._states.popitem(last=False)
-        return found
+        with self._lock:
+            found = {text: self._states[text] for text in texts if text in self._states}
+            for text in texts:
+                if text not in found:
+                    found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
+                self._states[text] = found[text]
+                self._states.move_to_end(text)
+            while len(self._states) > CACHE_SIZE:
+                self._states.popitem(last=False)
+            return found
 
     def close(self) -> None:
         """Free the text encoder; encoded prompts stay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.number_checks import integer
+from ldm_runtime.regular_files import read_regular
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**20
 """Largest tokenizer.json that is read; BERT's largest published ones are under 10 MiB."""
 
-MAX_CHARACTERS = 10_000
+MAX_CHARACTERS = 50_000
 """Longest prompt taken. 77 tokens are some 400 characters of prose; the tokens after them are cut off unread."""
 
 MAX_LENGTH = 2**16
@@ -30,9 +35,17 @@ class Tokenizer:
     prompt become their ids, as they do in transformers. One tokenizer may serve several threads.
     """
 
-    def __init__(self, fast: tokenizers.Tokenizer, length: int, pad_token: str) -> None:
-        fast.enable_truncation(length)
-        fast.enable_padding(length=length, pad_id=fast.token_to_id(pad_token), pad_token=pad_token)
+    def __init__(
+        self,
+        fast: tokenizers.Tokenizer,
+        length: int,
+        pad_token: str,
+        padding_side: str = "right",
+        truncation_side: str = "right",
+    ) -> None:
+        pad_id = fast.token_to_id(pad_token)
+        fast.enable_truncation(length, direction=truncation_side)
+        fast.enable_padding(direction=padding_side, length=length, pad_id=pad_id, pad_token=pad_token)
         self._fast = fast
         self.length = length
 
@@ -40,14 +53,14 @@ class Tokenizer:
     def from_file(cls, path: str | Path, length: int) -> Tokenizer:
         """Read a bundle's ``tokenizer.json``; ``length`` is the number of tokens the text encoder takes.
 
-        The padding token is the one the file's padding section names, else [PAD].
+        The padding token is the one the file's padding section names, else [PAD]. The directions are those of the
+        padding and truncation sections, else right.
 
         Raises:
             SpecError: ``length`` is no integer from 2 to MAX_LENGTH.
             ManifestError: no such file, damaged, or not a BERT tokenizer as ``ldm-export build`` writes it.
         """
-        if type(length) is not int or not 2 <= length <= MAX_LENGTH:
-            raise SpecError(f"tokenizer: got length {length!r:.40}, expected an integer from 2 to {MAX_LENGTH}")
+        length = integer("tokenizer: length", length, 2, MAX_LENGTH)
         path = Path(path)
         if not path.is_file():
             raise ManifestError(f"{path}: no such file, expected the bundle's tokenizer; rebuild the bundle")
@@ -56,8 +69,10 @@ class Tokenizer:
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}; rebuild the bundle"
             )
         try:
-            text = path.read_text(encoding="utf-8")
-            pad = _pad_token(json.loads(text))
+            text = read_regular(path, MAX_BYTES, ManifestError).decode()
+            document = json.loads(text)
+            pad = _pad_token(document)
+            sides = [_side(document, section) for section in ("padding", "truncation")] if pad else []
             fast = tokenizers.Tokenizer.from_str(text) if pad else None
         except Exception as error:  # tokenizers raises no narrower class
             cause = " ".join(str(error).split())
@@ -67,12 +82,12 @@ class Tokenizer:
                 f"{path}: not a BERT tokenizer as `ldm-export build` writes it (BertNormalizer, BertPreTokenizer, "
                 "WordPiece, special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
             )
-        return cls(fast, length, pad)
+        return cls(fast, length, pad, *sides)
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids int64 [N, length]: [CLS], the prompt's tokens, [SEP], then [PAD]; what does not fit is cut off.
+        """Ids int64 [N, length]: [CLS], the prompt's tokens, [SEP] and [PAD]; what does not fit is cut off.
 
-        The empty prompt is the unguided one: [CLS] [SEP] and padding.
+        A prompt that is cut off is logged as a warning. The empty prompt is the unguided one: [CLS] [SEP] and padding.
 
         Raises:
             SpecError: no sequence of texts, or a prompt that is no text, has more than MAX_CHARACTERS
@@ -82,8 +97,21 @@ class Tokenizer:
             raise SpecError(f"prompts: got one {type(prompts).__name__}, expected a list of texts; put it into a list")
         for i, prompt in enumerate(prompts):
             _check_prompt(f"prompt {i}", prompt)
-        rows = [self._fast.encode(prompt).ids for prompt in prompts]
-        return np.array(rows, dtype=np.int64).reshape(len(rows), self.length)
+        encodings = [self._fast.encode(prompt) for prompt in prompts]
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            if encoding.overflowing:
+                self._warn(prompt, encoding)
+        return np.array([encoding.ids for encoding in encodings], dtype=np.int64).reshape(len(prompts), self.length)
+
+    def _warn(self, prompt: str, encoding: Any) -> None:
+        spans = [(start, end) for start, end in encoding.offsets if end > start]
+        read = max((end for _, end in spans), default=0) - min((start for start, _ in spans), default=0)
+        log.warning(
+            "prompt: only %d of its %d characters are used, because the model takes %d tokens; shorten it",
+            read,
+            len(prompt),
+            self.length,
+        )
 
 
 def _check_prompt(where: str, prompt: Any) -> None:
@@ -98,6 +126,18 @@ def _check_prompt(where: str, prompt: Any) -> None:
             f"{where}: character {error.start} is the lone surrogate U+{ord(prompt[error.start]):04X}, "
             "expected Unicode text; decode the prompt's bytes as UTF-8"
         ) from None
+
+
+def _side(document: dict[str, Any], section: str) -> str:
+    """The side that the padding or truncation section of tokenizer.json names; right without one.
+
+    Raises:
+        ValueError: It names none.
+    """
+    direction = (document.get(section) or {}).get("direction", "Right")
+    if direction not in ("Left", "Right"):
+        raise ValueError(f"{section}: got direction {direction!r:.40}, expected Left or Right")
+    return str(direction).lower()
 
 
 def _pad_token(document: Any) -> str | None:

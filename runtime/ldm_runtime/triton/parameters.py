@@ -21,6 +21,7 @@ BUNDLE = "bundle"
 """Folder of a model version that holds the bundle's files."""
 IN_PROCESS, PER_STEP = "in_process", "per_step"
 """Where `ldm_stream` runs the UNet: in its own process, or by a call to the model `unet` at each step."""
+MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def bundle_folder(args: Mapping[str, str]) -> Path:
 
 
 def _number(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS):
         raise SpecError(
             f"config.pbtxt: parameter {name}: got {text!r:.40}, expected a whole number; write the repository again"
         )

@@ -93,13 +93,17 @@ def input_fields(model: ModelDescription, stream: bool = False) -> tuple[TensorF
 def output_fields(model: ModelDescription, stream: bool = False) -> tuple[TensorField, ...]:
     """Outputs of `ldm` or, with ``stream``, of `ldm_stream`. IMAGE has as many channels as the decoder's image."""
     channels = model.components[DECODER].outputs[0].bounds("opt")[1]
-    numbers = (TensorField("STEP", "TYPE_INT32"), TensorField("TOTAL", "TYPE_INT32"))
+    progress = (
+        TensorField("STEP", "TYPE_INT32"),
+        TensorField("TOTAL", "TYPE_INT32"),
+        TensorField("FINAL", "TYPE_BOOL"),
+    )
     return (
         TensorField("IMAGE", "TYPE_UINT8", (-1, -1, -1, channels)),
         TensorField("PNG", "TYPE_STRING", (-1,)),
         TensorField("PNG_BASE64", "TYPE_STRING", (-1,)),
         TensorField("SEED_USED", "TYPE_INT64", (-1,)),
-        *(numbers if stream else ()),
+        *(progress if stream else ()),
     )
 
 
@@ -166,15 +170,20 @@ def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
 
 
 def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:
-    """The last response of a request of ``steps`` steps: those of its outputs that are requested."""
+    """The last response of a request of ``steps`` steps: those of its outputs that are requested. FINAL is true."""
     tensors: Tensors = {"SEED_USED": np.array(result.seeds, np.int64)} if "SEED_USED" in requested else {}
-    return tensors | progress_tensors(Progress(steps - 1, steps, result.images), requested)
+    final = {"FINAL": np.array([True])} if "FINAL" in requested else {}
+    return tensors | progress_tensors(Progress(steps - 1, steps, result.images), requested) | final
 
 
 def progress_tensors(progress: Progress, requested: set[str]) -> Tensors:
-    """A response before the last: the number of finished steps, the total, and a preview if there is one."""
+    """A response before the last: the number of finished steps, the total, and a preview if there is one.
+
+    FINAL is false: an image in this response is a preview.
+    """
     numbers = {"STEP": progress.index + 1, "TOTAL": progress.total}
     tensors: Tensors = {name: np.array([number], np.int32) for name, number in numbers.items() if name in requested}
+    tensors |= {"FINAL": np.array([False])} if "FINAL" in requested else {}
     return tensors if progress.preview is None else tensors | image_tensors(progress.preview, requested)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
-from tests.support.checkpoints import tiny_modules
-from tests.support.configs_only import random_unet
 from torch import nn
 
 from ldm_export.graph.wrappers import Decoder, UNet, free_upsampling
+from tests.support.checkpoints import tiny_modules
+from tests.support.configs_only import random_unet
 
 SIZES = [(8, 8), (16, 24), (9, 11), (7, 2), (2, 2), (5, 16)]
 

@@ -1,4 +1,4 @@
-"""diffusers' pipeline around functions that compute its parts, like optimum's pipelines around their engines."""
+"""diffusers' pipeline with functions in place of its components, as optimum's pipelines wrap their engines."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ Function = Callable[..., torch.Tensor]
 
 
 class Part:
-    """A component of the pipeline: ``function`` computes, ``config`` is the real one's."""
+    """A component of the pipeline: ``function`` computes, ``config`` is that of the original component."""
 
     def __init__(self, function: Function, config: Any, wrap: Callable[[torch.Tensor], Any]):
         self._function, self.config, self._wrap = function, config, wrap
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """One call, as the pipeline makes it."""
+        """Run the component, as the pipeline calls it."""
         return self._wrap(self._function(*inputs, *named.values()))
 
     decode = __call__
 
 
 def load(checkpoint: Path, name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The torch module of a component: "bert", "unet" or "vqvae"."""
+    """Load the torch module of a component: "bert", "unet" or "vqvae"."""
     kind = {"bert": LDMBertModel, "unet": UNet2DConditionModel, "vqvae": AutoencoderKL}[name]
     module = kind.from_pretrained(checkpoint / name, torch_dtype=dtype)
     return module.eval().requires_grad_(False)
 
 
 def pipeline(checkpoint: Path, bert: Function, unet: Function, decoder: Function) -> LDMTextToImagePipeline:
-    """The pipeline around functions: tokens → context; (sample, timestep, context) → noise; latents → image."""
+    """Return a pipeline of functions: tokens → context; (sample, timestep, context) → noise; latents → image."""
     unet_config, vqvae_config = (
         SimpleNamespace(**kind.load_config(checkpoint / name))
         for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vqvae"))
     )
     if not hasattr(vqvae_config, "scaling_factor"):
         vqvae_config.scaling_factor = 0.18215
-    pipe = LDMTextToImagePipeline(
+    made = LDMTextToImagePipeline(
         vqvae=Part(decoder, vqvae_config, lambda image: SimpleNamespace(sample=image)),
         bert=Part(bert, None, lambda states: (states,)),
         tokenizer=BertTokenizerFast.from_pretrained(checkpoint / "tokenizer"),
         unet=Part(unet, unet_config, lambda noise: SimpleNamespace(sample=noise)),
         scheduler=DDIMScheduler.from_pretrained(checkpoint / "scheduler"),
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
-def draw(pipe: LDMTextToImagePipeline, command: Command) -> list[Any]:
-    """PIL images."""
+def draw(made: LDMTextToImagePipeline, command: Command) -> list[Any]:
+    """Generate PIL images."""
     size = {name: command[name] for name in ("height", "width")}
-    return pipe(
+    return made(
         command["prompts"],
         guidance_scale=command["guidance"],
         eta=0.0,

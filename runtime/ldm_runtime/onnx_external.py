@@ -1,0 +1,111 @@
+"""Lists the files of external data that an ONNX graph refers to, without the package onnx.
+
+An engine opens these files by itself, so a bundle must know them before. The graph is untrusted: it is read through its
+protobuf wire format, https://protobuf.dev/programming-guides/encoding, one message after the other, without recursion.
+Field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+from ldm_runtime.errors import ManifestError
+
+__all__ = ["external_locations"]
+
+MAX_FIELDS = 10_000_000
+"""Fields of a graph that are read; the largest graphs of diffusion models have below a million."""
+MAX_VARINT = 10
+"""Bytes of the longest varint."""
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_KEY, _VALUE = 1, 2
+_CHILDREN: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "StringStringEntry"},
+    "StringStringEntry": {},
+}
+"""Message -> number of a field -> message in it, of all messages on the way to a tensor's ``external_data``."""
+
+
+def external_locations(graph: Path) -> set[str]:
+    """The "location" of the external data of every tensor in a graph, its subgraphs and its functions.
+
+    Args:
+        graph: An ONNX file.
+
+    Returns:
+        Paths as the graph has them, relative to its folder if it is sound; empty if all data is in the graph.
+
+    Raises:
+        ManifestError: The file is no protobuf message, or has far too many fields.
+        OSError: It cannot be read.
+    """
+    with graph.open("rb") as file:
+        if not graph.stat().st_size:
+            raise ManifestError(f"{graph}: empty, expected an ONNX graph; rebuild the bundle")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"location") < 0:
+                return set()
+            try:
+                return _locations(content)
+            except (ValueError, IndexError) as error:
+                raise ManifestError(f"{graph}: no ONNX graph ({error}); rebuild the bundle") from None
+
+
+def _locations(content: mmap.mmap) -> set[str]:
+    found: set[str] = set()
+    left = MAX_FIELDS
+    messages = [("Model", 0, len(content))]
+    while messages:
+        kind, position, end = messages.pop()
+        children = _CHILDREN[kind]
+        texts: dict[int, list[str]] = {_KEY: [], _VALUE: []}
+        while position < end:
+            left -= 1
+            if not left:
+                raise ValueError(f"more than {MAX_FIELDS} fields")
+            tag, position = _varint(content, position)
+            number, wire_type = tag >> 3, tag & 7
+            if wire_type == _LENGTH:
+                size, start = _varint(content, position)
+                position = start + size
+                if position > end:
+                    raise ValueError(f"a field of {size} bytes goes beyond its message")
+                if number in children:
+                    messages.append((children[number], start, position))
+                elif kind == "StringStringEntry" and number in texts:
+                    texts[number].append(content[start:position].decode("utf-8", "replace"))
+            elif wire_type == _VARINT:
+                _, position = _varint(content, position)
+            elif wire_type in (_FIXED64, _FIXED32):
+                position += 8 if wire_type == _FIXED64 else 4
+            else:
+                raise ValueError(f"wire type {wire_type}")
+        if position != end:
+            raise ValueError("a field goes beyond its message")
+        if "location" in texts[_KEY]:
+            found.update(texts[_VALUE])
+    return found
+
+
+def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
+    """The number at a position, and the position behind it."""
+    value = content[position]
+    position += 1
+    if value < 0x80:
+        return value, position
+    value &= 0x7F
+    for shift in range(7, 7 * MAX_VARINT, 7):
+        byte = content[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"a number of more than {MAX_VARINT} bytes")

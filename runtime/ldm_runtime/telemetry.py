@@ -1,0 +1,46 @@
+"""Turns off the usage reports that engines send to their vendors, and the files that they keep in the home folder.
+
+ONNX Runtime reads an environment variable, which is set when ``ldm_runtime`` is imported; processes that are started
+from this one inherit it. OpenVINO's Python package sends a report while it is imported, through the package
+openvino_telemetry; without that package it sends nothing, so it is hidden during the import.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+__all__ = ["VARIABLE", "disable_reports", "hidden_reporter", "quieten_engine"]
+
+VARIABLE = "ORT_DISABLE_TELEMETRY"
+"""ONNX Runtime's switch. A value that the user has set stays."""
+_REPORTER = "openvino_telemetry"
+
+
+def disable_reports() -> None:
+    """Turn off ONNX Runtime's reports in this process and those it starts, unless the user has set the variable."""
+    os.environ.setdefault(VARIABLE, "1")
+
+
+@contextmanager
+def hidden_reporter() -> Iterator[None]:
+    """While the block runs, importing openvino_telemetry fails as if it were not installed."""
+    names = [name for name in sys.modules if name.partition(".")[0] == _REPORTER]
+    before = {name: sys.modules.pop(name) for name in names}
+    blocked: dict[str, Any] = {_REPORTER: None}  # None makes the import system raise ModuleNotFoundError
+    sys.modules.update(blocked)
+    try:
+        yield
+    finally:
+        sys.modules.pop(_REPORTER, None)
+        sys.modules.update(before)
+
+
+def quieten_engine(module: ModuleType) -> None:
+    """Turn off the reports of an engine that has been imported, if it has a function for that."""
+    if os.environ.get(VARIABLE) == "1" and hasattr(module, "disable_telemetry_events"):
+        module.disable_telemetry_events()

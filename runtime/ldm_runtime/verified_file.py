@@ -1,0 +1,133 @@
+"""Files whose digest has been checked, remembered by identity so that a later exchange of the file is noticed.
+
+A digest is computed at one time and an engine opens the file at another. An engine therefore calls ``unchanged`` right
+after it has opened or read a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.regular_files import OPEN_FLAGS
+
+__all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", "verify"]
+
+CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What changes if a file is replaced or written: device, inode, size in bytes, and two times in nanoseconds."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, facts: os.stat_result) -> FileIdentity:
+        """The identity from the result of ``os.stat`` or ``os.fstat``."""
+        return cls(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+    def is_same_content(self, other: FileIdentity) -> bool:
+        """True if everything but the time of the last status change is equal; a new hard link changes that time."""
+        return (self.device, self.inode, self.size, self.modified) == (
+            other.device,
+            other.inode,
+            other.size,
+            other.modified,
+        )
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A file whose digest was computed from an open descriptor.
+
+    Attributes:
+        path: Path of the file.
+        sha256: Its digest (hex).
+        identity: Its identity when the digest was computed.
+        beside: Files that are read with it, e.g. the external weights of a graph.
+    """
+
+    path: Path
+    sha256: str
+    identity: FileIdentity
+    beside: tuple[VerifiedFile, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def check(self) -> None:
+        """Check that the path still names the file that was verified.
+
+        If only the time of the last status change differs, e.g. because a build has linked the file, the digest is
+        computed again.
+
+        Raises:
+            ManifestError: The file or one beside it was replaced, changed or removed.
+        """
+        try:
+            found = FileIdentity.of(self.path.stat())
+        except OSError:
+            raise self._replaced() from None
+        if found != self.identity:
+            if not found.is_same_content(self.identity):
+                raise self._replaced()
+            verify(self.path, self.sha256, self.identity.size)
+        for other in self.beside:
+            other.check()
+
+    def _replaced(self) -> ManifestError:
+        return ManifestError(f"{self.path}: the bundle was replaced after it was opened; open it again")
+
+
+GraphFile = Path | VerifiedFile
+"""A file for an engine: one of a bundle, or any other, which is not checked."""
+
+
+def path_of(file: GraphFile) -> Path:
+    """The path of a file."""
+    return file.path if isinstance(file, VerifiedFile) else file
+
+
+def unchanged(file: GraphFile) -> None:
+    """Check that a verified file is still the one that was verified; call it after the file has been opened or read.
+
+    Raises:
+        ManifestError: As ``VerifiedFile.check``.
+    """
+    if isinstance(file, VerifiedFile):
+        file.check()
+
+
+def verify(path: Path, sha256: str, size: int) -> VerifiedFile:
+    """Compare a regular file with its size in bytes and its digest.
+
+    Raises:
+        ManifestError: Another size or digest, not a regular file, or changed while it was read.
+        OSError: It cannot be read.
+    """
+    descriptor = os.open(path, OPEN_FLAGS)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
+        if before.st_size != size:
+            raise ManifestError(f"{path}: got {before.st_size} bytes, expected {size}; copy the file again or rebuild")
+        digest, left = hashlib.sha256(), size
+        while left and (part := file.read(min(left, CHUNK))):
+            digest.update(part)
+            left -= len(part)
+        found = VerifiedFile(path, digest.hexdigest(), FileIdentity.of(before))
+        if FileIdentity.of(os.fstat(descriptor)) != found.identity:
+            raise ManifestError(f"{path}: changed while its digest was computed; wait for its writer and try again")
+    if found.sha256 != sha256:
+        raise ManifestError(f"{path}: got sha256 {found.sha256}, expected {sha256}; copy the file again or rebuild")
+    return found

@@ -1,0 +1,81 @@
+"""No process opens a network connection or writes to the home folder, whichever engine it imports."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_runtime import telemetry
+from ldm_runtime.backends.host import import_engine
+from tests.support.small_bundle import write_small_bundle
+
+GENERATE = """
+import sys, time
+from ldm_runtime import LatentDiffusionPipeline
+with LatentDiffusionPipeline.from_bundle(sys.argv[2], backend=sys.argv[1], threads=1) as pipeline:
+    pipeline(count=1, seed=1, num_inference_steps=2)
+time.sleep(3)
+"""
+MEASURE = """
+import sys, time
+import ldm_calibration.sessions, ldm_export.quality.layerwise, ldm_export.bundle.precision_stages
+ldm_calibration.sessions.load_onnxruntime()
+time.sleep(3)
+"""
+CONNECTS = re.compile(r"(connect|send\w*)\(.*AF_INET")
+
+
+def connections(tmp_path: Path, script: str, *arguments: str) -> list[str]:
+    """Calls of a process that connect or send. Its home folder is empty and must stay so."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    home, trace = tmp_path / "home", tmp_path / "trace"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "CI"))}
+    environment.pop(telemetry.VARIABLE, None)
+    command = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=network", "-o", str(trace)]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script, *arguments],
+        env=environment | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    if "ptrace" in done.stderr and done.returncode:
+        pytest.skip("this container does not allow strace")
+    assert done.returncode == 0, done.stderr
+    assert [str(path) for path in home.rglob("*")] == []
+    return [line for line in trace.read_text(errors="replace").splitlines() if CONNECTS.search(line)]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_generating_an_image_opens_no_connection(tmp_path: Path, engine: str) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    assert connections(tmp_path, GENERATE, engine, str(bundle.folder)) == []
+
+
+def test_measuring_opens_no_connection(tmp_path: Path) -> None:
+    assert connections(tmp_path, MEASURE) == []
+
+
+def test_the_variable_is_set_for_processes_that_are_started_and_the_users_value_stays(monkeypatch) -> None:
+    assert os.environ[telemetry.VARIABLE] == "1"
+    monkeypatch.setenv(telemetry.VARIABLE, "0")
+    telemetry.disable_reports()
+    assert os.environ[telemetry.VARIABLE] == "0"
+
+
+def test_the_reporter_is_hidden_while_an_engine_is_imported_and_no_longer(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "openvino_telemetry.py").write_text("loaded = True\n")
+    (tmp_path / "toy_engine.py").write_text(
+        "try:\n    import openvino_telemetry\n    sends = True\nexcept ImportError:\n    sends = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = {name: module for name, module in sys.modules.items() if name.startswith("openvino_telemetry")}
+    assert not import_engine("toy_engine", "toy").sends
+    assert {name: module for name, module in sys.modules.items() if name.startswith("openvino_telemetry")} == before
