@@ -118,7 +118,7 @@ VERIFIED = {
     "tolerance inf": (["--tolerance", "inf"], "tolerance: got inf, expected a finite number >= 0"),
     "steps 0": (["--steps", "0"], "steps: got 0, expected 1..1000"),
     "no checkpoint": (["--against", "nowhere"], "nowhere is missing, expected a checkpoint folder"),
-    "no prompts file": (["--prompts", "nowhere"], "nowhere: cannot be read as a text file of prompts"),
+    "no prompts file": (["--prompts", "nowhere"], "nowhere: cannot be read (No such file or directory)"),
     "no text": (["--prompts", "binary"], "binary: cannot be read as a text file of prompts"),
     "no prompts": (["--prompts", "blank"], "blank: got no prompts, expected one a line"),
     "too long": (["--prompts", "long"], "prompt 0: got 100000 characters"),

@@ -187,7 +187,7 @@ def test_a_report_file_that_cannot_be_read_is_refused(
         (("--seed", str(2**70)), "seed: got 1180591620717411303424"),
         (("-o", "."), ".: is a folder, expected the name of a file"),
         (("-o", "/proc/page.html", "--steps", "1"), "/proc/page.html: cannot be written"),
-        (("--prompts", "none.txt"), "none.txt: cannot be read as a text file of prompts"),
+        (("--prompts", "none.txt"), "none.txt: cannot be read (No such file or directory)"),
     ],
 )
 def test_bad_options_are_refused(bundle_copy: Path, refused: Callable[..., None], options, message: str) -> None:

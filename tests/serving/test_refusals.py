@@ -1,4 +1,4 @@
-"""What a server does not take, or is told to stop: one clear line each, and it stays ready."""
+"""Requests that the server refuses or that are cancelled: each gets one clear line, and the server stays ready."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ CHECK = {
         ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
     ],
 )
-def test_a_bad_request_is_refused_with_a_reason(triton_server: TritonServer, wish: dict, line: str) -> None:
+def test_a_bad_request_is_refused_with_a_reason(triton_server: TritonServer, wish: dict, message: str) -> None:
     with pytest.raises(InferenceServerException) as caught:
         over_http(triton_server.http, wish)
-    assert line in caught.value.message() and "Traceback" not in caught.value.message()
+    assert message in caught.value.message() and "Traceback" not in caught.value.message()
     assert triton_server.ready() and post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200
 
 

@@ -179,13 +179,11 @@ def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: 
     mine = ours(**request).images[0]
     sized = {**request, "height": mine.height, "width": mine.width}
     with torch.random.fork_rng(devices=[]):
-        generator = torch.manual_seed(
-            request["seed"]
-        )  # the global generator, from which the steps draw their noise too
+        generator = torch.manual_seed(request["seed"])  # the global generator, which the steps use too
         reference = family.reference_image(theirs, sized, generator)
     if (mine.size, mine.mode) != (reference.size, reference.mode):
         raise CheckpointError(
-            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
+            f"image: diffusers returns {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
             "verify it against the checkpoint it was built from"
         )
     pair: list[NDArray[np.float64]] = [np.asarray(one, np.float64) for one in (mine, reference)]

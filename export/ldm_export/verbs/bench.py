@@ -47,7 +47,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export bench``."""
-    from ldm_export.bench.benchmark import BenchSettings, Combination, benchmark
+    from ldm_export.bench.bench_results import BenchSettings, Combination
+    from ldm_export.bench.benchmark import benchmark
 
     if args.output:
         _check(args.output)

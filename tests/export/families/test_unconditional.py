@@ -135,7 +135,7 @@ def test_verification(bundle: Bundle, checkpoint: Path, precision: str) -> None:
     result = verify(bundle, open_checkpoint(checkpoint), None, 5, precision, TOLERANCES[precision])
     assert result.failures == []
     assert [component.name for component in result.components] == ["unet", "decoder"]
-    assert len(result.pictures) == 4 and {picture.label for picture in result.pictures} == {"without conditioning"}
+    assert len(result.images) == 4 and {image.label for image in result.images} == {"without conditioning"}
 
 
 def test_the_command_line(bundle: Bundle, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
