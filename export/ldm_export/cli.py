@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; prompts may also follow the options, which argparse does not allow for optional positionals."""
     args, extra = parser.parse_known_args(arguments)
-    if extra and (not hasattr(args, "prompts") or any(argument.startswith("-") for argument in extra)):
+    if extra and (
+        not isinstance(getattr(args, "prompts", None), list) or any(argument.startswith("-") for argument in extra)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         args.prompts = [*args.prompts, *extra]

@@ -167,7 +167,7 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert "http:" not in page and "https:" not in page and "within the tolerance" in page
     out, err = run(capfd, *arguments)
     assert "a blue [/i] square" in out and f"{bundle_copy}/report/verify.html\n" in out and err == ""
-    assert "verify.settings.steps" in run(capfd, "inspect", bundle_copy)[0]
+    assert "verify.settings.num_inference_steps" in run(capfd, "inspect", bundle_copy)[0]
 
 
 def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place, capfd) -> None:
