@@ -51,4 +51,12 @@ class ServerError(LdmError):
 
 
 class AnsweredError(LdmError):
-    """The model `ldm_stream` has answered a request of `ldm` with an error, whose message this is."""
+    """The model `ldm_stream` has answered a request of `ldm` with an error, whose message this is.
+
+    Attributes:
+        code: Triton's code of that error, as ``TritonError.code``.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code

@@ -49,7 +49,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
             (stage / model.name / CONFIG).write_text(HEADER + to_pbtxt(model.config), encoding="utf-8")
         if repository.exists():
             for model in models:
-                _publish(stage / model.name, repository / model.name, version)
+                _publish(stage / model.name, repository / model.name, version, work / "old")
         else:
             stage.rename(repository)
         shutil.rmtree(work)
@@ -88,11 +88,14 @@ def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
         placed.setdefault(source, path)
 
 
-def _publish(staged: Path, model: Path, version: int) -> None:
+def _publish(staged: Path, model: Path, version: int, old: Path) -> None:
+    """Add a version to a model; outdated ones are renamed into the folder ``old``, so that none is ever half there."""
     if not model.exists():
         staged.rename(model)
         return
     (staged / str(version)).rename(model / str(version))
     write_whole(model / CONFIG, (staged / CONFIG).read_bytes())
-    for old in versions(model)[:-MAX_VERSIONS]:
-        shutil.rmtree(model / str(old))
+    for outdated in versions(model)[:-MAX_VERSIONS]:
+        old.mkdir(exist_ok=True)
+        remove(old / f"{model.name}-{outdated}")
+        (model / str(outdated)).rename(old / f"{model.name}-{outdated}")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError
-from ldm_runtime.triton.open_requests import error_text
+from ldm_runtime.triton.open_requests import triton_error
 from ldm_runtime.triton.parameters import ModelParameters, bundle_folder
 
 __all__ = ["ComponentModel"]
@@ -57,7 +57,7 @@ class ComponentModel:
         try:
             results = self._backend.run(joined)
         except Exception as error:
-            response = self.pb.InferenceResponse(error=self.pb.TritonError(error_text(error)))
+            response = self.pb.InferenceResponse(error=triton_error(error, self.pb))
             return [response] * len(feeds)
         ends = np.cumsum([len(next(iter(feed.values()))) for feed in feeds])
         parts = {tensor.name: np.split(results[tensor.name], ends[:-1]) for tensor in self._backend.outputs}

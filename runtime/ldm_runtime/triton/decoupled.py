@@ -71,6 +71,7 @@ class DecoupledModel:
             try:
                 self._accept(request)
             except Exception as error:
+                self._metrics.update()
                 request.fail(error)
 
     def _accept(self, request: OpenRequest) -> None:
@@ -107,6 +108,7 @@ class DecoupledModel:
 
     def _finish(self, request: OpenRequest, name: str, steps: int, future: Future[JobResult]) -> None:
         self._jobs.pop(name, None)
+        self._metrics.update()  # so that they count this request when its caller has the last response
         error = future.exception()
         if error is not None:
             return request.fail(error)

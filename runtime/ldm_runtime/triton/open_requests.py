@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm_runtime.errors import LdmError
+from ldm_runtime.errors import AnsweredError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
 from ldm_runtime.triton.tensors import Tensors
 
-__all__ = ["OpenRequest", "OpenRequests", "error_text"]
+__all__ = ["OpenRequest", "OpenRequests", "error_text", "triton_error"]
 
 POLL_SECONDS, POLL_SECONDS_PER_REQUEST = 0.02, 0.004
 """Time between two checks for disconnected callers, and at least this time per request: each check is a message to the
@@ -24,6 +24,28 @@ def error_text(error: BaseException) -> str:
     """The error as one line for a caller; the type of an unexpected error is included."""
     text = str(error) if isinstance(error, LdmError) else f"server: {type(error).__name__}: {error}"
     return " ".join(text.split())
+
+
+def triton_error(error: BaseException, pb: Any) -> Any:
+    """The error as Triton's, with the code that decides the caller's status over HTTP and gRPC.
+
+    A caller's mistake is 400 or INVALID_ARGUMENT; a full queue or an expired TIMEOUT 503 or UNAVAILABLE, because
+    Triton's backends have no code for a deadline; a cancelled request 499 or CANCELLED; all others 500 or INTERNAL.
+
+    Args:
+        error: What was raised.
+        pb: triton_python_backend_utils.
+    """
+    codes = pb.TritonError
+    if isinstance(error, AnsweredError):
+        code = error.code
+    elif isinstance(error, SpecError):
+        code = codes.INVALID_ARG
+    elif isinstance(error, QueueFullError | DeadlineError):
+        code = codes.UNAVAILABLE
+    else:
+        code = codes.CANCELLED if isinstance(error, CancelledError) else codes.INTERNAL
+    return codes(error_text(error), code)
 
 
 class OpenRequest:
@@ -55,7 +77,7 @@ class OpenRequest:
 
     def fail(self, error: BaseException) -> None:
         """Send an error, in one line, as the last response."""
-        self._send(self._pb.InferenceResponse(error=self._pb.TritonError(error_text(error))), True)
+        self._send(self._pb.InferenceResponse(error=triton_error(error, self._pb)), True)
 
     def _send(self, response: Any, last: bool) -> None:
         flags = {"flags": self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL} if last else {}

@@ -27,7 +27,7 @@ COUNTERS = {
 
 
 class MetricsExporter:
-    """Copies a snapshot of the counters into Triton's metrics twice a second, on a thread of its own.
+    """Copies a snapshot of the counters into Triton's metrics at each ``update`` and twice a second.
 
     Args:
         pb: triton_python_backend_utils.
@@ -44,15 +44,23 @@ class MetricsExporter:
             for name, text in described.items()
         }
         self._metrics: dict[tuple[str, str], Any] = {}
+        self._values: dict[tuple[str, str], float] = {}
+        self._lock = threading.Lock()
         self._snapshot, self._end = snapshot, threading.Event()
         self._thread = threading.Thread(target=self._run, name="ldm-metrics", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._write(self._snapshot())
+            self.update()
             if self._end.wait(PERIOD_SECONDS):
                 return
+
+    def update(self) -> None:
+        """Write the values that have changed; after ``close`` nothing is written."""
+        with self._lock:
+            if not self._end.is_set():
+                self._write(self._snapshot())
 
     def _write(self, snapshot: Snapshot) -> None:
         single = {
@@ -75,15 +83,22 @@ class MetricsExporter:
         key = (family, "".join(labels.values()))
         if key not in self._metrics:
             self._metrics[key] = self._families[family].Metric(labels={**self._labels, **labels})
-        metric = self._metrics[key]
+            self._values[key] = self._metrics[key].value()
+        before, self._values[key] = self._values[key], float(value)
+        if value == before:
+            return  # each change is a message to the server
         if family in GAUGES:
-            metric.set(float(value))
-        elif (more := value - metric.value()) > 0:
-            metric.increment(more)
+            self._metrics[key].set(float(value))
+        elif value > before:
+            self._metrics[key].increment(value - before)
+        else:
+            self._values[key] = before
 
     def close(self) -> None:
         """End the thread and remove the metrics from the endpoint."""
         self._end.set()
         self._thread.join()
-        self._metrics.clear()
+        with self._lock:
+            self._metrics.clear()
+            self._values.clear()
         self._families.clear()

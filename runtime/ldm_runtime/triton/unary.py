@@ -85,7 +85,7 @@ class UnaryModel:
         found: Tensors = {}
         for response in request.exec(decoupled=True):
             if response.has_error():
-                raise AnsweredError(response.error().message())
+                raise AnsweredError(response.error().message(), response.error().code())
             found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or found
         return found
 
