@@ -216,7 +216,7 @@ def main() -> None:
         "own_work": own,
         "bars": {
             "share at 16, steps": last["scheduler_steps_share"] >= BAR,
-            "share at 16, whole pictures": last["scheduler_share"] >= BAR,
+            "share at 16, whole images": last["scheduler_share"] >= BAR,
             "share at 16, through Triton": last["triton_share"] >= BAR,
             "own work a step at 16": most <= STEP_BAR,
         },

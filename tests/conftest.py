@@ -97,19 +97,19 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Run a command in the test's folder: exit code 1, one line that contains ``said``, and the folder unchanged."""
+    """Run a command in the test's folder: exit code 1, one line that contains ``message``, and the folder unchanged."""
     from ldm_export.cli import main
 
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object, said: str) -> None:
+    def run(*arguments: object, message: str) -> None:
         before = contents(tmp_path)
         capfd.readouterr()
         assert main([str(argument) for argument in arguments]) == 1
         out, err = capfd.readouterr()
         assert out == ""
         assert err.startswith("ldm-export: error: ") and err.endswith("\n") and err.count("\n") == 1, err
-        assert said in err
+        assert message in err
         assert contents(tmp_path) == before
 
     return run

@@ -1,4 +1,4 @@
-"""The same seed gives the same picture as diffusers' own pipeline: the demo model, at most 1/255 anywhere."""
+"""The same seed gives the same image as diffusers' own pipeline: the demo model, at most 1/255 anywhere."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def reference(pipeline: LDMTextToImagePipeline, prompts: list[str], seed: int, *
     return np.stack([np.asarray(image) for image in images])
 
 
-def picture(pipeline: LatentDiffusionPipeline, prompts: list[str], **options) -> np.ndarray:
+def first_image(pipeline: LatentDiffusionPipeline, prompts: list[str], **options) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pipeline(prompts, **options).images])
 
 
 def assert_same(one: np.ndarray, other: np.ndarray) -> None:
     assert one.shape == other.shape and one.dtype == other.dtype == np.uint8
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
-    assert one.std() > 5  # a flat picture would agree with anything flat
+    assert one.std() > 5  # a flat image would agree with anything flat
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -57,40 +57,40 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
 def test_same_image(ours, theirs, eta: float, guidance: float, steps: int, seed: int, count: int) -> None:
     options = {"eta": eta, "guidance_scale": guidance, "num_inference_steps": steps}
     expected = reference(theirs, PROMPTS[:count], seed, **options)
-    assert_same(picture(ours, PROMPTS[:count], seed=seed, **options), expected)
+    assert_same(first_image(ours, PROMPTS[:count], seed=seed, **options), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 88), (128, 64)])
 def test_same_image_of_other_sizes(ours, theirs, height: int, width: int) -> None:
     options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7, "height": height, "width": width}
-    assert_same(picture(ours, PROMPTS, seed=5, **options), reference(theirs, PROMPTS, 5, **options))
+    assert_same(first_image(ours, PROMPTS, seed=5, **options), reference(theirs, PROMPTS, 5, **options))
 
 
 def test_same_image_from_given_latents(ours, theirs) -> None:
     latents = np.random.default_rng(0).standard_normal((3, 8, 8, 8)).astype(np.float32)
     options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
     expected = reference(theirs, PROMPTS, 9, latents=torch.from_numpy(latents.copy()), **options)
-    assert_same(picture(ours, PROMPTS, seed=9, latents=latents, **options), expected)
+    assert_same(first_image(ours, PROMPTS, seed=9, latents=latents, **options), expected)
 
 
-def test_a_list_of_seeds_gives_each_image_the_picture_it_has_alone(ours, theirs) -> None:
+def test_a_list_of_seeds_gives_each_image_its_own_result(ours, theirs) -> None:
     options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
     expected = [reference(theirs, [prompt], seed, **options) for prompt, seed in zip(PROMPTS, (3, 1, 4), strict=True)]
-    assert_same(picture(ours, PROMPTS, seed=[3, 1, 4], **options), np.concatenate(expected))
+    assert_same(first_image(ours, PROMPTS, seed=[3, 1, 4], **options), np.concatenate(expected))
 
 
 def test_images_per_prompt_are_the_prompt_repeated(ours, theirs) -> None:
     options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
     repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
-    ours_twice = picture(ours, PROMPTS[:2], images_per_prompt=2, seed=8, **options)
+    ours_twice = first_image(ours, PROMPTS[:2], images_per_prompt=2, seed=8, **options)
     assert_same(ours_twice, reference(theirs, repeated, 8, **options))
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(ours) -> None:
     options = {"seed": 1, "guidance_scale": 6.0, "num_inference_steps": 7}
-    plain = picture(ours, PROMPTS[:1], **options)
-    assert np.array_equal(picture(ours, PROMPTS[:1], negative_prompt="", **options), plain)
-    away = picture(ours, PROMPTS[:1], negative_prompt="a large red circle", **options)
+    plain = first_image(ours, PROMPTS[:1], **options)
+    assert np.array_equal(first_image(ours, PROMPTS[:1], negative_prompt="", **options), plain)
+    away = first_image(ours, PROMPTS[:1], negative_prompt="a large red circle", **options)
     assert np.abs(away.astype(int) - plain.astype(int)).max() > 30
 
 
@@ -107,12 +107,12 @@ def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.Monk
     rows: list[int] = []
     run = ours.backends["unet"].run
     options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0}
-    whole = picture(ours, PROMPTS[:1], **options)
-    assert np.array_equal(picture(ours, PROMPTS[:1], guidance_interval=(0.0, 1.0), **options), whole)
-    none = picture(ours, PROMPTS[:1], guidance_interval=(0.3, 0.3), **options)
-    assert_same(none, picture(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0}))
+    whole = first_image(ours, PROMPTS[:1], **options)
+    assert np.array_equal(first_image(ours, PROMPTS[:1], guidance_interval=(0.0, 1.0), **options), whole)
+    none = first_image(ours, PROMPTS[:1], guidance_interval=(0.3, 0.3), **options)
+    assert_same(none, first_image(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0}))
     monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
-    some = picture(ours, PROMPTS[:1], guidance_interval=(0.2, 0.7), **options)
+    some = first_image(ours, PROMPTS[:1], guidance_interval=(0.2, 0.7), **options)
     assert rows == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
     assert not np.array_equal(some, whole) and not np.array_equal(some, none)
     for wrong in ((0.5, 0.2), (-0.1, 1), (0, 1.5), (0,), ("0", 1), float("nan")):
@@ -120,7 +120,7 @@ def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.Monk
             ours.steps(Request(PROMPTS[:1]), wrong)
 
 
-def held_by_hand(ours, every: int, steps: int) -> np.ndarray:
+def reused_by_hand(ours, every: int, steps: int) -> np.ndarray:
     plan = Request(PROMPTS[0], seed=0, guidance_scale=6.0, num_inference_steps=steps).plan(ours.geometry)
     schedule, context = ours.scheduler.schedule(steps, 0.0), ours.context(plan)
     latents = next(plan.noise())
@@ -135,22 +135,22 @@ def held_by_hand(ours, every: int, steps: int) -> np.ndarray:
     return np.asarray(ours.decode(latents)[0])
 
 
-def test_guidance_held_between_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_reused_between_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     run = ours.backends["unet"].run
     options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0}
-    whole = picture(ours, PROMPTS[:1], **options)
-    assert np.array_equal(picture(ours, PROMPTS[:1], guidance_every=1, **options), whole)
+    whole = first_image(ours, PROMPTS[:1], **options)
+    assert np.array_equal(first_image(ours, PROMPTS[:1], guidance_every=1, **options), whole)
     monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
-    held = picture(ours, PROMPTS[:1], guidance_every=3, **options)
+    reused = first_image(ours, PROMPTS[:1], guidance_every=3, **options)
     assert rows == [2, 1, 1, 2, 1, 1, 2, 1, 1, 2]
     rows.clear()
-    picture(ours, PROMPTS[:1], guidance_every=2, guidance_interval=(0.3, 0.8), **options)
+    first_image(ours, PROMPTS[:1], guidance_every=2, guidance_interval=(0.3, 0.8), **options)
     assert rows == [1, 1, 1, 2, 1, 2, 1, 2, 1, 1]
-    unguided = picture(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0})
-    assert_same(held, held_by_hand(ours, 3, 10)[None])
+    unguided = first_image(ours, PROMPTS[:1], **options | {"guidance_scale": 1.0})
+    assert_same(reused, reused_by_hand(ours, 3, 10)[None])
     np.testing.assert_array_equal(
-        picture(ours, PROMPTS[:1], guidance_every=3, **options | {"guidance_scale": 1.0}), unguided
+        first_image(ours, PROMPTS[:1], guidance_every=3, **options | {"guidance_scale": 1.0}), unguided
     )
     for wrong in (0, -1, 1.5, True, "2"):
         with pytest.raises(SpecError, match="guidance_every: got"):
@@ -163,8 +163,8 @@ def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:
     first = next(steps)
     assert (first.index, first.total, first.timestep) == (0, 5, 800)
     steps.close()
-    told = []
-    whole = ours(PROMPTS[:1], seed=0, num_inference_steps=5, progress=told.append)
-    assert [step.index for step in told] == [0, 1, 2, 3, 4]
-    assert np.array_equal(told[0].latents, first.latents) and np.array_equal(told[-1].latents, whole.latents)
+    output = []
+    whole = ours(PROMPTS[:1], seed=0, num_inference_steps=5, progress=output.append)
+    assert [step.index for step in output] == [0, 1, 2, 3, 4]
+    assert np.array_equal(output[0].latents, first.latents) and np.array_equal(output[-1].latents, whole.latents)
     assert np.array_equal(np.asarray(ours.decode(whole.latents)[0]), np.asarray(whole.images[0]))

@@ -64,13 +64,13 @@ def test_verbs_that_need_torch_name_the_extra_to_install(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_picture_from_a_bundle_built_beforehand(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
-    thin_picture, full_picture = tmp_path / "thin.png", tmp_path / "full.png"
+def test_a_image_from_a_bundle_built_beforehand(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
+    thin_image, full_image = tmp_path / "thin.png", tmp_path / "full.png"
     options = ["--seed", "3", "--steps", "20"]
-    done = run(thin / "ldm-export", "generate", shapes_bundle, PROMPT, *options, "-o", thin_picture)
+    done = run(thin / "ldm-export", "generate", shapes_bundle, PROMPT, *options, "-o", thin_image)
     assert done.returncode == 0, done.stderr
-    assert cli.main(["generate", str(shapes_bundle), PROMPT, *options, "-o", str(full_picture), "--quiet"]) == 0
-    pair = [np.asarray(Image.open(path)).astype(int) for path in (thin_picture, full_picture)]
+    assert cli.main(["generate", str(shapes_bundle), PROMPT, *options, "-o", str(full_image), "--quiet"]) == 0
+    pair = [np.asarray(Image.open(path)).astype(int) for path in (thin_image, full_image)]
     assert pair[0].shape == (64, 64, 3) and np.abs(pair[0] - pair[1]).max() <= 1 and pair[0].std() > 5
 
 

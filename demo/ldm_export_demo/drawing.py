@@ -1,4 +1,4 @@
-"""Draws the reference images of the demo model: it is trained on them and the grader compares with them."""
+"""Draws the reference images of the demo model, for its training and for its grader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm_export_demo.grammar import BACKGROUNDS, PLACES, SHAPES, SIZES, Sentence
 __all__ = ["CELL", "PALETTE", "PIXELS", "RADIUS", "Figure", "Scene", "arrange", "coverage", "draw"]
 
 PIXELS = 64
-"""Width and height of every picture."""
+"""Width and height of every image."""
 RADIUS = {"small": 8.0, "large": 12.0}
 """Half the extent of a shape, in pixels."""
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -78,17 +78,17 @@ def coverage(shape: str, radius: float, x: float, y: float) -> NDArray[np.float3
 
 
 def draw(scene: Scene) -> NDArray[np.uint8]:
-    """The picture of a scene: uint8 [64, 64, 3] RGB."""
-    picture = np.empty((PIXELS, PIXELS, 3), np.float32)
-    picture[:] = PALETTE[scene.background]
+    """Draw a scene as an image, uint8 [64, 64, 3] RGB."""
+    image = np.empty((PIXELS, PIXELS, 3), np.float32)
+    image[:] = PALETTE[scene.background]
     for figure in scene.figures:
         alpha = coverage(figure.shape, figure.radius, figure.x, figure.y)[..., None]
-        picture += alpha * (np.asarray(PALETTE[figure.colour], np.float32) - picture)
-    return np.rint(picture).astype(np.uint8)
+        image += alpha * (np.asarray(PALETTE[figure.colour], np.float32) - image)
+    return np.rint(image).astype(np.uint8)
 
 
 def arrange(sentence: Sentence, rng: np.random.Generator) -> Scene:
-    """A random scene that the sentence describes; whatever the sentence leaves open is drawn from ``rng``."""
+    """Generate a random scene that matches a sentence; attributes that the sentence leaves open come from ``rng``."""
     taken = {thing.colour for thing in sentence.things}
     free = [name for name in BACKGROUNDS if name not in taken]
     background = sentence.background or free[rng.integers(len(free))]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm_export_demo.drawing import CELL
 from ldm_export_demo.grammar import PLACES, Sentence, Thing, parse
-from ldm_export_demo.reader import Found, Reading, read
+from ldm_export_demo.reader import FoundObject, Reading, read
 
 __all__ = ["ATTRIBUTES", "Accuracy", "Counters", "Grade", "accuracy", "compare", "grade", "summarise"]
 
@@ -27,7 +27,7 @@ PLACE_TOLERANCE, RELATION_DISTANCE = 6.0, 8.0
 
 @dataclass(frozen=True)
 class Grade:
-    """Which attributes of an image match its sentence; an attribute that the sentence leaves open counts as correct."""
+    """Attributes of an image that match its sentence. Attributes that the sentence leaves open count as correct."""
 
     background: bool
     count: bool
@@ -65,34 +65,38 @@ class Accuracy:
     two_objects: Counters | None
 
 
-def accuracy(pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Accuracy:
-    """Grade pictures, each uint8 [64, 64, 3], against their prompts.
+def accuracy(images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Accuracy:
+    """Grade images, each uint8 [64, 64, 3], against their prompts.
 
     Raises:
-        ValueError: no pictures, not one prompt per picture, or a prompt outside the grammar.
+        ValueError: There are no images, not one prompt per image, or a prompt outside the grammar.
     """
     sentences = [parse(prompt) for prompt in prompts]
-    return summarise([grade(picture, s) for picture, s in zip(pictures, sentences, strict=True)], sentences)
+    return summarise([grade(image, s) for image, s in zip(images, sentences, strict=True)], sentences)
 
 
 def summarise(grades: Sequence[Grade], sentences: Sequence[Sentence]) -> Accuracy:
-    """Accuracy of existing grades; raises ValueError if there are none."""
+    """Summarise grades as shares of correct images.
+
+    Raises:
+        ValueError: There are no grades.
+    """
     pairs = list(zip(grades, sentences, strict=True))
     overall = _counted(list(grades))
     if overall is None:
-        raise ValueError("no pictures to grade: expected at least one")
-    one, two = ([given for given, sentence in pairs if len(sentence.things) == count] for count in (1, 2))
+        raise ValueError("no images to grade: expected at least one")
+    one, two = ([item for item, sentence in pairs if len(sentence.things) == count] for count in (1, 2))
     return Accuracy(overall, _counted(one), _counted(two))
 
 
 def _counted(grades: list[Grade]) -> Counters | None:
-    shares = [sum(getattr(given, name) for given in grades) / max(len(grades), 1) for name in ("correct", *ATTRIBUTES)]
+    shares = [sum(getattr(item, name) for item in grades) / max(len(grades), 1) for name in ("correct", *ATTRIBUTES)]
     return Counters(len(grades), *shares) if grades else None
 
 
-def grade(picture: NDArray[np.uint8], sentence: Sentence) -> Grade:
+def grade(image: NDArray[np.uint8], sentence: Sentence) -> Grade:
     """Compare an image, uint8 [64, 64, 3] RGB, with its sentence."""
-    return compare(read(picture), sentence)
+    return compare(read(image), sentence)
 
 
 def compare(reading: Reading, sentence: Sentence) -> Grade:
@@ -109,29 +113,29 @@ def compare(reading: Reading, sentence: Sentence) -> Grade:
     return Grade(background, count, colour, shape, size, position)
 
 
-def _agreement(sentence: Sentence, objects: tuple[Found | None, ...]) -> tuple[int, bool, bool, bool, bool]:
-    """Number of agreeing attributes over all things, then position, colour, shape and size of every thing."""
+def _agreement(sentence: Sentence, objects: tuple[FoundObject | None, ...]) -> tuple[int, bool, bool, bool, bool]:
+    """Return the number of matching attributes, and whether position, colour, shape and size of all things match."""
 
-    def agree(thing: Thing, found: Found | None) -> tuple[bool, bool, bool]:
-        if found is None:
+    def agree(thing: Thing, seen: FoundObject | None) -> tuple[bool, bool, bool]:
+        if seen is None:
             return False, False, False
-        return found.colour == thing.colour, found.shape == thing.shape, thing.size in (None, found.size)
+        return seen.colour == thing.colour, seen.shape == thing.shape, thing.size in (None, seen.size)
 
-    agreed = [agree(thing, found) for thing, found in zip(sentence.things, objects, strict=True)]
+    agreed = [agree(thing, seen) for thing, seen in zip(sentence.things, objects, strict=True)]
     colour, shape, size = (all(column) for column in zip(*agreed, strict=True))
     return sum(map(sum, agreed)), _in_position(sentence, objects), colour, shape, size
 
 
-def _in_position(sentence: Sentence, objects: tuple[Found | None, ...]) -> bool:
-    found = [one for one in objects if one is not None]
-    if len(found) < len(objects):
+def _in_position(sentence: Sentence, objects: tuple[FoundObject | None, ...]) -> bool:
+    present = [one for one in objects if one is not None]
+    if len(present) < len(objects):
         return False
     if sentence.place:
         column, row = PLACES[sentence.place]
-        return bool(np.hypot(found[0].x - CELL[column], found[0].y - CELL[row]) <= PLACE_TOLERANCE)
+        return bool(np.hypot(present[0].x - CELL[column], present[0].y - CELL[row]) <= PLACE_TOLERANCE)
     if sentence.relation is None:
         return True
-    dx, dy = found[1].x - found[0].x, found[1].y - found[0].y
+    dx, dy = present[1].x - present[0].x, present[1].y - present[0].y
     along, across = (dx, dy) if sentence.relation in ("left of", "right of") else (dy, dx)
     if sentence.relation in ("right of", "below"):
         along = -along

@@ -59,7 +59,7 @@ _SEED = 8
 
 @dataclass(frozen=True)
 class Thing:
-    """One described object; ``size`` is None where the sentence leaves it open."""
+    """One described object; ``size`` is None if the sentence leaves it open."""
 
     colour: str
     shape: str
@@ -72,7 +72,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a prompt asks for: one thing with a place, or two things with a relation, and a background."""
+    """Content of a prompt: one thing with a place, or two things with a relation, and a background."""
 
     things: tuple[Thing, ...]
     place: str | None = None
@@ -90,7 +90,7 @@ def parse(text: str) -> Sentence:
     """Read a sentence of the grammar back into its parts.
 
     Raises:
-        ValueError: the text is not a sentence of the grammar.
+        ValueError: The text is not a sentence of the grammar.
     """
     rest = " ".join(text.lower().split())
     background = place = relation = None
@@ -124,7 +124,7 @@ def _thing(part: str, text: str) -> Thing:
 
 
 def is_held_out(sentence: Sentence) -> bool:
-    """True for the tenth of all full sentences that training never shows (chosen by the sentence's SHA-256)."""
+    """True for the tenth of all full sentences that is excluded from training, selected by SHA-256."""
     return hashlib.sha256(str(sentence).encode()).digest()[0] % 10 == 0
 
 
@@ -144,23 +144,23 @@ def two_object_sentences() -> Iterator[Sentence]:
 
 
 def held_out_prompts(one_object: int, two_object: int, seed: int = 0) -> list[str]:
-    """A reproducible sample of held-out prompts, one-object sentences first.
+    """Draw a reproducible sample of held-out prompts, one-object sentences first.
 
     Raises:
-        ValueError: more sentences asked for than are held out.
+        ValueError: More sentences are requested than are held out.
     """
     rng = np.random.default_rng(seed)
     prompts: list[str] = []
     for count, sentences in ((one_object, one_object_sentences()), (two_object, two_object_sentences())):
         pool = [str(sentence) for sentence in sentences if is_held_out(sentence)]
         if count > len(pool):
-            raise ValueError(f"{count} held-out prompts asked for, {len(pool)} exist")
+            raise ValueError(f"{count} held-out prompts requested, {len(pool)} exist")
         prompts += [pool[i] for i in rng.permutation(len(pool))[:count]]
     return prompts
 
 
 def random_sentence(rng: np.random.Generator, two_objects: float = 0.75) -> Sentence:
-    """A random full sentence; ``two_objects`` is the share of two-object scenes."""
+    """Generate a random full sentence; ``two_objects`` is the share of two-object scenes."""
 
     def pick(names: tuple[str, ...]) -> str:
         return names[rng.integers(len(names))]

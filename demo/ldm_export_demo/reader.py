@@ -1,8 +1,8 @@
-"""Reads background and objects back from images of the demo model by analysis by synthesis, with no learned part.
+"""Reads background and objects from images of the demo model by analysis by synthesis; no part of it is learned.
 
-The background is the median colour. Every blob that stands out from it is explained by the nearest palette colour and
-by the drawing of a shape that overlaps it best. What nothing in the language explains is read as None, and pixels that
-belong to no object are counted as leftovers.
+The background is the median colour. Every blob that differs from it is matched with the nearest palette colour and
+with the drawing of a shape that overlaps it best. An attribute without a good match is None, and pixels
+that belong to no object are counted as leftovers.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 from ldm_export_demo.drawing import PALETTE, PIXELS, RADIUS, coverage
 from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES
 
-__all__ = ["MIN_FIT", "Found", "Reading", "read"]
+__all__ = ["MIN_FIT", "FoundObject", "Reading", "read"]
 
 COLOUR_TOLERANCE = 45.0
-"""Largest RGB distance to a palette colour; the nearest one is taken, and no two lie closer than 85."""
+"""Maximum RGB distance to the nearest palette colour. Two palette colours are at least 85 apart."""
 MIN_PURE = 0.8
-"""Least share of an object's inner pixels within the tolerance of its colour."""
+"""Minimum share of an object's inner pixels within the tolerance of its colour."""
 MIN_GROUND, MAX_SPREAD = 0.6, 15.0
-"""Least share of background pixels (scenes have 0.76 and more) and their largest mean RGB distance to its colour."""
+"""Minimum share of background pixels (scenes have 0.76 and more) and their maximum mean RGB distance to its colour."""
 MIN_FIT, MIN_MARGIN = 0.88, 0.05
-"""Least soft IoU with the best shape, and least lead over the second. Scenes reach 0.92 and 0.11, under a blur of one
-pixel 0.91 and 0.10. A diamond, an ellipse or a fat cross stay below 0.88, a square with round sides near 0.05."""
+"""Minimum soft IoU with the best shape, and minimum lead over the second. Scenes reach 0.92 and 0.11, after a blur of
+one pixel 0.91 and 0.10. A diamond, an ellipse or a fat cross stay below 0.88, a square with round sides near 0.05."""
 MAX_EDGE = 3.8
-"""Widest soft edge of a shape, in pixels. Scenes: 1.1; under a blur of one pixel 2.8, of two 4.2 to 5.0."""
+"""Maximum width of the soft edge of a shape, in pixels. Scenes: 1.1; after a blur of one pixel 2.8, of two 4.2 to 5."""
 MAX_HALO = 4
-"""Pixels around an object that its soft edge may reach."""
+"""Maximum width of the soft edge around an object, in pixels."""
 SIZE_TOLERANCE = 2.5
-"""Largest distance of a radius to the nearest size, in pixels; the midpoint between two sizes lies closer."""
+"""Maximum distance of a radius to the nearest size, in pixels; the midpoint between two sizes is closer."""
 MIN_BLOB = 24
-"""Least pixels of an object; the smallest of a scene has 112. What is smaller is left over."""
+"""Minimum number of pixels of an object; the smallest in a scene has 112. Smaller blobs are leftovers."""
 MAX_RESIDUAL = 50.0
-"""A pixel is left over where its 3×3 mean lies further than this, in RGB, from the explained picture."""
+"""Maximum RGB distance between the 3×3 means of the image and its explanation; other pixels are leftovers."""
 GAIN, STEPS = 2.0, (0.8, 0.4, 0.8, 0.4, 0.2)
-"""Contrast put on soft edges before fitting, and the steps of the search for radius and centre, in pixels."""
+"""Contrast of soft edges during fitting, and step sizes of the search for radius and centre, in pixels."""
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -46,15 +46,17 @@ Fit = tuple[float, str, float, float, float]
 
 _CENTRES = np.arange(PIXELS, dtype=np.float32) + np.float32(0.5)
 _UNIT = {shape: coverage(shape, 10.0, PIXELS / 2, PIXELS / 2) for shape in SHAPES}
-_AREA = {shape: float(drawn.sum()) / 100 for shape, drawn in _UNIT.items()}  # of radius 1
-_DROP = {shape: (float(drawn.sum(1) @ _CENTRES / drawn.sum()) - PIXELS / 2) / 10 for shape, drawn in _UNIT.items()}
+_AREA = {shape: float(rendered.sum()) / 100 for shape, rendered in _UNIT.items()}  # of radius 1
+_DROP = {
+    shape: (float(rendered.sum(1) @ _CENTRES / rendered.sum()) - PIXELS / 2) / 10 for shape, rendered in _UNIT.items()
+}
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundObject:
     """One object read from pixels: centre (x, y) in pixels and ``fit``, the soft IoU with the best drawing.
 
-    Colour, shape or size is None where nothing in the language matches well enough.
+    Colour, shape or size is None if nothing in the grammar matches well enough.
     """
 
     colour: str | None
@@ -67,24 +69,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; ``leftovers`` is the number of pixels that neither background nor objects explain."""
+    """Content of an image; ``leftovers`` is the number of pixels that neither background nor objects explain."""
 
     background: str | None
-    objects: tuple[Found, ...]
+    objects: tuple[FoundObject, ...]
     leftovers: int
 
 
-def read(picture: NDArray[np.uint8]) -> Reading:
-    """Read background and objects from a picture, uint8 [64, 64, 3] RGB.
+def read(image: NDArray[np.uint8]) -> Reading:
+    """Read background and objects from an image, uint8 [64, 64, 3] RGB.
 
-    Without a background that fills most of the picture evenly nothing else is read and every pixel is left over.
+    If no even background fills most of the image, nothing else is read and every pixel is a leftover.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: The image has another shape or dtype.
     """
-    if picture.shape != (PIXELS, PIXELS, 3) or picture.dtype != np.uint8:
-        raise ValueError(f"picture is {picture.dtype} {list(picture.shape)}, expected uint8 [{PIXELS}, {PIXELS}, 3]")
-    pixels = picture.astype(np.float32)
+    if image.shape != (PIXELS, PIXELS, 3) or image.dtype != np.uint8:
+        raise ValueError(f"image is {image.dtype} {list(image.shape)}, expected uint8 [{PIXELS}, {PIXELS}, 3]")
+    pixels = image.astype(np.float32)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     name = _nearest(ground)
     distance = np.linalg.norm(pixels - ground, axis=2)
@@ -112,7 +114,7 @@ def _nearest(colour: Floats) -> str | None:
 
 
 def _parts(distance: Floats, contrast: float) -> list[Mask]:
-    """Blobs that stand out from the background, cut at half their own contrast so that soft edges do not join two."""
+    """Find blobs that differ from the background, cut at half their contrast so that soft edges do not join two."""
     parts = []
     for blob in _blobs(distance > contrast):
         level = float(np.percentile(distance[blob], 80)) / 2
@@ -121,7 +123,7 @@ def _parts(distance: Floats, contrast: float) -> list[Mask]:
 
 
 def _reaches(parts: list[Mask]) -> list[Mask]:
-    """Every part with the soft edge around it, ``MAX_HALO`` pixels wide or up to where another part's begins."""
+    """Extend every part by its soft edge, up to ``MAX_HALO`` pixels wide or to the edge of another part."""
     reaches = list(parts)
     for _ in range(MAX_HALO):
         for index, reach in enumerate(reaches):
@@ -129,7 +131,7 @@ def _reaches(parts: list[Mask]) -> list[Mask]:
     return reaches
 
 
-def _explain(alpha: Floats, colour: str | None) -> Found:
+def _explain(alpha: Floats, colour: str | None) -> FoundObject:
     solid = alpha > 0.5
     edge = 4 * float((alpha * (1 - alpha)).sum()) / max(int((solid & _grow(~solid)).sum()), 1)
     alpha = np.clip(GAIN * (alpha - np.float32(0.5)) + np.float32(0.5), 0, 1)
@@ -138,17 +140,17 @@ def _explain(alpha: Floats, colour: str | None) -> Found:
     known = edge <= MAX_EDGE and fit >= MIN_FIT and fit - second[0] >= MIN_MARGIN
     nearest = min(RADIUS, key=lambda name: abs(RADIUS[name] - radius))
     size = nearest if abs(RADIUS[nearest] - radius) <= SIZE_TOLERANCE else None
-    return Found(colour if colour in COLOURS else None, shape if known else None, size, x, y, fit)
+    return FoundObject(colour if colour in COLOURS else None, shape if known else None, size, x, y, fit)
 
 
 def _overlap(alpha: Floats, shape: str, radius: float, x: float, y: float) -> float:
-    drawn = coverage(shape, radius, x, y)
-    shared = float(np.minimum(alpha, drawn).sum())
-    return shared / max(float(alpha.sum()) + float(drawn.sum()) - shared, 1.0)
+    rendered = coverage(shape, radius, x, y)
+    shared = float(np.minimum(alpha, rendered).sum())
+    return shared / max(float(alpha.sum()) + float(rendered.sum()) - shared, 1.0)
 
 
 def _start(alpha: Floats, shape: str) -> Fit:
-    """Radius from the area, centre from the centroid."""
+    """Estimate the radius from the area and the centre from the centroid."""
     area = max(float(alpha.sum()), 1.0)
     radius = (area / _AREA[shape]) ** 0.5
     x, y = float(alpha.sum(0) @ _CENTRES) / area, float(alpha.sum(1) @ _CENTRES) / area - _DROP[shape] * radius
@@ -156,7 +158,7 @@ def _start(alpha: Floats, shape: str) -> Fit:
 
 
 def _refine(alpha: Floats, start: Fit) -> Fit:
-    """Coordinate search for the radius and centre of the largest overlap."""
+    """Search for the radius and centre with the largest overlap, one coordinate at a time."""
     best, shape = start[:2]
     at = list(start[2:])
     for step in STEPS:
@@ -182,14 +184,14 @@ def _blur(field: Floats) -> Floats:
 
 
 def _blobs(mask: Mask) -> list[Mask]:
-    """The 4-connected components of a mask, in reading order."""
+    """Return the 4-connected components of a mask, in reading order."""
     width = PIXELS + 2
     waiting = dict.fromkeys(np.flatnonzero(np.pad(mask, 1)).tolist())
     blobs = []
     while waiting:
         blob = [next(iter(waiting))]
         del waiting[blob[0]]
-        for at in blob:  # grows while it is walked
+        for at in blob:  # grows during the iteration
             for beside in (at - 1, at + 1, at - width, at + width):
                 if beside in waiting:
                     del waiting[beside]

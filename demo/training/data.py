@@ -1,4 +1,4 @@
-"""Batches of the shapes domain for training: pictures, sentences and their tokens."""
+"""Training batches of the demo model: images and their sentences."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, Sentence, is_h
 
 
 def training_sentence(rng: np.random.Generator) -> Sentence:
-    """A random full sentence that is not held out."""
+    """Generate a random full sentence that is not held out."""
     while is_held_out(sentence := random_sentence(rng)):
         pass
     return sentence
 
 
-def crowded_pictures(seed: int, index: int, count: int) -> torch.Tensor:
-    """Pictures of four shapes each, one a quarter, float32 [count, 3, 64, 64] in [-1, 1]: more edges to learn from."""
+def crowded_images(seed: int, index: int, count: int) -> torch.Tensor:
+    """Images with one shape in each quarter, which have more edges: float32 [count, 3, 64, 64] in [-1, 1]."""
     rng = np.random.default_rng([seed, index, 4])
     return _normalised([draw(_crowd(rng)) for _ in range(count)])
 
@@ -40,15 +40,15 @@ def _normalised(pixels: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pictures(seed: int, index: int, count: int) -> tuple[torch.Tensor, list[Sentence]]:
-    """Batch ``index`` of a seed's stream: float32 [count, 3, 64, 64] in [-1, 1] and the full sentences."""
+def scene_images(seed: int, index: int, count: int) -> tuple[torch.Tensor, list[Sentence]]:
+    """Batch ``index`` of a seed: images float32 [count, 3, 64, 64] in [-1, 1], and their full sentences."""
     rng = np.random.default_rng([seed, index])
     sentences = [training_sentence(rng) for _ in range(count)]
     return _normalised([draw(arrange(sentence, rng)) for sentence in sentences]), sentences
 
 
 def loosen(sentence: Sentence, rng: np.random.Generator, share: float = 0.1) -> Sentence:
-    """The sentence with each part that may be left open left open with probability ``share``."""
+    """Leave each optional part of a sentence open with probability ``share``."""
     things = tuple(replace(thing, size=None) if rng.random() < share else thing for thing in sentence.things)
     place = None if rng.random() < share else sentence.place
     background = None if rng.random() < share else sentence.background

@@ -21,16 +21,16 @@ SAVE_EVERY, LOG_EVERY = 250, 25
 
 
 class Run:
-    """Trains ``model`` for ``steps`` steps; started again on the same folder it goes on where it was.
+    """Trains ``model`` for ``steps`` steps. A run on an existing folder resumes where the last one stopped.
 
-    A step's randomness comes from ``(seed, step)`` alone, so an interrupted run and an uninterrupted one
-    see the same batches and the same noise.
+    The randomness of a step depends only on ``(seed, step)``, so an interrupted run has the same batches and noise as
+    an uninterrupted one.
 
     Args:
-        folder: where ``state.pt``, ``loss.json`` and, at the end, ``loss.png`` live.
-        model: trained in place.
-        average: receives the exponential moving average of the weights (``decay``).
-        lr: peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
+        folder: Folder of ``state.pt``, ``loss.json`` and, at the end, ``loss.png``.
+        model: Trained in place.
+        average: Receives the exponential moving average of the weights (``decay``).
+        lr: Peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Run:
                 if self.step % SAVE_EVERY == 0 or self.step == self.steps or self.stopped:
                     self._save()
                 if self.stopped:
-                    raise SystemExit(f"stopped after step {self.step}; start again to go on")
+                    raise SystemExit(f"stopped after step {self.step}; start again to resume")
         self._draw_losses()
 
     def _draw_losses(self) -> None:

@@ -1,4 +1,4 @@
-"""The shapes tokenizer: BertTokenizer with a vocabulary of the grammar's words and single characters."""
+"""The demo model's tokenizer: BertTokenizer with a vocabulary of the grammar's words and single characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the shapes autoencoder: AutoencoderKL, factor 8, eight latent channels."""
+"""Trains the demo model's autoencoder: AutoencoderKL, factor 8, eight latent channels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from data import crowded_pictures, pictures
+from data import crowded_images, scene_images
 from run import Run
 
 CONFIG = {
@@ -36,7 +36,7 @@ def main() -> None:
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         images = torch.cat(
-            [pictures(args.seed, step, BATCH // 4)[0], crowded_pictures(args.seed, step, BATCH - BATCH // 4)]
+            [scene_images(args.seed, step, BATCH // 4)[0], crowded_images(args.seed, step, BATCH - BATCH // 4)]
         )
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(images).latent_dist

@@ -1,4 +1,4 @@
-"""Trains the autoencoder's decoder on, its encoder frozen, for latents that are a little off, as a denoiser's are."""
+"""Trains the decoder further on slightly noisy latents, like those of a denoiser; the encoder is frozen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from data import crowded_pictures, pictures
+from data import crowded_images, scene_images
 from run import Run
 
 BATCH, NOISE, SQUARE_WEIGHT = 16, 0.3, 4.0
@@ -29,8 +29,8 @@ def main() -> None:
     run = Run(args.folder, decoder, deepcopy(decoder), steps=args.steps, lr=1e-3, seed=args.seed, decay=0.998)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        few, _ = pictures(args.seed, step, BATCH * 3 // 4)
-        images = torch.cat([few, crowded_pictures(args.seed, step, BATCH // 4)])
+        few, _ = scene_images(args.seed, step, BATCH * 3 // 4)
+        images = torch.cat([few, crowded_images(args.seed, step, BATCH // 4)])
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 posterior = autoencoder.encode(images).latent_dist

@@ -1,4 +1,4 @@
-"""Trains the shapes UNet on latents of the trained autoencoder, with the trained text encoder's embeddings."""
+"""Trains the demo model's UNet on latents of the trained autoencoder, with the trained text encoder's embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from rich.progress import track
 
-from data import loosen, pictures
+from data import loosen, scene_images
 from run import Run
 from text import make_tokenizer, token_ids
 from train_text import WIDTH
@@ -37,13 +37,13 @@ SCHEDULER = {
 }
 BATCH, SCENES, PROMPT_DROPOUT = 32, 65_536, 0.1
 NOISY, NOISY_FROM = 0.4, 600
-"""The share of a batch drawn from timesteps NOISY_FROM and up, where the prompt alone says what goes where."""
+"""Share of a batch with timesteps of NOISY_FROM or more, where only the prompt determines the layout."""
 OVERSHOT, OVERSHOT_FROM = 0.5, 4500
-"""The share of a batch, from that step on, whose noisy latents overshoot as those of guided sampling do."""
+"""Share of a batch, from that step on, whose noisy latents overshoot like those of guided sampling."""
 
 
 def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
-    """What latents are multiplied by, so that their root mean square is one."""
+    """Factor that scales latents to a root mean square of 1."""
     return 1.0 / (mean.square() + std.square()).mean().sqrt().item()
 
 
@@ -54,7 +54,7 @@ def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple
     kept = folder / "latents.pt"
     count = 256
     for index in track(range(SCENES // count), description="encoding"):
-        images, some = pictures(seed, index, count)
+        images, some = scene_images(seed, index, count)
         sentences += some
         if not kept.exists():
             posterior = autoencoder.encode(images).latent_dist
@@ -67,10 +67,10 @@ def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple
 
 
 def overshoot(level: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """How far beyond the truth guided latents lie at a timestep at most, as a share of their distance to the mean.
+    """Maximum overshoot of guided latents at a timestep, as a share of their distance to the mean.
 
-    Guidance at scale 6 was seen to carry latents 1.0 times that distance too far at timestep 880, 0.5 at 480, 0.26 at
-    80. Near timestep 0 it is held down, where what to predict would grow without bound.
+    Measured with guidance scale 6: 1.0 times that distance at timestep 880, 0.5 at 480, 0.26 at 80. Near timestep 0 it
+    is limited, because the prediction target would grow without bound.
 
     Args:
         level: alpha_bar at ``timestep``; both [B].
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/training/diffusion"))
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 for its default")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -116,7 +116,7 @@ def main() -> None:
             with torch.no_grad():
                 context = text_encoder(token_ids(tokenizer, prompts))[0]
             predicted = model(noisy, timestep, context).sample.float()
-        velocity = (signal * noisy - latents) / spread  # arXiv 2202.00512; of the truth, not of where it overshoots
+        velocity = (signal * noisy - latents) / spread  # arXiv 2202.00512; for the true latents, not the overshot ones
         return (predicted - velocity).square().mean()
 
     run.train(loss_of_step)

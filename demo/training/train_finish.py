@@ -1,4 +1,4 @@
-"""Trains the autoencoder's decoder a last time, on latents that the finished UNet denoised with guidance."""
+"""Fine-tunes the decoder on latents that the trained UNet has denoised with guidance."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from rich.progress import track
 from torch import nn
 
-from data import crowded_pictures, pictures
+from data import crowded_images, scene_images
 from run import Run
 from text import make_tokenizer, token_ids
 from train_diffusion import SCHEDULER, UNET, scaling_factor
 
 BATCH, SQUARE_WEIGHT = 16, 1.0
 PAIRS, AT_ONCE = 4096, 64
-"""Pictures denoised beforehand, and how many in one go."""
+"""Number of images that are denoised beforehand, and batch size."""
 FROM, STRIDE, GUIDANCE, ETA, OVERSHOT = 240, 40, 6.0, 0.3, 0.3
-"""Where denoising begins (late, so that the picture stays the same; early, so that the UNet leaves its marks), the
-timesteps between its steps, its options, and how far beyond the truth the latents lie at most where it begins."""
+"""Start timestep of denoising (late enough to keep the image, early enough for errors of the UNet), timesteps between
+steps, guidance scale, eta, and maximum overshoot of the latents at the start."""
 
 
 @torch.no_grad()
 def denoised_pairs(runs: Path, autoencoder: AutoencoderKL, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unscaled latents float32 [PAIRS, C, 8, 8] after denoising, and the pictures they should decode to."""
+    """Unscaled latents float32 [PAIRS, C, 8, 8] after denoising, and the images they should decode to."""
     mean, std = torch.load(runs / "diffusion/latents.pt", weights_only=True)
     scale = scaling_factor(mean, std)
     middle = scale * mean.mean(0)
@@ -38,9 +38,9 @@ def denoised_pairs(runs: Path, autoencoder: AutoencoderKL, seed: int) -> tuple[t
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(scheduler.config.num_train_timesteps // STRIDE)
     generator = torch.Generator().manual_seed(seed)
-    found, wanted = [], []
+    denoised, originals = [], []
     for index in track(range(PAIRS // AT_ONCE), description="denoising"):
-        images, sentences = pictures(seed, index, AT_ONCE)
+        images, sentences = scene_images(seed, index, AT_ONCE)
         prompts = [""] * AT_ONCE + [str(sentence) for sentence in sentences]
         latents = scale * autoencoder.encode(images).latent_dist.mean
         latents = latents + OVERSHOT * torch.rand((AT_ONCE, 1, 1, 1), generator=generator) * (latents - middle)
@@ -51,9 +51,9 @@ def denoised_pairs(runs: Path, autoencoder: AutoencoderKL, seed: int) -> tuple[t
                 unguided, prompted = unet(torch.cat([latents, latents]), timestep, context).sample.float().chunk(2)
                 predicted = unguided + GUIDANCE * (prompted - unguided)
                 latents = scheduler.step(predicted, timestep, latents, eta=ETA, generator=generator).prev_sample
-        found.append(latents / scale)
-        wanted.append(images)
-    return torch.cat(found), torch.cat(wanted)
+        denoised.append(latents / scale)
+        originals.append(images)
+    return torch.cat(denoised), torch.cat(originals)
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL.from_pretrained(args.runs / "decoder/model").requires_grad_(False)
-    found, wanted = denoised_pairs(args.runs, autoencoder, args.seed)
+    inputs, targets = denoised_pairs(args.runs, autoencoder, args.seed)
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]).requires_grad_(True)
     folder = args.runs / "finish"
     run = Run(folder, decoder, deepcopy(decoder), steps=args.steps, lr=1e-3, seed=args.seed, decay=0.998)
@@ -72,12 +72,12 @@ def main() -> None:
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = np.random.default_rng([args.seed, step]).integers(PAIRS, size=BATCH * 3 // 4)
         clean, denoised = rows[: BATCH // 4], rows[BATCH // 4 :]
-        truth = torch.cat([crowded_pictures(args.seed, step, BATCH // 4), wanted[clean]])
+        truth = torch.cat([crowded_images(args.seed, step, BATCH // 4), targets[clean]])
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 posterior = autoencoder.encode(truth).latent_dist
-                drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            latents, images = torch.cat([found[denoised], drawn.float()]), torch.cat([wanted[denoised], truth])
+                sampled = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            latents, images = torch.cat([inputs[denoised], sampled.float()]), torch.cat([targets[denoised], truth])
             error = autoencoder.decode(latents).sample.float() - images
         return error.abs().mean() + SQUARE_WEIGHT * error.square().mean()
 

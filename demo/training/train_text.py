@@ -1,9 +1,8 @@
-"""Trains the shapes text encoder to say what lies where, before the UNet learns to draw from its embeddings.
+"""Trains the demo model's text encoder to represent the layout of a scene, before the UNet is trained.
 
-Beside the encoder, and dropped afterwards, one query for each of the nine places and one for the background attend to
-the token embeddings, as the UNet's positions will, and must name colour, shape and size of what lies there. A denoiser
-taught alone from its loss finds out very late which of two objects goes where: until the noise is nearly pure, the
-noisy picture itself tells it.
+A temporary head has one query for each of the nine places and one for the background. They attend to the token
+embeddings, as the UNet will, and predict colour, shape and size of the object there. A denoiser trained from scratch
+learns very late which of two objects goes where, because the noisy image reveals it unless the noise is nearly pure.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ BERT = {
 }
 BATCH = 128
 NAMES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
-UNTOLD = -100
-"""The label of what a sentence leaves open: cross_entropy's ignore_index."""
+LEFT_OPEN = -100
+"""Label of attributes that a sentence leaves open: cross_entropy's ignore_index."""
 SIDES = {
     "left of": ((0, 1), (2, 1)),
-    "right of": ((2, 1), (0, 1)),
+    "correct of": ((2, 1), (0, 1)),
     "above": ((1, 0), (1, 2)),
     "below": ((1, 2), (1, 0)),
 }
@@ -69,7 +68,7 @@ class Reader(nn.Module):
         self.queries = nn.Parameter(torch.randn(len(PLACES) + 1, WIDTH) * 0.1)
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
         self.hidden = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
-        # One class more than names: nothing lies there.
+        # One class more than names: no object at this place.
         self.names = nn.ModuleDict({key: nn.Linear(WIDTH, len(names) + 1) for key, names in NAMES.items()})
         self.background = nn.Linear(WIDTH, len(BACKGROUNDS))
 
@@ -82,7 +81,7 @@ class Reader(nn.Module):
 
 
 def truth(sentence: Sentence) -> dict[str, np.ndarray]:
-    """Labels of a sentence: for each of NAMES int64 [9], for "background" int64 []; UNTOLD where left open."""
+    """Labels of a sentence: for each of NAMES int64 [9], for "background" int64 []; LEFT_OPEN where left open."""
     labels = {key: np.full(len(PLACES), len(names)) for key, names in NAMES.items()}
     cells = list(PLACES.values())
     where = SIDES.get(sentence.relation or "") or (PLACES.get(sentence.place or ""),)
@@ -90,26 +89,26 @@ def truth(sentence: Sentence) -> dict[str, np.ndarray]:
         for key, names in NAMES.items():
             name = getattr(thing, key)
             if place is None:
-                labels[key][:] = UNTOLD
+                labels[key][:] = LEFT_OPEN
             else:
-                labels[key][cells.index(place)] = UNTOLD if name is None else names.index(name)
-    told = sentence.background is not None
-    labels["background"] = np.array(BACKGROUNDS.index(sentence.background) if told else UNTOLD)
+                labels[key][cells.index(place)] = LEFT_OPEN if name is None else names.index(name)
+    named = sentence.background is not None
+    labels["background"] = np.array(BACKGROUNDS.index(sentence.background) if named else LEFT_OPEN)
     return labels
 
 
 def labels_of(sentences: list[Sentence]) -> dict[str, torch.Tensor]:
-    """The labels of a batch, stacked."""
+    """Stack the labels of a batch."""
     each = [truth(sentence) for sentence in sentences]
     return {key: torch.from_numpy(np.stack([labels[key] for labels in each])) for key in each[0]}
 
 
 @torch.no_grad()
-def share_right(model: nn.ModuleDict, ids: torch.Tensor, labels: dict[str, torch.Tensor]) -> float:
-    """The share of sentences read right in everything they tell."""
+def share_correct(model: nn.ModuleDict, ids: torch.Tensor, labels: dict[str, torch.Tensor]) -> float:
+    """Share of sentences for which all attributes are predicted correctly."""
     logits = model["reader"](model["bert"](ids)[0])
-    right = [(logits[key].argmax(1) == labels[key]).reshape(len(ids), -1).all(1) for key in labels]
-    return torch.stack(right).all(0).float().mean().item()
+    correct = [(logits[key].argmax(1) == labels[key]).reshape(len(ids), -1).all(1) for key in labels]
+    return torch.stack(correct).all(0).float().mean().item()
 
 
 def main() -> None:
@@ -133,11 +132,11 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model["reader"](model["bert"](ids)[0])
         if step % 250 == 0:
-            print(f"step {step}: {share_right(average, held_out_ids, held_out_labels):.1%} of held-out sentences right")
+            print(f"step {step}: {share_correct(average, held_out_ids, held_out_labels):.1%} of held-out sentences")
         return sum(cross_entropy(logits[key].float(), labels[key]) for key in labels)
 
     run.train(loss_of_step)
-    print(f"{share_right(average, held_out_ids, held_out_labels):.1%} of {len(held_out)} held-out sentences read right")
+    print(f"{share_correct(average, held_out_ids, held_out_labels):.1%} of {len(held_out)} held-out sentences correct")
     average["bert"].save_pretrained(args.folder / "model")
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``ldm-export VERB …``, the verbs being those of ``VERBS``."""
+"""The command line: ``ldm-export VERB …``; ``VERBS`` lists the verbs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ldm_export.verbs import bench, build, calibrate, client, generate, inspect,
 from ldm_runtime.errors import LdmError, interrupted
 
 VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, client)
-"""Modules of one verb each: its name, its help in the first docstring line, ``add_arguments`` and ``run``."""
+"""One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 after an error told in one line on standard error; bad usage exits with 2."""
+    """Run one command. Returns 0, or 1 after an error, which is printed as one line; bad usage exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without UTF-8 shows other characters as \u escapes
             stream.reconfigure(errors="backslashreplace")
@@ -34,16 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings_on(screen, shown=not args.verbose):
             return int(args.command(args, screen) or 0)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe, e.g. `| head`
         return 1
-    except OSError as error:  # a path that was given: too long, not ours to read, on a disk that fails
-        return _told(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk")
+    except OSError as error:  # a path from the user: too long, not readable, or on a failing disk
+        return _print_error(
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"
+        )
     except (KeyboardInterrupt, ImportError, LdmError) as error:
-        if interrupted(error):  # or what a package that was loading made of it, and what we said of that
+        if interrupted(error):  # also if a package that was being imported turned it into another exception
             print("ldm-export: interrupted", file=sys.stderr)
             return 130
         if isinstance(error, LdmError):
-            return _told(str(error))
+            return _print_error(str(error))
         raise
 
 
@@ -59,14 +61,17 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     return args
 
 
-def _told(message: str) -> int:
+def _print_error(message: str) -> int:
     print(f"ldm-export: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; needs no package beyond the runtime's."""
-    parser = argparse.ArgumentParser(prog="ldm-export", description="Latent diffusion models out of the notebook.")
+    """Create the parser of all verbs; it needs only the packages of the runtime."""
+    parser = argparse.ArgumentParser(
+        prog="ldm-export",
+        description="Export latent diffusion models to ONNX and TensorRT, and run them without torch.",
+    )
     parser.add_argument("--version", action="version", version=f"ldm-export {version('ldm-export')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for module in VERBS:
@@ -81,8 +86,8 @@ def _add(verbs: argparse._SubParsersAction, module: ModuleType) -> None:  # type
     module.add_arguments(verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     loudness = verb.add_mutually_exclusive_group()
-    loudness.add_argument("--quiet", action="store_true", help="no progress, no notes")
-    loudness.add_argument("--verbose", action="store_true", help="log what is done, to standard error")
+    loudness.add_argument("--quiet", action="store_true", help="print neither progress nor notes")
+    loudness.add_argument("--verbose", action="store_true", help="write a log to standard error")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def is_demo(model: Model) -> bool:
         return False
     if isinstance(model, Bundle):
         return bool(model.manifest.request.get(CHECKPOINT_SHA256) == _demo_sha256())
-    same_sizes = _sizes(model) == _sizes(package.checkpoint_folder())  # spares other models' gigabytes the hashing
+    same_sizes = _sizes(model) == _sizes(package.checkpoint_folder())  # avoids hashing gigabytes of other models
     return same_sizes and weights_sha256(model) == _demo_sha256()
 
 

@@ -13,7 +13,7 @@ def needs(extra: str) -> Iterator[None]:
     """Wrap imports of packages that come with ``extra``.
 
     Raises:
-        BuildError: one of them is not installed.
+        BuildError: One of them is not installed.
     """
     try:
         yield

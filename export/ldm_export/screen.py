@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars with time left on a terminal, tables, and nothing where it is quiet."""
+"""Output of the command line: results, tables, notes and progress bars."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rich.table import Table
 
 
 class Screen:
-    """Results go to standard output, progress and notes to standard error, the latter not when ``quiet``."""
+    """Writes results to standard output, and progress and notes to standard error unless ``quiet``."""
 
     def __init__(self, quiet: bool = False):
         self.out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         self.notes = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def result(self, text: str) -> None:
-        """A line on standard output."""
+        """Print a line to standard output."""
         self.out.print(printable(text))
 
     def note(self, text: str) -> None:
-        """A line on standard error."""
+        """Print a line to standard error."""
         self.notes.print(printable(text))
 
     def json(self, facts: Any) -> None:
-        """Facts as indented JSON on standard output, without colour, whatever reads it."""
+        """Print facts to standard output as indented JSON, always without colour."""
         print(json.dumps(facts, indent=2, allow_nan=False), file=self.out.file, flush=True)
 
     @contextmanager
     def bar(self, what: str, total: int | None = None) -> Iterator[_Bar]:
-        """A bar while the block runs, removed at its end; shown on a terminal only."""
+        """Show a progress bar while the block runs, on a terminal only."""
         what_column = TextColumn("{task.description}", markup=False)
         columns = (SpinnerColumn(), what_column, BarColumn(), MofNCompleteColumn())
         off = not self.notes.is_terminal or self.notes.quiet
@@ -45,7 +45,7 @@ class Screen:
             yield _Bar(live, what, total)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; under a header row the columns after the first are set flush right, as numbers are."""
+        """Print a table; with a header row, all columns but the first are aligned to the right."""
         headed = any(columns)
         table = Table(title=title, title_justify="left", title_style="bold", show_header=headed)
         for index, column in enumerate(columns):
@@ -103,17 +103,17 @@ class _Bar:
         self._live, self._task = live, live.add_task(what, total=total)
 
     def to(self, done: int, total: int | None = None, what: str | None = None) -> None:
-        """Show ``done`` of ``total``, doing ``what``."""
+        """Update the bar: ``done`` of ``total`` steps, and the name of the current task."""
         self._live.update(self._task, completed=done, total=total, description=what and printable(what))
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates spelled out: a bundle's names may come from strangers."""
+    """Escape control characters and lone surrogates, because names in a bundle are untrusted."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def human_bytes(size: float) -> str:
-    """12.3 MB, in powers of a thousand."""
+    """Format bytes in powers of 1000, e.g. "12.3 MB"."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

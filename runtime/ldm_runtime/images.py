@@ -29,7 +29,7 @@ FORMATS = {
 """Suffix of a file -> Pillow's name of its format."""
 MAX_COLUMNS = 2**31 - 1
 MAX_LATENT = 1e9
-"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black picture."""
+"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black image."""
 
 
 def check_latents(latents: NDArray[np.float32]) -> None:

@@ -46,8 +46,8 @@ def test_a_session_reads_the_weights_from_the_file(text: CalibrationModel, exter
     shapes = {tensor.name: tensor.bounds("opt") for tensor in text.spec("unet").inputs}
     feed = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     expected = Session(load_graph(text.graphs["unet"]), text.graphs["unet"].parent).run(feed)
-    found = Session(load_graph(external), external.parent).run(feed)
-    assert np.array_equal(found["noise_pred"], expected["noise_pred"])
+    result = Session(load_graph(external), external.parent).run(feed)
+    assert np.array_equal(result["noise_pred"], expected["noise_pred"])
     protos = {tensor.name: tensor for tensor in ir.to_proto(load_graph(external)).graph.initializer}
     assert not protos["conv_mid"].raw_data  # the session got a reference
 

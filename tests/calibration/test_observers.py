@@ -88,8 +88,8 @@ def test_mse_is_as_good_as_the_best_of_a_fine_search(name: str) -> None:
         clip: np.square(array - quantized(array, clip)).mean()
         for clip in np.abs(array).max() * np.linspace(0.02, 1, 150)
     }
-    found = np.square(array - quantized(array, threshold(seen(array), "mse"))).mean()
-    assert found <= 1.03 * min(error.values())
+    result = np.square(array - quantized(array, threshold(seen(array), "mse"))).mean()
+    assert result <= 1.03 * min(error.values())
 
 
 @pytest.mark.parametrize("name", ["normal", "silu"])
@@ -139,7 +139,7 @@ def test_samples_lie_denser_where_ranges_move() -> None:
     assert chosen_steps(still, 10) == sorted(set(np.rint(np.linspace(0, 49, 10)).astype(int).tolist()))
     moving = still.copy()
     moving[40:] *= np.exp(np.arange(1, 11))[:, None]
-    found = chosen_steps(moving, 11)
-    assert found[0] == 0 and found[-1] == 49
-    assert sum(step >= 39 for step in found) > sum(step < 39 for step in found)
+    result = chosen_steps(moving, 11)
+    assert result[0] == 0 and result[-1] == 49
+    assert sum(step >= 39 for step in result) > sum(step < 39 for step in result)
     assert chosen_steps(still[:4], 10) == [0, 1, 2, 3]

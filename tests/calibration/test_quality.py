@@ -37,9 +37,9 @@ def test_a_grader_gets_the_requests_and_its_marks_give_the_loss() -> None:
         assert given == requests
         return [bool((image == one).all()) for image in images]
 
-    found = compare_images([one, one], [one, other], requests, grade)
-    assert (found.correct_fp32, found.correct_int8, found.accuracy_loss) == ((True, True), (True, False), 0.5)
-    assert found.to_json(requests)[1]["correct_int8"] is False and found.to_json(requests)[1]["seed"] == 1001
+    result = compare_images([one, one], [one, other], requests, grade)
+    assert (result.correct_fp32, result.correct_int8, result.accuracy_loss) == ((True, True), (True, False), 0.5)
+    assert result.to_json(requests)[1]["correct_int8"] is False and result.to_json(requests)[1]["seed"] == 1001
     for blind in (None, lambda images, given: None):
         ungraded = compare_images([one, one], [one, other], requests, blind)
         assert ungraded.accuracy_loss is None and ungraded.to_json(requests)[0]["correct_fp32"] is None

@@ -58,9 +58,9 @@ def test_saved_and_read_again_they_are_the_same(text: CalibrationModel, tmp_path
 def test_ranges_are_those_of_every_tensor_of_every_component(name: str, request: pytest.FixtureRequest) -> None:
     model: CalibrationModel = request.getfixturevalue(name)
     requests = REQUESTS[:2] if model.model.conditioning else ({}, {})
-    found = measure_ranges(model, requests, 3)
-    assert list(found) == list(model.graphs)
-    for component, ranges in found.items():
+    result = measure_ranges(model, requests, 3)
+    assert list(result) == list(model.graphs)
+    for component, ranges in result.items():
         graph = load_graph(model.graphs[component]).graph
         tensors = [value.name for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
         assert list(ranges) == tensors and all(value > 0 for value in ranges.values())
@@ -69,7 +69,7 @@ def test_ranges_are_those_of_every_tensor_of_every_component(name: str, request:
         settings = replace(SETTINGS, requests=(one,), steps=3)
         if number == 0:  # seed 0 in both
             for component, feeds in run_trajectories(model, settings, components).feeds.items():
-                _within(model.graphs[component], feeds, found[component])
+                _within(model.graphs[component], feeds, result[component])
 
 
 def _within(graph: Path, feeds: object, ranges: dict[str, float]) -> None:

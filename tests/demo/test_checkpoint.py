@@ -39,10 +39,10 @@ def test_it_is_small_half_precision_and_safe() -> None:
 
 
 @pytest.mark.parametrize(("one_object", "two_object", "least"), [(32, 0, 0.85), (0, 32, 0.6)])
-def test_pictures_of_held_out_prompts_are_right(
+def test_images_of_held_out_prompts_are_right(
     shapes_bundle: Path, one_object: int, two_object: int, least: float
 ) -> None:
-    """A sample of what `demo/training/evaluate.py` measures in full: its bar less what 32 pictures vary by."""
+    """A sample of what `demo/training/evaluate.py` measures in full: its bar less what 32 images vary by."""
     prompts = held_out_prompts(one_object, two_object, seed=1)
     with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32") as pipeline:
         images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=50).images

@@ -1,4 +1,4 @@
-"""The grader against pictures with exactly one thing wrong, and the shares it counts."""
+"""The grader against images with exactly one thing wrong, and the shares it counts."""
 
 from dataclasses import replace
 
@@ -20,28 +20,28 @@ from ldm_export_demo.grammar import (
 )
 
 
-def wrong(picture: np.ndarray, sentence: Sentence | str) -> set[str]:
+def wrong(image: np.ndarray, sentence: Sentence | str) -> set[str]:
     """The attributes that the grader finds wrong."""
-    given = grade(picture, parse(sentence) if isinstance(sentence, str) else sentence)
+    given = grade(image, parse(sentence) if isinstance(sentence, str) else sentence)
     return {name for name in ATTRIBUTES if not getattr(given, name)}
 
 
-def picture_of(text: str, seed: int = 0) -> np.ndarray:
+def image_of(text: str, seed: int = 0) -> np.ndarray:
     return draw(arrange(parse(text), np.random.default_rng(seed)))
 
 
-def paint(picture: np.ndarray, colour: str, alpha: np.ndarray) -> np.ndarray:
+def paint(image: np.ndarray, colour: str, alpha: np.ndarray) -> np.ndarray:
     over = np.asarray(PALETTE[colour], np.float32)
-    return np.rint(picture + alpha[..., None] * (over - picture)).astype(np.uint8)
+    return np.rint(image + alpha[..., None] * (over - image)).astype(np.uint8)
 
 
 def test_open_parts_are_not_judged():
-    picture = picture_of("a small red circle at the top left on a white background")
-    assert wrong(picture, "a red circle") == set()
-    assert wrong(picture, "a large red circle at the top left on a white background") == {"size"}
-    assert wrong(picture, "a red circle at the right on a white background") == {"position"}
-    assert wrong(picture, "a red circle at the top left on a gray background") == {"background"}
-    assert wrong(picture, "a blue cross") == {"colour", "shape"}
+    image = image_of("a small red circle at the top left on a white background")
+    assert wrong(image, "a red circle") == set()
+    assert wrong(image, "a large red circle at the top left on a white background") == {"size"}
+    assert wrong(image, "a red circle at the right on a white background") == {"position"}
+    assert wrong(image, "a red circle at the top left on a gray background") == {"background"}
+    assert wrong(image, "a blue cross") == {"colour", "shape"}
 
 
 def _other(names, current, rng, barred=()):
@@ -80,32 +80,30 @@ def test_one_wrong_attribute_fails_alone(attribute):
 @pytest.mark.parametrize("asked", COLOURS)
 @pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
 def test_every_other_colour_is_distinguished(asked, drawn):
-    picture = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
-    assert wrong(picture, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
+    image = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
+    assert wrong(image, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
 
 
 def test_colours_bound_to_the_wrong_objects_fail():
     asked = "a small red circle left of a large blue square on a white background"
-    assert wrong(picture_of("a small blue circle left of a large red square on a white background"), asked) == {
-        "colour"
-    }
-    assert wrong(picture_of("a large blue square left of a small red circle on a white background"), asked) == {
+    assert wrong(image_of("a small blue circle left of a large red square on a white background"), asked) == {"colour"}
+    assert wrong(image_of("a large blue square left of a small red circle on a white background"), asked) == {
         "position"
     }
-    assert wrong(picture_of("a large red circle left of a small blue square on a white background"), asked) == {"size"}
-    assert wrong(picture_of("a small red square left of a large blue circle on a white background"), asked) == {"shape"}
+    assert wrong(image_of("a large red circle left of a small blue square on a white background"), asked) == {"size"}
+    assert wrong(image_of("a small red square left of a large blue circle on a white background"), asked) == {"shape"}
 
 
 @pytest.mark.parametrize("radius", [4.5, 15.5])
 def test_a_radius_far_from_both_sizes_is_no_size(radius):
-    picture = draw(Scene("black", (Figure("green", "square", radius, 32, 32),)))
-    assert [wrong(picture, f"a {size} green square") for size in SIZES] == [{"size"}, {"size"}]
+    image = draw(Scene("black", (Figure("green", "square", radius, 32, 32),)))
+    assert [wrong(image, f"a {size} green square") for size in SIZES] == [{"size"}, {"size"}]
 
 
 @pytest.mark.parametrize(("x", "right"), [(48, True), (43, True), (40.5, False), (55, False)])
 def test_a_place_ends_six_pixels_from_its_centre(x, right):
-    picture = draw(Scene("gray", (Figure("red", "circle", 8, x, 32),)))
-    assert wrong(picture, "a red circle at the right") == (set() if right else {"position"})
+    image = draw(Scene("gray", (Figure("red", "circle", 8, x, 32),)))
+    assert wrong(image, "a red circle at the right") == (set() if right else {"position"})
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -113,8 +111,8 @@ def test_a_place_ends_six_pixels_from_its_centre(x, right):
 def test_an_extra_object_fails(background, radius):
     for colour in [name for name in PALETTE if name != background]:
         asked = f"a large {'red' if colour != 'red' else 'blue'} cross in the center on a {background} background"
-        picture = paint(picture_of(asked), colour, coverage("circle", radius, 8, 56))
-        assert wrong(picture, asked) == {"count"}, colour
+        image = paint(image_of(asked), colour, coverage("circle", radius, 8, 56))
+        assert wrong(image, asked) == {"count"}, colour
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -123,9 +121,9 @@ def test_a_spot_of_four_by_four_pixels_fails(background):
     beside, inside = np.s_[3:7, 50:54], np.s_[28:32, 30:34]
     spots = [(beside, colour) for colour in PALETTE if colour != background]
     for at, colour in [*spots, (inside, "red"), (inside, "green")]:
-        picture = picture_of(asked)
-        picture[at] = PALETTE[colour]
-        assert wrong(picture, asked) == {"count"}, (colour, at)
+        image = image_of(asked)
+        image[at] = PALETTE[colour]
+        assert wrong(image, asked) == {"count"}, (colour, at)
 
 
 def test_a_missing_object_fails():
@@ -141,9 +139,9 @@ def test_half_an_object_fails(shape, size):
     for half in (np.s_[:, 32:], np.s_[:, :32], np.s_[32:, :]):
         alpha = whole.copy()
         alpha[half] = 0
-        picture = paint(draw(Scene("yellow", ())), "purple", alpha)
-        found = wrong(picture, f"a {size} purple {shape} in the center")
-        assert found & {"shape", "size"}, found
+        image = paint(draw(Scene("yellow", ())), "purple", alpha)
+        result = wrong(image, f"a {size} purple {shape} in the center")
+        assert result & {"shape", "size"}, result
 
 
 @pytest.mark.parametrize("second", ["red", "blue"])
@@ -154,34 +152,32 @@ def test_merged_objects_fail(second):
 
 
 def test_an_object_of_two_colours_fails():
-    picture = picture_of("a large red square in the center on a white background")
-    picture[32:][(picture[32:] != 255).any(-1)] = PALETTE["blue"]
+    image = image_of("a large red square in the center on a white background")
+    image[32:][(image[32:] != 255).any(-1)] = PALETTE["blue"]
     for colour in ("red", "blue"):
         asked = f"a large {colour} square in the center on a white background"
-        assert {"count", "colour"} <= wrong(picture, asked)
+        assert {"count", "colour"} <= wrong(image, asked)
 
 
 def test_accuracy_counts_each_kind_apart():
     one = "a small red circle at the top left on a white background"
     two = "a small red circle left of a large blue square on a white background"
-    given = accuracy(
-        [picture_of(one), picture_of(one), picture_of(two), picture_of(one)], [one, "a red cross", two, two]
-    )
+    given = accuracy([image_of(one), image_of(one), image_of(two), image_of(one)], [one, "a red cross", two, two])
     assert (given.overall.number, given.overall.correct) == (4, 0.5)
     assert (given.overall.background, given.overall.count, given.overall.shape) == (1.0, 0.75, 0.5)
     assert (given.one_object.number, given.one_object.correct, given.one_object.shape) == (2, 0.5, 0.5)
     assert (given.two_objects.number, given.two_objects.correct, given.two_objects.count) == (2, 0.5, 0.5)
-    assert accuracy([picture_of(two)], [two]).one_object is None
+    assert accuracy([image_of(two)], [two]).one_object is None
 
 
 def test_accuracy_refuses_what_it_cannot_grade():
     one = "a small red circle"
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         accuracy([], [])
     with pytest.raises(ValueError, match="argument"):
-        accuracy([picture_of(one)], [one, one])
+        accuracy([image_of(one)], [one, one])
     with pytest.raises(ValueError, match="grammar"):
-        accuracy([picture_of(one)], ["a photograph of a cat"])
+        accuracy([image_of(one)], ["a photograph of a cat"])
 
 
 def test_a_grade_is_right_only_as_a_whole():

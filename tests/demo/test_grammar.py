@@ -145,7 +145,7 @@ def test_held_out_prompts_are_a_reproducible_sample(held_out):
 
 def test_more_prompts_than_are_held_out_are_refused():
     assert len(held_out_prompts(HELD_OUT_ONE, 0)) == HELD_OUT_ONE
-    with pytest.raises(ValueError, match=f"{HELD_OUT_ONE + 1} held-out prompts asked for, {HELD_OUT_ONE} exist"):
+    with pytest.raises(ValueError, match=f"{HELD_OUT_ONE + 1} held-out prompts requested, {HELD_OUT_ONE} exist"):
         held_out_prompts(HELD_OUT_ONE + 1, 0)
 
 

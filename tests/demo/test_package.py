@@ -37,7 +37,7 @@ def test_the_grader_decides_for_each_image_in_an_array_or_a_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "prompts", "said"),
+    ("images", "prompts", "message"),
     [
         (np.zeros((1, 64, 64, 3), np.uint8), ["a photo of a cat"], "grammar"),
         (np.zeros((1, 32, 32, 3), np.uint8), ["a red circle"], r"got shape \[32, 32, 3\], expected \[64, 64, 3\]"),
@@ -45,8 +45,8 @@ def test_the_grader_decides_for_each_image_in_an_array_or_a_list() -> None:
         (np.zeros((2, 64, 64, 3), np.uint8), ["a red circle"], "got 2 for 1 prompts"),
     ],
 )
-def test_what_cannot_be_graded_is_refused(images: np.ndarray, prompts: list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_graded_is_refused(images: np.ndarray, prompts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         demo.grade(images, prompts)
 
 

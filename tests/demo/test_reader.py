@@ -1,4 +1,4 @@
-"""What the reader sees: rendered truth, close neighbours, damaged pictures and things outside the language."""
+"""What the reader sees: rendered truth, close neighbours, damaged images and things outside the language."""
 
 import io
 
@@ -13,22 +13,22 @@ from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, parse, random_
 from ldm_export_demo.reader import MIN_FIT, read
 
 
-def blurred(picture, radius):
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+def blurred(image, radius):
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def jpeg(picture, subsampling):
+def jpeg(image, subsampling):
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=90, subsampling=subsampling)
+    Image.fromarray(image).save(file, "JPEG", quality=90, subsampling=subsampling)
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def shifted(picture, by):
-    return np.clip(picture.astype(float) + by, 0, 255).astype(np.uint8)
+def shifted(image, by):
+    return np.clip(image.astype(float) + by, 0, 255).astype(np.uint8)
 
 
-def noisy(picture, deviation):
-    return shifted(picture, np.random.default_rng(int(picture.sum())).normal(0, deviation, picture.shape))
+def noisy(image, deviation):
+    return shifted(image, np.random.default_rng(int(image.sum())).normal(0, deviation, image.shape))
 
 
 def share_right(change, number, seed):
@@ -53,10 +53,10 @@ def test_rendered_truth_is_right_and_read_to_a_third_of_a_pixel():
         assert compare(reading, sentence).correct, (sentence, reading)
         assert (reading.background, reading.leftovers) == (scene.background, 0)
         for figure in scene.figures:
-            found = min(reading.objects, key=lambda o: np.hypot(o.x - figure.x, o.y - figure.y))
-            assert (found.colour, found.shape) == (figure.colour, figure.shape)
-            assert np.hypot(found.x - figure.x, found.y - figure.y) < 1 / 3
-            assert found.fit > MIN_FIT
+            result = min(reading.objects, key=lambda o: np.hypot(o.x - figure.x, o.y - figure.y))
+            assert (result.colour, result.shape) == (figure.colour, figure.shape)
+            assert np.hypot(result.x - figure.x, result.y - figure.y) < 1 / 3
+            assert result.fit > MIN_FIT
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -67,40 +67,40 @@ def test_the_closest_two_objects_do_not_merge(shape, background):
             if background in (first, second):
                 continue
             figures = (Figure(first, shape, 12.5, 18, 32), Figure(second, "square", 12.5, 46, 32))
-            picture = draw(Scene(background, figures))
+            image = draw(Scene(background, figures))
             sentence = parse(f"a large {first} {shape} left of a large {second} square on a {background} background")
-            assert grade(picture, sentence).correct
-            assert grade(blurred(picture, 0.8), sentence).correct
+            assert grade(image, sentence).correct
+            assert grade(blurred(image, 0.8), sentence).correct
 
 
 @pytest.mark.parametrize(
     ("damage", "least"),
     [
-        pytest.param(lambda picture: noisy(picture, 6), 1.0, id="noise of 6 levels"),
-        pytest.param(lambda picture: blurred(picture, 0.6), 1.0, id="blur of 0.6 pixels"),
-        pytest.param(lambda picture: blurred(picture, 1.0), 1.0, id="blur of 1 pixel"),
-        pytest.param(lambda picture: jpeg(picture, subsampling=0), 1.0, id="jpeg 90"),
-        pytest.param(lambda picture: jpeg(picture, subsampling=2), 0.95, id="jpeg 90 with halved chroma"),
-        pytest.param(lambda picture: shifted(picture, 8), 1.0, id="8 brighter"),
-        pytest.param(lambda picture: shifted(picture, -8), 1.0, id="8 darker"),
+        pytest.param(lambda image: noisy(image, 6), 1.0, id="noise of 6 levels"),
+        pytest.param(lambda image: blurred(image, 0.6), 1.0, id="blur of 0.6 pixels"),
+        pytest.param(lambda image: blurred(image, 1.0), 1.0, id="blur of 1 pixel"),
+        pytest.param(lambda image: jpeg(image, subsampling=0), 1.0, id="jpeg 90"),
+        pytest.param(lambda image: jpeg(image, subsampling=2), 0.95, id="jpeg 90 with halved chroma"),
+        pytest.param(lambda image: shifted(image, 8), 1.0, id="8 brighter"),
+        pytest.param(lambda image: shifted(image, -8), 1.0, id="8 darker"),
     ],
 )
-def test_mild_damage_leaves_pictures_right(damage, least):
+def test_mild_damage_leaves_images_right(damage, least):
     assert share_right(damage, 200, seed=8) >= least
 
 
 @pytest.mark.parametrize(
     "ruin",
     [
-        pytest.param(lambda picture: np.full_like(picture, picture[0, 0]), id="flat"),
-        pytest.param(lambda picture: blurred(picture, 4), id="blur of 4 pixels"),
-        pytest.param(lambda picture: 255 - picture, id="inverted"),
-        pytest.param(lambda picture: noisy(picture, 60), id="drowned in noise"),
-        pytest.param(lambda picture: picture // 2, id="half as bright"),
-        pytest.param(lambda picture: np.tile(picture[::2, ::2], (2, 2, 1)), id="four small copies"),
+        pytest.param(lambda image: np.full_like(image, image[0, 0]), id="flat"),
+        pytest.param(lambda image: blurred(image, 4), id="blur of 4 pixels"),
+        pytest.param(lambda image: 255 - image, id="inverted"),
+        pytest.param(lambda image: noisy(image, 60), id="drowned in noise"),
+        pytest.param(lambda image: image // 2, id="half as bright"),
+        pytest.param(lambda image: np.tile(image[::2, ::2], (2, 2, 1)), id="four small copies"),
     ],
 )
-def test_ruined_pictures_are_never_right(ruin):
+def test_ruined_images_are_never_right(ruin):
     assert share_right(ruin, 100, seed=6) == 0.0
 
 
@@ -110,28 +110,28 @@ def test_pure_noise_is_nothing_but_leftovers():
 
 
 def test_an_uneven_background_is_none():
-    picture = on_white(coverage("circle", 12, 32, 32))
-    assert read(noisy(picture, 6)).background == "white"
-    assert read(noisy(picture, 30)).background is None
-    assert read(shifted(picture, -2.0 * np.arange(PIXELS)[:, None])).background is None
+    image = on_white(coverage("circle", 12, 32, 32))
+    assert read(noisy(image, 6)).background == "white"
+    assert read(noisy(image, 30)).background is None
+    assert read(shifted(image, -2.0 * np.arange(PIXELS)[:, None])).background is None
 
 
 def test_a_soft_edge_is_no_shape():
-    (found,) = read(blurred(on_white(coverage("circle", 12, 32, 32)), 2.5)).objects
-    assert found.fit > MIN_FIT
-    assert (found.shape, found.size) == (None, "large")
+    (result,) = read(blurred(on_white(coverage("circle", 12, 32, 32)), 2.5)).objects
+    assert result.fit > MIN_FIT
+    assert (result.shape, result.size) == (None, "large")
 
 
 def test_half_circle_half_square_is_neither():
     x, y = np.meshgrid(np.arange(PIXELS) - 31.5, np.arange(PIXELS) - 31.5)
     rounded = np.clip(11 - np.cbrt(abs(x) ** 3 + abs(y) ** 3) + 0.5, 0, 1)
-    (found,) = read(on_white(rounded)).objects
-    assert found.fit > MIN_FIT
-    assert found.shape is None
+    (result,) = read(on_white(rounded)).objects
+    assert result.fit > MIN_FIT
+    assert result.shape is None
 
 
 @pytest.mark.parametrize("colour", PALETTE)
-def test_a_flat_picture_has_a_background_at_most(colour):
+def test_a_flat_image_has_a_background_at_most(colour):
     reading = read(np.full((PIXELS, PIXELS, 3), PALETTE[colour], np.uint8))
     assert (reading.background, reading.objects) == (colour if colour in BACKGROUNDS else None, ())
     assert reading.leftovers == 0
@@ -148,21 +148,21 @@ def test_foreign_shapes_have_no_name():
         "ring": coverage("circle", 12, 32, 32) - coverage("circle", 6, 32, 32),
     }
     for name, alpha in foreign.items():
-        (found,) = read(on_white(alpha)).objects
-        assert (found.colour, found.shape) == ("green", None), name
+        (result,) = read(on_white(alpha)).objects
+        assert (result.colour, result.shape) == ("green", None), name
 
 
 @pytest.mark.parametrize("colour", [(255, 150, 200), (0, 220, 220), (130, 80, 40), (150, 220, 40)])
 def test_foreign_colours_have_no_name(colour):
-    picture = on_white(coverage("square", 12, 32, 32))
-    picture[(picture != 255).any(-1)] = colour
-    (found,) = read(picture).objects
-    assert (found.colour, found.shape, found.size) == (None, "square", "large")
+    image = on_white(coverage("square", 12, 32, 32))
+    image[(image != 255).any(-1)] = colour
+    (result,) = read(image).objects
+    assert (result.colour, result.shape, result.size) == (None, "square", "large")
 
 
 def test_other_arrays_are_refused():
-    picture = on_white(coverage("square", 12, 32, 32))
+    image = on_white(coverage("square", 12, 32, 32))
     with pytest.raises(ValueError, match=r"float32 \[64, 64, 3\], expected uint8 \[64, 64, 3\]"):
-        read(picture.astype(np.float32))
+        read(image.astype(np.float32))
     with pytest.raises(ValueError, match=r"uint8 \[32, 64, 3\]"):
-        read(picture[:32])
+        read(image[:32])

@@ -112,7 +112,7 @@ def test_the_build_image_builds(wheels: Path, tmp_path: Path) -> None:
 def test_the_serving_images_server_generates_and_stops_on_sigterm(
     packages: Path, shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton with the image's options and packages: healthy, right pictures, nothing written to its repository."""
+    """Triton with the image's options and packages: healthy, right images, nothing written to its repository."""
     assert main(["triton", str(shapes_bundle), "-o", str(tmp_path / "models"), *ENGINE, "--quiet"]) == 0
     before, serve = contents(tmp_path / "models"), STAGES["serve"]
     options = [option for option in serve.command("CMD") if option != "--model-repository=/models"]
@@ -139,8 +139,8 @@ def test_the_serving_images_server_generates_and_stops_on_sigterm(
 
 def test_the_serving_image_has_numpy_1_and_nothing_heavy(packages: Path, tmp_path: Path) -> None:
     python = environment(packages, tmp_path / "venv") / "bin/python3"
-    said = run([python, "-c", "import numpy; print(numpy.__version__, numpy.__file__)"], tmp_path).stdout
-    assert said.startswith("1.26.4 ") and str(packages) in said
+    message = run([python, "-c", "import numpy; print(numpy.__version__, numpy.__file__)"], tmp_path).stdout
+    assert message.startswith("1.26.4 ") and str(packages) in message
     assert not installed(python) & set(HEAVY)
 
 
@@ -154,11 +154,11 @@ def environment(packages: Path, folder: Path) -> Path:
     return folder
 
 
-def assert_same(picture: Path, bundle: Path, here: Path) -> None:
-    """The picture is that which this environment draws from the bundle."""
+def assert_same(first_image: Path, bundle: Path, here: Path) -> None:
+    """The image is that which this environment draws from the bundle."""
     arguments = ["generate", str(bundle), PROMPT, "--steps", "5", "--seed", "1", *ENGINE]
     assert main([*arguments, "-o", str(here), "--quiet"]) == 0
-    one, other = (np.asarray(Picture.open(path)).astype(int) for path in (picture, here))
+    one, other = (np.asarray(Picture.open(path)).astype(int) for path in (first_image, here))
     assert np.abs(one - other).max() <= 1 and one.std() > 5
 
 

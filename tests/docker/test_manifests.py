@@ -52,11 +52,11 @@ def test_manifests_fit_the_schemas_of_kubernetes(file: Path, tmp_path: Path) -> 
 
 def test_kserve_manifests_fit_the_types_of_kserve_and_kubernetes(tmp_path: Path) -> None:
     assert MODELS.exists(), f"{MODELS} is missing: `make test` makes it"
-    found = documents("kserve.yaml")
+    result = documents("kserve.yaml")
     for kind, name in (("ServingRuntime", "V1alpha1ServingRuntime"), ("InferenceService", "V1beta1InferenceService")):
-        assert list(faults(found[kind], name, kind)) == []
+        assert list(faults(result[kind], name, kind)) == []
     assert list(faults({"spec": {"predictor": {"minReplica": 1}}}, "V1beta1InferenceService", "")) != []
-    runtime, predictor = found["ServingRuntime"]["spec"], found["InferenceService"]["spec"]["predictor"]
+    runtime, predictor = result["ServingRuntime"]["spec"], result["InferenceService"]["spec"]["predictor"]
     containers = [{**runtime["containers"][0], "resources": predictor["model"]["resources"]}]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ldm"}}
     pod["spec"] = {"containers": containers, "volumes": runtime["volumes"]}
@@ -66,8 +66,8 @@ def test_kserve_manifests_fit_the_types_of_kserve_and_kubernetes(tmp_path: Path)
 
 
 def test_kserve_service_and_runtime_belong_together() -> None:
-    found = documents("kserve.yaml")
-    runtime, predictor = found["ServingRuntime"], found["InferenceService"]["spec"]["predictor"]
+    result = documents("kserve.yaml")
+    runtime, predictor = result["ServingRuntime"], result["InferenceService"]["spec"]["predictor"]
     assert predictor["model"]["runtime"] == runtime["metadata"]["name"]
     formats = [{key: each[key] for key in ("name", "version")} for each in runtime["spec"]["supportedModelFormats"]]
     assert predictor["model"]["modelFormat"] in formats

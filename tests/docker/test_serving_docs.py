@@ -41,8 +41,8 @@ def test_every_example_of_the_page_works(triton_server: TritonServer, shapes_bun
     assert main(["generate", str(shapes_bundle), PROMPT, *options, "-o", str(tmp_path / "here.png")]) == 0
     expected = np.asarray(Image.open(tmp_path / "here.png")).astype(int)
     for name in ("circle.png", "steps.png", "curl.png", "python.png"):
-        picture = np.asarray(Image.open(tmp_path / name)).astype(int)
-        assert np.abs(picture - expected).max() <= 1, name
+        first_image = np.asarray(Image.open(tmp_path / name)).astype(int)
+        assert np.abs(first_image - expected).max() <= 1, name
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "steps-10.png")), expected)
     assert {f"grid-{index}.png" for index in range(4)} <= {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "events.txt").read_text().count('"STEP":') == 5
@@ -57,10 +57,10 @@ def test_every_command_is_one_that_the_command_line_takes(text: str) -> None:
 
 
 def test_every_name_is_one_that_the_server_has() -> None:
-    told = set(re.findall(r"`(\w+)`", PAGE))
+    output = set(re.findall(r"`(\w+)`", PAGE))
     for model in (description(), description(text=False)):
         fields = (*input_fields(model, stream=True), *output_fields(model, stream=True))
-        assert {field.name for field in fields} <= told
+        assert {field.name for field in fields} <= output
     metrics = set(re.findall(r"`(ldm_\w+?)(?:\{\w+\})?`", PAGE)) - {"ldm_stream", "ldm_runtime"}
     assert metrics == {*GAUGES, *COUNTERS}
     files = re.findall(r"docker/[\w./-]*[\w/]", PAGE)

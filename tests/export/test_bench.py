@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ldm_export.bench.benchmark import BenchSettings, Combination, benchmark
+from ldm_export.bench.bench_results import BenchSettings, Combination
+from ldm_export.bench.benchmark import benchmark
 from ldm_export.bench.component_feeds import component_rows, feed_at
 from ldm_export.bench.figures import Timing, machine, speedup
 from ldm_export.bench.worker_pool import Worker, rounds
@@ -108,8 +109,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_timed(refused, bundle_copy: Path, case: str) -> None:
     (bundle_copy.parent / "no").write_text("a file")
-    arguments, said = REFUSED[case]
-    refused("bench", *arguments, said=said)
+    arguments, message = REFUSED[case]
+    refused("bench", *arguments, message=message)
 
 
 ECHO = """

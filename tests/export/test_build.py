@@ -208,7 +208,7 @@ def test_measurements_stay_until_they_are_damaged(tiny_checkpoint: Path, bundle_
     assert set(after) == set(before) and after["manifest.json"] == before["manifest.json"]
 
 
-def test_damaged_and_missing_files_are_made_again(tiny_checkpoint: Path, bundle_copy: Path) -> None:
+def test_damaged_and_missing_files_are_rebuilt(tiny_checkpoint: Path, bundle_copy: Path) -> None:
     before = contents(bundle_copy)
     content = bytearray(before["text_encoder/fp32.onnx"])
     content[len(content) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""Bundles of every kind of checkpoint draw pictures: configs alone, weights beside the graphs, VQ, the older layout."""
+"""Bundles of every kind of checkpoint draw images: configs alone, weights beside the graphs, VQ, the older layout."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def picture(bundle: Path, **options: Any) -> np.ndarray:
+def image(bundle: Path, **options: Any) -> np.ndarray:
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", threads=1) as pipeline:
         result = pipeline("a red circle", seed=1, guidance_scale=6.0, num_inference_steps=2, **options)
     return np.asarray(result.images[0])
 
 
-def test_a_bundle_of_another_version_is_made_anew(configs: Path, small_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_another_version_is_rebuilt(configs: Path, small_bundle: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
     edit_json(target / "manifest.json", version=99)
     made(configs, target, random_weights=True)
@@ -59,9 +59,9 @@ def test_a_bundle_of_another_version_is_made_anew(configs: Path, small_bundle: P
 def test_random_weights_need_configs_only(configs: Path, small_bundle: Path) -> None:
     assert sorted(path.name for path in (configs / "tokenizer").iterdir()) == ["tokenizer_config.json"]
     assert Bundle.open(small_bundle).manifest.request["random_weights_seed"] == 0
-    one, other = picture(small_bundle), picture(small_bundle, height=20, width=12)
+    one, other = image(small_bundle), image(small_bundle, height=20, width=12)
     assert one.shape == (16, 16, 3) and other.shape == (20, 12, 3)
-    assert one.std() > 1 and np.array_equal(one, picture(small_bundle))
+    assert one.std() > 1 and np.array_equal(one, image(small_bundle))
 
 
 def test_weights_beside_the_graphs_move_with_the_bundle(
@@ -74,7 +74,7 @@ def test_weights_beside_the_graphs_move_with_the_bundle(
     }
     assert files(tmp_path / "made") == files(small_bundle) | beside
     moved = (tmp_path / "made").rename(tmp_path / "moved")
-    assert np.array_equal(picture(moved), picture(small_bundle))
+    assert np.array_equal(image(moved), image(small_bundle))
 
 
 def test_quantised_latents_and_the_older_layout(tmp_path: Path) -> None:
@@ -85,4 +85,4 @@ def test_quantised_latents_and_the_older_layout(tmp_path: Path) -> None:
     bundle = made(folder, tmp_path / "bundle")
     checked = verify(bundle, open_checkpoint(folder), [{"prompts": "a red circle"}, {"prompts": "a square"}], steps=3)
     assert checked.failures == []
-    assert picture(tmp_path / "bundle").std() > 1
+    assert image(tmp_path / "bundle").std() > 1

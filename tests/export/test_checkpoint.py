@@ -79,7 +79,7 @@ def test_configs_hold_every_argument(tiny: Path) -> None:
     assert (expected["set_alpha_to_one"], expected["steps_offset"], expected["beta_start"]) == (True, 0, 0.00085)
 
 
-def test_names_of_today_win_and_unknown_keys_do_not_matter(tiny: Path) -> None:
+def test_current_names_take_precedence_and_unknown_keys_do_not_matter(tiny: Path) -> None:
     edit_json(tiny / "unet" / "config.json", num_res_blocks=7, conv_resample=True, invented=[{}])
     edit_json(tiny / "bert" / "config.json", num_hidden_layers=9, dtype="float16")
     checkpoint = open_checkpoint(tiny)

@@ -47,7 +47,7 @@ def replace(folder: Path, component: str, make: Callable[[], Any]) -> None:
 
 
 def theirs(folder: Path, **options: Any) -> np.ndarray:
-    """The picture that diffusers draws of a checkpoint."""
+    """Generate the image of a checkpoint with diffusers."""
     pipeline = LDMTextToImagePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +56,7 @@ def theirs(folder: Path, **options: Any) -> np.ndarray:
 
 
 def ours(bundle: Bundle, **options: Any) -> np.ndarray:
-    """The picture that a bundle draws on ONNX Runtime."""
+    """Generate the image of a bundle on ONNX Runtime."""
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime", threads=1) as pipeline:
         return np.asarray(pipeline(PROMPT, seed=0, **OPTIONS, **options).images[0])
 
@@ -122,7 +122,7 @@ def test_other_factor_and_grey_images(
     assert expected.shape == (48, 32)
     assert_same(ours(bundle, height=48, width=32), expected)
     checked = verify(bundle, open_checkpoint(tiny), [{"prompts": PROMPT, "width": 48}], steps=2)
-    assert checked.failures == [] and [p.ours.mode for p in checked.pictures] == ["L"]
+    assert checked.failures == [] and [one.ours.mode for one in checked.images] == ["L"]
     assert page(checked).count("data:image/png;base64") >= 3
     output = tmp_path / "out.png"
     options = ["--steps", "1", "--backend", "onnxruntime", "-o", str(output)]

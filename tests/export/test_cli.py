@@ -46,19 +46,19 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) ->
     return capfd.readouterr()
 
 
-def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
+def test_build_from_configs_alone_then_a_image(place, capfd) -> None:
     configs = write_configs(place / "configs")
     out, err = run(capfd, "build", configs, "-o", "sub/bundle", "--random-weights", "--json")
-    told = json.loads(out)
-    assert err == "" and set(told) == {"bundle", "bytes", "made", "seconds"}
-    assert told["bundle"] == "sub/bundle"
+    output = json.loads(out)
+    assert err == "" and set(output) == {"bundle", "bytes", "made", "seconds"}
+    assert output["bundle"] == "sub/bundle"
     graphs = ("text_encoder", "unet", "decoder", "step", "guided_step")
-    assert sorted(told["made"]) == sorted(
+    assert sorted(output["made"]) == sorted(
         ["tokenizer", "unet.fp32.onnxruntime-cpu", *(f"{name}.fp32" for name in graphs)]
     )
     built = Bundle.open(place / "sub/bundle")
     built.check()
-    assert told["bytes"] == sum(fact.size for fact in built.manifest.files.values())
+    assert output["bytes"] == sum(fact.size for fact in built.manifest.files.values())
     assert built.manifest.request["random_weights_seed"] == 0
     assert not list(place.rglob(".*"))
     run(capfd, "generate", "sub/bundle", PROMPT, *STEPS)
@@ -91,7 +91,7 @@ def test_generate_writes_an_image_and_prints_the_seed(tiny_bundle, capfd) -> Non
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
 
 
-def test_generate_draws_a_seed_that_gives_the_same_picture_again(tiny_bundle, capfd) -> None:
+def test_generate_prints_a_seed_that_gives_the_same_image_again(tiny_bundle, capfd) -> None:
     steps = ("--steps", "2", "--threads", "1")
     out, err = run(capfd, "generate", tiny_bundle, PROMPT, *steps, "--json", "-o", "one.png")
     assert err == ""
@@ -104,8 +104,8 @@ def test_generate_several_of_another_size_each_and_as_a_grid(tiny_bundle, capfd)
     size = ("--width", "24", "--height", "16", "--images-per-prompt", "2", "--each", "-o", "new/a.png")
     out, _ = run(capfd, "generate", tiny_bundle, "a circle", "a square", *STEPS, *size, "--json")
     files = ["new/a.png", *(f"new/a-{index}.png" for index in range(4))]
-    told = json.loads(out)
-    assert (told["files"], told["seed"], told["choice"]["backend"]) == (files, 7, "onnxruntime")
+    output = json.loads(out)
+    assert (output["files"], output["seed"], output["choice"]["backend"]) == (files, 7, "onnxruntime")
     sheet = pixels("new/a.png")
     assert sheet.shape == (2 * 16 + 2, 2 * 24 + 2, 3)
     assert sorted(str(path) for path in Path("new").iterdir()) == sorted(files)
@@ -154,11 +154,11 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     assert err == "" and facts["within_tolerance"] is True
     assert set(facts["components"]) == {"text_encoder", "unet", "decoder"}
     assert all(0 <= part["max_error"] < 1e-3 for part in facts["components"].values())
-    assert [picture["request"]["prompts"] for picture in facts["pictures"]] == [
+    assert [image["request"]["prompts"] for image in facts["images"]] == [
         "a <b>red</b> circle",
         "a blue [/i] square",
     ]
-    assert all(picture["max_pixel"] <= 1 for picture in facts["pictures"])
+    assert all(image["max_pixel"] <= 1 for image in facts["images"])
     bundle = Bundle.open(bundle_copy)
     bundle.check()
     assert bundle.manifest.measured == {"verify": facts}

@@ -30,15 +30,15 @@ READERS: dict[str, tuple[str, ...]] = {
 @pytest.fixture(params=READERS)
 def read(request: pytest.FixtureRequest, refused: Refused, bundle_copy: Path) -> Callable[[str], None]:
     """Reads ``bundle_copy`` with a verb and expects its refusal."""
-    return lambda said: refused(request.param, bundle_copy, *READERS[request.param], said=said)
+    return lambda message: refused(request.param, bundle_copy, *READERS[request.param], message=message)
 
 
 def edit(bundle: Path, path: str, value: Any) -> None:
     """Set the manifest's field at ``key key 0``."""
     document = json.loads((bundle / NAME).read_text(encoding="utf-8"))
-    *way, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
+    *variant, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
     at = document
-    for part in way:
+    for part in variant:
         at = at[part]
     at[last] = value
     (bundle / NAME).write_text(json.dumps(document), encoding="utf-8")
@@ -99,9 +99,9 @@ MANIFESTS: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_a_manifest_changed(refused: Refused, bundle_copy: Path, case: str) -> None:
-    path, value, said = MANIFESTS[case]
+    path, value, message = MANIFESTS[case]
     edit(bundle_copy, path, value)
-    refused("inspect", bundle_copy, "--check", said=said)
+    refused("inspect", bundle_copy, "--check", message=message)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 10**5, b"\xff", b'{"format": NaN}'])
@@ -113,15 +113,15 @@ def test_a_manifest_that_is_no_json(read: Callable[[str], None], bundle_copy: Pa
 def test_no_bundle_at_all(refused: Refused, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in ("nowhere", "file", "x" * 300, tiny_checkpoint, tmp_path, ""):
-        said = "File name too long" if folder == "x" * 300 else ", expected a bundle; make it with `ldm-export build"
+        message = "File name too long" if folder == "x" * 300 else ", expected a bundle; make it with `ldm-export build"
         for verb, options in READERS.items():
-            refused(verb, folder, *options, said=said)
-        refused("verify", folder, "--against", tiny_checkpoint, said=said)
+            refused(verb, folder, *options, message=message)
+        refused("verify", folder, "--against", tiny_checkpoint, message=message)
 
 
 def test_a_newer_version_is_reported_by_verify_too(refused: Refused, tiny_checkpoint: Path, bundle_copy: Path) -> None:
     edit_json(bundle_copy / NAME, version=3)
-    refused("verify", bundle_copy, "--against", tiny_checkpoint, said="version: got 3, this ldm-export reads 2")
+    refused("verify", bundle_copy, "--against", tiny_checkpoint, message="version: got 3, this ldm-export reads 2")
 
 
 def replace_unet(bundle: Path, content: bytes) -> None:
@@ -159,11 +159,11 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_bundle_that_contradicts_itself_gives_no_picture(refused: Refused, bundle_copy: Path, case: str) -> None:
+def test_a_bundle_that_contradicts_itself_gives_no_image(refused: Refused, bundle_copy: Path, case: str) -> None:
     HOSTILE[case](bundle_copy)
-    refused("generate", bundle_copy, *READERS["generate"], said="")
+    refused("generate", bundle_copy, *READERS["generate"], message="")
 
 
 def test_a_graph_that_is_none_is_not_inspected(refused: Refused, bundle_copy: Path) -> None:
     HOSTILE["graph that is none"](bundle_copy)
-    refused("inspect", bundle_copy, said="unet/fp32.onnx")
+    refused("inspect", bundle_copy, message="unet/fp32.onnx")

@@ -52,9 +52,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_build_from_a_bad_checkpoint(refused: Refused, checkpoint: Path, case: str) -> None:
-    damage, said = CHECKPOINTS[case]
+    damage, message = CHECKPOINTS[case]
     damage(checkpoint)
-    refused("build", checkpoint, "-o", "bundle", said=said)
+    refused("build", checkpoint, "-o", "bundle", message=message)
 
 
 def test_build_onto_a_folder_that_is_no_bundle(refused: Refused, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -62,13 +62,13 @@ def test_build_onto_a_folder_that_is_no_bundle(refused: Refused, tiny_checkpoint
     (tmp_path / "notes/.hidden").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("notes", "file", ".", ".."):
-        refused("build", tiny_checkpoint, "-o", target, said=": exists and is no bundle; choose another -o")
+        refused("build", tiny_checkpoint, "-o", target, message=": exists and is no bundle; choose another -o")
 
 
 @pytest.mark.parametrize("target", ["file/bundle", "file/sub/bundle", "/proc/bundle", "x" * 300])
 def test_build_where_nothing_can_be_written(refused: Refused, tiny_checkpoint: Path, tmp_path: Path, target) -> None:
     (tmp_path / "file").write_text("mine")
-    refused("build", tiny_checkpoint, "-o", target, said=target.rpartition("/")[0] or "File name too long")
+    refused("build", tiny_checkpoint, "-o", target, message=target.rpartition("/")[0] or "File name too long")
 
 
 ASKED = {
@@ -86,7 +86,7 @@ ASKED = {
     "eta nan": (["--eta", "nan", PROMPT], "eta: got nan, expected a finite number >= 0"),
     "eta -0.1": (["--eta", "-0.1", PROMPT], "eta: got -0.1, expected a finite number >= 0"),
     "eta 1000": (["--eta", "1000", PROMPT], "eta: got 1000"),
-    "no pictures": (["--images-per-prompt", "0", PROMPT], "images_per_prompt: got 0, expected a whole number from 1"),
+    "no images": (["--images-per-prompt", "0", PROMPT], "images_per_prompt: got 0, expected a whole number from 1"),
     "seed": (["--seed", str(2**64), PROMPT], f"seed: got {2**64}, expected an integer from"),
     "negative": (["--negative-prompt", "a" * 10**5, PROMPT], "got 100000 characters, expected at most 50000"),
     "threads -1": (["--threads", "-1", PROMPT], "threads: got -1"),
@@ -109,8 +109,8 @@ ASKED = {
 def test_generate_what_cannot_be(refused: Refused, tiny_bundle: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    arguments, said = ASKED[case]
-    refused("generate", "--steps", "2", tiny_bundle, *arguments, said=said)
+    arguments, message = ASKED[case]
+    refused("generate", "--steps", "2", tiny_bundle, *arguments, message=message)
 
 
 VERIFIED = {
@@ -130,5 +130,5 @@ VERIFIED = {
 def test_verify_what_cannot_be(refused: Refused, tiny_checkpoint: Path, bundle_copy: Path, case: str) -> None:
     for name, content in (("binary", b"\xff"), ("blank", b"\n \n"), ("long", b"a" * 10**5), ("bundle/report", b"")):
         (bundle_copy.parent / name).write_bytes(content)
-    arguments, said = VERIFIED[case]
-    refused("verify", bundle_copy, "--against", tiny_checkpoint, "--steps", "1", *arguments, said=said)
+    arguments, message = VERIFIED[case]
+    refused("verify", bundle_copy, "--against", tiny_checkpoint, "--steps", "1", *arguments, message=message)

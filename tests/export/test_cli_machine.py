@@ -34,15 +34,15 @@ def run(*arguments: object, largest: int | None = None, **environment: str) -> s
     return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
-def assert_told(done: subprocess.CompletedProcess[str], said: str) -> None:
+def assert_error(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert done.stderr.startswith("ldm-export: error: ") and said in done.stderr
+    assert done.stderr.startswith("ldm-export: error: ") and message in done.stderr
 
 
 @pytest.mark.parametrize("largest", [SMALL, GRAPH])
 def test_build_on_a_full_disk_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, largest: int) -> None:
     done = run("build", tiny_checkpoint, "-o", tmp_path / "bundle", largest=largest)
-    assert_told(done, "File too large; free some disk space or choose another -o")
+    assert_error(done, "File too large; free some disk space or choose another -o")
     assert contents(tmp_path) == {}
 
 
@@ -53,18 +53,18 @@ def test_build_on_a_full_disk_leaves_the_bundle_that_is_there(bundle_copy: Path,
         shutil.copy(other / "tokenizer/vocab.txt", other / "tokenizer/copy.txt")
     before = contents(tmp_path)
     done = run("build", other, "-o", bundle_copy, largest=largest)
-    assert_told(done, "File too large; free some disk space or choose another -o")
+    assert_error(done, "File too large; free some disk space or choose another -o")
     assert contents(tmp_path) == before
 
 
-def test_generate_on_a_full_disk_leaves_no_half_a_picture(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_generate_on_a_full_disk_leaves_no_half_a_image(tiny_bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.png"
     done = run("generate", tiny_bundle, *PROMPT, "-o", target, largest=SMALL)
-    assert_told(done, f"{target}: cannot be written (File too large); choose another -o")
+    assert_error(done, f"{target}: cannot be written (File too large); choose another -o")
     assert contents(tmp_path) == {}
-    target.write_bytes(b"the picture before")
-    assert_told(run("generate", tiny_bundle, *PROMPT, "-o", target, largest=SMALL), "cannot be written")
-    assert contents(tmp_path) == {"out.png": b"the picture before"}
+    target.write_bytes(b"the image before")
+    assert_error(run("generate", tiny_bundle, *PROMPT, "-o", target, largest=SMALL), "cannot be written")
+    assert contents(tmp_path) == {"out.png": b"the image before"}
     assert run("generate", tiny_bundle, *PROMPT, "-o", target).returncode == 0
     assert target.stat().st_size > SMALL
 
@@ -72,20 +72,20 @@ def test_generate_on_a_full_disk_leaves_no_half_a_picture(tiny_bundle: Path, tmp
 def test_verify_on_a_full_disk_leaves_the_bundle_as_it_was(tiny_checkpoint: Path, bundle_copy: Path) -> None:
     before = contents(bundle_copy)
     done = run("verify", bundle_copy, "--against", tiny_checkpoint, "--steps", "1", largest=SMALL)
-    assert_told(done, f"{bundle_copy}: cannot be written (File too large); free some disk space or verify a copy")
+    assert_error(done, f"{bundle_copy}: cannot be written (File too large); free some disk space or verify a copy")
     assert contents(bundle_copy) == before
 
 
 def test_cuda_without_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.png"
     done = run("generate", tiny_bundle, *PROMPT, "-o", target, "--device", "cuda", CUDA_VISIBLE_DEVICES="")
-    assert_told(done, "CUDA")
+    assert_error(done, "CUDA")
     assert contents(tmp_path) == {}
     done = run("generate", tiny_bundle, *PROMPT, "-o", target, "--device", "auto", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0 and done.stderr.startswith("seed 0; ") and target.exists()
 
 
-def test_an_interrupt_is_one_line_and_leaves_no_picture(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_interrupt_is_one_line_and_leaves_no_image(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("generate", tiny_bundle, *PROMPT, "--steps", 1000, "--width", 512, "-o", tmp_path / "out.png")
     command = [sys.executable, "-m", "ldm_export.cli", *map(str, arguments)]
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`

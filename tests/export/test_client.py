@@ -56,15 +56,17 @@ ASKED = {
 
 
 @pytest.mark.parametrize("case", ASKED)
-def test_what_cannot_be_asked(refused: Refused, case: str) -> None:
-    arguments, said = ASKED[case]
-    refused("client", PROMPT, *arguments, said=said)
+def test_what_is_not_a_valid_request(refused: Refused, case: str) -> None:
+    arguments, message = ASKED[case]
+    refused("client", PROMPT, *arguments, message=message)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_no_server_at_the_address(refused: Refused, protocol: str) -> None:
     url = f"{protocol}://127.0.0.1:{free_port()}"
-    refused("client", PROMPT, "--url", url, said=f"{url}: cannot be reached (Connection refused); start the server, or")
+    refused(
+        "client", PROMPT, "--url", url, message=f"{url}: cannot be reached (Connection refused); start the server, or"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +84,9 @@ def web_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         process.terminate()
 
 
-@pytest.mark.parametrize(("scheme", "said"), [("http", "the server is not live"), ("grpc", "Failed parsing HTTP/2")])
-def test_another_server_listens(refused: Refused, web_server: int, scheme: str, said: str) -> None:
-    refused("client", PROMPT, "--url", f"{scheme}://127.0.0.1:{web_server}", said=said)
+@pytest.mark.parametrize(("scheme", "message"), [("http", "the server is not live"), ("grpc", "Failed parsing HTTP/2")])
+def test_another_server_listens(refused: Refused, web_server: int, scheme: str, message: str) -> None:
+    refused("client", PROMPT, "--url", f"{scheme}://127.0.0.1:{web_server}", message=message)
 
 
 def test_neither_torch_nor_an_engine_is_loaded(tmp_path: Path) -> None:

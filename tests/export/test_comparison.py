@@ -28,16 +28,16 @@ def half(half_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 
 def test_backends_are_compared_on_the_same_feed(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    given = "onnxruntime:fp32,onnxruntime:fp16,openvino:fp32"
-    assert main(["verify", str(half.folder), "--backends", given, "--steps", "3", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["against"] == "onnxruntime:fp32" and told["within_tolerance"]
-    errors = {(one["run"], one["part"]): one["max_error"] for one in told["differences"]}
+    backends = "onnxruntime:fp32,onnxruntime:fp16,openvino:fp32"
+    assert main(["verify", str(half.folder), "--backends", backends, "--steps", "3", "--json"]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["against"] == "onnxruntime:fp32" and output["within_tolerance"]
+    errors = {(one["run"], one["part"]): one["max_error"] for one in output["differences"]}
     assert set(errors) == {
-        (run, part) for run in ("onnxruntime:fp16", "openvino:fp32") for part in (*COMPONENTS, "picture")
+        (run, part) for run in ("onnxruntime:fp16", "openvino:fp32") for part in (*COMPONENTS, "image")
     }
     assert 0 < errors["openvino:fp32", "unet"] < errors["onnxruntime:fp16", "unet"] < 0.02
-    assert Bundle.open(half.folder).manifest.measured["backends"] == told
+    assert Bundle.open(half.folder).manifest.measured["backends"] == output
 
 
 def test_a_backend_that_gives_something_else_is_named(
@@ -56,8 +56,8 @@ def test_a_backend_that_gives_something_else_is_named(
     file = folder / "decoder/fp16.onnx"
     manifest["files"]["decoder/fp16.onnx"] = {"sha256": sha256(file), "size": file.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    given = "onnxruntime:fp32,onnxruntime:fp16"
-    assert main(["verify", str(folder), "--backends", given, "--steps", "2"]) == 1
+    backends = "onnxruntime:fp32,onnxruntime:fp16"
+    assert main(["verify", str(folder), "--backends", backends, "--steps", "2"]) == 1
     out = capsys.readouterr().out
     assert "beyond tolerance: onnxruntime:fp16: decoder: max error" in out
     assert "beyond tolerance: onnxruntime:fp16: text_encoder" not in out
@@ -69,9 +69,9 @@ def test_a_backend_that_gives_something_else_is_named(
 
 def test_layers_of_the_half_graphs_agree(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(half.folder), "--layers", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["precision"] == "fp16" and set(told["components"]) == set(COMPONENTS)
-    for component in told["components"].values():
+    output = json.loads(capsys.readouterr().out)
+    assert output["precision"] == "fp16" and set(output["components"]) == set(COMPONENTS)
+    for component in output["components"].values():
         assert component["tensors"] >= 8 and component["first_beyond"] is None
         assert 0 < component["worst"]["error"] < 0.02
     assert main(["verify", str(half.folder), "--layers", "--tolerance", "1e-6", "--json"]) == 1
@@ -104,6 +104,8 @@ def test_runs_are_backends_with_or_without_a_precision() -> None:
 
 
 def test_bad_options_are_refused(half: Bundle, refused: Callable[..., None]) -> None:
-    refused("verify", half.folder, "--layers", "--precision", "fp32", said="--layers: got fp32, which the others are")
-    refused("verify", half.folder, "--backends", "onnxruntime,caffe", said="backend: got 'caffe'")
-    refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", said="no fp8 graph")
+    refused(
+        "verify", half.folder, "--layers", "--precision", "fp32", message="--layers: got fp32, which is the reference"
+    )
+    refused("verify", half.folder, "--backends", "onnxruntime,caffe", message="backend: got 'caffe'")
+    refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", message="no fp8 graph")

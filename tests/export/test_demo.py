@@ -95,10 +95,12 @@ def test_half_precision_is_measured_with_the_given_prompts(
     assert again.origins["ranges"] == "made" and again.origins["unet.fp32"] == "kept"
     assert json.loads(again.bundle.file("report/ranges.json").read_text()) != ranges
     (tmp_path / "p.txt").write_text("a red circle\n")
-    refused("build", tiny_checkpoint, "-o", "new", "--prompts", "p.txt", said="--prompts: of fp16, bf16 or int8; give")
+    refused(
+        "build", tiny_checkpoint, "-o", "new", "--prompts", "p.txt", message="--prompts: of fp16, bf16 or int8; give"
+    )
     refused(
         *("build", tiny_checkpoint, "-o", "new", "--precision", "fp16", "--prompts", "p.txt", "--trials", "4"),
-        said="--trials: of int8; give --precision int8 too",
+        message="--trials: of int8; give --precision int8 too",
     )
 
 

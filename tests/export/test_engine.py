@@ -130,7 +130,7 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
 
 
 @pytest.mark.parametrize(
-    ("request_", "precision", "said"),
+    ("request_", "precision", "message"),
     [
         (EngineRequest("tensorrt-rtx"), "fp16", r"compute capability: got none, expected some of 7\.5, 8\.0, "),
         (EngineRequest("tensorrt-rtx", ("9.0",)), "fp16", r"compute capability: got '9\.0', expected some of "),
@@ -155,9 +155,9 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
     ],
 )
 def test_requests_refused_before_anything_is_built(
-    tiny_checkpoint: Path, tmp_path: Path, request_: EngineRequest, precision: str, said: str
+    tiny_checkpoint: Path, tmp_path: Path, request_: EngineRequest, precision: str, message: str
 ) -> None:
-    with pytest.raises(BuildError, match=said):
+    with pytest.raises(BuildError, match=message):
         build(open_checkpoint(tiny_checkpoint), tmp_path / "bundle", precision, request_)
     assert not list(tmp_path.iterdir())
 
@@ -194,4 +194,4 @@ def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -
     for name in COMPONENTS:
         assert set(components[name].engines[0].proof["matrix_work"]) == {"float"}
     alone = subprocess.run([*command, "--batch", "1:1:4"], capture_output=True, text=True)
-    assert alone.returncode == 1 and "give --target too" in alone.stderr
+    assert alone.returncode == 1 and "add --target" in alone.stderr

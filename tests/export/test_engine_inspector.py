@@ -49,10 +49,10 @@ def test_every_spelling_of_a_type(text: str, kind: str) -> None:
 
 
 def test_fp32_work_fails_unless_it_is_an_island() -> None:
-    found = layer_work({"Layers": [PRODUCT, {**CONVOLUTION, "Weights": {"Type": "Float"}}]})
+    result = layer_work({"Layers": [PRODUCT, {**CONVOLUTION, "Weights": {"Type": "Float"}}]})
     with pytest.raises(BuildError, match=r"1 matrix operations are in float, expected fp16, first unet\.conv_in/Conv"):
-        checked(Path("x.engine"), found, "fp16", (), "inspector")
-    proof = checked(Path("x.engine"), found, "fp16", ("unet.conv_in/Conv",), "inspector")
+        checked(Path("x.engine"), result, "fp16", (), "inspector")
+    proof = checked(Path("x.engine"), result, "fp16", ("unet.conv_in/Conv",), "inspector")
     assert proof.facts() == {"read_from": "inspector", "matrix_work": {"float": 1, "half": 1}}
 
 

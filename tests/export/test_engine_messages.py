@@ -13,7 +13,7 @@ from ldm_runtime.errors import BuildError
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "expected"),
     [
         ("Error Code 10: Could not find any implementation for node {…}.", "out of memory (Error Code 10"),
         ("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)", "out of memory ("),
@@ -22,8 +22,8 @@ from ldm_runtime.errors import BuildError
         ("something\nelse", "something else; choose other bounds or report it"),
     ],
 )
-def test_errors_are_explained_in_one_line(message: str, said: str) -> None:
-    assert explain(message).startswith(said) and "\n" not in explain(message)
+def test_errors_are_explained_in_one_line(message: str, expected: str) -> None:
+    assert explain(message).startswith(expected) and "\n" not in explain(message)
 
 
 def test_control_c_cancels_the_build() -> None:

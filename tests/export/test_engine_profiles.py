@@ -87,12 +87,12 @@ def test_one_profile_where_nothing_varies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "said"),
+    ("bounds", "message"),
     [
         ({"batch": (1, 1, 999)}, r"^unet: batch 1:2:1998 is beyond 1..64 of its graph"),
         ({"width": (1, 32, 32)}, r"^unet: width 1:32:32 is beyond 2..128 of its graph"),
     ],
 )
-def test_bounds_the_graph_does_not_take(bounds: dict[str, Bounds], said: str) -> None:
-    with pytest.raises(BuildError, match=said):
+def test_bounds_the_graph_does_not_take(bounds: dict[str, Bounds], message: str) -> None:
+    with pytest.raises(BuildError, match=message):
         bounded(SPECS["unet"], request(**bounds))

@@ -109,8 +109,8 @@ def test_on_a_gpu_new_weights_need_no_rebuild(shapes_bundle: Path, tmp_path: Pat
     file = next((other / "unet").glob("*.safetensors"))
     save_file({name: tensor * 0.9 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     built = build(open_checkpoint(other), bundle, "fp16", request).bundle
-    pictures = []
+    all_images = []
     for backend in ("tensorrt", "onnxruntime"):
         with LatentDiffusionPipeline.from_bundle(built, backend=backend) as pipeline:
-            pictures.append(np.asarray(pipeline("a red circle", seed=1).images[0], np.float64))
-    assert np.square(pictures[0] - pictures[1]).mean() < 5
+            all_images.append(np.asarray(pipeline("a red circle", seed=1).images[0], np.float64))
+    assert np.square(all_images[0] - all_images[1]).mean() < 5

@@ -41,13 +41,13 @@ def test_onnxruntime_runs_every_chosen_layer_in_integer_kernels(calibrated: Bund
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     session = onnxruntime.InferenceSession(str(calibrated.graph(name, "int8")), options)
     feed = dummy_inputs(calibrated.manifest.components[name].spec)
-    found = session.run(None, feed)[0]
+    result = session.run(None, feed)[0]
     events = json.loads(Path(session.end_profiling()).read_text())
     kernels = Counter(e["args"]["op_name"] for e in events if e.get("cat") == "Node" and "kernel_time" in e["name"])
     chosen = part(calibrated, name).chosen
     assert sum(kernels[kind] for kind in INTEGER) == len(chosen) > 3, kernels
     expected = onnxruntime.InferenceSession(str(calibrated.graph(name, "fp32"))).run(None, feed)[0]
-    assert exact(found, expected) > 10
+    assert exact(result, expected) > 10
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

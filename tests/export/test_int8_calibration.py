@@ -76,10 +76,10 @@ def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path)
         process.wait()
     Bundle.open(folder).check()
     assert Bundle.open(folder).precision == "fp32"
-    told: list[str] = []
-    built = calibrate(folder, SETTINGS, lambda stage, done, total: told.append(stage))
-    assert "calibration.trajectories" not in told and "calibration.unet.ranges" not in told
-    assert "calibration.decoder.ranges" in told and built.bundle.precision == "int8" and not work.exists()
+    output: list[str] = []
+    built = calibrate(folder, SETTINGS, lambda stage, done, total: output.append(stage))
+    assert "calibration.trajectories" not in output and "calibration.unet.ranges" not in output
+    assert "calibration.decoder.ranges" in output and built.bundle.precision == "int8" and not work.exists()
     built.bundle.check()
 
 
@@ -94,17 +94,17 @@ def test_an_unreachable_budget_is_refused_with_what_can_be_reached(bundle_copy: 
 
 
 def test_without_prompts_it_is_refused(bundle_copy: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
-    refused("calibrate", bundle_copy, said="int8 is calibrated on real prompts, got none")
-    refused("build", "-o", "new", "--min-psnr", "30", said="--min-psnr: of int8; give --precision int8 too")
-    refused("calibrate", tmp_path / "none", said="no such folder")
+    refused("calibrate", bundle_copy, message="int8 is calibrated on real prompts, got none")
+    refused("build", "-o", "new", "--min-psnr", "30", message="--min-psnr: of int8; give --precision int8 too")
+    refused("calibrate", tmp_path / "none", message="no such folder")
     (tmp_path / "p.txt").write_text("a red circle\n")
-    for options, said in (
+    for options, message in (
         (("--min-psnr", "-1"), "min psnr: got -1.0"),
         (("--max-accuracy-loss", "2"), "max accuracy loss: got 2.0"),
         (("--calibration-steps", "1"), "steps: got 1"),
         (("--trials", "0"), "--trials: got 0"),
     ):
-        refused("calibrate", bundle_copy, "--prompts", "p.txt", *options, said=said)
+        refused("calibrate", bundle_copy, "--prompts", "p.txt", *options, message=message)
 
 
 def test_a_model_that_gives_nan_is_refused(calibrated: Bundle, tmp_path: Path) -> None:
@@ -124,6 +124,6 @@ def test_calibrate_says_that_int8_becomes_the_default(
     folder = Path(shutil.copytree(calibrated.folder, tmp_path / "bundle"))
     record = Path(shutil.copy(folder / CALIBRATION_RECORD, tmp_path))
     assert main(["calibrate", str(folder), "--record", str(record)]) == 0
-    said = "`ldm-export generate` now takes int8 from this bundle; --precision fp32 is exact"
-    assert said in capsys.readouterr().err
+    message = "`ldm-export generate` now takes int8 from this bundle; --precision fp32 is exact"
+    assert message in capsys.readouterr().err
     assert Bundle.open(folder).precision == "int8"

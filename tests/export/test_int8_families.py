@@ -79,11 +79,11 @@ def test_a_model_without_conditioning(plain_bundle: Bundle, capsys: pytest.Captu
     assert set(report["components"]) == {"unet", "decoder"}
     show(report, Screen())
     assert "at least 20 dB on 8 images, mean" in capsys.readouterr().out
-    told, images = report["images"][0], []
+    output, images = report["images"][0], []
     for precision in ("fp32", "int8"):
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
-            images.append(np.asarray(pipeline(seed=[told["seed"]], num_inference_steps=4).images[0]))
-    assert image_psnr(*images) == pytest.approx(told["psnr"], abs=1.5)
+            images.append(np.asarray(pipeline(seed=[output["seed"]], num_inference_steps=4).images[0]))
+    assert image_psnr(*images) == pytest.approx(output["psnr"], abs=1.5)
 
 
 def test_a_budget_that_the_record_does_not_keep_is_reported_as_not_met(plain_bundle: Bundle, tmp_path: Path) -> None:

@@ -37,13 +37,13 @@ def test_the_report_says_what_the_record_says(calibrated: Bundle) -> None:
 
 def test_the_images_are_those_of_the_pipeline(calibrated: Bundle) -> None:
     """The figures come from trials; generated again from the finished bundle, the first image has the same PSNR."""
-    told = json.loads(calibrated.file("report/int8.json").read_text())["images"][0]
-    options = {"seed": [told["seed"]], "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 3}
-    pictures = []
+    output = json.loads(calibrated.file("report/int8.json").read_text())["images"][0]
+    options = {"seed": [output["seed"]], "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 3}
+    all_images = []
     for precision in ("fp32", "int8"):
         with LatentDiffusionPipeline.from_bundle(calibrated, precision=precision, backend="onnxruntime") as pipeline:
-            pictures.append(np.asarray(pipeline([told["request"]["prompts"]], **options).images[0]))
-    assert image_psnr(*pictures) == pytest.approx(told["psnr"], abs=1.5)
+            all_images.append(np.asarray(pipeline([output["request"]["prompts"]], **options).images[0]))
+    assert image_psnr(*all_images) == pytest.approx(output["psnr"], abs=1.5)
 
 
 def test_flops_are_those_of_torch(tiny_checkpoint: Path, calibrated: Bundle) -> None:

@@ -53,7 +53,7 @@ def test_other_dtypes(tiny: Path, dtype: torch.dtype) -> None:
 
 
 def test_float8_with_scales(tiny: Path) -> None:
-    """diffusers leaves the scales out and draws noise; a wrong picture is no use to anyone."""
+    """diffusers leaves the scales out and generates noise."""
 
     def quantize(state: dict[str, torch.Tensor]) -> None:
         state["conv_in.weight"] = state["conv_in.weight"].to(torch.float8_e4m3fn)

@@ -224,7 +224,7 @@ def test_equal_weights_are_written_once(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_what_cannot_be_traced_is_told_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_traced_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"square: cannot be traced: .*data-dependent") as raised:
         export_graph(Branching().eval(), SQUARE, tmp_path / "branching.onnx")
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)

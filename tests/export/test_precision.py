@@ -35,7 +35,7 @@ OVERFLOWING = {
     "unet": ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.time_emb_proj"),
     "vqvae": ("decoder.mid_block.resnets.0.conv1",),
 }
-"""Layers whose results only a normalisation reads: scaled, they overflow in half, and the picture stays the same."""
+"""Layers whose results only a normalisation reads: scaled, they overflow in half, and the image stays the same."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def half_graph(source: Path, target: Path, precision: str, ranges: dict[str, flo
     return half
 
 
-def picture(bundle: Bundle, precision: str) -> np.ndarray:
+def first_image(bundle: Bundle, precision: str) -> np.ndarray:
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
         return np.asarray(pipeline(PROMPT, **OPTIONS).images[0], np.float64)
 
@@ -68,9 +68,9 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(np.square(one - other).mean(), 1e-12)))
 
 
-def test_the_picture_is_close_to_that_of_fp32(half_bundle: Bundle) -> None:
+def test_the_image_is_close_to_that_of_fp32(half_bundle: Bundle) -> None:
     assert half_bundle.precision == "fp16"
-    assert psnr(picture(half_bundle, "fp32"), picture(half_bundle, "fp16")) >= 45
+    assert psnr(first_image(half_bundle, "fp32"), first_image(half_bundle, "fp16")) >= 45
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -121,9 +121,9 @@ def test_building_again_does_nothing_and_other_precisions_keep_what_is_there(
     assert set(build(checkpoint, folder, "fp16").origins.values()) == {"kept"}
 
 
-def test_activations_beyond_half_still_give_the_right_picture(overflowing_bundle: Bundle) -> None:
-    expected, found = picture(overflowing_bundle, "fp32"), picture(overflowing_bundle, "fp16")
-    assert found.std() > 1 and psnr(expected, found) >= 45
+def test_activations_beyond_half_still_give_the_right_image(overflowing_bundle: Bundle) -> None:
+    expected, result = first_image(overflowing_bundle, "fp32"), first_image(overflowing_bundle, "fp16")
+    assert result.std() > 1 and psnr(expected, result) >= 45
     for component, name in (("unet", "down_blocks.0.resnets.0.conv1"), ("decoder", "mid_block.resnets.0.conv1")):
         report = json.loads(overflowing_bundle.file(f"report/{component}.fp16.json").read_text())
         reasons = {node: reason for node, reason in report["islands"].items() if reason.startswith("range")}
@@ -133,7 +133,7 @@ def test_activations_beyond_half_still_give_the_right_picture(overflowing_bundle
 
 @pytest.mark.parametrize("name", ["unet", "decoder"])
 def test_without_islands_by_range_they_would_overflow(overflowing_bundle: Bundle, name: str, tmp_path: Path) -> None:
-    """The plain conversion, blind to ranges, gives infinities: so the picture above is the islands' doing."""
+    """The plain conversion, blind to ranges, gives infinities: so the image above is the islands' doing."""
     source = overflowing_bundle.graph(name, "fp32")
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())[name]
     half_graph(source, tmp_path / "blind.onnx", "fp16", dict.fromkeys(ranges, 0.0))
@@ -168,9 +168,9 @@ def test_bf16_graphs_give_what_fp32_gives(overflowing_bundle: Bundle, name: str,
     feed = dummy_inputs(spec)
     results = OpenVinoBackend(tmp_path / "bf16.onnx", spec, "fp32").run(feed)
     for output, expected in OnnxRuntimeBackend(source, spec, "cpu").run(feed).items():
-        found = results[output]
-        assert found.dtype == expected.dtype
-        assert 1e-4 < np.abs(found - expected).max() / np.abs(expected).max() < 0.1
+        result = results[output]
+        assert result.dtype == expected.dtype
+        assert 1e-4 < np.abs(result - expected).max() / np.abs(expected).max() < 0.1
 
 
 def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bundle, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report: what it shows of a bundle, that a stranger's names stay text, and how a real browser shows it."""
+"""The report: what it shows of a bundle, that untrusted names are escaped, and how a real browser displays it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def half_page(half_bundle: Bundle, prompts: Path, tmp_path_factory: pytest.TempP
     return path
 
 
-def pictures(page: Page) -> list[np.ndarray]:
+def all_images(page: Page) -> list[np.ndarray]:
     sources = [attributes["src"] or "" for name, attributes in page.elements if name == "img"]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
 
 
-def test_pictures_are_those_the_runtime_draws_with_their_amplified_difference(
+def test_images_are_those_the_runtime_generates_with_their_amplified_difference(
     half_bundle: Bundle, half_page: Path
 ) -> None:
     page = Page.read(half_page)
@@ -59,14 +59,14 @@ def test_pictures_are_those_the_runtime_draws_with_their_amplified_difference(
     head, *rows = page.table("request")
     assert head[:3] == ["request", "fp32", "fp16"] and len(rows) == 2
     times = int(head[3].removeprefix("|fp16 − fp32| × "))
-    found, expected = pictures(page), []
+    result, expected = all_images(page), []
     for precision in ("fp32", "fp16"):
         with LatentDiffusionPipeline.from_bundle(half_bundle, precision=precision) as pipeline:
             options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": STEPS}
             made = [pipeline(prompt, seed=5 + i, **options).images[0] for i, prompt in enumerate(PROMPTS)]
             expected.append([np.asarray(image).astype(int) for image in made])
     for index, row in enumerate(rows):
-        one, other, difference = found[3 * index : 3 * index + 3]
+        one, other, difference = result[3 * index : 3 * index + 3]
         assert np.array_equal(one, expected[0][index]) and np.array_equal(other, expected[1][index])
         assert np.array_equal(difference, np.minimum(255, times * np.abs(one.astype(int) - other)))
         assert row[0] == f"{PROMPTS[index]}seed {5 + index}"
@@ -105,9 +105,9 @@ def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundl
     assert page.table("request")[0][:3] == ["request", "fp32", "int8"]
     assert "Budget met: at least 20 dB on 1 image, mean " in page.text and facts["record"]["sha256"] in page.text
     (outcome,) = [rows for rows in page.tables if any(row[0] == "UNet operations in int8" for row in rows)]
-    told = {row[0]: row[1] for row in outcome}
-    assert told["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"
-    assert told["PSNR against fp32"] == f"{facts['summary']['psnr_mean']:.1f} dB"
+    output = {row[0]: row[1] for row in outcome}
+    assert output["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"
+    assert output["PSNR against fp32"] == f"{facts['summary']['psnr_mean']:.1f} dB"
     layers = [layer for layer in facts["components"]["unet"]["layers"] if layer["latent_db"] is not None]
     assert len(layers) > 5
     by_name = {layer["name"]: layer for layer in layers}
@@ -122,11 +122,11 @@ def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundl
 def test_a_bundle_of_fp32_alone_gives_a_page_without_comparisons(tiny_bundle: Path, tmp_path: Path, capfd) -> None:
     target = tmp_path / "new/page.html"
     assert main(["report", str(tiny_bundle), "--steps", "1", "-o", str(target), "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told == {"page": str(target), "bytes": target.stat().st_size, "precisions": ["fp32"]}
+    output = json.loads(capfd.readouterr().out)
+    assert output == {"page": str(target), "bytes": target.stat().st_size, "precisions": ["fp32"]}
     page = Page.read(target)
     assert_self_contained(page)
-    assert page.table("request")[0] == ["request", "fp32"] and len(pictures(page)) == 4
+    assert page.table("request")[0] == ["request", "fp32"] and len(all_images(page)) == 4
     assert "Half precision" not in page.text and "Differences" not in page.text
 
 
@@ -138,14 +138,14 @@ def test_untrusted_names_are_shown_as_text(half_bundle: Bundle, tmp_path: Path) 
     layer = {"name": HOSTILE, "op": HOSTILE, "flops": -1, "int8": HOSTILE, "why": HOSTILE, "latent_db": 1e30}
     part = {"why": HOSTILE, "bytes_int8": 5e-324, "layers": [layer, HOSTILE, {**layer, "latent_db": -0.0}]}
     part["ranges"] = {"timesteps": [3, 3], "tensors": {HOSTILE: [1e-30, 1e30], "b": [0, 1], "c": [HOSTILE]}}
-    told = {
+    output = {
         "budget": HOSTILE,
         "settings": {"steps": HOSTILE},
         "summary": {"psnr_mean": HOSTILE},
         "record": {"file": HOSTILE},
     }
     reports["report/int8.json"] = {
-        **told,
+        **output,
         "components": {HOSTILE: part, "b": HOSTILE},
         "speed": {"ratio": 1, "unet_ms": 7},
     }
@@ -174,14 +174,14 @@ REPORTS: dict[str, tuple[bytes, str]] = {
 def test_a_report_file_that_cannot_be_read_is_refused(
     half_bundle: Bundle, tmp_path: Path, refused: Callable[..., None], case: str
 ) -> None:
-    content, said = REPORTS[case]
+    content, message = REPORTS[case]
     bundle = Bundle.open(shutil.copytree(half_bundle.folder, tmp_path / "bundle"))
     bundle.with_measured({}, {"report/unet.fp16.json": content})
-    refused("report", "bundle", "--steps", "1", said=said)
+    refused("report", "bundle", "--steps", "1", message=message)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--steps", "0"), "steps: got 0, expected 1..1000"),
         (("--seed", str(2**70)), "seed: got 1180591620717411303424"),
@@ -190,17 +190,17 @@ def test_a_report_file_that_cannot_be_read_is_refused(
         (("--prompts", "none.txt"), "none.txt: cannot be read (No such file or directory)"),
     ],
 )
-def test_bad_options_are_refused(bundle_copy: Path, refused: Callable[..., None], options, said: str) -> None:
-    refused("report", bundle_copy, *options, said=said)
+def test_bad_options_are_refused(bundle_copy: Path, refused: Callable[..., None], options, message: str) -> None:
+    refused("report", bundle_copy, *options, message=message)
 
 
 def test_a_browser_shows_it(half_page: Path, tmp_path: Path) -> None:
     image = np.asarray(screenshot(half_page, tmp_path / "page.png"))
-    first = pictures(Page.read(half_page))[0]
+    first = all_images(Page.read(half_page))[0]
     shape, times = first.shape[:2], 3  # 64 pixels are shown as 192
     dark = (image < 100).all(axis=2).sum()
     assert image.shape == (1600, 1200, 3) and 5000 < dark < 400_000, "no text, or no paper"
     inner = image[: -times * shape[0], : -times * shape[1]]
     corners = np.argwhere((inner == first[0, 0]).all(axis=2))
-    found = [image[y : y + times * shape[0] : times, x : x + times * shape[1] : times] for y, x in corners]
-    assert any(np.array_equal(part, first) for part in found), "the first picture is nowhere on the page"
+    result = [image[y : y + times * shape[0] : times, x : x + times * shape[1] : times] for y, x in corners]
+    assert any(np.array_equal(part, first) for part in result), "the first image is nowhere on the page"

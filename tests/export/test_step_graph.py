@@ -65,13 +65,13 @@ def test_each_step_is_that_of_the_trajectory(
         }
         if slots > 1:
             feed["history"] = np.concatenate(state[1:], axis=1)
-        found = step(feed)
+        result = step(feed)
         output = guide(*np.split(predicted, 2), scale)[0] if guided else predicted
         state = trajectory.step(state, output, index, noise)
-        for half in np.split(found["next_sample"], 2 if guided else 1):
+        for half in np.split(result["next_sample"], 2 if guided else 1):
             np.testing.assert_array_equal(half, state[0])
         if slots > 1:
-            np.testing.assert_array_equal(found["next_history"], np.concatenate(state[1:], axis=1))
+            np.testing.assert_array_equal(result["next_history"], np.concatenate(state[1:], axis=1))
 
 
 def test_images_of_one_batch_may_be_at_different_steps(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_images_of_one_batch_may_be_at_different_steps(tmp_path: Path) -> None:
 
     together = run(slice(None))
     for i in range(IMAGES):
-        found = run(slice(i, i + 1))
-        np.testing.assert_array_equal(together["next_sample"][i], found["next_sample"][0])
-        np.testing.assert_array_equal(together["next_history"][i], found["next_history"][0])
+        result = run(slice(i, i + 1))
+        np.testing.assert_array_equal(together["next_sample"][i], result["next_sample"][0])
+        np.testing.assert_array_equal(together["next_history"][i], result["next_history"][0])
 
 
 def test_the_steps_of_a_model_follow_its_branches() -> None:

@@ -86,7 +86,7 @@ def test_a_component_is_served_as_its_spec_says(tiny_bundle: Path, tmp_path: Pat
     assert (config(tmp_path / "repository", "unet").optimization.graph.level == 1) == (target == "onnxruntime")
 
 
-def test_a_gpu_is_asked_for_where_it_is_meant(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_gpu_is_requested_for_gpu_models(tiny_bundle: Path, tmp_path: Path) -> None:
     assert write(tiny_bundle, tmp_path / "repository", "--target", "onnxruntime", "--device", "cuda") == 0
     for name in (*COMPONENTS, "ldm_stream"):
         (group,) = config(tmp_path / "repository", name).instance_group
@@ -169,7 +169,7 @@ def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--max-rows", "0"], "max-rows: got 0, expected 1..64"),
         (["--max-rows", "65"], "max-rows: got 65"),
@@ -180,22 +180,22 @@ def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
         (["--target", "tensorrt"], "has no fp32 engine of TensorRT"),
     ],
 )
-def test_what_cannot_be_served_is_refused(tiny_bundle: Path, refused, options: list[str], said: str) -> None:
-    refused("triton", tiny_bundle, "-o", "repository", *options, said=said)
+def test_what_cannot_be_served_is_refused(tiny_bundle: Path, refused, options: list[str], message: str) -> None:
+    refused("triton", tiny_bundle, "-o", "repository", *options, message=message)
 
 
 def test_a_damaged_bundle_is_refused(bundle_copy: Path, refused) -> None:
     graph = bundle_copy / "decoder" / "fp32.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"?")
-    refused("triton", bundle_copy, "-o", "repository", said="decoder/fp32.onnx: got sha256")
+    refused("triton", bundle_copy, "-o", "repository", message="decoder/fp32.onnx: got sha256")
 
 
 def test_a_model_of_somebody_else_is_left_alone(tiny_bundle: Path, tmp_path: Path, refused) -> None:
     (tmp_path / "repository" / "unet" / "1").mkdir(parents=True)
     (tmp_path / "repository" / "unet" / "config.pbtxt").write_text('name: "unet"')
-    refused("triton", tiny_bundle, "-o", "repository", said="is not a model that `ldm-export triton` wrote")
+    refused("triton", tiny_bundle, "-o", "repository", message="is not a model that `ldm-export triton` wrote")
     (tmp_path / "file").write_text("")
-    refused("triton", tiny_bundle, "-o", "file", said="is a file, expected a folder")
+    refused("triton", tiny_bundle, "-o", "file", message="is a file, expected a folder")
 
 
 def test_a_full_disk_leaves_the_old_version_alone(bundle_copy: Path, tmp_path: Path, monkeypatch) -> None:

@@ -31,9 +31,9 @@ class ScaledInput:
         self._scheduler = scheduler
 
     def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
-        found = self._scheduler.trajectory(num_inference_steps, eta)
-        scales = np.linspace(0.5, 1, len(found), dtype=np.float32)
-        return replace(found, input_scale=scales, init_noise_sigma=3.0)
+        result = self._scheduler.trajectory(num_inference_steps, eta)
+        scales = np.linspace(0.5, 1, len(result), dtype=np.float32)
+        return replace(result, input_scale=scales, init_noise_sigma=3.0)
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ def alone(pipeline: LatentDiffusionPipeline, request: Request) -> np.ndarray:
 
 @pytest.mark.parametrize("request_", MIXED, ids=range(len(MIXED)))
 def test_a_single_request_gives_exactly_the_pipelines_image(scheduler, pipeline, request_: Request) -> None:
-    pictures = scheduler.submit(request_).result(60)
-    assert np.array_equal(pictures.images, alone(pipeline, request_))
-    assert pictures.images.std() > 5
+    all_images = scheduler.submit(request_).result(60)
+    assert np.array_equal(all_images.images, alone(pipeline, request_))
+    assert all_images.images.std() > 5
 
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(max_rows=8), Limits(max_rows=32, row_buckets=(4, 16, 32))])
@@ -53,11 +53,11 @@ def test_batched_requests_give_the_pipelines_images(gated, pipeline, limits: Lim
         gate.wait_for_call()
         gate.let_through()
     gate.open()
-    found = [job.result(120).images for job in jobs]
+    got = [job.result(120).images for job in jobs]
     assert wait_until(lambda: scheduler.snapshot().running == 0)
     snapshot = scheduler.snapshot()
     expected = [alone(pipeline, request) for request in MIXED] * 2
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape and one.dtype == np.uint8
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert snapshot.outcomes["done"] == len(requests) and snapshot.waiting == snapshot.running == 0
@@ -76,13 +76,13 @@ def test_requests_that_start_together_give_exactly_the_images_of_one_request_for
         for p, s in zip(PROMPTS[:2], (3, 4), strict=True)
     ]
     gate.open()
-    found = np.concatenate([job.result(60).images for job in pair])
+    got = np.concatenate([job.result(60).images for job in pair])
     assert first.result(60) and gate.rows == [1] + [2] * 6
     together = Request(PROMPTS[:2], seed=[3, 4], num_inference_steps=6, eta=0.5)
     for step in pipeline.steps(together):
         latents = step.latents
     expected = [np.asarray(pipeline.decode(part)[0]) for part in (latents[:1], latents[1:])]
-    assert np.array_equal(found, np.stack(expected))
+    assert np.array_equal(got, np.stack(expected))
 
 
 def test_requests_join_at_any_step_and_leave_when_done(gated, pipeline) -> None:
@@ -116,12 +116,12 @@ def test_different_sizes_alternate(gated) -> None:
 def test_progress_and_previews_are_reported_per_step(scheduler, pipeline) -> None:
     reported = []
     request = Request("a", seed=1, num_inference_steps=10, guidance_scale=6.0)
-    pictures = scheduler.submit(request, on_progress=reported.append, preview_every=4).result(60)
+    all_images = scheduler.submit(request, on_progress=reported.append, preview_every=4).result(60)
     assert [(p.index, p.total) for p in reported] == [(index, 10) for index in range(10)]
     assert [p.index for p in reported if p.preview is not None] == [3, 7]
-    apart = [np.abs(reported[index].preview.astype(int) - pictures.images).mean() for index in (3, 7)]
-    assert reported[3].preview.shape == pictures.images.shape and apart[1] < apart[0] < 60
-    assert np.array_equal(pictures.images, alone(pipeline, request))
+    apart = [np.abs(reported[index].preview.astype(int) - all_images.images).mean() for index in (3, 7)]
+    assert reported[3].preview.shape == all_images.images.shape and apart[1] < apart[0] < 60
+    assert np.array_equal(all_images.images, alone(pipeline, request))
 
 
 def test_a_failing_or_blocking_callback_delays_no_step(scheduler) -> None:

@@ -44,16 +44,16 @@ def expected(pipeline: LatentDiffusionPipeline) -> list[np.ndarray]:
 
 def test_a_single_request_gives_exactly_the_pipelines_image(scheduler: BatchScheduler, expected) -> None:
     for request, images in zip(MIXED, expected, strict=True):
-        found = scheduler.submit(request).result(60).images
-        assert np.array_equal(found, images) and found.std() > 5
+        results = scheduler.submit(request).result(60).images
+        assert np.array_equal(results, images) and results.std() > 5
 
 
 @pytest.mark.parametrize("limits", [Limits(max_rows=8), Limits(max_rows=32, row_buckets=(4, 16, 32))])
 def test_batched_requests_differ_by_at_most_one_level(pipeline, expected, limits: Limits) -> None:
     with BatchScheduler(pipeline, limits) as scheduler:
         jobs = [scheduler.submit(request) for request in MIXED * 2]
-        found = [job.result(120).images for job in jobs]
-    for one, other in zip(found, expected * 2, strict=True):
+        results = [job.result(120).images for job in jobs]
+    for one, other in zip(results, expected * 2, strict=True):
         assert one.shape == other.shape and one.dtype == np.uint8
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
@@ -66,9 +66,9 @@ def test_requests_that_start_together_give_exactly_the_images_of_one_request_for
     options = {"num_inference_steps": 6, "eta": 0.5, "guidance_scale": 1.0}
     pair = [scheduler.submit(Request(p, seed=s, **options)) for p, s in zip(PROMPTS[:2], (3, 4), strict=True)]
     gate.open()
-    found = np.concatenate([job.result(60).images for job in pair])
+    results = np.concatenate([job.result(60).images for job in pair])
     assert first.result(60) and gate.rows == [1] + [2] * 6
     for step in pipeline.steps(Request(PROMPTS[:2], seed=[3, 4], **options)):
         latents = step.latents
     expected = [np.asarray(pipeline.decode(part)[0]) for part in (latents[:1], latents[1:])]
-    assert np.array_equal(found, np.stack(expected))
+    assert np.array_equal(results, np.stack(expected))

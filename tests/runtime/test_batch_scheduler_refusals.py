@@ -10,7 +10,7 @@ from ldm_runtime.errors import SpecError
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("request_", "message"),
     [
         (Request([]), "prompts: got an empty list"),
         (Request("a", num_inference_steps=0), "steps: got 0"),
@@ -26,24 +26,24 @@ from ldm_runtime.errors import SpecError
         (Request("a" * 50_001), "50001 characters"),
     ],
 )
-def test_bad_requests_do_not_affect_others(scheduler, request_: Request, said: str) -> None:
+def test_bad_requests_do_not_affect_others(scheduler, request_: Request, message: str) -> None:
     beside = scheduler.submit(Request("a", seed=0, num_inference_steps=5))
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         scheduler.submit(request_).result(20)
     beside.result(20)
     assert scheduler.ready
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"priority": 5}, "priority: got 5"),
         ({"timeout": 0}, "timeout: got 0"),
         ({"preview_every": -1}, "preview_every"),
     ],
 )
-def test_bad_options_are_refused(scheduler, options: dict, said: str) -> None:
-    with pytest.raises(SpecError, match=said):
+def test_bad_options_are_refused(scheduler, options: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         scheduler.submit(Request("a"), **options)
 
 

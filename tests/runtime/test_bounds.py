@@ -34,9 +34,9 @@ SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_a_special_file_is_not_read(tmp_path: Path, kind: str) -> None:
-    make, said = SPECIAL[kind]
+    make, message = SPECIAL[kind]
     make(tmp_path / "file")
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         read_regular(tmp_path / "file", 1000, SpecError)
 
 

@@ -45,9 +45,9 @@ def listed(folder: Path, **files: bytes) -> Bundle:
 
 
 def test_a_whole_bundle_gives_every_file(tiny_bundle: Path) -> None:
-    bundle, told = Bundle.open(str(tiny_bundle)), []
-    bundle.check(told.append)
-    assert sorted(told) == sorted(FILES) == sorted(bundle.manifest.files)
+    bundle, output = Bundle.open(str(tiny_bundle)), []
+    bundle.check(output.append)
+    assert sorted(output) == sorted(FILES) == sorted(bundle.manifest.files)
     assert {name: bundle.file(name) for name in FILES} == {name: tiny_bundle / name for name in FILES}
     assert file_facts(tiny_bundle, FILES) == bundle.manifest.files
 
@@ -227,6 +227,6 @@ def test_write_whole_makes_folders_and_replaces(tmp_path: Path) -> None:
 
 def test_sha256_reports_progress(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content := bytes(5 * 2**20))
-    told: list[int] = []
-    assert sha256(tmp_path / "file", told.append) == hashlib.sha256(content).hexdigest()
-    assert sum(told) == len(content) and len(told) == 2
+    output: list[int] = []
+    assert sha256(tmp_path / "file", output.append) == hashlib.sha256(content).hexdigest()
+    assert sum(output) == len(content) and len(output) == 2

@@ -93,11 +93,11 @@ def test_the_loop_of_a_real_bundle(tiny_bundle: Path) -> None:
 def test_shapes_may_change_from_request_to_request(ddim) -> None:
     plain, looped = ddim
     for height in (12, 16, 12):
-        found, expected = (
+        result, expected = (
             np.asarray(pipeline("a", guidance_scale=6.0, height=height, **OPTIONS).images[0], int)
             for pipeline in (looped, plain)
         )
-        assert np.abs(found - expected).max() <= 1
+        assert np.abs(result - expected).max() <= 1
 
 
 def test_a_second_request_ends_the_first(ddim) -> None:
@@ -138,8 +138,8 @@ def test_fewer_slots_than_the_device_has_are_enough(tmp_path: Path) -> None:
     graphs = write_graphs(tmp_path / "graphs", 3)
     looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), 3)
     with looped:
-        found, expected = (pipeline("a", **OPTIONS).latents for pipeline in (looped, plain))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        result, expected = (pipeline("a", **OPTIONS).latents for pipeline in (looped, plain))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_closing_frees_and_the_next_request_opens_anew(ddim) -> None:

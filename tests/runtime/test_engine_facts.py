@@ -46,7 +46,7 @@ def test_the_tightest_profile_that_fits(shapes: dict[str, tuple[int, ...]], inde
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"file": None}, r"^e\.file"),
         ({"version": 11}, r"^e\.version"),
@@ -63,6 +63,6 @@ def test_the_tightest_profile_that_fits(shapes: dict[str, tuple[int, ...]], inde
         ({"proof": []}, r"^e\.proof"),
     ],
 )
-def test_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ManifestError, match=said):
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
         engine_from_json("e", {**ENGINE.to_json(), **changes})

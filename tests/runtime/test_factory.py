@@ -113,7 +113,7 @@ def test_both_engines_of_the_cpu_generate_the_same_image(bundle: Bundle, tmp_pat
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_pipeline_frees_what_it_has_used_if_asked(bundle: Bundle, keep: bool) -> None:
+def test_the_pipeline_frees_what_it_has_used_on_request(bundle: Bundle, keep: bool) -> None:
     with LatentDiffusionPipeline.from_bundle(bundle, backend="openvino", keep_loaded=keep, threads=1) as pipeline:
         backends = pipeline.backends.values()
         assert pipeline.choice is not None and pipeline.choice.backend == "openvino"

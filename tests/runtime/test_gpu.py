@@ -45,13 +45,13 @@ def on_gpu(request: pytest.FixtureRequest) -> Iterator[LatentDiffusionPipeline]:
         yield pipeline
 
 
-def picture(pipeline: LatentDiffusionPipeline, **options: Any) -> np.ndarray:
+def image(pipeline: LatentDiffusionPipeline, **options: Any) -> np.ndarray:
     return np.asarray(pipeline(PROMPT, **OPTIONS | options).images[0], np.float64)
 
 
 def close(one: np.ndarray, other: np.ndarray, least: float) -> bool:
-    found = psnr(one, other, 255.0)
-    return found is None or found >= least
+    result = psnr(one, other, 255.0)
+    return result is None or result >= least
 
 
 def smallest(spec: ComponentSpec) -> dict[str, Any]:
@@ -67,40 +67,40 @@ def test_each_engine_gives_what_its_graph_gives_on_the_cpu(for_this_gpu: Bundle,
     for _ in range(2):  # the second is the captured graph
         results, references = (backend.run(smallest(spec)) for backend in (engine, graph))
         assert results.keys() == references.keys()
-        for output, found in results.items():
+        for output, result in results.items():
             expected = references[output]
-            assert found.dtype == expected.dtype and found.shape == expected.shape
-            assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+            assert result.dtype == expected.dtype and result.shape == expected.shape
+            assert np.abs(result - expected).max() <= 0.02 * np.abs(expected).max()
     engine.close()
 
 
-def test_the_picture_is_that_of_the_cpu(on_gpu: LatentDiffusionPipeline, shapes_engines: Bundle) -> None:
+def test_the_image_is_that_of_the_cpu(on_gpu: LatentDiffusionPipeline, shapes_engines: Bundle) -> None:
     with LatentDiffusionPipeline.from_bundle(
         shapes_engines, backend="onnxruntime", device="cpu", precision="fp32"
     ) as reference:
         other_size = {"height": 72} if _any_size(on_gpu) else {}
         for options in ({}, {"guidance_scale": 1.0}, {"eta": 0.0}, other_size):
-            assert close(picture(on_gpu, **options), picture(reference, **options), 40)
+            assert close(image(on_gpu, **options), image(reference, **options), 40)
 
 
 def test_the_loop_on_the_device_is_the_numpy_loop(on_gpu: LatentDiffusionPipeline) -> None:
     assert on_gpu.loop is not None
-    on_device = picture(on_gpu)
-    assert close(on_device, picture(on_gpu), 60)
+    on_device = image(on_gpu)
+    assert close(on_device, image(on_gpu), 60)
     loop, on_gpu.loop = on_gpu.loop, None
-    in_numpy = picture(on_gpu)
+    in_numpy = image(on_gpu)
     on_gpu.loop = loop
     assert close(on_device, in_numpy, 45)
 
 
-def test_in_fp32_onnxruntime_draws_the_same_picture(shapes_engines: Bundle) -> None:
-    pictures = []
+def test_in_fp32_onnxruntime_generates_the_same_image(shapes_engines: Bundle) -> None:
+    all_images = []
     for device in ("cuda", "cpu"):
         with LatentDiffusionPipeline.from_bundle(
             shapes_engines, backend="onnxruntime", device=device, precision="fp32"
         ) as pipeline:
-            pictures.append(picture(pipeline))
-    assert close(*pictures, 45)  # TF32 may be used
+            all_images.append(image(pipeline))
+    assert close(*all_images, 45)  # TF32 may be used
 
 
 def test_an_engine_for_other_gpus_is_refused_before_it_is_opened(shapes_engines: Bundle, capability: str) -> None:

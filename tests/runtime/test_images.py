@@ -1,4 +1,4 @@
-"""Arrays to pictures: rounded as diffusers rounds, laid out in rows, written as PNG files that read back equal."""
+"""Arrays to images: rounded as diffusers rounds, laid out in rows, written as PNG files that read back equal."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_channels_rows_and_columns_stay_in_place() -> None:
 
 
 def tiles(count: int, width: int = 4, height: int = 3) -> list[Image.Image]:
-    """Pictures of one colour each, none of them white."""
+    """Images of one colour each, none of them white."""
     return [Image.new("RGB", (width, height), (index + 1, 2 * index, 7)) for index in range(count)]
 
 
@@ -78,7 +78,7 @@ def test_the_grid_has_these_rows_and_columns(count: int, columns: int | None, ac
 
 
 @given(st.integers(1, 12), st.none() | st.integers(1, 14), st.integers(0, 4), st.integers(1, 5), st.integers(1, 5))
-def test_every_picture_is_in_its_place_and_the_rest_is_white(count, columns, gap, width, height) -> None:
+def test_every_image_is_in_its_place_and_the_rest_is_white(count, columns, gap, width, height) -> None:
     images = tiles(count, width, height)
     sheet = np.array(grid(images, columns, gap))
     across = (sheet.shape[1] + gap) // (width + gap)
@@ -91,7 +91,7 @@ def test_every_picture_is_in_its_place_and_the_rest_is_white(count, columns, gap
     assert (sheet == 255).all()
 
 
-def test_no_pictures_and_no_columns_are_refused() -> None:
+def test_no_images_and_no_columns_are_refused() -> None:
     with pytest.raises(SpecError, match="grid: got no images, expected at least one"):
         grid([])
     for columns in (0, -1):
@@ -99,13 +99,13 @@ def test_no_pictures_and_no_columns_are_refused() -> None:
             grid(tiles(2), columns)
 
 
-def test_the_grid_is_a_new_picture() -> None:
+def test_the_grid_is_a_new_image() -> None:
     (image,) = tiles(1)
     grid([image]).putpixel((0, 0), (9, 9, 9))
     assert image.getpixel((0, 0)) == (1, 0, 7)
 
 
-def test_a_png_reads_back_equal_and_equal_pictures_give_equal_bytes() -> None:
+def test_a_png_reads_back_equal_and_equal_images_give_equal_bytes() -> None:
     image = to_pil(np.random.default_rng(0).random((1, 3, 8, 16), np.float32))[0]
     content = to_png(image)
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content == to_png(image.copy())

@@ -1,4 +1,4 @@
-"""What importing the runtime loads: few modules, no engine; a first picture must not wait for what it does not need."""
+"""What importing the runtime loads: few modules, no engine; a first image must not wait for what it does not need."""
 
 from __future__ import annotations
 

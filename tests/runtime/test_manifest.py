@@ -81,9 +81,9 @@ def write(folder: Path, document: Any) -> Path:
 def changed(path: str, value: Any) -> dict[str, Any]:
     """DOCUMENT with the field at ``key key 0`` replaced; ``...`` takes it out."""
     document: Any = copy.deepcopy(DOCUMENT)
-    *way, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
+    *case, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
     at = document
-    for part in way:
+    for part in case:
         at = at[part]
     if value is ...:
         del at[last]
@@ -146,7 +146,7 @@ def test_figures_that_json_lacks_are_not_written(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
@@ -166,10 +166,10 @@ def test_figures_that_json_lacks_are_not_written(value: float) -> None:
         ("{}", "format: got None, expected 'ldm-export bundle'"),
     ],
 )
-def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: Any, said: str) -> None:
+def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ManifestError) as caught:
         read_manifest(write(tmp_path, content))
-    assert str(caught.value).startswith(f"{tmp_path / NAME}: ") and said in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / NAME}: ") and message in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
@@ -240,12 +240,12 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
-def test_every_wrong_field_is_named(tmp_path: Path, path: str, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
+def test_every_wrong_field_is_named(tmp_path: Path, path: str, value: Any, message: str) -> None:
     with pytest.raises(ManifestError) as caught:
         read_manifest(write(tmp_path, changed(path, value)))
     assert str(caught.value).startswith(f"{tmp_path / NAME}: ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("path", PATHS[:1] + PATHS[2:])
@@ -265,14 +265,14 @@ def test_plain_paths_pass(path: str) -> None:
 
 
 def test_a_missing_folder_manifest_or_file_is_refused(tmp_path: Path) -> None:
-    for folder, said in (
+    for folder, message in (
         (tmp_path / "none", f"{tmp_path / 'none'}: no such folder, expected a bundle"),
         (tmp_path, f"{tmp_path / NAME}: no such file, expected a bundle"),
         (tmp_path / ("x" * 300), "cannot be read (File name too long)"),
     ):
         with pytest.raises(ManifestError) as caught:
             read_manifest(folder)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     (tmp_path / NAME).mkdir()
     with pytest.raises(ManifestError, match="no such file"):
         read_manifest(tmp_path)

@@ -42,9 +42,9 @@ def children(value: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(value)) if isinstance(value, list) else []
 
 
-def places(value: Any, way: Place = ()) -> list[Place]:
+def places(value: Any, case: Place = ()) -> list[Place]:
     """The way to every value inside."""
-    return [place for key, child in children(value) for place in ((*way, key), *places(child, (*way, key)))]
+    return [place for key, child in children(value) for place in ((*case, key), *places(child, (*case, key)))]
 
 
 @settings(max_examples=300)
@@ -52,9 +52,9 @@ def places(value: Any, way: Place = ()) -> list[Place]:
 def test_it_is_refused_or_valid(folder: Path, document: dict[str, Any], data: st.DataObject) -> None:
     changed: Any = copy.deepcopy(document)
     for _ in range(data.draw(st.integers(1, 3))):
-        *way, last = data.draw(st.sampled_from(places(changed)))
+        *case, last = data.draw(st.sampled_from(places(changed)))
         at = changed
-        for key in way:
+        for key in case:
             at = at[key]
         if data.draw(st.booleans()):
             at[last] = data.draw(values)

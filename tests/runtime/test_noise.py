@@ -19,17 +19,17 @@ def assert_same_stream(seed: int, shapes: list[tuple[int, ...]]) -> None:
     """Bit for bit where torch runs its AVX2 fill, else within the distance of torch's two ways from each other."""
     theirs, ours = torch.Generator().manual_seed(seed), TorchGenerator(seed)
     for shape in shapes:
-        expected, found = torch.randn(shape, generator=theirs).numpy(), ours.randn(shape)
-        assert_same(expected, found)
+        expected, result = torch.randn(shape, generator=theirs).numpy(), ours.randn(shape)
+        assert_same(expected, result)
 
 
-def assert_same(expected: np.ndarray, found: np.ndarray) -> None:
-    assert found.dtype == np.float32
-    assert found.shape == expected.shape
+def assert_same(expected: np.ndarray, result: np.ndarray) -> None:
+    assert result.dtype == np.float32
+    assert result.shape == expected.shape
     if VECTORISED or expected.size < 16:
-        assert found.tobytes() == expected.tobytes()
+        assert result.tobytes() == expected.tobytes()
     else:
-        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -44,9 +44,9 @@ def test_every_small_size_and_what_follows_it(size: int) -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 8, 8), (2, 4, 5, 6), (1, 4, 64, 64), (1, 4, 7, 7), (0, 16)])
 def test_endless_noise_is_torchs_call_after_call(shape: tuple[int, ...]) -> None:
-    generator, found = torch.Generator().manual_seed(6), TorchGenerator(6).endless(shape)
+    generator, result = torch.Generator().manual_seed(6), TorchGenerator(6).endless(shape)
     for _ in range(40):
-        assert_same(torch.randn(shape, generator=generator).numpy(), next(found))
+        assert_same(torch.randn(shape, generator=generator).numpy(), next(result))
 
 
 def test_a_million_values() -> None:

@@ -50,7 +50,7 @@ def test_arrays_that_are_not_contiguous_are_taken_as_they_read(graph: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("feed", "said"),
+    ("feed", "message"),
     [
         ({}, "got inputs []"),
         ({"z": np.zeros((1, 3), np.float32)}, "['z']"),
@@ -60,10 +60,10 @@ def test_arrays_that_are_not_contiguous_are_taken_as_they_read(graph: Path) -> N
         ({"x": np.zeros(3, np.float32)}, "rank"),
     ],
 )
-def test_feeds_that_do_not_fit(graph: Path, feed: dict, said: str) -> None:
+def test_feeds_that_do_not_fit(graph: Path, feed: dict, message: str) -> None:
     with pytest.raises(SpecError, match="twice") as caught:
         OnnxRuntimeBackend(graph, SPEC, "cpu").run(feed)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_what_cannot_be_loaded(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +88,10 @@ def test_cuda_is_refused_where_there_is_no_provider() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_gives_the_cpus_picture(shapes_bundle: Path) -> None:
-    pictures = []
+def test_cuda_gives_the_cpus_image(shapes_bundle: Path) -> None:
+    all_images = []
     for device in ("cpu", "cuda"):
         with LatentDiffusionPipeline.from_bundle(Bundle.open(shapes_bundle).folder, device=device) as pipeline:
             result = pipeline("a large red circle in the center on a white background", seed=1, guidance_scale=6.0)
-            pictures.append(np.asarray(result.images[0]).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+            all_images.append(np.asarray(result.images[0]).astype(int))
+    assert np.abs(all_images[0] - all_images[1]).max() <= 2

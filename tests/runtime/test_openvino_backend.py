@@ -20,14 +20,14 @@ PROMPTS = ["a large red circle in the center on a white background", "a small bl
 OPTIONS = {"seed": 3, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 10}
 
 
-def pictures(bundle: Path, **options: object) -> np.ndarray:
+def all_images(bundle: Path, **options: object) -> np.ndarray:
     with LatentDiffusionPipeline.from_bundle(bundle, **options) as pipeline:
         return np.stack([np.asarray(image) for image in pipeline(PROMPTS, **OPTIONS).images]).astype(int)
 
 
 @pytest.fixture(scope="module")
 def exact(shapes_bundle: Path) -> np.ndarray:
-    return pictures(shapes_bundle, backend="onnxruntime", precision="fp32")
+    return all_images(shapes_bundle, backend="onnxruntime", precision="fp32")
 
 
 @pytest.mark.parametrize("which", ["min", "opt"])
@@ -42,13 +42,13 @@ def test_every_component_equals_onnxruntime(tiny_bundle: Path, name: str, which:
         assert np.abs(ours - theirs).max() <= 2e-5 * max(1.0, np.abs(theirs).max())
 
 
-def test_the_same_picture_in_fp32(shapes_bundle: Path, exact: np.ndarray) -> None:
-    assert np.abs(pictures(shapes_bundle, backend="openvino", precision="fp32") - exact).max() <= 1
+def test_the_same_image_in_fp32(shapes_bundle: Path, exact: np.ndarray) -> None:
+    assert np.abs(all_images(shapes_bundle, backend="openvino", precision="fp32") - exact).max() <= 1
 
 
 @pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 arithmetic")
-def test_a_close_picture_in_bf16(shapes_bundle: Path, exact: np.ndarray) -> None:
-    rounded = pictures(shapes_bundle, backend="openvino")
+def test_a_close_image_in_bf16(shapes_bundle: Path, exact: np.ndarray) -> None:
+    rounded = all_images(shapes_bundle, backend="openvino")
     assert np.abs(rounded - exact).max() > 1, "bf16 was asked for and fp32 computed"
     assert 10 * np.log10(255**2 / np.square(rounded - exact).mean()) >= 30
 

@@ -123,21 +123,21 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
 ]
 
 
-CASES = [(name, one, said) for name, many, said in ALONE for one in many]
+CASES = [(name, one, message) for name, many, message in ALONE for one in many]
 
 
-@pytest.mark.parametrize(("name", "value", "said"), CASES, ids=[f"{i} {name}" for i, (name, *_) in enumerate(CASES)])
-def test_every_field_is_checked_and_named(plan: Callable[..., Plan], name: str, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), CASES, ids=[f"{i} {name}" for i, (name, *_) in enumerate(CASES)])
+def test_every_field_is_checked_and_named(plan: Callable[..., Plan], name: str, value: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         plan(**{"prompts": "a red circle", name: value})
     where = {"num_inference_steps": "steps"}.get(name, name)
     assert str(caught.value).startswith(f"{where}: got ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"negative_prompt": ["c"] * 2}, "negative_prompt: got 2 for 3 prompts, expected one, or one each"),
         ({"images_per_prompt": 11}, "images: got 33 in one call, expected 1..32; make several calls"),
@@ -149,10 +149,10 @@ def test_every_field_is_checked_and_named(plan: Callable[..., Plan], name: str, 
         ({"prompts": "a", "latents": LATENTS, "height": 16}, "expected a float32 array [1, 4, 2, 8]"),
     ],
 )
-def test_fields_that_do_not_fit_each_other(plan: Callable[..., Plan], options: dict[str, Any], said: str) -> None:
+def test_fields_that_do_not_fit_each_other(plan: Callable[..., Plan], options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         plan(**{"prompts": ["a", "b", "c"], **options})
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def torch_noise(seed: int, shape: tuple[int, ...], count: int) -> list[np.ndarray]:

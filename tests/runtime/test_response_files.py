@@ -29,10 +29,10 @@ def test_a_response_is_read_as_it_was_written(shared_folder: Path) -> None:
     waiting.create("one")
     assert answering.expects("one") and waiting.read("one") == {}
     answering.write("one", ANSWER)
-    found = waiting.read("one")
-    assert found.keys() == ANSWER.keys()
+    result = waiting.read("one")
+    assert result.keys() == ANSWER.keys()
     for name, array in ANSWER.items():
-        assert found[name].dtype == array.dtype and found[name].tolist() == array.tolist()
+        assert result[name].dtype == array.dtype and result[name].tolist() == array.tolist()
     waiting.remove("one")
     assert not answering.expects("one")
     waiting.remove("one")

@@ -36,10 +36,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     find = importlib.util.find_spec
 
     def only(*names: str) -> None:
-        def found(name: str, package: str | None = None) -> object:
+        def result(name: str, package: str | None = None) -> object:
             return None if name in PACKAGES and name not in names else find(name, package)
 
-        monkeypatch.setattr(importlib.util, "find_spec", found)
+        monkeypatch.setattr(importlib.util, "find_spec", result)
 
     return only
 
@@ -65,7 +65,7 @@ def test_callers_may_name_every_engine_or_auto() -> None:
     ("precision", "graph", "arithmetic"),
     [(None, "fp32", FAST), ("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp32"), ("int8", "int8", FAST)],
 )
-def test_openvino_computes_in_bf16_unless_fp32_is_asked_for(
+def test_openvino_computes_in_bf16_unless_fp32_is_requested(
     bundle: Bundle, precision: str | None, graph: str, arithmetic: str
 ) -> None:
     choice = choose(bundle, "openvino", precision)
@@ -127,7 +127,7 @@ def test_auto_lists_why_no_engine_can_run_the_bundle(bundle: Bundle) -> None:
     assert "tensorrt: " in str(caught.value)
 
 
-def test_what_is_asked_for_is_taken_or_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, installed) -> None:
+def test_explicit_choices_are_used_or_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, installed) -> None:
     assert choose(bundle, "onnxruntime", "fp32", device="cpu").facts()["reason"] == "as asked"
     with pytest.raises(LdmError, match="runs on the CPU"):
         choose(bundle, "openvino", device="cuda")

@@ -58,9 +58,9 @@ def test_any_spec_reads_back_equal(spec: ComponentSpec) -> None:
 def changed(path: str, value: Any) -> dict[str, Any]:
     """DOCUMENT with the field at ``key key 0`` replaced; ``...`` takes it out."""
     document: Any = copy.deepcopy(DOCUMENT)
-    *way, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
+    *case, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
     at = document
-    for part in way:
+    for part in case:
         at = at[part]
     if value is ...:
         del at[last]
@@ -96,8 +96,8 @@ BAD: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
-def test_every_wrong_field_is_named(path: str, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
+def test_every_wrong_field_is_named(path: str, value: Any, message: str) -> None:
     with pytest.raises(LdmError) as caught:
         spec_from_json("components.unet", "unet", changed(path, value))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

@@ -129,7 +129,7 @@ def feed(**changes: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"mask": None}, "got inputs ['latents', 'tokens'], expected ['latents', 'mask', 'tokens']"),
         ({"extra": np.zeros(1)}, "got inputs ['extra', 'latents', 'mask', 'tokens'], expected ['latents', 'mask',"),
@@ -146,12 +146,12 @@ def feed(**changes: Any) -> dict[str, np.ndarray]:
         ({"tokens": np.zeros((2, 7), np.int64)}, "batch is 2 in latents and 1 here; they must agree"),
     ],
 )
-def test_a_feed_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+def test_a_feed_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     check_feed(SPEC, feed())
     with pytest.raises(SpecError) as caught:
         check_feed(SPEC, feed(**changes))
     assert str(caught.value).startswith("decoder: ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @given(specs(), st.data())

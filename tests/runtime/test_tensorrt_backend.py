@@ -58,16 +58,16 @@ def test_another_version_is_refused_with_both() -> None:
 
 
 def test_another_gpu_is_refused_with_both() -> None:
-    said = r"are for compute capability 8\.6, 8\.9, 12\.0, this GPU has 9\.0; .*--compute-capability 9\.0"
-    with pytest.raises(BackendError, match=said):
+    message = r"are for compute capability 8\.6, 8\.9, 12\.0, this GPU has 9\.0; .*--compute-capability 9\.0"
+    with pytest.raises(BackendError, match=message):
         matching_engine("unet", [RTX, replace(RTX, compute_capabilities=("12.0",))], "1.7", "9.0")
 
 
 def test_a_plan_runs_on_the_kind_of_gpu_that_built_it() -> None:
     plan = replace(RTX, package="tensorrt", compute_capabilities=("9.0",))
     assert matching_engine("unet", [plan], "1.7", "9.0") is plan
-    said = r"for compute capability 9\.0, this GPU has 8\.9; rebuild on this machine with .*--target tensorrt`$"
-    with pytest.raises(BackendError, match=said):
+    message = r"for compute capability 9\.0, this GPU has 8\.9; rebuild on this machine with .*--target tensorrt`$"
+    with pytest.raises(BackendError, match=message):
         matching_engine("unet", [plan], "1.7", "8.9")
 
 
@@ -85,8 +85,8 @@ def test_the_command_that_builds_an_engine_again() -> None:
 
 
 def test_an_engine_of_another_graph_is_refused(bundle: Bundle) -> None:
-    said = r"built from a graph of sha256 1{64}, the bundle's is [0-9a-f]{64}; rebuild"
-    with pytest.raises(BackendError, match=said):
+    message = r"built from a graph of sha256 1{64}, the bundle's is [0-9a-f]{64}; rebuild"
+    with pytest.raises(BackendError, match=message):
         check_graph(bundle, "unet", "fp32", [replace(RTX, graph="1" * 64)])
     check_graph(bundle, "unet", "fp32", engines_of(bundle, "unet", "fp32"))
 

@@ -259,5 +259,5 @@ def test_a_prompt_that_is_cut_off_is_logged(shapes, caplog):
     tokenizer(["red circle red circle", "red"])
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    said = "prompt: only 14 of its 21 characters are used, because the model takes 5 tokens; shorten it"
-    assert record.getMessage() == said
+    message = "prompt: only 14 of its 21 characters are used, because the model takes 5 tokens; shorten it"
+    assert record.getMessage() == message

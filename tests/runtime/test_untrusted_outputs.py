@@ -117,6 +117,8 @@ def test_a_result_that_fits_passes() -> None:
     ],
 )
 def test_a_result_that_does_not_fit_is_refused(result, got: str) -> None:
-    said = rf"^toy: output y: float32 \[batch, 8\*side\]: the engine returned {got} for {{'batch': 2, 'side': 2}}; the"
-    with pytest.raises(BackendError, match=said):
+    message = (
+        rf"^toy: output y: float32 \[batch, 8\*side\]: the engine returned {got} for {{'batch': 2, 'side': 2}}; the"
+    )
+    with pytest.raises(BackendError, match=message):
         check_result(SPEC, FEED, result)

@@ -24,13 +24,13 @@ PROMPT = "a large red circle in the center on a white background"
 
 
 @pytest.fixture(params=["http", "grpc", "stream"])
-def way(request: pytest.FixtureRequest, triton_server: TritonServer) -> list[str]:
+def case(request: pytest.FixtureRequest, triton_server: TritonServer) -> list[str]:
     """Options that lead to the server in one of three ways."""
     stream = ["--stream"] if request.param == "stream" else []
     return ["--url", triton_server.http if request.param == "http" else f"grpc://{triton_server.grpc}", *stream]
 
 
-def test_pictures_are_those_of_the_same_request_here(way: list[str], drawn, tmp_path: Path, capfd) -> None:
+def test_images_are_those_of_the_same_request_here(case: list[str], drawn, tmp_path: Path, capfd) -> None:
     other, place = "a small blue triangle in the center on a black background", tmp_path / "out.png"
     options = ["--seed", "3", "--steps", "6", "--eta", "0.5", "--guidance", "4", "--negative-prompt", "blue"]
     size = [
@@ -48,7 +48,7 @@ def test_pictures_are_those_of_the_same_request_here(way: list[str], drawn, tmp_
         "--priority",
         "1",
     ]
-    assert main(["client", PROMPT, other, *way, *options, *size, "--each", "-o", str(place)]) == 0
+    assert main(["client", PROMPT, other, *case, *options, *size, "--each", "-o", str(place)]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines() == [str(place), *(str(tmp_path / f"out-{index}.png") for index in range(4))]
     assert err == "seed 3\n"
@@ -66,18 +66,18 @@ def test_pictures_are_those_of_the_same_request_here(way: list[str], drawn, tmp_
         images_per_prompt=2,
     )
     for index, expected in enumerate(drawn(request)):
-        picture = np.asarray(Image.open(tmp_path / f"out-{index}.png"))
-        assert picture.shape == (72, 56, 3) and np.abs(picture.astype(int) - expected).max() <= 1
+        image = np.asarray(Image.open(tmp_path / f"out-{index}.png"))
+        assert image.shape == (72, 56, 3) and np.abs(image.astype(int) - expected).max() <= 1
 
 
-def test_previews_come_before_the_picture(triton_server: TritonServer, tmp_path: Path) -> None:
+def test_previews_come_before_the_image(triton_server: TritonServer, tmp_path: Path) -> None:
     url = ["--url", f"grpc://{triton_server.grpc}", "--stream", "--preview-every", "2", "--quiet"]
     assert main(["client", PROMPT, *url, "--steps", "6", "--seed", "1", "-o", str(tmp_path / "a.png")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-4.png", "a.png"]
 
 
-def test_what_the_server_refuses_is_one_line(refused: Refused, way: list[str]) -> None:
-    for options, said in (
+def test_server_refusals_are_one_line(refused: Refused, case: list[str]) -> None:
+    for options, message in (
         (["--width", "63"], "width: got 63, expected a multiple of 8"),
         (["--guidance", "nan"], "guidance_scale: got nan, expected a finite number"),
         (["--priority", "9"], "priority: got 9, expected 0"),
@@ -90,7 +90,7 @@ def test_what_the_server_refuses_is_one_line(refused: Refused, way: list[str]) -
         (["--seed", str(2**63)], "SEED: "),
         (["--negative-prompt", "\udcff"], "NEGATIVE_PROMPT: "),
     ):
-        refused("client", PROMPT, *way, *options, said=said)
+        refused("client", PROMPT, *case, *options, message=message)
 
 
 def test_a_model_that_is_not_ready(refused: Refused, triton_server: TritonServer) -> None:
@@ -100,7 +100,7 @@ def test_a_model_that_is_not_ready(refused: Refused, triton_server: TritonServer
             while client.is_model_ready("ldm"):
                 time.sleep(0.05)
             for url in (triton_server.http, f"grpc://{triton_server.grpc}"):
-                refused("client", PROMPT, "--url", url, said="model 'ldm' is not ready (un")
+                refused("client", PROMPT, "--url", url, message="model 'ldm' is not ready (un")
         finally:
             client.load_model("ldm")
 

@@ -67,13 +67,13 @@ def load(server: TritonServer, *names: str) -> None:
 
 
 def test_loading_a_new_version_under_load_loses_no_request(server, shapes_bundle, expected) -> None:
-    found, failed, enough = [], [], threading.Event()
+    results, failed, enough = [], [], threading.Event()
 
     def keep_asking() -> None:
         while not enough.is_set():
             try:
                 result = over_http(server.http, WISH)
-                found.append((result.get_response()["model_version"], result.as_numpy("IMAGE")))
+                results.append((result.get_response()["model_version"], result.as_numpy("IMAGE")))
             except Exception as error:
                 failed.append(error)
                 return
@@ -88,9 +88,9 @@ def test_loading_a_new_version_under_load_loses_no_request(server, shapes_bundle
     for thread in threads:
         thread.join(120)
     assert not failed
-    versions = [int(version) for version, _ in found]
+    versions = [int(version) for version, _ in results]
     assert min(versions) < max(versions)
-    assert all(np.abs(image.astype(int) - expected).max() <= 1 for _, image in found)
+    assert all(np.abs(image.astype(int) - expected).max() <= 1 for _, image in results)
 
 
 def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_bundle) -> None:

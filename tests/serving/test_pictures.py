@@ -1,4 +1,4 @@
-"""Pictures from a real Triton server: the same bytes as in this process, whole, streamed, and many at once."""
+"""Images from a real Triton server: the same bytes as in this process, whole, streamed, and many at once."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_a_component_alone_gives_what_it_gives_here(triton_server, local: Latent
 def test_rows_of_many_callers_share_a_call_of_a_component(triton_server, local) -> None:
     feeds = [dummy_inputs(local.model.components["text_encoder"], seed=seed) for seed in range(32)]
     with ThreadPoolExecutor(32) as threads:
-        found = list(threads.map(lambda feed: _infer(triton_server, "text_encoder", feed), feeds))
-    for feed, result in zip(feeds, found, strict=True):
+        results = list(threads.map(lambda feed: _infer(triton_server, "text_encoder", feed), feeds))
+    for feed, result in zip(feeds, results, strict=True):
         expected = local.backends["text_encoder"].run(feed)["context"]
         assert np.abs(result.as_numpy("context") - expected).max() < 1e-4
     counts = {
@@ -127,8 +127,8 @@ def test_png_and_the_seed_over_grpc(triton_server, grpc: Grpc, drawn: Draw) -> N
     wish = {"PROMPT": PROMPTS[:2], "STEPS": 3}
     result = grpc.ask(wish, ("PNG", "SEED_USED")).result()
     (seed,) = result.as_numpy("SEED_USED").tolist()
-    pictures = [np.asarray(Image.open(io.BytesIO(png))) for png in result.as_numpy("PNG")]
-    assert np.array_equal(np.stack(pictures), drawn(request(wish | {"SEED": seed})))
+    images = [np.asarray(Image.open(io.BytesIO(png))) for png in result.as_numpy("PNG")]
+    assert np.array_equal(np.stack(images), drawn(request(wish | {"SEED": seed})))
     other = grpc.ask(wish, ("SEED_USED",)).result().as_numpy("SEED_USED").tolist()
     assert other != [seed]  # a fresh one each time
 
@@ -141,13 +141,13 @@ def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
     status, answer = post(triton_server.http, "/v2/models/ldm/infer", document)
     (image,) = answer["outputs"]
     assert status == 200 and image["datatype"] == "UINT8"
-    found = np.array(image["data"], np.uint8).reshape(image["shape"])
+    results = np.array(image["data"], np.uint8).reshape(image["shape"])
     expected = drawn(Request(PROMPTS[0], seed=9, num_inference_steps=2))
-    assert np.array_equal(found, expected)
+    assert np.array_equal(results, expected)
     document["outputs"] = [{"name": "PNG_BASE64"}]
     (png,) = post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]
-    picture = Image.open(io.BytesIO(base64.b64decode(png["data"][0])))
-    assert np.array_equal(np.asarray(picture), expected[0])
+    first_image = Image.open(io.BytesIO(base64.b64decode(png["data"][0])))
+    assert np.array_equal(np.asarray(first_image), expected[0])
     del document["outputs"]
     names = [output["name"] for output in post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]]
     assert sorted(names) == ["IMAGE", "SEED_USED"]
@@ -180,9 +180,9 @@ def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grp
     wishes += [wish for _ in range(2) for wish in WISHES if wish not in singles]
     assert len(wishes) == 64
     before = triton_server.figures()
-    found = [ask.result().as_numpy("IMAGE") for ask in [grpc.ask(wish) for wish in wishes]]
+    results = [ask.result().as_numpy("IMAGE") for ask in [grpc.ask(wish) for wish in wishes]]
     expected: dict[str, np.ndarray] = {}
-    for wish, image in zip(wishes, found, strict=True):
+    for wish, image in zip(wishes, results, strict=True):
         key = repr(wish)
         expected[key] = expected[key] if key in expected else drawn(request(wish))
         assert apart(image, expected[key]) <= 1
@@ -191,7 +191,7 @@ def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grp
     assert calls < sum(wish["STEPS"] for wish in wishes) / 2  # they shared them
 
 
-def test_answers_that_come_at_once_are_all_given(grpc: Grpc) -> None:
+def test_concurrent_responses_all_arrive(grpc: Grpc) -> None:
     wish = {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 1}
     first = grpc.ask(wish).result().as_numpy("IMAGE")
     for _ in range(60):

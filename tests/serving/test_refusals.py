@@ -1,4 +1,4 @@
-"""What a server does not take, or is told to stop: one clear line each, and it stays ready."""
+"""Requests that the server refuses or that are cancelled: each gets one clear line, and the server stays ready."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECK = {
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("wish", "message"),
     [
         ({"PROMPT": []}, "prompts: got an empty list"),
         ({"PROMPT": b"\xff\xfe"}, "PROMPT 0: is not UTF-8"),
@@ -46,10 +46,10 @@ CHECK = {
         ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
     ],
 )
-def test_a_bad_request_is_told_why(triton_server: TritonServer, wish: dict, said: str) -> None:
+def test_a_bad_request_is_refused_with_a_reason(triton_server: TritonServer, wish: dict, message: str) -> None:
     with pytest.raises(InferenceServerException) as caught:
         over_http(triton_server.http, wish)
-    assert said in caught.value.message() and "Traceback" not in caught.value.message()
+    assert message in caught.value.message() and "Traceback" not in caught.value.message()
     assert triton_server.ready() and post(triton_server.http, "/v2/models/ldm/infer", CHECK)[0] == 200
 
 
@@ -58,12 +58,12 @@ def test_a_component_reports_a_wrong_shape(triton_server: TritonServer, local: L
     feed = {spec.name: np.zeros((1, *spec.bounds("opt")[1:]), np.float32) for spec in unet.inputs}
     channels = feed["sample"].shape[1]
     with api.InferenceServerClient(triton_server.http) as client:
-        for sample, said in (
+        for sample, line in (
             (np.zeros((1, channels, 8, 1000), np.float32), "width must lie in"),
             (np.zeros((1, channels + 1, 8, 8), np.float32), "unexpected shape"),
         ):
             inputs = [tensor(api, name, array, "FP32") for name, array in (feed | {"sample": sample}).items()]
-            with pytest.raises(InferenceServerException, match=said):
+            with pytest.raises(InferenceServerException, match=line):
                 client.infer("unet", inputs)
     assert triton_server.ready()
 

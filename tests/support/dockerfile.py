@@ -49,15 +49,15 @@ def stages() -> dict[str, Stage]:
     steps = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
     first = next(index for index, (kind, _) in enumerate(steps) if kind == "FROM")
     images = dict(value.split("=", 1) for kind, value in steps[:first] if kind == "ARG")
-    found: dict[str, Stage] = {}
+    result: dict[str, Stage] = {}
     for kind, value in steps[first:]:
         if kind == "FROM":
             image, name = re.fullmatch(r"(\S+) AS (\S+)", value).groups()
             image = re.sub(r"\$\{(\w+)\}", lambda match: images[match[1]], image)
-            found[name] = Stage(name, image, ())
+            result[name] = Stage(name, image, ())
         else:
-            found[name] = Stage(name, found[name].image, (*found[name].steps, (kind, value)))
-    return found
+            result[name] = Stage(name, result[name].image, (*result[name].steps, (kind, value)))
+    return result
 
 
 class Image:

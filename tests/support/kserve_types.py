@@ -19,11 +19,11 @@ def fields(name: str) -> dict[str, str] | None:
     file = files.get(name.lower())
     if file is None:
         return None
-    found = {}
+    result = {}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node.value
-    kinds, names = ast.literal_eval(found["openapi_types"]), ast.literal_eval(found["attribute_map"])
+            result[node.targets[0].id] = node.value
+    kinds, names = ast.literal_eval(result["openapi_types"]), ast.literal_eval(result["attribute_map"])
     return {names[field]: kind for field, kind in kinds.items()}
 
 

@@ -46,12 +46,12 @@ class Page(HTMLParser):
 
     def table(self, head: str) -> list[list[str]]:
         """The rows of the table that has a column of this name."""
-        (found,) = [rows for rows in self.tables if head in rows[0]]
-        return found
+        (result,) = [rows for rows in self.tables if head in rows[0]]
+        return result
 
 
 def assert_self_contained(page: Page) -> None:
-    """Nothing is run and nothing is fetched: known elements only, no handler, pictures inline."""
+    """Nothing is run and nothing is fetched: known elements only, no handler, images inline."""
     known = "html head meta title style body h1 h2 h3 p div span ul li table tr th td br img code figure"
     drawing = "svg g rect line text polyline circle"
     assert {name for name, _ in page.elements} <= {*known.split(), *drawing.split()}

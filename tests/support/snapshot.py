@@ -7,8 +7,8 @@ from pathlib import Path
 
 def contents(folder: Path) -> dict[str, object]:
     """Every path below, hidden ones too: a file's bytes, a link's target, None for a folder."""
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     for path in folder.rglob("*"):
         file = path.read_bytes() if path.is_file() else None
-        found[str(path.relative_to(folder))] = path.readlink() if path.is_symlink() else file
-    return found
+        result[str(path.relative_to(folder))] = path.readlink() if path.is_symlink() else file
+    return result

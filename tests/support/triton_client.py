@@ -60,16 +60,16 @@ class Grpc:
         self._api = tritonclient.grpc
         self.client = self._api.InferenceServerClient(url)
 
-    def ask(self, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> Asked:
+    def ask(self, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE",), model: str = "ldm") -> PendingResponse:
         """Send a request without waiting for its response."""
-        asked = Asked()
-        asked.call = self.client.async_infer(
+        pending = PendingResponse()
+        pending.call = self.client.async_infer(
             model,
             tensors(self._api, wish),
-            lambda result, error: asked.answers.put((result, error)),
+            lambda result, error: pending.answers.put((result, error)),
             outputs=wanted(self._api, outputs),
         )
-        return asked
+        return pending
 
     def stream(self, wish: dict[str, Any], outputs: tuple[str, ...]) -> Iterator[Any]:
         """Yield the responses of `ldm_stream` as they arrive; closing the iterator early cancels the request."""
@@ -94,7 +94,7 @@ class Grpc:
             self.client.stop_stream(cancel_requests=not whole)
 
 
-class Asked:
+class PendingResponse:
     """A request that has been sent."""
 
     def __init__(self) -> None:

@@ -88,14 +88,14 @@ class TritonServer:
         """Metrics of the batch scheduler: name{labels}, without the labels of the model, -> value."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        found: dict[str, float] = {}
+        result: dict[str, float] = {}
         for line in lines:
             if line.startswith("ldm_"):
                 name, _, value = line.rpartition(" ")
                 family, _, labels = name.rstrip("}").partition("{")
                 own = [label for label in labels.split(",") if not label.startswith(("model=", "version="))]
-                found[f"{family}{{{','.join(own)}}}" if own else family] = float(value)
-        return found
+                result[f"{family}{{{','.join(own)}}}" if own else family] = float(value)
+        return result
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         """Stop it as an operator does, and give its exit code; kill it where it does not listen."""

@@ -1,1 +1,1 @@
-"""Timings of alternatives that take turns, each in a process of its own."""
+"""Benchmarks: times alternatives in turns, each in its own process."""

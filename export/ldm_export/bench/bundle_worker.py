@@ -1,4 +1,4 @@
-"""Times a bundle on one backend in a process of its own: ``python -m ldm_export.bench.bundle_worker``.
+"""Worker process that times a bundle on one backend: ``python -m ldm_export.bench.bundle_worker``.
 
 The protocol is that of ``worker_process.serve_commands``.
 """

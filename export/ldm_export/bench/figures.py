@@ -70,10 +70,10 @@ def machine() -> dict[str, Any]:
 
 def versions(names: Sequence[str] = TOOLS) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -32,7 +32,7 @@ def serve_commands(start: Callable[[Command], tuple[Callable[[Command], Callable
             returned if that is a dict.
     """
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
 
     def answer(facts: Command) -> None:
         channel.write(json.dumps(facts) + "\n")

@@ -1,1 +1,1 @@
-"""A bundle: built stage by stage from a checkpoint, calibrated, put in its place, and looked into."""
+"""Builds bundles from checkpoints stage by stage, calibrates, publishes and inspects them."""

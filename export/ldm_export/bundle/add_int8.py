@@ -36,7 +36,7 @@ def calibrate(
 
     Args:
         folder: The bundle.
-        settings: How to calibrate, or a calibration record to follow without measuring anything.
+        settings: Settings of the calibration, or an existing calibration record to apply without measuring.
         on_progress: Called with the name of a part, and how much of it is done and in total.
         grade: Decides which trial images are correct.
 

@@ -1,4 +1,4 @@
-"""Puts the files of a finished build together as a bundle."""
+"""Assembles the files of a finished build into a bundle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["assemble"]
 
 
 def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
-    """Put the manifest's files, which lie in ``work``, in the bundle's place at once, and remove ``work``."""
+    """Replace the bundle at ``target`` by the manifest's files, which are in ``work``, and remove ``work``."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     for name in manifest.files:

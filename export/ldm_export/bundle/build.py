@@ -47,14 +47,14 @@ TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What is built beside the fp32 graphs.
+    """Options of a build: what it produces besides the fp32 graphs.
 
     Attributes:
         precision: "fp32", "fp16", "bf16" or "int8".
         engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
         calibration: Settings of int8's calibration; for int8 only.
         grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
-        requests: What the ranges of half precision are measured on, one image each. None takes the family's defaults.
+        requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
 
     Raises:
         BuildError: The precision is unknown, or int8 has no settings, or another precision has.
@@ -80,7 +80,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle and, by stage, where its files came from: "made", "resumed" or "kept"."""
+    """A bundle, and the origin of the files of each stage: "made", "resumed" or "kept"."""
 
     bundle: Bundle
     origins: dict[str, str]
@@ -95,23 +95,23 @@ def build(
     options: BuildOptions | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
-    """Export a checkpoint's components and write a bundle; what is there already is kept.
+    """Export a checkpoint's components and write a bundle; finished stages of an existing bundle are kept.
 
     One component at a time is loaded, traced and freed. The bundle appears whole or not at all.
 
     Args:
         checkpoint: An opened checkpoint.
-        target: The bundle's folder; an existing folder that is no bundle is refused.
-        precision, engines: Short for ``options`` with these alone.
-        options: What is built beside the fp32 graphs.
-        on_progress: Receives the progress of each stage, the last being "bundle".
+        target: The bundle's folder; an existing folder that is not a bundle is refused.
+        precision, engines: Shorthand for ``options`` with these values only.
+        options: What to build besides the fp32 graphs.
+        on_progress: Receives the progress of each stage, the last of which is "bundle".
 
     Raises:
         CheckpointError: Weights are missing or damaged.
-        BuildError: A component cannot be exported, or the disk refuses.
+        BuildError: A component cannot be exported, or files cannot be written.
     """
     options = BuildOptions(precision, engines) if options is None else options
-    target = target.resolve()  # a link stays a link
+    target = target.resolve()  # replaces the folder that a link points to
     family = family_named(checkpoint.family)
     model, previous = family.describe(checkpoint), previous_bundle(target)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
@@ -189,7 +189,7 @@ def _components(
     variants: Mapping[str, Stage],
     outcomes: Mapping[str, Outcome],
 ) -> dict[str, Component]:
-    """The manifest's components: those of the model, then the step graphs, which are always in fp32."""
+    """Return the components of the model, then the step graphs, which are always in fp32."""
 
     def component(spec: ComponentSpec, precisions: tuple[str, ...]) -> Component:
         graphs = graph_files(spec.name, precisions, outcomes)
@@ -200,13 +200,13 @@ def _components(
     for engine, stage in variants.items():
         file = graph_file(UNET, "fp32", engine)
         if file in outcomes[stage.name].files:
-            found = {**components[UNET].variants, engine: {"fp32": file}}
-            components[UNET] = replace(components[UNET], variants=found)
+            variants_of_unet = {**components[UNET].variants, engine: {"fp32": file}}
+            components[UNET] = replace(components[UNET], variants=variants_of_unet)
     return components | {name: component(spec, ("fp32",)) for name, spec in model_steps(plan.model).items()}
 
 
 def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str, ...]) -> dict[str, Any]:
-    """What the manifest says about the request; nothing of it is specific to this machine."""
+    """Return the manifest's entry about the build request; it does not depend on this machine."""
     request: dict[str, Any] = {
         "checkpoint": checkpoint.folder.resolve().name,
         "precision": options.precision,

@@ -1,4 +1,4 @@
-"""What every stage of a build needs to know."""
+"""Inputs that all stages of a build share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["BuildPlan", "folder_digests", "relative"]
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Inputs and places of one build.
+    """Inputs and folders of one build.
 
     Attributes:
-        checkpoint: What is exported.
-        family: Of the checkpoint.
-        model: Its components: the traced ones, and after the fp32 graphs are there, those of the bundle.
-        work: Folder in which the files of finished stages lie under their paths in the bundle.
-        previous: The bundle that is there, if any.
+        checkpoint: The checkpoint to export.
+        family: Family of the checkpoint.
+        model: The model: with traced components at first, with those of the bundle after the fp32 graphs are written.
+        work: Folder with the files of finished stages, under their paths in the bundle.
+        previous: The existing bundle, if any.
         tools: Package -> version.
         on_progress: Receives the progress of each stage.
     """

@@ -23,7 +23,7 @@ __all__ = ["engine_of", "engine_stage", "in_latents"]
 
 
 def in_latents(request: EngineRequest, model: ModelDescription, precision: str) -> EngineRequest:
-    """Check a request with bounds in pixels; the result has bounds in latents, and rows for the model's guidance.
+    """Check a request with bounds in pixels, and convert them to latents; add the rows of the model's guidance.
 
     Raises:
         BuildError: The package is not installed or cannot serve the request, or pixels are not a multiple of the
@@ -43,10 +43,10 @@ def engine_stage(
     """Builds an engine from a component's graph in the work folder, and writes its facts beside it.
 
     Args:
-        plan: Of the build.
-        spec: Of the component.
-        precision: The precision asked for; a component without such a graph stays in fp32 as a whole.
-        request: With bounds in latents.
+        plan: Plan of the build.
+        spec: Spec of the component.
+        precision: The requested precision; a component without such a graph stays in fp32 as a whole.
+        request: Request for engines, with bounds in latents.
         sources: Graph file -> key of the stage that wrote it.
 
     Raises:

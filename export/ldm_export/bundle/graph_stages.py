@@ -24,7 +24,7 @@ from ldm_runtime.specs import Axis, ComponentSpec
 __all__ = ["file_stages", "graph_stages", "model_steps", "split_model", "step_stages", "variant_stages"]
 
 FORM = 1
-"""Form of the graphs; counts up when the same module leads to other graphs."""
+"""Version of the graphs; increases when the same module leads to other graphs."""
 
 
 def file_stages(plan: BuildPlan) -> list[Stage]:
@@ -44,7 +44,7 @@ def _file_stage(plan: BuildPlan, name: str) -> Stage:
 
 
 def graph_stages(plan: BuildPlan) -> list[Stage]:
-    """For each traced component a stage that loads, traces, splits and frees it, and writes the fp32 graphs."""
+    """Stages that load, trace, split and free each component, and write its fp32 graphs."""
     return [_graph_stage(plan, name) for name in plan.family.components]
 
 
@@ -74,7 +74,7 @@ def _graph_stage(plan: BuildPlan, name: str) -> Stage:
 
 
 def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescription:
-    """The model with the components that the bundle has, from the fp32 graphs in the work folder.
+    """Return the model with the components of the bundle, read from the fp32 graphs in the work folder.
 
     Raises:
         BuildError: A graph has a dimension without bounds.
@@ -84,10 +84,10 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
         spec = plan.model.components[name]
         axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
         written = outcomes[f"{name}.fp32"].files
-        found = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in written]
-        for component, runs in (*((rule.component, rule.runs) for rule in found), (name, spec.runs)):
+        splits = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in written]
+        for component, runs in (*((rule.component, rule.runs) for rule in splits), (name, spec.runs)):
             graph = plan.graph(component, "fp32")
-            components[component] = graph_spec(graph, component, runs, axes) if found else spec
+            components[component] = graph_spec(graph, component, runs, axes) if splits else spec
     return replace(plan.model, components=components)
 
 
@@ -97,7 +97,7 @@ def variant_stages(plan: BuildPlan, sources: Mapping[str, str]) -> dict[str, Sta
     Its run writes nothing if the passes change nothing.
 
     Args:
-        plan: Of the build; the fp32 graphs are in the work folder.
+        plan: Plan of the build; the fp32 graphs are in the work folder.
         sources: Graph file -> key of the stage that wrote it.
     """
     return {engine: _variant_stage(plan, engine, sources) for engine in ENGINE_PASSES}
@@ -114,7 +114,7 @@ def _variant_stage(plan: BuildPlan, engine: str, sources: Mapping[str, str]) -> 
         target.parent.mkdir()
         if not weights_beside(source).exists():
             load_to_model(result.model)
-        ir.save(result.model, target)  # weights in a file beside the portable graph are referred to, not copied
+        ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
         return relative([target], folder)
 
     names = [getattr(rewrite, "__name__", "") for rewrite in passes]

@@ -1,4 +1,4 @@
-"""The content of a bundle as plain values: components, shapes, sizes, operators, and what was measured."""
+"""Describes the content of a bundle as plain values: components, shapes, sizes, operators and measurements."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MAX_REPORT = 64 * 2**20
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """JSON-able facts of a bundle. Operators are counted where onnx is installed.
+    """Return JSON-able facts of a bundle. Operators are counted if onnx is installed.
 
     Raises:
-        ManifestError: A graph is not the one that was built.
+        ManifestError: A graph is damaged.
     """
     manifest = bundle.manifest
     return {
@@ -41,8 +41,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
 def _component(bundle: Bundle, name: str, component: Component) -> dict[str, Any]:
     graphs = {precision: _graph(bundle, name, precision) for precision in component.graphs}
     variants = {
-        engine: {precision: _graph(bundle, name, precision, engine) for precision in found}
-        for engine, found in component.variants.items()
+        engine: {precision: _graph(bundle, name, precision, engine) for precision in precisions}
+        for engine, precisions in component.variants.items()
     }
     engines = [{**engine.to_json(), "bytes": bundle.manifest.files[engine.file].size} for engine in component.engines]
     return {
@@ -67,7 +67,7 @@ def _graph(bundle: Bundle, name: str, precision: str, variant: str = "") -> dict
 
 
 def _islands(report: Path) -> dict[str, int]:
-    """How many nodes compute in lower precision, and how many stay in fp32 for which reason."""
+    """Count the nodes in lower precision, and the nodes in fp32 by reason."""
     facts = read_object(report, MAX_REPORT)
     islands = require_object(f"{report}: islands", facts.get("islands"))
     reasons = Counter(str(reason).partition(":")[0] for reason in islands.values())

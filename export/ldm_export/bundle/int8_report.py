@@ -1,4 +1,4 @@
-"""The int8 report of a bundle: quality of the record's trial images, sizes, and the UNet's speed on this machine."""
+"""Writes the int8 report of a bundle: quality of the trial images, sizes, and speed of the UNet on this machine."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _warnings(images: int) -> list[str]:
 
 
 def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians in milliseconds of one UNet call for one image, fp32 and int8 alternating, on the engine selected here.
+    """Measure the median milliseconds of one UNet call for one image: fp32 and int8 alternate on the selected engine.
 
     The feed is that of the first denoising step of a trial request.
     """

@@ -42,7 +42,7 @@ def int8_stages(
     Args:
         work: Folder of the build's finished stages; ``model.graphs`` lie in it.
         model: Model of the fp32 graphs.
-        settings: How to calibrate, or an existing record to follow without measuring anything.
+        settings: Settings of the calibration, or an existing record to apply without measuring.
         quantize: Components to quantize in this order, the denoiser first.
         before: Stage -> key, of the stages that wrote the fp32 graphs and the files of the conditioning.
         on_progress: Called with the name of a part, and how much of it is done and in total.

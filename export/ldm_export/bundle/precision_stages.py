@@ -1,4 +1,4 @@
-"""Stages of half precision: the measured ranges of all tensors, and the graphs rewritten by them."""
+"""Stages of half precision: measure the ranges of all tensors, and rewrite the graphs accordingly."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, precision_repor
 __all__ = ["RANGE_STEPS", "calibration_model", "half_stages", "ranges_stage"]
 
 RANGE_STEPS = 10
-"""Denoising steps of each trajectory that ranges are measured on."""
+"""Denoising steps of each trajectory on which ranges are measured."""
 LARGEST_REPORTED = 8
-"""Largest ranges in the report on a half-precision graph."""
+"""Number of the largest ranges listed in the report on a half-precision graph."""
 
 
 def calibration_model(plan: BuildPlan) -> CalibrationModel:
@@ -34,7 +34,7 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
     """Measures the largest magnitude of each tensor over the denoising trajectories of some requests.
 
     Args:
-        plan: Of the build; the fp32 graphs are in the work folder.
+        plan: Plan of the build; the fp32 graphs are in the work folder.
         before: Stage -> key, of the stages that wrote the graphs and the files of the conditioning.
         requests: One image each.
     """

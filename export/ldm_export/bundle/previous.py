@@ -1,4 +1,4 @@
-"""The bundle that a build finds in its place."""
+"""The bundle that exists at the target of a build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describes", "previous_bundle"]
 
 
 def previous_bundle(target: Path) -> Bundle | None:
-    """The bundle at ``target``; None if there is none, or one that is damaged or of another version.
+    """Open the bundle at ``target``; None if there is none, or if it is damaged or of another version.
 
     Raises:
         BuildError: The folder has other files.
@@ -27,11 +27,11 @@ def previous_bundle(target: Path) -> Bundle | None:
     try:
         return Bundle.open(target)
     except ManifestError:
-        return None  # damaged, or of another version: build all of it
+        return None  # damaged, or of another version: build everything
 
 
 def _has_manifest(folder: Path) -> bool:
-    """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
+    """True if the folder has a bundle's manifest, even a damaged one; other programs write a manifest.json too."""
     manifest = folder / MANIFEST
     try:
         return json.dumps(FORMAT).encode() in read_regular(manifest, MAX_BYTES, ManifestError)
@@ -40,13 +40,13 @@ def _has_manifest(folder: Path) -> bool:
 
 
 def describes(previous: Bundle, manifest: Manifest) -> bool:
-    """True where the previous bundle says what this build would, with reports and measurements added at most."""
+    """True if the previous bundle equals this build apart from added reports and measurements."""
     before = previous.manifest
     try:
         for name in before.files.keys() - manifest.files.keys():
             previous.file(name)
     except ManifestError:
-        return False  # a damaged report: leave the reports out
+        return False  # a damaged report: write the bundle without reports
     return (before.stages, before.components, before.request, before.model) == (
         manifest.stages,
         manifest.components,

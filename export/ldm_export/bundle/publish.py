@@ -1,4 +1,4 @@
-"""The work folder of a build, and how its result takes the place of the bundle at once."""
+"""The work folder of a build, and the atomic replacement of a bundle by the finished build."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside ``target`` for a build's finished stages.
+    """Create a hidden folder beside ``target`` for the finished stages of a build.
 
-    It stays after a build that was killed or interrupted, for the next one to use; after an error it is removed.
+    After a killed or interrupted build it stays, so that the next build can resume; after an error it is removed.
 
     Raises:
         BuildError: Another build of the same target is running, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Stages of a build: each has a key of everything it depends on, and its files are kept or made anew."""
+"""Stages of a build. Each has a key of everything it depends on; its files are reused if the key is unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stage:
     Attributes:
         name: Its name in the manifest.
         depends: Everything its result depends on: input digests, parameters, tool versions; JSON-able.
-        run: Writes the files to the folder it is given and returns their relative paths.
+        run: Writes files to a given folder and returns their relative paths.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Outcome:
     """Result of a stage.
 
     Attributes:
-        key: Of the stage.
+        key: Key of the stage.
         files: Path -> digest and size.
         origin: "made", "resumed" (a killed build had finished it) or "kept" (the existing bundle has it, undamaged).
         seconds: Time it took.
@@ -71,14 +71,14 @@ class Outcome:
 
 
 def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
-    """Have the stage's files in ``work``: those of the previous bundle, else those of a killed build, else new ones."""
+    """Put a stage's files into ``work``: those of the previous bundle, else of a killed build, else run the stage."""
     start = time.monotonic()
     record = work / f"{stage.name}.stage"
     origin, facts = "kept", _linked(stage, work, previous)
     if facts is None:
         origin, facts = "resumed", _recorded(record, stage.key, work)
     if facts is None:
-        origin, facts = "made", file_facts(work, _made(stage, work))
+        origin, facts = "made", file_facts(work, _run(stage, work))
     write_whole(record, json.dumps({"key": stage.key, "files": {k: asdict(v) for k, v in facts.items()}}).encode())
     return Outcome(stage.key, facts, origin, time.monotonic() - start)
 
@@ -105,11 +105,11 @@ def _linked(stage: Stage, work: Path, previous: Bundle | None) -> dict[str, File
     try:
         return link_files(before.files, work, previous)
     except ManifestError:
-        return None  # damaged: make it anew
+        return None  # damaged: run the stage again
 
 
 def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, FileFact]:
-    """Have these files of a bundle in ``work``, as hard links where the file system supports them.
+    """Put files of a bundle into ``work``, as hard links where the file system supports them.
 
     Raises:
         ManifestError: One of them is missing or damaged; none is linked then.
@@ -125,7 +125,7 @@ def link_files(names: Iterable[str], work: Path, bundle: Bundle) -> dict[str, Fi
     return {name: bundle.manifest.files[name] for name in sources}
 
 
-def _made(stage: Stage, work: Path) -> list[str]:
+def _run(stage: Stage, work: Path) -> list[str]:
     folder = work / f".{stage.name}.making"
     remove(folder)
     folder.mkdir()
@@ -137,6 +137,8 @@ def _made(stage: Stage, work: Path) -> list[str]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     gc.collect()  # a traced module is full of cycles
-    with suppress(AttributeError, OSError):  # of glibc alone: return freed memory, so that stages do not add up
+    with suppress(
+        AttributeError, OSError
+    ):  # glibc only: return freed memory to the system, so that peaks of stages do not add up
         ctypes.CDLL(None).malloc_trim(0)
     return names

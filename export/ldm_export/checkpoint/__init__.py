@@ -1,1 +1,1 @@
-"""A checkpoint folder: its components checked, its weights read, its modules filled, its tokenizer converted."""
+"""Reads checkpoint folders: checks components, reads weights, fills torch modules and converts tokenizers."""

@@ -1,4 +1,4 @@
-"""Configs of a checkpoint's parts: keys under today's names, every argument filled in, every value checked."""
+"""Configs of a checkpoint's parts: renames old keys, fills in default arguments, and checks every value."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, get_args
 from ldm_export.checkpoint.layout import Part
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["full_config", "named_as_today"]
+__all__ = ["full_config", "with_current_names"]
 
-_COUNTS = {  # and the most of each
+_COUNTS = {  # key -> maximum
     "encoder_layers": 512,
     "layers_per_block": 32,
     "transformer_layers_per_block": 32,
@@ -23,13 +23,13 @@ _SIZES = (
     *("vocab_size", "max_position_embeddings", "d_model", "encoder_ffn_dim", "encoder_attention_heads", "head_dim"),
     "num_train_timesteps",
 )
-_LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # of a number, of a list, of the list of trained betas
-_LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or one for each level
+_LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # maximum of a number; lengths of a list, of trained_betas
+_LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or a list with one per level
 _NULLABLE = ("pad_token_id",)  # numbers without an annotation that may be null
 
 
-def named_as_today(part: Part, config: dict[str, Any]) -> dict[str, Any]:
-    """The config under today's names; a key that has its name of today stays as it is.
+def with_current_names(part: Part, config: dict[str, Any]) -> dict[str, Any]:
+    """Rename the keys of earlier releases; current keys stay as they are.
 
     Raises:
         CheckpointError: A value of an earlier release cannot be converted.
@@ -38,17 +38,17 @@ def named_as_today(part: Part, config: dict[str, Any]) -> dict[str, Any]:
     renamed = {older.get(key, key): value for key, value in config.items()} | {
         key: value for key, value in config.items() if key not in older
     }
-    return renamed if part.config_of_today is None else part.config_of_today(renamed, config)
+    return renamed if part.current_config is None else part.current_config(renamed, config)
 
 
 def full_config(where: str, part: Part, class_name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Every argument of a class: the config's values, checked, and defaults. Unknown keys are left out.
+    """Return every argument of a class: checked values of the config, or defaults. Unknown keys are left out.
 
     Args:
-        where: Begins the messages: part and file.
-        part: Of the config.
+        where: Part and file, for error messages.
+        part: The part that the config describes.
         class_name: A key of ``part.classes``.
-        config: Under today's names.
+        config: Config with current names.
 
     Raises:
         CheckpointError: A value has a wrong type or an absurd size; the message names the key.
@@ -85,13 +85,13 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     fits: Callable[[Any], bool]
     if key in _COUNTS or key in _SIZES:
         most = _COUNTS.get(key, _LARGEST)
-        fits, expected = (lambda given: type(given) is int and 1 <= given <= most), f"a whole number from 1 to {most}"
+        fits, expected = (lambda one: type(one) is int and 1 <= one <= most), f"a whole number from 1 to {most}"
     elif isinstance(like, bool):
         fits, expected = (lambda given: given in (0, 1)), "true or false"
     elif isinstance(like, str):
-        fits, expected = (lambda given: isinstance(given, str)), "a string"
+        fits, expected = (lambda one: isinstance(one, str)), "a string"
     elif like is None:
-        fits, expected = (lambda given: isinstance(given, bool | str) or _is_number(given)), "a string or a number"
+        fits, expected = (lambda one: isinstance(one, bool | str) or _is_number(one)), "a string or a number"
     else:
         fits, expected = _is_number, f"a number from -{_LARGEST} to {_LARGEST}"
     if isinstance(value, list):
@@ -102,10 +102,10 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
     else:
         fine = (value is None and default is None) or (not isinstance(default, tuple) and fits(value))
     if not fine:
-        expected = f"a list, each of it {expected}" if isinstance(default, tuple) else expected
+        expected = f"a list in which each value is {expected}" if isinstance(default, tuple) else expected
         got = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}…"
         raise CheckpointError(f"{where}: got {got}, expected {expected}; correct the config or download it again")
 
 
-def _is_number(given: Any) -> bool:
-    return type(given) in (int, float) and abs(given) <= _LARGEST  # not so for NaN
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # False for NaN

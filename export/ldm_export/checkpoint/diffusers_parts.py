@@ -1,7 +1,7 @@
 """Parts that the checkpoints of several families share: UNets, autoencoders and schedulers of diffusers.
 
-Older names are those of the first diffusers releases (the renames follow diffusers'
-``scripts/change_naming_configs_and_checkpoints.py``); the autoencoder's are those of CompVis' latent-diffusion.
+Older names come from the first diffusers releases (the renames follow diffusers'
+``scripts/change_naming_configs_and_checkpoints.py``); those of the autoencoder come from CompVis' latent-diffusion.
 """
 
 from __future__ import annotations
@@ -131,15 +131,15 @@ def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
 
 
 def _without_unet_res(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Block types had the prefix "UNetRes"."""
+    """Rename block types, which had the prefix "UNetRes"."""
     for key in ("down_block_types", "up_block_types"):
         if isinstance(renamed.get(key), list):
             renamed[key] = [kind.removeprefix("UNetRes") if type(kind) is str else kind for kind in renamed[key]]
     return renamed
 
 
-def _levels_of_today(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """CompVis gives channels as multiples of a base, and attention by resolution."""
+def _current_levels(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Convert CompVis' configs, which state channels as multiples of a base and attention by resolution."""
     if "ch_mult" not in stored or "block_out_channels" in stored:
         return renamed
     base, multiples, attended = stored.get("ch"), stored["ch_mult"], stored.get("attn_resolutions", [])
@@ -157,7 +157,7 @@ def _levels_of_today(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[st
 
 
 def _count_levels_from_latents(name: str, config: Config) -> str:
-    """CompVis counts the decoder's levels from the image, diffusers from the latents."""
+    """Renumber the decoder's levels: CompVis counts them from the image, diffusers from the latents."""
     last = len(config["block_out_channels"]) - 1
     return re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
 
@@ -167,7 +167,7 @@ UNET_CONDITION = Part(
     classes={"UNet2DConditionModel": UNet2DConditionModel},
     older_classes={"UNetConditionalModel": "UNet2DConditionModel"},
     older_keys=_UNET_KEYS,
-    config_of_today=_without_unet_res,
+    current_config=_without_unet_res,
     weights=WeightNames(_UNET_WEIGHTS),
 )
 """A UNet with cross-attention."""
@@ -177,7 +177,7 @@ UNET = Part(
     classes={"UNet2DModel": UNet2DModel},
     older_classes={"UNetUnconditionalModel": "UNet2DModel"},
     older_keys=_UNET_KEYS,
-    config_of_today=_without_unet_res,
+    current_config=_without_unet_res,
     weights=WeightNames((*_UNET_WEIGHTS, *_ATTENTION_WEIGHTS)),
 )
 """A UNet without cross-attention."""
@@ -193,7 +193,7 @@ AUTOENCODER = Part(
         "n_embed": "num_vq_embeddings",
         "embed_dim": "vq_embed_dim",
     },
-    config_of_today=_levels_of_today,
+    current_config=_current_levels,
     weights=WeightNames(_AUTOENCODER_WEIGHTS, _count_levels_from_latents, matrices_as_convolutions=True),
 )
 """The first stage: an autoencoder with continuous or quantized latents."""
@@ -211,4 +211,4 @@ SCHEDULER = Part(
     older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
     config_file="scheduler_config.json",
 )
-"""Schedulers that the runtime has."""
+"""Schedulers that the runtime supports."""

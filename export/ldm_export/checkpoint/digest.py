@@ -1,4 +1,4 @@
-"""The digest by which a checkpoint's weights are recognised, whatever its folder is called."""
+"""Digest that identifies the weights of a checkpoint, independent of the name of its folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Relative path → file of every weight file in the component folders of a diffusers folder, sorted by path."""
+    """Relative path -> file of every weight file in the component folders of a diffusers folder, sorted by path."""
     files = [path for path in folder.glob("*/*") if path.suffix in SUFFIXES and path.is_file()]
     return dict(sorted((path.relative_to(folder).as_posix(), path) for path in files))
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weight files: of one line ``PATH SHA-256`` for each file, sorted by path.
+    """Compute the SHA-256 of a checkpoint's weight files: of one line ``PATH SHA-256`` for each file, sorted by path.
 
     Args:
         folder: A diffusers folder.

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its parts, their classes and configs, checked before any weights are read."""
+"""Reads and checks the configs of a checkpoint folder, before any weights are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_export.checkpoint.config_values import full_config, named_as_today
+from ldm_export.checkpoint.config_values import full_config, with_current_names
 from ldm_export.checkpoint.json_files import read_json, shortened
 from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import weight_file
@@ -23,7 +23,7 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class Component:
-    """A part with weights: its name, its folder, its class and every argument of that class, defaults filled in."""
+    """A part with weights: its name, folder, class, and every argument of the class with defaults filled in."""
 
     name: str
     folder: Path
@@ -33,16 +33,16 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder says, all of it checked except the weights.
+    """A checkpoint folder whose configs are checked; weights are not read yet.
 
     Attributes:
         folder: The checkpoint's folder.
-        family: Name of its family.
-        layout: Of the family.
-        components: Part -> its config under today's names, for the parts with weights.
+        family: Name of the checkpoint's family.
+        layout: Checkpoint layout of the family.
+        components: Part -> its class and config, for the parts with weights.
         files: Folders of files by name, e.g. "tokenizer".
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
-        random_seed: Weights are drawn with this seed instead of read; None reads them.
+        random_seed: Seed of random weights; None reads the weights from the files.
     """
 
     folder: Path
@@ -59,10 +59,10 @@ class Checkpoint:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The content of model_index.json.
+    """Read model_index.json.
 
     Raises:
-        CheckpointError: No folder, an empty one, or none with such a file.
+        CheckpointError: The folder is missing or empty, or has no such file.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is {'a file' if folder.exists() else 'missing'}, expected a checkpoint folder")
@@ -74,10 +74,10 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_folder(
     folder: Path, index: dict[str, Any], family: str, layout: CheckpointLayout, random_seed: int | None
 ) -> Checkpoint:
-    """Read and check the configs of a checkpoint; with a ``random_seed`` no weights are looked for.
+    """Read and check the configs of a checkpoint; with a ``random_seed`` no weight files are needed.
 
     Raises:
-        CheckpointError: A folder or file is missing, a class is not supported, a config is damaged, holds values of a
+        CheckpointError: A folder or file is missing, a class is not supported, or a config is damaged, has values of a
             wrong type or size, or does not fit the other parts.
     """
     components = {name: _component(folder, index, name, part) for name, part in layout.parts.items()}
@@ -96,7 +96,7 @@ def read_folder(
 
 
 def _entry(folder: Path, index: dict[str, Any], name: str, keys: tuple[str, ...]) -> tuple[Path, str]:
-    """A part's folder and the class that model_index.json gives it."""
+    """Return the folder of a part, and its class according to model_index.json."""
     where = folder / INDEX
     key = next((key for key in keys if key in index), None)
     if key is None:
@@ -113,17 +113,17 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     place, class_name = _entry(folder, index, name, part.folders)
     file = place / part.config_file
     stored = read_json(file, name)
-    today = _class_of_today(part, class_name)
-    for found in (class_name, stored.get("_class_name", class_name)):
-        if _class_of_today(part, found) not in tuple(part.classes) or _class_of_today(part, found) != today:
+    today = _current_class(part, class_name)
+    for listed in (class_name, stored.get("_class_name", class_name)):
+        if _current_class(part, listed) not in tuple(part.classes) or _current_class(part, listed) != today:
             expected = f"{class_name} as in {INDEX}" if today in part.classes else " or ".join(part.classes)
-            raise CheckpointError(f"{name}: {file}: got class {found!r}, expected {expected}; no other is supported")
-    config = named_as_today(part, {key: value for key, value in stored.items() if not key.startswith("_")})
+            raise CheckpointError(f"{name}: {file}: got class {listed!r}, expected {expected}; no other is supported")
+    config = with_current_names(part, {key: value for key, value in stored.items() if not key.startswith("_")})
     full = full_config(f"{name}: {file}", part, today, config)
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
     return Component(name, place, today, full)
 
 
-def _class_of_today(part: Part, name: Any) -> Any:
+def _current_class(part: Part, name: Any) -> Any:
     return part.older_classes.get(name, name) if isinstance(name, str) else name

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, and names for error messages."""
+"""Reads JSON files of a checkpoint, and shortens names for error messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ldm_runtime.regular_files import read_regular
 __all__ = ["MAX_JSON", "first_line", "read_json", "shortened"]
 
 MAX_JSON = 16 * 2**20
-"""Largest JSON file that is read, in bytes. The index of a checkpoint of ten thousand tensors has one MiB."""
+"""Maximum size of a JSON file in bytes. The index of a checkpoint of ten thousand tensors has one MiB."""
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
-    """The JSON object in ``file``; ``where`` begins the messages.
+    """Read a JSON object from ``file``; error messages start with ``where``.
 
     Raises:
-        CheckpointError: missing, larger than MAX_JSON, no valid JSON (with its line and column), or no object.
+        CheckpointError: The file is missing, larger than MAX_JSON, not valid JSON (with its position), or no object.
     """
     if not file.is_file():
         raise CheckpointError(f"{where}: {file} is missing; download the checkpoint whole")
@@ -34,7 +34,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error
-    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, a number of thousands of digits, …
+    except (ValueError, RecursionError, OSError) as error:  # not UTF-8, a number with thousands of digits, …
         raise CheckpointError(f"{where}: {file} is not JSON: {first_line(error)}; download the file again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: {file} holds a JSON {type(content).__name__}, expected an object {{…}}")
@@ -42,7 +42,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """The first names and how many more there are, for a message."""
+    """List the first names and the number of all names, for a message."""
     listed = sorted(names)
     more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

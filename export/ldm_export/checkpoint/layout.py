@@ -1,6 +1,6 @@
-"""How a checkpoint folder of one pipeline family is laid out: data that the readers of this package work on.
+"""Description of the checkpoint folders of a pipeline family: parts, class names, renames and torch modules.
 
-Every family writes one ``CheckpointLayout``. Nothing here, and nothing that reads it, knows a family.
+Every family defines one ``CheckpointLayout``. The readers of this package depend on it and not on any family.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Part:
     """One part of a checkpoint that a config describes: a model with weights, or a scheduler.
 
     Attributes:
-        folders: Its keys in model_index.json, which are its folders: today's first.
+        folders: Its keys in model_index.json, which are also its folders; the current one first.
         classes: Class name -> the callable whose keyword arguments are the keys of the config.
-        older_classes: Class name of an earlier release -> today's, a key of ``classes``.
-        older_keys: Config key of an earlier release -> today's.
-        config_of_today: Converts what a rename cannot, given the config with its keys renamed and as stored. Raises
+        older_classes: Class name of an earlier release -> current name, a key of ``classes``.
+        older_keys: Config key of an earlier release -> current key.
+        current_config: Converts what a rename cannot. Called with the config with renamed keys, and as stored. Raises
             CheckpointError for values that it cannot convert.
         config_file: Name of the config's file.
         weights: Names of tensors in earlier releases.
@@ -54,7 +54,7 @@ class Part:
     classes: Mapping[str, Callable[..., Any]]
     older_classes: Mapping[str, str] = field(default_factory=dict)
     older_keys: Mapping[str, str] = field(default_factory=dict)
-    config_of_today: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    current_config: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     config_file: str = "config.json"
     weights: WeightNames = field(default_factory=WeightNames)
     construct: Callable[[Config], nn.Module] | None = None
@@ -73,7 +73,7 @@ class ModuleSource:
 
     Attributes:
         part: Name of the part with its config and weights.
-        left_out: Submodule that is not loaded -> what takes its place, or None. Its tensors may be absent.
+        left_out: Submodule that is not loaded -> its replacement, or None. Its tensors may be absent.
     """
 
     part: str
@@ -86,7 +86,7 @@ class FileFolder:
 
     Attributes:
         folders: As in ``Part``.
-        one_of: File names of which one must be there, unless weights are random.
+        one_of: File names of which at least one must exist, unless weights are random.
     """
 
     folders: tuple[str, ...]
@@ -95,12 +95,12 @@ class FileFolder:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Everything that the readers must know about a family's checkpoints.
+    """Layout of the checkpoints of one family.
 
     Attributes:
-        kind: What the family's models are called in a message, e.g. "text-to-image".
+        kind: Kind of the family's models for messages, e.g. "text-to-image".
         parts: Parts with weights by name.
-        scheduler: The scheduler's part.
+        scheduler: Part of the scheduler.
         files: Folders of files by name.
         modules: Torch modules by name.
         problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.

@@ -1,7 +1,7 @@
-"""The torch modules of a checkpoint, one at a time: checked on the meta device, then filled tensor by tensor.
+"""Loads the torch modules of a checkpoint, one at a time: checked on the meta device, then filled.
 
-Nothing is allocated before the config's sizes and the files' tensors are known to agree, and no second copy of the
-weights is held: peak memory is the module in float32 and its largest tensor.
+Memory is allocated only after the sizes of the config and the tensors of the files are found to agree, and there is
+no second copy of the weights: peak memory is the module in float32 and its largest tensor.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["MAX_BYTES", "load_module"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**30
-"""Largest module in float32, in bytes; the UNet of ldm-text2im-large-256 has 3.5 GB."""
+"""Maximum size of a module in float32, in bytes; the UNet of ldm-text2im-large-256 has 3.5 GB."""
 
 
 def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
-    """The module ``name`` of the checkpoint's layout, float32 on the CPU, in eval mode and without gradients.
+    """Load the module ``name`` of the checkpoint's layout: float32 on the CPU, in eval mode and without gradients.
 
     Tensors that the module does not use are left out, with a warning, as diffusers does.
 
@@ -63,7 +63,7 @@ def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
 def _constructed(part: Part, component: Component) -> nn.Module:
     try:
         return part.module(component.class_name, component.config)
-    except Exception as error:  # diffusers and torch raise whatever an odd config leads to
+    except Exception as error:  # diffusers and torch raise any exception for an odd config
         file = component.folder / part.config_file
         message = f"{file} describes no {component.class_name}: {first_line(error)}; correct the config"
         raise CheckpointError(f"{component.name}: {message}") from error
@@ -79,7 +79,7 @@ def _without(module: nn.Module, source: ModuleSource) -> nn.Module:
 def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, component: Component) -> None:
     """Read the weights of a module on the meta device into it."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    weights = _named_as_today(read_weights(component.folder, component.name), expected, part.weights, component)
+    weights = _with_current_names(read_weights(component.folder, component.name), expected, part.weights, component)
     unused = tuple(f"{left_out}." for left_out in source.left_out)
     weights = {
         key: stored
@@ -98,30 +98,30 @@ def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, compon
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters, which start as torch.empty, go to the meta device; buffers, which have values, become real."""
+    """Create parameters, which start as torch.empty, on the meta device; buffers, which have values, in memory."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return function(*args, **(kwargs or {}) | ({"device": "meta"} if function is torch.empty else {}))
 
 
-def _named_as_today(
+def _with_current_names(
     weights: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],
     names: WeightNames,
     component: Component,
 ) -> dict[str, StoredTensor]:
-    """The weights under the names the module expects, where they are stored under older ones."""
+    """Rename weights that are stored under older names to the names that the module expects."""
     named = {key: stored for key, stored in weights.items() if key in expected}
     for key, stored in weights.items():
-        new = key if key in expected else _name_of_today(key, names, component)
+        new = key if key in expected else _current_name(key, names, component)
         if new not in expected:
             named[key] = stored
-        elif new not in weights:  # else a copy under the older name: some files hold both
+        elif new not in weights:  # else a duplicate under the older name, which some files have
             named[new] = stored
     return named
 
 
-def _name_of_today(name: str, names: WeightNames, component: Component) -> str:
+def _current_name(name: str, names: WeightNames, component: Component) -> str:
     if names.renumber is not None:
         name = names.renumber(name, component.config)
     for pattern, replacement in names.patterns:

@@ -1,4 +1,4 @@
-"""A placeholder vocabulary for checkpoints that are configs only: it spells every prompt, character by character."""
+"""Placeholder vocabulary for checkpoints without weights: its tokens are single characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["placeholder_tokenizer"]
 def placeholder_tokenizer(source: Path, target: Path) -> Path:
     """Write a BERT vocabulary of single characters, and the configs of ``source`` beside it, to the folder ``target``.
 
-    With random weights no word means anything, so any vocabulary will do.
+    Any vocabulary will do, because random weights attach no meaning to tokens.
 
     Returns:
         ``target``.

@@ -1,6 +1,6 @@
-"""A checkpoint's tokenizer folder, in any published form, to the one ``tokenizer.json`` a bundle holds.
+"""Converts the BERT tokenizer folder of a checkpoint, in any published form, to the ``tokenizer.json`` of a bundle.
 
-What the folder means is what transformers 5 makes of it in ``BertTokenizer.from_pretrained``: vocabulary from
+The files are interpreted as by ``BertTokenizer.from_pretrained`` of transformers 5: vocabulary from
 tokenizer.json, else vocab.txt; normalization from tokenizer_config.json alone (lower case unless it says otherwise);
 special and added tokens from tokenizer_config.json if that has ``added_tokens_decoder``, else from
 special_tokens_map.json, added_tokens.json and tokenizer.json too.
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 77
 MAX_TOKENS = 2**20
-"""Ids lie below this; the largest published BERT vocabulary has half a million."""
+"""Upper bound of token ids; the largest published BERT vocabulary has half a million."""
 
 _SPECIAL = {
     "unk_token": "[UNK]",
@@ -34,14 +34,14 @@ _SPECIAL = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
-_NAMED = ("bos_token", "eos_token", *_SPECIAL)  # in the order transformers adds them, which numbers them
+_NAMED = ("bos_token", "eos_token", *_SPECIAL)  # in the order in which transformers adds and numbers them
 _BERT = {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CONFIG = "tokenizer_config.json"
 
 
 def write_tokenizer_json(folder: Path, target: Path) -> int:
-    """Write the folder's tokenizer to ``target`` and return its ``model_max_length``, 77 where that is unset or absurd.
+    """Write the tokenizer to ``target`` and return its ``model_max_length``, or 77 if that is unset or out of range.
 
     The file is a BertNormalizer, a BertPreTokenizer, a WordPiece model and a [CLS] … [SEP] template, in the format of
     the ``tokenizers`` library; equal folders give equal bytes. It has a padding section only where the padding token
@@ -85,7 +85,7 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
 
 @contextmanager
 def _errors_of(path: Path) -> Iterator[None]:
-    """Turn what a damaged file or entry raises, here or in the library (a bare Exception), into one line."""
+    """Turn any error caused by a damaged file or entry into a CheckpointError of one line."""
     try:
         yield
     except CheckpointError:
@@ -106,7 +106,7 @@ def _read(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in the file, or None where there is no such file."""
+    """Read the JSON object of a file; None if the file does not exist."""
     if not path.exists():
         return None
     with _errors_of(path):
@@ -119,7 +119,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _bert_vocabulary(path: Path, published: dict[str, Any]) -> dict[str, int]:
     parts = {name: part if isinstance(part := published.get(name), dict) else {} for name in _BERT}
     model = parts["model"]
-    if "type" not in model and "max_input_chars_per_word" in model:  # first releases wrote no type
+    if "type" not in model and "max_input_chars_per_word" in model:  # the first releases wrote no type
         model["type"] = "WordPiece"
     for name, kind in _BERT.items():
         if parts[name].get("type") != kind:
@@ -133,7 +133,7 @@ def _bert_vocabulary(path: Path, published: dict[str, Any]) -> dict[str, int]:
 
 
 def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """BertTokenizer's arguments and the added tokens by id, merged from the folder's files as transformers does."""
+    """Merge BertTokenizer's arguments and the added tokens by id from the folder's files, as transformers does."""
     config = _read_json(folder / _CONFIG) or {}
     if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
         config["extra_special_tokens"] = config.pop("additional_special_tokens")
@@ -172,7 +172,7 @@ def _sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> t
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token given as a string, as an AddedToken's fields, or as null."""
+    """Return the text of a token that is a string, the fields of an AddedToken, or null."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise TypeError(f"got the token {token!r:.60}, expected a text or an object with a content")
@@ -180,7 +180,7 @@ def _content(token: Any) -> str | None:
 
 
 def _special_tokens(source: Path, vocabulary: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
-    """Role → text of the special tokens, after a check of the vocabulary they must be in."""
+    """Check the vocabulary and return role -> text of the special tokens, which it must contain."""
     if not vocabulary:
         raise CheckpointError(f"{source}: the vocabulary is empty; download the checkpoint again")
     for token, index in vocabulary.items():
@@ -200,7 +200,7 @@ def _special_tokens(source: Path, vocabulary: dict[str, int], config: dict[str, 
 
 
 def _added_tokens(config: dict[str, Any], added: dict[int, dict[str, Any]]) -> list[AddedToken]:
-    """The tokens looked for in a prompt before it is split, in the order that gives new ones their ids."""
+    """Return the tokens that are matched before a prompt is split, in the order that determines the ids of new ones."""
     named = [config.get(key, _SPECIAL.get(key)) for key in _NAMED]
     named += [v for k, v in config.items() if k.endswith("_token") and k not in _NAMED and isinstance(v, str | dict)]
     extra = config.get("extra_special_tokens") or []
@@ -250,7 +250,7 @@ def _to_json(
 
 
 def _compare(path: Path, stated: dict[str, Any], used: dict[str, Any]) -> None:
-    """Warn where tokenizer.json's normalizer is not the one tokenizer_config.json leads to (transformers uses that)."""
+    """Warn if the normalizer in tokenizer.json differs from tokenizer_config.json, which transformers uses."""
     for key in ("lowercase", "strip_accents", "handle_chinese_chars"):
         default = "lowercase" if key == "strip_accents" else key
         theirs, mine = (n.get(default) if n.get(key) is None else n[key] for n in (stated, used))

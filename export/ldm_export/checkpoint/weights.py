@@ -1,4 +1,4 @@
-"""A component's weight files: what tensors they hold, told without reading them, and each tensor read on its own.
+"""Reads the weight files of a component: lists their tensors without reading values, and reads tensors one by one.
 
 Formats: safetensors (https://huggingface.co/docs/safetensors) and PyTorch state dicts, which are only ever unpickled as
 tensors (``weights_only=True``); either whole, or in shards listed by an ``*.index.json``.
@@ -40,7 +40,7 @@ _FIRST_RELEASE = "diffusion_model.pt"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file: its name, shape and dtype in the file, before anything of it is read."""
+    """One tensor of a weight file: its name, shape and dtype; values are read by ``read``."""
 
     component: str
     name: str
@@ -50,10 +50,10 @@ class StoredTensor:
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
 
     def read(self) -> torch.Tensor:
-        """The values as a contiguous float32 tensor of shape ``shape`` in memory of its own.
+        """Read the values as a contiguous float32 tensor of shape ``shape`` with its own memory.
 
         Raises:
-            CheckpointError: the file cannot be read any more, or a value is NaN or infinite.
+            CheckpointError: The file cannot be read any more, or a value is NaN or infinite.
         """
         where = f"{self.component}: {self.file}: tensor {self.name}"
         try:
@@ -67,10 +67,10 @@ class StoredTensor:
 
 
 def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
-    """Tensor name → StoredTensor for the weights in ``folder``; values stay on disk until they are read.
+    """Return tensor name -> StoredTensor for the weights in ``folder``; values stay on disk until they are read.
 
-    The first of these is taken: full-precision safetensors, full-precision ``.bin``, then the same with the infix
-    ``.fp16.`` and ``.bf16.``. ``component`` only serves the messages.
+    The first of these files is used: full-precision safetensors, full-precision ``.bin``, then the same with the infix
+    ``.fp16.`` and ``.bf16.``. ``component`` is for error messages.
 
     Raises:
         CheckpointError: no weights, a damaged or truncated file, a ``.bin`` that holds more than tensors, a shard that
@@ -81,10 +81,10 @@ def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
 
 
 def weight_file(folder: Path, component: str) -> Path:
-    """The weight file or index of shards that ``read_weights`` takes from ``folder``.
+    """Return the weight file or index of shards that ``read_weights`` uses.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     file = next((folder / name for name in _weight_names() if (folder / name).is_file()), None)
     if file is None:
@@ -131,18 +131,18 @@ def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
 
 
 def _load_safetensors(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:  # opened anew for every tensor: pages read before are let go
+    with safe_open(file, framework="pt") as opened:  # reopened for every tensor, so that pages read before are released
         tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
 
 
 def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
-    """As above. Files written by torch before 1.6 cannot be mapped and are held in memory until the dict is let go."""
+    """Read a state dict. Files of torch before 1.6 cannot be mapped and stay in memory until the dict is released."""
     where = f"{component}: {file}"
     _check_archive(file, where)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a damaged pickle raises whatever the damage leads to
+    except Exception as error:  # a damaged pickle raises any exception
         if "global" in str(error).lower():
             message = "holds objects other than tensors, which loading would run as code; get its safetensors version"
             raise CheckpointError(f"{where} {message}") from error
@@ -195,13 +195,13 @@ def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
     weights: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         listed = {name for name, file in weight_map.items() if file == shard}
-        held = _read_file(_shard_path(index, shard, where), component)
-        if lost := listed - set(held):
+        stored = _read_file(_shard_path(index, shard, where), component)
+        if lost := listed - set(stored):
             raise CheckpointError(
                 f"{where}: shard {shard} lacks {shortened(lost)}: the index lists {len(listed)} tensors in that shard, "
-                f"it holds {len(held)}; download both again"
+                f"it holds {len(stored)}; download both again"
             )
-        weights |= {name: stored for name, stored in held.items() if weight_map.get(name, shard) == shard}
+        weights |= {name: tensor for name, tensor in stored.items() if weight_map.get(name, shard) == shard}
     return weights
 
 

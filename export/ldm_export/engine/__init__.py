@@ -1,1 +1,1 @@
-"""TensorRT engines: requests, builds from graphs, and proofs of their precision."""
+"""Builds TensorRT engines from ONNX graphs, and proves the precision in which they compute."""

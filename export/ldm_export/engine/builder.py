@@ -36,7 +36,7 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
 
     Raises:
         BuildError: The package is missing, it cannot serve the request, the builder fails, or matrix work is in another
-            precision than asked.
+            precision than requested.
     """
     request, package = job.request, open_package(job.request.target)
     matrix = _readable_matrix_work(job, package)
@@ -72,7 +72,7 @@ def _readable_matrix_work(job: EngineJob, package: ModuleType) -> bool:
     """
     try:
         return has_matrix_work(job.graph)
-    except Exception as error:  # protobuf's decoder raises exceptions of its own
+    except Exception as error:  # protobuf's decoder raises its own exceptions
         message = one_line(str(error)) or type(error).__name__
         raise BuildError(f"{job.spec.name}: {package.__name__} cannot parse {job.graph}: {message}") from None
 

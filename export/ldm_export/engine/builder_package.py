@@ -32,18 +32,18 @@ def open_package(target: str) -> ModuleType:
 
 
 def known_capabilities(package: ModuleType) -> dict[str, object]:
-    """Compute capability, e.g. "8.9" -> the package's name for it; empty if it builds for the GPU at hand only."""
+    """Compute capability, e.g. "8.9" -> the package's name for it; empty if it builds for this GPU only."""
     kinds = getattr(package, "ComputeCapability", None)
     names = [name for name in dir(kinds) if name.startswith("SM") and name[2:].isdigit()] if kinds else []
-    found = {f"{name[2:-1]}.{name[-1]}": getattr(kinds, name) for name in names}
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+    capabilities = {f"{name[2:-1]}.{name[-1]}": getattr(kinds, name) for name in names}
+    return dict(sorted(capabilities.items(), key=lambda item: float(item[0])))
 
 
 def engine_capabilities(request: EngineRequest) -> tuple[str, ...]:
-    """Return the GPUs that an engine of a request runs on: those asked for, or else the GPU at hand, which builds it.
+    """Return the GPUs that an engine of a request runs on: the requested ones, or else the GPU that builds it.
 
     Raises:
-        BuildError: The request names no GPU, and there is none at hand.
+        BuildError: The request names no GPU, and this machine has none.
     """
     if request.compute_capabilities:
         return request.compute_capabilities
@@ -89,7 +89,7 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
 
 
 def check_request(package: ModuleType, request: EngineRequest, precision: str | None) -> None:
-    """Refuse, before anything is built, what the builder would refuse after minutes.
+    """Refuse, before the build, requests that the builder would refuse after minutes.
 
     Args:
         package: The builder's package.

@@ -22,7 +22,7 @@ MAX_TIMINGS = 256 * 2**20
 
 
 def choose_capabilities(package: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
-    """Set the GPUs to build for. None means the GPU at hand."""
+    """Set the GPUs to build for. None means the GPU of this machine."""
     if capabilities:
         known = known_capabilities(package)
         config.num_compute_capabilities = len(capabilities)

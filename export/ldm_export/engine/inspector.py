@@ -25,7 +25,7 @@ _KINDS = (
     ("float", "float"),
     ("fp32", "float"),
 )
-"""(Part of the inspector's name of a type, our name of it). The first match is used."""
+"""(Part of the inspector's name of a type, name in the manifest). The first match is used."""
 UNKNOWN = "unknown"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -44,11 +44,11 @@ def inspect_engine(package: ModuleType, engine: Path, precision: str, islands: C
     if opened is None:
         raise BuildError(f"{engine}: {package.__name__} cannot open what it built; check the GPU's memory and driver")
     text = opened.create_engine_inspector().get_engine_information(package.LayerInformationFormat.JSON)
-    found = layer_work(json.loads(text))
-    if all(kind == UNKNOWN for kind, _ in found):
+    layers = layer_work(json.loads(text))
+    if all(kind == UNKNOWN for kind, _ in layers):
         raise BuildError(f"{engine}: the inspector reports no type of its matrix work; its precision cannot be proven")
-    proof = checked(engine, [one for one in found if one[0] != UNKNOWN], precision, islands, "inspector")
-    return replace(proof, matrix_work={**proof.matrix_work, **_unknown(found)})
+    proof = checked(engine, [layer for layer in layers if layer[0] != UNKNOWN], precision, islands, "inspector")
+    return replace(proof, matrix_work={**proof.matrix_work, **_unknown(layers)})
 
 
 def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -63,7 +63,7 @@ def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     Raises:
         BuildError: The inspector reports only the names of layers.
     """
-    found = []
+    work = []
     for layer in information.get("Layers", ()):
         if not isinstance(layer, Mapping):
             raise BuildError("the inspector reports only names of layers; build with detailed profiling verbosity")
@@ -71,12 +71,12 @@ def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             weights = layer.get("Weights")
             operands = [weights] if isinstance(weights, Mapping) else [*layer.get("Inputs", ())][:2]
             kinds = {_type(tensor) for tensor in operands} - {UNKNOWN}
-            found.append(("/".join(sorted(kinds)) or UNKNOWN, nodes))
-    return found
+            work.append(("/".join(sorted(kinds)) or UNKNOWN, nodes))
+    return work
 
 
-def _unknown(found: list[tuple[str, list[str]]]) -> dict[str, int]:
-    count = sum(kind == UNKNOWN for kind, _ in found)
+def _unknown(layers: list[tuple[str, list[str]]]) -> dict[str, int]:
+    count = sum(kind == UNKNOWN for kind, _ in layers)
     return {UNKNOWN: count} if count else {}
 
 

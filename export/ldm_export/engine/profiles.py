@@ -1,4 +1,4 @@
-"""Optimization profiles: the shapes that an engine takes, and those for which it is fastest."""
+"""Optimization profiles: the shapes an engine accepts, and the shapes it is optimized for."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def parse_bounds(name: str, text: str) -> Bounds:
     Raises:
         BuildError: The text has another form, or not 1 <= min <= opt <= max.
     """
-    found = _BOUNDS.fullmatch(text)
-    numbers = tuple(int(part or found[1]) for part in found.groups()) if found else ()
+    match = _BOUNDS.fullmatch(text)
+    numbers = tuple(int(part or match[1]) for part in match.groups()) if match else ()
     if not numbers or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
         raise BuildError(f"{name}: got {text!r:.40}, expected min:opt:max with 1 <= min <= opt <= max, as 1:1:8")
     return numbers[0], numbers[1], numbers[2]

@@ -1,6 +1,6 @@
 """Reads the precision in which an engine of TensorRT for RTX computes from the compiled program inside its bytes.
 
-To open an engine with the inspector needs a GPU. The bytes contain the program as text, in statements like
+Opening an engine with the inspector needs a GPU. The bytes contain the program as text, in statements like
 ``corrltn={ name="unet.conv_in/Conv" output={"a"} input={"b" "c"} … layers="[ONNX Layer: unet.conv_in/Conv]" }`` and
 ``tensor={ … name="b" … type=half }``, so a machine without a GPU can read it.
 """
@@ -44,7 +44,7 @@ class Proof:
     Attributes:
         matrix_work: Type ("half", "float", "int8") -> number of convolutions and matrix products in it, over all
             profiles.
-        beyond: ONNX nodes of matrix work in another type than asked, except the islands.
+        beyond: ONNX nodes of matrix work in another type than requested, except the islands.
         read_from: "program", the compiled text inside the engine; "inspector", which opened it on a GPU; or "graph",
             if the graph has no matrix work.
     """
@@ -72,7 +72,7 @@ def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
 
     Args:
         engine: File of any size.
-        precision: The precision asked for.
+        precision: The requested precision.
         islands: ONNX nodes that may compute in fp32.
 
     Raises:
@@ -80,46 +80,46 @@ def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
     """
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         types = _types(content)
-        found = [
+        operations = [
             (_kind(match, types), _LAYER.findall(match["layers"].decode()))
             for statement in (_MATRIX, _FUSED)
             for match in statement.finditer(content)
         ]
-    if not found:
+    if not operations:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
-    return checked(engine, found, precision, islands, "program")
+    return checked(engine, operations, precision, islands, "program")
 
 
 def checked(
     engine: Path,
-    found: Sequence[tuple[str, Sequence[str]]],
+    operations: Sequence[tuple[str, Sequence[str]]],
     precision: str,
     islands: Collection[str],
     read_from: str,
 ) -> Proof:
-    """Count matrix work by type and compare it with the precision asked for.
+    """Count matrix work by type and compare it with the requested precision.
 
     Args:
         engine: File of the engine, for messages.
-        found: (type, ONNX nodes that it was made of) of each operation.
-        precision: The precision asked for.
+        operations: (type, ONNX nodes that it was made of) of each operation.
+        precision: The requested precision.
         islands: ONNX nodes that may compute in fp32.
         read_from: As in ``Proof``.
 
     Raises:
         BuildError: Work beyond the islands is in another precision.
     """
-    wanted = TYPES[precision]
-    counts = Counter(kind for kind, _ in found)
+    expected = TYPES[precision]
+    counts = Counter(kind for kind, _ in operations)
     beyond: list[str] = []
-    for kind, nodes in found:
-        if kind != wanted:
+    for kind, nodes in operations:
+        if kind != expected:
             beyond += [node for node in matrix_nodes(nodes) or ["a fused operation"] if node not in islands]
     proof = Proof(dict(sorted(counts.items())), tuple(dict.fromkeys(beyond)), read_from)
     if beyond:
         raise BuildError(
-            f"{engine}: {len(proof.beyond)} matrix operations are in {_others(counts, wanted)}, expected {precision}, "
-            f"first {proof.beyond[0]}; report it with the graph"
+            f"{engine}: {len(proof.beyond)} matrix operations are in {_others(counts, expected)}, expected "
+            f"{precision}, first {proof.beyond[0]}; report it with the graph"
         )
     return proof
 
@@ -144,16 +144,16 @@ def _kind(statement: re.Match[bytes], types: Mapping[str, list[tuple[int, str]]]
     """
 
     def declared(names: list[bytes]) -> set[str]:
-        found = set()
+        kinds = set()
         for name in names:
             places = types.get(name.decode(), [])
             if index := bisect_left(places, (statement.start(), "")):
-                found.add(places[index - 1][1])
-        return found
+                kinds.add(places[index - 1][1])
+        return kinds
 
     kinds = declared(_NAME.findall(statement["in"])[:2]) or declared(_NAME.findall(statement["out"])[:1])
     return "/".join(sorted(kinds)) or "unknown"
 
 
-def _others(counts: Counter[str], wanted: str) -> str:
-    return ", ".join(kind for kind in counts if kind != wanted)
+def _others(counts: Counter[str], expected: str) -> str:
+    return ", ".join(kind for kind in counts if kind != expected)

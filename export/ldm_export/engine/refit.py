@@ -50,8 +50,8 @@ def structure(graph: Path) -> str:
     return hashlib.sha256(json.dumps([sides, constants, nodes]).encode()).hexdigest()
 
 
-def refit_source(previous: Bundle | None, component: str, wanted: EngineFacts) -> Path | None:
-    """Return the file of an earlier build's engine that takes the weights of ``wanted``, or None.
+def refit_source(previous: Bundle | None, component: str, target: EngineFacts) -> Path | None:
+    """Return the file of an earlier build's engine that takes the weights of ``target``, or None.
 
     The engine was built refittable, by the same package and version, for the same GPUs, profiles and precision, from a
     graph of the same structure, and its file is undamaged.
@@ -59,12 +59,12 @@ def refit_source(previous: Bundle | None, component: str, wanted: EngineFacts) -
     part = None if previous is None else previous.manifest.components.get(component)
     for engine in () if part is None else part.engines:
         facts = ("package", "version", "compute_capabilities", "precision", "profiles", "structure")
-        if engine.structure and all(getattr(engine, name) == getattr(wanted, name) for name in facts):
+        if engine.structure and all(getattr(engine, name) == getattr(target, name) for name in facts):
             try:
                 assert previous is not None
                 return previous.file(engine.file)
             except ManifestError:
-                return None  # it has been damaged since
+                return None  # damaged after it was built
     return None
 
 

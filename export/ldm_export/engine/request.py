@@ -23,7 +23,7 @@ class EngineRequest:
 
     Attributes:
         target: "tensorrt-rtx" or "tensorrt".
-        compute_capabilities: E.g. ("8.6", "8.9"). Empty for "tensorrt", which builds for the GPU at hand.
+        compute_capabilities: E.g. ("8.6", "8.9"). Empty for "tensorrt", which builds for the GPU of this machine.
         bounds: (axis name, bounds) of "batch" in images, and of "height" and "width" in latents.
         rows_per_image: Rows of the UNet for one image: the number of guidance branches, 1 without guidance.
         refittable: Keep what is needed to exchange the weights later without a rebuild. Needs a GPU to build.

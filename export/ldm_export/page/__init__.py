@@ -1,1 +1,1 @@
-"""What pages are made of: HTML, charts and tables."""
+"""Building blocks of HTML pages: documents, charts and tables."""

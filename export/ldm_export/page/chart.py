@@ -1,4 +1,4 @@
-"""Charts as SVG text, with no plotting library: lines over one or two logarithmic axes, horizontal bars, and sheets."""
+"""Charts as SVG text, without a plotting library: line charts, horizontal bar charts, and sheets of several charts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ldm_runtime.errors import SpecError
 
 WIDTH, HEIGHT = 720, 400
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b", "#000000")
-"""Okabe and Ito's palette, which colour-blind eyes tell apart; begun again beyond eight series."""
+"""Okabe and Ito's palette, which is safe for colour-blind readers. It repeats after eight series."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _CHAR = 72, 190, 44, 52, 22, 6.6
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: its points (x, y) in order, ``joined`` by a line, and each of them ``marked`` by a dot."""
+    """A named series of points (x, y): ``joined`` connects them by a line, ``marked`` draws a dot at each."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """The values one axis spans, from ``low`` to ``high``, evenly or by their logarithms."""
+    """Range of one axis, from ``low`` to ``high``, with a linear or a logarithmic scale."""
 
     low: float
     high: float
@@ -36,7 +36,11 @@ class Axis:
 
     @classmethod
     def over(cls, values: Sequence[float], log: bool) -> Axis:
-        """Of all values; an even axis starts at zero. Raises SpecError without a finite value (above zero if log)."""
+        """Axis that covers all values; a linear one includes 0.
+
+        Raises:
+            SpecError: There are no values, or one is not finite, or not above 0 on a logarithmic axis.
+        """
         fit = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
         if not fit or len(fit) != len(values):
             raise SpecError(f"chart: got {list(values)!r:.80}, expected finite numbers{' above zero' if log else ''}")
@@ -47,7 +51,7 @@ class Axis:
         return cls(low, (high if high > low else low + 1) * 1.05, False)
 
     def at(self, value: float) -> float:
-        """The place of a value, 0 at the axis' start and 1 at its end."""
+        """Position of a value: 0 at the start of the axis, 1 at its end."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -57,11 +61,11 @@ class Axis:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for steps in ((1,), (1, 3), (1, 2, 5)):
-                found = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-                found = [value for value in found if self.low <= value <= self.high]
-                if len(found) >= 4:
+                ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+                ticks = [value for value in ticks if self.low <= value <= self.high]
+                if len(ticks) >= 4:
                     break
-            return found or [self.low, self.high]
+            return ticks or [self.low, self.high]
         rough = (self.high - self.low) / 5
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
@@ -77,15 +81,15 @@ def lines(
     log: tuple[bool, bool] = (False, False),
     height: int = HEIGHT,
 ) -> str:
-    """A chart of lines with the axes' labels ``x`` and ``y``; ``log`` tells which of the two axes is logarithmic.
+    """Line chart with axis labels ``x`` and ``y``; ``log`` says which of the two axes is logarithmic.
 
     Raises:
-        SpecError: no point, or one that has no place on an axis.
+        SpecError: There are no points, or one of them does not lie on an axis.
     """
     points = [point for one in series for point in one.points]
     across, up = (Axis.over([point[side] for point in points], log[side]) for side in (0, 1))
-    right = max(_RIGHT, round(34 + _CHAR * max(len(one.name) for one in series)))
-    wide, high = max(120, WIDTH - _LEFT - right), height - _TOP - _BOTTOM
+    margin = max(_RIGHT, round(34 + _CHAR * max(len(one.name) for one in series)))
+    wide, high = max(120, WIDTH - _LEFT - margin), height - _TOP - _BOTTOM
     marks = [_text(_LEFT, 24, title, "bold")]
     for tick in across.ticks():
         place = _LEFT + wide * across.at(tick)
@@ -109,8 +113,8 @@ def lines(
         colour = COLOURS[index % len(COLOURS)]
         places = [(_LEFT + wide * across.at(px), _TOP + high * (1 - up.at(py))) for px, py in one.points]
         if one.joined and len(places) > 1:
-            way = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
-            marks.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+            marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         if one.marked or len(places) == 1:
             marks += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" fill="{colour}"/>' for px, py in places]
         below = _TOP + 14 + 18 * index
@@ -120,26 +124,31 @@ def lines(
 
 
 def bars(title: str, label: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Horizontal bars: per row of a name one bar per series, each with its value; ``label`` names their unit.
+    """Horizontal bar chart.
+
+    Args:
+        title: Title of the chart.
+        label: Unit of the values.
+        rows: Row name -> series name -> value. A row has one bar for each series.
 
     Raises:
-        SpecError: no bar, or one that is no finite number.
+        SpecError: There are no bars, or a value is not finite.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     along = Axis.over([value for row in rows.values() for value in row.values()], log=False)
     left = 24 + _CHAR * max(len(row) for row in rows)
-    right = 70 + (16 + _CHAR * max(map(len, names)) if len(names) > 1 else 0)
-    wide, marks, below = max(120.0, WIDTH - left - right), [_text(left, 24, title, "bold")], float(_TOP)
+    margin = 70 + (16 + _CHAR * max(map(len, names)) if len(names) > 1 else 0)
+    wide, marks, below = max(120.0, WIDTH - left - margin), [_text(left, 24, title, "bold")], float(_TOP)
     for row, values in rows.items():
         marks.append(_text(left - 8, below + _ROW * len(values) / 2 + 4, row, "end"))
         for name, value in values.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             start, end = sorted((left + wide * along.at(0), left + wide * along.at(value)))
-            said = f"{_number(value)} {name}" if len(names) > 1 else _number(value)
+            caption = f"{_number(value)} {name}" if len(names) > 1 else _number(value)
             marks.append(
                 f'<rect x="{start:.1f}" y="{below + 3:.1f}" width="{end - start:.1f}" height="16" fill="{colour}"/>'
             )
-            marks.append(_text(end + 6, below + 16, said))
+            marks.append(_text(end + 6, below + 16, caption))
             below += _ROW
         below += 8
     marks.append(_text(left + wide / 2, below + 18, label, "mid"))
@@ -147,7 +156,7 @@ def bars(title: str, label: str, rows: Mapping[str, Mapping[str, float]]) -> str
 
 
 def sheet(charts: Sequence[str]) -> str:
-    """Several charts below one another as one."""
+    """Stack several charts vertically into one SVG."""
     marks, below = list[str](), 0
     for chart in charts:
         high = int(chart.partition(' height="')[2].partition('"')[0])

@@ -1,7 +1,7 @@
-"""A self-contained HTML document: inline style and pictures, no script, nothing fetched; all text in it is escaped.
+"""Self-contained HTML documents: inline styles and images, no scripts, nothing loaded from a network.
 
-What is shown comes from bundles of strangers: whatever is no ``Markup`` is text, and the document's own policy forbids
-a browser to run or fetch anything.
+The content comes from untrusted bundles. Everything that is not ``Markup`` is escaped, and the content security policy
+of the document forbids the browser to run scripts or to load anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm_export.screen import printable
 from ldm_runtime.images import to_png
 
 SMALL, LARGE = 160, 192
-"""Pixels of width that a picture is magnified to at least, and shown with at most."""
+"""Minimum width in pixels to which a small image is magnified, and maximum width of a large one."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #222;
@@ -36,15 +36,15 @@ code { font-size: .9em; overflow-wrap: anywhere; } figure { margin: 0; } .note {
 
 
 class Markup(str):
-    """HTML that is to stay as it is; any other text is escaped."""
+    """HTML that is inserted unchanged; all other text is escaped."""
 
 
 class Figure(str):
-    """A number as it is to be shown: text, set flush right in a table."""
+    """A formatted number: text that tables align to the right."""
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole document of a title, which is text, and parts that are markup already."""
+    """HTML document with a title, which is escaped, and a body of parts that are markup already."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
@@ -55,27 +55,27 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def text(value: object) -> Markup:
-    """Any value as escaped text, control characters spelled out; ``Markup`` stays as it is."""
+    """Escape any value, with control characters written as escape sequences; ``Markup`` is returned unchanged."""
     return value if isinstance(value, Markup) else Markup(escape(printable(str(value))))
 
 
 def element(name: str, *children: object, **attributes: str) -> Markup:
     """``<name attribute="…">children</name>``; ``class_`` gives class, ``text_anchor`` text-anchor."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{given}>{''.join(map(text, children))}</{name}>")
+    listed = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Markup(f"<{name}{listed}>{''.join(map(text, children))}</{name}>")
 
 
 def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """A table; numbers are set flush right, and so is the head of a column that has them."""
+    """HTML table; numbers and the headers of their columns are aligned to the right."""
     cells = [[_cell(value) for value in row] for row in rows]
     flush = [any(number for _, number in column) for column in zip(*cells, strict=True)] or [False] * len(columns)
     head = element("tr", *(element("th", name, **_n(n)) for name, n in zip(columns, flush, strict=True)))
-    lines = [element("tr", *(element("td", shown, **_n(n)) for shown, n in row)) for row in cells]
+    lines = [element("tr", *(element("td", content, **_n(n)) for content, n in row)) for row in cells]
     return element("div", element("table", head, *lines), class_="wide")
 
 
 def number(value: float) -> str:
-    """Four significant digits, thousands parted, very large and very small ones in powers of ten."""
+    """Format a number with four significant digits; very large and very small ones with an exponent."""
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -84,12 +84,12 @@ def number(value: float) -> str:
 
 
 def decibel(value: float | None) -> Figure:
-    """PSNR with one digit, "equal" for None."""
+    """Format a PSNR in dB with one decimal; None becomes "equal"."""
     return Figure("equal" if value is None else f"{value:.1f}")
 
 
-def picture(image: Image.Image, alt: str = "") -> Markup:
-    """The image inline, as PNG; a small one is magnified a whole number of times, a large one shown smaller."""
+def inline_image(image: Image.Image, alt: str = "") -> Markup:
+    """Embed an image as PNG; a small one is magnified by a whole factor, a large one is displayed smaller."""
     width = image.width * math.ceil(SMALL / image.width) if image.width <= SMALL else min(image.width, LARGE)
     source = f"data:image/png;base64,{base64.b64encode(to_png(image)).decode()}"
     return Markup(f'<img alt="{text(alt)}" width="{width}" src="{source}">')

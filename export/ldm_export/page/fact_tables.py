@@ -1,4 +1,4 @@
-"""Nested facts of any form, as a bundle's ``measured`` holds them, as tables: rows that are alike share one."""
+"""Tables for nested facts of any form, like a manifest's ``measured``; entries with equal keys share a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_ROWS, MAX_COLUMNS = 60, 12
 
 
 def fact_tables(facts: Any, name: str = "") -> Iterator[Markup]:
-    """A table of the plain values, then one part for each nested list or mapping, under its name."""
+    """Yield a table of the plain values, then one section with a heading for each nested list or mapping."""
     if name:
         yield element("h3", name)
     if isinstance(facts, Mapping) and facts and all(isinstance(value, Mapping) for value in facts.values()):
@@ -35,7 +35,7 @@ def fact_tables(facts: Any, name: str = "") -> Iterator[Markup]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
-    """The keys of all rows; None where they hold more than plain values, or too many of them."""
+    """Keys of all rows; None if there are too many keys or values that are not plain."""
     keys = dict.fromkeys(key for row in rows for key in row)
     nested = any(isinstance(value, Mapping | list) for row in rows for value in row.values())
     return tuple(keys) if 0 < len(keys) <= MAX_COLUMNS and not nested else None

@@ -1,1 +1,1 @@
-"""How close a bundle's results are to what they should be."""
+"""Measures how close the results of a bundle are to a reference."""

@@ -1,4 +1,4 @@
-"""Backends on the same inputs: how far each of them is from the first, by component and in a whole image."""
+"""Compares backends on the same inputs: the results of each component, and one generated image, against the first."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-__all__ = ["PICTURE", "Difference", "Run", "compare", "facts", "parse_runs"]
+__all__ = ["IMAGE", "Difference", "Run", "compare", "facts", "parse_runs"]
 
-PICTURE = "picture"
-"""Name of the image among the parts that are compared."""
+IMAGE = "image"
+"""Name of the generated image among the compared parts."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A backend and the precision of its graphs (None: its own choice)."""
+    """A backend and the precision of its graphs; None lets the backend choose."""
 
     backend: str
     precision: str | None
@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one run gave against the first: a component's result, or the picture's, and what is accepted of it."""
+    """Difference between one run and the first in one part, a component or the image, and its tolerance."""
 
     run: str
     part: str
@@ -46,20 +46,20 @@ class Difference:
 
     @property
     def failure(self) -> str | None:
-        """One line where it is beyond the tolerance."""
+        """Error message of one line if the difference exceeds the tolerance, else None."""
         got, allowed = self.result, self.tolerance
-        if self.part != PICTURE and not got.max_error <= allowed.component:
+        if self.part != IMAGE and not got.max_error <= allowed.component:
             return f"{self.run}: {self.part}: max error {got.max_error:.2e}, allowed {allowed.component:.2e}"
-        if self.part == PICTURE and got.psnr is not None and not got.psnr >= max(allowed.psnr, 20):
-            return f"{self.run}: picture: PSNR {got.psnr:.1f} dB, expected at least {max(allowed.psnr, 20):g} dB"
+        if self.part == IMAGE and got.psnr is not None and not got.psnr >= max(allowed.psnr, 20):
+            return f"{self.run}: image: PSNR {got.psnr:.1f} dB, expected at least {max(allowed.psnr, 20):g} dB"
         return None
 
 
 def parse_runs(text: str, precision: str | None) -> tuple[Run, ...]:
-    """Parse "onnxruntime,openvino:fp32": two or more backends, each with its own precision or the one given for all.
+    """Parse "onnxruntime,openvino:fp32": two or more backends, each with its own precision or the common one.
 
     Raises:
-        SpecError: fewer than two, or one of them twice.
+        SpecError: There are fewer than two, or one of them occurs twice.
     """
     parts = [part.strip().partition(":") for part in text.split(",")]
     runs = tuple(Run(backend, own or precision) for backend, _, own in parts)
@@ -77,22 +77,22 @@ def compare(
 ) -> tuple[Difference, ...]:
     """Run every component on the inputs of the first run, and generate the first request's image, on each backend.
 
-    One pipeline after the other is loaded, one component of it at a time.
+    Pipelines are loaded one after another, one component at a time.
 
     Args:
-        bundle: What is run.
-        runs: Backends and precisions; the first is the one that the others are compared with.
+        bundle: The bundle to run.
+        runs: Backends and precisions; the first is the reference.
         requests: One image each, with seeds 0, 1, ….
         steps: Denoising steps of the image; None takes the model's default.
-        on_progress: Called with what is run, and how many runs are done and in total.
+        on_progress: Called with the name of the run, the number of finished runs, and the number of all runs.
 
     Raises:
         ManifestError, BackendError: The bundle is damaged, or a backend cannot run it.
-        SpecError: A value that the model does not take.
+        SpecError: The model does not take a value.
     """
     feeds: Mapping[str, Feed] = {}
     first: dict[str, dict[str, NDArray[Any]]] = {}
-    coarsest, found = TOLERANCES["fp32"], []
+    coarsest, differences = TOLERANCES["fp32"], list[Difference]()
     for done, run in enumerate(runs):
         on_progress(str(run), done, len(runs))
         with LatentDiffusionPipeline.from_bundle(
@@ -107,20 +107,20 @@ def compare(
                 results[name] = pipeline.backends[name].run(feed)
                 pipeline.backends[name].close()
             image = pipeline(**{"seed": 0, "num_inference_steps": steps, **requests[0]}).images[0]
-            results[PICTURE] = {PICTURE: np.asarray(image, np.float64)}
+            results[IMAGE] = {IMAGE: np.asarray(image, np.float64)}
         if not first:
             first, coarsest = results, tolerance
             continue
-        found += [
+        differences += [
             Difference(str(run), name, compared(name, got, first[name]), _coarser(coarsest, tolerance))
             for name, got in results.items()
         ]
     on_progress("compared", len(runs), len(runs))
-    return tuple(found)
+    return tuple(differences)
 
 
-def facts(runs: Sequence[Run], found: Sequence[Difference]) -> dict[str, Any]:
-    """JSON-able; a figure that is not finite, as NaN in a result gives, is None."""
+def facts(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, Any]:
+    """Return the differences as JSON-able values; figures that are not finite become None."""
 
     def plain(result: ComponentResult) -> dict[str, Any]:
         figures = {"max_error": result.max_error, "cosine": result.cosine, "psnr": result.psnr}
@@ -128,8 +128,8 @@ def facts(runs: Sequence[Run], found: Sequence[Difference]) -> dict[str, Any]:
 
     return {
         "against": str(runs[0]),
-        "differences": [{"run": one.run, "part": one.part, **plain(one.result)} for one in found],
-        "within_tolerance": not any(one.failure for one in found),
+        "differences": [{"run": one.run, "part": one.part, **plain(one.result)} for one in differences],
+        "within_tolerance": not any(one.failure for one in differences),
     }
 
 

@@ -23,13 +23,13 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 @dataclass(frozen=True)
 class Layer:
-    """A tensor of both graphs.
+    """Comparison of one tensor that both graphs compute.
 
     Attributes:
-        tensor, node: its name and that of the node that gives it.
-        dtype: its type in the graph that is looked at.
-        error: largest |difference|, as a share of the largest |value|; infinite where it is not finite.
-        largest: largest |value| in the graph it is compared with.
+        tensor, node: Names of the tensor and of the node that computes it.
+        dtype: Its type in the examined graph.
+        error: Largest |difference|, as a share of ``largest``; infinite if a value is not finite.
+        largest: Largest |value| in the reference graph.
     """
 
     tensor: str
@@ -40,24 +40,25 @@ class Layer:
 
 
 def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]]) -> list[Layer]:
-    """Every float tensor that both graphs compute, in the order of the graph, on the CPU.
+    """Compare every float tensor that both graphs compute, on the CPU, in the order of the graph.
 
-    All tensors of one call are held twice, in two types: give a feed of one row.
+    All tensors of one call are in memory twice, so use a feed with one row.
 
     Args:
-        graph: the one that is looked at.
-        against: the one it was made of, in fp32.
+        graph: The graph to examine.
+        against: The fp32 graph that it was made from.
+        feed: Inputs of the component.
 
     Raises:
         BuildError: ONNX Runtime cannot run a graph, or the two share no tensor.
     """
     both = _tensors(graph).keys() & _tensors(against).keys()
-    found = _values(graph, both, feed)
+    got = _values(graph, both, feed)
     expected = _values(against, both, feed)
     layers = []
     for name, (node, dtype) in _tensors(graph).items():
         if name in both:
-            one, other = found.pop(name), expected.pop(name)
+            one, other = got.pop(name), expected.pop(name)
             layers.append(Layer(name, node, dtype, *_difference(one, other)))
     if not layers:
         raise BuildError(f"{graph}: shares no tensor with {against}; compare graphs of one component")
@@ -65,20 +66,20 @@ def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]])
 
 
 def first_beyond(layers: list[Layer], threshold: float) -> Layer | None:
-    """The first tensor whose error passes the threshold; None where none does."""
+    """Return the first tensor whose error exceeds the threshold, or None."""
     return next((layer for layer in layers if not layer.error <= threshold), None)
 
 
 def _difference(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
-    got, wanted = one.astype(np.float32), other.astype(np.float32)
-    largest = float(np.abs(wanted).max()) if wanted.size else 0.0
+    got, expected = one.astype(np.float32), other.astype(np.float32)
+    largest = float(np.abs(expected).max()) if expected.size else 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        error = float(np.abs(got - wanted).max()) if wanted.size else 0.0
+        error = float(np.abs(got - expected).max()) if expected.size else 0.0
     return (error / (largest or 1.0) if np.isfinite(error) else float("inf")), largest
 
 
 def _tensors(graph: Path) -> dict[str, tuple[str, str]]:
-    """Float tensor → the node that gives it and its type. A graph's outputs count under their own names."""
+    """Float tensor -> name of the node that computes it, and its type."""
     return {
         value.name or "": (node.name or "", value.dtype.name.lower())
         for node in ir.load(graph).graph
@@ -88,7 +89,7 @@ def _tensors(graph: Path) -> dict[str, tuple[str, str]]:
 
 
 def _values(graph: Path, names: set[str], feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Run a copy of the graph, weights referred to, that gives these tensors out."""
+    """Run a copy of the graph that has these tensors as outputs; weights are referenced, not copied."""
     model = ir.load(graph)
     add_outputs(model, sorted(names))
     probe = graph.with_name(f".{graph.stem}.layers.onnx")
@@ -100,7 +101,7 @@ def _values(graph: Path, names: set[str], feed: Mapping[str, NDArray[Any]]) -> d
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
         order = sorted(names)
         return dict(zip(order, session.run(order, dict(feed)), strict=True))
-    except Exception as error:  # onnxruntime raises bare classes of its C++ side
+    except Exception as error:  # onnxruntime raises classes without a common base
         raise BuildError(f"{graph}: onnxruntime cannot run it on the CPU: {first_line(error)}") from None
     finally:
         probe.unlink(missing_ok=True)

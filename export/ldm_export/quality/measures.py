@@ -1,4 +1,4 @@
-"""How two results are compared: largest error as a share of the scale, cosine and PSNR, and what is accepted."""
+"""Measures for comparing two results (relative error, cosine and PSNR), and the tolerance of each precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ __all__ = ["TOLERANCES", "ComponentResult", "Tolerance", "compared"]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is accepted: ``component`` as a share of the largest value, ``pixel`` in 1/255 at most, ``psnr`` in dB."""
+    """Bounds for a comparison.
+
+    Attributes:
+        component: Maximum error of a component, as a share of the largest value.
+        pixel: Maximum difference of a pixel, in 1/255.
+        psnr: Minimum PSNR of an image, in dB.
+    """
 
     component: float
     pixel: int
@@ -29,18 +35,18 @@ TOLERANCES = {
     "bf16": Tolerance(component=0.1, pixel=255, psnr=30),
     "int8": Tolerance(component=0.5, pixel=255, psnr=25),
 }
-"""What is accepted of each precision by default: fp32 gives the same image, the others one close to it."""
+"""Default tolerance of each precision: fp32 reproduces the image, the others come close to it."""
 
 
 @dataclass(frozen=True)
 class ComponentResult:
-    """Results of one component against the expected ones for the same inputs.
+    """Difference between the results of a component and the expected ones for the same inputs.
 
     Attributes:
-        name: Of the component.
+        name: Name of the component.
         max_error: Largest |error| as a share of the largest |value| expected.
         cosine: Cosine between the two.
-        psnr: In dB; None where the two are equal.
+        psnr: In dB; None if the two are equal.
     """
 
     name: str

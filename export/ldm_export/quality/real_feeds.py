@@ -21,19 +21,19 @@ from ldm_runtime.specs import ComponentSpec
 __all__ = ["MAX_REQUESTS", "RealFeeds", "real_feeds"]
 
 MAX_REQUESTS = 8
-"""Requests that one feed is made of."""
+"""Maximum number of requests that feeds are made from."""
 STEPS = 4
-"""Denoising steps, at least, of the schedules that timesteps are taken from."""
+"""Minimum number of denoising steps of the schedule that timesteps are taken from."""
 
 
 @dataclass(frozen=True, eq=False)
 class RealFeeds:
-    """Inputs for real requests; arrays have rows of all requests.
+    """Inputs for real requests; each array has the rows of all requests.
 
     Attributes:
         components: Component -> its feed, in the order in which the components run.
-        sources: Tensor -> array: what encoders take and give, sample, timestep and latents, from which everything else
-            is derived. The inputs of the whole UNet, before anything is split off, are among them.
+        sources: Tensor -> array: inputs and outputs of the encoders, sample, timestep and latents, from which all other
+            tensors are derived. They contain the inputs of the whole UNet, before anything is split off.
     """
 
     components: Mapping[str, Feed]
@@ -58,14 +58,14 @@ class _Recorder(SpecBackend):
 def real_feeds(
     pipeline: LatentDiffusionPipeline, files: Callable[[str], Path], requests: Sequence[RequestFields]
 ) -> RealFeeds:
-    """Run everything of a pipeline but the UNet and the decoder for some requests, and collect all inputs.
+    """Run all components of a pipeline except the UNet and the decoder, and collect the inputs of all components.
 
     Image ``i`` has the seed ``i``. The UNet's samples and the decoder's latents are standard normal noise; timesteps
     run from the start of a schedule to its end.
 
     Args:
-        pipeline: Its components are loaded on use and stay as they are.
-        files: Resolves the path of a file that a conditioning names; ``Bundle.file``.
+        pipeline: The pipeline; it is not modified.
+        files: Returns the path of a file that a conditioning names; see ``Bundle.file``.
         requests: One image each; the first ``MAX_REQUESTS`` are used.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Measures a bundle against the checkpoint it came from: each component against torch, images against diffusers."""
+"""Compares a bundle with the checkpoint it was built from: each component with torch, images with diffusers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from ldm_runtime.images import psnr
 from ldm_runtime.model import SAMPLE, TIMESTEP, UNET, Defaults
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-__all__ = ["PictureResult", "Verification", "verify"]
+__all__ = ["ImageResult", "Verification", "verify"]
 
 MAX_REQUESTS = 1000
 _SHARED = ("seed", "num_inference_steps", "eta", "guidance_scale")
 
 
 @dataclass(frozen=True, eq=False)
-class PictureResult:
-    """One image, ours and diffusers'.
+class ImageResult:
+    """Comparison of one image of the bundle with that of the reference pipeline.
 
     Attributes:
-        request: Its request with every option filled in.
+        request: The request with every option filled in.
         max_pixel: Largest difference of a pixel in 1/255.
-        psnr: In dB; None where the two are equal.
-        ours, theirs: The images.
+        psnr: In dB; None if the two are equal.
+        ours, theirs: Image of the bundle, and of the reference pipeline.
     """
 
     request: RequestFields
@@ -60,18 +60,18 @@ class PictureResult:
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """All that was measured, and what of it is beyond the tolerance."""
+    """All measurements of a verification, and their tolerance."""
 
     bundle: str
     precision: str
     defaults: Defaults
     tolerance: Tolerance
     components: tuple[ComponentResult, ...]
-    pictures: tuple[PictureResult, ...]
+    images: tuple[ImageResult, ...]
 
     @property
     def failures(self) -> list[str]:
-        """One line for each figure beyond the tolerance."""
+        """One line for each figure that exceeds the tolerance."""
         allowed, pixel = self.tolerance.component, self.tolerance.pixel
         lines = [
             f"{c.name}: max error {c.max_error:.2e}, allowed {allowed:.2e}"
@@ -79,13 +79,13 @@ class Verification:
             if not c.max_error <= allowed
         ]
         lines += [
-            f"picture {p.label!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
-            for p in self.pictures
+            f"image {p.label!r}: pixels differ by up to {p.max_pixel}/255, allowed {pixel}/255"
+            for p in self.images
             if p.max_pixel > pixel
         ]
         return lines + [
-            f"picture {p.label!r}: PSNR {p.psnr:.1f} dB, expected at least {self.tolerance.psnr:g} dB"
-            for p in self.pictures
+            f"image {p.label!r}: PSNR {p.psnr:.1f} dB, expected at least {self.tolerance.psnr:g} dB"
+            for p in self.images
             if p.psnr is not None and not p.psnr >= self.tolerance.psnr
         ]
 
@@ -95,9 +95,9 @@ class Verification:
             "components": {
                 c.name: {"max_error": c.max_error, "cosine": c.cosine, "psnr": c.psnr} for c in self.components
             },
-            "pictures": [
+            "images": [
                 {"request": dict(p.fields), "seed": p.request["seed"], "max_pixel": p.max_pixel, "psnr": p.psnr}
-                for p in self.pictures
+                for p in self.images
             ],
             "settings": {"precision": self.precision, **asdict(self.defaults)},
             "tolerance": asdict(self.tolerance),
@@ -114,20 +114,20 @@ def verify(
     tolerance: Tolerance = TOLERANCES["fp32"],
     on_progress: OnProgress = lambda part, done, total: None,
 ) -> Verification:
-    """Run bundle and checkpoint on the same requests and seeds (0, 1, …) and compare.
+    """Run the bundle and the checkpoint on the same requests and seeds (0, 1, …) and compare the results.
 
     Args:
-        bundle: What is measured.
-        checkpoint: What it was built from.
+        bundle: The bundle to verify.
+        checkpoint: The checkpoint that it was built from.
         requests: One image each; None takes the family's defaults.
         steps: Denoising steps of the images; None takes the model's default. eta and guidance scale are the model's.
-        precision: Of the graphs.
-        tolerance: What is accepted.
-        on_progress: Called with what is measured, and how many measurements are done and in total.
+        precision: Precision of the graphs.
+        tolerance: Bounds of the differences.
+        on_progress: Called with the name of a part, the number of finished measurements, and the number of all.
 
     Raises:
-        SpecError: No requests, too many, or a value the model does not take.
-        ManifestError, CheckpointError, BackendError: Either side cannot be loaded, or they are of two families.
+        SpecError: There are no requests or too many, or the model does not take a value.
+        ManifestError, CheckpointError, BackendError: One of the two cannot be loaded, or their families differ.
     """
     family = family_named(bundle.manifest.family)
     if checkpoint.family != family.name:
@@ -149,18 +149,18 @@ def verify(
             on_progress(name, len(components), total)
             components.append(_component(ours, checkpoint, family, name, feeds))
         theirs = family.reference(checkpoint)
-        pictures: list[PictureResult] = []
+        images: list[ImageResult] = []
         for seed, request in enumerate(requests):
-            on_progress("pictures", len(components) + seed, total)
-            pictures.append(_picture(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))
-        on_progress("pictures", total, total)
-    return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(pictures))
+            on_progress("images", len(components) + seed, total)
+            images.append(_image(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))
+        on_progress("images", total, total)
+    return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(images))
 
 
 def _component(
     ours: LatentDiffusionPipeline, checkpoint: Checkpoint, family: Family, name: str, feeds: RealFeeds
 ) -> ComponentResult:
-    """A traced component against its torch module; the UNet together with what was split off it."""
+    """Compare a traced component with its torch module; the UNet together with the components split off from it."""
     spec, traced = family.describe(checkpoint).components[name], family.components[name]
     module = traced.wrap(load_module(checkpoint, traced.module)).eval()
     with torch.inference_mode():
@@ -175,17 +175,17 @@ def _component(
     return compared(name, {spec.outputs[0].name: predicted}, expected)
 
 
-def _picture(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> PictureResult:
+def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> ImageResult:
     mine = ours(**request).images[0]
     sized = {**request, "height": mine.height, "width": mine.width}
     with torch.random.fork_rng(devices=[]):
-        generator = torch.manual_seed(request["seed"])  # the global generator: the noise of the steps continues it
+        generator = torch.manual_seed(request["seed"])  # the global generator, which the steps use too
         reference = family.reference_image(theirs, sized, generator)
     if (mine.size, mine.mode) != (reference.size, reference.mode):
         raise CheckpointError(
-            f"picture: diffusers draws {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
+            f"image: diffusers returns {reference.mode} {reference.size}, the bundle {mine.mode} {mine.size}; "
             "verify it against the checkpoint it was built from"
         )
-    pair: list[NDArray[np.float64]] = [np.asarray(image, np.float64) for image in (mine, reference)]
+    pair: list[NDArray[np.float64]] = [np.asarray(one, np.float64) for one in (mine, reference)]
     worst = int(np.abs(pair[0] - pair[1]).max())
-    return PictureResult(request, worst, psnr(pair[0], pair[1], peak=255.0), mine, reference)
+    return ImageResult(request, worst, psnr(pair[0], pair[1], peak=255.0), mine, reference)

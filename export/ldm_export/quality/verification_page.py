@@ -1,54 +1,54 @@
-"""The verification as one self-contained HTML page: figures, and pictures side by side with their difference."""
+"""Renders a verification as one self-contained HTML page: figures, and images side by side with their difference."""
 
 from __future__ import annotations
 
-from ldm_export.page.document import Figure, Markup, decibel, difference, document, element, picture, table, text
+from ldm_export.page.document import Figure, Markup, decibel, difference, document, element, inline_image, table, text
 from ldm_export.quality.measures import Tolerance
 from ldm_export.quality.verification import Verification
 
 AMPLIFIED = 64
-"""A difference of one in 255 shows as a quarter of full brightness."""
+"""Amplification of differences: 1/255 becomes a quarter of full brightness."""
 
 
 def page(result: Verification) -> str:
-    """HTML with inline pictures; opens without a network."""
-    verdict = element("p", "All of it is within the tolerance.", class_="good")
+    """Render the verification as HTML with inline images; no network is needed to open it."""
+    verdict = element("p", "All results are within the tolerance.", class_="good")
     if result.failures:
         items = element("ul", *(element("li", line) for line in result.failures))
         verdict = element("div", element("p", "Beyond the tolerance:"), items, class_="bad")
     components = [
         (c.name, Figure(f"{c.max_error:.2e}"), Figure(f"{c.cosine:.7f}"), decibel(c.psnr)) for c in result.components
     ]
-    pictures = [
+    images = [
         (
             Markup(f"{text(p.label)}<br>seed {p.request['seed']}"),
-            picture(p.theirs),
-            picture(p.ours),
-            picture(difference(p.ours, p.theirs, AMPLIFIED)),
+            inline_image(p.theirs),
+            inline_image(p.ours),
+            inline_image(difference(p.ours, p.theirs, AMPLIFIED)),
             Figure(f"{p.max_pixel}/255"),
             decibel(p.psnr),
         )
-        for p in result.pictures
+        for p in result.images
     ]
     return document(
-        f"{result.bundle}, {result.precision}: measured against its checkpoint",
+        f"{result.bundle}, {result.precision}: compared with its checkpoint",
         (
             verdict,
-            element("h2", "Components, against torch"),
+            element("h2", "Components, compared with torch"),
             element(
                 "p",
-                "The same inputs to both. The error is the largest, as a share of the largest value; at most "
-                f"{result.tolerance.component:.0e} is accepted.",
+                "Both run on the same inputs. The error is the largest difference as a share of the largest value; "
+                f"at most {result.tolerance.component:.0e} is accepted.",
             ),
             table(("component", "max error", "cosine", "PSNR dB"), components),
-            element("h2", "Pictures, against diffusers"),
+            element("h2", "Images, compared with diffusers"),
             element(
                 "p",
                 f"The same request and seed, {result.defaults.num_inference_steps} steps; "
                 f"{_accepted(result.tolerance)} is accepted. "
-                f"The difference is shown {AMPLIFIED} times as bright as it is.",
+                f"Differences are amplified by a factor of {AMPLIFIED}.",
             ),
-            table(("request", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), pictures),
+            table(("request", "diffusers", "bundle", f"difference × {AMPLIFIED}", "max pixel", "PSNR dB"), images),
         ),
     )
 

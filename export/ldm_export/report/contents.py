@@ -1,4 +1,4 @@
-"""Contents of a report: images drawn with each precision of a bundle, sizes, timings and the bundle's own reports."""
+"""Contents of a report: images of each precision of a bundle, sizes, timings and the bundle's JSON report files."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ORDER = (REFERENCE, "fp16", "bf16", "int8")
 
 @dataclass(frozen=True, eq=False)
 class PrecisionImages:
-    """What one precision drew.
+    """Images and timings of one precision.
 
     Attributes:
-        images: One per request; none if it could not be run.
+        images: One per request; empty if the precision could not run.
         step: Median seconds of one denoising step.
-        backend: What ran it.
-        failure: Why it could not be run.
+        backend: The backend that ran it, with its arithmetic.
+        failure: Why it could not run; empty if it ran.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -45,7 +45,7 @@ class PrecisionImages:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report draws: the first seed (image i has seed + i), denoising steps, and the backend."""
+    """Options of the generated images: the first seed (image i has seed + i), denoising steps, and the backend."""
 
     seed: int = 0
     steps: int | None = None
@@ -54,27 +54,27 @@ class ReportOptions:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a report shows.
+    """Contents of a report.
 
     Attributes:
-        bundle: What it is about.
+        bundle: The bundle that it describes.
         requests: One per image.
         options: Seed, steps and backend.
-        drawn: Precision -> what it drew; fp32 first.
+        results: Precision -> its images and timings; fp32 first.
         files: Path -> content of the bundle's JSON report files.
     """
 
     bundle: Bundle
     requests: tuple[RequestFields, ...]
     options: ReportOptions
-    drawn: Mapping[str, PrecisionImages]
+    results: Mapping[str, PrecisionImages]
     files: Mapping[str, Mapping[str, Any]]
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components that have graphs of every precision of the report."""
-        held = self.bundle.manifest.components
-        return tuple(name for name, part in held.items() if all(one in part.graphs for one in self.drawn))
+        components = self.bundle.manifest.components
+        return tuple(name for name, part in components.items() if all(one in part.graphs for one in self.results))
 
     def size(self, precision: str) -> int:
         """Bytes of a precision's graphs with their weights."""
@@ -84,8 +84,8 @@ class Report:
         return sum(manifest.files[file].size for file in files)
 
     def psnr(self, precision: str) -> tuple[float | None, ...]:
-        """PSNR in dB of each image against fp32's, None if they are equal; empty if either was not drawn."""
-        pairs = zip(self.drawn[REFERENCE].images, self.drawn[precision].images, strict=False)
+        """PSNR in dB of each image against fp32's, None if they are equal; empty if either could not run."""
+        pairs = zip(self.results[REFERENCE].images, self.results[precision].images, strict=False)
         return tuple(
             psnr(np.asarray(reference, np.float64), np.asarray(image, np.float64), 255.0) for reference, image in pairs
         )
@@ -97,7 +97,7 @@ def make_report(
     options: ReportOptions | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
-    """Draw the requests with each precision of the bundle, one after another, and read its report files.
+    """Generate the requested images with each precision of the bundle, one after another, and read its report files.
 
     A precision that the backend cannot run on this machine is stated in the report and is not an error.
 
@@ -112,14 +112,14 @@ def make_report(
     seeded = [
         Request(**one, seed=options.seed + i, num_inference_steps=options.steps) for i, one in enumerate(requests)
     ]
-    held, drawn = precisions(bundle), {}
-    for index, precision in enumerate(held):
+    available, results = precisions(bundle), {}
+    for index, precision in enumerate(available):
 
         def advance(done: int, total: int, what: str = precision, before: int = index) -> None:
-            on_progress(what, before * total + done, len(held) * total)
+            on_progress(what, before * total + done, len(available) * total)
 
-        drawn[precision] = _draw(bundle, precision, seeded, options.backend, advance)
-    return Report(bundle, tuple(requests), options, drawn, files)
+        results[precision] = _generate(bundle, precision, seeded, options.backend, advance)
+    return Report(bundle, tuple(requests), options, results, files)
 
 
 def precisions(bundle: Bundle) -> list[str]:
@@ -129,10 +129,12 @@ def precisions(bundle: Bundle) -> list[str]:
         ManifestError: There are no fp32 graphs to compare with.
     """
     parts = [bundle.manifest.components[name].graphs for name in (UNET, DECODER)]
-    held = [precision for precision in parts[0] if all(precision in graphs for graphs in parts)]
-    if REFERENCE not in held:
+    available = [precision for precision in parts[0] if all(precision in graphs for graphs in parts)]
+    if REFERENCE not in available:
         raise ManifestError(f"{bundle.folder}: no {REFERENCE} graphs to compare with; rebuild the bundle")
-    return sorted(held, key=lambda precision: (ORDER.index(precision) if precision in ORDER else len(ORDER), precision))
+    return sorted(
+        available, key=lambda precision: (ORDER.index(precision) if precision in ORDER else len(ORDER), precision)
+    )
 
 
 def read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
@@ -145,21 +147,21 @@ def read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
     if size > MAX_BYTES:
         raise ManifestError(f"{bundle.folder / name}: {size} bytes, expected at most {MAX_BYTES}; rebuild the bundle")
     try:
-        found = json.loads(bundle.file(name).read_bytes())
+        content = json.loads(bundle.file(name).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{bundle.folder / name}: not valid JSON ({error}); rebuild the bundle") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ManifestError(
-            f"{bundle.folder / name}: got {type(found).__name__}, expected an object; rebuild the bundle"
+            f"{bundle.folder / name}: got {type(content).__name__}, expected an object; rebuild the bundle"
         )
-    return found
+    return content
 
 
 def _is_report(name: str) -> bool:
     return name.startswith("report/") and name.endswith(".json")
 
 
-def _draw(
+def _generate(
     bundle: Bundle,
     precision: str,
     requests: Sequence[Request],
@@ -186,5 +188,5 @@ def _draw(
 def _decoded(pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]]) -> list[Image.Image]:
     try:
         return pipeline.decode(latents)
-    except SpecError as error:  # NaN is a finding about the precision, as is an engine that fails
+    except SpecError as error:  # NaN is a result of the precision, like an engine that fails
         raise BackendError(str(error)) from None

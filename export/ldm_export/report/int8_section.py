@@ -95,7 +95,7 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
         name: tuple((float(place), value) for place, layer, value in measured if (layer.get("int8") is True) is kind)
         for name, kind in kinds
     }
-    series = [Series(name, found, joined=False) for name, found in points.items() if found]
+    series = [Series(name, values, joined=False) for name, values in points.items() if values]
     yield element("h3", f"{component}: sensitivity of each layer")
     ratio = f"Signal-to-noise ratio of {MEASURES[key]} with that layer alone in int8"
     explanation = f"{ratio}; a lower ratio means a more sensitive layer."
@@ -121,27 +121,29 @@ def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
     """The tensors whose largest magnitude changes most along the trajectory, and those with the largest magnitude."""
     recorded = ranges.get("timesteps")
     timesteps = [finite(value) for value in recorded] if isinstance(recorded, list) else []
-    found = {}
+    magnitudes = {}
     for name, values in mapping(ranges.get("tensors")).items():
         numbers = [finite(value) for value in values] if isinstance(values, list) else []
         if len(numbers) == len(timesteps) > 1 and all(value is not None and value > 0 for value in numbers):
-            found[name] = [value for value in numbers if value is not None]
+            magnitudes[name] = [value for value in numbers if value is not None]
     steps = [value for value in timesteps if value is not None]
-    if not found or len(steps) != len(timesteps):
+    if not magnitudes or len(steps) != len(timesteps):
         return
     yield element("h3", f"{component}: ranges over timesteps")
     yield element("p", "Denoising runs from right to left, from the largest timestep to the smallest.", class_="note")
-    moves = sorted(found, key=lambda name: -max(found[name]) / min(found[name]))[:MAX_LINES]
-    largest = sorted(found, key=lambda name: -max(found[name]))[:MAX_LINES]
+    moves = sorted(magnitudes, key=lambda name: -max(magnitudes[name]) / min(magnitudes[name]))[:MAX_LINES]
+    largest = sorted(magnitudes, key=lambda name: -max(magnitudes[name]))[:MAX_LINES]
     for title, names in (("Layer inputs that change most", moves), ("Largest layer inputs", largest)):
-        series = [Series(_shortened(name), tuple(zip(steps, found[name], strict=True)), marked=False) for name in names]
+        series = [
+            Series(_shortened(name), tuple(zip(steps, magnitudes[name], strict=True)), marked=False) for name in names
+        ]
         yield Markup(lines(title, "timestep", "largest magnitude", series, log=(False, True)))
 
 
 def _shortened(name: str) -> str:
-    """The end of a tensor's name, which distinguishes it."""
-    shown = printable(name)
-    return shown if len(shown) <= MAX_NAME else f"…{shown[1 - MAX_NAME :]}"
+    """Shorten a tensor's name to its end, which distinguishes it from others."""
+    text = printable(name)
+    return text if len(text) <= MAX_NAME else f"…{text[1 - MAX_NAME :]}"
 
 
 def _share(facts: Facts, key: str) -> Figure | None:

@@ -25,5 +25,5 @@ def finite(value: Any) -> float | None:
     """Return the value if it is 0 or a number of magnitude 1e-30 to 1e30, as measurements are; else None."""
     if type(value) not in (int, float) or not (value == 0 or SMALLEST <= abs(value) <= 1 / SMALLEST):
         return None
-    found: float = value
-    return found
+    number: float = value
+    return number

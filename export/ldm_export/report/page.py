@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: images of each precision side by side, figures, plots and proofs."""
+"""Renders a report as one self-contained HTML page: images of each precision side by side, figures and plots."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm_export.page.document import (
     difference,
     document,
     element,
+    inline_image,
     number,
-    picture,
     table,
     text,
 )
@@ -35,7 +35,7 @@ MAX_LISTED = 40
 
 
 def report_page(report: Report) -> str:
-    """HTML with inline images and plots; opens without a network."""
+    """Render the report as HTML with inline images and plots; no network is needed to open it."""
     sections = (_images, _precisions, _int8, _half, _engines, _measured, _origin)
     return document(
         f"{report.bundle.folder.resolve().name}: report", (part for section in sections for part in section(report))
@@ -43,12 +43,12 @@ def report_page(report: Report) -> str:
 
 
 def _images(report: Report) -> Iterator[Markup]:
-    others = [name for name, drawn in report.drawn.items() if name != REFERENCE and drawn.images]
+    others = [name for name, result in report.results.items() if name != REFERENCE and result.images]
     yield element("h2", "Images")
-    for name, drawn in report.drawn.items():
-        if drawn.failure:
-            yield element("p", f"{name} was not drawn: {drawn.failure}", class_="bad")
-    if not report.drawn[REFERENCE].images:
+    for name, result in report.results.items():
+        if result.failure:
+            yield element("p", f"{name} could not run: {result.failure}", class_="bad")
+    if not report.results[REFERENCE].images:
         return
     times = {name: _amplification(report, name) for name in others}
     defaults = report.bundle.manifest.defaults
@@ -61,12 +61,12 @@ def _images(report: Report) -> Iterator[Markup]:
     rows = []
     for index, request in enumerate(report.requests):
         title = label(request)
-        images = {name: report.drawn[name].images[index] for name in (REFERENCE, *others)}
+        images = {name: report.results[name].images[index] for name in (REFERENCE, *others)}
         row = [Markup(f"{text(title)}<br><span class=note>seed {report.options.seed + index}</span>")]
-        row += [picture(image, f"{title}, {name}") for name, image in images.items()]
+        row += [inline_image(image, f"{title}, {name}") for name, image in images.items()]
         row += [
             Markup(
-                picture(difference(images[name], images[REFERENCE], times[name]), f"difference of {name}")
+                inline_image(difference(images[name], images[REFERENCE], times[name]), f"difference of {name}")
                 + element("span", f"PSNR {decibel(report.psnr(name)[index])}", class_="note")
             )
             for name in others
@@ -77,28 +77,28 @@ def _images(report: Report) -> Iterator[Markup]:
 
 def _amplification(report: Report, precision: str) -> int:
     """The largest power of two, at most 64, that keeps the largest difference within the range of a pixel."""
-    pairs = zip(report.drawn[REFERENCE].images, report.drawn[precision].images, strict=True)
+    pairs = zip(report.results[REFERENCE].images, report.results[precision].images, strict=True)
     largest = max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
     return int(2 ** min(6, max(0, np.floor(np.log2(255 / max(largest, 1))))))
 
 
 def _precisions(report: Report) -> Iterator[Markup]:
     yield element("h2", "Precisions")
-    first = report.drawn[REFERENCE].step
+    first = report.results[REFERENCE].step
     rows = []
-    for name, drawn in report.drawn.items():
-        found = [value for value in report.psnr(name) if value is not None] if name != REFERENCE else []
-        equal = bool(drawn.images) and name != REFERENCE and not found
+    for name, result in report.results.items():
+        ratios = [value for value in report.psnr(name) if value is not None] if name != REFERENCE else []
+        equal = bool(result.images) and name != REFERENCE and not ratios
         rows.append(
             (
                 name,
                 Figure(human_bytes(report.size(name))),
                 Figure(f"{report.size(name) / report.size(REFERENCE):.0%}"),
-                "equal" if equal else Figure(f"{np.mean(found):.1f}") if found else None,
-                "equal" if equal else Figure(f"{min(found):.1f}") if found else None,
-                drawn.backend,
-                Figure(f"{1000 * drawn.step:.1f}") if drawn.step else None,
-                Figure(f"{first / drawn.step:.2f}×") if drawn.step and first else None,
+                "equal" if equal else Figure(f"{np.mean(ratios):.1f}") if ratios else None,
+                "equal" if equal else Figure(f"{min(ratios):.1f}") if ratios else None,
+                result.backend,
+                Figure(f"{1000 * result.step:.1f}") if result.step else None,
+                Figure(f"{first / result.step:.2f}×") if result.step and first else None,
             )
         )
     yield table(("", "graphs", "of fp32", "PSNR mean, dB", "PSNR worst, dB", "engine", "ms per step", "speed"), rows)
@@ -118,7 +118,7 @@ def _int8(report: Report) -> Iterator[Markup]:
 
 def _half(report: Report) -> Iterator[Markup]:
     rows, listed = [], []
-    for precision in report.drawn:
+    for precision in report.results:
         for component in report.components:
             facts = report.files.get(precision_report(component, precision))
             if facts is None or "islands" not in facts:

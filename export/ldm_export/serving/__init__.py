@@ -1,1 +1,1 @@
-"""Serving a bundle with Triton Inference Server: the model repository, and a client."""
+"""Serves a bundle with Triton Inference Server: the model repository and a client."""

@@ -1,4 +1,4 @@
-"""Address of a server: host, port and protocol of a URL."""
+"""Addresses of servers: parses host, port and protocol from a URL."""
 
 from __future__ import annotations
 

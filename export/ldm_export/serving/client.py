@@ -8,8 +8,7 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 
 from ldm_export.extras import needs
 from ldm_export.serving.address import Address
-from ldm_runtime.errors import LdmError, ServerError, SpecError
+from ldm_export.serving.server_errors import one_line_errors
+from ldm_runtime.errors import ServerError, SpecError
 from ldm_runtime.number_checks import seconds, shown
 
 __all__ = ["Arrays", "Connection"]
@@ -58,7 +58,7 @@ class Connection:
                 import tritonclient.grpc as api
         self._api, self._http = api, address.protocol == "http"
         limits = {"connection_timeout": 10.0, "network_timeout": timeout + GRACE} if self._http else {}
-        with self._one_line_errors():
+        with one_line_errors(self.address, self.timeout):
             self._check_port()
             self._client = api.InferenceServerClient(address.target, ssl=address.secure, **limits)
         try:
@@ -73,7 +73,7 @@ class Connection:
 
     def _describe(self) -> None:
         limit = {} if self._http else {"client_timeout": 30}
-        with self._one_line_errors():
+        with one_line_errors(self.address, self.timeout):
             if not self._client.is_server_live(**limit):
                 raise ServerError(f"{self.address}: the server is not live; look into its log")
             if not self._client.is_model_ready(self.model, **limit):
@@ -107,7 +107,7 @@ class Connection:
             SpecError: A value does not fit the data type.
         """
         sent = self._inputs(inputs)
-        with self._one_line_errors():
+        with one_line_errors(self.address, self.timeout):
             requested = [self._api.InferRequestedOutput(name) for name in outputs]
             if self._http:
                 result = self._client.infer(self.model, sent, outputs=requested, **options)
@@ -146,12 +146,12 @@ class Connection:
         until, complete = time.monotonic() + self.timeout + GRACE, False
         self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
-            with self._one_line_errors():
+            with one_line_errors(self.address, self.timeout):
                 self._client.async_stream_infer(
                     self.model, sent, outputs=requested, enable_empty_final_response=True, **options
                 )
             while not complete:
-                with self._one_line_errors():
+                with one_line_errors(self.address, self.timeout):
                     result, error = _get(answers, until - time.monotonic())
                     if error is not None:
                         raise error
@@ -192,37 +192,6 @@ class Connection:
             tensors.append(tensor)
         return tensors
 
-    @contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        """Turn the errors of tritonclient and its transports into a ``ServerError`` of one line."""
-        from tritonclient.utils import InferenceServerException
-
-        try:
-            yield
-        except InferenceServerException as error:
-            raise self._error(error.status() or "", error.message() or str(error)) from None
-        except (ConnectionError, socket.gaierror) as error:
-            raise ServerError(f"{self.address}: cannot be reached ({error.strerror or error}); {START}") from None
-        except (TimeoutError, queue.Empty):
-            raise ServerError(f"{self.address}: no answer in {self.timeout:g} s; {LONGER}") from None
-        except LdmError:
-            raise
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-            # the last three: an answer of another form than the protocol's
-            cause = " ".join(str(error).split()) or type(error).__name__
-            other = "grpc" if self._http else "http"
-            raise ServerError(f"{self.address}: no Triton server answers ({cause}); is the port for {other}?") from None
-
-    def _error(self, status: str, message: str) -> ServerError:
-        text, where = " ".join(message.split()), self.address
-        if any(mark in text for mark in REJECTED):
-            return ServerError(f"{where}: rejected, too many requests are waiting ({text}); try again later")
-        if "DEADLINE_EXCEEDED" in status or any(mark in text.lower() for mark in OVERDUE):
-            return ServerError(f"{where}: not done in {self.timeout:g} s ({text}); {LONGER}")
-        if "UNAVAILABLE" in status:
-            return ServerError(f"{where}: cannot be reached ({text}); {START}")
-        return ServerError(f"{where}: {text}")
-
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
@@ -234,18 +203,12 @@ class Connection:
         self.close()
 
 
-START = "start the server, or check --url and --protocol"
-LONGER = "use a longer --timeout, fewer steps or fewer images"
-REJECTED = ("requests are waiting already", "Exceeds maximum queue size", "try again later")
-OVERDUE = ("deadline", "timed out", "timeout expired", "still waiting after its", "still running after its")
-
-
 def _arrays(result: Any, names: list[str]) -> Arrays:
-    found = {name: result.as_numpy(name) for name in names}
-    missing = [name for name, array in found.items() if array is None]
+    arrays = {name: result.as_numpy(name) for name in names}
+    missing = [name for name, array in arrays.items() if array is None]
     if missing:
         raise ServerError(f"the answer has no {', '.join(missing)}; is it a model that `ldm-export triton` wrote?")
-    return found
+    return arrays
 
 
 def _get(answers: queue.SimpleQueue[tuple[Any, Any]], seconds: float) -> tuple[Any, Any]:

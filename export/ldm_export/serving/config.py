@@ -16,13 +16,13 @@ from ldm_runtime.triton.tensors import TensorField, input_fields, output_fields
 __all__ = ["DATA_TYPES", "TARGETS", "Serving", "component_config", "plan_name", "stream_config", "unary_config"]
 
 TARGETS = ("python", "onnxruntime", "tensorrt")
-"""What runs the models of single components: this runtime in Triton's Python backend, or Triton's own backends."""
+"""Backends of the models of single components: Triton's Python backend with this runtime, or Triton's own backends."""
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 DATA_TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
 MAX_QUEUE_SIZE = 256
 """Requests that may wait for the model of one component."""
 MAX_QUEUE_DELAY = 0
-"""Microseconds that a request waits for others to share its call. A denoising loop pays them at every step."""
+"""Microseconds that a request waits for others to share its call. A denoising loop waits this long at every step."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Serving:
     """How a bundle is served.
 
     Attributes:
-        target: What runs the models of single components, one of ``TARGETS``.
+        target: Backend of the models of single components, one of ``TARGETS``.
         gpu: True if they run on a GPU.
         parameters: Parameters of the models of the Python backend.
     """

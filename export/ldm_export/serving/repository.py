@@ -25,7 +25,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
     """Add a version of each model, in their order; other models of the repository are not changed.
 
     All files are prepared on the same disk before the first model is changed. Each model's version then appears by one
-    rename, and its config by another. A server loads it when it is told to, or when it polls.
+    rename, and its config by another. A server loads the version on request, or when it polls the repository.
 
     Args:
         repository: Folder of the models; created if it does not exist.

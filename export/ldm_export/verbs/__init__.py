@@ -1,1 +1,1 @@
-"""The verbs of the command line, a module each with ``add_arguments(verb)`` and ``run(args, screen)``."""
+"""The verbs of the command line: one module each, with ``add_arguments(verb)`` and ``run(args, screen)``."""

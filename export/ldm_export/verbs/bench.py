@@ -17,9 +17,14 @@ from ldm_runtime.errors import BuildError
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--backend", nargs="+", choices=BACKEND_NAMES, default=["auto"], help="one or several")
     verb.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, help="one or several, each with every backend (default: its own)"
+        "--backend", nargs="+", choices=BACKEND_NAMES, default=["auto"], help="backends to time (default auto)"
+    )
+    verb.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        help="precisions to time on each backend (default: the backend's own choice)",
     )
     verb.add_argument(
         "--batch",
@@ -30,19 +35,20 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="images of one call (default 1 2 4)",
     )
     verb.add_argument("--steps", type=whole_number, help="denoising steps of a generation (default: the model's)")
-    verb.add_argument("--runs", type=whole_number, default=5, help="rounds (default 5)")
+    verb.add_argument("--runs", type=whole_number, default=5, help="timed rounds (default 5)")
     verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
-    verb.add_argument("--eta", type=real_number, help="noise of each step, 0 for none (default: the model's)")
+    verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
     verb.add_argument("--width", type=whole_number, help="pixels (default: the model's)")
     verb.add_argument("--height", type=whole_number, help="pixels (default: the model's)")
-    verb.add_argument("--device", choices=DEVICES, default="auto", help="where to run (default auto)")
+    verb.add_argument("--device", choices=DEVICES, default="auto", help="device to run on (default auto)")
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
-    verb.add_argument("-o", "--output", type=Path, metavar="SVG", help="write a chart here")
+    verb.add_argument("-o", "--output", type=Path, metavar="SVG", help="file to write a chart to")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export bench``."""
-    from ldm_export.bench.benchmark import BenchSettings, Combination, benchmark
+    from ldm_export.bench.bench_results import BenchSettings, Combination
+    from ldm_export.bench.benchmark import benchmark
 
     if args.output:
         _check(args.output)
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _check(output: Path) -> None:
-    """Refuse, before the work, an output that could not be written after it."""
+    """Refuse an output that cannot be written, before any work is done."""
     if output.suffix != ".svg":
         raise BuildError(f"{output}: expected the name of a file that ends in .svg; choose another -o")
     destination(output)

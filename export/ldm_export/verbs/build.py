@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
+from ldm_export.verbs.int8_options import add_int8_arguments, given_options, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
@@ -19,30 +19,42 @@ if TYPE_CHECKING:
 
 HALF = ("fp16", "bf16")
 RANGED = 16
-"""Most requests that the ranges of half precision are measured on."""
+"""Maximum number of requests on which the ranges of half precision are measured."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
-    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder (default: the demo model)")
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
+    verb.add_argument(
+        "checkpoint", nargs="?", type=Path, help="diffusers folder of the checkpoint (default: the demo model)"
+    )
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
+    verb.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and arithmetic (default fp32)"
+    )
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines")
+    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines for this package")
     engines.add_argument(
-        "--compute-capability", metavar="LIST", help="of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)"
+        "--compute-capability",
+        metavar="LIST",
+        help="compute capabilities of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)",
     )
     for name, unit in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
-        engines.add_argument(f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call that an engine takes")
+        engines.add_argument(
+            f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call: minimum, optimum and maximum"
+        )
     engines.add_argument(
-        "--refittable", action="store_true", help="engines that take other weights without a rebuild (needs a GPU)"
+        "--refittable",
+        action="store_true",
+        help="build engines whose weights can be exchanged without a rebuild (needs a GPU)",
     )
     engines.add_argument(
-        "--timing-cache", metavar="FILE", help="keep the builder's timings here for the next build (tensorrt)"
+        "--timing-cache", metavar="FILE", help="file that keeps kernel timings for the next build (tensorrt)"
     )
     add_int8_arguments(verb)
     verb.add_argument(
-        "--random-weights", action="store_true", help="draw the weights (configs are enough), to try sizes out"
+        "--random-weights",
+        action="store_true",
+        help="use random weights, so that a folder of configs is enough, e.g. to measure memory",
     )
 
 
@@ -62,7 +74,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
-    _check_given(args)
+    _check_int8_options(args)
     checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
     family = family_named(checkpoint.family)
     kinds = [entry.kind for entry in family.describe(checkpoint).conditioning]
@@ -101,11 +113,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
 
 
-def _check_given(args: argparse.Namespace) -> None:
-    """Refuse options of int8 for another precision; --prompts is an option of half precision too."""
+def _check_int8_options(args: argparse.Namespace) -> None:
+    """Refuse options of int8 with another precision; --prompts applies to half precision too."""
     if args.precision == "int8":
         return
-    foreign = [option for option in given(args) if option != "--prompts" or args.precision not in HALF]
+    foreign = [option for option in given_options(args) if option != "--prompts" or args.precision not in HALF]
     if foreign:
         fitting = f"{', '.join(HALF)} or int8" if foreign == ["--prompts"] else "int8"
         raise BuildError(f"{', '.join(foreign)}: of {fitting}; give --precision {fitting} too")
@@ -115,14 +127,14 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     from ldm_export.engine.profiles import parse_bounds
     from ldm_export.engine.request import EngineRequest
 
-    given = {name: getattr(args, name) for name in ("batch", "height", "width")}
-    bounds = tuple((name, parse_bounds(name, text)) for name, text in given.items() if text is not None)
+    texts = {name: getattr(args, name) for name in ("batch", "height", "width")}
+    bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
     if args.target is None:
         if bounds or capabilities != ("",) or args.refittable or args.timing_cache:
             raise BuildError(
-                "batch, height, width, compute capability, refittable and timing cache are an engine's; "
-                "give --target too"
+                "batch, height, width, compute capability, refittable and timing cache apply to engines only; "
+                "add --target"
             )
         return None
     return EngineRequest(

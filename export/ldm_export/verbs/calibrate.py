@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
+from ldm_export.verbs.int8_options import add_int8_arguments, given_options, settings_of, show
 from ldm_export.verbs.options import unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
@@ -16,7 +16,9 @@ from ldm_runtime.errors import SpecError
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--record", type=Path, metavar="FILE", help="calibration.json to follow; nothing is measured")
+    verb.add_argument(
+        "--record", type=Path, metavar="FILE", help="calibration record (calibration.json) to apply without measuring"
+    )
     add_int8_arguments(verb)
 
 
@@ -35,8 +37,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     begun = time.monotonic()
     bundle = Bundle.open(args.bundle)
     conditioning = [entry.kind for entry in bundle.manifest.conditioning]
-    if args.record is not None and given(args):
-        raise SpecError(f"--record: got {', '.join(given(args))} too, but the record determines them; leave them out")
+    if args.record is not None and given_options(args):
+        raise SpecError(
+            f"--record: got {', '.join(given_options(args))} too, but the record determines them; leave them out"
+        )
     settings = args.record or settings_of(args, conditioning, bundle)
     with screen.bar("reading") as bar:
         built = calibrate(

@@ -28,9 +28,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     add_request(verb)
     server = verb.add_argument_group("server")
     server.add_argument("--url", default="localhost", help="[http|https|grpc|grpcs://]host[:port] (default localhost)")
-    server.add_argument("--protocol", choices=tuple(PROTOCOLS), help="for a URL without one (default http)")
-    server.add_argument("--model", help=f"name on the server (default {MODEL}, with --stream {STREAM})")
-    server.add_argument("--stream", action="store_true", help="show each step as the server finishes it; over gRPC")
+    server.add_argument(
+        "--protocol", choices=tuple(PROTOCOLS), help="protocol for a URL without a scheme (default http)"
+    )
+    server.add_argument("--model", help=f"name of the model on the server (default {MODEL}, with --stream {STREAM})")
+    server.add_argument(
+        "--stream", action="store_true", help="report each step when the server finishes it (gRPC only)"
+    )
     server.add_argument(
         "--preview-every",
         type=whole_number,
@@ -38,7 +42,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --stream, write a preview every N steps: out-9.png, …",
     )
-    server.add_argument("--priority", type=whole_number, help="0 (most urgent) to 4 (default: the server's)")
+    server.add_argument(
+        "--priority", type=whole_number, help="priority from 0 (most urgent) to 4 (default: the server's)"
+    )
     server.add_argument(
         "--timeout",
         type=real_number,
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The model's inputs by name; options that are left out take the server's defaults."""
+    """Inputs of the model by name; the server has defaults for options that are left out."""
     inputs = {
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
@@ -97,7 +103,7 @@ def _infer(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Ar
 
 
 def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Namespace, screen: Screen) -> Arrays:
-    """The last response; the responses before it report the finished steps, and some of them contain a preview."""
+    """Return the last response. Earlier ones report finished steps, and some of them contain a preview."""
     answer: Arrays = {}
     with screen.bar("denoising") as bar, closing(connection.stream(inputs, ["STEP", "TOTAL", "IMAGE"])) as answers:
         for answer in answers:

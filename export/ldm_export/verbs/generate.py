@@ -24,12 +24,18 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="fp32 is exact (default: the bundle's, or bf16 arithmetic if it is faster; printed)",
+        help="precision of the graphs; fp32 is exact (default: the bundle's, or bf16 arithmetic if it is faster)",
     )
-    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest here)")
-    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    verb.add_argument(
+        "--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest on this machine)"
+    )
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
+    )
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
-    verb.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what OpenVINO compiles, to start sooner")
+    verb.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="cache of OpenVINO's compiled models, for faster starts"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             images = pipeline.decode(step.latents)
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
-    assert choice is not None  # from_bundle has made it
+    assert choice is not None  # from_bundle sets it
     written.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
 
 

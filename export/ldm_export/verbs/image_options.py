@@ -1,4 +1,4 @@
-"""Options that `generate` and `client` share: what to generate, and where to write the images."""
+"""Options shared by `generate` and `client`: the request, and the files to write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Written:
 
 def add_request(verb: argparse.ArgumentParser) -> None:
     """Add the options of a request and of its output."""
-    verb.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to draw; none for a model without text")
+    verb.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text prompts; none for a model without text conditioning"
+    )
     verb.add_argument(
         "-o",
         "--output",
@@ -48,7 +50,9 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         default=Path("out.png"),
         help="image to write, in the format of its suffix: .png, .jpg, .webp, .tif, .bmp (default out.png)",
     )
-    verb.add_argument("--each", action="store_true", help="beside a grid of several images, write each: out-0.png, …")
+    verb.add_argument(
+        "--each", action="store_true", help="write each of several images too, not only their grid: out-0.png, …"
+    )
     verb.add_argument(
         "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
     )
@@ -69,7 +73,9 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         help="compute the guidance direction at every N-th step and reuse it between: 2 saves a quarter of the work, "
         "3 a third, with nearly the same image (default 1, exact)",
     )
-    verb.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    verb.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="text that describes what the image must not show"
+    )
     verb.add_argument(
         "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )
@@ -79,7 +85,9 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images of each prompt (default 1)"
     )
-    verb.add_argument("--count", type=whole_number, metavar="N", help="images, for a model without prompts (default 1)")
+    verb.add_argument(
+        "--count", type=whole_number, metavar="N", help="number of images of a model without prompts (default 1)"
+    )
 
 
 def check_output(output: Path) -> None:

@@ -14,11 +14,11 @@ from ldm_runtime.bundle import Bundle
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--check", action="store_true", help="check every file's digest too")
+    verb.add_argument("--check", action="store_true", help="also check the digest of every file")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export inspect``."""
+    """Run ``ldm-export inspect``."""
     from ldm_export.bundle.inspection import inspect_bundle
 
     bundle = Bundle.open(args.bundle)

@@ -1,4 +1,4 @@
-"""Options of int8 that ``build`` and ``calibrate`` share, the settings they give, and the table of the report."""
+"""Options of int8 shared by ``build`` and ``calibrate``, the calibration settings, and the table of the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm_calibration.settings import CalibrationSettings
     from ldm_export.demo import Model
 
-__all__ = ["add_int8_arguments", "default_requests", "given", "settings_of", "show"]
+__all__ = ["add_int8_arguments", "default_requests", "given_options", "settings_of", "show"]
 
 OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
 """Maximum number of observed images, and numbers of trial images; graded trials need more images."""
@@ -58,15 +58,15 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def given(args: argparse.Namespace) -> list[str]:
-    """Names of the options on the command line."""
+def given_options(args: argparse.Namespace) -> list[str]:
+    """Names of the int8 options that are on the command line."""
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
 def default_requests(
     conditioning: Collection[str], model: Model, observed: int, trials: int
 ) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
-    """Requests to observe and requests to try if the user gives no prompts; None if prompts are needed.
+    """Default requests to observe and to generate trial images from; None if the user must give prompts.
 
     Args:
         conditioning: Kinds of the model's conditioning; empty for an unconditional model.
@@ -86,7 +86,7 @@ def default_requests(
 
 
 def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
-    """The settings of the calibration.
+    """Make the settings of the calibration from the options.
 
     Args:
         args: Parsed options.
@@ -94,7 +94,7 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
         model: As for ``default_requests``.
 
     Raises:
-        SpecError: The model needs prompts and there are none, takes none and there are some, or a number is out of
+        SpecError: The model needs prompts and there are none, takes none and some are given, or a number is out of
             range.
     """
     from ldm_calibration.settings import CalibrationSettings

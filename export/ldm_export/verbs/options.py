@@ -1,4 +1,4 @@
-"""What several verbs share: choices, files of prompts, and errors of writing."""
+"""Shared parts of the verbs: choices, prompt files, and errors of writing."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ def real_number(text: str) -> float:
 
 
 def lines(path: Path) -> list[str]:
-    """The prompts of a text file, one a line.
+    """Read the prompts of a text file, one per line.
 
     Raises:
-        SpecError: it cannot be read, or holds none.
+        SpecError: The file cannot be read or has no prompts.
     """
     try:
-        found = [line.strip() for line in read_regular(path, MAX_PROMPTS, SpecError).decode().splitlines()]
+        prompts = [line.strip() for line in read_regular(path, MAX_PROMPTS, SpecError).decode().splitlines()]
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read as a text file of prompts ({error})") from None
-    if not any(found):
+    if not any(prompts):
         raise SpecError(f"{path}: got no prompts, expected one a line")
-    return [line for line in found if line]
+    return [line for line in prompts if line]
 
 
 def chosen_prompts(file: Path | None, model: Model) -> Sequence[str] | None:
     """Prompts to measure a model with: those of a file, or the demo model's own; None for the family's defaults.
 
     Args:
-        file: As the user gave it.
+        file: File of prompts, if the user gave one.
         model: A bundle or a checkpoint folder; None for random weights.
 
     Raises:
@@ -79,13 +79,13 @@ def chosen_prompts(file: Path | None, model: Model) -> Sequence[str] | None:
 
 
 def unwritten(path: Path, error: OSError, advice: str) -> BuildError:
-    """What to raise where a result cannot be written."""
+    """Return the error for a result that cannot be written."""
     what = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
     return BuildError(f"{path}: cannot be written ({what}); {advice}")
 
 
 def quieten(verbose: bool) -> None:
-    """Keep off the screen what these libraries print by log handlers of their own."""
+    """Silence the log handlers of diffusers and transformers."""
     import diffusers
     import transformers
 

@@ -13,21 +13,23 @@ from ldm_runtime.bundle import Bundle
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Add the options."""
     verb.add_argument("bundle", type=Path)
     verb.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="page to write (default report.html)"
     )
-    verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: four)")
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line (default: four)")
     verb.add_argument(
         "--seed", type=whole_number, default=0, help="seed of the first image; image i has seed + i (default 0)"
     )
     verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
-    verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest here)")
+    verb.add_argument(
+        "--backend", choices=BACKEND_NAMES, default="auto", help="engine (default: the fastest on this machine)"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
-    """``ldm-export report``."""
+    """Run ``ldm-export report``."""
     from ldm_export.report.contents import ReportOptions, make_report
     from ldm_export.report.page import report_page
     from ldm_export.requests import requests_for
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     except OSError as error:
         raise unwritten(args.output, error, "choose another -o") from None
     if args.json:
-        screen.json({"page": str(args.output), "bytes": len(page), "precisions": list(report.drawn)})
+        screen.json({"page": str(args.output), "bytes": len(page), "precisions": list(report.results)})
         return
     if replaced:
         screen.note(f"overwrote {args.output}")

@@ -25,22 +25,31 @@ __all__ = ["add_arguments", "row_buckets", "run"]
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="REPOSITORY", help="folder to write")
+    verb.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="REPOSITORY", help="model repository to write"
+    )
     verb.add_argument(
         "--target",
         choices=TARGETS,
         default="python",
-        help="what runs the models of single components: this runtime in Triton's Python backend (default), or "
+        help="backend of the models of single components: this runtime in Triton's Python backend (default), or "
         "Triton's own backend for ONNX graphs or TensorRT plans; ldm and ldm_stream always run in the Python backend",
     )
     verb.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine of this runtime (default auto)")
-    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
-    verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
+    )
+    verb.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
     verb.add_argument("--threads", type=whole_number, help="CPU threads of each model (default: all cores)")
     verb.add_argument(
-        "--max-rows", type=whole_number, default=32, help="rows of one UNet call; a guided image takes two (default 32)"
+        "--max-rows",
+        type=whole_number,
+        default=32,
+        help="maximum rows of one UNet call; a guided image takes two (default 32)",
     )
-    verb.add_argument("--max-queue", type=whole_number, default=256, help="requests that may wait (default 256)")
+    verb.add_argument(
+        "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
+    )
     verb.add_argument(
         "--only",
         nargs="+",
@@ -74,12 +83,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) -> list[str]:
     """Names of the models to write, with those that they call."""
-    wanted = set(only or known)
-    if unknown := sorted(wanted - set(known)):
+    selected = set(only or known)
+    if unknown := sorted(selected - set(known)):
         raise SpecError(f"only: got {unknown[0]!r:.60}, expected one or more of {', '.join(known)}")
-    wanted |= {STREAM} if UNARY in wanted else set()
-    wanted |= {UNET} if per_step and STREAM in wanted else set()
-    return [name for name in known if name in wanted]
+    selected |= {STREAM} if UNARY in selected else set()
+    selected |= {UNET} if per_step and STREAM in selected else set()
+    return [name for name in known if name in selected]
 
 
 def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:

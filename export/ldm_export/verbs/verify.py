@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
-    verb.add_argument("--against", type=Path, metavar="CHECKPOINT", help="default: the demo model")
-    verb.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: four)")
-    verb.add_argument("--steps", type=whole_number, help="denoising steps of the pictures (default: the model's)")
-    verb.add_argument("--precision", choices=PRECISIONS, help="which graphs (default: what the bundle was built for)")
-    verb.add_argument("--tolerance", type=real_number, help="largest error of a component, of its own scale")
+    verb.add_argument(
+        "--against", type=Path, metavar="CHECKPOINT", help="checkpoint to compare with (default: the demo model)"
+    )
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line (default: four)")
+    verb.add_argument("--steps", type=whole_number, help="denoising steps of the images (default: the model's)")
+    verb.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
+    verb.add_argument(
+        "--tolerance", type=real_number, help="maximum error of a component, as a share of its largest value"
+    )
     verb.add_argument("--max-pixel", type=whole_number, help="largest pixel difference, of 255 (default 1 for fp32)")
     verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
     others = verb.add_mutually_exclusive_group()
     others.add_argument(
-        "--backends", metavar="LIST", help="compare these with the first instead, e.g. onnxruntime,openvino:fp32"
+        "--backends",
+        metavar="LIST",
+        help="compare backends with the first of them instead, e.g. onnxruntime,openvino:fp32",
     )
     others.add_argument(
         "--layers", action="store_true", help="compare half-precision graphs with fp32 tensor by tensor instead"
@@ -39,7 +45,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """``ldm-export verify``: 1 where a figure is beyond its tolerance."""
+    """Run ``ldm-export verify``; return 1 if a figure exceeds its tolerance."""
     if args.backends or args.layers:
         return _backends(args, screen) if args.backends else _layers(args, screen)
     from ldm_export.extras import needs
@@ -55,11 +61,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     requests = family_named(bundle.manifest.family).requests(chosen_prompts(args.prompts, bundle))
     checkpoint = open_checkpoint(args.against or demo_checkpoint(), random_weights=args.random_weights)
     precision = args.precision or bundle.precision
-    given = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
-    for option, value in zip(("tolerance", "max-pixel", "min-psnr"), given.values(), strict=True):
+    bounds = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
+    for option, value in zip(("tolerance", "max-pixel", "min-psnr"), bounds.values(), strict=True):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise SpecError(f"--{option}: got {value}, expected a finite number >= 0")
-    tolerance = replace(TOLERANCES[precision], **{name: value for name, value in given.items() if value is not None})
+    tolerance = replace(TOLERANCES[precision], **{name: value for name, value in bounds.items() if value is not None})
     with screen.bar("verifying") as bar:
         result = verify(
             bundle,
@@ -79,9 +85,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         screen.json(result.facts())
     else:
         rows = [[c.name, *_figures(c)] for c in result.components]
-        screen.table("components, against torch", ["component", "max error", "cosine", "PSNR dB"], rows)
-        rows = [[p.label, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.pictures]
-        screen.table("pictures, against diffusers", ["request", "max pixel", "PSNR dB"], rows)
+        screen.table("components, compared with torch", ["component", "max error", "cosine", "PSNR dB"], rows)
+        rows = [[p.label, f"{p.max_pixel}/255", _decibel(p.psnr)] for p in result.images]
+        screen.table("images, compared with diffusers", ["request", "max pixel", "PSNR dB"], rows)
         screen.result(str(args.bundle / VERIFY_PAGE))
         for failure in result.failures:
             screen.result(f"beyond tolerance: {failure}")
@@ -96,17 +102,17 @@ def _backends(args: argparse.Namespace, screen: Screen) -> int:
     bundle = Bundle.open(args.bundle)
     requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
     with screen.bar("loading") as bar:
-        found = compare(bundle, runs, requests, args.steps, lambda what, done, total: bar.to(done, total, what))
+        differences = compare(bundle, runs, requests, args.steps, lambda what, done, total: bar.to(done, total, what))
     try:
-        bundle.with_measured({"backends": facts(runs, found)}, {})
+        bundle.with_measured({"backends": facts(runs, differences)}, {})
     except OSError as error:
         raise unwritten(args.bundle, error, "free some disk space or verify a copy") from None
-    failures = [one.failure for one in found if one.failure]
+    failures = [one.failure for one in differences if one.failure]
     if args.json:
-        screen.json(facts(runs, found))
+        screen.json(facts(runs, differences))
     else:
-        rows = [[f"{one.part}, {one.run}", *_figures(one.result)] for one in found]
-        screen.table(f"against {runs[0]}, on the same feed", ["part", "max error", "cosine", "PSNR dB"], rows)
+        rows = [[f"{one.part}, {one.run}", *_figures(one.result)] for one in differences]
+        screen.table(f"compared with {runs[0]}, on the same inputs", ["part", "max error", "cosine", "PSNR dB"], rows)
         for failure in failures:
             screen.result(f"beyond tolerance: {failure}")
     return 1 if failures else 0
@@ -124,34 +130,36 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     bundle = Bundle.open(args.bundle)
     precision = args.precision or bundle.precision
     if precision == "fp32":
-        raise SpecError("--layers: got fp32, which the others are compared with; give --precision fp16, bf16 or int8")
+        raise SpecError("--layers: got fp32, which is the reference; give --precision fp16, bf16 or int8")
     threshold = TOLERANCES[precision].component if args.tolerance is None else args.tolerance
     with LatentDiffusionPipeline.from_bundle(
         bundle, backend="onnxruntime", device="cpu", precision="fp32", keep_loaded=False
     ) as pipeline:
         requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
         feeds = real_feeds(pipeline, bundle.file, requests[:1]).components
-    told: dict[str, dict[str, Any]] = {}
+    components: dict[str, dict[str, Any]] = {}
     beyond = False
     with screen.bar("comparing", len(feeds)) as bar:
         for done, (name, feed) in enumerate(feeds.items()):
             bar.to(done, len(feeds), name)
-            row = {tensor: array[-1:] for tensor, array in feed.items()}  # all tensors of a call are kept
+            row = {
+                tensor: array[-1:] for tensor, array in feed.items()
+            }  # one row: all tensors of a call stay in memory
             layers = compare_layers(bundle.graph(name, precision), bundle.graph(name, "fp32"), row)
             first, worst = first_beyond(layers, threshold), max(layers, key=lambda layer: layer.error)
             beyond = beyond or first is not None
-            told[name] = {"tensors": len(layers), "first_beyond": first, "worst": worst}
+            components[name] = {"tensors": len(layers), "first_beyond": first, "worst": worst}
     if args.json:
-        screen.json({"precision": precision, "threshold": threshold, "components": _plain(told)})
+        screen.json({"precision": precision, "threshold": threshold, "components": _plain(components)})
         return int(beyond)
     rows = []
-    for name, facts in told.items():
+    for name, facts in components.items():
         for what in ("first_beyond", "worst"):
             if layer := facts[what]:
                 figures = [f"{layer.error:.2e}", f"{layer.largest:.4g}"]
                 rows.append([f"{name}, {what.replace('_', ' ')}", layer.tensor, *figures])
     screen.table(f"{precision} against fp32, threshold {threshold:g}", ["", "tensor", "error", "largest"], rows)
-    for name, facts in told.items():
+    for name, facts in components.items():
         if first := facts["first_beyond"]:
             screen.result(f"{name}: differs first at {first.tensor}, computed by {first.node} in {first.dtype}")
         else:
@@ -159,15 +167,15 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
     return int(beyond)
 
 
-def _plain(told: dict[str, Any]) -> dict[str, Any]:
-    """JSON-able: infinite errors as None."""
+def _plain(components: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON-able values, with None for infinite errors."""
 
-    def layer(given: Any) -> Any:
-        return {**asdict(given), "error": given.error if math.isfinite(given.error) else None} if given else None
+    def plain(layer: Any) -> Any:
+        return {**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None} if layer else None
 
     return {
-        name: {"tensors": facts["tensors"], **{key: layer(facts[key]) for key in ("first_beyond", "worst")}}
-        for name, facts in told.items()
+        name: {"tensors": facts["tensors"], **{key: plain(facts[key]) for key in ("first_beyond", "worst")}}
+        for name, facts in components.items()
     }
 
 

@@ -143,4 +143,4 @@ def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, 
     assert bundle.manifest.scheduler["class"] == scheduler
     result = verify(bundle, checkpoint, [{"prompts": "a red circle"}], steps=7)
     assert result.failures == []
-    assert np.asarray(result.pictures[0].ours).std() > 1
+    assert np.asarray(result.images[0].ours).std() > 1

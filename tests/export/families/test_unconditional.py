@@ -116,7 +116,7 @@ def test_the_bundle_has_no_conditioning_and_no_guidance(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"prompts": "a red circle"}, "prompts: got a value, but this unconditional model takes count instead"),
         ({"count": 33}, r"images: got 33 in one call, expected 1\.\.32"),
@@ -124,9 +124,9 @@ def test_the_bundle_has_no_conditioning_and_no_guidance(bundle: Bundle) -> None:
     ],
     ids=str,
 )
-def test_requests_that_the_model_does_not_take(bundle: Bundle, options: dict[str, Any], said: str) -> None:
+def test_requests_that_the_model_does_not_take(bundle: Bundle, options: dict[str, Any], message: str) -> None:
     pipeline = LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime")
-    with pipeline as pipe, pytest.raises(SpecError, match=said):
+    with pipeline as pipe, pytest.raises(SpecError, match=message):
         pipe(seed=0, num_inference_steps=2, **options)
 
 
@@ -135,7 +135,7 @@ def test_verification(bundle: Bundle, checkpoint: Path, precision: str) -> None:
     result = verify(bundle, open_checkpoint(checkpoint), None, 5, precision, TOLERANCES[precision])
     assert result.failures == []
     assert [component.name for component in result.components] == ["unet", "decoder"]
-    assert len(result.pictures) == 4 and {picture.label for picture in result.pictures} == {"without conditioning"}
+    assert len(result.images) == 4 and {image.label for image in result.images} == {"without conditioning"}
 
 
 def test_the_command_line(bundle: Bundle, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +150,8 @@ def test_the_command_line(bundle: Bundle, checkpoint: Path, tmp_path: Path, caps
 
 def test_prompts_are_refused(bundle: Bundle, checkpoint: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    said = "prompts: got some, but this model has no conditioning"
-    refused("verify", bundle.folder, "--against", checkpoint, "--prompts", "prompts.txt", said=said)
+    message = "prompts: got some, but this model has no conditioning"
+    refused("verify", bundle.folder, "--against", checkpoint, "--prompts", "prompts.txt", message=message)
 
 
 def test_engines(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_attention_under_its_older_names(checkpoint: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "said"),
+    ("file", "changes", "message"),
     [
         ("unet/config.json", {"num_class_embeds": 10}, "the unet takes a class label"),
         ("unet/config.json", {"in_channels": 4}, r"in and out channels are \(4, 3\), the latents' 3"),
@@ -213,9 +213,9 @@ def test_attention_under_its_older_names(checkpoint: Path, tmp_path: Path) -> No
     ids=str,
 )
 def test_checkpoints_that_do_not_fit(
-    checkpoint: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str
+    checkpoint: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     edit_json(folder / file, **changes)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)

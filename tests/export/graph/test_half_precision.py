@@ -22,8 +22,8 @@ def ranges_of(model: ir.Model, feed: dict[str, np.ndarray], file: Path) -> dict[
     probe = model.clone()
     names = add_extremes(probe)
     save_graph(probe, file)
-    found = run(file, feed)
-    return dict(zip(names, np.maximum(found[HIGHEST], -found[LOWEST]).tolist(), strict=True))
+    results = run(file, feed)
+    return dict(zip(names, np.maximum(results[HIGHEST], -results[LOWEST]).tolist(), strict=True))
 
 
 def split(model: ir.Model) -> list[ir.Model]:

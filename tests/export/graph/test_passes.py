@@ -66,8 +66,8 @@ def test_every_attention_is_fused_and_the_result_stays(wholes: dict[str, Whole],
     assert result.changes == attentions == kinds.count("MultiHeadAttention") > 0 and "Softmax" not in kinds
     save_graph(result.model, tmp_path / "fused.onnx")
     feed = wholes[kind].feed(3, 6, 10)
-    found, expected = run(tmp_path / "fused.onnx", feed)["noise_pred"], run(wholes[kind].path, feed)["noise_pred"]
-    assert largest_difference(found, expected) <= 1e-5
+    results, expected = run(tmp_path / "fused.onnx", feed)["noise_pred"], run(wholes[kind].path, feed)["noise_pred"]
+    assert largest_difference(results, expected) <= 1e-5
 
 
 def test_fusing_again_changes_nothing(wholes: dict[str, Whole]) -> None:

@@ -36,10 +36,10 @@ def tensors(
     model = wholes["conditional"].model
     names = computed(model)
     assert add_outputs(model, names) == tuple(name for name in names if name != "noise_pred")
-    found = run_probe(model, feed, tmp_path_factory.mktemp("tensors"))
+    result = run_probe(model, feed, tmp_path_factory.mktemp("tensors"))
     expected = run(wholes["conditional"].path, feed)["noise_pred"]
-    assert largest_difference(found["noise_pred"], expected) <= 1e-5  # ONNX Runtime fuses fewer nodes of this graph
-    return found
+    assert largest_difference(result["noise_pred"], expected) <= 1e-5  # ONNX Runtime fuses fewer nodes of this graph
+    return result
 
 
 def test_extremes_are_maximum_and_minimum(
@@ -48,10 +48,10 @@ def test_extremes_are_maximum_and_minimum(
     model = wholes["conditional"].model
     names = add_extremes(model)
     assert names == computed(wholes["conditional"].model)
-    found = run_probe(model, feed, tmp_path)
-    assert list(found) == ["noise_pred", HIGHEST, LOWEST]
-    np.testing.assert_allclose(found[HIGHEST], [tensors[name].max() for name in names], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found[LOWEST], [tensors[name].min() for name in names], rtol=1e-4, atol=1e-5)
+    result = run_probe(model, feed, tmp_path)
+    assert list(result) == ["noise_pred", HIGHEST, LOWEST]
+    np.testing.assert_allclose(result[HIGHEST], [tensors[name].max() for name in names], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result[LOWEST], [tensors[name].min() for name in names], rtol=1e-4, atol=1e-5)
 
 
 def test_extremes_of_some_tensors(wholes: dict[str, Whole], feed: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_largest_is_the_magnitude(
     wanted = computed(model)[::3]
     names = add_largest(model, ["sample", *wanted, wanted[0]])
     assert list(names) == wanted
-    found = run_probe(model, feed, tmp_path)[LARGEST]
-    np.testing.assert_allclose(found, [np.abs(tensors[name]).max() for name in names], rtol=1e-4, atol=1e-5)
+    result = run_probe(model, feed, tmp_path)[LARGEST]
+    np.testing.assert_allclose(result, [np.abs(tensors[name]).max() for name in names], rtol=1e-4, atol=1e-5)
 
 
 def test_shapes_are_those_of_one_call(
@@ -78,8 +78,8 @@ def test_shapes_are_those_of_one_call(
     model = wholes["conditional"].model
     wanted = computed(model)[::5]
     outputs = add_shapes(model, wanted)
-    found = run_probe(model, feed, tmp_path)
-    assert {name: tuple(found[output]) for output, name in outputs.items()} == {n: tensors[n].shape for n in wanted}
+    result = run_probe(model, feed, tmp_path)
+    assert {name: tuple(result[output]) for output, name in outputs.items()} == {n: tensors[n].shape for n in wanted}
 
 
 def test_unknown_tensors_and_none_are_refused(wholes: dict[str, Whole]) -> None:

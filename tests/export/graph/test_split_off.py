@@ -73,9 +73,9 @@ def test_the_parts_compute_what_the_whole_computes(
     for sizes in wholes[kind].sizes:
         feed = wholes[kind].feed(*sizes)
         expected = run(wholes[kind].path, feed)["noise_pred"]
-        found = run(parts[kind].rest, between(parts[kind], feed))["noise_pred"]
-        assert largest_difference(found, expected) <= TOLERANCE, sizes
-        assert largest_difference(found, wholes[kind].torch(feed)) <= 1e-4, sizes
+        results = run(parts[kind].rest, between(parts[kind], feed))["noise_pred"]
+        assert largest_difference(results, expected) <= TOLERANCE, sizes
+        assert largest_difference(results, wholes[kind].torch(feed)) <= 1e-4, sizes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,8 +89,8 @@ def test_rows_do_not_depend_on_each_other(
     (one,) = run(parts[kind].files[0], {"timestep": feed["timestep"][order]}).values()
     assert largest_difference(one, feed["time_embedding"][order]) <= TOLERANCE
     whole_result = run(parts[kind].rest, feed)["noise_pred"]
-    found = run(parts[kind].rest, {name: array[order] for name, array in feed.items()})["noise_pred"]
-    assert largest_difference(found, whole_result[order]) <= 1e-5
+    results = run(parts[kind].rest, {name: array[order] for name, array in feed.items()})["noise_pred"]
+    assert largest_difference(results, whole_result[order]) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,8 +199,8 @@ def test_openvino_computes_the_same(parts: dict[str, Parts], wholes: dict[str, W
         values = dict(feed)
         for model in compiled:
             # A port may have the names of several tensors, because OpenVINO removes a multiplication by one.
-            found = model({port: values[(port.names & values.keys()).pop()] for port in model.inputs})
-            values |= {name: np.array(found[port]) for port in model.outputs for name in port.names}
+            results = model({port: values[(port.names & values.keys()).pop()] for port in model.inputs})
+            values |= {name: np.array(results[port]) for port in model.outputs for name in port.names}
         assert largest_difference(values["noise_pred"], run(wholes[kind].path, feed)["noise_pred"]) <= 1e-4
 
 
@@ -226,8 +226,8 @@ def test_attention_of_the_rest_can_be_fused(
     save_graph(result.model, tmp_path / "fused.onnx")
     for sizes in wholes[kind].sizes:
         feed = wholes[kind].feed(*sizes)
-        found = run(tmp_path / "fused.onnx", between(parts[kind], feed))["noise_pred"]
-        assert largest_difference(found, run(wholes[kind].path, feed)["noise_pred"]) <= 1e-5
+        results = run(tmp_path / "fused.onnx", between(parts[kind], feed))["noise_pred"]
+        assert largest_difference(results, run(wholes[kind].path, feed)["noise_pred"]) <= 1e-5
 
 
 def test_the_order_of_the_splits_makes_no_difference(wholes: dict[str, Whole], tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_the_order_of_the_splits_makes_no_difference(wholes: dict[str, Whole], t
     save_graph(time.rest, tmp_path / "rest.onnx")
     feed = graph.feed(3, 9, 11)
     values = feed | run(tmp_path / "cross_attention_kv.onnx", feed) | run(tmp_path / "time_embedding.onnx", feed)
-    found = run(tmp_path / "rest.onnx", values)["noise_pred"]
-    assert largest_difference(found, run(graph.path, feed)["noise_pred"]) <= TOLERANCE
+    results = run(tmp_path / "rest.onnx", values)["noise_pred"]
+    assert largest_difference(results, run(graph.path, feed)["noise_pred"]) <= TOLERANCE
 
 
 def test_an_input_that_is_missing_or_needs_no_work_gives_none(wholes: dict[str, Whole]) -> None:

@@ -93,24 +93,24 @@ def test_rows_are_what_diffusers_multiplies_by(config: dict[str, Any], eta: floa
     config = config | {"prediction_type": prediction}
     scheduler, trajectory = theirs(NAME, config, 50), DDIM.from_config(config).trajectory(50, eta)
     unit = torch.eye(3).reshape(3, 3, 1)
-    found = [
+    result = [
         scheduler.step(unit[1], t, unit[0], eta=eta, variance_noise=unit[2]).prev_sample.flatten().numpy()
         for t in scheduler.timesteps
     ]
     assert trajectory.rows.dtype == np.float32
     assert trajectory.rows.shape == (50, 1, 4)
-    np.testing.assert_allclose(trajectory.rows[:, 0, [0, 1, 3]], np.array(found), rtol=2e-6, atol=3e-7)
+    np.testing.assert_allclose(trajectory.rows[:, 0, [0, 1, 3]], np.array(result), rtol=2e-6, atol=3e-7)
     assert not trajectory.rows[:, 0, 2].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_alphas(options: dict[str, Any]) -> None:
     config = TEXT2IM_LARGE | options
-    found, expected = DDIM.from_config(config).alphas_cumprod, DDIMScheduler.from_config(config).alphas_cumprod.numpy()
-    assert found.dtype == np.float32
+    result, expected = DDIM.from_config(config).alphas_cumprod, DDIMScheduler.from_config(config).alphas_cumprod.numpy()
+    assert result.dtype == np.float32
     # Rescaling subtracts nearly equal square roots, which torch does not round correctly: its error grows there.
     tolerance = {"rtol": 0, "atol": 1e-5} if config.get("rescale_betas_zero_snr") else {"rtol": 5e-7, "atol": 0}
-    np.testing.assert_allclose(found, expected, **tolerance)
+    np.testing.assert_allclose(result, expected, **tolerance)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -209,6 +209,6 @@ def test_refuses_exactly_what_diffusers_cannot_do(
         return
     assert ours is not None, "diffusers gives an image"
     for i, expected in enumerate(moved):
-        found = ours.step([x.numpy()], out.numpy(), i, noise.numpy() if ours.needs_noise else None)[0]
+        result = ours.step([x.numpy()], out.numpy(), i, noise.numpy() if ours.needs_noise else None)[0]
         # Loose, as ᾱ near 1 is rescaled from square roots that torch rounds otherwise, and 1 - ᾱ is divided by.
-        np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(result, expected.numpy(), rtol=2e-3, atol=2e-3)

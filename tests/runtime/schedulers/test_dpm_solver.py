@@ -123,8 +123,8 @@ def test_beta_sigmas() -> None:
     s = np.linspace(0, 0.5**0.6, 200_001)
     density = (1 - s ** (1 / 0.6)) ** -0.4
     integral = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(s))])
-    found = np.interp(x[:21] ** 0.6, s, integral / integral[-1] / 2)
-    np.testing.assert_allclose(found, p[:21], rtol=0, atol=1e-9)
+    result = np.interp(x[:21] ** 0.6, s, integral / integral[-1] / 2)
+    np.testing.assert_allclose(result, p[:21], rtol=0, atol=1e-9)
     np.testing.assert_allclose(beta_quantile(np.array([0.1, 0.3])), SCIPY, rtol=1e-12)
     ours = DPMSolverMultistep.from_config(LATENT_DIFFUSION | {"use_beta_sigmas": True})
     sigmas = ours._timesteps_and_sigmas(20)[1]

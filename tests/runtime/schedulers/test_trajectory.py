@@ -38,12 +38,12 @@ def test_a_step_is_the_sum_of_its_row(scheduler: Scheduler, i: int) -> None:
     trajectory = scheduler.trajectory(8, 0.5)
     state, prediction, noise = arrays(trajectory)
     before = [array.copy() for array in (*state, prediction)]
-    found = trajectory.step(state, prediction, i, noise)
+    result = trajectory.step(state, prediction, i, noise)
     x0 = trajectory.predict_x0(state[0], prediction, i)
     terms = np.stack([*state, prediction, x0, x0 * 0 if noise is None else noise]).astype(np.float64)
     expected = np.tensordot(trajectory.rows[i].astype(np.float64), terms, axes=1)
-    np.testing.assert_allclose(np.stack(found), expected, rtol=0, atol=3e-6 * max(1, np.abs(expected).max()))
-    assert not any(np.shares_memory(a, b) for a in found for b in (*state, prediction))
+    np.testing.assert_allclose(np.stack(result), expected, rtol=0, atol=3e-6 * max(1, np.abs(expected).max()))
+    assert not any(np.shares_memory(a, b) for a in result for b in (*state, prediction))
     assert all(np.array_equal(a, b) for a, b in zip(before, (*state, prediction), strict=True))
     if not trajectory.affine:
         assert trajectory.rows[..., -2].any()
@@ -85,9 +85,9 @@ def test_limits_of_x0(ratio: float, highest: float) -> None:
     scheduler = DDIMScheduler(dynamic_thresholding_ratio=ratio, sample_max_value=highest)
     expected = scheduler._threshold_sample(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(Threshold(ratio, highest)(x), expected, rtol=1e-6, atol=1e-6)
-    found = Clip(highest)(x)
-    np.testing.assert_array_equal(found, torch.from_numpy(x).clamp(-highest, highest).numpy())
-    assert found.dtype == np.float32
+    result = Clip(highest)(x)
+    np.testing.assert_array_equal(result, torch.from_numpy(x).clamp(-highest, highest).numpy())
+    assert result.dtype == np.float32
 
 
 def test_steps_misused() -> None:
