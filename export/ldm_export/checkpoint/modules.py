@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ldm_export.checkpoint.folder import Checkpoint, Component
 from ldm_export.checkpoint.json_files import first_line, shortened
 from ldm_export.checkpoint.layout import ModuleSource, Part, WeightNames
-from ldm_export.checkpoint.weights import DTYPES, StoredTensor, read_weights
+from ldm_export.checkpoint.weights import DTYPES, StoredTensor
 from ldm_runtime.errors import CheckpointError, SpecError
 
 __all__ = ["MAX_BYTES", "load_module"]
@@ -30,7 +30,7 @@ def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
 
     Raises:
         CheckpointError: The config describes no module, or one above MAX_BYTES; tensors are missing, left over,
-            misshapen, of another dtype than DTYPES, or not finite; the files cannot be read (``read_weights``).
+            misshapen, of another dtype than DTYPES, or not finite; the files cannot be read (``weights.read_weights``).
         SpecError: The layout has no module of that name.
     """
     if name not in checkpoint.layout.modules:
@@ -73,7 +73,7 @@ def _without(module: nn.Module, source: ModuleSource) -> nn.Module:
 def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, component: Component) -> None:
     """Read the weights of a module on the meta device into it."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    weights = _named_as_today(read_weights(component.folder, component.name), expected, part.weights, component)
+    weights = _named_as_today(component.weights(), expected, part.weights, component)
     unused = tuple(f"{left_out}." for left_out in source.left_out)
     weights = {
         key: stored

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ldm_export.checkpoint.json_files import first_line, read_json, shortened
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["DTYPES", "StoredTensor", "read_weights", "weight_file"]
+__all__ = ["DTYPES", "StoredTensor", "read_safetensors", "read_weights", "weight_file"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 """The dtypes of weights that are read; every other one (integers, float8) would need a scale or a meaning."""
@@ -102,10 +102,10 @@ def _read_file(file: Path, component: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{component}: {file} cannot be read: {error}; check its permissions") from error
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{component}: {file} is a Git LFS pointer, not the weights; run git lfs pull")
-    return (_read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, component)
+    return (read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, component)
 
 
-def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
+def read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
     weights = {}
     try:
         with safe_open(file, framework="pt") as opened:

@@ -9,6 +9,7 @@ from typing import Any
 from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_index
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
+from ldm_export.families.unconditional import UNCONDITIONAL
 from ldm_runtime.errors import CheckpointError
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE,)
+FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL)
 """Every family that can be exported."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -159,14 +160,19 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         guidance=GUIDANCE,
         latents=shape.latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
-        defaults=DEFAULTS,
+        defaults=checkpoint.defaults or DEFAULTS,
     )
 
 
 @contextmanager
 def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
     source = checkpoint.files["tokenizer"]
+    if source.is_file():
+        with TemporaryDirectory() as folder:
+            name = "tokenizer.json" if source.suffix == ".json" else "vocab.txt"
+            yield Path(copyfile(source, Path(folder) / name)).parent
+        return
     if checkpoint.random_seed is None or any((source / name).exists() for name in VOCABULARY_FILES):
         yield source
         return
@@ -190,7 +196,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
     with _tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
     config = dict(checkpoint.scheduler_config)
-    scheduler = SCHEDULER.classes[config.pop("class")]
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
     constructor: Any = LDMTextToImagePipeline
     pipeline = constructor(
         vqvae=load_module(checkpoint, "autoencoder"),
