@@ -11,10 +11,10 @@ from importlib.metadata import version
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable
-from ldm_export.verbs import bench, build, calibrate, client, generate, inspect, report, triton, verify
+from ldm_export.verbs import bench, build, calibrate, client, convert, generate, inspect, report, triton, verify
 from ldm_runtime.errors import LdmError, interrupted
 
-VERBS = (build, calibrate, generate, verify, report, inspect, bench, triton, client)
+VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, triton, client)
 """Modules of one verb each: its name, its help in the first docstring line, ``add_arguments`` and ``run``."""
 
 

@@ -197,7 +197,7 @@ class LatentDiffusionPipeline:
             SpecError: Names the field, what was given and what is expected.
         """
         known = {name for conditioner in self.conditioners for name in conditioner.fields}
-        of_kinds = {"prompts", "negative_prompt", "images_per_prompt"} - known
+        of_kinds = {"prompts", "negative_prompt", "images_per_prompt", "labels"} - known
         if foreign := sorted(of_kinds & request.given()):
             takes = ", ".join(sorted(known)) or "count"
             raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")

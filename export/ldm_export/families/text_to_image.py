@@ -49,7 +49,7 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape"]
+__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape", "tokenizer_folder"]
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
@@ -165,8 +165,11 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
 
 
 @contextmanager
-def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+def tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder.
+
+    A vocabulary that is one file is copied into a folder under the name that tokenizers look for.
+    """
     source = checkpoint.files["tokenizer"]
     if source.is_file():
         with TemporaryDirectory() as folder:
@@ -181,7 +184,7 @@ def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    with _tokenizer_folder(checkpoint) as folder:
+    with tokenizer_folder(checkpoint) as folder:
         write_tokenizer_json(folder, target)
     token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
     known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
@@ -193,7 +196,7 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
-    with _tokenizer_folder(checkpoint) as folder:
+    with tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
     config = dict(checkpoint.scheduler_config)
     scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]

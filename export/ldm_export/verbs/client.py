@@ -77,6 +77,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     inputs = {
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
+        "LABEL": args.label,
         "COUNT": args.count,
         "SEED": seed,
         "STEPS": args.steps,
@@ -120,7 +121,8 @@ def _stream(connection: Connection, inputs: dict[str, Any], args: argparse.Names
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:
     from ldm_runtime.images import pil_image
 
-    count = len(args.prompts) * args.images_per_prompt if args.prompts else args.count or 1
+    each = len(args.prompts) or len(args.label or ())
+    count = each * args.images_per_prompt if each else args.count or 1
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != count or not array.size:
         got = f"{array.dtype} {list(array.shape)}"
         raise ServerError(f"{address}: IMAGE is {got}, expected uint8 [{count}, height, width, 3]; check --model")

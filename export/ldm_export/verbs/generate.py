@@ -78,6 +78,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
     return Request(
         args.prompts or None,
         negative_prompt=args.negative_prompt,
+        labels=args.label,
         count=args.count,
         seed=seed,
         eta=args.eta,

@@ -41,7 +41,10 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     verb.add_argument("--width", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
     verb.add_argument("--height", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
-    verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
+    verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt or label (default 1)")
+    verb.add_argument(
+        "--label", type=int, nargs="+", metavar="N", help="classes to draw, for a model conditioned on class labels"
+    )
     verb.add_argument("--count", type=int, metavar="N", help="images, for a model without prompts (default 1)")
 
 

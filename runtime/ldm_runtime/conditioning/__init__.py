@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Protocol
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.text import TextConditioner
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
 
-__all__ = ["KINDS", "Conditioner", "TextConditioner", "open_conditioner"]
+__all__ = ["KINDS", "Conditioner", "LabelConditioner", "TextConditioner", "open_conditioner"]
 
 
 class Conditioner(Protocol):
@@ -59,6 +60,7 @@ class Conditioner(Protocol):
 
 KINDS: Mapping[str, Callable[[ConditioningSpec, Mapping[str, Backend], Callable[[str], Path]], Conditioner]] = {
     TextConditioner.kind: TextConditioner.open,
+    LabelConditioner.kind: LabelConditioner.open,
 }
 """Kind -> constructor, called with the manifest's entry, the backends by component, and what resolves a file's path."""
 
