@@ -103,7 +103,9 @@ def read_state_dict(file: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(
                     f"{file}: begins with {start[:4]!r}, expected a file of torch.save or safetensors; download it again"
                 )
-    except (OSError, zipfile.BadZipFile, struct.error) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, EOFError, OverflowError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({error}); download the file again") from None
     return _tensors(file, content, storages)
 

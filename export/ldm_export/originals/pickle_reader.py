@@ -8,6 +8,7 @@ are built from these records by ``tensor_entries``. Whatever else a training fra
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -109,22 +110,26 @@ def read_pickle(file: BinaryIO, where: str) -> Any:
     Raises:
         CheckpointError: The pickle is damaged or truncated, or it is larger than any checkpoint's.
     """
-    machine = _Machine()
     try:
-        count = 0
-        for opcode, argument, _ in pickletools.genops(_BoundedFile(file)):  # type: ignore[arg-type]
-            count += 1
-            if count > MAX_OPCODES:
-                raise ValueError(f"more than {MAX_OPCODES} opcodes")
-            if opcode.name == "STOP":
-                break
-            machine.step(opcode.name, argument)
-        return machine.pop()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # odd escapes in the names of a damaged file
+            return _run(file)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         cause = " ".join(str(error).split())
         raise CheckpointError(
             f"{where}: not a pickle of torch.save ({type(error).__name__}: {cause:.120}); download the file again"
         ) from None
+
+
+def _run(file: BinaryIO) -> Any:
+    machine = _Machine()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(_BoundedFile(file))):  # type: ignore[arg-type]
+        if count > MAX_OPCODES:
+            raise ValueError(f"more than {MAX_OPCODES} opcodes")
+        if opcode.name == "STOP":
+            break
+        machine.step(opcode.name, argument)
+    return machine.pop()
 
 
 class _Machine:
