@@ -128,8 +128,8 @@ def theirs(args: argparse.Namespace) -> dict[str, Timed]:
     """diffusers' pipeline on the same device, as it is and with its UNet compiled."""
     import torch
 
-    from ldm_export.checkpoint.folder import open_checkpoint
     from ldm_export.demo import demo_checkpoint
+    from ldm_export.families import open_checkpoint
     from ldm_export.quality.verification import reference_pipeline
     from ldm_runtime.errors import BackendError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,18 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.errors import BackendError
 from ldm_runtime.geometry import Geometry
-from ldm_runtime.guidance import StepBranches, guide, step_branches
+from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
-from ldm_runtime.number_checks import integer, number
-from ldm_runtime.request import Plan, Request, RequestOptions, check_latents_given, seeds_of
+from ldm_runtime.planner import Planner
+from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
 
 __all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
 
 F32 = NDArray[np.float32]
-MAX_COUNT = 4096
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +114,7 @@ class LatentDiffusionPipeline:
         self.scheduler = scheduler_from_config(model.scheduler)
         self.conditioners = tuple(open_conditioner(entry, backends, files) for entry in model.conditioning)
         self.denoiser = Denoiser(model, backends)
+        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners)
         self._keep_loaded = keep_loaded
 
     @classmethod
@@ -196,43 +195,11 @@ class LatentDiffusionPipeline:
         Raises:
             SpecError: Names the field, what was given and what is expected.
         """
-        known = {name for conditioner in self.conditioners for name in conditioner.fields}
-        of_kinds = {"prompts", "negative_prompt", "images_per_prompt", "labels"} - known
-        if foreign := sorted(of_kinds & request.given()):
-            takes = ", ".join(sorted(known)) or "count"
-            raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")
-        images = self._images(request)
-        geometry, defaults = self.geometry, self.model.defaults
-        shape = (
-            images,
-            geometry.channels,
-            geometry.latents_of("height", request.height),
-            geometry.latents_of("width", request.width),
-        )
-        scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
-        eta = _or(request.eta, defaults.eta)
-        trajectory = self.scheduler.trajectory(_or(request.num_inference_steps, defaults.num_inference_steps), eta)
-        steps = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
-        guided = bool(self.model.guidance) and scale != 1.0
-        return Plan(
-            request=request,
-            seeds=seeds_of(request.seed, images),
-            shape=shape,
-            latents=check_latents_given(request.latents, shape),
-            guidance_scale=scale,
-            branches=self.model.guidance if guided else ("conditional",),
-            steps=steps if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
-            trajectory=trajectory,
-        )
+        return self._planner.plan(request)
 
-    def _images(self, request: Request) -> int:
-        counts = [conditioner.images(request) for conditioner in self.conditioners]
-        if request.count is not None and counts:
-            raise SpecError("count: got a number, but this model's conditioning decides how many images there are")
-        images = max(counts, default=integer("count", _or(request.count, 1), 1, MAX_COUNT))
-        if images > self.geometry.images:
-            raise SpecError(f"images: got {images} in one call, expected 1..{self.geometry.images}; make several calls")
-        return images
+    def example(self) -> dict[str, Any]:
+        """Fields of a small valid request for one image: what the model's conditioning needs."""
+        return {name: value for one in self.conditioners for name, value in one.example().items()}
 
     def steps(self, request: Request) -> Iterator[Step]:
         """Run the denoising loop one step at a time: the caller owns progress and may stop at any step.
@@ -316,10 +283,6 @@ class LatentDiffusionPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _or(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
 
 
 def _reader(latents: F32) -> Callable[[], F32]:

@@ -33,6 +33,7 @@ class RequestOptions(TypedDict, total=False):
     images_per_prompt: int
     latents: F32 | None
     labels: int | Sequence[int] | None
+    image: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
 
@@ -55,6 +56,7 @@ class Request:
         images_per_prompt: Images for each prompt or label.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
         labels: Classes to draw, one number or several; for models conditioned on class labels.
+        image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
     """
@@ -71,6 +73,7 @@ class Request:
     images_per_prompt: int = 1
     latents: F32 | None = None
     labels: int | Sequence[int] | None = None
+    image: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
 

@@ -60,10 +60,8 @@ def test_both_layouts_say_the_same(tmp_path: Path, vq: bool) -> None:
         assert older.components[name].class_name == component.class_name
         assert older.components[name].config == component.config
     assert current.scheduler_config == older.scheduler_config
-    assert (current.files["tokenizer"], older.files["tokenizer"]) == (
-        tmp_path / "current/tokenizer",
-        tmp_path / "older/tokenizer",
-    )
+    folders = (current.files["tokenizer"], older.files["tokenizer"])
+    assert folders == (tmp_path / "current/tokenizer", tmp_path / "older/tokenizer")
 
 
 def test_configs_hold_every_argument(tiny: Path) -> None:

@@ -16,10 +16,12 @@ from PIL import Image
 
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.manifest import COMPONENTS, NAME
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from tests.support.checkpoints import random_checkpoint
 from tests.support.configs_only import write_configs
 
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+ALL = (*COMPONENTS, "step", "guided_step")
 STEPS = ("--steps", "2", "--seed", "7", "--threads", "1")
 PROMPT = "a red circle left of the blue square"
 
@@ -50,14 +52,14 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
     told = json.loads(out)
     assert err == "" and set(told) == {"bundle", "bytes", "made", "seconds"}
     assert told["bundle"] == "sub/bundle"
-    assert told["made"] == [
-        "tokenizer",
-        *(f"{name}.fp32" for name in (*COMPONENTS, "step", "guided_step", "keyed_unet")),
-    ]
+    graphs = ("text_encoder", "unet", "decoder", "step", "guided_step")
+    assert sorted(told["made"]) == sorted(
+        ["tokenizer", "unet.fp32.onnxruntime-cpu", *(f"{name}.fp32" for name in graphs)]
+    )
     built = Bundle.open(place / "sub/bundle")
     built.check()
     assert told["bytes"] == sum(fact.size for fact in built.manifest.files.values())
-    assert built.manifest.asked["random_weights_seed"] == 0
+    assert built.manifest.request["random_weights_seed"] == 0
     assert not list(place.rglob(".*"))
     run(capfd, "generate", "sub/bundle", PROMPT, *STEPS)
     assert pixels("out.png").shape == (16, 16, 3)
@@ -66,8 +68,8 @@ def test_build_from_configs_alone_then_a_picture(place, capfd) -> None:
 def test_build_keeps_valid_files_and_rebuilds_damaged_ones(tiny_checkpoint, bundle_copy, capfd) -> None:
     before = (bundle_copy / NAME).read_bytes()
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
-    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 9 files\n", out)
-    assert re.fullmatch(r"nothing to do, all of it is there; \d+ s\n", err)
+    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 10 files\n", out)
+    assert re.fullmatch(r"nothing to do, the bundle is complete; \d+ s\n", err)
     (bundle_copy / "tokenizer.json").write_bytes(b"{}")
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
     assert re.fullmatch(r"made tokenizer; \d+ s\n", err)
@@ -134,13 +136,13 @@ def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
         assert text in out
     facts = json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])
-    assert set(facts["components"]) == set(COMPONENTS)
+    assert set(facts["components"]) == set(ALL)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["asked"].keys() == {"checkpoint", "checkpoint_sha256", "precision"}
-    assert (facts["asked"]["checkpoint"], facts["asked"]["precision"]) == ("tiny", "fp32")
+    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision", "quantize"}
+    assert (facts["request"]["checkpoint"], facts["request"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
-    assert facts["files"] == sizes and len(sizes) == 9
+    assert facts["files"] == sizes and len(sizes) == 10
 
 
 def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bundle_copy, place, capfd) -> None:
@@ -149,7 +151,7 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     out, err = run(capfd, *arguments, "--json")
     facts = json.loads(out)
     assert err == "" and facts["within_tolerance"] is True
-    assert set(facts["components"]) == set(COMPONENTS)
+    assert set(facts["components"]) == {"text_encoder", "unet", "decoder"}
     assert all(0 <= part["max_error"] < 1e-3 for part in facts["components"].values())
     assert [picture["prompt"] for picture in facts["pictures"]] == ["a <b>red</b> circle", "a blue [/i] square"]
     assert all(picture["max_pixel"] <= 1 for picture in facts["pictures"])
@@ -179,7 +181,12 @@ def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place
     "arguments",
     [
         *([], ["paint"], ["build"], ["build", "x"], ["build", "x", "-o", "y", "--precision", "fp7"]),
-        *(["generate"], ["generate", "x"], ["generate", "x", "y", "--steps", "many"], ["inspect", "x", "--quiet=1"]),
+        *(
+            ["generate"],
+            ["generate", "x", "--count", "few"],
+            ["generate", "x", "y", "--steps", "many"],
+            ["inspect", "x", "--quiet=1"],
+        ),
         *(["generate", "x", "y", "--device", "tpu"], ["inspect", "x", "--quiet", "--verbose"], ["verify", "x", "y"]),
     ],
 )
@@ -196,7 +203,7 @@ def test_version_and_module(tiny_bundle) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ldm-export {version('ldm-export')}\n", "")
     done = python("inspect", tiny_bundle, "--json", env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "20"})
     assert done.returncode == 0 and done.stderr == ""
-    assert set(json.loads(done.stdout)["components"]) == set(COMPONENTS)
+    assert set(json.loads(done.stdout)["components"]) == set(ALL)
 
 
 def test_generate_loads_no_torch(tiny_bundle, place) -> None:

@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 
-from ldm_runtime.manifest import COMPONENTS, NAME
+from ldm_runtime.bundle_layout import MANIFEST as NAME
 from tests.support.checkpoints import edit_json
 
 Refused = Callable[..., None]
-FILES = ("tokenizer.json", *(f"{name}/fp32.onnx" for name in COMPONENTS))
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+FILES = (
+    *("tokenizer.json", "unet/fp32.onnxruntime-cpu.onnx"),
+    *(f"{name}/fp32.onnx" for name in COMPONENTS if name != "unet"),
+)
+"""What ONNX Runtime opens on a CPU."""
 READERS: dict[str, tuple[str, ...]] = {
     "generate": ("a red circle", "--steps", "1", "--seed", "0"),
     "inspect": ("--check",),
@@ -69,15 +74,24 @@ def test_a_link_that_leaves_the_bundle(read: Callable[[str], None], bundle_copy:
 
 
 MANIFESTS: dict[str, tuple[str, Any, str]] = {
-    "newer": ("version", 2, "version: got 2, this ldm-export reads 1; install the ldm-export that built the bundle"),
+    "newer": ("version", 3, "version: got 3, this ldm-export reads 2; rebuild the bundle with `ldm-export build`"),
+    "older": ("version", 1, "version: got 1, this ldm-export reads 2; rebuild the bundle with `ldm-export build`"),
     "another format": ("format", "zip", "format: got 'zip', expected 'ldm-export bundle'"),
-    "absolute": ("tokenizer", "/etc/passwd", "tokenizer: path '/etc/passwd' is not a plain path inside the bundle"),
+    "absolute": (
+        "conditioning 0 files tokenizer",
+        "/etc/passwd",
+        "tokenizer: path '/etc/passwd' is not a plain path inside the bundle",
+    ),
     "leaves": ("components unet graphs fp32", "../x.onnx", "path '../x.onnx' is not a plain path inside the bundle"),
     "file that leaves": ("files ../x", {"sha256": "0" * 64, "size": 0}, "path '../x' is not a plain path"),
     "escapes": ("files \x1b[2J\nx", {"sha256": "0" * 64, "size": 0}, "is not a plain path inside the bundle"),
-    "unlisted": ("tokenizer", "other.json", "files: no entry for other.json, so its digest cannot be checked"),
+    "unlisted": (
+        "conditioning 0 files tokenizer",
+        "other.json",
+        "files: no entry for other.json, so its digest cannot be checked",
+    ),
     "long name": ("files " + "x" * 300, {"sha256": "0" * 64, "size": 0}, "x" * 300 + ": cannot be read (File name"),
-    "no component": ("components", {}, "components: text_encoder, unet, decoder missing"),
+    "no component": ("components", {}, "order: got "),
     "odd shape": ("components unet inputs 0 shape", ["depth"], "'depth' is neither a size nor one of the axes"),
     "no list": ("components unet inputs", "sample", "components.unet.inputs: expected a list of tensors"),
 }
@@ -106,13 +120,13 @@ def test_no_bundle_at_all(refused: Refused, tiny_checkpoint: Path, tmp_path: Pat
 
 
 def test_a_newer_version_is_reported_by_verify_too(refused: Refused, tiny_checkpoint: Path, bundle_copy: Path) -> None:
-    edit_json(bundle_copy / NAME, version=2)
-    refused("verify", bundle_copy, "--against", tiny_checkpoint, said="version: got 2, this ldm-export reads 1")
+    edit_json(bundle_copy / NAME, version=3)
+    refused("verify", bundle_copy, "--against", tiny_checkpoint, said="version: got 3, this ldm-export reads 2")
 
 
 def replace_unet(bundle: Path, content: bytes) -> None:
     """As ONNX Runtime takes it on the CPU, and as the others do."""
-    replace(bundle, "unet/keyed.onnx", content)
+    replace(bundle, "unet/fp32.onnxruntime-cpu.onnx", content)
     replace(bundle, "unet/fp32.onnx", content)
 
 
@@ -120,11 +134,13 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "graph that is none": lambda b: replace_unet(b, b"\x08\xff not protobuf"),
     "empty graph": lambda b: replace_unet(b, b""),
     "another component's graph": lambda b: replace_unet(b, (b / "text_encoder/fp32.onnx").read_bytes()),
-    "keys that are none": lambda b: replace(b, "unet/keys.onnx", b"\x08\xff not protobuf"),
-    "keys of another component": lambda b: replace(b, "unet/keys.onnx", (b / "text_encoder/fp32.onnx").read_bytes()),
-    "fewer keys": lambda b: edit(b, "components unet_keys outputs", []),
-    "no keys": lambda b: edit(b, "components unet_keys", None),
-    "a step that gives something else": lambda b: edit(b, "components keyed_unet outputs 0 name", "x"),
+    "keys and values that are none": lambda b: replace(b, "cross_attention_kv/fp32.onnx", b"\x08\xff not protobuf"),
+    "keys and values of another component": lambda b: replace(
+        b, "cross_attention_kv/fp32.onnx", (b / "text_encoder/fp32.onnx").read_bytes()
+    ),
+    "fewer keys": lambda b: edit(b, "components cross_attention_kv outputs", []),
+    "no keys": lambda b: edit(b, "components cross_attention_kv", None),
+    "a UNet that gives something else": lambda b: edit(b, "components unet outputs 0 name", "x"),
     "tokenizer that is none": lambda b: replace(b, "tokenizer.json", b"{}"),
     "scheduler option": lambda b: edit(b, "scheduler beta_start", -1),
     "unknown scheduler option": lambda b: edit(b, "scheduler solver", "euler"),
@@ -134,7 +150,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "text encoder without a length": lambda b: edit(b, "components text_encoder inputs 0 shape", ["batch"]),
     "text encoder of any length": lambda b: edit(b, "components text_encoder inputs 0 shape", ["batch", "batch"]),
     "input of another name": lambda b: edit(b, "components unet inputs 0 name", "x"),
-    "input of another dtype": lambda b: edit(b, "components unet inputs 1 dtype", "float32"),
+    "input of another dtype": lambda b: edit(b, "components unet inputs 1 dtype", "int64"),
     "input of another rank": lambda b: edit(b, "components unet inputs 1 shape", ["batch", 1]),
     "two inputs of one name": lambda b: edit(b, "components unet inputs 1 name", "sample"),
     "output of another name": lambda b: edit(b, "components text_encoder outputs 0 name", "hidden"),

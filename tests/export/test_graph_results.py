@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from ldm_export.graph.components import MODULES, ModelShape, UNet
 from onnx import TensorProto
 from torch import nn
 
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import open_checkpoint
+from ldm_export.families.text_to_image import TEXT_TO_IMAGE, ModelShape
 from ldm_export.graph import onnx_graph
 from ldm_export.graph.onnx_graph import export_graph
+from ldm_export.graph.wrappers import UNet
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.model import Latents
 from ldm_runtime.specs import Axis, ComponentSpec
 from tests.support.configs_only import random_unet
+from tests.support.whole_unet import SPLIT, run_unet
 
-NAMES = tuple(MODULES)
+NAMES = tuple(TEXT_TO_IMAGE.components)
 SIZES = [(1, 2, 2), (2, 8, 8), (3, 9, 11), (1, 5, 16), (4, 2, 7), (32, 3, 3)]  # batch, height, width
 
 
 @pytest.fixture(scope="module")
 def specs(tiny_bundle: Path) -> dict[str, ComponentSpec]:
-    return {name: part.spec for name, part in Bundle.open(tiny_bundle).manifest.components.items() if name in NAMES}
+    manifest = Bundle.open(tiny_bundle).manifest
+    return {name: manifest.components[name].spec for name in (*NAMES, *SPLIT)}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint: Path) -> dict[str, ComponentSpec]:
+    """Specs of the traced components, before anything is split off."""
+    return dict(TEXT_TO_IMAGE.describe(open_checkpoint(tiny_checkpoint)).components)
 
 
 @pytest.fixture(scope="module")
 def modules(tiny_checkpoint: Path) -> dict[str, nn.Module]:
     checkpoint = open_checkpoint(tiny_checkpoint)
-    return {name: MODULES[name](load_module(checkpoint, name)).eval() for name in NAMES}
+    return {name: TEXT_TO_IMAGE.components[name].wrap(load_module(checkpoint, name)).eval() for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +72,13 @@ def feed_of(spec: ComponentSpec, seed: int = 0, **sizes: int) -> dict[str, np.nd
     return feed
 
 
-def assert_equals_torch(backend: OnnxRuntimeBackend, module: nn.Module, feed: Mapping[str, np.ndarray]) -> None:
+Runs = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def assert_equals_torch(run: Runs, module: nn.Module, feed: Mapping[str, np.ndarray]) -> None:
     with torch.inference_mode():
         expected = module(*(torch.from_numpy(array) for array in feed.values())).numpy()
-    (got,) = backend.run(feed).values()
+    (got,) = run(feed).values()
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
     assert expected.std() > 0.01
@@ -73,35 +87,36 @@ def assert_equals_torch(backend: OnnxRuntimeBackend, module: nn.Module, feed: Ma
 @pytest.mark.parametrize("batch", [1, 2, 5, 32])
 def test_text_encoder_equals_torch(backends, modules, specs, batch: int) -> None:
     feed = feed_of(specs["text_encoder"], batch, batch=batch)
-    assert_equals_torch(backends["text_encoder"], modules["text_encoder"], feed)
+    assert_equals_torch(backends["text_encoder"].run, modules["text_encoder"], feed)
 
 
 @pytest.mark.parametrize("name", ["unet", "decoder"])
 @pytest.mark.parametrize(("batch", "height", "width"), SIZES)
 def test_images_of_any_size_equal_torch(
-    backends, modules, specs, name: str, batch: int, height: int, width: int
+    backends, modules, whole, name: str, batch: int, height: int, width: int
 ) -> None:
-    feed = feed_of(specs[name], batch + height, batch=batch, height=height, width=width)
-    assert_equals_torch(backends[name], modules[name], feed)
+    feed = feed_of(whole[name], batch + height, batch=batch, height=height, width=width)
+    run = partial(run_unet, backends) if name == "unet" else backends[name].run
+    assert_equals_torch(run, modules[name], feed)
 
 
 def test_four_levels_of_any_size_equal_torch(tmp_path: Path) -> None:
-    spec = ModelShape(tokens=5, context_width=24, latent_channels=4, latent_size=8).specs()["unet"]
+    spec = ModelShape(5, 24, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
     module = UNet(random_unet(4, 1)).eval().requires_grad_(False)
     export_graph(module, spec, tmp_path / "unet.onnx")
     backend = OnnxRuntimeBackend(tmp_path / "unet.onnx", spec, "cpu", threads=1)
     for seed, (batch, height, width) in enumerate(SIZES):
-        assert_equals_torch(backend, module, feed_of(spec, seed, batch=batch, height=height, width=width))
+        assert_equals_torch(backend.run, module, feed_of(spec, seed, batch=batch, height=height, width=width))
     backend.close()
 
 
-def test_each_sample_has_a_timestep_of_its_own(backends, specs) -> None:
-    feed = feed_of(specs["unet"], 7, batch=4, height=9, width=6)
+def test_each_sample_has_a_timestep_of_its_own(backends, whole) -> None:
+    feed = feed_of(whole["unet"], 7, batch=4, height=9, width=6)
     feed["sample"][:], feed["context"][:] = feed["sample"][0], feed["context"][0]
     feed["timestep"] = np.array([0, 1, 500, 999])
-    together = backends["unet"].run(feed)["noise_pred"]
+    together = run_unet(backends, feed)["noise_pred"]
     for row in range(4):
-        alone = backends["unet"].run({key: array[row : row + 1] for key, array in feed.items()})["noise_pred"]
+        alone = run_unet(backends, {key: array[row : row + 1] for key, array in feed.items()})["noise_pred"]
         assert np.abs(together[row] - alone[0]).max() <= 1e-5 * np.abs(alone).max()
         assert all(np.abs(together[row] - together[other]).max() > 1e-3 for other in range(row))
 

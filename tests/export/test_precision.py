@@ -9,22 +9,26 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from ldm_export.graph.precision import MATRIX, half_graph
-from ldm_export.graph.ranges import measure_ranges
-from ldm_runtime.ddim import DDIM
 from safetensors.torch import load_file
 
+from ldm_calibration.model import CalibrationModel
+from ldm_calibration.ranges import measure_ranges
 from ldm_export.bundle.build import build
 from ldm_export.families import open_checkpoint
+from ldm_export.graph.islands import MATRIX
+from ldm_export.graph.onnx_graph import load_graph, save_graph
+from ldm_export.graph.passes.half_precision import HalfResult, half_precision
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import COMPONENTS
 from ldm_runtime.specs import dummy_inputs
 from tests.support.checkpoints import random_checkpoint, write_tensors
 
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+NORMALIZED = ("text_encoder", "unet", "decoder")
+"""Components with normalizations and softmax."""
 PROMPT, OPTIONS = "a red circle", {"seed": 1, "eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 7}
 SCALE = 2e5
 OVERFLOWING = {
@@ -46,6 +50,13 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
                 assert state[name].abs().max() < 65504
         write_tensors(file, state)
     return build(open_checkpoint(folder), folder.parent / "bundle", "fp16").bundle
+
+
+def half_graph(source: Path, target: Path, precision: str, ranges: dict[str, float]) -> HalfResult:
+    """Write ``source`` in half precision to ``target``."""
+    half = half_precision(precision, ranges)(load_graph(source))
+    save_graph(half.model, target)
+    return half
 
 
 def picture(bundle: Bundle, precision: str) -> np.ndarray:
@@ -73,7 +84,7 @@ def test_all_matrix_work_and_all_its_weights_are_half(half_bundle: Bundle, name:
         assert {value.dtype for value in side} <= {ir.DataType.FLOAT, ir.DataType.INT64}
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", NORMALIZED)
 def test_statistics_and_softmax_are_fp32(half_bundle: Bundle, name: str) -> None:
     graph = ir.load(half_bundle.graph(name, "fp16")).graph
     kept = [node for node in graph if node.op_type in ("InstanceNormalization", "LayerNormalization", "Softmax")]
@@ -125,10 +136,10 @@ def test_without_islands_by_range_they_would_overflow(overflowing_bundle: Bundle
     """The plain conversion, blind to ranges, gives infinities: so the picture above is the islands' doing."""
     source = overflowing_bundle.graph(name, "fp32")
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())[name]
-    made = half_graph(source, tmp_path / "blind.onnx", "fp16", dict.fromkeys(ranges, 0.0))
+    half_graph(source, tmp_path / "blind.onnx", "fp16", dict.fromkeys(ranges, 0.0))
     spec = overflowing_bundle.manifest.components[name].spec
     feed = dummy_inputs(spec)
-    blind = OnnxRuntimeBackend(made.files[0], spec, "cpu").run(feed)
+    blind = OnnxRuntimeBackend(tmp_path / "blind.onnx", spec, "cpu").run(feed)
     right = OnnxRuntimeBackend(source, spec, "cpu").run(feed)
     aware = OnnxRuntimeBackend(overflowing_bundle.graph(name, "fp16"), spec, "cpu").run(feed)
     (output,) = right
@@ -141,8 +152,11 @@ def test_bf16_keeps_the_structural_islands_only(overflowing_bundle: Bundle, tmp_
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())["unet"]
     assert max(ranges.values()) > 65504
     made = half_graph(overflowing_bundle.graph("unet", "fp32"), tmp_path / "unet.onnx", "bf16", ranges)
-    assert set(made.islands.values()) == {"statistics", "softmax", "timestep embedding"}
-    onnx.checker.check_model(str(made.files[0]), full_check=True)
+    assert set(made.islands.values()) == {"statistics", "softmax"}
+    onnx.checker.check_model(str(tmp_path / "unet.onnx"), full_check=True)
+    ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())["time_embedding"]
+    made = half_graph(overflowing_bundle.graph("time_embedding", "fp32"), tmp_path / "time.onnx", "bf16", ranges)
+    assert set(made.islands.values()) == {"timestep embedding"}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -150,12 +164,13 @@ def test_bf16_graphs_give_what_fp32_gives(overflowing_bundle: Bundle, name: str,
     """In OpenVINO, which has kernels for bf16 where ONNX Runtime's CPU has none."""
     source, spec = overflowing_bundle.graph(name, "fp32"), overflowing_bundle.manifest.components[name].spec
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())[name]
-    made = half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges)
+    half_graph(source, tmp_path / "bf16.onnx", "bf16", ranges)
     feed = dummy_inputs(spec)
-    (found,) = OpenVinoBackend(made.files[0], spec, "fp32").run(feed).values()
-    (expected,) = OnnxRuntimeBackend(source, spec, "cpu").run(feed).values()
-    assert found.dtype == expected.dtype
-    assert 1e-4 < np.abs(found - expected).max() / np.abs(expected).max() < 0.1
+    results = OpenVinoBackend(tmp_path / "bf16.onnx", spec, "fp32").run(feed)
+    for output, expected in OnnxRuntimeBackend(source, spec, "cpu").run(feed).items():
+        found = results[output]
+        assert found.dtype == expected.dtype
+        assert 1e-4 < np.abs(found - expected).max() / np.abs(expected).max() < 0.1
 
 
 def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bundle, tmp_path: Path) -> None:
@@ -166,23 +181,21 @@ def test_weights_beside_a_graph_that_an_earlier_build_has_linked(half_bundle: Bu
     for file in ("fp32.onnx", "fp32.onnx.data"):
         (tmp_path / file).hardlink_to(folder / file)
     ranges = json.loads(half_bundle.file("report/ranges.json").read_text())[name]
-    made = half_graph(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", "fp16", ranges)
-    assert made.files[0].read_bytes() == half_bundle.graph(name, "fp16").read_bytes()
+    half_graph(tmp_path / "fp32.onnx", tmp_path / "fp16.onnx", "fp16", ranges)
+    assert (tmp_path / "fp16.onnx").read_bytes() == half_bundle.graph(name, "fp16").read_bytes()
 
 
 def test_a_tensor_nobody_measured_is_refused(half_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"^decoder: \d+ tensors were not measured"):
+    with pytest.raises(BuildError, match=r"^decoder: pass half_precision: \d+ tensors were not measured"):
         half_graph(half_bundle.graph("decoder", "fp32"), tmp_path / "x.onnx", "fp16", {})
     assert not list(tmp_path.iterdir())
 
 
 def test_ranges_are_those_of_the_trajectory(half_bundle: Bundle) -> None:
     """Against the same tensors taken out of the graph whole, over the same trajectory."""
-    manifest = half_bundle.manifest
-    specs = {name: part.spec for name, part in manifest.components.items()}
-    graphs = {name: half_bundle.graph(name, "fp32") for name in specs}
-    tokenizer, scheduler = half_bundle.file(manifest.tokenizer), DDIM.from_config(manifest.scheduler)
-    ranges = measure_ranges(graphs, specs, tokenizer, scheduler, [PROMPT], 3)
+    graphs = {name: half_bundle.graph(name, "fp32") for name in COMPONENTS}
+    model = CalibrationModel(half_bundle.manifest.model, graphs, half_bundle.file)
+    ranges = measure_ranges(model, [{"prompts": PROMPT}], 3)
     with LatentDiffusionPipeline.from_bundle(half_bundle, precision="fp32", backend="onnxruntime") as pipeline:
         made = pipeline(PROMPT, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=3)
         image = pipeline.backends["decoder"].run({"latents": made.latents})["image"]

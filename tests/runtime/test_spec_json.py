@@ -27,6 +27,7 @@ DOCUMENT = {
         {"name": "timestep", "dtype": "int64", "shape": ["2*batch"]},
     ],
     "outputs": [{"name": "noise_pred", "dtype": "float16", "shape": ["2*batch", 4, "8*height"]}],
+    "runs": "step",
 }
 
 sizes = st.integers(1, MAX_DIM)

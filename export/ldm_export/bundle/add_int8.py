@@ -9,7 +9,8 @@ from pathlib import Path
 from ldm_calibration.calibration import OnProgress
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.settings import CalibrationSettings, Grade
-from ldm_export.bundle.build import Built, assemble
+from ldm_export.bundle.assemble import assemble
+from ldm_export.bundle.build import Built
 from ldm_export.bundle.int8_stages import PRECISION, REFERENCE, graph_files, int8_stages, is_int8_stage
 from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import Outcome, link_files, run_stage

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_calibration.settings import CalibrationSettings, Grade
+from ldm_export.bundle.assemble import assemble
 from ldm_export.bundle.build_plan import BuildPlan
 from ldm_export.bundle.engine_stages import engine_of, engine_stage, in_latents
 from ldm_export.bundle.graph_stages import (
@@ -25,23 +23,23 @@ from ldm_export.bundle.graph_stages import (
 )
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
-from ldm_export.bundle.publish import publish, work_folder
+from ldm_export.bundle.previous import describes, previous_bundle
+from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_named
 from ldm_export.requests import RequestFields
-from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import BUILD_LOG, MANIFEST, graph_file
-from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, Component, Manifest
+from ldm_runtime.bundle_layout import graph_file
+from ldm_runtime.errors import BuildError
+from ldm_runtime.manifest import Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["PRECISIONS", "BuildOptions", "Built", "assemble", "build"]
+__all__ = ["PRECISIONS", "BuildOptions", "Built", "build"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnx-ir")
@@ -115,7 +113,7 @@ def build(
     options = BuildOptions(precision, engines) if options is None else options
     target = target.resolve()  # a link stays a link
     family = family_named(checkpoint.family)
-    model, previous = family.describe(checkpoint), _previous(target)
+    model, previous = family.describe(checkpoint), previous_bundle(target)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
     request = _request(checkpoint, options, family.quantize)
@@ -144,7 +142,7 @@ def build(
             request=request,
         )
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
-        if untouched and previous is not None and _same(previous, manifest):
+        if untouched and previous is not None and describes(previous, manifest):
             shutil.rmtree(work)
         else:
             assemble(work, target, manifest, outcomes)
@@ -158,23 +156,6 @@ def _run(stages: Sequence[Stage], plan: BuildPlan, outcomes: dict[str, Outcome])
         plan.on_progress(stage.name, 0, 1)
         outcomes[stage.name] = run_stage(stage, plan.work, plan.previous)
         plan.on_progress(stage.name, 1, 1)
-
-
-def _previous(target: Path) -> Bundle | None:
-    if not target.exists():
-        return None
-    if not target.is_dir() or (any(target.iterdir()) and not _has_manifest(target)):
-        raise BuildError(f"{target}: exists and is no bundle; choose another -o or remove it, nothing was changed")
-    try:
-        return Bundle.open(target)
-    except ManifestError:
-        return None  # damaged, or of another version: build all of it
-
-
-def _has_manifest(folder: Path) -> bool:
-    """True for a bundle's manifest, whole or damaged: other programs have a manifest.json too."""
-    manifest = folder / MANIFEST
-    return manifest.is_file() and json.dumps(FORMAT).encode() in manifest.read_bytes()
 
 
 def _precision_stages(plan: BuildPlan, options: BuildOptions, outcomes: Mapping[str, Outcome]) -> list[Stage]:
@@ -242,38 +223,3 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
     if checkpoint.random_seed is not None:
         return {**request, "random_weights_seed": checkpoint.random_seed}
     return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}
-
-
-def _same(previous: Bundle, manifest: Manifest) -> bool:
-    """True where the previous bundle says what this build would, with reports and measurements added at most."""
-    before = previous.manifest
-    try:
-        for name in before.files.keys() - manifest.files.keys():
-            previous.file(name)
-    except ManifestError:
-        return False  # a damaged report: leave the reports out
-    return (before.stages, before.components, before.request, before.model) == (
-        manifest.stages,
-        manifest.components,
-        manifest.request,
-        manifest.model,
-    )
-
-
-def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
-    """Put the manifest's files, which lie in ``work``, in the bundle's place at once, and remove ``work``."""
-    finished = work / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    for name in manifest.files:
-        (finished / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).rename(finished / name)
-    write_whole(finished / MANIFEST, manifest.to_json().encode())
-    log = {
-        "host": platform.platform(),
-        "python": platform.python_version(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "stages": {name: {"seconds": round(o.seconds, 3), "origin": o.origin} for name, o in outcomes.items()},
-    }
-    write_whole(finished / BUILD_LOG, (json.dumps(log, indent=2) + "\n").encode())
-    publish(finished, target)
-    shutil.rmtree(work)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ldm_export.bundle.build_plan import BuildPlan
 from ldm_export.bundle.stages import Stage
 from ldm_export.engine.builder import build_engine
-from ldm_export.engine.builder_package import check_request, open_package
+from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.process import build_in_subprocess
 from ldm_export.engine.profiles import latent_bounds
 from ldm_export.engine.request import EngineJob, EngineRequest
@@ -78,6 +78,7 @@ def engine_stage(
         "graph": sources[graph_file(spec.name, graph_precision)],
         "request": repr(request),
         "version": open_package(request.target).__version__,
+        "capabilities": engine_capabilities(request),
     }
     return Stage(name, depends, run)
 

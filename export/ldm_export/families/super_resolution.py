@@ -7,10 +7,9 @@ latents as they are, without the autoencoder's ``scaling_factor``. The bundle ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import LDMSuperResolutionPipeline
 from PIL import Image
@@ -75,7 +74,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
             UNET: unet_spec(latents, sides, 0, (image,)),
             DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
-        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,), {"size": unet["sample_size"]}),),
+        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,)),),
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
@@ -97,15 +96,10 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    size = pipeline.unet.config.sample_size
-    image = torch.from_numpy(image_array("image", _sized(request["image"], size))) * 2 - 1
+    image = torch.from_numpy(image_array("image", request["image"])) * 2 - 1
     steps, eta = request["num_inference_steps"], request["eta"]
     result: Image.Image = pipeline(image=image, generator=generator, eta=eta, num_inference_steps=steps).images[0]
     return result
-
-
-def _sized(image: Any, size: int) -> Any:
-    return np.asarray(image)[:size, :size] if isinstance(image, Sequence) else image
 
 
 SUPER_RESOLUTION = Family(

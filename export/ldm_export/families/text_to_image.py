@@ -81,7 +81,7 @@ class TextEncoder(nn.Module):
         self.bert: Any = bert.model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs of the class's docstring."""
+        """Encode the token ids of prompts."""
         states: torch.Tensor = self.bert(input_ids)[0]
         return states
 

@@ -1,4 +1,4 @@
-"""Which operations of a half-precision graph stay in fp32, and why: structure decides, and measured magnitudes."""
+"""Islands: operators of a half-precision graph that stay in fp32, because of structure or of measured magnitudes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _MEANS = ("ReduceMean", "ReduceSumSquare", "ReduceL2")
 _POINTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Clip", "Reciprocal")
 _SOFTMAX = ("Softmax", "LogSoftmax")
 _GENERATORS = ("ConstantOfShape", "Range")  # typed by an attribute, or without half-precision kernels
+_SELECTIONS = ("ArgMin", "ArgMax", "TopK")
 _FACTORS = (*MATRIX, "Mul", "Div")
 """Operations whose first two inputs are multiplied: there a small one counts, however large the other."""
 
@@ -34,6 +35,7 @@ def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -
     structure |= _from_integers(graph)
     structure |= {node: "softmax" for node in graph if node.op_type in _SOFTMAX}
     structure |= dict.fromkeys(_statistics(graph), "statistics")
+    structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
     for node in filter(computes, graph):
         if reason := structure.get(node) or _out_of_range(node, precision, ranges):
@@ -63,6 +65,18 @@ def _statistics(graph: ir.Graph) -> set[ir.Node]:
             before.add(node)
     always = {node for node in graph if node.op_type in (*_NORMALISATIONS, *_MEANS, "Pow", "Sqrt")}
     return always | (after & before)
+
+
+def _before_selections(graph: ir.Graph) -> set[ir.Node]:
+    """Everything that a selection depends on, e.g. the distances to the codes of a quantized latent.
+
+    A distance that is rounded selects another code, which changes a patch of the image.
+    """
+    found: set[ir.Node] = set()
+    for node in reversed(graph):
+        if node.op_type in _SELECTIONS or any(user in found for user in node.successors()):
+            found.add(node)
+    return found
 
 
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:

@@ -26,7 +26,7 @@ from ldm_runtime.errors import CheckpointError
 __all__ = ["open_original"]
 
 log = logging.getLogger(__name__)
-_SUPPORTED = ("text_to_image", "unconditional", "class_conditional")
+_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution")
 
 
 def open_original(
@@ -53,6 +53,8 @@ def open_original(
                 f"checkpoint: a model of kind {original.kind}, expected one of {', '.join(_SUPPORTED)}; "
                 "this kind cannot be exported yet"
             )
+        if original.kind == "super_resolution" and original.scale_factor != 1:
+            raise CheckpointError(f"checkpoint: got scale_factor {original.scale_factor:g}, expected 1 of this kind")
         log.info("%s: %s %s, ema %s", file, original.kind, original.name, original.ema)
         layout = _layout(original)
         components = _components(file, original, layout, tensors)

@@ -148,11 +148,11 @@ def verify(
         for name in family.components:
             on_progress(name, len(components), total)
             components.append(_component(ours, checkpoint, family, name, feeds))
-        theirs = family.reference(checkpoint)
+        theirs, example = family.reference(checkpoint), ours.example()
         pictures: list[PictureResult] = []
         for seed, request in enumerate(requests):
             on_progress("pictures", len(components) + seed, total)
-            pictures.append(_picture(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))
+            pictures.append(_picture(ours, family, theirs, {**asdict(defaults), "seed": seed, **example, **request}))
         on_progress("pictures", total, total)
     return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(pictures))
 

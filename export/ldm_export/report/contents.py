@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm_export.sample_requests import SampleRequest
+from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
 from ldm_runtime.errors import BackendError, ManifestError, SpecError
@@ -65,7 +65,7 @@ class Report:
     """
 
     bundle: Bundle
-    requests: tuple[SampleRequest, ...]
+    requests: tuple[RequestFields, ...]
     options: ReportOptions
     drawn: Mapping[str, PrecisionImages]
     files: Mapping[str, Mapping[str, Any]]
@@ -93,7 +93,7 @@ class Report:
 
 def make_report(
     bundle: Bundle,
-    requests: Sequence[SampleRequest],
+    requests: Sequence[RequestFields],
     options: ReportOptions | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:

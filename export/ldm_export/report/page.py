@@ -26,8 +26,8 @@ from ldm_export.page.fact_tables import fact_tables
 from ldm_export.report.contents import REFERENCE, Report
 from ldm_export.report.int8_section import int8_section
 from ldm_export.report.lenient_json import finite, mapping
-from ldm_export.sample_requests import caption
-from ldm_export.screen import human_bytes
+from ldm_export.requests import label
+from ldm_export.screen import human_bytes, printable
 from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, RANGES_REPORT, precision_report
 
 MAX_LISTED = 40
@@ -60,10 +60,10 @@ def _images(report: Report) -> Iterator[Markup]:
     )
     rows = []
     for index, request in enumerate(report.requests):
-        label = caption(request)
+        title = label(request)
         images = {name: report.drawn[name].images[index] for name in (REFERENCE, *others)}
-        row = [Markup(f"{text(label)}<br><span class=note>seed {report.options.seed + index}</span>")]
-        row += [picture(image, f"{label}, {name}") for name, image in images.items()]
+        row = [Markup(f"{text(title)}<br><span class=note>seed {report.options.seed + index}</span>")]
+        row += [picture(image, f"{title}, {name}") for name, image in images.items()]
         row += [
             Markup(
                 picture(difference(images[name], images[REFERENCE], times[name]), f"difference of {name}")
@@ -149,7 +149,7 @@ def _magnitudes(ranges: Mapping[str, Any]) -> Iterator[Markup]:
         values = [value for value in map(finite, mapping(magnitudes).values()) if value and value > 0]
         if values:
             points = tuple((float(rank), value) for rank, value in enumerate(sorted(values, reverse=True), 1))
-            series.append(Series(component, points, marked=False))
+            series.append(Series(printable(component), points, marked=False))
     if series:
         longest = max(len(one.points) for one in series)
         limit = float(np.finfo(np.float16).max)

@@ -128,9 +128,9 @@ class Connection:
             return _arrays(result, outputs)
 
     def stream(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Generator[Arrays, None, None]:
-        """Send a request to a decoupled model and yield its responses as they arrive; gRPC only.
+        """Yield the responses of a decoupled model as they arrive, each with some of ``outputs``; gRPC only.
 
-        Each response has some of ``outputs``. Closing the iterator early cancels the request.
+        Closing the iterator early cancels the request.
 
         Raises:
             ServerError, SpecError: As ``infer``; or the connection is HTTP.
@@ -178,7 +178,9 @@ class Connection:
                 else:
                     array = np.array(listed, dtype=triton_to_np_dtype(kind))
             except (OverflowError, UnicodeEncodeError) as error:
-                raise SpecError(f"{name}: {error}, the server takes {UTF8 if kind == 'BYTES' else kind}") from None
+                raise SpecError(
+                    f"{name}: {error}, the server takes {'UTF-8 text' if kind == 'BYTES' else kind}"
+                ) from None
             tensor = self._api.InferInput(name, list(array.shape), kind)
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
@@ -205,7 +207,7 @@ class Connection:
             raise ServerError(f"{self.address}: no Triton server answers ({cause}); is the port for {other}?") from None
 
     def _error(self, status: str, message: str) -> ServerError:
-        text, where = " ".join(message.split()), f"{self.address}"
+        text, where = " ".join(message.split()), self.address
         if any(mark in text for mark in REJECTED):
             return ServerError(f"{where}: rejected, too many requests are waiting ({text}); try again later")
         if "DEADLINE_EXCEEDED" in status or any(mark in text.lower() for mark in OVERDUE):
@@ -226,7 +228,6 @@ class Connection:
 
 
 START = "start the server, or check --url and --protocol"
-UTF8 = "UTF-8 text"
 LONGER = "use a longer --timeout, fewer steps or fewer images"
 REJECTED = ("requests are waiting already", "Exceeds maximum queue size", "try again later")
 OVERDUE = ("deadline", "timed out", "timeout expired", "still waiting after its", "still running after its")

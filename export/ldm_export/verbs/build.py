@@ -12,13 +12,15 @@ from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
 from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
-TARGETS = ("tensorrt-rtx", "tensorrt")
 HALF = ("fp16", "bf16")
+RANGED = 16
+"""Most requests that the ranges of half precision are measured on."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -28,7 +30,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     add_original_arguments(verb)
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=TARGETS, help="also build TensorRT engines")
+    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines")
     engines.add_argument(
         "--compute-capability", metavar="LIST", help="of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)"
     )
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         engines,
         settings_of(args, kinds, model) if args.precision == "int8" else None,
         demo_grader(model),
-        requests=family.requests(chosen_prompts(args.prompts, model)) if args.precision in HALF else None,
+        requests=family.requests(chosen_prompts(args.prompts, model))[:RANGED] if args.precision in HALF else None,
     )
     with screen.bar("reading", None) as bar:
         built = build(

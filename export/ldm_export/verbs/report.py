@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import lines, unwritten
+from ldm_export.verbs.options import chosen_prompts, unwritten
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
@@ -29,12 +29,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     """``ldm-export report``."""
     from ldm_export.report.contents import ReportOptions, make_report
     from ldm_export.report.page import report_page
-    from ldm_export.sample_requests import sample_requests
+    from ldm_export.requests import requests_for
 
     if not args.output.name or args.output.is_dir():
         raise BuildError(f"{args.output}: is a folder, expected the name of a page; choose another -o")
     bundle = Bundle.open(args.bundle)
-    requests = sample_requests(bundle.manifest.model, lines(args.prompts) if args.prompts else None, bundle)
+    requests = requests_for(bundle.manifest.model, chosen_prompts(args.prompts, bundle))
     options = ReportOptions(args.seed, args.steps, args.backend)
     with screen.bar("drawing") as bar:
         report = make_report(bundle, requests, options, lambda what, done, total: bar.to(done, total, what))

@@ -12,13 +12,22 @@ from typing import Any, ClassVar, Protocol
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image import ImageConditioner
 from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.text import TextConditioner
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
 
-__all__ = ["KINDS", "Conditioner", "LabelConditioner", "TextConditioner", "open_conditioner"]
+__all__ = [
+    "KINDS",
+    "KINDS_FIELDS",
+    "Conditioner",
+    "ImageConditioner",
+    "LabelConditioner",
+    "TextConditioner",
+    "open_conditioner",
+]
 
 
 class Conditioner(Protocol):
@@ -58,11 +67,14 @@ class Conditioner(Protocol):
         """Free the engine of the component that encodes; the next call loads it again."""
 
 
-KINDS: Mapping[str, Callable[[ConditioningSpec, Mapping[str, Backend], Callable[[str], Path]], Conditioner]] = {
-    TextConditioner.kind: TextConditioner.open,
-    LabelConditioner.kind: LabelConditioner.open,
-}
-"""Kind -> constructor, called with the manifest's entry, the backends by component, and what resolves a file's path."""
+KINDS: tuple[type[TextConditioner | LabelConditioner | ImageConditioner], ...] = (
+    TextConditioner,
+    LabelConditioner,
+    ImageConditioner,
+)
+"""The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
+KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)
+"""Fields of ``Request`` that belong to some kind of conditioning."""
 
 
 def open_conditioner(
@@ -73,8 +85,9 @@ def open_conditioner(
     Raises:
         ManifestError: Unknown kind, or a file or component of it cannot be used.
     """
-    if spec.kind not in KINDS:
+    kinds = {kind.kind: kind for kind in KINDS}
+    if spec.kind not in kinds:
         raise ManifestError(
-            f"conditioning: kind {spec.kind!r:.60} is none of {', '.join(KINDS)}; install a newer ldm-export"
+            f"conditioning: kind {spec.kind!r:.60} is none of {', '.join(kinds)}; install a newer ldm-export"
         )
-    return KINDS[spec.kind](spec, backends, files)
+    return kinds[spec.kind].open(spec, backends, files)

@@ -64,9 +64,11 @@ class ImageConditioner:
         return {self._tensor.name: self._array(request)}
 
     def example(self) -> dict[str, Any]:
-        """A gray image of the model's size."""
+        """A colour gradient of the model's size."""
         _, channels, height, width = self._tensor.bounds("opt")
-        return {"image": np.full((1, channels, height, width), 0.5, np.float32)}
+        ramps = (np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :])
+        planes = [np.broadcast_to(ramps[channel % 2], (height, width)) for channel in range(channels)]
+        return {"image": np.stack(planes)[None].astype(np.float32)}
 
     def close(self) -> None:
         """Nothing to free."""

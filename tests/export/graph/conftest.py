@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from whole import KINDS, Whole, whole
+
+from tests.export.graph.whole import KINDS, Whole, whole
 
 
 @pytest.fixture(scope="session")

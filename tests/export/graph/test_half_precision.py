@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from whole import Whole, largest_difference, run
 
 from ldm_calibration.probes import HIGHEST, LOWEST, add_extremes
 from ldm_export.graph.onnx_graph import load_graph, save_graph
@@ -16,6 +15,7 @@ from ldm_export.graph.passes import apply
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_export.graph.passes.split_off import split_cross_attention_kv, split_time_embedding
 from ldm_runtime.errors import BuildError
+from tests.export.graph.whole import Whole, largest_difference, run
 
 
 def ranges_of(model: ir.Model, feed: dict[str, np.ndarray], file: Path) -> dict[str, float]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
-from whole import KINDS, Whole, largest_difference, run
 
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, PassResult, apply
 from ldm_export.graph.passes.fuse_attention import fuse_attention
 from ldm_runtime.errors import BuildError
+from tests.export.graph.whole import KINDS, Whole, largest_difference, run
 
 
 def small() -> ir.Model:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from whole import Whole, largest_difference, run
 
 from ldm_calibration.probes import HIGHEST, LARGEST, LOWEST, add_extremes, add_largest, add_outputs, add_shapes
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_runtime.errors import BuildError
+from tests.export.graph.whole import Whole, largest_difference, run
 
 
 def computed(model: ir.Model) -> list[str]:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 import openvino
 import pytest
 import tensorrt_rtx
-from whole import KINDS, Whole, largest_difference, run
 
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, apply
@@ -23,6 +22,7 @@ from ldm_export.graph.passes.split_off import (
     split_time_embedding,
 )
 from ldm_runtime.errors import BuildError
+from tests.export.graph.whole import KINDS, Whole, largest_difference, run
 
 TOLERANCE = 1e-6
 CONDITIONAL = [kind for kind in KINDS if kind.startswith("conditional")]

@@ -125,9 +125,7 @@ def whole(kind: str, folder: Path) -> Whole:
     net = net.eval().requires_grad_(False)
     if kind.startswith("conditional"):
         module: nn.Module = UNet(net).eval()
-        spec = ModelShape(
-            tokens=TOKENS, context_width=WIDTH, latents=Latents(4, 8), latent_size=8, image_channels=3
-        ).specs()["unet"]
+        spec = ModelShape(TOKENS, WIDTH, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
         export_graph(module, spec, path)
     else:
         module = _Unconditional(net).eval()

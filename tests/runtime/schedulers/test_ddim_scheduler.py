@@ -10,12 +10,12 @@ import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_oracle import TRAINED, assert_same_trajectory, theirs
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import DDIM, Clip, Threshold, Trajectory
 from ldm_runtime.schedulers.ddim import FOREIGN
+from tests.runtime.schedulers.scheduler_oracle import TRAINED, assert_same_trajectory, theirs
 
 NAME = "DDIMScheduler"
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import DDIMScheduler
-from scheduler_oracle import TRAINED, assert_same_trajectory
-from test_ddim_scheduler import NAME, OPTIONS, STABLE_DIFFUSION, TEXT2IM_LARGE
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers import DDIM
 from ldm_runtime.schedulers.ddim import FOREIGN
 from ldm_runtime.schedulers.noise_schedule import MAX_TRAIN_TIMESTEPS
+from tests.runtime.schedulers.scheduler_oracle import TRAINED, assert_same_trajectory
+from tests.runtime.schedulers.test_ddim_scheduler import NAME, OPTIONS, STABLE_DIFFUSION, TEXT2IM_LARGE
 
 BAD_NUMBERS = ["0.1", True, None, float("nan"), float("inf"), -float("inf"), -1.0, 10**400]
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_oracle import LATENT_DIFFUSION, TRAINED, assert_same_trajectory, theirs
 
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import DPMSolverMultistep
 from ldm_runtime.schedulers.sigmas import beta_quantile
+from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION, TRAINED, assert_same_trajectory, theirs
 
 NAME = "DPMSolverMultistepScheduler"
 SCIPY = [0.03958440558878085, 0.23401700387523572]  # scipy.stats.beta.ppf([0.1, 0.3], 0.6, 0.6)

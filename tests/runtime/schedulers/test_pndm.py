@@ -11,12 +11,12 @@ import torch
 from diffusers import PNDMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_oracle import LATENT_DIFFUSION, TRAINED, assert_same_trajectory, theirs
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import PNDM
 from ldm_runtime.schedulers.pndm import FOREIGN
+from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION, TRAINED, assert_same_trajectory, theirs
 
 NAME = "PNDMScheduler"
 STABLE_DIFFUSION = LATENT_DIFFUSION | {

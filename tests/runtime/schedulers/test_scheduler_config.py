@@ -11,11 +11,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-from scheduler_oracle import LATENT_DIFFUSION
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers import SCHEDULERS, DPMSolverMultistep, scheduler_from_config
 from ldm_runtime.schedulers.dpm_solver import FOREIGN
+from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION
 
 HUGE = [[["x" * 99] * 99] * 99, 10**5000, np.zeros((50, 50)), "y" * 9999, {1: "z" * 999}, object(), "a\nb"]
 

@@ -22,9 +22,11 @@ Rules of the islands (``graph.islands.find_islands``); the first that applies is
 3. "softmax": Softmax and LogSoftmax.
 4. "statistics": normalization operators, means, Pow and Sqrt, and of a decomposed normalization every operator from the
    first mean to the division by the root of the variance.
-5. "range", too large: the operator reads or writes a tensor whose largest measured magnitude, times 4, exceeds the
+5. "selection": every operator that an ArgMin, ArgMax or TopK depends on, e.g. the distances to the codes of quantized
+   latents. A rounded distance would select another code.
+6. "range", too large: the operator reads or writes a tensor whose largest measured magnitude, times 4, exceeds the
    largest number of the type (65504 for fp16). The factor 4 allows for prompts that were not measured.
-6. "range", too small: the operator writes a tensor whose largest measured magnitude is not zero but below the smallest
+7. "range", too small: the operator writes a tensor whose largest measured magnitude is not zero but below the smallest
    normal number of the type (2^-14 for fp16, 2^-126 for bf16), where half precision has fewer significant bits. For
    matrix products, convolutions, Mul and Div this also applies to the first two inputs, which are multiplied.
 

@@ -1,0 +1,89 @@
+"""Checks a request against a model and works out everything its denoising loop needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
+from ldm_runtime.errors import SpecError
+from ldm_runtime.geometry import Geometry
+from ldm_runtime.guidance import StepBranches, step_branches
+from ldm_runtime.model import ModelDescription
+from ldm_runtime.number_checks import integer, number
+from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
+from ldm_runtime.schedulers import Scheduler
+
+__all__ = ["Planner"]
+
+MAX_COUNT = 4096
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns requests into plans.
+
+    Attributes:
+        model: Description of the model.
+        geometry: Sizes its graphs take.
+        scheduler: Computes the trajectory.
+        conditioners: What conditions the UNet; they check their own fields of a request.
+    """
+
+    model: ModelDescription
+    geometry: Geometry
+    scheduler: Scheduler
+    conditioners: Sequence[Conditioner]
+
+    def plan(self, request: Request) -> Plan:
+        """Plan a request.
+
+        Raises:
+            SpecError: Names the field, what was given and what is expected.
+        """
+        self._refuse_foreign_fields(request)
+        images = self._images(request)
+        geometry, defaults = self.geometry, self.model.defaults
+        shape = (
+            images,
+            geometry.channels,
+            geometry.latents_of("height", request.height),
+            geometry.latents_of("width", request.width),
+        )
+        scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
+        steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
+        trajectory = self.scheduler.trajectory(steps, eta)
+        branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
+        guided = bool(self.model.guidance) and scale != 1.0
+        return Plan(
+            request=request,
+            seeds=seeds_of(request.seed, images),
+            shape=shape,
+            latents=check_latents_given(request.latents, shape),
+            guidance_scale=scale,
+            branches=self.model.guidance if guided else ("conditional",),
+            steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
+            trajectory=trajectory,
+        )
+
+    def _refuse_foreign_fields(self, request: Request) -> None:
+        """Refuse a field that belongs to a kind of conditioning this model lacks."""
+        known = {name for conditioner in self.conditioners for name in conditioner.fields}
+        if foreign := sorted((KINDS_FIELDS - known) & request.given()):
+            takes = ", ".join(sorted(known)) or "count"
+            raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")
+
+    def _images(self, request: Request) -> int:
+        counts = [conditioner.images(request) for conditioner in self.conditioners]
+        if request.count is not None and counts:
+            raise SpecError("count: got a number, but this model's conditioning decides how many images there are")
+        images = max(counts, default=integer("count", _or(request.count, 1), 1, MAX_COUNT))
+        if images > self.geometry.images:
+            raise SpecError(f"images: got {images} in one call, expected 1..{self.geometry.images}; make several calls")
+        return images
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
