@@ -64,7 +64,7 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     kinds = [entry.kind for entry in model.conditioning]
     if not kinds:
         return plain_requests(prompts)
-    if kinds == ["image"]:
+    if kinds in (["image"], ["masked_image"]):
         return image_requests(prompts)
     if kinds == ["label"]:
         return label_requests(prompts)

@@ -34,6 +34,7 @@ class RequestOptions(TypedDict, total=False):
     latents: F32 | None
     labels: int | Sequence[int] | None
     image: Any
+    mask: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
 
@@ -57,6 +58,7 @@ class Request:
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
         labels: Classes to draw, one number or several; for models conditioned on class labels.
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
+        mask: One mask or one for each image, white where the image is repainted; for inpainting models.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
     """
@@ -74,6 +76,7 @@ class Request:
     latents: F32 | None = None
     labels: int | Sequence[int] | None = None
     image: Any = None
+    mask: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
 

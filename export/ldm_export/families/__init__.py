@@ -9,6 +9,7 @@ from typing import Any
 from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_index
 from ldm_export.families.class_conditional import CLASS_CONDITIONAL
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.inpainting import INPAINTING
 from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
@@ -24,7 +25,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL, CLASS_CONDITIONAL, SUPER_RESOLUTION)
+FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL, CLASS_CONDITIONAL, SUPER_RESOLUTION, INPAINTING)
 """Every family that can be exported."""
 
 

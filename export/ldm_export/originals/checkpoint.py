@@ -26,7 +26,7 @@ from ldm_runtime.errors import CheckpointError
 __all__ = ["open_original"]
 
 log = logging.getLogger(__name__)
-_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution")
+_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution", "inpainting")
 
 
 def open_original(

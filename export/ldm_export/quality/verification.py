@@ -49,8 +49,12 @@ class PictureResult:
 
     @property
     def fields(self) -> RequestFields:
-        """The request without the seed and the options that all images share."""
-        return {name: value for name, value in self.request.items() if name not in _SHARED}
+        """The request without the seed, the options that all images share, and images."""
+        return {
+            name: value
+            for name, value in self.request.items()
+            if name not in _SHARED and not isinstance(value, np.ndarray)
+        }
 
     @property
     def label(self) -> str:

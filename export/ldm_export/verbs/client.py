@@ -78,6 +78,8 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
         "LABEL": args.label,
+        "INPUT_IMAGE": _pixels(args.image, "RGB"),
+        "MASK": _pixels(args.mask, "L"),
         "COUNT": args.count,
         "SEED": seed,
         "STEPS": args.steps,
@@ -93,6 +95,15 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PREVIEW_EVERY": args.preview_every or None,
     }
     return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _pixels(files: list[Path] | None, mode: str) -> NDArray[np.uint8] | None:
+    """Files as uint8 [N, H, W, channels]."""
+    found = pictures(files)
+    if found is None:
+        return None
+    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in found])
+    return arrays[..., None] if arrays.ndim == 3 else arrays
 
 
 def _infer(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Arrays:

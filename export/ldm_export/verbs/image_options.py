@@ -10,9 +10,9 @@ from PIL import Image
 
 from ldm_export.verbs.options import unwritten
 from ldm_runtime.atomic_files import write_together
-from ldm_runtime.errors import BuildError
+from ldm_runtime.errors import BuildError, SpecError
 
-__all__ = ["add_request", "check_output", "grid_columns", "write_images"]
+__all__ = ["add_request", "check_output", "grid_columns", "pictures", "write_images"]
 
 
 def add_request(verb: argparse.ArgumentParser) -> None:
@@ -45,6 +45,12 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--label", type=int, nargs="+", metavar="N", help="classes to draw, for a model conditioned on class labels"
     )
+    verb.add_argument(
+        "--image", type=Path, nargs="+", metavar="FILE", help="images to start from, for super-resolution and inpainting"
+    )
+    verb.add_argument(
+        "--mask", type=Path, nargs="+", metavar="FILE", help="white where an image is repainted, for inpainting"
+    )
     verb.add_argument("--count", type=int, metavar="N", help="images, for a model without prompts (default 1)")
 
 
@@ -56,6 +62,26 @@ def check_output(output: Path) -> None:
     """
     if not output.name or output.is_dir():
         raise BuildError(f"{output}: is a folder, expected the name of an image file; choose another -o")
+
+
+def pictures(files: Sequence[Path] | None) -> list[Image.Image] | None:
+    """Read image files; None stays None.
+
+    Raises:
+        SpecError: A file is no image, or too large to be one, or the images have different sizes.
+    """
+    if files is None:
+        return None
+    found = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                found.append(opened.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG or JPEG") from None
+    if len({one.size for one in found}) != 1:
+        raise SpecError(f"{files[0]}: got images of different sizes, expected one size; make several calls")
+    return found
 
 
 def grid_columns(images_per_prompt: int) -> int | None:

@@ -17,7 +17,7 @@ from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request
 from ldm_runtime.specs import TensorSpec
 
-__all__ = ["ImageConditioner", "image_array"]
+__all__ = ["ImageConditioner", "check_size", "example_image", "image_array"]
 
 F32 = NDArray[np.float32]
 
@@ -65,21 +65,40 @@ class ImageConditioner:
 
     def example(self) -> dict[str, Any]:
         """A colour gradient of the model's size."""
-        _, channels, height, width = self._tensor.bounds("opt")
-        ramps = (np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :])
-        planes = [np.broadcast_to(ramps[channel % 2], (height, width)) for channel in range(channels)]
-        return {"image": np.stack(planes)[None].astype(np.float32)}
+        return {"image": example_image(self._tensor)}
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images, as they are."""
+        return images
 
     def close(self) -> None:
         """Nothing to free."""
 
     def _array(self, request: Request) -> F32:
         array = image_array("image", request.image) * np.float32(2) - np.float32(1)
-        low, high = self._tensor.bounds("min")[1:], self._tensor.bounds("max")[1:]
-        if not all(least <= size <= most for least, size, most in zip(low, array.shape[1:], high, strict=True)):
-            got, wanted = " x ".join(map(str, array.shape[1:])), " x ".join(_range(*pair) for pair in zip(low, high))
-            raise SpecError(f"image: got {got} (channels, height, width), expected {wanted}; resize the image")
+        check_size("image", array, self._tensor)
         return array
+
+
+def example_image(tensor: TensorSpec) -> F32:
+    """A colour gradient float32 [1, channels, h, w] in [0, 1] of the size of a tensor."""
+    _, channels, height, width = tensor.bounds("opt")
+    ramps = (np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :])
+    planes = [np.broadcast_to(ramps[channel % 2], (height, width)) for channel in range(channels)]
+    return np.stack(planes)[None].astype(np.float32)
+
+
+def check_size(name: str, array: F32, tensor: TensorSpec) -> None:
+    """Check channels, height and width of images [N, channels, h, w] for a tensor.
+
+    Raises:
+        SpecError: The tensor takes other sizes.
+    """
+    low, high = tensor.bounds("min")[1:], tensor.bounds("max")[1:]
+    if not all(least <= size <= most for least, size, most in zip(low, array.shape[1:], high, strict=True)):
+        got = " x ".join(map(str, array.shape[1:]))
+        wanted = " x ".join(_range(*pair) for pair in zip(low, high, strict=True))
+        raise SpecError(f"{name}: got {got} (channels, height, width), expected {wanted}; resize the image")
 
 
 def _range(low: int, high: int) -> str:
@@ -114,6 +133,7 @@ def image_array(name: str, given: Any) -> F32:
     whole = array.dtype.kind in "iu" and array.ndim == 4 and array.size and array.shape[3] in (1, 3, 4)
     if not whole or array.min() < 0 or array.max() > 255:
         raise SpecError(
-            f"{name}: got {shown(given)}, expected PIL images, uint8 [N, H, W, 3] or float32 [N, channels, H, W] in [0, 1]"
+            f"{name}: got {shown(given)}, expected PIL images, uint8 [N, H, W, 3] or float32 [N, channels, H, W] in "
+            "[0, 1]"
         )
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / np.float32(255)

@@ -17,6 +17,7 @@ from ldm_runtime.request import Request
 
 __all__ = ["LabelConditioner"]
 
+F32 = NDArray[np.float32]
 MAX_IMAGES = 4096
 
 
@@ -80,6 +81,10 @@ class LabelConditioner:
         distinct, place = np.unique(np.array(labels, np.int64), return_inverse=True)
         found = [self._backend.run({"label": distinct[i : i + 1]})[self._output] for i in range(len(distinct))]
         return {self._output: np.concatenate(found)[place]}
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images, as they are."""
+        return images
 
     def example(self) -> dict[str, Any]:
         """The first class."""

@@ -21,6 +21,7 @@ __all__ = ["check"]
 REQUIRED: tuple[dict[str, Any], ...] = (
     {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [CHECK]},
     {"name": "LABEL", "shape": [1], "datatype": "INT32", "data": [0]},
+    {"name": "INPUT_IMAGE", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [0, 0, 0]},
     {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [0]},
 )
 """Inputs of which a check gives the first that the model has: all that some kind of model requires, then SEED."""
