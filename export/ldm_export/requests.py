@@ -9,7 +9,15 @@ from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["RequestFields", "image_requests", "label", "label_requests", "plain_requests", "requests_for", "text_requests"]
+__all__ = [
+    "RequestFields",
+    "image_requests",
+    "label",
+    "label_requests",
+    "plain_requests",
+    "requests_for",
+    "text_requests",
+]
 
 RequestFields = Mapping[str, Any]
 """Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
@@ -70,7 +78,9 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
         return label_requests(prompts)
     if kinds == ["text"]:
         return text_requests(prompts)
-    raise SpecError(f"{model.family}: conditioned on {', '.join(kinds)}, expected text, labels, images or nothing; it has no defaults")
+    raise SpecError(
+        f"{model.family}: conditioned on {', '.join(kinds)}, expected text, labels, images or nothing; it has no defaults"
+    )
 
 
 def label(request: RequestFields) -> str:

@@ -46,7 +46,12 @@ class CompVis:
         """Write the file with what a trainer adds, and the yaml beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         callbacks = {_callback_class(): {"best_model_path": "x"}}
-        content = {"epoch": 3, "state_dict": self.state, "callbacks": callbacks, "optimizer_states": [{"state": {0: {}}}]}
+        content = {
+            "epoch": 3,
+            "state_dict": self.state,
+            "callbacks": callbacks,
+            "optimizer_states": [{"state": {0: {}}}],
+        }
         torch.save(content, folder / name, **options)
         (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"params": self.params}}))
         return folder / name

@@ -142,8 +142,6 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
         return pil_image(reference.decoder(sampled(predict, reference.scheduler, shape, request, generator)))
 
 
-
-
 CLASS_CONDITIONAL = Family(
     name="class_conditional",
     pipelines=(),

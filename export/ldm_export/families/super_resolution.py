@@ -41,7 +41,9 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     channels = unet["in_channels"] - unet["out_channels"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
     if channels != autoencoder["in_channels"]:
-        problems.append(f"the unet takes {channels} channels beside the latents, an image has {autoencoder['in_channels']}")
+        problems.append(
+            f"the unet takes {channels} channels beside the latents, an image has {autoencoder['in_channels']}"
+        )
     return problems
 
 

@@ -47,7 +47,7 @@ class AutoencoderShape:
 
     @property
     def class_name(self) -> str:
-        """diffusers' class."""
+        """Diffusers' class."""
         return "AutoencoderKL" if self.codes is None else "VQModel"
 
     def config(self, sample_size: int, scaling_factor: float) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     size = file.stat().st_size
     with zipfile.ZipFile(opened) as archive:
         entries = archive.infolist()
-        pickles = [entry for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
+        pickles = [
+            entry for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")
+        ]
         if len(pickles) != 1 or len(entries) > MAX_ENTRIES:
             raise CheckpointError(f"{file}: no archive of torch.save, expected one data.pkl; download the file again")
         packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
@@ -225,7 +227,9 @@ def _view(value: Any) -> _View | None:
 def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict[str, StoredTensor]:
     if not isinstance(content, dict):
         kind = content.function if isinstance(content, Record) else type(content).__name__
-        raise CheckpointError(f"{file} holds a {kind!s:.80}, expected a dict with a state_dict; use the training's file")
+        raise CheckpointError(
+            f"{file} holds a {kind!s:.80}, expected a dict with a state_dict; use the training's file"
+        )
     state = content.get("state_dict", content)
     tensors = {}
     for name, value in state.items() if isinstance(state, dict) else ():
@@ -233,7 +237,9 @@ def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict
         if isinstance(name, str) and view is not None:
             tensors[name] = _stored(file, name, view, storages)
     if not tensors:
-        raise CheckpointError(f"{file}: no tensors in its state_dict, expected those of a model; use the training's file")
+        raise CheckpointError(
+            f"{file}: no tensors in its state_dict, expected those of a model; use the training's file"
+        )
     return tensors
 
 

@@ -18,7 +18,7 @@ from ldm_export.originals.published import Heads
 from ldm_export.originals.unet_shape import UNET_PREFIX, UNetShape
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["autoencoder_tensors", "ema_name", "label_tensors", "has_ema", "text_tensors", "unet_name", "unet_tensors"]
+__all__ = ["autoencoder_tensors", "ema_name", "has_ema", "label_tensors", "text_tensors", "unet_name", "unet_tensors"]
 
 Tensors = Mapping[str, StoredTensor]
 EMA_PREFIX = "model_ema."

@@ -105,7 +105,8 @@ def recognise(
 def _needs_config(what: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint: its tensors do not tell {what}, and no published model has these sizes; "
-                           "give the yaml that it was trained with (--config)")
+        "give the yaml that it was trained with (--config)"
+    )
 
 
 def _facts(
@@ -183,7 +184,9 @@ def _heads(config: YamlConfig | None, row: Published | None, unet: UNetShape) ->
 
 def _image_size(config: YamlConfig | None, row: Published | None) -> int:
     if config is not None:
-        found = config.integer(config.params, "image_size", 1, 4096) or config.integer(config.unet, "image_size", 1, 4096)
+        found = config.integer(config.params, "image_size", 1, 4096) or config.integer(
+            config.unet, "image_size", 1, 4096
+        )
         if found is not None:
             return found
     if row is None:

@@ -17,7 +17,9 @@ _PUBLISHED_BETAS = (0.00085, 0.0015, 0.012, 0.0155, 0.0195, 0.0205)
 _TOLERANCES = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 
-def betas_of(tensors: Mapping[str, StoredTensor], linear: tuple[float, float] | None) -> tuple[int, float, float] | None:
+def betas_of(
+    tensors: Mapping[str, StoredTensor], linear: tuple[float, float] | None
+) -> tuple[int, float, float] | None:
     """Training timesteps, linear_start and linear_end from the buffer ``betas``; None if there is no such buffer.
 
     The schedule is computed anew in float32 from these numbers. A file in half precision has a rounded buffer, which

@@ -19,7 +19,7 @@ __all__ = ["unet_class", "unet_config", "unet_part"]
 
 
 def unet_class(shape: UNetShape) -> str:
-    """diffusers' class for a UNet with or without cross-attention."""
+    """Diffusers' class for a UNet with or without cross-attention."""
     return "UNet2DModel" if shape.context_width is None else "UNet2DConditionModel"
 
 

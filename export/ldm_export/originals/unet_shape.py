@@ -120,6 +120,4 @@ def unet_shape(tensors: Tensors) -> UNetShape:
 def _upsamples(tensors: Tensors, index: int) -> bool:
     """True if an output block ends with an upsampling convolution or an upsampling residual block."""
     block = f"{UNET_PREFIX}output_blocks.{index}."
-    return any(
-        f"{block}{place}.{name}.weight" in tensors for place in (1, 2) for name in ("conv", "in_layers.2")
-    )
+    return any(f"{block}{place}.{name}.weight" in tensors for place in (1, 2) for name in ("conv", "in_layers.2"))

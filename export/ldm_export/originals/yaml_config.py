@@ -90,7 +90,9 @@ class YamlConfig:
             if given is not None and given != found
         ]
         if wrong:
-            raise CheckpointError(f"{self.file}: {'; '.join(wrong)}; give the yaml that the checkpoint was trained with")
+            raise CheckpointError(
+                f"{self.file}: {'; '.join(wrong)}; give the yaml that the checkpoint was trained with"
+            )
 
 
 def read_yaml(file: Path) -> YamlConfig:
@@ -103,7 +105,7 @@ def read_yaml(file: Path) -> YamlConfig:
         size = file.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(f"{file}: {size} bytes, expected at most {MAX_BYTES}; give the model's yaml")
-        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe loader
+        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

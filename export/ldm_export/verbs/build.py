@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given, settings_of, show
-from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
@@ -25,7 +25,12 @@ RANGED = 16
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
-    verb.add_argument("checkpoint", nargs="?", type=Path, help="a diffusers folder or an original checkpoint file (default: the demo model)")
+    verb.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="a diffusers folder or an original checkpoint file (default: the demo model)",
+    )
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     verb.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     add_original_arguments(verb)

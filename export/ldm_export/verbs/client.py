@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, check_output, grid_columns, pictures, write_images
 from ldm_runtime.errors import ServerError, SpecError
 
 __all__ = ["add_arguments", "run"]

@@ -31,7 +31,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_export.originals.convert import convert
     quieten(args.verbose)
     if not is_checkpoint_file(args.checkpoint):
-        raise CheckpointError(f"{args.checkpoint}: got no .ckpt, .pt, .pth or .safetensors file, expected one; check it")
+        raise CheckpointError(
+            f"{args.checkpoint}: got no .ckpt, .pt, .pth or .safetensors file, expected one; check it"
+        )
     checkpoint = open_given(args.checkpoint, args)
     with screen.bar("converting"):
         parts = convert(checkpoint, args.output)

@@ -41,12 +41,18 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     verb.add_argument("--width", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
     verb.add_argument("--height", type=int, help="pixels, a multiple of the model's factor (default: the model's)")
-    verb.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt or label (default 1)")
+    verb.add_argument(
+        "--images-per-prompt", type=int, default=1, metavar="N", help="images of each prompt or label (default 1)"
+    )
     verb.add_argument(
         "--label", type=int, nargs="+", metavar="N", help="classes to draw, for a model conditioned on class labels"
     )
     verb.add_argument(
-        "--image", type=Path, nargs="+", metavar="FILE", help="images to start from, for super-resolution and inpainting"
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="images to start from, for super-resolution and inpainting",
     )
     verb.add_argument(
         "--mask", type=Path, nargs="+", metavar="FILE", help="white where an image is repainted, for inpainting"

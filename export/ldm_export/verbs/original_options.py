@@ -23,9 +23,7 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="the yaml it was trained with (not needed for the sizes of a published model)",
     )
-    original.add_argument(
-        "--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models"
-    )
+    original.add_argument("--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models")
     original.add_argument(
         "--weights",
         choices=WEIGHTS,

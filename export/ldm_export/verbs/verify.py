@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError

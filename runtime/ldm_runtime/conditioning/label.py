@@ -63,7 +63,9 @@ class LabelConditioner:
             SpecError: No labels, or one out of range.
         """
         if request.labels is None:
-            raise SpecError(f"labels: got none, expected numbers from 0 to {self.classes - 1}; this model draws classes")
+            raise SpecError(
+                f"labels: got none, expected numbers from 0 to {self.classes - 1}; this model draws classes"
+            )
         labels = _labels(request.labels)
         for label in labels:
             integer("labels", label, 0, self.classes - 1)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers.noise_schedule import (
-    EARLY_KEYS,
     COMPVIS_SPACING,
+    EARLY_KEYS,
     SIGMA_KEYS,
     TIMESTEP_SPACINGS,
     NoiseSchedule,

@@ -38,7 +38,10 @@ def check(url: str, model: str = "ldm", timeout: float = 8.0) -> str | None:
     address, end = f"{url.rstrip('/')}/v2/models/{model}", time.monotonic() + timeout
     try:
         inputs = {tensor["name"] for tensor in _answer(address, None, timeout)["inputs"]}
-        body = {"parameters": {CHECK: True}, "inputs": [next(tensor for tensor in REQUIRED if tensor["name"] in inputs)]}
+        body = {
+            "parameters": {CHECK: True},
+            "inputs": [next(tensor for tensor in REQUIRED if tensor["name"] in inputs)],
+        }
         _answer(f"{address}/infer", body, max(0.1, end - time.monotonic()))
     except urllib.error.HTTPError as error:
         return f"{url}: {error.code}: {error.read(10_000).decode(errors='replace')}"

@@ -36,7 +36,9 @@ def assert_modules(checkpoint: Checkpoint, modules: dict[str, nn.Module]) -> Non
             assert torch.equal(tensor, module.state_dict()[key]), f"{name}: {key}"
 
 
-@pytest.mark.parametrize("form", [{}, {"updown": True}, {"scale_shift": True}, {"heads": 4}, {"updown": True, "heads": 8}])
+@pytest.mark.parametrize(
+    "form", [{}, {"updown": True}, {"scale_shift": True}, {"heads": 4}, {"updown": True, "heads": 8}]
+)
 def test_unconditional_models(form: dict[str, Any], tmp_path: Path) -> None:
     original = unconditional(**form)
     checkpoint = opened(original, tmp_path)
@@ -101,7 +103,10 @@ def test_the_schedule_comes_from_the_betas(dtype: torch.dtype, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"unet_config": {"params": {"model_channels": 64, "num_heads": 1}}}, "model_channels is 64, but 32 by .*32, 3, 3"),
+        (
+            {"unet_config": {"params": {"model_channels": 64, "num_heads": 1}}},
+            "model_channels is 64, but 32 by .*32, 3, 3",
+        ),
         ({"unet_config": {"params": {"num_heads": 1, "context_dim": 5}}}, "context_dim is 5, but None by"),
         ({"unet_config": {"params": {"model_channels": "x"}}}, "expected a number"),
         ({"unet_config": {"params": {"model_channels": 32}}}, "no num_heads or num_head_channels"),
@@ -118,7 +123,9 @@ def test_a_yaml_of_another_model_is_refused(change: dict[str, Any], said: str, t
         opened(original, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: &x [1]\nb: *x", "!!python/object/apply:os.system ['true']", "[" * 5000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: &x [1]\nb: *x", "!!python/object/apply:os.system ['true']", "[" * 5000, "\x00"]
+)
 def test_damaged_and_unsafe_yaml_is_refused(text: str, tmp_path: Path) -> None:
     file = unconditional().save(tmp_path)
     (tmp_path / "model.yaml").write_text(text)
