@@ -125,7 +125,8 @@ def _reference(checkpoint: Checkpoint) -> _Reference:
 def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
     """One image by the equations of the paper, with modules of diffusers."""
     config: Any = reference.unet.config
-    unconditional = reference.labels.embedding.num_embeddings - 1  # type: ignore[union-attr]
+    labelled: Any = reference.labels
+    unconditional = int(labelled.embedding.num_embeddings) - 1
     guided = request["guidance_scale"] != 1 and _unconditional(unconditional + 1)
     labels = torch.tensor([unconditional, request["labels"]] if guided else [request["labels"]])
     with torch.no_grad():
@@ -136,7 +137,8 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
             if not guided:
                 return noise
             plain, wanted = noise.chunk(2)
-            return plain + request["guidance_scale"] * (wanted - plain)
+            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (wanted - plain)
+            return guided_noise
 
         shape = (1, config.out_channels, config.sample_size, config.sample_size)
         return pil_image(reference.decoder(sampled(predict, reference.scheduler, shape, request, generator)))

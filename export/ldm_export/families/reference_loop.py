@@ -31,7 +31,7 @@ def sampled(
         generator: Of the initial noise and of each step's.
     """
     scheduler.set_timesteps(request["num_inference_steps"])
-    latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    latents: torch.Tensor = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noise = predict(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(noise, timestep, latents, eta=request["eta"], generator=generator).prev_sample

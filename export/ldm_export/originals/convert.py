@@ -82,7 +82,8 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
     options = {key: value for key, value in checkpoint.scheduler_config.items() if key != "class"}
     if options["timestep_spacing"] == COMPVIS_SPACING:
         options["timestep_spacing"] = "leading"
-    DDIMScheduler(**options).save_pretrained(folder / "scheduler")
+    scheduler: Any = DDIMScheduler
+    scheduler(**options).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     if "tokenizer" in checkpoint.files:
         with tokenizer_folder(checkpoint) as source_folder:

@@ -12,14 +12,17 @@ from ldm_runtime.schedulers.noise_schedule import COMPVIS_SPACING
 __all__ = ["CompVisDDIMScheduler"]
 
 
-class CompVisDDIMScheduler(DDIMScheduler):
+_Base: Any = DDIMScheduler
+
+
+class CompVisDDIMScheduler(_Base):  # type: ignore[misc]
     """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, more of them than asked for some steps."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set ``timesteps``; ``num_inference_steps`` stays as asked, since the distance of steps derives from it."""
         options: Any = self.config
         if options.timestep_spacing != COMPVIS_SPACING:
-            super().set_timesteps(num_inference_steps, device)  # type: ignore[no-untyped-call]
+            super().set_timesteps(num_inference_steps, device)
             return
         count = options.num_train_timesteps
         self.num_inference_steps = num_inference_steps

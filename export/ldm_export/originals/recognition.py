@@ -205,9 +205,11 @@ def _schedule(
     found = betas_of(tensors, linear)
     if found is not None:
         return found
-    if linear is None and row is None:
-        raise _needs_config("its noise schedule")
-    return (steps, *(linear if linear is not None or row is None else row.betas))  # type: ignore[return-value]
+    if linear is None:
+        if row is None:
+            raise _needs_config("its noise schedule")
+        linear = row.betas
+    return (steps, *linear)
 
 
 def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None, row: Published | None) -> float:

@@ -82,7 +82,8 @@ def unet_part(part: Part, shape: UNetShape, heads: Heads) -> Part:
         return part
 
     def construct(config: Mapping[str, Any]) -> nn.Module:
-        unet: nn.Module = UNet2DModel(**config)
+        constructor: Any = UNet2DModel
+        unet: nn.Module = constructor(**config)
         for module in unet.modules():
             if isinstance(module, Attention):
                 width = module.to_q.in_features

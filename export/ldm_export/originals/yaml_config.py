@@ -16,7 +16,7 @@ __all__ = ["YamlConfig", "read_yaml"]
 MAX_BYTES = 2**20
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
     """The safe loader without aliases, by which a small file can describe an endless document."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -125,7 +125,7 @@ class Tensor:
 )
 def test_tensors_outside_of_their_storage_are_refused(tensor: Tensor, tmp_path: Path) -> None:
     file = archive(tmp_path, {"a": tensor}, {"0": struct.pack("<4f", 1, 2, 3, 4)})
-    with pytest.raises(CheckpointError, match="tensor a has shape .* expected a tensor inside of its storage"):
+    with pytest.raises(CheckpointError, match=r"tensor a has shape .* expected a tensor inside of its storage"):
         read_state_dict(file)
 
 
@@ -137,7 +137,7 @@ def test_negative_sizes_are_no_tensors(tmp_path: Path) -> None:
 
 def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
     file = archive(tmp_path, {"a": Tensor("storage 0 4", 0, (1,), (1,))}, {"0": bytes(2**24)}, compress=True)
-    with pytest.raises(CheckpointError, match="is compressed, expected an archive as torch.save writes it"):
+    with pytest.raises(CheckpointError, match=r"is compressed, expected an archive as torch.save writes it"):
         read_state_dict(file)
 
 
@@ -153,7 +153,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     start = offset + 4100 + first
     tail = tail[:16] + struct.pack("<I", start) + tail[20:]
     file.write_bytes(data[:start] + b"".join(b"PK\x01\x02" + entry for entry in shared) + tail)
-    with pytest.raises(CheckpointError, match="its entries have .* bytes, the file|damaged"):
+    with pytest.raises(CheckpointError, match=r"its entries have .* bytes, the file|damaged"):
         read_state_dict(file)
 
 

@@ -97,7 +97,7 @@ def test_extension_codes_are_not_looked_up() -> None:
     ],
 )
 def test_damage_is_one_line(data: bytes, said: str) -> None:
-    with pytest.raises(CheckpointError, match="^model.ckpt: not a pickle of torch.save") as error:
+    with pytest.raises(CheckpointError, match=r"^model.ckpt: not a pickle of torch.save") as error:
         read(data)
     assert said in str(error.value) and "\n" not in str(error.value)
 

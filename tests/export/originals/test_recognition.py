@@ -93,7 +93,7 @@ def test_the_schedule_comes_from_the_betas(dtype: torch.dtype, tmp_path: Path) -
     original = unconditional()
     original.state["betas"] = original.state["betas"].to(dtype)
     del original.params["linear_start"], original.params["linear_end"]
-    with pytest.raises(CheckpointError, match="betas.*0.0001 to 0.02"):
+    with pytest.raises(CheckpointError, match=r"betas.*0.0001 to 0.02"):
         opened(original, tmp_path)  # the yaml's defaults are another schedule's
     original.params |= {"linear_start": 0.0015, "linear_end": 0.0195}
     options = opened(original, tmp_path).scheduler_config
@@ -134,7 +134,7 @@ def test_damaged_and_unsafe_yaml_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_unknown_sizes_need_a_yaml(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="how many attention heads it has.*--config"):
+    with pytest.raises(CheckpointError, match=r"how many attention heads it has.*--config"):
         open_original(unconditional().save(tmp_path))
 
 
@@ -145,14 +145,14 @@ def test_texts_need_a_tokenizer(tmp_path: Path) -> None:
 
 def test_foreign_state_dicts_are_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match="input_blocks.0.0.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"input_blocks.0.0.weight is missing"):
         open_original(tmp_path / "model.ckpt")
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     original = unconditional()
     del original.state["model.diffusion_model.time_embed.2.bias"]
-    with pytest.raises(CheckpointError, match="time_embedding.linear_2.bias"):
+    with pytest.raises(CheckpointError, match=r"time_embedding.linear_2.bias"):
         load_module(opened(original, tmp_path), "unet")
 
 
