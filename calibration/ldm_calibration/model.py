@@ -31,6 +31,8 @@ SAMPLING_FIELDS = {
     "num_inference_steps",
     "images_per_prompt",
     "latents",
+    "image",
+    "mask",
 }
 """Fields of ``Request`` that the calibration sets itself, or that are not JSON-able."""
 _MERGED = "prompts"

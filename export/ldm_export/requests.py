@@ -9,7 +9,15 @@ from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["RequestFields", "label", "plain_requests", "requests_for", "text_requests"]
+__all__ = [
+    "RequestFields",
+    "image_requests",
+    "label",
+    "label_requests",
+    "plain_requests",
+    "requests_for",
+    "text_requests",
+]
 
 RequestFields = Mapping[str, Any]
 """Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
@@ -33,6 +41,28 @@ def plain_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     return ({},) * IMAGES
 
 
+def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
+    """One request for each of the first ``IMAGES`` classes.
+
+    Raises:
+        SpecError: Prompts are given.
+    """
+    if prompts is not None:
+        raise SpecError("prompts: got some, but this model is conditioned on class labels; leave them out")
+    return tuple({"labels": label} for label in range(IMAGES))
+
+
+def image_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
+    """``IMAGES`` requests without any field; the model's conditioning adds an example image of its size.
+
+    Raises:
+        SpecError: Prompts are given.
+    """
+    if prompts is not None:
+        raise SpecError("prompts: got some, but this model starts from images; leave them out")
+    return ({},) * IMAGES
+
+
 def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     """Requests for a model whose family's module need not be installed.
 
@@ -42,9 +72,15 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     kinds = [entry.kind for entry in model.conditioning]
     if not kinds:
         return plain_requests(prompts)
+    if kinds in (["image"], ["masked_image"]):
+        return image_requests(prompts)
+    if kinds == ["label"]:
+        return label_requests(prompts)
     if kinds == ["text"]:
         return text_requests(prompts)
-    raise SpecError(f"{model.family}: conditioned on {', '.join(kinds)}, expected text or nothing; it has no defaults")
+    raise SpecError(
+        f"{model.family}: conditioned on {', '.join(kinds)}, expected text, labels, images or nothing; it has no defaults"
+    )
 
 
 def label(request: RequestFields) -> str:

@@ -22,7 +22,7 @@ from ldm_runtime.specs import ComponentSpec
 FORMAT, VERSION = "ldm-export bundle", 2
 MAX_BYTES = 16 * 2**20
 MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
-MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS = 1024, 256, 1000
+MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS, MAX_SETTING = 1024, 256, 1000, 2**31
 MAX_VALUES = 2**31 - 1
 """Most values of a tensor at its usual size, 8 GiB as float32."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -264,7 +264,12 @@ def _conditioning(where: str, value: Any) -> ConditioningSpec:
         require_str(f"{where}.component", entry.get("component")),
         require_map(f"{where}.files", entry.get("files"), safe_path),
         _names(f"{where}.inputs", entry.get("inputs")),
+        require_map(f"{where}.settings", entry.get("settings", {}), _setting),
     )
+
+
+def _setting(where: str, value: Any) -> int:
+    return require_integer(where, value, 0, MAX_SETTING)
 
 
 def _latents(entry: dict[str, Any]) -> Latents:

@@ -26,12 +26,14 @@ class ConditioningSpec:
         component: The component that encodes it, e.g. "text_encoder"; "" if none does.
         files: Role -> file of the bundle, e.g. {"tokenizer": "tokenizer.json"}.
         inputs: Names of the tensors it provides to other components, e.g. ("context",).
+        settings: Numbers that the kind needs, e.g. {"classes": 1000} for labels.
     """
 
     kind: str
     component: str
     files: Mapping[str, str]
     inputs: tuple[str, ...]
+    settings: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

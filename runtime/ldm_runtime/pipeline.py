@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,10 +196,11 @@ class LatentDiffusionPipeline:
             BackendError: The engine failed.
         """
         last = None
-        for last in self.steps(Request(prompts, **options)):
+        request = Request(prompts, **options)
+        for last in self.steps(request):
             on_progress(last)
         assert last is not None
-        return Generation(self.decode_array(last.latents), last.latents)
+        return Generation(self.decode_array(last.latents, request), last.latents)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model and work out everything its denoising loop needs.
@@ -208,6 +209,10 @@ class LatentDiffusionPipeline:
             SpecError: Names the field, what was given and what is expected.
         """
         return self._planner.plan(request)
+
+    def example(self) -> dict[str, Any]:
+        """Fields of a small valid request for one image: what the model's conditioning needs."""
+        return {name: value for one in self.conditioners for name, value in one.example().items()}
 
     def steps(self, request: Request) -> Iterator[Step]:
         """Run the denoising loop one step at a time: the caller owns progress and may stop at any step.
@@ -255,15 +260,15 @@ class LatentDiffusionPipeline:
     def _encode(self, request: Request, branch: str) -> Tensors:
         return {name: rows for one in self.conditioners for name, rows in one.rows(request, branch).items()}
 
-    def decode(self, latents: F32) -> list[Image.Image]:
-        """Decode latents float32 [B, C, h, w] to B PIL images.
+    def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
+        """Decode latents float32 [B, C, h, w] to B PIL images; with a request, as ``finish`` completes them.
 
         Raises:
             SpecError: The latents do not fit the decoder, or are NaN or far too large.
         """
-        return to_pil(self.decode_array(latents))
+        return to_pil(self.decode_array(latents, request))
 
-    def decode_array(self, latents: F32) -> F32:
+    def decode_array(self, latents: F32, request: Request | None = None) -> F32:
         """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``."""
         check_latents(latents)
         if not self._keep_loaded:
@@ -271,7 +276,13 @@ class LatentDiffusionPipeline:
         image: F32 = self.backends[DECODER].run({LATENTS: latents})[IMAGE]
         if not self._keep_loaded:
             self.backends[DECODER].close()
-        return image
+        return image if request is None else self.finish(request, image)
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Complete decoded images float32 [B, channels, H, W] as the request's conditioning asks, e.g. outside of a mask."""
+        for conditioner in self.conditioners:
+            images = conditioner.finish(request, images)
+        return images
 
     def close(self) -> None:
         """Free the engines."""

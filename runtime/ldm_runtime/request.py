@@ -32,6 +32,9 @@ class RequestOptions(TypedDict, total=False):
     width: int | None
     images_per_prompt: int
     latents: F32 | None
+    labels: int | Sequence[int] | None
+    image: Any
+    mask: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
 
@@ -51,8 +54,11 @@ class Request:
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
         num_inference_steps: Denoising steps.
         height, width: Pixels, multiples of the model's factor.
-        images_per_prompt: Images for each prompt.
+        images_per_prompt: Images for each prompt or label.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
+        labels: Classes to draw, one number or several; for models conditioned on class labels.
+        image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
+        mask: One mask or one for each image, white where the image is repainted; for inpainting models.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
     """
@@ -68,6 +74,9 @@ class Request:
     width: int | None = None
     images_per_prompt: int = 1
     latents: F32 | None = None
+    labels: int | Sequence[int] | None = None
+    image: Any = None
+    mask: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
 

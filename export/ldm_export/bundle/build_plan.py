@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ldm_export.bundle.stages import OnProgress
@@ -50,15 +51,24 @@ class BuildPlan:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file below a folder of a checkpoint.
+    """Relative path -> SHA-256 of every file below a folder of a checkpoint, or of the one file that is given.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
     try:
+        if folder.is_file():
+            stat = folder.stat()
+            return {folder.name: _file_digest(folder, stat.st_size, stat.st_mtime_ns)}
         return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); check the checkpoint") from None
+
+
+@lru_cache(maxsize=16)
+def _file_digest(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file, computed once for all components whose weights are in it."""
+    return sha256(file)
 
 
 def relative(files: list[Path], folder: Path) -> list[str]:

@@ -59,9 +59,9 @@ def _graph_stage(plan: BuildPlan, name: str) -> Stage:
             files += save_graph(model, folder / graph_file(component, "fp32"))
         return relative(files, folder)
 
-    part = plan.checkpoint.layout.modules[traced.module].part
+    component = plan.checkpoint.components[plan.checkpoint.layout.modules[traced.module].part]
     depends = {
-        "inputs": folder_digests(plan.checkpoint.components[part].folder),
+        "inputs": {**folder_digests(component.folder), **component.depends},
         "spec": repr(spec),
         "splits": [rule.component for rule in traced.splits],
         "seed": plan.checkpoint.random_seed,

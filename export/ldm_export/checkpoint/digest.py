@@ -12,12 +12,17 @@ __all__ = ["CHECKPOINT_SHA256", "SUFFIXES", "weight_files", "weights_sha256"]
 
 CHECKPOINT_SHA256 = "checkpoint_sha256"
 """Key of a manifest's ``request`` under which a build records the digest of its checkpoint's weights."""
-SUFFIXES = (".safetensors", ".bin", ".pt")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of weight files."""
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Relative path -> file of every weight file in the component folders of a diffusers folder, sorted by path."""
+    """Relative path -> file of every weight file in the component folders of a diffusers folder, sorted by path.
+
+    A checkpoint that is one file is that file under its name.
+    """
+    if folder.is_file():
+        return {folder.name: folder}
     files = [path for path in folder.glob("*/*") if path.suffix in SUFFIXES and path.is_file()]
     return dict(sorted((path.relative_to(folder).as_posix(), path) for path in files))
 

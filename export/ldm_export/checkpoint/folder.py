@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.config_values import full_config, with_current_names
 from ldm_export.checkpoint.json_files import read_json, shortened
 from ldm_export.checkpoint.layout import CheckpointLayout, Part
-from ldm_export.checkpoint.weights import weight_file
+from ldm_export.checkpoint.weights import StoredTensor, read_weights, weight_file
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.model import Defaults
 
 __all__ = ["INDEX", "Checkpoint", "Component", "read_folder", "read_index"]
 
@@ -23,12 +24,29 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class Component:
-    """A part with weights: its name, folder, class, and every argument of the class with defaults filled in."""
+    """A part with weights.
+
+    Attributes:
+        name: Of the part.
+        folder: Its folder, or the file that holds the weights of all parts.
+        class_name: Its class.
+        config: Every argument of that class, defaults filled in.
+        defaulted: Arguments that the checkpoint leaves out.
+        tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
+        depends: What the weights depend on beside the files of ``folder``, JSON-able.
+    """
 
     name: str
     folder: Path
     class_name: str
     config: Mapping[str, Any]
+    defaulted: frozenset[str] = frozenset()
+    tensors: Mapping[str, StoredTensor] | None = field(default=None, repr=False)
+    depends: Mapping[str, Any] = field(default_factory=dict)
+
+    def weights(self) -> Mapping[str, StoredTensor]:
+        """Name -> tensor; values stay on disk until they are read. Errors as ``read_weights``."""
+        return read_weights(self.folder, self.name) if self.tensors is None else self.tensors
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,7 @@ class Checkpoint:
         files: Folders of files by name, e.g. "tokenizer".
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
+        defaults: Sampling options that the checkpoint's authors use; None for those of the family.
     """
 
     folder: Path
@@ -52,6 +71,7 @@ class Checkpoint:
     files: Mapping[str, Path]
     scheduler_config: Mapping[str, Any]
     random_seed: int | None = None
+    defaults: Defaults | None = None
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""
@@ -122,7 +142,7 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     full = full_config(f"{name}: {file}", part, today, config)
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
-    return Component(name, place, today, full)
+    return Component(name, place, today, full, frozenset(set(full) - set(config)))
 
 
 def _current_class(part: Part, name: Any) -> Any:

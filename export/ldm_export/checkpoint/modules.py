@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ldm_export.checkpoint.folder import Checkpoint, Component
 from ldm_export.checkpoint.json_files import first_line, shortened
 from ldm_export.checkpoint.layout import ModuleSource, Part, WeightNames
-from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor, read_weights
+from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor
 from ldm_runtime.errors import CheckpointError, SpecError
 
 __all__ = ["MAX_BYTES", "load_module"]
@@ -79,7 +79,7 @@ def _without(module: nn.Module, source: ModuleSource) -> nn.Module:
 def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, component: Component) -> None:
     """Read the weights of a module on the meta device into it."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    weights = _with_current_names(read_weights(component.folder, component.name), expected, part.weights, component)
+    weights = _with_current_names(component.weights(), expected, part.weights, component)
     unused = tuple(f"{left_out}." for left_out in source.left_out)
     weights = {
         key: stored

@@ -19,7 +19,7 @@ from ldm_export.checkpoint.json_files import first_line, read_json, shortened
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.linked_files import stays_inside
 
-__all__ = ["DTYPES", "FLOAT8", "StoredTensor", "read_weights", "weight_file"]
+__all__ = ["DTYPES", "FLOAT8", "StoredTensor", "read_safetensors", "read_weights", "weight_file"]
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """Dtypes of eight bits. Their values are read as they are: a checkpoint with scales beside them is refused."""
@@ -112,10 +112,10 @@ def _read_file(file: Path, component: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{component}: {file} cannot be read: {error}; check its permissions") from error
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{component}: {file} is a Git LFS pointer, not the weights; run git lfs pull")
-    return (_read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, component)
+    return (read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, component)
 
 
-def _read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
+def read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
     weights = {}
     try:
         with safe_open(file, framework="pt") as opened:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_index
+from ldm_export.families.class_conditional import CLASS_CONDITIONAL
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.inpainting import INPAINTING
+from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
 from ldm_runtime.errors import CheckpointError
@@ -22,7 +25,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL)
+FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL, CLASS_CONDITIONAL, SUPER_RESOLUTION, INPAINTING)
 """Every family that can be exported."""
 
 
@@ -41,7 +44,7 @@ def family_of(index: Mapping[str, Any]) -> Family:
             return family
     supported = "; ".join(
         f"{today} (older names {', '.join(older)})" if older else today
-        for today, *older in (family.pipelines for family in FAMILIES)
+        for today, *older in (family.pipelines for family in FAMILIES if family.pipelines)
     )
     raise CheckpointError(f"{INDEX} is of a {name!r:.80}, expected {supported}; use a checkpoint of such a pipeline")
 

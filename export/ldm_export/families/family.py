@@ -56,7 +56,8 @@ class Family:
 
     Attributes:
         name: Name in the manifest.
-        pipelines: Class names in model_index.json: today's first, then those of earlier releases.
+        pipelines: Class names in model_index.json: today's first, then those of earlier releases. None
+            if diffusers has no such pipeline; checkpoints are then those of CompVis.
         layout: Of its checkpoints.
         components: What is traced, by component, in the order in which the components run.
         files: Files of the bundle that are no graphs, by the name of their build stage.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -50,7 +51,7 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape"]
+__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape", "tokenizer_folder"]
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
@@ -169,14 +170,22 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         guidance=GUIDANCE,
         latents=shape.latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
-        defaults=DEFAULTS,
+        defaults=checkpoint.defaults or DEFAULTS,
     )
 
 
 @contextmanager
-def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+def tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder.
+
+    A vocabulary that is one file is copied into a folder under the name that tokenizers look for.
+    """
     source = checkpoint.files["tokenizer"]
+    if source.is_file():
+        with TemporaryDirectory() as folder:
+            name = "tokenizer.json" if source.suffix == ".json" else "vocab.txt"
+            yield Path(copyfile(source, Path(folder) / name)).parent
+        return
     if checkpoint.random_seed is None or any((source / name).exists() for name in VOCABULARY_FILES):
         yield source
         return
@@ -185,7 +194,7 @@ def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    with _tokenizer_folder(checkpoint) as folder:
+    with tokenizer_folder(checkpoint) as folder:
         write_tokenizer_json(folder, target)
     token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
     known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
@@ -197,10 +206,10 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
-    with _tokenizer_folder(checkpoint) as folder:
+    with tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
     config = dict(checkpoint.scheduler_config)
-    scheduler = SCHEDULER.classes[config.pop("class")]
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
     constructor: Any = LDMTextToImagePipeline
     pipeline = constructor(
         vqvae=load_module(checkpoint, "autoencoder"),

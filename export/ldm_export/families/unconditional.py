@@ -21,7 +21,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.json_files import read_json
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
@@ -60,9 +59,8 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.components["autoencoder"]
     latents = Latents(parts.latent_channels(autoencoder.config), parts.pixels_per_latent(autoencoder.config))
     sides = (unet["sample_size"], unet["sample_size"])
-    file = autoencoder.folder / parts.AUTOENCODER.config_file
-    if "scaling_factor" not in read_json(file, autoencoder.name):
-        factor = autoencoder.config["scaling_factor"]
+    if "scaling_factor" in autoencoder.defaulted:
+        file, factor = autoencoder.folder / parts.AUTOENCODER.config_file, autoencoder.config["scaling_factor"]
         log.warning("%s: has no scaling_factor; latents are divided by %s, as LDMPipeline does", file, factor)
     return ModelDescription(
         family=UNCONDITIONAL.name,
@@ -74,7 +72,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
-        defaults=DEFAULTS,
+        defaults=checkpoint.defaults or DEFAULTS,
     )
 
 
@@ -84,7 +82,7 @@ def _decoder(autoencoder: nn.Module) -> nn.Module:
 
 def _reference(checkpoint: Checkpoint) -> Any:
     config = dict(checkpoint.scheduler_config)
-    scheduler = parts.SCHEDULER.classes[config.pop("class")]
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
     constructor: Any = LDMPipeline
     pipeline = constructor(
         vqvae=load_module(checkpoint, "autoencoder"),

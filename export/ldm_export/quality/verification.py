@@ -49,8 +49,12 @@ class ImageResult:
 
     @property
     def fields(self) -> RequestFields:
-        """The request without the seed and the options that all images share."""
-        return {name: value for name, value in self.request.items() if name not in _SHARED}
+        """The request without the seed, the options that all images share, and images."""
+        return {
+            name: value
+            for name, value in self.request.items()
+            if name not in _SHARED and not isinstance(value, np.ndarray)
+        }
 
     @property
     def label(self) -> str:
@@ -148,11 +152,11 @@ def verify(
         for name in family.components:
             on_progress(name, len(components), total)
             components.append(_component(ours, checkpoint, family, name, feeds))
-        theirs = family.reference(checkpoint)
+        theirs, example = family.reference(checkpoint), ours.example()
         images: list[ImageResult] = []
         for seed, request in enumerate(requests):
             on_progress("images", len(components) + seed, total)
-            images.append(_image(ours, family, theirs, {**asdict(defaults), "seed": seed, **request}))
+            images.append(_image(ours, family, theirs, {**asdict(defaults), "seed": seed, **example, **request}))
         on_progress("images", total, total)
     return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(images))
 

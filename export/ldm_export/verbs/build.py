@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
@@ -25,12 +26,16 @@ RANGED = 16
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument(
-        "checkpoint", nargs="?", type=Path, help="diffusers folder of the checkpoint (default: the demo model)"
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="diffusers folder or original checkpoint file (default: the demo model)",
     )
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
     verb.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and arithmetic (default fp32)"
     )
+    add_original_arguments(verb)
     engines = verb.add_argument_group("engines")
     engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines for this package")
     engines.add_argument(
@@ -70,12 +75,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_export.bundle.build import BuildOptions, build
         from ldm_export.bundle.int8_report import write_report
         from ldm_export.demo import demo_checkpoint, demo_grader
-        from ldm_export.families import family_named, open_checkpoint
+        from ldm_export.families import family_named
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
     _check_int8_options(args)
-    checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
+    checkpoint = open_given(args.checkpoint or demo_checkpoint(), args)
     family = family_named(checkpoint.family)
     kinds = [entry.kind for entry in family.describe(checkpoint).conditioning]
     model = None if args.random_weights else checkpoint.folder

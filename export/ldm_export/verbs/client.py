@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, grid_columns, opened_images, write_images
 from ldm_export.verbs.options import real_number, whole_number
 from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
@@ -80,6 +81,9 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     inputs = {
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
+        "LABEL": args.label,
+        "INPUT_IMAGE": _pixels(args.image, "RGB"),
+        "MASK": _pixels(args.mask, "L"),
         "COUNT": args.count,
         "SEED": seed,
         "STEPS": args.steps,
@@ -95,6 +99,15 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PREVIEW_EVERY": args.preview_every or None,
     }
     return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _pixels(files: list[Path] | None, mode: str) -> NDArray[np.uint8] | None:
+    """Files as uint8 [N, H, W, channels]."""
+    found = opened_images(files)
+    if found is None:
+        return None
+    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in found])
+    return arrays[..., None] if arrays.ndim == 3 else arrays
 
 
 def _infer(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Arrays:
@@ -131,7 +144,8 @@ def _number(array: NDArray[Any], name: str, address: Address) -> int:
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:
     from ldm_runtime.images import pil_image
 
-    count = len(args.prompts) * args.images_per_prompt if args.prompts else args.count or 1
+    each = len(args.prompts) or len(args.label or ())
+    count = each * args.images_per_prompt if each else args.count or 1
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != count or not array.size:
         got = f"{array.dtype} {list(array.shape)}"
         raise ServerError(f"{address}: IMAGE is {got}, expected uint8 [{count}, height, width, 3]; check --model")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, write_images
+from ldm_export.verbs.image_options import add_request, check_output, grid_columns, opened_images, write_images
 from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
 
@@ -55,12 +55,13 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             cache=args.cache,
             keep_loaded=False,
         )
+    request = _request(args, seed)
     with loaded as pipeline:
-        steps = pipeline.steps(_request(args, seed))
+        steps = pipeline.steps(request)
         with screen.bar("denoising") as bar:
             for step in steps:
                 bar.to(step.index + 1, step.total)
-            images = pipeline.decode(step.latents)
+            images = pipeline.decode(step.latents, request)
     written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle sets it
@@ -74,6 +75,9 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
     return Request(
         args.prompts or None,
         negative_prompt=args.negative_prompt,
+        labels=args.label,
+        image=opened_images(args.image),
+        mask=opened_images(args.mask),
         count=args.count,
         seed=seed,
         eta=args.eta,

@@ -13,9 +13,9 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import destination, write_together
-from ldm_runtime.errors import BuildError
+from ldm_runtime.errors import BuildError, SpecError
 
-__all__ = ["Written", "add_request", "check_output", "grid_columns", "write_images"]
+__all__ = ["Written", "add_request", "check_output", "grid_columns", "opened_images", "write_images"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,20 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--height", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )
     verb.add_argument(
-        "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images of each prompt (default 1)"
+        "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images per prompt or label (default 1)"
+    )
+    verb.add_argument(
+        "--label", type=whole_number, nargs="+", metavar="N", help="classes, for a model conditioned on class labels"
+    )
+    verb.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="images to start from, for super-resolution and inpainting",
+    )
+    verb.add_argument(
+        "--mask", type=Path, nargs="+", metavar="FILE", help="masks, white where an image is repainted, for inpainting"
     )
     verb.add_argument(
         "--count", type=whole_number, metavar="N", help="number of images of a model without prompts (default 1)"
@@ -101,6 +114,26 @@ def check_output(output: Path) -> None:
     destination(output)
     if output.suffix.lower() not in FORMATS:
         raise BuildError(f"{output}: expected a name that ends in {', '.join(FORMATS)}; choose another -o")
+
+
+def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
+    """Read image files; None stays None.
+
+    Raises:
+        SpecError: A file is no image, or too large to be one, or the images have different sizes.
+    """
+    if files is None:
+        return None
+    found = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                found.append(opened.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG or JPEG") from None
+    if len({one.size for one in found}) != 1:
+        raise SpecError(f"{files[0]}: got images of different sizes, expected one size; make several calls")
+    return found
 
 
 def grid_columns(images_per_prompt: int) -> int | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, real_number, unwritten, whole_number
+from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError
@@ -33,6 +34,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-pixel", type=whole_number, help="largest pixel difference, of 255 (default 1 for fp32)")
     verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
+    add_original_arguments(verb)
     others = verb.add_mutually_exclusive_group()
     others.add_argument(
         "--backends",
@@ -52,14 +54,14 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
     with needs("export"):
         from ldm_export.demo import demo_checkpoint
-        from ldm_export.families import family_named, open_checkpoint
+        from ldm_export.families import family_named
         from ldm_export.quality.measures import TOLERANCES
         from ldm_export.quality.verification import verify
         from ldm_export.quality.verification_page import page
     quieten(args.verbose)
     bundle = Bundle.open(args.bundle)
     requests = family_named(bundle.manifest.family).requests(chosen_prompts(args.prompts, bundle))
-    checkpoint = open_checkpoint(args.against or demo_checkpoint(), random_weights=args.random_weights)
+    checkpoint = open_given(args.against or demo_checkpoint(), args)
     precision = args.precision or bundle.precision
     bounds = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
     for option, value in zip(("tolerance", "max-pixel", "min-psnr"), bounds.values(), strict=True):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +126,7 @@ class ActiveBatches:
         preview = None
         if member.preview is not None:
             with suppress(SpecError), self._counters.time("decode"):  # a preview that cannot be decoded is left out
-                preview = self._images(member.preview)
+                preview = self._completed(member.job, self._pipeline.decode_array(member.preview))
             member.preview = None
         self._notify(member.job, Progress(member.index - 1, len(member.trajectory), preview))
 
@@ -138,7 +138,10 @@ class ActiveBatches:
             group, left = left[:count], left[count:]
             try:
                 with self._counters.time("decode"):
-                    images = self._images(np.concatenate([latents for _, latents in group]))
+                    decoded = self._pipeline.decode_array(np.concatenate([latents for _, latents in group]))
+                    starts = [0, *accumulate(len(latents) for _, latents in group)]
+                    parts = [decoded[start:end] for start, end in pairwise(starts)]
+                    images = [self._completed(job, part) for (job, _), part in zip(group, parts, strict=True)]
             except BaseException as error:
                 if count > 1:
                     for single in group:
@@ -146,8 +149,7 @@ class ActiveBatches:
                 else:
                     self._fail([group[0][0]], error)
                 continue
-            for job, latents in group:
-                own, images = images[: len(latents)], images[len(latents) :]
+            for (job, _), own in zip(group, images, strict=True):
                 started = job.started or job.submitted
                 waiting, running = started - job.submitted, time.monotonic() - started
                 self._notify(job, JobResult(own, job.plan.seeds, waiting, running))
@@ -159,8 +161,8 @@ class ActiveBatches:
         most = min(geometry.images, PIXELS_PER_DECODE // pixels)
         return max(1, sum(total <= most for total in accumulate(map(len, latents))))
 
-    def _images(self, latents: F32) -> NDArray[np.uint8]:
-        return np.ascontiguousarray(to_uint8(self._pipeline.decode_array(latents)))
+    def _completed(self, job: Job, decoded: F32) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(to_uint8(self._pipeline.finish(job.plan.request, decoded)))
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
         """End jobs with an error. A ``SpecError`` is the request's own; any other error marks the engine unhealthy."""

@@ -9,15 +9,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image import ImageConditioner
+from ldm_runtime.conditioning.label import LabelConditioner
+from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
 from ldm_runtime.conditioning.text import TextConditioner
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
 
-__all__ = ["KINDS", "KINDS_FIELDS", "Conditioner", "TextConditioner", "open_conditioner"]
+__all__ = [
+    "KINDS",
+    "KINDS_FIELDS",
+    "Conditioner",
+    "ImageConditioner",
+    "LabelConditioner",
+    "MaskedImageConditioner",
+    "TextConditioner",
+    "open_conditioner",
+]
 
 
 class Conditioner(Protocol):
@@ -50,6 +63,9 @@ class Conditioner(Protocol):
             BackendError: The engine failed.
         """
 
+    def finish(self, request: Request, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Complete the decoded images float32 [images, channels, H, W] in [0, 1] of an accepted request."""
+
     def example(self) -> dict[str, Any]:
         """Fields of a small valid request for one image, used by self-tests and benchmarks."""
 
@@ -57,7 +73,12 @@ class Conditioner(Protocol):
         """Free the engine of the component that encodes; the next call loads it again."""
 
 
-KINDS: tuple[type[TextConditioner], ...] = (TextConditioner,)
+KINDS: tuple[type[TextConditioner | LabelConditioner | ImageConditioner | MaskedImageConditioner], ...] = (
+    TextConditioner,
+    LabelConditioner,
+    ImageConditioner,
+    MaskedImageConditioner,
+)
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)
 """Fields of ``Request`` that belong to some kind of conditioning."""

@@ -98,6 +98,10 @@ class TextConditioner:
             self._output: np.concatenate([states[text] for text in texts for _ in range(request.images_per_prompt)])
         }
 
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images, as they are."""
+        return images
+
     def example(self) -> dict[str, Any]:
         """A one-letter prompt."""
         return {"prompts": "a"}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers.noise_schedule import (
+    COMPVIS_SPACING,
     EARLY_KEYS,
     SIGMA_KEYS,
     TIMESTEP_SPACINGS,
@@ -64,7 +65,7 @@ class DDIM(NoiseSchedule):
         for name in ("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"):
             self._set(name, switch)
         self._set("prediction_type", choice, PREDICTION_TYPES)
-        self._set("timestep_spacing", choice, TIMESTEP_SPACINGS)
+        self._set("timestep_spacing", choice, (*TIMESTEP_SPACINGS, COMPVIS_SPACING))
         self._set("clip_sample_range", positive)
         self._set("sample_max_value", positive)
         self._set("dynamic_thresholding_ratio", real, 0, 1)
@@ -82,7 +83,7 @@ class DDIM(NoiseSchedule):
         """Return the timesteps of a trajectory, int64, descending.
 
         There are ``num_inference_steps`` of them. With timestep_spacing "trailing", some numbers give one more, -1, as
-        in diffusers (``spaced_timesteps``).
+        in diffusers; with "compvis", numbers that do not divide num_train_timesteps give more (``spaced_timesteps``).
 
         Raises:
             SpecError: The number of steps is not in 1..num_train_timesteps, or steps_offset leads beyond these.

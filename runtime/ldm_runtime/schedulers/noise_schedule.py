@@ -18,6 +18,7 @@ from ldm_runtime.schedulers.options import among, beta, choice, fail, integer
 
 __all__ = [
     "BETA_SCHEDULES",
+    "COMPVIS_SPACING",
     "EARLY_KEYS",
     "MAX_TRAIN_TIMESTEPS",
     "SIGMA_KEYS",
@@ -31,6 +32,8 @@ F32 = NDArray[np.float32]
 MAX_TRAIN_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+COMPVIS_SPACING = "compvis"
+"""Spacing of DDIM that diffusers does not have; see ``spaced_timesteps``."""
 
 # Keys of older versions and of other schedulers, as published latent diffusion checkpoints carry them, and the values
 # that change nothing (None: any value).
@@ -148,19 +151,22 @@ def spaced_timesteps(spacing: str, count: int, steps: int, offset: int) -> NDArr
     it: the model is called with timestep -1, and ᾱ is that of the last training timestep. The same happens here.
 
     Args:
-        spacing: "leading", "linspace" or "trailing".
+        spacing: "leading", "linspace" or "trailing"; or "compvis", as the DDIMSampler of CompVis/latent-diffusion has
+            it: every (count // steps)-th timestep to the last, more than ``steps`` if these do not divide ``count``.
         count: Number of training timesteps.
         steps: Number of inference steps.
         offset: Added to the timesteps of "leading".
 
     Returns:
-        int64 [steps] or, with "trailing", [steps + 1].
+        int64 [steps]; with "trailing" and "compvis", possibly more.
 
     Raises:
         SpecError: The first timestep is beyond the training timesteps.
     """
-    if spacing == "leading":
-        found: NDArray[Any] = np.arange(steps)[::-1] * (count // steps) + offset
+    if spacing == "compvis":
+        found: NDArray[Any] = np.arange(0, count, count // steps)[::-1] + offset
+    elif spacing == "leading":
+        found = np.arange(steps)[::-1] * (count // steps) + offset
     elif spacing == "linspace":
         found = np.linspace(0, count - 1, steps).round()[::-1]
     else:

@@ -18,8 +18,13 @@ from ldm_runtime.triton.tensors import CHECK
 
 __all__ = ["check"]
 
-PROMPT = {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [CHECK]}
-SEED = {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [0]}
+REQUIRED: tuple[dict[str, Any], ...] = (
+    {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [CHECK]},
+    {"name": "LABEL", "shape": [1], "datatype": "INT32", "data": [0]},
+    {"name": "INPUT_IMAGE", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [0, 0, 0]},
+    {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [0]},
+)
+"""Inputs of which a check gives the first that the model has: all that some kind of model requires, then SEED."""
 
 
 def check(url: str, model: str = "ldm", timeout: float = 8.0) -> str | None:
@@ -33,11 +38,14 @@ def check(url: str, model: str = "ldm", timeout: float = 8.0) -> str | None:
     address, end = f"{url.rstrip('/')}/v2/models/{model}", time.monotonic() + timeout
     try:
         inputs = {tensor["name"] for tensor in _answer(address, None, timeout)["inputs"]}
-        body = {"parameters": {CHECK: True}, "inputs": [PROMPT if "PROMPT" in inputs else SEED]}
+        body = {
+            "parameters": {CHECK: True},
+            "inputs": [next(tensor for tensor in REQUIRED if tensor["name"] in inputs)],
+        }
         _answer(f"{address}/infer", body, max(0.1, end - time.monotonic()))
     except urllib.error.HTTPError as error:
         return f"{url}: {error.code}: {error.read(10_000).decode(errors='replace')}"
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, StopIteration) as error:
         return f"{url}: {getattr(error, 'reason', error)}"
     return None
 

@@ -52,6 +52,15 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
         TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
     ),
+    "label": (
+        TensorField("LABEL", "TYPE_INT32", (-1,), optional=False),
+        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+    ),
+    "image": (TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),),
+    "masked_image": (
+        TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),
+        TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1), optional=False),
+    ),
 }
 """Kind of conditioning -> its inputs."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
@@ -136,6 +145,12 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     if "SEED" in tensors:
         seeds = [int(seed) for seed in tensors["SEED"].ravel()]
         options["seed"] = seeds[0] if len(seeds) == 1 else seeds
+    if "INPUT_IMAGE" in tensors:
+        options["image"] = tensors["INPUT_IMAGE"]
+    if "MASK" in tensors:
+        options["mask"] = tensors["MASK"]
+    if "LABEL" in tensors:
+        options["labels"] = [int(label) for label in tensors["LABEL"].ravel()]
     if "IMAGES_PER_PROMPT" in tensors:
         options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
     if "GUIDANCE_EVERY" in tensors:

@@ -1,0 +1,175 @@
+"""Class-conditional latent diffusion: CompVis' cin256 models of ImageNet (Rombach et al. 2022, section 4.1).
+
+diffusers has no pipeline of these models; checkpoints are those of CompVis/latent-diffusion. A class label becomes one
+token of the UNet's cross-attention. A model with an additional class for the unconditional branch is guided by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm_export.checkpoint import diffusers_parts as parts
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource, Part
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.family import Family, TracedComponent
+from ldm_export.families.reference_loop import pil_image, sampled
+from ldm_export.graph import wrappers
+from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
+from ldm_export.requests import RequestFields, label_requests
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.specs import ComponentSpec, TensorSpec
+
+__all__ = ["CLASS_CONDITIONAL", "ClassEmbedder", "describe"]
+
+LABEL_ENCODER, CONTEXT = "label_encoder", "context"
+GUIDANCE = ("unconditional", "conditional")
+DEFAULTS = Defaults(num_inference_steps=20, eta=0.0, guidance_scale=3.0)
+"""As in the notebook of the authors."""
+
+
+class ClassEmbedder(nn.Module):
+    """label int64 [B] -> one token float32 [B, 1, width].
+
+    Args:
+        num_classes: Classes, with the unconditional one if there is one.
+        width: Channels of a token.
+    """
+
+    def __init__(self, num_classes: int = 1001, width: int = 512):
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, width)
+
+    def forward(self, label: torch.Tensor) -> torch.Tensor:
+        """Compute the output of the class's docstring."""
+        token: torch.Tensor = self.embedding(label)[:, None, :]
+        return token
+
+
+LABELS = Part(folders=(LABEL_ENCODER,), classes={"ClassEmbedder": ClassEmbedder})
+
+
+def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Check that the components fit each other."""
+    unet, labels = configs["unet"], configs[LABEL_ENCODER]
+    problems = parts.latent_problems(unet, configs["autoencoder"])
+    if unet["cross_attention_dim"] != labels["width"]:
+        width = unet["cross_attention_dim"]
+        problems.append(f"the unet's cross_attention_dim is {width}, not the label encoder's {labels['width']}")
+    return problems
+
+
+def _unconditional(classes: int) -> bool:
+    """True if the last class is the unconditional one: numbers of real classes are even tens (1000 of ImageNet)."""
+    return classes % 10 == 1
+
+
+def describe(checkpoint: Checkpoint) -> ModelDescription:
+    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
+
+    Raises:
+        SpecError: The runtime does not have the scheduler with these options.
+    """
+    configs = checkpoint.configs()
+    autoencoder, unet, labels = configs["autoencoder"], configs["unet"], configs[LABEL_ENCODER]
+    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    sides, token, classes = latent_axes(unet["sample_size"]), (1, labels["width"]), labels["num_classes"]
+    guidance = GUIDANCE if _unconditional(classes) else ()
+    encoder = ComponentSpec(
+        LABEL_ENCODER,
+        (TensorSpec("label", "int64", (IMAGES,)),),
+        (TensorSpec(CONTEXT, "float32", (IMAGES, *token)),),
+        "request",
+    )
+    settings = {"classes": classes - bool(guidance), "unconditional": classes - 1}
+    return ModelDescription(
+        family=CLASS_CONDITIONAL.name,
+        components={
+            LABEL_ENCODER: encoder,
+            UNET: unet_spec(latents, sides, len(guidance), (conditioned(CONTEXT, len(guidance), token),)),
+            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
+        },
+        conditioning=(ConditioningSpec("label", LABEL_ENCODER, {}, (CONTEXT,), settings),),
+        guidance=guidance,
+        latents=latents,
+        scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
+        defaults=checkpoint.defaults or DEFAULTS,
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The modules of a checkpoint, float32 on the CPU."""
+
+    labels: nn.Module
+    unet: nn.Module
+    decoder: nn.Module
+    scheduler: Any
+
+
+def _reference(checkpoint: Checkpoint) -> _Reference:
+    config = dict(checkpoint.scheduler_config)
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")](**config)
+    labels, unet = (load_module(checkpoint, name) for name in (LABEL_ENCODER, "unet"))
+    return _Reference(labels, unet, wrappers.Decoder(load_module(checkpoint, "decoder")), scheduler)
+
+
+def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    """One image by the equations of the paper, with modules of diffusers."""
+    config: Any = reference.unet.config
+    labelled: Any = reference.labels
+    unconditional = int(labelled.embedding.num_embeddings) - 1
+    guided = request["guidance_scale"] != 1 and _unconditional(unconditional + 1)
+    labels = torch.tensor([unconditional, request["labels"]] if guided else [request["labels"]])
+    with torch.no_grad():
+        context = reference.labels(labels)
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            noise: torch.Tensor = reference.unet(torch.cat([sample] * len(labels)), timestep, context)[0]
+            if not guided:
+                return noise
+            plain, wanted = noise.chunk(2)
+            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (wanted - plain)
+            return guided_noise
+
+        shape = (1, config.out_channels, config.sample_size, config.sample_size)
+        return pil_image(reference.decoder(sampled(predict, reference.scheduler, shape, request, generator)))
+
+
+CLASS_CONDITIONAL = Family(
+    name="class_conditional",
+    pipelines=(),
+    layout=CheckpointLayout(
+        kind="class-conditional",
+        parts={LABEL_ENCODER: LABELS, "unet": parts.UNET_CONDITION, "autoencoder": parts.AUTOENCODER},
+        scheduler=parts.SCHEDULER,
+        files={},
+        modules={
+            LABEL_ENCODER: ModuleSource(LABEL_ENCODER),
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "decoder": parts.DECODER_MODULE,
+        },
+        problems=_problems,
+    ),
+    components={
+        LABEL_ENCODER: TracedComponent(LABEL_ENCODER, lambda module: module),
+        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        DECODER: TracedComponent("decoder", wrappers.Decoder),
+    },
+    files={},
+    describe=describe,
+    quantize=(UNET, DECODER),
+    requests=label_requests,
+    reference=_reference,
+    reference_image=_reference_image,
+)
+"""Parts: label_encoder (ClassEmbedder), unet (UNet2DConditionModel) and autoencoder (VQModel or AutoencoderKL)."""

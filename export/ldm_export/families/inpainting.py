@@ -1,0 +1,177 @@
+"""Inpainting by latent diffusion: CompVis' inpainting_big (Rombach et al. 2022, section 4.5).
+
+diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, whose ``scripts/inpaint.py`` is
+repeated here. The UNet gets the noisy latents, the latents of the image without its masked part, neither quantized nor
+scaled, and the mask. Outside of the mask the result is the given image. The bundle takes images of the model's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm_export.checkpoint import diffusers_parts as parts
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.family import Family, TracedComponent
+from ldm_export.families.reference_loop import pil_image, sampled
+from ldm_export.graph import wrappers
+from ldm_export.graph.component_split import TIME_EMBEDDING
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, unet_spec
+from ldm_export.requests import RequestFields, image_requests
+from ldm_runtime.conditioning.image import image_array
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.specs import ComponentSpec, TensorSpec
+
+__all__ = ["INPAINTING", "MaskedImageEncoder", "describe"]
+
+ENCODER, MASKED_IMAGE = "masked_image_encoder", "masked_image"
+DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=1.0)
+"""As in the script of the authors."""
+
+
+def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Check that the components fit each other: the UNet takes two latents and a mask."""
+    unet, autoencoder = configs["unet"], configs["autoencoder"]
+    problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
+    if unet["in_channels"] != 2 * unet["out_channels"] + 1:
+        problems.append(f"the unet takes {unet['in_channels']} channels, two latents and a mask are others")
+    if autoencoder.get("vq_embed_dim") is None:
+        problems.append("the autoencoder has no codebook, which an inpainting model's has")
+    return problems
+
+
+class MaskedImageEncoder(nn.Module):
+    """Image float32 [B, 3, H, W] in [-1, 1], mask float32 [B, 1, H, W] -> latents and mask float32 [B, C + 1, h, w].
+
+    The masked part (mask 1) becomes black before it is encoded; the mask is taken at every ``factor``-th pixel and
+    scaled to [-1, 1].
+
+    Args:
+        autoencoder: A VQModel of diffusers.
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        config: Any = autoencoder.config
+        self.autoencoder: Any = autoencoder
+        self.factor = parts.pixels_per_latent(config)
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Compute the output of the class's docstring."""
+        masked = (1 - mask) * (image + 1) - 1
+        latents: torch.Tensor = self.autoencoder.encode(masked, return_dict=False)[0]
+        return torch.cat([latents, mask[:, :, :: self.factor, :: self.factor] * 2 - 1], dim=1)
+
+
+class _UNet(wrappers.UNet):
+    """sample float32 [R, C, h, w], timestep int64 [R], masked_image float32 [R, C + 1, h, w] -> noise as sample."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, masked_image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([sample, masked_image], dim=1), timestep)
+
+
+def describe(checkpoint: Checkpoint) -> ModelDescription:
+    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``masked_image``.
+
+    Raises:
+        SpecError: The runtime does not have the scheduler with these options.
+    """
+    unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
+    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    size = unet["sample_size"]
+    side, encoded = size * latents.factor, (latents.channels + 1, size, size)
+    encoder = ComponentSpec(
+        ENCODER,
+        (
+            TensorSpec("image", "float32", (IMAGES, autoencoder["in_channels"], side, side)),
+            TensorSpec("mask", "float32", (IMAGES, 1, side, side)),
+        ),
+        (TensorSpec(MASKED_IMAGE, "float32", (IMAGES, *encoded)),),
+        "request",
+    )
+    return ModelDescription(
+        family=INPAINTING.name,
+        components={
+            ENCODER: encoder,
+            UNET: unet_spec(latents, (size, size), 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
+            DECODER: decoder_spec(latents, (size, size), autoencoder["out_channels"]),
+        },
+        conditioning=(ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,)),),
+        guidance=(),
+        latents=latents,
+        scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
+        defaults=checkpoint.defaults or DEFAULTS,
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The modules of a checkpoint, float32 on the CPU."""
+
+    encoder: nn.Module
+    unet: nn.Module
+    decoder: nn.Module
+    scheduler: Any
+
+
+def _reference(checkpoint: Checkpoint) -> _Reference:
+    config = dict(checkpoint.scheduler_config)
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")](**config)
+    encoder = MaskedImageEncoder(load_module(checkpoint, "encoder"))
+    decoder = wrappers.Decoder(load_module(checkpoint, "decoder"))
+    return _Reference(encoder, load_module(checkpoint, "unet"), decoder, scheduler)
+
+
+def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    """One image by the authors' script, with modules of diffusers."""
+    config: Any = reference.unet.config
+    image, mask = (torch.from_numpy(image_array(name, request[name])) for name in ("image", "mask"))
+    with torch.no_grad():
+        masked = reference.encoder(image * 2 - 1, mask)
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            noise: torch.Tensor = reference.unet(torch.cat([sample, masked], 1), timestep)[0]
+            return noise
+
+        shape = (1, config.out_channels, config.sample_size, config.sample_size)
+        decoded = reference.decoder(sampled(predict, reference.scheduler, shape, request, generator))
+        return pil_image((1 - mask) * image + mask * decoded)
+
+
+INPAINTING = Family(
+    name="inpainting",
+    pipelines=(),
+    layout=CheckpointLayout(
+        kind="inpainting",
+        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
+        scheduler=parts.SCHEDULER,
+        files={},
+        modules={
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "encoder": ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None}),
+            "decoder": parts.DECODER_MODULE,
+        },
+        problems=_problems,
+    ),
+    components={
+        ENCODER: TracedComponent("encoder", MaskedImageEncoder),
+        UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
+        DECODER: TracedComponent("decoder", wrappers.Decoder),
+    },
+    files={},
+    describe=describe,
+    quantize=(UNET, DECODER),
+    requests=image_requests,
+    reference=_reference,
+    reference_image=_reference_image,
+)
+"""Parts: unet (UNet2DModel) and autoencoder (VQModel)."""

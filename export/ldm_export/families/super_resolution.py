@@ -1,0 +1,133 @@
+"""Super-resolution by latent diffusion: diffusers' LDMSuperResolutionPipeline (Rombach et al. 2022, section 4.4).
+
+A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the latents' height and
+width and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline decodes
+latents as they are, without the autoencoder's ``scaling_factor``. The bundle takes images of the model's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import LDMSuperResolutionPipeline
+from PIL import Image
+from torch import nn
+
+from ldm_export.checkpoint import diffusers_parts as parts
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.family import Family, TracedComponent
+from ldm_export.graph import wrappers
+from ldm_export.graph.component_split import TIME_EMBEDDING
+from ldm_export.graph.model_specs import conditioned, decoder_spec, unet_spec
+from ldm_export.requests import RequestFields, image_requests
+from ldm_runtime.conditioning.image import image_array
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+
+__all__ = ["SUPER_RESOLUTION", "describe"]
+
+LOW_RESOLUTION = "low_resolution"
+DEFAULTS = Defaults(num_inference_steps=100, eta=1.0, guidance_scale=1.0)
+"""As in the example of the authors."""
+
+
+def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Check that the components fit each other: the UNet takes the latents and as many channels of an image."""
+    unet, autoencoder = configs["unet"], configs["autoencoder"]
+    channels = unet["in_channels"] - unet["out_channels"]
+    problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
+    if channels != autoencoder["in_channels"]:
+        problems.append(
+            f"the unet takes {channels} channels beside the latents, an image has {autoencoder['in_channels']}"
+        )
+    return problems
+
+
+class _UNet(wrappers.UNet):
+    """sample float32 [R, C, h, w], timestep int64 [R], low_resolution float32 [R, 3, h, w] -> noise as sample."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, low_resolution: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([sample, low_resolution], dim=1), timestep)
+
+
+def _decoder(autoencoder: nn.Module) -> nn.Module:
+    decoder = wrappers.Decoder(autoencoder)
+    decoder.scaling_factor = 1.0
+    return decoder
+
+
+def describe(checkpoint: Checkpoint) -> ModelDescription:
+    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``low_resolution``.
+
+    Raises:
+        SpecError: The runtime does not have the scheduler with these options.
+    """
+    unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
+    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    sides = (unet["sample_size"], unet["sample_size"])
+    image = conditioned(LOW_RESOLUTION, 0, (unet["in_channels"] - unet["out_channels"], *sides))
+    return ModelDescription(
+        family=SUPER_RESOLUTION.name,
+        components={
+            UNET: unet_spec(latents, sides, 0, (image,)),
+            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
+        },
+        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,)),),
+        guidance=(),
+        latents=latents,
+        scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
+        defaults=checkpoint.defaults or DEFAULTS,
+    )
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    config = dict(checkpoint.scheduler_config)
+    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
+    constructor: Any = LDMSuperResolutionPipeline
+    pipeline = constructor(
+        vqvae=load_module(checkpoint, "autoencoder"),
+        unet=load_module(checkpoint, "unet"),
+        scheduler=scheduler(**config),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    image = torch.from_numpy(image_array("image", request["image"])) * 2 - 1
+    steps, eta = request["num_inference_steps"], request["eta"]
+    result: Image.Image = pipeline(image=image, generator=generator, eta=eta, num_inference_steps=steps).images[0]
+    return result
+
+
+SUPER_RESOLUTION = Family(
+    name="super_resolution",
+    pipelines=("LDMSuperResolutionPipeline",),
+    layout=CheckpointLayout(
+        kind="super-resolution",
+        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
+        scheduler=parts.SCHEDULER,
+        files={},
+        modules={
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "decoder": parts.DECODER_MODULE,
+        },
+        problems=_problems,
+    ),
+    components={
+        UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
+        DECODER: TracedComponent("decoder", _decoder),
+    },
+    files={},
+    describe=describe,
+    quantize=(UNET, DECODER),
+    requests=image_requests,
+    reference=_reference,
+    reference_image=_reference_image,
+)
+"""Parts: unet (UNet2DModel) and autoencoder (VQModel or AutoencoderKL)."""

@@ -1,0 +1,42 @@
+"""Original checkpoints of CompVis/latent-diffusion: read without their code, recognised, and opened for export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.families import open_checkpoint
+from ldm_export.originals.checkpoint import open_original
+from ldm_export.originals.checkpoint_file import is_checkpoint_file
+from ldm_export.originals.recognition import WEIGHTS
+from ldm_runtime.errors import CheckpointError
+
+__all__ = ["WEIGHTS", "open_model", "open_original"]
+
+
+def open_model(
+    path: Path,
+    *,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    weights: str | None = None,
+    random_weights: bool = False,
+) -> Checkpoint:
+    """Open a diffusers folder or an original checkpoint file.
+
+    Args:
+        path: The folder or the file.
+        config, tokenizer, weights: As in ``open_original``; for files only.
+        random_weights: Draw the weights; for folders only.
+
+    Raises:
+        CheckpointError: It cannot be opened, or an option is of the other form.
+    """
+    given = {"config": config, "tokenizer": tokenizer, "weights": weights}
+    if is_checkpoint_file(path):
+        if random_weights:
+            raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")
+        return open_original(path, **given)  # type: ignore[arg-type]
+    if options := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
+    return open_checkpoint(path, random_weights=random_weights)

@@ -1,0 +1,141 @@
+"""Opens a CompVis checkpoint as a ``Checkpoint`` that families build like one of diffusers; weights stay in the file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm_export.checkpoint.config_values import full_config
+from ldm_export.checkpoint.folder import Checkpoint, Component
+from ldm_export.checkpoint.layout import CheckpointLayout, Part
+from ldm_export.checkpoint.weights import StoredTensor
+from ldm_export.families import family_named
+from ldm_export.originals.checkpoint_file import read_state_dict
+from ldm_export.originals.condition_shape import Labels, Text
+from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
+from ldm_export.originals.key_mapping import autoencoder_tensors, label_tensors, text_tensors, unet_tensors
+from ldm_export.originals.recognition import Original, recognise
+from ldm_export.originals.schedule import scheduler_options
+from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
+from ldm_export.originals.yaml_config import read_yaml
+from ldm_runtime.errors import CheckpointError
+
+__all__ = ["open_original"]
+
+log = logging.getLogger(__name__)
+_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution", "inpainting")
+
+
+def open_original(
+    file: Path, config: Path | None = None, tokenizer: Path | None = None, weights: str | None = None
+) -> Checkpoint:
+    """Open a checkpoint file of CompVis/latent-diffusion.
+
+    Args:
+        file: A file of ``torch.save`` or safetensors.
+        config: The yaml the model was trained with; not needed for models with the sizes of a published one.
+        tokenizer: For models of texts: a ``vocab.txt`` of BERT, or a folder with it or a ``tokenizer.json``. The
+            published models have the vocabulary of bert-base-uncased.
+        weights: "ema" or "model", as in ``recognition.recognise``.
+
+    Raises:
+        CheckpointError: The file is damaged or of no known model, the yaml is another model's or is needed, or the
+            tokenizer is missing.
+    """
+    tensors = read_state_dict(file)
+    try:
+        original = recognise(tensors, None if config is None else read_yaml(config), weights)
+        if original.kind not in _SUPPORTED:
+            raise CheckpointError(
+                f"checkpoint: a model of kind {original.kind}, expected one of {', '.join(_SUPPORTED)}; "
+                "this kind cannot be exported yet"
+            )
+        if original.kind == "super_resolution" and original.scale_factor != 1:
+            raise CheckpointError(f"checkpoint: got scale_factor {original.scale_factor:g}, expected 1 of this kind")
+        log.info("%s: %s %s, ema %s", file, original.kind, original.name, original.ema)
+        layout = _layout(original)
+        components = _components(file, original, layout, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('checkpoint: ')}") from None
+    if problems := layout.problems({name: component.config for name, component in components.items()}):
+        raise CheckpointError(f"{file}: {problems[0]}; use the tensors of one model")
+    options = scheduler_options(original.timesteps, original.linear_start, original.linear_end)
+    scheduler = full_config(f"scheduler: {file}", layout.scheduler, "DDIMScheduler", options)
+    return Checkpoint(
+        folder=file,
+        family=original.kind,
+        layout=layout,
+        components=components,
+        files=_files(file, layout, tokenizer),
+        scheduler_config={**scheduler, "class": "DDIMScheduler"},
+        defaults=original.defaults,
+    )
+
+
+def _layout(original: Original) -> CheckpointLayout:
+    """The family's layout with a UNet that has the model's heads, and DDIM with the timesteps of CompVis."""
+    layout = family_named(original.kind).layout
+    part = unet_part(layout.parts["unet"], original.unet, original.heads)
+    scheduler = replace(layout.scheduler, classes={"DDIMScheduler": CompVisDDIMScheduler})
+    return replace(layout, parts={**layout.parts, "unet": part}, scheduler=scheduler)
+
+
+def _components(
+    file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor]
+) -> dict[str, Component]:
+    """Every part of the layout with its config and tensors."""
+    unet, autoencoder, heads = original.unet, original.autoencoder, original.heads
+    pixels = original.image_size * autoencoder.factor
+    made: dict[str, tuple[str, dict[str, Any], Mapping[str, StoredTensor]]] = {
+        "unet": (
+            unet_class(unet),
+            unet_config(unet, heads, original.image_size),
+            unet_tensors(tensors, unet, heads, original.ema),
+        ),
+        "autoencoder": (
+            autoencoder.class_name,
+            autoencoder.config(pixels, original.scale_factor),
+            autoencoder_tensors(tensors),
+        ),
+    }
+    if isinstance(original.condition, Text):
+        made["text_encoder"] = ("LDMBertModel", original.condition.config(), text_tensors(tensors))
+    elif isinstance(original.condition, Labels):
+        made["label_encoder"] = ("ClassEmbedder", original.condition.config(), label_tensors(tensors))
+    return {name: _component(file, name, layout.parts[name], original, *made[name]) for name in layout.parts}
+
+
+def _component(
+    file: Path,
+    name: str,
+    part: Part,
+    original: Original,
+    class_name: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, StoredTensor],
+) -> Component:
+    full = full_config(f"{name}: {file}", part, class_name, config)
+    depends = {"config": {key: repr(value) for key, value in full.items()}}
+    if name == "unet":
+        depends["unet"] = {"heads": repr(original.heads), "ema": repr(original.ema)}
+    named = {key: replace(stored, component=name) for key, stored in tensors.items()}
+    return Component(name, file, class_name, full, frozenset(), named, depends)
+
+
+def _files(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
+    if "tokenizer" not in layout.files:
+        if tokenizer is not None:
+            raise CheckpointError(f"tokenizer: got {tokenizer}, but {file} is no model of texts; leave it out")
+        return {}
+    names = layout.files["tokenizer"].one_of
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{file}: a checkpoint of CompVis holds no tokenizer; give the vocab.txt of bert-base-uncased, or the "
+            "vocabulary it was trained with (--tokenizer)"
+        )
+    if not tokenizer.is_file() and not any((tokenizer / name).is_file() for name in names):
+        raise CheckpointError(f"tokenizer: {tokenizer}: no {' or '.join(names)}, expected a vocabulary; check the path")
+    return {"tokenizer": tokenizer}

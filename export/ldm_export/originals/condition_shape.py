@@ -1,0 +1,117 @@
+"""Sizes of what conditions a CompVis model, from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm_export.checkpoint.weights import StoredTensor
+from ldm_export.originals.unet_shape import UNetShape, count, shape_of
+from ldm_runtime.errors import CheckpointError
+
+__all__ = ["CONDITION_PREFIX", "KINDS", "Labels", "Text", "condition_shape", "kind_of"]
+
+CONDITION_PREFIX = "cond_stage_model."
+HEAD_WIDTH = 64
+"""Channels per head of BERTEmbedder, always."""
+LAYOUT_TOKENS = 92
+"""Tokens of layout2img: 30 objects of three tokens, and two of the crop."""
+KINDS = (
+    *("text_to_image", "class_conditional", "unconditional", "super_resolution", "inpainting", "semantic"),
+    "layout",
+)
+"""Kinds of models: the rows of the paper's model zoo."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sizes of a ``BERTEmbedder``: vocabulary, longest text in tokens, width, layers, heads, feed-forward width."""
+
+    vocabulary: int
+    tokens: int
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of diffusers' LDMBertConfig."""
+        return {
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.tokens,
+            "encoder_layers": self.layers,
+            "encoder_ffn_dim": self.feed_forward,
+            "encoder_attention_heads": self.heads,
+            "head_dim": HEAD_WIDTH,
+            "d_model": self.width,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Sizes of a ``ClassEmbedder``: number of classes, with the unconditional one if there is one, and width."""
+
+    classes: int
+    width: int
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of the module that embeds labels."""
+        return {"num_classes": self.classes, "width": self.width}
+
+
+def condition_shape(tensors: Mapping[str, StoredTensor]) -> Text | Labels | None:
+    """Derive the sizes of the encoder of texts or labels in a state dict; None if it has neither.
+
+    Raises:
+        CheckpointError: The encoder is of no known form.
+    """
+    prefix = CONDITION_PREFIX
+    if f"{prefix}embedding.weight" in tensors:
+        return Labels(*shape_of(tensors, f"{prefix}embedding.weight", 2))
+    text = f"{prefix}transformer."
+    if f"{text}token_emb.weight" not in tensors:
+        return None
+    vocabulary, width = shape_of(tensors, f"{text}token_emb.weight", 2)
+    inner = shape_of(tensors, f"{text}attn_layers.layers.0.1.to_q.weight", 2)[0]
+    layers = count(tensors, f"{text}attn_layers.layers.{{}}")
+    if inner % HEAD_WIDTH or layers % 2:
+        raise CheckpointError(
+            f"checkpoint: {text}: got {layers} sublayers of {inner} channels, expected pairs and multiples of 64"
+        )
+    return Text(
+        vocabulary=vocabulary,
+        tokens=shape_of(tensors, f"{text}pos_emb.emb.weight", 2)[0],
+        width=width,
+        layers=layers // 2,
+        heads=inner // HEAD_WIDTH,
+        feed_forward=shape_of(tensors, f"{text}attn_layers.layers.1.1.net.0.0.weight", 2)[0],
+    )
+
+
+def kind_of(unet: UNetShape, condition: Text | Labels | None, tensors: Mapping[str, StoredTensor]) -> str:
+    """The kind of a model, one of ``KINDS``, from its tensors alone.
+
+    Raises:
+        CheckpointError: It is none of these.
+    """
+    extra, channels = unet.in_channels - unet.out_channels, unet.out_channels
+    if unet.context_width is not None and isinstance(condition, Labels) and not extra:
+        return "class_conditional"
+    if unet.context_width is not None and isinstance(condition, Text) and not extra:
+        return "layout" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
+    if unet.context_width is None and condition is None:
+        if extra == channels + 1:
+            return "inpainting"
+        if extra and f"{CONDITION_PREFIX}channel_mapper.weight" in tensors:
+            return "semantic"
+        if not extra:
+            return "unconditional"
+        if extra == channels:
+            return "super_resolution"
+    clip = any(name.startswith((f"{CONDITION_PREFIX}transformer.text_model.", "conditioner.")) for name in tensors)
+    hint = ", with CLIP: Stable Diffusion is not read from one file" if clip else ""
+    got = f"{unet.in_channels} to {channels} channels, context {unet.context_width}{hint}"
+    raise CheckpointError(f"checkpoint: got a UNet of {got}, expected one of {', '.join(KINDS)}")

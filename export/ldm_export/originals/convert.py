@@ -1,0 +1,95 @@
+"""Writes an original checkpoint as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from diffusers import DDIMScheduler
+from diffusers import __version__ as diffusers_version
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
+from ldm_export.checkpoint.folder import INDEX, Checkpoint
+from ldm_export.checkpoint.layout import ModuleSource
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.families import family_named
+from ldm_export.families.text_to_image import tokenizer_folder
+from ldm_runtime.errors import BuildError, CheckpointError
+from ldm_runtime.schedulers.noise_schedule import COMPVIS_SPACING
+
+__all__ = ["convert"]
+
+_LIBRARIES = {"LDMBertModel": "latent_diffusion"}
+
+
+def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Write the folder; it appears whole or not at all.
+
+    diffusers' schedulers take exactly as many steps as asked, so that a number of steps that does not divide the
+    training timesteps gives other images than the authors' sampler.
+
+    Args:
+        checkpoint: Opened by ``open_original``.
+        target: The folder; it must not exist.
+
+    Returns:
+        Names of the parts.
+
+    Raises:
+        CheckpointError: diffusers has no pipeline of this kind, or its UNet class cannot say the heads of this one.
+        BuildError: The folder exists or cannot be written.
+    """
+    family = family_named(checkpoint.family)
+    if not family.pipelines:
+        raise CheckpointError(f"{checkpoint.folder}: diffusers has no {family.layout.kind} pipeline; build a bundle")
+    if checkpoint.layout.parts["unet"].construct is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a config of UNet2DModel cannot say this model's number of attention heads, which "
+            "is the same at several widths; build a bundle"
+        )
+    if target.exists():
+        raise BuildError(f"{target}: exists, expected a new folder; choose another -o, nothing was changed")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            index = _write(checkpoint, family.pipelines[0], work)
+            work.chmod(0o755)
+            work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"{target}: cannot be written ({error.strerror or error}); choose another -o") from None
+    return [name for name in index if not name.startswith("_")]
+
+
+def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers_version}
+    for name, component in checkpoint.components.items():
+        part, source = checkpoint.layout.parts[name], checkpoint.layout.modules[name]
+        held = {key.partition(".")[0] for key in component.tensors or ()}
+        left_out = {module: stand_in for module, stand_in in source.left_out.items() if module not in held}
+        whole = replace(
+            checkpoint, layout=replace(checkpoint.layout, modules={name: ModuleSource(source.part, left_out)})
+        )
+        module: Any = load_module(whole, name)
+        module.save_pretrained(folder / part.folders[0])
+        index[part.folders[0]] = [_LIBRARIES.get(component.class_name, "diffusers"), component.class_name]
+    options = {key: value for key, value in checkpoint.scheduler_config.items() if key != "class"}
+    if options["timestep_spacing"] == COMPVIS_SPACING:
+        options["timestep_spacing"] = "leading"
+    scheduler: Any = DDIMScheduler
+    scheduler(**options).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    if "tokenizer" in checkpoint.files:
+        with tokenizer_folder(checkpoint) as source_folder:
+            tokens = checkpoint.components["text_encoder"].config["max_position_embeddings"]
+            tokenizer = BertTokenizerFast.from_pretrained(str(source_folder), model_max_length=tokens)
+            tokenizer.save_pretrained(folder / "tokenizer")
+        index["tokenizer"] = ["transformers", type(tokenizer).__name__]
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return index

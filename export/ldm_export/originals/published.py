@@ -1,0 +1,119 @@
+"""Settings of the published models, which no tensor of a state dict tells (Rombach et al. 2022, arXiv:2112.10752).
+
+Rows are those of the repository CompVis/latent-diffusion (``models/*/config.yaml``, ``configs/latent-diffusion``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldm_export.originals.unet_shape import UNetShape
+from ldm_runtime.model import Defaults
+
+__all__ = ["PUBLISHED", "Heads", "Published", "published_as"]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads: their number, or the channels of each; one of them is None.
+
+    ``new_order`` is yaml's use_new_attention_order.
+    """
+
+    number: int | None = None
+    channels: int | None = None
+    new_order: bool = False
+
+    def of(self, width: int) -> int:
+        """Number of heads of an attention with ``width`` channels."""
+        return self.number if self.number is not None else width // (self.channels or width)
+
+    def divides(self, width: int) -> bool:
+        """True if an attention of ``width`` channels can have these heads."""
+        heads = self.of(width)
+        return heads >= 1 and width % heads == 0 and (self.channels is None or width % self.channels == 0)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row: what recognises the model, and its settings.
+
+    Attributes:
+        name: In the repository.
+        kind: As ``condition_shape.kind_of`` gives it.
+        width, multiples, attention: Base width, multiples of it by level, downsampling factors with attention.
+        heads: Attention heads.
+        image_size: Height and width of the latents.
+        scale_factor: Of the latents; the checkpoint's own buffer has precedence.
+        betas: linear_start and linear_end.
+        defaults: Steps, eta and guidance scale of the paper or the repository's examples.
+        use_ema: The EMA weights are the model, if there are any.
+    """
+
+    name: str
+    kind: str
+    width: int
+    multiples: tuple[int, ...]
+    attention: tuple[int, ...]
+    heads: Heads
+    image_size: int
+    scale_factor: float
+    betas: tuple[float, float]
+    defaults: Defaults
+    use_ema: bool = True
+
+
+_TEXT, _CLASS = "text_to_image", "class_conditional"
+PUBLISHED: tuple[Published, ...] = (
+    Published(
+        *("txt2img-f8-large", _TEXT, 320, (1, 2, 4, 4), (1, 2, 4), Heads(8), 32, 0.18215, (0.00085, 0.012)),
+        Defaults(50, 0.0, 5.0),
+        use_ema=False,
+    ),
+    Published(
+        *("text2img256", _TEXT, 192, (1, 2, 3, 5), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0195)),
+        Defaults(100, 0.0, 1.0),
+    ),
+    Published(
+        *("cin256-v2", _CLASS, 192, (1, 2, 3, 5), (2, 4, 8), Heads(1), 64, 1.0, (0.0015, 0.0195)),
+        Defaults(20, 0.0, 3.0),
+        use_ema=False,
+    ),
+    Published(
+        *("cin256", _CLASS, 256, (1, 2, 4), (1, 2, 4), Heads(channels=32), 32, 1.0, (0.0015, 0.0195)),
+        Defaults(200, 1.0, 1.0),
+    ),
+    Published(
+        *("celeba256", "unconditional", 224, (1, 2, 3, 4), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0195)),
+        Defaults(200, 0.0, 1.0),
+    ),
+    Published(
+        *("lsun_churches256", "unconditional", 192, (1, 2, 2, 4, 4), (1, 2, 4, 8), Heads(8), 32, 1.0),
+        *((0.0015, 0.0155), Defaults(400, 0.0, 1.0)),
+    ),
+    Published(
+        *("bsr_sr", "super_resolution", 160, (1, 2, 2, 4), (8,), Heads(channels=32), 64, 1.0, (0.0015, 0.0155)),
+        Defaults(100, 1.0, 1.0),
+    ),
+    Published(
+        *("inpainting_big", "inpainting", 256, (1, 2, 3, 4), (2, 4, 8), Heads(8), 64, 1.0, (0.0015, 0.0205)),
+        Defaults(50, 0.0, 1.0),
+    ),
+    Published(
+        *("semantic_synthesis", "semantic", 128, (1, 4, 8), (), Heads(8), 64, 1.0, (0.0015, 0.0205)),
+        Defaults(200, 1.0, 1.0),
+    ),
+    Published(
+        *("layout2img", "layout", 128, (1, 2, 3, 4), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0205)),
+        Defaults(200, 0.0, 1.0),
+    ),
+)
+
+
+def published_as(kind: str, unet: UNetShape) -> Published | None:
+    """The published model with these sizes; None if there is none."""
+    sizes = (kind, unet.model_channels, unet.multiples, unet.attention_resolutions)
+    for row in PUBLISHED:
+        if sizes == (row.kind, row.width, row.multiples, row.attention):
+            return row
+    return None

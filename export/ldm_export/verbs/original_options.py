@@ -1,0 +1,45 @@
+"""Options of the verbs that read original checkpoints of CompVis/latent-diffusion."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldm_export.checkpoint.folder import Checkpoint
+
+__all__ = ["add_original_arguments", "open_given"]
+
+WEIGHTS = ("ema", "model")
+
+
+def add_original_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    original = verb.add_argument_group("original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis)")
+    original.add_argument(
+        "--config",
+        type=Path,
+        metavar="YAML",
+        help="the yaml it was trained with (not needed for the sizes of a published model)",
+    )
+    original.add_argument("--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models")
+    original.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="moving averages or plain weights of the UNet (default: the averages if there are any, unless the yaml "
+        "says use_ema: False)",
+    )
+
+
+def open_given(path: Path, args: argparse.Namespace) -> Checkpoint:
+    """Open the diffusers folder or the checkpoint file that a command names.
+
+    Raises:
+        CheckpointError: It cannot be opened; see ``originals.open_model``.
+    """
+    from ldm_export.originals import open_model
+
+    random = getattr(args, "random_weights", False)
+    options = {"config": args.config, "tokenizer": args.tokenizer, "weights": args.weights}
+    return open_model(path, random_weights=random, **options)

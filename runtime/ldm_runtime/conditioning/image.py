@@ -1,0 +1,139 @@
+"""Image conditioning: images that the UNet gets beside the noisy latents, e.g. those to enlarge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.model import UNET, ConditioningSpec
+from ldm_runtime.number_checks import shown
+from ldm_runtime.request import Request
+from ldm_runtime.specs import TensorSpec
+
+__all__ = ["ImageConditioner", "check_size", "example_image", "image_array"]
+
+F32 = NDArray[np.float32]
+
+
+class ImageConditioner:
+    """Gives images to the UNet as they are.
+
+    Args:
+        tensor: The UNet's input, float32 [N, channels, h, w] in [-1, 1].
+    """
+
+    kind: ClassVar[str] = "image"
+    fields: ClassVar[frozenset[str]] = frozenset({"image"})
+
+    def __init__(self, tensor: TensorSpec):
+        self._tensor = tensor
+
+    @classmethod
+    def open(
+        cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
+    ) -> ImageConditioner:
+        """Construct from a manifest entry.
+
+        Raises:
+            ManifestError: The UNet has no such input.
+        """
+        found = [tensor for tensor in backends[UNET].inputs if spec.inputs == (tensor.name,) and len(tensor.shape) == 4]
+        if not found or found[0].dtype != "float32":
+            raise ManifestError(f"conditioning: image: got {spec}, expected an input of the UNet; rebuild the bundle")
+        return cls(found[0])
+
+    def images(self, request: Request) -> int:
+        """Check the images and return their number.
+
+        Raises:
+            SpecError: No images, another form, or another size than the model's.
+        """
+        if request.image is None:
+            raise SpecError("image: got none, expected one or more images; this model starts from images")
+        return len(self._array(request))
+
+    def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
+        """The images float32 [images, channels, h, w] in [-1, 1], the same for every branch."""
+        return {self._tensor.name: self._array(request)}
+
+    def example(self) -> dict[str, Any]:
+        """A colour gradient of the model's size."""
+        return {"image": example_image(self._tensor)}
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images, as they are."""
+        return images
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _array(self, request: Request) -> F32:
+        array = image_array("image", request.image) * np.float32(2) - np.float32(1)
+        check_size("image", array, self._tensor)
+        return array
+
+
+def example_image(tensor: TensorSpec) -> F32:
+    """A colour gradient float32 [1, channels, h, w] in [0, 1] of the size of a tensor."""
+    _, channels, height, width = tensor.bounds("opt")
+    ramps = (np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :])
+    planes = [np.broadcast_to(ramps[channel % 2], (height, width)) for channel in range(channels)]
+    return np.stack(planes)[None].astype(np.float32)
+
+
+def check_size(name: str, array: F32, tensor: TensorSpec) -> None:
+    """Check channels, height and width of images [N, channels, h, w] for a tensor.
+
+    Raises:
+        SpecError: The tensor takes other sizes.
+    """
+    low, high = tensor.bounds("min")[1:], tensor.bounds("max")[1:]
+    if not all(least <= size <= most for least, size, most in zip(low, array.shape[1:], high, strict=True)):
+        got = " x ".join(map(str, array.shape[1:]))
+        wanted = " x ".join(_range(*pair) for pair in zip(low, high, strict=True))
+        raise SpecError(f"{name}: got {got} (channels, height, width), expected {wanted}; resize the image")
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}..{high}"
+
+
+def image_array(name: str, given: Any) -> F32:
+    """Images in any form as float32 [N, channels, H, W] in [0, 1].
+
+    Args:
+        name: Of the field, for messages.
+        given: A PIL image, a list of them, uint8 [H, W, 3] or [N, H, W, 3] (also as nested lists), or float32
+            [N, channels, H, W] in [0, 1].
+
+    Raises:
+        SpecError: Another form, images of different sizes, or values out of range.
+    """
+    if isinstance(given, np.ndarray) and given.dtype == np.float32 and given.ndim == 4 and len(given):
+        if not (np.isfinite(given).all() and given.min() >= 0 and given.max() <= 1):
+            raise SpecError(f"{name}: got values from {given.min():g} to {given.max():g}, expected 0 to 1")
+        return given
+    pictures = [given] if isinstance(given, Image.Image) else given
+    if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
+        if len({one.size for one in pictures}) != 1:
+            raise SpecError(f"{name}: got images of different sizes, expected one size; make several calls")
+        pictures = np.stack([np.asarray(one.convert("RGB")) for one in pictures])
+    try:
+        array = np.asarray(pictures)
+    except ValueError:
+        array = np.zeros(0)
+    array = array[None] if array.ndim == 3 else array
+    whole = array.dtype.kind in "iu" and array.ndim == 4 and array.size and array.shape[3] in (1, 3, 4)
+    if not whole or array.min() < 0 or array.max() > 255:
+        raise SpecError(
+            f"{name}: got {shown(given)}, expected PIL images, uint8 [N, H, W, 3] or float32 [N, channels, H, W] in "
+            "[0, 1]"
+        )
+    return np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / np.float32(255)

@@ -1,0 +1,101 @@
+"""Masked image conditioning: an image to repaint where a mask says, encoded by a component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image import check_size, example_image, image_array
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.model import ConditioningSpec
+from ldm_runtime.request import Request
+
+__all__ = ["MaskedImageConditioner"]
+
+F32 = NDArray[np.float32]
+
+
+class MaskedImageConditioner:
+    """Encodes images without their masked parts, and repaints only these.
+
+    Args:
+        backend: The encoder: ``image`` float32 [N, channels, H, W] in [-1, 1] and ``mask`` float32 [N, 1, H, W], 0 or 1
+            -> ``output`` float32 [N, C, h, w].
+        output: Name of the encoder's output tensor, which is the UNet's input.
+    """
+
+    kind: ClassVar[str] = "masked_image"
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
+
+    def __init__(self, backend: Backend, output: str):
+        self._backend, self._output = backend, output
+
+    @classmethod
+    def open(
+        cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
+    ) -> MaskedImageConditioner:
+        """Construct from a manifest entry.
+
+        Raises:
+            ManifestError: The encoder is missing or of another form.
+        """
+        if spec.component not in backends or len(spec.inputs) != 1:
+            raise ManifestError(f"conditioning: masked_image: got {spec}, expected an encoder; rebuild the bundle")
+        backend = backends[spec.component]
+        got = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in backend.inputs]
+        if got != [("image", "float32", 4), ("mask", "float32", 4)]:
+            raise ManifestError(f"{spec.component}: inputs are {got}, expected image and mask float32; rebuild it")
+        return cls(backend, spec.inputs[0])
+
+    def images(self, request: Request) -> int:
+        """Check images and masks and return their number.
+
+        Raises:
+            SpecError: One of them is missing, has another form or another size than the model's.
+        """
+        for name in ("image", "mask"):
+            if getattr(request, name) is None:
+                raise SpecError(f"{name}: got none, expected an image and a mask; this model repaints parts of images")
+        return len(self._arrays(request)[0])
+
+    def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
+        """The encoded images float32 [images, C, h, w], the same for every branch.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+        image, mask = self._arrays(request)
+        feeds = [{"image": image[i : i + 1] * 2 - 1, "mask": mask[i : i + 1]} for i in range(len(image))]
+        return {self._output: np.concatenate([self._backend.run(feed)[self._output] for feed in feeds])}
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, the given ones elsewhere."""
+        image, mask = self._arrays(request)
+        return (1 - mask) * image + mask * images
+
+    def example(self) -> dict[str, Any]:
+        """A colour gradient of the model's size; its middle is repainted."""
+        image = example_image(self._backend.inputs[0])
+        mask = np.zeros((1, 1, *image.shape[2:]), np.float32)
+        height, width = image.shape[2:]
+        mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+        return {"image": image, "mask": mask}
+
+    def close(self) -> None:
+        """Free the encoder."""
+        self._backend.close()
+
+    def _arrays(self, request: Request) -> tuple[F32, F32]:
+        """Image [N, channels, H, W] in [0, 1] and mask [N, 1, H, W], 0 or 1."""
+        image, mask = image_array("image", request.image), image_array("mask", request.mask)
+        mask = (mask.mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
+        for name, array, tensor in zip(("image", "mask"), (image, mask), self._backend.inputs, strict=True):
+            check_size(name, array, tensor)
+        if len(mask) not in (1, len(image)):
+            raise SpecError(f"mask: got {len(mask)} masks for {len(image)} images, expected one, or one each")
+        return image, np.ascontiguousarray(np.broadcast_to(mask, (len(image), *mask.shape[1:])))
