@@ -79,7 +79,7 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     if kinds == ["text"]:
         return text_requests(prompts)
     raise SpecError(
-        f"{model.family}: conditioned on {', '.join(kinds)}, expected text, labels, images or nothing; it has no defaults"
+        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected text, labels or images"
     )
 
 

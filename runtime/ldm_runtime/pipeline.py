@@ -279,7 +279,7 @@ class LatentDiffusionPipeline:
         return image if request is None else self.finish(request, image)
 
     def finish(self, request: Request, images: F32) -> F32:
-        """Complete decoded images float32 [B, channels, H, W] as the request's conditioning asks, e.g. outside of a mask."""
+        """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""
         for conditioner in self.conditioners:
             images = conditioner.finish(request, images)
         return images

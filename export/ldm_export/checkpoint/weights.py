@@ -116,6 +116,7 @@ def _read_file(file: Path, component: str) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
+    """Name -> tensor of a safetensors file; raises CheckpointError if it is damaged."""
     weights = {}
     try:
         with safe_open(file, framework="pt") as opened:

@@ -1,8 +1,9 @@
 """Inpainting by latent diffusion: CompVis' inpainting_big (Rombach et al. 2022, section 4.5).
 
-diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, whose ``scripts/inpaint.py`` is
-repeated here. The UNet gets the noisy latents, the latents of the image without its masked part, neither quantized nor
-scaled, and the mask. Outside of the mask the result is the given image. The bundle takes images of the model's own size.
+diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, and the computation is
+that of its ``scripts/inpaint.py``. The UNet gets the noisy latents, the latents of the image without its masked part
+(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The bundle takes
+images of the model's own size.
 """
 
 from __future__ import annotations

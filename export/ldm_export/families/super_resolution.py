@@ -1,8 +1,9 @@
 """Super-resolution by latent diffusion: diffusers' LDMSuperResolutionPipeline (Rombach et al. 2022, section 4.4).
 
-A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the latents' height and
-width and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline decodes
-latents as they are, without the autoencoder's ``scaling_factor``. The bundle takes images of the model's own size.
+A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the latents' height
+and width and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline
+decodes latents as they are, without the autoencoder's ``scaling_factor``. The bundle takes images of the model's own
+size.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def autoencoder_shape(tensors: Mapping[str, StoredTensor]) -> AutoencoderShape:
     codebook = f"{prefix}quantize.embedding.weight"
     if not widths or (codebook not in tensors and latent != z_channels):
         raise CheckpointError(
-            f"checkpoint: {prefix}: got {levels} levels, {latent} latent and {z_channels} z channels, expected at least "
-            "one level and, without a codebook, equal channels"
+            f"checkpoint: {prefix}: got {levels} levels, {latent} latent and {z_channels} z channels, expected at "
+            "least one level and, without a codebook, equal channels"
         )
     return AutoencoderShape(
         in_channels=shape_of(tensors, f"{prefix}encoder.conv_in.weight", 4)[1],

@@ -1,4 +1,4 @@
-"""Opens a CompVis checkpoint as a ``Checkpoint`` that families build like one of diffusers; weights stay in the file."""
+"""Opens a CompVis checkpoint as a ``Checkpoint`` that families build like one of diffusers."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def read_state_dict(file: Path) -> dict[str, StoredTensor]:
                 content, storages = _read_legacy(file, opened)
             else:
                 raise CheckpointError(
-                    f"{file}: begins with {start[:4]!r}, expected a file of torch.save or safetensors; download it again"
+                    f"{file}: begins with {start[:4]!r}, expected a torch.save or safetensors file; download it again"
                 )
     except CheckpointError:
         raise

@@ -16,7 +16,7 @@ _Base: Any = DDIMScheduler
 
 
 class CompVisDDIMScheduler(_Base):  # type: ignore[misc]
-    """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, more of them than asked for some steps."""
+    """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, for some steps more than asked."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set ``timesteps``; ``num_inference_steps`` stays as asked, since the distance of steps derives from it."""

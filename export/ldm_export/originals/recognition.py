@@ -124,16 +124,17 @@ def _facts(
     conv_in, block = seen(f"{UNET_PREFIX}input_blocks.0.0.weight"), f"the blocks of {UNET_PREFIX}input_blocks"
     cross = seen(f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     ae_in, ae_out = (seen(f"{AUTOENCODER_PREFIX}{name}.weight") for name in ("encoder.conv_in", "post_quant_conv"))
-    given, levels = config.unet, autoencoder.widths
+    given, conv_out = config.unet, seen(f"{UNET_PREFIX}out.2.weight")
     dd = given_dd if isinstance(given_dd := config.first_stage.get("ddconfig"), dict) else {}
     resolutions = config.integers(given, "attention_resolutions")
     relevant = None if resolutions is None else tuple(sorted(r for r in resolutions if r < 2 ** len(unet.widths)))
     multiples = config.integers(dd, "ch_mult")
     ch = config.integer(dd, "ch")
+    levels = None if ch is None or multiples is None else tuple(ch * multiple for multiple in multiples)
     facts: list[tuple[str, Any, Any, str]] = [
         ("unet model_channels", config.integer(given, "model_channels"), unet.model_channels, conv_in),
         ("unet in_channels", config.integer(given, "in_channels"), unet.in_channels, conv_in),
-        ("unet out_channels", config.integer(given, "out_channels"), unet.out_channels, seen(f"{UNET_PREFIX}out.2.weight")),
+        ("unet out_channels", config.integer(given, "out_channels"), unet.out_channels, conv_out),
         ("unet channel_mult", config.integers(given, "channel_mult"), unet.multiples, block),
         ("unet num_res_blocks", config.integer(given, "num_res_blocks"), unet.res_blocks, block),
         ("unet attention_resolutions", relevant, unet.attention_resolutions, block),
@@ -147,8 +148,7 @@ def _facts(
         ("autoencoder z_channels", config.integer(dd, "z_channels"), autoencoder.z_channels, ae_out),
         ("autoencoder num_res_blocks", config.integer(dd, "num_res_blocks"), autoencoder.res_blocks,
          f"the blocks of {AUTOENCODER_PREFIX}encoder.down.0"),
-        ("autoencoder ch and ch_mult", None if None in (ch, multiples) else tuple((ch or 0) * m for m in multiples or ()),
-         levels, ae_in),
+        ("autoencoder ch and ch_mult", levels, autoencoder.widths, ae_in),
     ]  # fmt: skip
     if isinstance(condition, Text):
         tokens = seen(f"{CONDITION_PREFIX}transformer.token_emb.weight")

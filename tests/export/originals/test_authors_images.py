@@ -1,7 +1,7 @@
 """The authors' own images come out of bundles of their checkpoints.
 
-The checkpoints are in a folder named by the environment variable LDM_ORIGINALS: for each kind ``KIND.ckpt``, ``KIND.yaml``
-and ``KIND.npz`` with initial latents, inputs and images, written by CompVis/latent-diffusion itself.
+The checkpoints are in a folder named by the environment variable LDM_ORIGINALS: for each kind ``KIND.ckpt``,
+``KIND.yaml`` and ``KIND.npz`` with initial latents, inputs and images, written by CompVis/latent-diffusion itself.
 """
 
 from __future__ import annotations
