@@ -61,7 +61,7 @@ def wish_of(rng: random.Random, prompts: list[str]) -> dict:
     }
 
 
-def drawn(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
+def generated(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
     names = ("PROMPT", "SEED", "STEPS", "GUIDANCE", "ETA", "HEIGHT", "WIDTH")
     prompt, seed, steps, guidance, eta, height, width = (wish[name] for name in names)
     request = Request(
@@ -169,7 +169,7 @@ def main() -> int:
             grpc.client.close()
             server.stop()
     with LatentDiffusionPipeline.from_bundle(args.bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        worst = max(int(np.abs(image.astype(int) - drawn(pipeline, wish)).max()) for wish, image in compared)
+        worst = max(int(np.abs(image.astype(int) - generated(pipeline, wish)).max()) for wish, image in compared)
     quarter = next(sample for sample in samples if sample["done"] >= args.requests / 4)
     growth = samples[-1]["bytes"] / quarter["bytes"] - 1
     good = {"an image", "invalid, right error", "cancelled", "cancelled too late, an image came"}
