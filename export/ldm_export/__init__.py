@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__: list[str] = []
+
 
 def __getattr__(name: str) -> str:
     """``__version__``: the version of the installed distribution ldm-export; looked up on first use, not on import."""

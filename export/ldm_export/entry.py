@@ -38,11 +38,11 @@ def main() -> int:
         os.write(2, MESSAGE)
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGINT, _leave)  # while the interpreter ends, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is done; the interpreter resets other handlers
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End the process at once: nothing has been written yet, or everything has."""
+    """End the process at once: nothing has been written yet."""
     os.write(2, MESSAGE)
     os._exit(INTERRUPTED)
 

@@ -44,7 +44,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_call(text: CalibrationMod
         ({"trial_requests": ()}, "trial requests: got none to calibrate with"),
         ({"requests": ({"seed": 1},)}, "requests\\[0\\]: got field 'seed', expected only"),
         ({"requests": ("text",)}, "requests\\[0\\]: got str"),
-        ({"steps": 1}, "steps: got 1, expected 2..1000"),
+        ({"steps": 1}, "steps: got 1, expected a whole number from 2 to 1000"),
         ({"sensitivity": "x"}, "sensitivity: got 'x'"),
         ({"min_psnr": float("nan")}, "min psnr: got nan"),
         ({"max_accuracy_loss": 2.0}, "max accuracy loss: got 2.0"),

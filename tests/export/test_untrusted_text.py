@@ -116,8 +116,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog, pla
     bundle: Bundle = write_small_bundle(tmp_path / "bundle")
     (tmp_path / "file").write_text("")
     cache = place(tmp_path)
-    with LatentDiffusionPipeline.from_bundle(
-        bundle, backend="openvino", precision="fp32", threads=1, cache=cache
-    ) as pipeline:
+    with (
+        caplog.at_level("WARNING", logger="ldm_runtime"),
+        LatentDiffusionPipeline.from_bundle(
+            bundle, backend="openvino", precision="fp32", threads=1, cache=cache
+        ) as pipeline,
+    ):
         assert np.isfinite(pipeline(count=1, seed=1, num_inference_steps=1).arrays).all()
     assert f"cache: {cache}" in caplog.text and "cannot be written" in caplog.text

@@ -44,6 +44,8 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the UNet needs no class label."""
     unet = configs["unet"]
     problems = parts.latent_problems(unet, configs["autoencoder"])
+    if not isinstance(unet["sample_size"], int):  # LDMPipeline draws square latents of this size
+        problems.append(f"sample_size is {unet['sample_size']!r:.80}, expected one number")
     if unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None:
         problems.append("the unet takes a class label, which an unconditional pipeline does not give")
     return problems

@@ -20,7 +20,7 @@ from ldm_runtime.model import Latents, check_model
 from ldm_runtime.specs import Axis, dummy_inputs
 from tests.support.checkpoints import VOCABULARY, edit_json, random_checkpoint, tiny_modules
 
-TINY = ModelShape(tokens=77, context_width=24, latents=Latents(4, 8), latent_size=8, image_channels=3)
+TINY = ModelShape(tokens=77, context_width=24, latents=Latents(4, 8), latent_size=(8, 8), image_channels=3)
 PUBLISHED = ModelShape(tokens=77, context_width=1280, latents=Latents(4, 8), latent_size=32, image_channels=3)
 
 
@@ -100,7 +100,9 @@ def test_shape_follows_the_configs(tmp_path: Path) -> None:
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
     )
-    assert model_shape(open_checkpoint(folder).configs()) == ModelShape(77, 32, Latents(6, 4), 16, image_channels=1)
+    assert model_shape(open_checkpoint(folder).configs()) == ModelShape(
+        77, 32, Latents(6, 4), (16, 16), image_channels=1
+    )
     edit_json(folder / "bert/config.json", max_position_embeddings=20)
     assert model_shape(open_checkpoint(folder).configs()).tokens == 20
 

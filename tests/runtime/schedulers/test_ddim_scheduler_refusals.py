@@ -10,6 +10,7 @@ import pytest
 from diffusers import DDIMScheduler
 
 from ldm_runtime.errors import SpecError
+from ldm_runtime.number_checks import shown
 from ldm_runtime.schedulers import DDIM
 from ldm_runtime.schedulers.ddim import FOREIGN
 from ldm_runtime.schedulers.noise_schedule import MAX_TRAIN_TIMESTEPS
@@ -46,7 +47,7 @@ def test_values_refused(name: str, value: object) -> None:
     message = str(caught.value)
     assert len(message) <= 300
     if not isinstance(value, list):
-        assert repr(value)[:10] in message
+        assert shown(value)[:10] in message
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_steps_refused(steps: Any) -> None:
 def test_etas_refused(eta: Any) -> None:
     with pytest.raises(SpecError, match=r"^eta: got .*, expected a finite number >= 0") as caught:
         DDIM().trajectory(10, eta)
-    assert repr(eta)[:10] in str(caught.value)
+    assert shown(eta)[:10] in str(caught.value)
 
 
 @pytest.mark.parametrize("eta", [1.03, 1.2, 2, 1e30])
