@@ -77,12 +77,12 @@ def one(grpc: Grpc, number: int, args: argparse.Namespace, prompts: list[str]) -
     rng = random.Random(number)
     wish, chance = wish_of(rng, prompts), rng.random()
     if chance < args.bad:
-        change, said = rng.choice(BAD)
+        change, expected = rng.choice(BAD)
         try:
             grpc.ask(wish | change).result()
         except InferenceServerException as error:
-            right = said in error.message()
-            return ("invalid, right error" if right else f"invalid, wrong error: {error.message()}"), wish, None
+            fits_message = expected in error.message()
+            return ("invalid, right error" if fits_message else f"invalid, wrong error: {error.message()}"), wish, None
         return "invalid, but an image came", wish, None
     if chance < args.bad + args.cancel:
         call = grpc.ask(wish | {"STEPS": 200})
