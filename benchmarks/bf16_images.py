@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(args.images // 2, args.images // 2)
-    drawn = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
-    exact, rounded = (drawn[which] for which in BOTH)
+    generated = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
+    exact, rounded = (generated[which] for which in BOTH)
     found = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
     decibels = np.array([math.inf if value is None else value for value in found])
     facts = {
@@ -39,7 +39,7 @@ def main() -> None:
         "psnr": {"median": float(np.median(decibels)), "least": float(decibels.min())},
         "correct": {
             arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(found, prompts, strict=True)]))
-            for (_, arithmetic), found in drawn.items()
+            for (_, arithmetic), found in generated.items()
         },
     }
     print(json.dumps(facts, indent=1))

@@ -90,13 +90,13 @@ def main() -> None:
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
     args.work.mkdir(parents=True, exist_ok=True)
     variants = list(make_variants(bundle, args))
-    drawn = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
+    generated = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
     spec = bundle.manifest.components["unet"].spec
     rows = []
     for variant in variants:
         share = int8_share(variant.graph, spec) if args.backend == "openvino" else None
         rows.append({"name": variant.name, "how": variant.how, "int8_share": share})
-        rows[-1] |= quality(drawn[variant.name], drawn["fp32"], prompts)
+        rows[-1] |= quality(generated[variant.name], generated["fp32"], prompts)
     tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")} | {
         "nncf": NNCF[0].partition("==")[2]
     }

@@ -61,7 +61,7 @@ def wish_of(rng: random.Random, prompts: list[str]) -> dict:
     }
 
 
-def drawn(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
+def generated(pipeline: LatentDiffusionPipeline, wish: dict) -> np.ndarray:
     names = ("PROMPT", "SEED", "STEPS", "GUIDANCE", "ETA", "HEIGHT", "WIDTH")
     prompt, seed, steps, guidance, eta, height, width = (wish[name] for name in names)
     request = Request(
@@ -77,12 +77,12 @@ def one(grpc: Grpc, number: int, args: argparse.Namespace, prompts: list[str]) -
     rng = random.Random(number)
     wish, chance = wish_of(rng, prompts), rng.random()
     if chance < args.bad:
-        change, said = rng.choice(BAD)
+        change, expected = rng.choice(BAD)
         try:
             grpc.ask(wish | change).result()
         except InferenceServerException as error:
-            right = said in error.message()
-            return ("invalid, right error" if right else f"invalid, wrong error: {error.message()}"), wish, None
+            fits_message = expected in error.message()
+            return ("invalid, right error" if fits_message else f"invalid, wrong error: {error.message()}"), wish, None
         return "invalid, but an image came", wish, None
     if chance < args.bad + args.cancel:
         call = grpc.ask(wish | {"STEPS": 200})
@@ -169,7 +169,7 @@ def main() -> int:
             grpc.client.close()
             server.stop()
     with LatentDiffusionPipeline.from_bundle(args.bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        worst = max(int(np.abs(image.astype(int) - drawn(pipeline, wish)).max()) for wish, image in compared)
+        worst = max(int(np.abs(image.astype(int) - generated(pipeline, wish)).max()) for wish, image in compared)
     quarter = next(sample for sample in samples if sample["done"] >= args.requests / 4)
     growth = samples[-1]["bytes"] / quarter["bytes"] - 1
     good = {"an image", "invalid, right error", "cancelled", "cancelled too late, an image came"}

@@ -63,12 +63,12 @@ class _Notes(logging.Handler):
 
     def __init__(self, screen: Screen):
         super().__init__(logging.WARNING)
-        self._screen, self._told = screen, set[str]()
+        self._screen, self._reported = screen, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             self._screen.note(f"warning: {text}")
 
 
