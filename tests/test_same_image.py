@@ -117,22 +117,23 @@ def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.Monk
     assert not np.array_equal(some, whole) and not np.array_equal(some, none)
     for wrong in ((0.5, 0.2), (-0.1, 1), (0, 1.5), (0,), ("0", 1), float("nan")):
         with pytest.raises(SpecError, match="guidance_interval: got"):
-            ours.steps(Request(PROMPTS[:1]), wrong)
+            ours.steps(Request(PROMPTS[:1], guidance_interval=wrong))
 
 
 def reused_by_hand(ours, every: int, steps: int) -> np.ndarray:
-    plan = Request(PROMPTS[0], seed=0, guidance_scale=6.0, num_inference_steps=steps).plan(ours.geometry)
-    schedule, context = ours.scheduler.schedule(steps, 0.0), ours.context(plan)
-    latents = next(plan.noise())
-    for index, timestep in enumerate(schedule.timesteps):
-        times = np.full(1, timestep, np.int64)
+    plan = ours.plan(Request(PROMPTS[:1], seed=0, guidance_scale=6.0, eta=0.0, num_inference_steps=steps))
+    conditioning = ours.condition(plan)
+    prompted_only = {name: rows[1:] for name, rows in conditioning.items()}
+    state = plan.start(plan.noise())
+    for index, timestep in enumerate(plan.trajectory.timesteps):
+        times = np.full(2, timestep, np.int64)
         if index % every:
-            prompted = ours.unet(latents, times, ours.unet.encode(context[1:]))
+            prompted = ours.denoiser(state[0], ours.denoiser.embed(times[:1]), prompted_only)
         else:
-            both = ours.unet(latents.repeat(2, 0), times.repeat(2), ours.unet.encode(context))
+            both = ours.denoiser(state[0].repeat(2, 0), ours.denoiser.embed(times), conditioning)
             direction, prompted = both[1:] - both[:1], both[1:]
-        latents = schedule.step(latents, prompted + np.float32(5) * direction, index)
-    return np.asarray(ours.decode(latents)[0])
+        state = plan.trajectory.step(state, prompted + np.float32(5) * direction, index)
+    return np.asarray(ours.decode(state[0])[0])
 
 
 def test_guidance_reused_between_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_guidance_reused_between_steps(ours, monkeypatch: pytest.MonkeyPatch) ->
     )
     for wrong in (0, -1, 1.5, True, "2"):
         with pytest.raises(SpecError, match="guidance_every: got"):
-            ours.steps(Request(PROMPTS[:1]), guidance_every=wrong)
+            ours.steps(Request(PROMPTS[:1], guidance_every=wrong))
 
 
 def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:
@@ -164,7 +165,7 @@ def test_steps_are_the_callers_to_count_and_to_stop(ours) -> None:
     assert (first.index, first.total, first.timestep) == (0, 5, 800)
     steps.close()
     output = []
-    whole = ours(PROMPTS[:1], seed=0, num_inference_steps=5, progress=output.append)
+    whole = ours(PROMPTS[:1], seed=0, num_inference_steps=5, on_progress=output.append)
     assert [step.index for step in output] == [0, 1, 2, 3, 4]
     assert np.array_equal(output[0].latents, first.latents) and np.array_equal(output[-1].latents, whole.latents)
     assert np.array_equal(np.asarray(ours.decode(whole.latents)[0]), np.asarray(whole.images[0]))

@@ -11,6 +11,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.regular_files import OPEN_FLAGS
@@ -18,6 +19,8 @@ from ldm_runtime.regular_files import OPEN_FLAGS
 __all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", "verify"]
 
 CHUNK = 4 * 2**20
+MAX_READS = 10
+"""Readings of a file whose status changes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,30 @@ def verify(path: Path, sha256: str, size: int) -> VerifiedFile:
     """
     descriptor = os.open(path, OPEN_FLAGS)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
             raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
-        if before.st_size != size:
-            raise ManifestError(f"{path}: got {before.st_size} bytes, expected {size}; copy the file again or rebuild")
-        digest, left = hashlib.sha256(), size
-        while left and (part := file.read(min(left, CHUNK))):
-            digest.update(part)
-            left -= len(part)
-        found = VerifiedFile(path, digest.hexdigest(), FileIdentity.of(before))
-        if FileIdentity.of(os.fstat(descriptor)) != found.identity:
-            raise ManifestError(f"{path}: changed while its digest was computed; wait for its writer and try again")
+        if facts.st_size != size:
+            raise ManifestError(f"{path}: got {facts.st_size} bytes, expected {size}; copy the file again or rebuild")
+        found = VerifiedFile(path, *_unchanged_digest(file, path))
     if found.sha256 != sha256:
         raise ManifestError(f"{path}: got sha256 {found.sha256}, expected {sha256}; copy the file again or rebuild")
     return found
+
+
+def _unchanged_digest(file: BinaryIO, path: Path) -> tuple[str, FileIdentity]:
+    """SHA-256 (hex) of an open file and its identity; read again if only its status changed, e.g. by a hard link."""
+    after = FileIdentity.of(os.fstat(file.fileno()))
+    for _ in range(MAX_READS):
+        before = after
+        file.seek(0)
+        digest, left = hashlib.sha256(), before.size
+        while left and (part := file.read(min(left, CHUNK))):
+            digest.update(part)
+            left -= len(part)
+        after = FileIdentity.of(os.fstat(file.fileno()))
+        if after == before:
+            return digest.hexdigest(), after
+        if not after.is_same_content(before):
+            break
+    raise ManifestError(f"{path}: changed while its digest was computed; wait for its writer and try again")

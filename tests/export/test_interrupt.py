@@ -32,7 +32,7 @@ def test_during_imports(delay: float) -> None:
     assert finished or (code, error) == (130, "ldm-export: interrupted\n")
 
 
-@pytest.mark.parametrize("where", ["a command", "a destructor", "the end"])
+@pytest.mark.parametrize("where", ["a command", "a destructor"])
 def test_later(where: str) -> None:
     bodies = {
         "a command": "import time\ndef run(_): print('begun', flush=True); time.sleep(60)",
@@ -44,16 +44,22 @@ class Slow:
 def run(_=None):
     Slow()
     time.sleep(60)""",
-        "the end": """
-import atexit, time
-def last(): print('begun', flush=True); time.sleep(60)
-def run(_=None): atexit.register(last); return 0""",
     }
     code = f"{bodies[where]}\nimport sys, ldm_export.cli\nldm_export.cli.main = lambda: run(None)\n"
     assert interrupted(0.05, code + RUN.replace("print('begun', flush=True); ", "")) == (
         130,
         "ldm-export: interrupted\n",
     )
+
+
+def test_after_the_command_is_done_it_is_ignored() -> None:
+    code = """
+import atexit, sys, time, ldm_export.cli
+def last(): print('begun', flush=True); time.sleep(0.5)
+atexit.register(last)
+ldm_export.cli.main = lambda: 0
+"""
+    assert interrupted(0.05, code + RUN.replace("print('begun', flush=True); ", "")) == (0, "")
 
 
 def test_a_command_that_must_not_be_interrupted_is_not() -> None:

@@ -105,7 +105,7 @@ def test_double_precision_latents_are_others() -> None:
     assert np.abs(double - TorchGenerator(0).randn((64,))).max() > 1
 
 
-@pytest.mark.parametrize("seed", [True, False, 1.0, "1", None, np.float64(3), 2**64, -(2**63) - 1, 10**40])
+@pytest.mark.parametrize("seed", [True, False, 1.0, "1", None, np.float64(3), 2**64, -(2**63) - 1, 10**38])
 def test_seeds_refused(seed: object) -> None:
     with pytest.raises(SpecError, match=r"^seed: got .*expected an integer from -2\*\*63 to 2\*\*64 - 1") as caught:
         TorchGenerator(seed)  # type: ignore[arg-type]

@@ -82,6 +82,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(bundle: Bundle, monkeyp
         verify(path, fact.sha256, fact.size)
 
 
+def test_a_hard_link_made_while_it_is_read_is_no_change(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    fact, path = bundle.manifest.files["decoder/fp32.onnx"], bundle.folder / "decoder/fp32.onnx"
+    sha256, links = hashlib.sha256, [tmp_path / "one", tmp_path / "two"]
+
+    def linking(*data):
+        if links:
+            os.link(path, links.pop())
+        return sha256(*data)
+
+    monkeypatch.setattr(hashlib, "sha256", linking)
+    assert verify(path, fact.sha256, fact.size).sha256 == fact.sha256 and not links
+
+
 @ENGINES
 @pytest.mark.parametrize("component", ["time_embedding", "unet", "decoder"])
 def test_a_pipeline_of_a_replaced_bundle_generates_nothing(bundle: Bundle, backend: str, component: str) -> None:

@@ -192,7 +192,7 @@ def test_random_damage_ends_in_one_error(options: dict[str, Any], tmp_path: Path
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
-        (b"\x93NUMPY", "expected a file of torch.save"),
+        (b"\x93NUMPY", "expected a torch.save or safetensors file"),
         (pickle.dumps({"a": 1}, 2), "damaged|not one of torch.save|not a pickle"),
     ],
 )
