@@ -139,7 +139,7 @@ def reused_by_hand(ours, every: int, steps: int) -> np.ndarray:
 def test_guidance_reused_between_steps(ours, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     run = ours.backends["unet"].run
-    options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0}
+    options = {"guidance_scale": 6.0, "num_inference_steps": 10, "seed": 0, "eta": 0.0}
     whole = first_image(ours, PROMPTS[:1], **options)
     assert np.array_equal(first_image(ours, PROMPTS[:1], guidance_every=1, **options), whole)
     monkeypatch.setattr(ours.backends["unet"], "run", lambda feed: rows.append(len(feed["sample"])) or run(feed))
