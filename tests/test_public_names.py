@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 
 import pytest
 
@@ -19,3 +20,10 @@ def test_a_package_exports_these_names(package: str) -> None:
     assert sorted(module.__all__) == NAMES[package]
     for name in NAMES[package]:
         assert getattr(module, name).__doc__, f"{package}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", NAMES)
+def test_a_package_has_the_version_of_the_distribution(package: str) -> None:
+    assert importlib.import_module(package).__version__ == version("ldm-export")
+    with pytest.raises(AttributeError, match="no attribute 'versions'"):
+        _ = importlib.import_module(package).versions
