@@ -21,6 +21,7 @@ from diffusers import (
 
 from ldm_export.checkpoint.layout import Config, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.model import Latents
 
 __all__ = [
     "AUTOENCODER",
@@ -32,6 +33,7 @@ __all__ = [
     "latent_channels",
     "latent_problems",
     "latent_size",
+    "latents_of",
     "pixels_per_latent",
 ]
 
@@ -87,6 +89,11 @@ def latent_channels(autoencoder: Config) -> int:
 def pixels_per_latent(autoencoder: Config) -> int:
     """Pixels per latent along each side, from an autoencoder's full config."""
     return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
+
+
+def latents_of(autoencoder: Config) -> Latents:
+    """Channels of the latents and pixels per latent, from an autoencoder's full config."""
+    return Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder))
 
 
 def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:

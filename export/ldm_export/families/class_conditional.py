@@ -19,12 +19,12 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource, Part
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
-from ldm_export.families.reference_loop import pil_image, sampled
+from ldm_export.families.reference import pil_image, sampled, torch_scheduler
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
 from ldm_export.requests import RequestFields, label_requests
-from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
@@ -80,7 +80,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """
     configs = checkpoint.configs()
     autoencoder, unet, labels = configs["autoencoder"], configs["unet"], configs[LABEL_ENCODER]
-    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    latents = parts.latents_of(autoencoder)
     sides, token, classes = latent_axes(unet["sample_size"]), (1, labels["width"]), labels["num_classes"]
     guidance = GUIDANCE if _unconditional(classes) else ()
     encoder = ComponentSpec(
@@ -116,10 +116,8 @@ class _Reference:
 
 
 def _reference(checkpoint: Checkpoint) -> _Reference:
-    config = dict(checkpoint.scheduler_config)
-    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")](**config)
     labels, unet = (load_module(checkpoint, name) for name in (LABEL_ENCODER, "unet"))
-    return _Reference(labels, unet, wrappers.Decoder(load_module(checkpoint, "decoder")), scheduler)
+    return _Reference(labels, unet, wrappers.Decoder(load_module(checkpoint, "decoder")), torch_scheduler(checkpoint))
 
 
 def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:

@@ -56,7 +56,7 @@ class Family:
 
     Attributes:
         name: Name in the manifest.
-        pipelines: Class names in model_index.json: today's first, then those of earlier releases. None
+        pipelines: Class names in model_index.json: today's first, then those of earlier releases. Empty
             if diffusers has no such pipeline; checkpoints are then those of CompVis.
         layout: Of its checkpoints.
         components: What is traced, by component, in the order in which the components run.
@@ -65,8 +65,8 @@ class Family:
         quantize: Components that int8 quantizes; the budget is spent in this order.
         requests: One request without a seed for each of the prompts; None gives the family's default requests. Raises
             SpecError for prompts if the family's models take none.
-        reference: diffusers' own pipeline of a checkpoint, float32 on the CPU.
-        reference_image: Runs that pipeline for one request with every option filled in, height and width in pixels of
+        reference: diffusers' own pipeline of a checkpoint, or the modules that replace one; float32 on the CPU.
+        reference_image: Runs it for one request with every option filled in, height and width in pixels of
             our image among them, noise from the generator.
     """
 

@@ -21,13 +21,13 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
-from ldm_export.families.reference_loop import pil_image, sampled
+from ldm_export.families.reference import pil_image, sampled, torch_scheduler
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, unet_spec
 from ldm_export.requests import RequestFields, image_requests
 from ldm_runtime.conditioning.image import image_array
-from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
@@ -86,7 +86,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         SpecError: The runtime does not have the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
-    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    latents = parts.latents_of(autoencoder)
     size = unet["sample_size"]
     side, encoded = size * latents.factor, (latents.channels + 1, size, size)
     encoder = ComponentSpec(
@@ -124,11 +124,9 @@ class _Reference:
 
 
 def _reference(checkpoint: Checkpoint) -> _Reference:
-    config = dict(checkpoint.scheduler_config)
-    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")](**config)
     encoder = MaskedImageEncoder(load_module(checkpoint, "encoder"))
     decoder = wrappers.Decoder(load_module(checkpoint, "decoder"))
-    return _Reference(encoder, load_module(checkpoint, "unet"), decoder, scheduler)
+    return _Reference(encoder, load_module(checkpoint, "unet"), decoder, torch_scheduler(checkpoint))
 
 
 def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:

@@ -19,14 +19,14 @@ from torch import nn
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
-from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
+from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
 from ldm_export.graph.model_specs import conditioned, decoder_spec, unet_spec
 from ldm_export.requests import RequestFields, image_requests
 from ldm_runtime.conditioning.image import image_array
-from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents, ModelDescription
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 
 __all__ = ["SUPER_RESOLUTION", "describe"]
@@ -68,7 +68,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         SpecError: The runtime does not have the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
-    latents = Latents(parts.latent_channels(autoencoder), parts.pixels_per_latent(autoencoder))
+    latents = parts.latents_of(autoencoder)
     sides = (unet["sample_size"], unet["sample_size"])
     image = conditioned(LOW_RESOLUTION, 0, (unet["in_channels"] - unet["out_channels"], *sides))
     return ModelDescription(
@@ -86,16 +86,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
-    config = dict(checkpoint.scheduler_config)
-    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
-    constructor: Any = LDMSuperResolutionPipeline
-    pipeline = constructor(
-        vqvae=load_module(checkpoint, "autoencoder"),
-        unet=load_module(checkpoint, "unet"),
-        scheduler=scheduler(**config),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return diffusers_pipeline(LDMSuperResolutionPipeline, checkpoint)
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:

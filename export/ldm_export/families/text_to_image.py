@@ -29,9 +29,9 @@ from ldm_export.checkpoint.diffusers_parts import (
     SCHEDULER,
     UNET_CONDITION,
     context_widths,
-    latent_channels,
     latent_problems,
     latent_size,
+    latents_of,
     pixels_per_latent,
 )
 from ldm_export.checkpoint.folder import Checkpoint
@@ -41,6 +41,7 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
@@ -150,7 +151,7 @@ def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
     return ModelShape(
         tokens=min(TOKENS, text["max_position_embeddings"]),
         context_width=text["d_model"],
-        latents=Latents(latent_channels(autoencoder), pixels_per_latent(autoencoder)),
+        latents=latents_of(autoencoder),
         latent_size=latent_size(unet, autoencoder),
         image_channels=autoencoder["out_channels"],
     )
@@ -208,23 +209,13 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 def _reference(checkpoint: Checkpoint) -> Any:
     with tokenizer_folder(checkpoint) as folder:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder))
-    config = dict(checkpoint.scheduler_config)
-    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
-    constructor: Any = LDMTextToImagePipeline
-    pipeline = constructor(
-        vqvae=load_module(checkpoint, "autoencoder"),
-        bert=load_module(checkpoint, TEXT_ENCODER),
-        tokenizer=tokenizer,
-        unet=load_module(checkpoint, "unet"),
-        scheduler=scheduler(**config),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    text_encoder = load_module(checkpoint, TEXT_ENCODER)
+    return diffusers_pipeline(LDMTextToImagePipeline, checkpoint, bert=text_encoder, tokenizer=tokenizer)
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
     """Run diffusers' pipeline, which divides the sizes it is given by 8 whatever the autoencoder's factor is."""
-    factor = 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
+    factor = pixels_per_latent(pipeline.vqvae.config)
     image: Image.Image = pipeline(
         [request["prompts"]],
         generator=generator,

@@ -22,13 +22,13 @@ from torch import nn
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
-from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
+from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
 from ldm_export.graph.model_specs import decoder_spec, unet_spec
 from ldm_export.requests import RequestFields, plain_requests
-from ldm_runtime.model import DECODER, UNET, Defaults, Latents, ModelDescription
+from ldm_runtime.model import DECODER, UNET, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 
 __all__ = ["UNCONDITIONAL", "describe"]
@@ -57,7 +57,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         SpecError: The runtime does not have the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.components["autoencoder"]
-    latents = Latents(parts.latent_channels(autoencoder.config), parts.pixels_per_latent(autoencoder.config))
+    latents = parts.latents_of(autoencoder.config)
     sides = (unet["sample_size"], unet["sample_size"])
     if "scaling_factor" in autoencoder.defaulted:
         file, factor = autoencoder.folder / parts.AUTOENCODER.config_file, autoencoder.config["scaling_factor"]
@@ -81,16 +81,7 @@ def _decoder(autoencoder: nn.Module) -> nn.Module:
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
-    config = dict(checkpoint.scheduler_config)
-    scheduler = checkpoint.layout.scheduler.classes[config.pop("class")]
-    constructor: Any = LDMPipeline
-    pipeline = constructor(
-        vqvae=load_module(checkpoint, "autoencoder"),
-        unet=load_module(checkpoint, "unet"),
-        scheduler=scheduler(**config),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return diffusers_pipeline(LDMPipeline, checkpoint)
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A denoising loop of torch for families without a pipeline in diffusers, as a reference for verification."""
+"""What ``verify`` compares with: pipelines of diffusers, and a denoising loop of torch for families without one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,36 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.modules import load_module
 from ldm_export.requests import RequestFields
 from ldm_runtime.images import to_pil
 
-__all__ = ["pil_image", "sampled"]
+__all__ = ["diffusers_pipeline", "pil_image", "sampled", "torch_scheduler"]
+
+
+def torch_scheduler(checkpoint: Checkpoint) -> Any:
+    """The scheduler of a checkpoint, of diffusers."""
+    config = dict(checkpoint.scheduler_config)
+    return checkpoint.layout.scheduler.classes[config.pop("class")](**config)
+
+
+def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, **others: Any) -> Any:
+    """A checkpoint's pipeline in float32 on the CPU, without a progress bar.
+
+    Args:
+        pipeline_class: Of diffusers; takes ``vqvae``, ``unet`` and ``scheduler``.
+        checkpoint: With the modules "autoencoder" and "unet".
+        others: Further components that the class takes.
+    """
+    pipeline = pipeline_class(
+        vqvae=load_module(checkpoint, "autoencoder"),
+        unet=load_module(checkpoint, "unet"),
+        scheduler=torch_scheduler(checkpoint),
+        **others,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def sampled(
