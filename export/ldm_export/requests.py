@@ -1,8 +1,8 @@
-"""Requests to measure a model with: from prompts for models conditioned on text, plain ones without conditioning."""
+"""Default requests with which ``verify``, ``bench`` and ``report`` measure a model, by what it is conditioned on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm_export.prompts import PROMPTS
@@ -22,7 +22,7 @@ __all__ = [
 RequestFields = Mapping[str, Any]
 """Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
 IMAGES = 4
-"""Requests of a model without conditioning; they differ in their seeds alone."""
+"""Number of default requests of a model that takes no prompts."""
 
 
 def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -36,8 +36,7 @@ def plain_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     Raises:
         SpecError: Prompts are given.
     """
-    if prompts is not None:
-        raise SpecError("prompts: got some, but this model has no conditioning; leave them out")
+    _refuse(prompts, "has no conditioning")
     return ({},) * IMAGES
 
 
@@ -47,8 +46,7 @@ def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     Raises:
         SpecError: Prompts are given.
     """
-    if prompts is not None:
-        raise SpecError("prompts: got some, but this model is conditioned on class labels; leave them out")
+    _refuse(prompts, "is conditioned on class labels")
     return tuple({"labels": label} for label in range(IMAGES))
 
 
@@ -58,9 +56,18 @@ def image_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     Raises:
         SpecError: Prompts are given.
     """
-    if prompts is not None:
-        raise SpecError("prompts: got some, but this model starts from images; leave them out")
+    _refuse(prompts, "starts from images")
     return ({},) * IMAGES
+
+
+REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
+    (): plain_requests,
+    ("text",): text_requests,
+    ("label",): label_requests,
+    ("image",): image_requests,
+    ("masked_image",): image_requests,
+}
+"""Default requests by the kinds of a model's conditioning."""
 
 
 def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -69,15 +76,9 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     Raises:
         SpecError: The model takes no prompts, or is conditioned on something that has no default.
     """
-    kinds = [entry.kind for entry in model.conditioning]
-    if not kinds:
-        return plain_requests(prompts)
-    if kinds in (["image"], ["masked_image"]):
-        return image_requests(prompts)
-    if kinds == ["label"]:
-        return label_requests(prompts)
-    if kinds == ["text"]:
-        return text_requests(prompts)
+    kinds = tuple(entry.kind for entry in model.conditioning)
+    if kinds in REQUESTS:
+        return REQUESTS[kinds](prompts)
     raise SpecError(
         f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected text, labels or images"
     )
@@ -88,3 +89,8 @@ def label(request: RequestFields) -> str:
     texts = [value for name, value in request.items() if name == "prompts" and isinstance(value, str)]
     others = [f"{name} {value}" for name, value in request.items() if name != "prompts" or not texts]
     return ", ".join((*texts, *others)) or "without conditioning"
+
+
+def _refuse(prompts: Sequence[str] | None, model: str) -> None:
+    if prompts is not None:
+        raise SpecError(f"prompts: got some, but this model {model}; leave them out")
