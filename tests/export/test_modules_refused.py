@@ -9,6 +9,7 @@ import torch
 
 from ldm_export.checkpoint import modules
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError, SpecError
 from tests.support.checkpoints import edit_json, random_checkpoint
@@ -109,6 +110,6 @@ def test_configs_of_no_module(tiny: Path, changes: dict[str, object], what: str,
 
 def test_nothing_is_allocated_for_a_module_too_large(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "MAX_BYTES", 1000)
-    monkeypatch.setattr(modules, "read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(StoredTensor, "read", lambda _: pytest.fail("weights were read"))
     with pytest.raises(CheckpointError, match="expected at most 0"):
         load_module(open_checkpoint(tiny), "unet")
