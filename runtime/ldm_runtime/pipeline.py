@@ -223,13 +223,14 @@ class LatentDiffusionPipeline:
 
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         trajectory, total = plan.trajectory, len(plan.trajectory)
-        conditioning = self.condition(plan)
-        schedule = self.denoiser.embed(trajectory.timesteps)
+        encoded = self._encode(plan)
         if self.loop is not None and self.loop.takes(plan):
-            reads = self.loop.steps(plan, schedule, conditioning)
+            reads = self.loop.steps(plan, encoded, self.denoiser)
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
                 yield Step(index, total, int(timestep), read)
             return
+        conditioning = self.denoiser.condition(encoded)
+        schedule = self.denoiser.embed(trajectory.timesteps)
         conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
         noise = plan.noise()
         state = plan.start(noise)
@@ -251,14 +252,18 @@ class LatentDiffusionPipeline:
 
     def condition(self, plan: Plan) -> Tensors:
         """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
-        parts = [self._encode(plan.request, branch) for branch in plan.branches]
+        return self.denoiser.condition(self._encode(plan))
+
+    def _encode(self, plan: Plan) -> Tensors:
+        """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
+        parts = [
+            {name: rows for one in self.conditioners for name, rows in one.rows(plan.request, branch).items()}
+            for branch in plan.branches
+        ]
         if not self._keep_loaded:
             for conditioner in self.conditioners:
                 conditioner.close()
-        return self.denoiser.condition({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-    def _encode(self, request: Request, branch: str) -> Tensors:
-        return {name: rows for one in self.conditioners for name, rows in one.rows(request, branch).items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
         """Decode latents float32 [B, C, h, w] to B PIL images; with a request, as ``finish`` completes them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import pytest
 
 from ldm_export.graph.step_graph import export_step, step_specs
 from ldm_runtime import LatentDiffusionPipeline
-from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.onnxruntime_session import Opening, open_session
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
+from tests.support.host_device import host_device
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline, write_unet
 
 OPTIONS: dict[str, Any] = {"seed": 3, "num_inference_steps": 5}
@@ -42,7 +42,7 @@ def with_loop(folder: Path, scheduler: str) -> tuple[LatentDiffusionPipeline, La
     slots = plain.scheduler.trajectory(8).slots
     graphs = write_graphs(folder / "graphs", slots)
     assert slots_of(graphs[STEP][1]) == slots_of(graphs[GUIDED_STEP][1]) == slots
-    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), slots)
     return plain, looped
 
 
@@ -81,7 +81,7 @@ def test_the_loop_of_a_real_bundle(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     components = bundle.manifest.components
     graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in ("unet", STEP, GUIDED_STEP)}
-    loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots_of(components[STEP].spec))
+    loop = DeviceLoop(lambda: host_device(graphs), slots_of(components[STEP].spec))
     request = Request("a red circle", eta=0.3, guidance_scale=6.0, **OPTIONS)
     with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
         expected = [step.latents for step in pipeline.steps(request)]
@@ -122,7 +122,7 @@ def test_a_second_request_ends_the_first(ddim) -> None:
 def test_a_plan_the_device_cannot_run_is_run_in_numpy(
     tmp_path: Path, scheduler: str, slots: int, options: dict[str, Any]
 ) -> None:
-    def never() -> OnnxRuntimeDevice:
+    def never() -> LoopDevice:
         raise AssertionError("the device was opened")
 
     pipeline = numpy_pipeline(tmp_path, scheduler=SCHEDULERS[scheduler])
@@ -130,13 +130,13 @@ def test_a_plan_the_device_cannot_run_is_run_in_numpy(
     assert len(pipeline("a", **OPTIONS, **options).images) == 1
     plan = pipeline.plan(Request("a", **OPTIONS, **options))
     with pytest.raises(SpecError, match="device loop: got a plan"):
-        next(pipeline.loop.steps(plan, {}, {}))
+        next(pipeline.loop.steps(plan, {}, pipeline.denoiser))
 
 
 def test_fewer_slots_than_the_device_has_are_enough(tmp_path: Path) -> None:
     plain, looped = (numpy_pipeline(tmp_path) for _ in range(2))
     graphs = write_graphs(tmp_path / "graphs", 3)
-    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), 3)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), 3)
     with looped:
         result, expected = (pipeline("a", **OPTIONS).latents for pipeline in (looped, plain))
     np.testing.assert_allclose(result, expected, atol=1e-5)
@@ -154,11 +154,6 @@ def test_closing_frees_and_the_next_request_opens_anew(ddim) -> None:
 def test_a_missing_cuda_provider_is_reported_in_one_line(tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime has a CUDA provider here")
-    graphs = write_graphs(tmp_path, 1)
-    spec = graphs[STEP][1]
-    tensors = {tensor.name: (tensor.bounds("opt"), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
-    with (
-        closing(OnnxRuntimeDevice(graphs)) as device,
-        pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"),
-    ):
-        device.hold(tensors, (STEP,))
+    graph, spec = write_graphs(tmp_path, 1)[STEP]
+    with pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"):
+        open_session(graph, spec, Opening("cuda"))

@@ -15,11 +15,13 @@ from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, pipelin
 from ldm_runtime.backends.engine_match import PACKAGES, MatchedEngine, engines_of, match_engine, open_package
 from ldm_runtime.backends.host import has_nvidia_gpu, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
-from ldm_runtime.backends.tensorrt_device import TensorRtDevice
+from ldm_runtime.backends.memory import cuda_memory
+from ldm_runtime.backends.tensorrt_device import TensorRtLauncher
 from ldm_runtime.backends.tensorrt_engine import LoadedEngine
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import DeviceLoop, slots_of
+from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import BackendError
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import check_feed, sizes_of
 
 __all__ = ["TensorRtBackend", "TensorRtEngine", "TensorRtLoader"]
@@ -134,10 +136,21 @@ class TensorRtEngine:
             return None
         matched = {name: match_engine(bundle, name, "fp32") for name in steps}
 
-        def open_device() -> TensorRtDevice:
+        def open_device() -> LoopDevice:
             backend = unet.load()
             if not isinstance(backend, TensorRtBackend):
                 raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
-            return TensorRtDevice(backend.engine, lambda name: LoadedEngine(matched[name]))
+            memory, engines = cuda_memory(self.extra), {UNET: backend.engine}
+
+            def launcher(name: str) -> TensorRtLauncher:
+                if name not in engines:
+                    engines[name] = LoadedEngine(matched[name])
+                return TensorRtLauncher(engines[name], memory)
+
+            def close() -> None:
+                for name in engines.keys() - {UNET}:
+                    engines.pop(name).close()
+
+            return LoopDevice(memory, launcher, close=close)
 
         return DeviceLoop(open_device, slots_of(matched[steps[0]].spec), unet.lock)

@@ -1,0 +1,69 @@
+"""A backend that runs a component on memory of a device and copies inputs and outputs from and to the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.backends import Feed, SpecBackend
+from ldm_runtime.backends.onnxruntime_launcher import OnnxRuntimeLauncher
+from ldm_runtime.device import Call, Memory, Tensor, Workspace, WorkspaceCache
+from ldm_runtime.specs import ComponentSpec, check_feed, sizes_of
+
+__all__ = ["DeviceBackend"]
+
+KEPT_SHAPES = 4
+"""Sets of shapes whose tensors and captured launches are kept."""
+
+
+class DeviceBackend(SpecBackend):
+    """Runs one component. The first call of a shape launches its kernels, the second captures them, others replay.
+
+    Args:
+        launcher: The component, which may compute in other dtypes than the spec's; arrays are converted.
+        spec: Inputs and outputs as callers see them.
+        memory: The device's memory.
+    """
+
+    def __init__(self, launcher: OnnxRuntimeLauncher, spec: ComponentSpec, memory: Memory):
+        self._spec, self.launcher, self._memory = spec, launcher, memory
+        self._workspaces = WorkspaceCache(KEPT_SHAPES)
+        self.device = memory.device
+
+    def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run the component once.
+
+        Raises:
+            SpecError: The feed does not fit the spec.
+            BackendError: The engine failed, e.g. because memory ran out.
+        """
+        check_feed(self._spec, feed)
+        shapes = {tensor.name: feed[tensor.name].shape for tensor in self._spec.inputs}
+        with self._memory.lock:
+            space = self._workspaces.get(tuple(sorted(shapes.items())), lambda: self._workspace(shapes))
+            for name, array in feed.items():
+                space.write(name, array)
+            space.run(self._spec.name)
+            return {tensor.name: np.asarray(space.read(tensor.name), tensor.dtype) for tensor in self._spec.outputs}
+
+    def _workspace(self, shapes: dict[str, tuple[int, ...]]) -> Workspace:
+        spec = self.launcher.spec
+        sizes = sizes_of(spec, shapes)
+        tensors: dict[str, Tensor] = {
+            tensor.name: (tensor.shape_at(sizes), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)
+        }
+        label = f"{spec.name} for {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}"
+        return Workspace(self._memory, tensors, {spec.name: Call(self.launcher, {})}, label, repeated=False)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory for each shape that is kept, with what the engine allocated for it."""
+        with self._memory.lock:
+            return self._workspaces.bytes()
+
+    def close(self) -> None:
+        """Free the tensors and the session."""
+        with self._memory.lock:
+            self._workspaces.close()
+            self.launcher.close()
