@@ -61,7 +61,7 @@ class Memory(Protocol):
 
     @property
     def device(self) -> str:
-        """ "cpu" or "cuda"."""
+        """Name of the device: "cpu" or "cuda"."""
 
     @property
     def lock(self) -> RLock:

@@ -174,47 +174,48 @@ class OnnxRuntimeEngine:
         half = variant == CUDA_VARIANT and choice.graph in part.variants.get(variant, {})
         return OnnxRuntimeLoader(graph, part.spec, placement, half)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
-        """Return the loop on CUDA, which shares the UNet's session with the pipeline.
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
+        """Return the loop on CUDA, which shares the sessions of the UNet and of what derives its inputs.
 
         None on the CPU, and for a bundle without step graphs.
 
         Raises:
             ManifestError: A step graph is not the file that was built.
         """
-        model = bundle.manifest.model
+        model, precise = bundle.manifest.model, replace(choice, graph="fp32")
         steps = step_graphs(model)
         if placement.device != "cuda" or not steps:
             return None
-        precise = replace(choice, graph="fp32")
         loaders = {name: self.open(bundle, name, precise, placement) for name in steps}
-        derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
-        loaders |= {name: self.open(bundle, name, choice, placement) for name in derived}
+        derived = frozenset(spec.name for runs in ("request", "schedule") for spec in model.once_per(runs))
         slots = slots_of(loaders[steps[0]].spec)
-        return DeviceLoop(lambda: _loop_device(unet, loaders, frozenset(derived)), slots, unet.lock)
+        return DeviceLoop(lambda: _loop_device(backends, loaders, derived), slots, backends[UNET].lock)
 
 
-def _loop_device(unet: LazyBackend, loaders: Mapping[str, OnnxRuntimeLoader], derived: frozenset[str]) -> LoopDevice:
-    """Return the device of a loop. Its components are loaded at their first use, the UNet by its own backend."""
-    opened: dict[str, OnnxRuntimeLauncher] = {}
+def _loop_device(
+    backends: Mapping[str, LazyBackend], loaders: Mapping[str, OnnxRuntimeLoader], derived: frozenset[str]
+) -> LoopDevice:
+    """Return the device of a loop. Its components are loaded at their first use, the step graphs by ``loaders``."""
+    steps: dict[str, OnnxRuntimeLauncher] = {}
 
     def launcher(name: str) -> OnnxRuntimeLauncher:
-        if name == UNET:
-            backend = unet.load()
-            if not isinstance(backend, DeviceBackend):
-                raise BackendError(f"unet: got {type(backend).__name__}, expected a component on a device")
-            return backend.launcher
-        if name not in opened:
-            opened[name] = loaders[name].launcher()
-        return opened[name]
+        if name in loaders:
+            if name not in steps:
+                steps[name] = loaders[name].launcher()
+            return steps[name]
+        backend = backends[name].load()
+        if not isinstance(backend, DeviceBackend):
+            raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
+        return backend.launcher
 
     def close() -> None:
-        for one in opened.values():
+        for one in steps.values():
             one.close()
-        opened.clear()
+        steps.clear()
 
-    device = next(iter(loaders.values())).placement.device
-    return LoopDevice(memory_of(device, GPU_EXTRA), launcher, derived, close)
+    return LoopDevice(memory_of("cuda", GPU_EXTRA), launcher, derived, close)
 
 
 def _has_cuda_provider() -> bool:

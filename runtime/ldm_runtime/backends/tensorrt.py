@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,9 @@ class TensorRtEngine:
         """
         return TensorRtLoader(match_engine(bundle, component, choice.graph))
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """Return the loop on the GPU, which shares the UNet's engine with the pipeline.
 
         None if the bundle has no engines for its step graphs.
@@ -134,7 +136,7 @@ class TensorRtEngine:
         steps = step_graphs(bundle.manifest.model)
         if not steps or not all(bundle.manifest.components[name].engines for name in steps):
             return None
-        matched = {name: match_engine(bundle, name, "fp32") for name in steps}
+        matched, unet = {name: match_engine(bundle, name, "fp32") for name in steps}, backends[UNET]
 
         def open_device() -> LoopDevice:
             backend = unet.load()
