@@ -13,13 +13,15 @@ from ldm_runtime.specs import ComponentSpec
 __all__ = ["host_device"]
 
 
-def host_device(graphs: Mapping[str, tuple[Path, ComponentSpec]], derived: tuple[str, ...] = ()) -> LoopDevice:
+def host_device(
+    graphs: Mapping[str, tuple[Path, ComponentSpec]], derived: tuple[str, ...] = (), *, half: bool = False
+) -> LoopDevice:
     """A device that runs graphs (component -> file and spec) with ONNX Runtime on the CPU."""
     memory, opened = HostMemory(), dict[str, OnnxRuntimeLauncher]()
 
     def launcher(name: str) -> OnnxRuntimeLauncher:
         if name not in opened:
-            opened[name] = OnnxRuntimeLauncher(*graphs[name], memory)
+            opened[name] = OnnxRuntimeLauncher(*graphs[name], memory, half=half)
         return opened[name]
 
     def close() -> None:
