@@ -56,7 +56,7 @@ class Region:
 class Memory(Protocol):
     """Memory of a device, and the stream in whose order copies and launches happen.
 
-    All calls except ``download`` and ``synchronise`` may return before the device has done the work.
+    All calls except ``download``, ``wait`` and ``synchronise`` may return before the device has done the work.
     """
 
     @property
@@ -93,6 +93,12 @@ class Memory(Protocol):
 
     def spread(self, source: Region, target: int, pitch: int) -> None:
         """Copy the rows of a region to ``target``, ``target + pitch``, … on the device."""
+
+    def mark(self) -> object:
+        """Return a mark behind the work so far, for ``wait``."""
+
+    def wait(self, mark: object) -> None:
+        """Wait for the work before a mark, which is used once."""
 
     def synchronise(self) -> None:
         """Wait for all work."""
@@ -157,6 +163,9 @@ class Workspace:
         label: What the tensors are for, in a few words.
         repeated: True if each call runs many times.
 
+    Attributes:
+        in_use: True if a cache must keep it.
+
     Raises:
         SpecError, BackendError: As ``Launcher.prepare``, and if the memory is short.
     """
@@ -170,7 +179,7 @@ class Workspace:
         *,
         repeated: bool = True,
     ):
-        self.label = label
+        self.label, self.in_use = label, False
         self._memory = memory
         self._calls: dict[str, Prepared] = {}
         before, size, offsets = memory.used(), 0, {}
@@ -256,21 +265,24 @@ class WorkspaceCache:
     def get(self, key: Hashable, create: Callable[[], Workspace]) -> Workspace:
         """Return the workspace of a key, made by ``create`` if there is none.
 
-        If there is no memory for it, the others are freed first.
+        If there is no memory for it, the others are freed first, except those in use.
         """
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        while len(self._kept) >= self._limit:
-            self._kept.popitem(last=False)[1].close()
-        try:
-            self._kept[key] = create()
-        except BackendError:
-            if not self._kept:
-                raise
-            self.close()
-            self._kept[key] = create()
+        if key not in self._kept:
+            for old in self._free_keys()[: max(0, len(self._kept) + 1 - self._limit)]:
+                self._kept.pop(old).close()
+            try:
+                self._kept[key] = create()
+            except BackendError:
+                if not self._free_keys():
+                    raise
+                self.close()
+                self._kept[key] = create()
+        self._kept.move_to_end(key)
         return self._kept[key]
+
+    def _free_keys(self) -> list[Hashable]:
+        """Keys of the workspaces that are not in use, the one that was used last at the end."""
+        return [key for key, workspace in self._kept.items() if not workspace.in_use]
 
     def bytes(self) -> dict[str, int]:
         """Memory of each workspace in bytes, by its label, the one used last at the end."""
@@ -280,6 +292,6 @@ class WorkspaceCache:
         return total
 
     def close(self) -> None:
-        """Free all workspaces."""
-        while self._kept:
-            self._kept.popitem()[1].close()
+        """Free all workspaces that are not in use."""
+        for key in self._free_keys():
+            self._kept.pop(key).close()

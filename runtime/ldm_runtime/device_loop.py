@@ -60,6 +60,9 @@ class DeviceLoop:
         slots: State slots of the step components, see ``slots_of``.
         lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
         calls: Most UNet calls whose inputs are on the device together.
+
+    Attributes:
+        slots: As given.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class DeviceLoop:
         lock: RLock | None = None,
         calls: int = TABLE_CALLS,
     ):
-        self._open, self._slots, self._calls = open_device, slots, calls
+        self._open, self.slots, self._calls = open_device, slots, calls
         self._device: LoopDevice | None = None
         self._running: object = None
         self._lock = RLock() if lock is None else lock
@@ -83,7 +86,7 @@ class DeviceLoop:
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
         unscaled = bool((trajectory.input_scale == 1).all())
-        return trajectory.affine and trajectory.slots <= self._slots and uniform and unscaled
+        return trajectory.affine and trajectory.slots <= self.slots and uniform and unscaled
 
     def steps(self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser) -> Iterator[Callable[[], F32]]:
         """Run one step for each item that is asked for; the item reads the latents, until the next step.
@@ -105,11 +108,10 @@ class DeviceLoop:
         latents = plan.start(noise)[0]
         current = object()
         with self._lock:
-            device = self._device = self._device or self._open()
-            self._running = current
+            device, self._running = self.open(), current
             with device.memory.lock:
                 step = GUIDED_STEP if plan.guided else STEP
-                run = DeviceRun(device, step, self._slots, self._calls, plan, denoiser)
+                run = DeviceRun(device, step, self.slots, self._calls, plan, denoiser)
                 run.start(latents, encoded)
 
         def read() -> F32:
@@ -122,6 +124,13 @@ class DeviceLoop:
             with self._running_alone(current):
                 run.step(index, drawn)
             yield read
+
+    def open(self) -> LoopDevice:
+        """Return the device, which is opened at the first use."""
+        with self._lock:
+            if self._device is None:
+                self._device = self._open()
+            return self._device
 
     @contextmanager
     def _running_alone(self, request: object) -> Iterator[None]:

@@ -19,7 +19,16 @@ from ldm_runtime.specs import ComponentSpec, sizes_of
 if TYPE_CHECKING:
     from ldm_runtime.device_loop import LoopDevice
 
-__all__ = ["COEFFICIENTS", "HISTORY", "NEXT_HISTORY", "NEXT_SAMPLE", "NOISE", "DeviceRun", "coefficients"]
+__all__ = [
+    "COEFFICIENTS",
+    "HISTORY",
+    "NEXT_HISTORY",
+    "NEXT_SAMPLE",
+    "NOISE",
+    "DeviceRun",
+    "coefficients",
+    "state_tensors",
+]
 
 F32 = NDArray[np.float32]
 NOISE, COEFFICIENTS, HISTORY = "noise", "coefficients", "history"
@@ -84,7 +93,15 @@ class DeviceRun:
         plan, known = self._plan, self._dtypes
         written = dict(encoded) if self._request else self._denoiser.condition(encoded)
         written = {name: array for name, array in written.items() if name in known}
-        tensors = self._state() | {name: (array.shape, known[name]) for name, array in written.items()}
+        tables: dict[str, Tensor] = {
+            f"{NOISE}.calls": ((self.calls, *plan.shape), "float32"),
+            f"{COEFFICIENTS}.calls": ((self.calls, plan.images, self._scalars.shape[1]), "float32"),
+        }
+        tensors = (
+            tables
+            | state_tensors(plan.shape, plan.rows, self._slots)
+            | {name: (array.shape, known[name]) for name, array in written.items()}
+        )
         calls = {UNET: Call(self._device.launcher(UNET), {}), self._step: Call(self._device.launcher(self._step), {})}
         for spec in self._request:
             tensors |= _outputs(spec, tensors)
@@ -108,23 +125,6 @@ class DeviceRun:
             self.space.write(name, array)
         for spec in self._request:
             self.space.run(spec.name)
-
-    def _state(self) -> dict[str, Tensor]:
-        images, channels, *size = self._plan.shape
-        all_rows, history = (self._plan.rows, channels, *size), (images, (self._slots - 1) * channels, *size)
-        scalars = images, self._scalars.shape[1]
-        tensors: dict[str, Tensor] = {
-            SAMPLE: (all_rows, "float32"),
-            NOISE_PRED: (all_rows, "float32"),
-            NOISE: (self._plan.shape, "float32"),
-            f"{NOISE}.calls": ((self.calls, *self._plan.shape), "float32"),
-            COEFFICIENTS: (scalars, "float32"),
-            f"{COEFFICIENTS}.calls": ((self.calls, *scalars), "float32"),
-            NEXT_SAMPLE: (all_rows, "float32"),
-        }
-        return tensors | (
-            {HISTORY: (history, "float32"), NEXT_HISTORY: (history, "float32")} if self._slots > 1 else {}
-        )
 
     def step(self, index: int, noise: F32 | None) -> None:
         """Launch one step. The steps are launched in order.
@@ -170,6 +170,28 @@ class DeviceRun:
             source, table = space.regions[f"{name}.timesteps"], space.regions[f"{name}.calls"]
             for row in range(plan.rows):
                 self._memory.spread(source, table.address + row * source.row_bytes, table.row_bytes)
+
+
+def state_tensors(shape: tuple[int, ...], rows: int, slots: int) -> dict[str, Tensor]:
+    """Tensors of a step component and of the UNet's latents and prediction.
+
+    Args:
+        shape: Shape of the latents, (images, C, h, w).
+        rows: Rows of the UNet.
+        slots: State slots of the step component.
+    """
+    images, channels, *size = shape
+    all_rows, history = (rows, channels, *size), (images, (slots - 1) * channels, *size)
+    tensors: dict[str, Tensor] = {
+        SAMPLE: (all_rows, "float32"),
+        NOISE_PRED: (all_rows, "float32"),
+        NOISE: (shape, "float32"),
+        COEFFICIENTS: ((images, slots * (slots + 2) + 1), "float32"),
+        NEXT_SAMPLE: (all_rows, "float32"),
+    }
+    if slots > 1:
+        tensors |= {HISTORY: (history, "float32"), NEXT_HISTORY: (history, "float32")}
+    return tensors
 
 
 def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:

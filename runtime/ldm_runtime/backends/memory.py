@@ -14,7 +14,7 @@ from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.device import Region
 from ldm_runtime.errors import BackendError
 
-__all__ = ["CudaMemory", "HostMemory", "cuda_memory"]
+__all__ = ["CudaMemory", "HostMemory", "cuda_memory", "memory_of"]
 
 
 class HostMemory:
@@ -46,6 +46,13 @@ class HostMemory:
         """All work is done already."""
 
     await_uploads = synchronise = hold_uploads
+
+    def mark(self) -> object:
+        """All work is done already."""
+        return None
+
+    def wait(self, mark: object) -> None:
+        """All work is done already."""
 
     def download(self, address: int, array: NDArray[Any]) -> None:
         """Copy from an address to a contiguous array."""
@@ -126,6 +133,17 @@ class CudaMemory:
     def spread(self, source: Region, target: int, pitch: int) -> None:
         """Copy the rows of a region to ``target``, ``target + pitch``, …."""
         self.cuda.spread(source.address, target, source.row_bytes, source.shape[0], pitch, self.stream)
+
+    def mark(self) -> object:
+        """Return an event behind the work of the stream."""
+        event = self.cuda.create_event()
+        self.cuda.call("cudaEventRecord", event, self.stream)
+        return event
+
+    def wait(self, mark: object) -> None:
+        """Wait for the work before an event, which is freed."""
+        self.cuda.call("cudaEventSynchronize", mark)
+        self.cuda.call("cudaEventDestroy", mark)
 
     def synchronise(self) -> None:
         """Wait for the work of the stream."""
