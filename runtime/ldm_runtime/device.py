@@ -280,6 +280,9 @@ class WorkspaceCache:
         self._kept.move_to_end(key)
         return self._kept[key]
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def _free_keys(self) -> list[Hashable]:
         """Keys of the workspaces that are not in use, the one that was used last at the end."""
         return [key for key, workspace in self._kept.items() if not workspace.in_use]

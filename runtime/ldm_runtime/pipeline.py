@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm_runtime.backends import Backend
+from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.bundle import Bundle
@@ -274,14 +274,29 @@ class LatentDiffusionPipeline:
         return to_pil(self.decode_array(latents, request))
 
     def decode_array(self, latents: F32, request: Request | None = None) -> F32:
-        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``."""
+        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``.
+
+        On a GPU, as many images are decoded together as its free memory has room for.
+        """
         check_latents(latents)
         if not self._keep_loaded:
             self._close_denoiser()
-        image: F32 = self.backends[DECODER].run({LATENTS: latents})[IMAGE]
+        parts: list[F32] = []
+        while (done := sum(map(len, parts))) < len(latents) or not parts:
+            left = latents[done:]
+            parts.append(self.backends[DECODER].run({LATENTS: left[: self._images_per_decode(left)]})[IMAGE])
+        image: F32 = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self._keep_loaded:
             self.backends[DECODER].close()
         return image if request is None else self.finish(request, image)
+
+    def _images_per_decode(self, latents: F32) -> int | None:
+        decoder = self.backends[DECODER]
+        return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
+
+    def decodes_together(self, latents: F32) -> bool:
+        """True if it is worth to decode many images in one call: on a GPU."""
+        return self._images_per_decode(np.concatenate([latents, latents])) is not None
 
     def finish(self, request: Request, images: F32) -> F32:
         """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""

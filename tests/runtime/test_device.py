@@ -16,6 +16,7 @@ from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.device import Call, Region, Workspace, WorkspaceCache
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
+from tests.support.numpy_model import numpy_pipeline
 
 ROWS = Axis("rows", 1, 2, 64)
 SPEC = ComponentSpec("twice", (TensorSpec("x", "float32", (ROWS, 3)),), (TensorSpec("y", "float32", (ROWS, 3)),))
@@ -130,3 +131,54 @@ def test_the_cache_frees_all_when_memory_is_short() -> None:
 def test_an_unknown_device() -> None:
     with pytest.raises(BackendError, match="got 'tpu', expected cpu or cuda"):
         memory_of("tpu", "gpu")
+
+
+class SmallMemory(HostMemory):
+    """Memory of a device with so many bytes."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def available(self) -> int | None:
+        return self.size - self.used()
+
+
+def test_images_are_decoded_together_as_far_as_memory_reaches(tmp_path: Path) -> None:
+    pipeline, size = numpy_pipeline(tmp_path), 10_000
+    graph, spec = write_decoder(tmp_path / "decoder.onnx"), pipeline.model.components["decoder"]
+    latents = np.random.default_rng(0).standard_normal((30, 4, 6, 6)).astype(np.float32)
+    expected = pipeline.decode_array(latents)
+    memory = SmallMemory(size)
+    decoder = DeviceBackend(OnnxRuntimeLauncher(graph, spec, memory), spec, memory)
+    pipeline.backends["decoder"] = decoder
+    assert decoder.most_rows({"latents": latents}) == 1 and pipeline.decodes_together(latents[:1])
+    np.testing.assert_allclose(pipeline.decode_array(latents), expected, atol=1e-6)
+    rows = [int(label.split("[")[1].split(",")[0]) for label in decoder.memory()]
+    assert 1 < max(rows) < 29 and memory.used() <= size
+    assert decoder.most_rows({"latents": latents[:2]}) == 2
+
+
+def write_decoder(file: Path) -> Path:
+    """The decoder of the NumPy model as a graph."""
+    nodes = [
+        helper.make_node("Gather", ["latents", "colours"], ["chosen"], axis=1),
+        helper.make_node("Resize", ["chosen", "", "scales"], ["large"], mode="nearest"),
+        helper.make_node("Mul", ["large", "share"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "half"], ["image"]),
+    ]
+    constants = {
+        "colours": np.arange(3),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+        "share": np.array(0.2, np.float32),
+        "half": np.array(0.5, np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["images", 4, "height", "width"])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["images", 3, "2*height", "2*width"])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
+    return file

@@ -16,6 +16,8 @@ __all__ = ["DeviceBackend"]
 
 KEPT_SHAPES = 4
 """Sets of shapes whose tensors and captured launches are kept."""
+USABLE = 0.8
+"""Share of the free memory that a call may use: other components and processes need some too."""
 
 
 class DeviceBackend(SpecBackend):
@@ -30,6 +32,7 @@ class DeviceBackend(SpecBackend):
     def __init__(self, launcher: OnnxRuntimeLauncher, spec: ComponentSpec, memory: Memory):
         self._spec, self.launcher, self._memory = spec, launcher, memory
         self._workspaces = WorkspaceCache(KEPT_SHAPES)
+        self._bytes_per_value = self._grown = 0.0
         self.device = memory.device
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
@@ -41,12 +44,34 @@ class DeviceBackend(SpecBackend):
         """
         check_feed(self._spec, feed)
         shapes = {tensor.name: feed[tensor.name].shape for tensor in self._spec.inputs}
+        key = tuple(sorted(shapes.items()))
         with self._memory.lock:
-            space = self._workspaces.get(tuple(sorted(shapes.items())), lambda: self._workspace(shapes))
+            before = None if key in self._workspaces else self._memory.used()
+            space = self._workspaces.get(key, lambda: self._workspace(shapes))
             for name, array in feed.items():
                 space.write(name, array)
             space.run(self._spec.name)
-            return {tensor.name: np.asarray(space.read(tensor.name), tensor.dtype) for tensor in self._spec.outputs}
+            results = {tensor.name: np.asarray(space.read(tensor.name), tensor.dtype) for tensor in self._spec.outputs}
+            if before is not None and (growth := self._memory.used() - before) > 0:
+                self._grown += growth
+                self._bytes_per_value = growth / sum(array.size for array in feed.values())
+        return results
+
+    def most_rows(self, feed: Feed) -> int | None:
+        """Rows of such inputs that fit into the free memory and what the component has already allocated, at least one.
+
+        The need of a row is measured at the first call, of one row. Fewer rows than asked for are a power of two, so
+        that few shapes are prepared.
+        """
+        with self._memory.lock:
+            available = self._memory.available()
+        if available is None:
+            return None
+        if not self._bytes_per_value:
+            return 1
+        per_row = self._bytes_per_value * sum(array[0].size for array in feed.values())
+        rows, fitting = min(map(len, feed.values())), max(1, int((USABLE * available + self._grown) / per_row))
+        return rows if fitting >= rows else 1 << (fitting.bit_length() - 1)
 
     def _workspace(self, shapes: dict[str, tuple[int, ...]]) -> Workspace:
         spec = self.launcher.spec

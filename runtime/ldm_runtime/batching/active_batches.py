@@ -28,7 +28,7 @@ __all__ = ["ActiveBatches", "Notify"]
 
 F32 = NDArray[np.float32]
 PIXELS_PER_DECODE = 2**18
-"""Pixels that are decoded in one call, as many as one image of 512×512 has: more need more memory and save no time."""
+"""Pixels that are decoded in one call on a CPU, as many as one image of 512×512 has: more save no time there."""
 _log = logging.getLogger(__name__)
 _Key = tuple[tuple[int, ...], bool | None]
 """Height and width of the latents; True or False for a batch on the device, guided or not, None for one in NumPy."""
@@ -192,7 +192,9 @@ class ActiveBatches:
         """Number of jobs, from the first on, that are decoded in one call; at least one."""
         geometry = self._pipeline.geometry
         pixels = math.prod(latents[0].shape[2:]) * geometry.factor**2
-        most = min(geometry.images, PIXELS_PER_DECODE // pixels)
+        most = geometry.images
+        if not self._pipeline.decodes_together(latents[0]):
+            most = min(most, PIXELS_PER_DECODE // pixels)
         return max(1, sum(total <= most for total in accumulate(map(len, latents))))
 
     def _completed(self, job: Job, decoded: F32) -> NDArray[np.uint8]:
