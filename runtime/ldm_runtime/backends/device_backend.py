@@ -32,7 +32,7 @@ class DeviceBackend(SpecBackend):
     def __init__(self, launcher: OnnxRuntimeLauncher, spec: ComponentSpec, memory: Memory):
         self._spec, self.launcher, self._memory = spec, launcher, memory
         self._workspaces = WorkspaceCache(KEPT_SHAPES)
-        self._bytes_per_value = self._grown = 0.0
+        self._tensors_per_value = self._engine_per_value = self._engine = 0.0
         self.device = memory.device
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
@@ -52,10 +52,17 @@ class DeviceBackend(SpecBackend):
                 space.write(name, array)
             space.run(self._spec.name)
             results = {tensor.name: np.asarray(space.read(tensor.name), tensor.dtype) for tensor in self._spec.outputs}
-            if before is not None and (growth := self._memory.used() - before) > 0:
-                self._grown += growth
-                self._bytes_per_value = growth / sum(array.size for array in feed.values())
+            if before is not None:
+                self._measure(space, self._memory.used() - before, sum(array.size for array in feed.values()))
         return results
+
+    def _measure(self, space: Workspace, growth: int, values: int) -> None:
+        """Note what the first call of a shape has allocated: its tensors, and what the engine keeps for later calls."""
+        tensors = sum(region.nbytes for region in space.regions.values())
+        self._tensors_per_value = tensors / values
+        if growth > tensors:
+            self._engine_per_value = (growth - tensors) / values
+            self._engine += growth - tensors
 
     def most_rows(self, feed: Feed) -> int | None:
         """Rows of such inputs that fit into the free memory and what the component has already allocated, at least one.
@@ -67,10 +74,12 @@ class DeviceBackend(SpecBackend):
             available = self._memory.available()
         if available is None:
             return None
-        if not self._bytes_per_value:
+        if not self._tensors_per_value:
             return 1
-        per_row = self._bytes_per_value * sum(array[0].size for array in feed.values())
-        rows, fitting = min(map(len, feed.values())), max(1, int((USABLE * available + self._grown) / per_row))
+        values = sum(array[0].size for array in feed.values())
+        free, own = USABLE * available, self._tensors_per_value * values
+        both = (free + self._engine) / (own + self._engine_per_value * values)
+        rows, fitting = min(map(len, feed.values())), max(1, int(min(both, free / own)))
         return rows if fitting >= rows else 1 << (fitting.bit_length() - 1)
 
     def _workspace(self, shapes: dict[str, tuple[int, ...]]) -> Workspace:
