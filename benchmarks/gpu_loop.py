@@ -184,7 +184,7 @@ def host_loop(bundle: Bundle, precision: str) -> DeviceLoop:
         loader = engine.open(bundle, name, part, Placement("cpu"))
         opened[name] = OnnxRuntimeLauncher(loader.graph, loader.spec, memory)
     slots = slots_of(opened[steps[0]].spec)
-    return DeviceLoop(lambda: LoopDevice(memory, opened.__getitem__, frozenset(derived)), slots)
+    return DeviceLoop(lambda: LoopDevice(memory, opened, frozenset(derived)), slots)
 
 
 if __name__ == "__main__":

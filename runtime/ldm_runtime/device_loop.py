@@ -35,14 +35,14 @@ class LoopDevice:
 
     Attributes:
         memory: Its memory and stream.
-        launcher: Returns a component, which is loaded at its first use.
+        launchers: The UNet, the step components, and those of ``derived``.
         derived: Names of the components that derive UNet inputs and that the device runs too.
         close: Frees the components that only the loop uses.
         workspaces: The tensors of the shapes used last.
     """
 
     memory: Memory
-    launcher: Callable[[str], Launcher]
+    launchers: Mapping[str, Launcher]
     derived: frozenset[str] = frozenset()
     close: Callable[[], None] = lambda: None
     workspaces: WorkspaceCache = field(default_factory=WorkspaceCache)
@@ -56,7 +56,7 @@ class DeviceLoop:
 
     Args:
         open_device: Returns a device with the components "unet", ``STEP`` and, for guided models, ``GUIDED_STEP``;
-            called at the first use.
+            called at the first use, without the lock of the device's memory.
         slots: State slots of the step components, see ``slots_of``.
         lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
         calls: Most UNet calls whose inputs are on the device together.

@@ -57,7 +57,7 @@ class DeviceRun:
         self._memory, self._plan, self._slots, self._denoiser = device.memory, plan, slots, denoiser
         self._step, self._device = step, device
         self._scalars = coefficients(plan.trajectory.rows, slots, plan.guidance_scale)
-        unet = device.launcher(UNET).spec
+        unet = device.launchers[UNET].spec
         self._dtypes = {tensor.name: tensor.dtype for tensor in unet.inputs}
         self._request = self._on_device(denoiser.request_components)
         self._schedule = self._on_device(denoiser.schedule_components)
@@ -75,7 +75,7 @@ class DeviceRun:
         """Specs of the components if the device runs all of them and they give the dtypes that the UNet takes."""
         if not all(spec.name in self._device.derived for spec in components):
             return ()
-        specs = tuple(self._device.launcher(spec.name).spec for spec in components)
+        specs = tuple(self._device.launchers[spec.name].spec for spec in components)
         known = dict(self._dtypes)
         for tensor in (tensor for spec in specs for tensor in (*spec.inputs, *spec.outputs)):
             if known.setdefault(tensor.name, tensor.dtype) != tensor.dtype:
@@ -102,10 +102,10 @@ class DeviceRun:
             | state_tensors(plan.shape, plan.rows, self._slots)
             | {name: (array.shape, known[name]) for name, array in written.items()}
         )
-        calls = {UNET: Call(self._device.launcher(UNET), {}), self._step: Call(self._device.launcher(self._step), {})}
+        calls = {UNET: Call(self._device.launchers[UNET], {}), self._step: Call(self._device.launchers[self._step], {})}
         for spec in self._request:
             tensors |= _outputs(spec, tensors)
-            calls[spec.name] = Call(self._device.launcher(spec.name), {})
+            calls[spec.name] = Call(self._device.launchers[spec.name], {})
         for name, ((_, *row), dtype) in self._tables.items():
             tensors |= {f"{name}.calls": ((self.calls, *row), dtype), name: (tuple(row), dtype)}
             tensors[f"{name}.timesteps"] = (self.calls, *row[1:]), dtype
@@ -113,7 +113,7 @@ class DeviceRun:
             names = {tensor.name: f"{tensor.name}.timesteps" for tensor in (*spec.inputs, *spec.outputs)}
             inputs = {tensor.name: ((self.calls, *tensor.bounds("opt")[1:]), tensor.dtype) for tensor in spec.inputs}
             tensors |= {names[name]: tensor for name, tensor in (inputs | _outputs(spec, inputs)).items()}
-            calls[spec.name] = Call(self._device.launcher(spec.name), names)
+            calls[spec.name] = Call(self._device.launchers[spec.name], names)
         label = f"{plan.images} images in {plan.rows} rows of {'×'.join(map(str, plan.shape[1:]))}"
         self.space = self._device.workspaces.get(
             (*sorted(tensors.items()), self._step), lambda: Workspace(self._memory, tensors, calls, label)

@@ -73,7 +73,7 @@ def test_progress_previews_and_cancelled_requests(pipelines) -> None:
 def test_a_failed_call_ends_the_batch_and_the_next_one_runs(pipelines, monkeypatch) -> None:
     _, looped = pipelines
     with BatchScheduler(looped, Limits(max_rows=8)) as scheduler:
-        launcher = looped.loop.open().launcher("unet")
+        launcher = looped.loop.open().launchers["unet"]
         prepare = type(launcher).prepare
         request = Request("a", seed=1, num_inference_steps=3, guidance_scale=6.0)
 

@@ -17,15 +17,10 @@ def host_device(
     graphs: Mapping[str, tuple[Path, ComponentSpec]], derived: tuple[str, ...] = (), *, half: bool = False
 ) -> LoopDevice:
     """A device that runs graphs (component -> file and spec) with ONNX Runtime on the CPU."""
-    memory, opened = HostMemory(), dict[str, OnnxRuntimeLauncher]()
-
-    def launcher(name: str) -> OnnxRuntimeLauncher:
-        if name not in opened:
-            opened[name] = OnnxRuntimeLauncher(*graphs[name], memory, half=half)
-        return opened[name]
+    memory = HostMemory()
+    launchers = {name: OnnxRuntimeLauncher(*graph, memory, half=half) for name, graph in graphs.items()}
 
     def close() -> None:
-        opened.clear()
         assert memory.used() == 0
 
-    return LoopDevice(memory, launcher, frozenset(derived), close)
+    return LoopDevice(memory, launchers, frozenset(derived), close)

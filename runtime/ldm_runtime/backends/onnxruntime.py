@@ -197,25 +197,20 @@ class OnnxRuntimeEngine:
 def _loop_device(
     backends: Mapping[str, LazyBackend], loaders: Mapping[str, OnnxRuntimeLoader], derived: frozenset[str]
 ) -> LoopDevice:
-    """Return the device of a loop. Its components are loaded at their first use, the step graphs by ``loaders``."""
-    steps: dict[str, OnnxRuntimeLauncher] = {}
-
-    def launcher(name: str) -> OnnxRuntimeLauncher:
-        if name in loaders:
-            if name not in steps:
-                steps[name] = loaders[name].launcher()
-            return steps[name]
+    """Return the device of a loop. The step graphs are loaded by ``loaders``, other components by their backends."""
+    steps = {name: loader.launcher() for name, loader in loaders.items()}
+    launchers = dict(steps)
+    for name in (UNET, *derived):
         backend = backends[name].load()
         if not isinstance(backend, DeviceBackend):
             raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
-        return backend.launcher
+        launchers[name] = backend.launcher
 
     def close() -> None:
         for one in steps.values():
             one.close()
-        steps.clear()
 
-    return LoopDevice(memory_of("cuda", GPU_EXTRA), launcher, derived, close)
+    return LoopDevice(memory_of("cuda", GPU_EXTRA), launchers, derived, close)
 
 
 def _has_cuda_provider() -> bool:

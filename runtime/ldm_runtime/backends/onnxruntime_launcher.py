@@ -51,12 +51,19 @@ class BoundCall:
         name: Name of the component, for messages.
         session: onnxruntime's session.
         tensors: Region of every input and output.
-        device: "cpu" or "cuda".
+        memory: The device's memory.
         graph_id: Id of the CUDA graph that every run but the first is, ``NOT_CAPTURED`` for none.
     """
 
-    def __init__(self, name: str, session: Any, tensors: Mapping[str, Region], device: str, graph_id: int):
-        self._name, self._session, self._graph_id = name, session, graph_id
+    def __init__(
+        self,
+        name: str,
+        session: Any,
+        tensors: Mapping[str, Region],
+        memory: HostMemory | CudaMemory,
+        graph_id: int = NOT_CAPTURED,
+    ):
+        self._name, self._session, self._memory, self._graph_id = name, session, memory, graph_id
         self._binding = session.io_binding()
         for bind, ports in (
             (self._binding.bind_input, session.get_inputs()),
@@ -65,21 +72,37 @@ class BoundCall:
             for port in ports:
                 region = tensors[port.name]
                 element, shape = np.dtype(region.dtype).type, list(region.shape)
-                bind(port.name, device, 0, element_type=element, shape=shape, buffer_ptr=region.address)
+                bind(port.name, memory.device, 0, element_type=element, shape=shape, buffer_ptr=region.address)
         self._first, self._later = _run_options(NOT_CAPTURED), _run_options(graph_id)
         self._runs = 0
 
     def run(self) -> None:
         """Run the component in the order of its stream; on CUDA it may still run on return.
 
+        If the launches cannot be captured, they are not from then on.
+
         Raises:
             BackendError: onnxruntime failed, e.g. because memory ran out.
         """
+        captures = self._runs == 1 and self._graph_id != NOT_CAPTURED
+        try:
+            self.launch()
+        except BackendError as error:
+            if not captures or is_short_of_memory(error):
+                raise
+            _log.warning("%s: its launches cannot be captured as a CUDA graph (%s)", self._name, error)
+            self._graph_id, self._later = NOT_CAPTURED, self._first
+            self.launch()
+
+    def launch(self) -> None:
+        """As ``run``, but a failed capture is an error."""
         options = self._later if self._runs else self._first
         self._runs += 1
         try:
             self._session.run_with_iobinding(self._binding, options)
         except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
+            if isinstance(self._memory, CudaMemory):
+                self._memory.cuda.end_failed_capture(self._memory.stream)
             raise BackendError(f"{self._name}: onnxruntime failed: {first_line(error)}") from None
 
     def close(self) -> None:
@@ -163,12 +186,14 @@ class OnnxRuntimeLauncher:
         while True:
             try:
                 graph_id = NOT_CAPTURED if self.mode is Mode.PLAIN else next(self._ids)
-                call = BoundCall(self.spec.name, self._session_for(sizes), tensors, self._memory.device, graph_id)
+                call = BoundCall(self.spec.name, self._session_for(sizes), tensors, self._memory, graph_id)
                 if repeated and isinstance(self._memory, CudaMemory):
-                    self._capture(call, self._memory)
+                    for _ in range(2):  # the second run captures; the tensors hold whatever they do
+                        call.launch()
+                    self._memory.synchronise()
                 return call
             except BackendError as error:
-                if len(self._modes) == 1 or any(sign in str(error) for sign in _SHORT_OF_MEMORY):
+                if len(self._modes) == 1 or is_short_of_memory(error):
                     raise
                 self._go_on(error)
 
@@ -179,19 +204,14 @@ class OnnxRuntimeLauncher:
             self._session, _ = self._open(sizes)
         return self._session
 
-    def _capture(self, call: BoundCall, memory: CudaMemory) -> None:
-        """Run a call until its launches are captured, on whatever the tensors hold."""
-        try:
-            for _ in range(2):
-                call.run()
-            memory.synchronise()
-        except BackendError:
-            memory.cuda.end_failed_capture(memory.stream)
-            raise
-
     def close(self) -> None:
         """Free the session. The last run must have finished."""
         self._session = None
+
+
+def is_short_of_memory(error: BackendError) -> bool:
+    """True if an engine failed because the device had no memory left."""
+    return any(sign in str(error) for sign in _SHORT_OF_MEMORY)
 
 
 def _run_options(graph_id: int) -> Any:

@@ -142,17 +142,16 @@ class TensorRtEngine:
             backend = unet.load()
             if not isinstance(backend, TensorRtBackend):
                 raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
-            memory, engines = cuda_memory(self.extra), {UNET: backend.engine}
-
-            def launcher(name: str) -> TensorRtLauncher:
-                if name not in engines:
-                    engines[name] = LoadedEngine(matched[name])
-                return TensorRtLauncher(engines[name], memory)
+            memory = cuda_memory(self.extra)
+            engines = {name: LoadedEngine(engine) for name, engine in matched.items()}
+            launchers = {
+                name: TensorRtLauncher(engine, memory) for name, engine in {**engines, UNET: backend.engine}.items()
+            }
 
             def close() -> None:
-                for name in engines.keys() - {UNET}:
-                    engines.pop(name).close()
+                for engine in engines.values():
+                    engine.close()
 
-            return LoopDevice(memory, launcher, close=close)
+            return LoopDevice(memory, launchers, close=close)
 
         return DeviceLoop(open_device, slots_of(matched[steps[0]].spec), unet.lock)

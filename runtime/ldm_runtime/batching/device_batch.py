@@ -111,14 +111,14 @@ class DeviceBatch:
         if capacity == self._capacity:
             return
         rows = self._branches * capacity
-        dtypes = {tensor.name: tensor.dtype for tensor in self._device.launcher(UNET).spec.inputs}
+        dtypes = {tensor.name: tensor.dtype for tensor in self._device.launchers[UNET].spec.inputs}
         tensors = state_tensors((capacity, *shape), rows, self._slots)
         for name, array in conditioning.items():
             tensors[name] = (rows, *array.shape[1:]), dtypes[name]
         for name, array in schedule.items():
             tensors[name] = (rows, *array.shape[1:]), dtypes[name]
             tensors[f"{name}.calls"] = (capacity, TABLE_CALLS, *array.shape[1:]), dtypes[name]
-        calls = {name: Call(self._device.launcher(name), {}) for name in (UNET, self._step)}
+        calls = {name: Call(self._device.launchers[name], {}) for name in (UNET, self._step)}
         label = f"batch of {capacity} images in {rows} rows of {'×'.join(map(str, shape))}"
         key = (self._step, *sorted(tensors.items()))
         space = self._workspaces.get(key, lambda: Workspace(self._memory, tensors, calls, label))
