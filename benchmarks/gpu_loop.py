@@ -25,10 +25,10 @@ from ldm_runtime.backends.onnxruntime import OnnxRuntimeEngine
 from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device import Call, Workspace
-from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import LdmError
 from ldm_runtime.images import psnr
-from ldm_runtime.model import UNET
+from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET
 from ldm_runtime.request import Request
 from ldm_runtime.specs import sizes_of
 
@@ -76,9 +76,11 @@ def measure(bundle: Bundle, precision: str, args: argparse.Namespace) -> list[di
                 figures |= timed(pipeline, images, args)
                 figures["memory_mib"] = {name: round(size / 2**20) for name, size in pipeline.loop.memory().items()}
                 figures["unet_mode"] = mode_of(pipeline)
-                rows = pipeline.plan(request(pipeline, images, SHORT)).rows
+                plan = pipeline.plan(request(pipeline, images, SHORT))
                 for mode in Mode:
-                    figures[f"unet_{mode.name.lower()}_ms"] = alone(bundle, precision, rows, mode, args)
+                    figures[f"unet_{mode.name.lower()}_ms"] = alone(bundle, UNET, precision, plan.rows, mode, args)
+                step = GUIDED_STEP if plan.guided else STEP
+                figures["step_graph_ms"] = alone(bundle, step, "fp32", plan.rows, Mode.FREE, args)
             except LdmError as error:
                 figures["error"] = str(error)
             print(json.dumps(figures), flush=True)
@@ -112,12 +114,13 @@ def compared(pipeline: LatentDiffusionPipeline, asked: Request) -> dict[str, Any
 def timed(pipeline: LatentDiffusionPipeline, images: int, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a step and of a whole image."""
     seconds: dict[int, list[float]] = {SHORT: [], args.steps: []}
-    whole = []
+    whole, launching = [], []
     for number in range(args.rounds + 1):
         for steps, times in seconds.items():
             asked = request(pipeline, images, steps)
             begun = time.perf_counter()
             *_, last = pipeline.steps(asked)
+            launched = time.perf_counter()
             latents = last.latents  # waits for the device
             denoised = time.perf_counter()
             pipeline.decode_array(latents)
@@ -125,9 +128,11 @@ def timed(pipeline: LatentDiffusionPipeline, images: int, args: argparse.Namespa
                 times.append(denoised - begun)
                 if steps == args.steps:
                     whole.append(time.perf_counter() - begun)
+                    launching.append((launched - begun) / steps)
     step = (median(seconds[args.steps]) - median(seconds[SHORT])) / (args.steps - SHORT)
     return {
         "loop_step_ms": round(1e3 * step, 4),
+        "launching_a_step_ms": round(1e3 * median(launching), 4),
         "loop_ms": round(1e3 * median(seconds[args.steps]), 3),
         "image_ms": round(1e3 * median(whole), 3),
     }
@@ -139,16 +144,21 @@ def mode_of(pipeline: LatentDiffusionPipeline) -> str:
     return backend.launcher.mode.name if hasattr(backend, "launcher") else "CPU"
 
 
-def alone(bundle: Bundle, precision: str, rows: int, mode: Mode, args: argparse.Namespace) -> float | str:
-    """Milliseconds of a UNet call among calls that are launched back to back, or why it cannot run in this mode."""
+def alone(
+    bundle: Bundle, component: str, precision: str, rows: int, mode: Mode, args: argparse.Namespace
+) -> float | str:
+    """Milliseconds of a call among calls that are launched back to back, or why it cannot run in this mode."""
     memory = memory_of(args.device, "gpu")
-    loader = OnnxRuntimeEngine().open(bundle, UNET, choice(precision, args.device), Placement(args.device))
+    loader = OnnxRuntimeEngine().open(bundle, component, choice(precision, args.device), Placement(args.device))
     try:
         launcher = OnnxRuntimeLauncher(loader.graph, loader.spec, memory, half=loader.half, modes=(mode,))
         spec = launcher.spec
-        sizes = sizes_of(spec, {one.name: (rows, *one.bounds("opt")[1:]) for one in spec.inputs})
+        images = rows // 2 if component == GUIDED_STEP else rows
+        doubled = {SAMPLE, NOISE_PRED} if component == GUIDED_STEP else ()
+        shapes = {one.name: (rows if one.name in doubled else images, *one.bounds("opt")[1:]) for one in spec.inputs}
+        sizes = sizes_of(spec, shapes)
         tensors = {one.name: (one.shape_at(sizes), one.dtype) for one in (*spec.inputs, *spec.outputs)}
-        space = Workspace(memory, tensors, {UNET: Call(launcher, {})}, "benchmark")
+        space = Workspace(memory, tensors, {component: Call(launcher, {})}, "benchmark")
     except LdmError as error:
         return str(error)
     generator = np.random.default_rng(0)
@@ -160,7 +170,7 @@ def alone(bundle: Bundle, precision: str, rows: int, mode: Mode, args: argparse.
         memory.synchronise()
         begun = time.perf_counter()
         for _ in range(args.steps):
-            space.run(UNET)
+            space.run(component)
         memory.synchronise()
         times.append((time.perf_counter() - begun) / args.steps)
     space.close()
