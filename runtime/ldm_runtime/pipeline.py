@@ -20,7 +20,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
@@ -295,8 +295,11 @@ class LatentDiffusionPipeline:
         return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
 
     def decodes_together(self, latents: F32) -> bool:
-        """True if it is worth to decode many images in one call: on a GPU."""
-        return self._images_per_decode(np.concatenate([latents, latents])) is not None
+        """True if it is worth to decode many images in one call: on a GPU. False too if the decoder does not load."""
+        try:
+            return self._images_per_decode(np.concatenate([latents, latents])) is not None
+        except LdmError:  # decoding reports it
+            return False
 
     def finish(self, request: Request, images: F32) -> F32:
         """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""

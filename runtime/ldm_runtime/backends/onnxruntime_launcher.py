@@ -24,7 +24,6 @@ __all__ = ["BoundCall", "Mode", "OnnxRuntimeLauncher"]
 
 NOT_CAPTURED = -1
 """Id of a run that is no CUDA graph. ONNX Runtime keeps 0 for itself."""
-_SHORT_OF_MEMORY = ("memory", "ALLOC_FAILED")
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +87,7 @@ class BoundCall:
         try:
             self.launch()
         except BackendError as error:
-            if not captures or is_short_of_memory(error):
+            if not captures:
                 raise
             _log.warning("%s: its launches cannot be captured as a CUDA graph (%s)", self._name, error)
             self._graph_id, self._later = NOT_CAPTURED, self._first
@@ -157,8 +156,6 @@ class OnnxRuntimeLauncher:
                 try:
                     self._session, self.spec = self._open(self._usual)
                 except CaptureRefusedError as error:
-                    if len(self._modes) == 1:
-                        raise
                     self._go_on(error)
 
     @property
@@ -173,7 +170,9 @@ class OnnxRuntimeLauncher:
         return session, spec
 
     def _go_on(self, reason: BackendError) -> None:
-        """Go on to the next mode."""
+        """Go on to the next mode. Without one, raise the reason."""
+        if len(self._modes) == 1:
+            raise reason
         before = self._modes.pop(0)
         _log.warning(
             "%s: mode %s failed (%s); going on in mode %s", self.spec.name, before.name, reason, self.mode.name
@@ -184,34 +183,32 @@ class OnnxRuntimeLauncher:
         """Bind inputs and outputs; as ``device.Launcher.prepare``."""
         sizes = sizes_of(self.spec, {tensor.name: tensors[tensor.name].shape for tensor in self.spec.inputs})
         while True:
+            graph_id = NOT_CAPTURED if self.mode is Mode.PLAIN else next(self._ids)
+            call = BoundCall(self.spec.name, self._session_for(sizes), tensors, self._memory, graph_id)
+            if not repeated or not isinstance(self._memory, CudaMemory):
+                return call
+            call.launch()  # the tensors hold whatever they do; a failure is not one of capturing
             try:
-                graph_id = NOT_CAPTURED if self.mode is Mode.PLAIN else next(self._ids)
-                call = BoundCall(self.spec.name, self._session_for(sizes), tensors, self._memory, graph_id)
-                if repeated and isinstance(self._memory, CudaMemory):
-                    for _ in range(2):  # the second run captures; the tensors hold whatever they do
-                        call.launch()
-                    self._memory.synchronise()
+                call.launch()
+                self._memory.synchronise()
                 return call
             except BackendError as error:
-                if len(self._modes) == 1 or is_short_of_memory(error):
-                    raise
                 self._go_on(error)
 
     def _session_for(self, sizes: Mapping[str, int]) -> Any:
-        if self.mode is Mode.FIXED and (self._session is None or sizes != self._usual):
-            return self._open(sizes)[0]
-        if self._session is None:
-            self._session, _ = self._open(sizes)
-        return self._session
+        while True:
+            try:
+                if self.mode is Mode.FIXED and (self._session is None or sizes != self._usual):
+                    return self._open(sizes)[0]
+                if self._session is None:
+                    self._session, _ = self._open(sizes)
+                return self._session
+            except CaptureRefusedError as error:
+                self._go_on(error)
 
     def close(self) -> None:
         """Free the session. The last run must have finished."""
         self._session = None
-
-
-def is_short_of_memory(error: BackendError) -> bool:
-    """True if an engine failed because the device had no memory left."""
-    return any(sign in str(error) for sign in _SHORT_OF_MEMORY)
 
 
 def _run_options(graph_id: int) -> Any:
