@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.errors import DisplacedError, SpecError
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET
 from ldm_runtime.request import Plan
@@ -135,11 +135,13 @@ class DeviceLoop:
         """Hold the device for a request, which must be the one that has started last.
 
         Raises:
-            BackendError: Another request has started, or the loop was closed, so that the tensors are not its own.
+            DisplacedError: Another request has started, or the loop was closed, so that the tensors are not its own.
         """
         with self._lock:
             if self._running is not request:
-                raise BackendError("device loop: another request has started on the device; finish one before the next")
+                raise DisplacedError(
+                    "device loop: another request has started on the device; finish one before the next"
+                )
             yield
 
     def close(self) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.config import add_profiles, choose_capabilities, limit_memory, load_timings, save_timings
 from ldm_export.engine.inspector import inspect_engine
-from ldm_export.engine.messages import OnProgress, builder_log, builder_monitor, explain, one_line
+from ldm_export.engine.messages import OnProgress, builder_monitor, explain
 from ldm_export.engine.profiles import bounded, profiles
 from ldm_export.engine.proof import NO_MATRIX_WORK, has_matrix_work, prove
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineJob
 from ldm_runtime.atomic_files import sha256
+from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
@@ -78,7 +79,7 @@ def _readable_matrix_work(job: EngineJob, package: ModuleType) -> bool:
 
 
 def _build(package: ModuleType, job: EngineJob, engine: EngineFacts, on_progress: OnProgress) -> None:
-    spec, request, log = job.spec, job.request, builder_log(package)
+    spec, request, log = job.spec, job.request, error_log(package)
     try:
         builder = package.Builder(log)
     except Exception as error:  # the bindings raise exceptions without a common class if there is no driver

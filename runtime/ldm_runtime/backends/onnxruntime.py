@@ -1,4 +1,4 @@
-"""The engine ONNX Runtime: on CUDA if its provider is installed and a GPU is present, otherwise on the CPU."""
+"""The engine ONNX Runtime: on CUDA if its provider is installed and the driver has a GPU, otherwise on the CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, step_graphs
-from ldm_runtime.backends.host import first_line, has_nvidia_gpu, is_installed
+from ldm_runtime.backends.host import first_line, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
+from ldm_runtime.backends.onnxruntime_cuda import check_cuda, has_cuda_build
 from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
 from ldm_runtime.backends.onnxruntime_session import (
     EXTRA,
-    PROVIDERS,
     load_onnxruntime,
     open_session,
     providers,
@@ -115,24 +115,32 @@ class OnnxRuntimeEngine:
         return None if is_installed("onnxruntime") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
-        """Yield CUDA or the CPU on the graphs of the precision asked for, then fp32 for one image of a small model.
+        """Yield CUDA if it can be used, then the CPU, on the graphs of the precision asked for.
+
+        For one image of a small model, fp32 on the CPU follows.
 
         Raises:
-            BackendError: onnxruntime is not installed, or it has no CUDA provider and "cuda" is asked for.
+            BackendError: onnxruntime is not installed, "cuda" is asked for and cannot be used; or, after the choices of
+                the CPU, onnxruntime was built with CUDA but cannot use it on this machine.
         """
         if not is_installed("onnxruntime"):
             load_onnxruntime()
         graph = wish.precision or bundle.precision
-        if wish.device == "cuda":
-            providers("cuda", load_onnxruntime().get_available_providers())
-        if wish.device == "cuda" or (wish.device == "auto" and has_nvidia_gpu() and _has_cuda_provider()):
-            yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
-            return
-        reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
-        yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
-        if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
-            reason = "the fastest start for one image of a small model"
-            yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        refused: BackendError | None = None
+        if wish.device == "cuda" or (wish.device == "auto" and has_cuda_build()):
+            try:
+                check_cuda()
+                yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
+            except BackendError as error:
+                refused = error
+        if wish.device != "cuda":
+            reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
+            yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
+            if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
+                reason = "the fastest start for one image of a small model"
+                yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        if refused:
+            raise refused
 
     def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
         """Check a component's graph and return its loader. On the CPU the variant for ONNX Runtime is preferred.
@@ -155,10 +163,6 @@ class OnnxRuntimeEngine:
         graphs = {name: (bundle.verified_graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
         graphs[UNET] = loader.graph, loader.spec
         return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
-
-
-def _has_cuda_provider() -> bool:
-    return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
 
 
 def _is_small(bundle: Bundle) -> bool:

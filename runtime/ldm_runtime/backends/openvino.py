@@ -21,7 +21,7 @@ from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, LdmError
+from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
@@ -143,10 +143,10 @@ class OpenVinoEngine:
         if not wish.needs(RANK):
             return
         if wish.device == "cuda":
-            raise BackendError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
+            raise UnsupportedError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
         bf16, reason = has_bf16(), "the fastest installed engine for this CPU"
         if wish.precision == "bf16" and not bf16:
-            raise BackendError("precision: got bf16, in which this CPU does not compute; use fp32")
+            raise UnsupportedError("precision: got bf16, in which this CPU does not compute; use fp32")
         if wish.precision in ("fp32", "fp16"):
             yield Choice(self.name, "cpu", wish.precision, "fp32", RANK, reason)
             return
