@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm_export.engine.attention import attentions_of
 from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.config import add_profiles, choose_capabilities, limit_memory, load_timings, save_timings
 from ldm_export.engine.inspector import inspect_engine
@@ -26,7 +27,7 @@ __all__ = ["build_engine"]
 
 
 def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: None) -> EngineFacts:
-    """Build one engine and prove its precision.
+    """Build one engine, prove its precision, and record which attentions it fuses.
 
     Args:
         job: What to build.
@@ -59,9 +60,9 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
     if not matrix:
         proof = NO_MATRIX_WORK
     elif request.compute_capabilities:
-        proof = prove(job.target, job.precision, job.islands)
+        proof = prove(job.target, job.precision, job.islands, attentions_of(job.graph))
     else:
-        proof = inspect_engine(package, job.target, job.precision, job.islands)
+        proof = inspect_engine(package, job.target, job.precision, job.islands, attentions_of(job.graph))
     return replace(engine, proof=proof.facts())
 
 
