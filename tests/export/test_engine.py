@@ -175,6 +175,11 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
             "fp16",
             r"tensorrt_rtx times no kernels while it builds; leave --timing-cache out",
         ),
+        (
+            EngineRequest("tensorrt-rtx", ("8.9",), version_compatible=True),
+            "fp16",
+            r"^version-compatible: engines of tensorrt_rtx run with the version that built them only; leave ",
+        ),
         pytest.param(
             EngineRequest("tensorrt-rtx", ("8.9",), refittable=True),
             "fp16",

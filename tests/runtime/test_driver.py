@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_runtime.backends.driver import Gpu, installed_gpu, query_driver
+from ldm_runtime.backends.driver import Gpu, check_driver, installed_gpu, query_driver
 from ldm_runtime.errors import BackendError
 from tests.support.cuda_driver import compile_driver
 
@@ -54,3 +54,19 @@ def test_a_library_that_is_no_driver() -> None:
 def test_this_machine_is_asked_once() -> None:
     first = installed_gpu()
     assert first is installed_gpu() and isinstance(first, Gpu | str)
+
+
+@pytest.mark.parametrize(
+    ("needed", "supported", "fits"),
+    [("13.0", (13, 2), True), ("12.8", (13, 0), True), ("", (11, 4), True), ("13.0", (12, 9), False)],
+)
+def test_the_driver_must_support_the_cuda_version_of_a_package(
+    needed: str, supported: tuple[int, int], fits: bool
+) -> None:
+    if fits:
+        check_driver(Gpu("9.0", supported), "onnxruntime", needed)
+        return
+    with pytest.raises(
+        BackendError, match=r"driver supports CUDA 12\.9, onnxruntime needs 13\.0; update the driver, or install "
+    ):
+        check_driver(Gpu("9.0", supported), "onnxruntime", needed)

@@ -16,6 +16,8 @@ from ldm_runtime.backends.driver import Gpu
 from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.backends.engine_advice import RTX_CAPABILITIES, other_gpu, rebuild_command
 from ldm_runtime.backends.engine_match import PACKAGES, check_graph, engines_of, find_engine, runs_version
+from ldm_runtime.backends.host import is_installed
+from ldm_runtime.backends.tensorrt_log import error_log
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError
@@ -61,6 +63,16 @@ def test_the_engine_for_this_gpu_and_version(bundle: Bundle) -> None:
         facts, package = find_engine(several, "unet", "fp32", Gpu(capability, CUDA))
         assert (facts.version, facts.compute_capabilities) == (expected.version, expected.compute_capabilities)
         assert package is rtx
+
+
+def test_a_driver_that_is_too_old_for_the_package_is_refused(bundle: Bundle) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    here = with_engines_of(bundle, replace(RTX, version=rtx.__version__))
+    message = (
+        r"^the NVIDIA driver supports CUDA 11\.8, tensorrt-rtx needs 1\d; update the driver, or install tensorrt-rtx "
+    )
+    with pytest.raises(BackendError, match=message):
+        find_engine(here, "unet", "fp32", Gpu("8.9", (11, 8)))
 
 
 def test_another_version_is_refused_with_both(bundle: Bundle) -> None:
@@ -180,3 +192,33 @@ def test_an_engine_of_another_graph_is_refused_before_its_gpu_is_compared(bundle
     wrong = with_engines(write_small_bundle(tmp_path / "wrong"), ["unet"], graph="2" * 64)
     with pytest.raises(BackendError, match=r"unet/fp32\.engine: built from a graph of sha256 2{64}"):
         find_engine(wrong, "unet", "fp32", Gpu("9.0", CUDA))
+
+
+def test_the_lean_runtime_runs_version_compatible_plans_where_tensorrt_is_missing(bundle: Bundle) -> None:
+    lean = pytest.importorskip("tensorrt_lean")
+    if is_installed("tensorrt"):
+        pytest.skip("TensorRT is installed and preferred")
+    major = lean.__version__.partition(".")[0]
+    plan = replace(PLAN, version=f"{major}.0.0.1", version_compatible=True)
+    assert find_engine(with_engines_of(bundle, plan), "unet", "fp32", Gpu("8.9", CUDA))[1] is lean
+    newer = replace(plan, version=f"{major}.99.0")
+    with pytest.raises(BackendError, match=rf"built by tensorrt {major}\.99\.0, here is .*--version-compatible`$"):
+        find_engine(with_engines_of(bundle, newer), "unet", "fp32", Gpu("8.9", CUDA))
+    with pytest.raises(BackendError, match=r'^tensorrt is not installed; `pip install "ldm-export\[tensorrt\]"`$'):
+        find_engine(with_engines_of(bundle, PLAN), "unet", "fp32", Gpu("8.9", CUDA))
+
+
+def test_the_lean_runtime_has_everything_that_runs_an_engine() -> None:
+    lean = pytest.importorskip("tensorrt_lean")
+    used = {
+        lean.Runtime: ("deserialize_cuda_engine", "engine_host_code_allowed"),
+        lean.ICudaEngine: ("create_execution_context",),
+        lean.IExecutionContext: (
+            "set_optimization_profile_async",
+            "set_input_shape",
+            "set_tensor_address",
+            "execute_async_v3",
+        ),
+    }
+    assert not [name for kind, names in used.items() for name in names if not hasattr(kind, name)]
+    assert not hasattr(lean, "Builder") and error_log(lean).first() == "it gives no reason"

@@ -52,6 +52,7 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
         graph=sha256(job.graph),
         profiles=profiles(bounded(job.spec, request)),
         structure=structure(job.graph) if request.refittable else "",
+        version_compatible=request.version_compatible,
     )
     if source := refit_source(job.previous, job.spec.name, engine):
         refit_engine(package, source, job.graph, job.target)
@@ -93,6 +94,9 @@ def _build(package: ModuleType, job: EngineJob, engine: EngineFacts, on_progress
     timings = None if request.timings is None else load_timings(config, Path(request.timings))
     if request.refittable:
         config.set_flag(package.BuilderFlag.REFIT)
+    if request.version_compatible:
+        config.set_flag(package.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(package.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # a plan with code in it could not be trusted
     if not request.compute_capabilities:
         config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # for the inspector
     monitor = builder_monitor(package, on_progress)

@@ -105,7 +105,7 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
 
     Raises:
         BuildError: As ``check_capabilities``; refittable engines without a GPU, which the builder needs to compile a
-            part of them; or a file of timings for a package that measures none.
+            part of them; or a file of timings or version-compatible engines for a package that has none.
     """
     check_capabilities(package, request.compute_capabilities, precision)
     if request.refittable:
@@ -116,6 +116,11 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
                 f"refittable: {package.__name__} needs a GPU to build engines whose weights can be exchanged "
                 f"({str(error).partition(';')[0]}); leave --refittable out, or build on a machine with one"
             ) from None
+    if request.version_compatible and known_capabilities(package):
+        raise BuildError(
+            f"version-compatible: engines of {package.__name__} run with the version that built them only; leave "
+            "--version-compatible out, it is for --target tensorrt"
+        )
     if request.timings is not None and known_capabilities(package):
         raise BuildError(
             f"timing cache: {package.__name__} times no kernels while it builds; leave --timing-cache out, it is for "

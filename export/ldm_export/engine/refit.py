@@ -58,7 +58,15 @@ def refit_source(previous: Bundle | None, component: str, target: EngineFacts) -
     """
     part = None if previous is None else previous.manifest.components.get(component)
     for engine in () if part is None else part.engines:
-        facts = ("package", "version", "compute_capabilities", "precision", "profiles", "structure")
+        facts = (
+            "package",
+            "version",
+            "compute_capabilities",
+            "precision",
+            "profiles",
+            "structure",
+            "version_compatible",
+        )
         if engine.structure and all(getattr(engine, name) == getattr(target, name) for name in facts):
             try:
                 assert previous is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 from functools import cache
 
 from ldm_runtime.errors import BackendError
 
-__all__ = ["LIBRARY", "Gpu", "installed_gpu", "no_gpu", "query_driver"]
+__all__ = ["LIBRARY", "Gpu", "check_driver", "installed_gpu", "no_gpu", "query_driver"]
 
 LIBRARY = "libcuda.so.1"
 """The driver's library, which every CUDA program on Linux loads."""
@@ -46,6 +47,26 @@ def installed_gpu() -> Gpu | str:
         return query_driver()
     except BackendError as error:
         return str(error)
+
+
+def check_driver(gpu: Gpu, package: str, needed: str) -> None:
+    """Check that the driver supports the CUDA version of a package. A driver for 13.0 runs programs of every 13.x.
+
+    Args:
+        gpu: What the driver says.
+        package: Name of the package, for the message.
+        needed: CUDA version that the package was built with, e.g. "13.0" or "13"; "" if it does not say.
+
+    Raises:
+        BackendError: The driver is too old.
+    """
+    major = re.match(r"\d+", needed)
+    if major and gpu.cuda[0] < int(major[0]):
+        supported = ".".join(map(str, gpu.cuda))
+        raise BackendError(
+            f"the NVIDIA driver supports CUDA {supported}, {package} needs {needed}; update the driver, or install "
+            f"{package} for CUDA {gpu.cuda[0]}"
+        )
 
 
 def query_driver(library: str = LIBRARY) -> Gpu:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 
-from ldm_runtime.backends.driver import Gpu, installed_gpu, no_gpu
+from ldm_runtime.backends.driver import Gpu, check_driver, installed_gpu, no_gpu
 from ldm_runtime.backends.engine_advice import build_command, other_gpu, rebuild_command
 from ldm_runtime.backends.host import import_engine, is_installed
 from ldm_runtime.bundle import Bundle
@@ -77,7 +79,7 @@ def find_engine(bundle: Bundle, component: str, precision: str, gpu: Gpu) -> tup
     fitting = [engine for engine in engines if gpu.capability in engine.compute_capabilities]
     if not fitting:
         raise other_gpu(component, engines, gpu)
-    return runtime_for(fitting)
+    return runtime_for(fitting, gpu)
 
 
 def engines_of(bundle: Bundle, component: str, precision: str) -> tuple[EngineFacts, ...]:
@@ -112,22 +114,23 @@ def check_graph(bundle: Bundle, component: str, precision: str, engines: Sequenc
             )
 
 
-def runtime_for(engines: Sequence[EngineFacts]) -> tuple[EngineFacts, ModuleType]:
+def runtime_for(engines: Sequence[EngineFacts], gpu: Gpu) -> tuple[EngineFacts, ModuleType]:
     """Return the first of these engines that an installed package runs, with the package's module.
 
     Raises:
-        BackendError: A package is unknown, not installed, cannot be loaded, or has another version.
+        BackendError: A package is unknown, not installed, cannot be loaded, has another version, or needs a newer
+            driver.
     """
     refusals: list[BackendError] = []
     for engine in engines:
         try:
-            return engine, _open_runtime(engine)
+            return engine, _open_runtime(engine, gpu)
         except BackendError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _open_runtime(engine: EngineFacts) -> ModuleType:
+def _open_runtime(engine: EngineFacts, gpu: Gpu) -> ModuleType:
     if engine.package not in PACKAGES:
         known = ", ".join(PACKAGES)
         raise BackendError(f"{engine.file}: package {engine.package!r:.40} is none of {known}; rebuild it")
@@ -139,7 +142,18 @@ def _open_runtime(engine: EngineFacts) -> ModuleType:
             f"{engine.file}: built by {engine.package} {engine.version}, here is {package.__version__}; install that "
             f"version or {rebuild_command(engine)}"
         )
+    check_driver(gpu, name, _cuda_of(name))
     return package
+
+
+def _cuda_of(package: str) -> str:
+    """Major number of the CUDA version of an installed package, from its requirements, e.g. tensorrt_cu13; or ""."""
+    try:
+        required = " ".join(requires(package) or ())
+    except PackageNotFoundError:  # installed without pip
+        return ""
+    match = re.search(r"[_-]cu(\d+)\b", required)
+    return match[1] if match else ""
 
 
 def runs_version(engine: EngineFacts, version: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
-from ldm_runtime.backends.driver import Gpu, installed_gpu
+from ldm_runtime.backends.driver import check_driver, installed_gpu
 from ldm_runtime.backends.onnxruntime_session import load_onnxruntime, providers
 from ldm_runtime.errors import BackendError
 
-__all__ = ["check_cuda", "check_driver", "has_cuda_build"]
+__all__ = ["check_cuda", "has_cuda_build"]
 
 
 def has_cuda_build() -> bool:
@@ -33,23 +32,4 @@ def check_cuda() -> None:
         raise BackendError(f"{gpu}; install the driver of the GPU, or use device cpu")
     onnxruntime = load_onnxruntime()
     providers("cuda", onnxruntime.get_available_providers())
-    check_driver(gpu, getattr(onnxruntime, "cuda_version", ""))
-
-
-def check_driver(gpu: Gpu, needed: str) -> None:
-    """Check that the driver supports a CUDA version. A driver for 13.0 runs programs of every 13.x.
-
-    Args:
-        gpu: What the driver says.
-        needed: CUDA version that onnxruntime was built with, e.g. "13.0"; "" if it does not say.
-
-    Raises:
-        BackendError: The driver is too old.
-    """
-    major = re.match(r"\d+", needed)
-    if major and gpu.cuda[0] < int(major[0]):
-        supported = ".".join(map(str, gpu.cuda))
-        raise BackendError(
-            f"the NVIDIA driver supports CUDA {supported}, onnxruntime needs {needed}; update the driver, or install "
-            f"an onnxruntime-gpu for CUDA {gpu.cuda[0]}"
-        )
+    check_driver(gpu, "onnxruntime", getattr(onnxruntime, "cuda_version", ""))
