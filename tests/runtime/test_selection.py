@@ -114,6 +114,9 @@ def test_openvino_generates_one_image_of_a_large_model(bundle: Bundle) -> None:
 def test_a_named_engine_runs_the_precision_of_the_bundle_even_once(tmp_path: Path) -> None:
     choice = choose(built_for(tmp_path, "fp16"), "onnxruntime", once=True)
     assert (choice.graph, choice.reason) == ("fp16", "as asked")
+    assert choose(built_for(tmp_path, "bf16"), "onnxruntime", device="cpu").graph == "fp32"
+    with pytest.raises(LdmError, match="onnxruntime does not compute in bf16 on a CPU; use precision fp32"):
+        choose(built_for(tmp_path, "bf16"), "onnxruntime", "bf16", device="cpu")
 
 
 def test_auto_takes_the_fastest_installed_engine_and_says_why(bundle: Bundle, installed) -> None:
@@ -150,7 +153,12 @@ def test_explicit_choices_are_used_or_refused(bundle: Bundle, monkeypatch: pytes
     assert choose(bundle, "openvino").arithmetic == "fp32"
     with pytest.raises(LdmError, match="bf16, in which this CPU does not compute"):
         choose(bundle, "openvino", "bf16")
-    assert choose(bundle, "auto", "bf16").backend == "onnxruntime"
+    rounded = choose(built_for(bundle.folder.parent, "bf16"), "openvino", "bf16")
+    assert (rounded.graph, rounded.arithmetic) == ("bf16", "fp32")
+    with pytest.raises(
+        LdmError, match=r"no engine can run .*: onnxruntime: .* bf16 on a CPU; .*openvino: precision: got"
+    ):
+        choose(bundle, "auto", "bf16")
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "", "TensorRT", 3])

@@ -25,7 +25,7 @@ from ldm_runtime.backends.onnxruntime_session import (
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
 from ldm_runtime.device_loop import DeviceLoop, slots_of
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
@@ -117,9 +117,11 @@ class OnnxRuntimeEngine:
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield CUDA if it can be used, then the CPU, on the graphs of the precision asked for.
 
-        For one image of a small model, fp32 on the CPU follows.
+        For one image of a small model, fp32 on the CPU follows. The CPU has no kernels for bf16: there a bundle built
+        for bf16 runs in fp32.
 
         Raises:
+            UnsupportedError: The CPU is to compute in bf16.
             BackendError: onnxruntime is not installed, "cuda" is asked for and cannot be used; or, after the choices of
                 the CPU, onnxruntime was built with CUDA but cannot use it on this machine.
         """
@@ -130,10 +132,14 @@ class OnnxRuntimeEngine:
         if wish.device == "cuda" or (wish.device == "auto" and has_cuda_build()):
             try:
                 check_cuda()
-                yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
             except BackendError as error:
                 refused = error
+            else:
+                yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
         if wish.device != "cuda":
+            if wish.precision == "bf16":
+                raise refused or UnsupportedError("onnxruntime does not compute in bf16 on a CPU; use precision fp32")
+            graph = "fp32" if graph == "bf16" else graph
             reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
             yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
             if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
