@@ -100,7 +100,12 @@ def open_session(
         attempts.insert(0, capture)
     while True:
         try:
-            session = ort.InferenceSession(str(path_of(graph)), options, providers=attempts[0])
+            session = ort.InferenceSession(
+                str(path_of(graph)),
+                options,
+                providers=attempts[0],
+                enable_fallback=int(device != "cuda"),  # it would print the reason and go on with the CPU
+            )
             break
         except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
             if len(attempts) > 1 and _CAPTURE_REFUSED in str(error):
