@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tensorrt_rtx
 from polygraphy.backend import onnxrt
 
 from ldm_export.cli import main
 from ldm_export.quality.comparison import Run, parse_runs
 from ldm_export.quality.layerwise import compare_layers, first_beyond
-from ldm_export.quality.polygraphy_engines import POLYGRAPHY, PolygraphyBackend
+from ldm_export.quality.polygraphy_engines import POLYGRAPHY, PolygraphyBackend, PolygraphyTensorRtLoader
 from ldm_runtime.backends.engine import Engine
+from ldm_runtime.backends.engine_match import MatchedEngine
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError, BuildError, SpecError
 from ldm_runtime.specs import dummy_inputs
 
@@ -128,6 +131,16 @@ def test_polygraphy_names_what_it_cannot_load_or_run(half: Bundle, tmp_path: Pat
     with pytest.raises(BackendError, match=r"^unet: polygraphy cannot run it: "):
         backend.run(dummy_inputs(half.manifest.components["unet"].spec, "min"))
     backend.close()
+
+
+def test_polygraphy_says_why_tensorrt_cannot_load_an_engine(half: Bundle) -> None:
+    part, file = half.manifest.components["decoder"], half.manifest.components["decoder"].graphs["fp32"]
+    facts = EngineFacts(file, "tensorrt-rtx", tensorrt_rtx.__version__, ("8.9",), "fp32", "", ({},))
+    loader = PolygraphyTensorRtLoader(MatchedEngine(facts, half.verified(file), part.spec, tensorrt_rtx))
+    with pytest.raises(
+        BackendError, match=rf"^decoder: polygraphy cannot load .*{file}: IRuntime::deserializeCudaEngine"
+    ):
+        loader()
 
 
 def test_both_runners_of_polygraphy_are_engines() -> None:

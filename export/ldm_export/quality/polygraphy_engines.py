@@ -22,11 +22,11 @@ from ldm_runtime.backends.engine_match import MatchedEngine, match_engine
 from ldm_runtime.backends.host import first_line, import_engine, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.tensorrt import TensorRtEngine
+from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs import ComponentSpec, check_feed
-from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = ["POLYGRAPHY", "PolygraphyBackend", "PolygraphyOnnxRuntime", "PolygraphyTensorRt"]
 
@@ -81,7 +81,7 @@ class PolygraphyBackend(SpecBackend):
     def _quietly(self, what: str, work: Callable[[], Any]) -> Any:
         logger = import_engine("polygraphy.logger", EXTRA).G_LOGGER
         try:
-            with logger.verbosity(logger.CRITICAL):
+            with logger.verbosity(logger.CRITICAL + 1):  # it prints critical errors besides raising them
                 return work()
         except BackendError:
             raise
@@ -153,9 +153,16 @@ class PolygraphyTensorRtLoader:
         return PolygraphyBackend(self.matched.spec, self._runner, self._set_profile)
 
     def _runner(self) -> Any:
-        trt, file = _polygraphy_trt(self.matched.package), self.matched.file
-        content = _checked_bytes(file)
-        return trt.TrtRunner(trt.EngineFromBytes(content))
+        package, file = self.matched.package, self.matched.file
+        trt, log = _polygraphy_trt(package), error_log(package)
+        content = file.path.read_bytes()
+        file.check()
+        try:
+            engine = trt.EngineFromBytes(content, runtime=package.Runtime(log))()
+        except Exception:  # Polygraphy's own class; TensorRT's log has the reason
+            reason = one_line(log.first())
+            raise BackendError(f"{self.matched.spec.name}: polygraphy cannot load {file.path}: {reason}") from None
+        return trt.TrtRunner(engine)
 
     def _set_profile(self, runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         index = self.matched.facts.fitting(shapes)
@@ -170,19 +177,13 @@ def _polygraphy_trt(package: ModuleType) -> ModuleType:
     Raises:
         BackendError: It was imported for the other package, or is not installed.
     """
-    config = import_engine("polygraphy.config", EXTRA)
+    config: Any = import_engine("polygraphy.config", EXTRA)
     rtx = package.__name__ == "tensorrt_rtx"
     if rtx != config.USE_TENSORRT_RTX:
         if "polygraphy.backend.trt" in sys.modules:
             raise BackendError(f"polygraphy: this process uses it for another package than {package.__name__}")
         config.USE_TENSORRT_RTX = rtx
     return import_engine("polygraphy.backend.trt", EXTRA)
-
-
-def _checked_bytes(file: VerifiedFile) -> bytes:
-    content = file.path.read_bytes()
-    file.check()
-    return content
 
 
 def _available(extra: str) -> str | None:
