@@ -235,6 +235,16 @@ def test_auto_goes_on_to_the_next_engine_and_reports_why(
     assert facts["log"].count("WARNING") == 1 and "; openvino runs the model instead" in facts["log"]
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_auto_goes_on_from_engines_of_another_version(with_rtx_engines: Path, tmp_path: Path) -> None:
+    manifest, version = with_rtx_engines / MANIFEST, pytest.importorskip("tensorrt_rtx").__version__
+    manifest.write_text(manifest.read_text().replace(f'"{version}"', '"0.1"'))
+    (tmp_path / "driver").mkdir()
+    compile_driver(tmp_path / "driver", "8.9")
+    facts = choice_in_a_process_of_its_own(with_rtx_engines, tmp_path / "driver")
+    assert facts["backend"] == "openvino" and f"built by tensorrt-rtx 0.1, here is {version}" in facts["reason"]
+
+
 def test_auto_goes_on_if_a_package_is_broken(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "openvino").mkdir()
     (tmp_path / "openvino/__init__.py").write_text(

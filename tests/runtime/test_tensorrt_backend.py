@@ -222,3 +222,4 @@ def test_the_lean_runtime_has_everything_that_runs_an_engine() -> None:
     }
     assert not [name for kind, names in used.items() for name in names if not hasattr(kind, name)]
     assert not hasattr(lean, "Builder") and error_log(lean).first() == "it gives no reason"
+    assert {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"} <= set(dir(lean.BuilderFlag))
