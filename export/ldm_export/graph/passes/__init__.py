@@ -14,13 +14,33 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ldm_export.graph.passes.channels_last import channels_last
 from ldm_export.graph.passes.fuse_attention import fuse_attention
+from ldm_export.graph.passes.fuse_bias import fuse_bias
+from ldm_export.graph.passes.fuse_group_norm import fuse_group_norm
+from ldm_export.graph.passes.fuse_skip_group_norm import fuse_skip_group_norm
+from ldm_export.graph.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
+from ldm_export.graph.passes.move_transposes import move_transposes
 from ldm_export.graph.passes.result import Pass, PassResult
 from ldm_runtime.errors import BuildError
 
-__all__ = ["ENGINE_PASSES", "Pass", "PassResult", "apply"]
+__all__ = ["CPU", "CUDA", "ENGINE_PASSES", "Pass", "PassResult", "apply"]
 
-ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {"onnxruntime-cpu": (fuse_attention,)}
+CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
+"""Engine variants: ONNX Runtime on the CPU, and on CUDA, where the graph is in fp16."""
+
+ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {
+    CPU: (fuse_attention,),
+    CUDA: (
+        fuse_attention,
+        fuse_group_norm,
+        channels_last,
+        move_transposes,
+        fuse_skip_group_norm,
+        fuse_skip_layer_norm,
+        fuse_bias,
+    ),
+}
 """Engine variant -> the passes that rewrite an exported graph for it, in the order in which they run."""
 
 
@@ -38,7 +58,7 @@ def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
         BuildError: A pass failed, or it changed the graph's inputs or outputs, or it left a node that reads a value
             from outside the graph. The message names the pass.
     """
-    changes = 0
+    changes, names = 0, [value.name for value in model.graph.outputs]
     for rewrite in passes:
         name, before = _name(rewrite), _signature(model)
         try:
@@ -51,6 +71,9 @@ def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
                 "report it with the model's config"
             ) from error
         model, changes = result.model, changes + result.changes
+        RemoveUnusedNodesPass()(model)
+        for value, output in zip(model.graph.outputs, names, strict=True):
+            value.name = output  # a new node may compute an output, whose name is free now
         if (after := _signature(model)) != before:
             raise BuildError(
                 f"{model.graph.name}: pass {name} changed inputs or outputs: got {after}, expected {before}; "
