@@ -31,8 +31,11 @@ class NhwcConv(_Contrib):
         names = ("dilations", "group", "kernel_shape", "pads", "strides")
         values = [options[name] for name in names]
         y = _conv_implementation(
-            x.transpose(0, 3, 1, 2).astype(np.float32), w.transpose(0, 3, 1, 2).astype(np.float32),
-            None if b is None else b.astype(np.float32), "NOTSET", *values,
+            x.transpose(0, 3, 1, 2).astype(np.float32),
+            w.transpose(0, 3, 1, 2).astype(np.float32),
+            None if b is None else b.astype(np.float32),
+            "NOTSET",
+            *values,
         )
         return (y.transpose(0, 2, 3, 1).astype(x.dtype),)
 
@@ -104,9 +107,7 @@ class MultiHeadAttention(_Contrib):
             assert key is None and value is None and query.shape[2:4] == (num_heads, 3)
             parts = [query[:, :, :, index].transpose(0, 2, 1, 3) for index in range(3)]
         else:
-            parts = [
-                part.reshape(*part.shape[:2], num_heads, -1).transpose(0, 2, 1, 3) for part in (query, key, value)
-            ]
+            parts = [part.reshape(*part.shape[:2], num_heads, -1).transpose(0, 2, 1, 3) for part in (query, key, value)]
         q, k, v = (part.astype(np.float32) for part in parts)
         scores = q @ k.swapaxes(-1, -2) * (scale or 1 / np.sqrt(q.shape[-1]))
         weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -16,7 +16,6 @@ from ldm_runtime.backends.selection import Failure, select_backend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
-from ldm_runtime.model import UNET
 from ldm_runtime.number_checks import threads as checked_threads
 
 __all__ = ["OpenModel", "open_component", "open_model"]
@@ -118,7 +117,7 @@ class OpenModel:
                 self.backends[name] = LazyBackend(spec, loader, partial(self._component_failed, name))
         if not self._with_loop:
             return None
-        return engine.device_loop(self._bundle, choice, placement, self.backends[UNET])
+        return engine.device_loop(self._bundle, choice, placement, self.backends)
 
 
 def open_model(
