@@ -102,9 +102,6 @@ def compare(
             precision=run.precision,
             keep_loaded=False,
         ) as pipeline:
-            choice = pipeline.choice
-            assert choice is not None
-            tolerance = _coarser(TOLERANCES.get(choice.graph, TOLERANCES["bf16"]), TOLERANCES[choice.arithmetic])
             feeds = feeds or real_feeds(pipeline, bundle.file, requests).components
             results = {}
             for name, feed in feeds.items():
@@ -112,6 +109,9 @@ def compare(
                 pipeline.backends[name].close()
             image = pipeline(**{"seed": 0, "num_inference_steps": steps, **requests[0]}).images[0]
             results[IMAGE] = {IMAGE: np.asarray(image, np.float64)}
+            choice = pipeline.choice  # now, because "auto" may have replaced it
+            assert choice is not None
+            tolerance = _coarser(TOLERANCES.get(choice.graph, TOLERANCES["bf16"]), TOLERANCES[choice.arithmetic])
         if not first:
             first, coarsest = results, tolerance
             continue
