@@ -198,12 +198,12 @@ def measured_bandwidth(cuda: Cuda) -> float:
 
 def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
     """Try to load the UNet's engine on this GPU although it was built for others, e.g. an 8.0 engine on 9.0."""
-    from ldm_runtime.backends.engine_match import open_package
+    from ldm_export.engine.builder_package import open_package
 
     engines = [one for one in bundle.manifest.components["unet"].engines if one.compute_capabilities]
     if not engines or cuda.capability() in engines[0].compute_capabilities:
         return None
-    package = open_package(engines)
+    package = open_package(engines[0].package)
     runtime = package.Runtime(package.Logger(package.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(bundle.file(engines[0].file).read_bytes())
     context = None if engine is None else engine.create_execution_context()

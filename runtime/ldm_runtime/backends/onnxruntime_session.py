@@ -132,7 +132,12 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
             ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
     named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in wanted]
     try:
-        session = ort.InferenceSession(str(path_of(graph)), options, providers=named)
+        session = ort.InferenceSession(
+            str(path_of(graph)),
+            options,
+            providers=named,
+            enable_fallback=int(opening.device != "cuda"),  # it would print the reason and go on with the CPU
+        )
     except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
         kind = CaptureRefusedError if opening.capture and _CAPTURE_REFUSED in str(error) else BackendError
         raise kind(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
