@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-
 from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
 from ldm_export.bundle.stages import Outcome, Stage
 from ldm_export.checkpoint.modules import load_module

@@ -1,4 +1,4 @@
-"""Stages that write graphs for one engine: the UNet for ONNX Runtime on the CPU, and all components for CUDA in fp16."""
+"""Stages that write graphs for one engine: for ONNX Runtime on the CPU, and in fp16 for ONNX Runtime on CUDA."""
 
 from __future__ import annotations
 

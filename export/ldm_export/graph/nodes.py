@@ -18,6 +18,7 @@ __all__ = [
     "only_user",
     "producer",
     "range_names",
+    "replace",
     "set_range_names",
     "transformed",
 ]
@@ -60,7 +61,9 @@ def initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    return _registered(graph, ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)), tensor)
+    return _registered(
+        graph, ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)), tensor
+    )
 
 
 def transformed(
@@ -126,6 +129,14 @@ def insert(
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return result
+
+
+def replace(value: ir.Value, replacement: ir.Value) -> None:
+    """Let all nodes read another value. As an output of the graph the replacement takes over the name."""
+    if value.is_graph_output():
+        name = value.name
+        value.name, replacement.name = f"{name}/replaced", name
+    value.replace_all_uses_with(replacement, replace_graph_outputs=True)
 
 
 def range_names(value: ir.Value) -> tuple[str, ...]:

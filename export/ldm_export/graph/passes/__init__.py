@@ -58,7 +58,7 @@ def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
         BuildError: A pass failed, or it changed the graph's inputs or outputs, or it left a node that reads a value
             from outside the graph. The message names the pass.
     """
-    changes, names = 0, [value.name for value in model.graph.outputs]
+    changes = 0
     for rewrite in passes:
         name, before = _name(rewrite), _signature(model)
         try:
@@ -71,9 +71,6 @@ def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
                 "report it with the model's config"
             ) from error
         model, changes = result.model, changes + result.changes
-        RemoveUnusedNodesPass()(model)
-        for value, output in zip(model.graph.outputs, names, strict=True):
-            value.name = output  # a new node may compute an output, whose name is free now
         if (after := _signature(model)) != before:
             raise BuildError(
                 f"{model.graph.name}: pass {name} changed inputs or outputs: got {after}, expected {before}; "

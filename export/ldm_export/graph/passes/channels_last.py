@@ -20,7 +20,7 @@ from itertools import chain
 import numpy as np
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, transformed
+from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, replace, transformed
 from ldm_export.graph.passes.move_transposes import TO_NCHW, TO_NHWC, nhwc
 from ldm_export.graph.passes.result import PassResult
 
@@ -84,7 +84,7 @@ def _convolution(graph: ir.Graph, node: ir.Node) -> bool:
             domain=CONTRIB,
         )
     back = insert(node, "Transpose", [computed], {"perm": TO_NCHW}, name=f"{name}/to_nchw", like=result)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    replace(result, back)
     return True
 
 
@@ -110,9 +110,7 @@ def _resize(graph: ir.Graph, node: ir.Node) -> bool:
     )
     inputs = [moved, None, permuted] if sizes is None else [moved, None, None, permuted]
     attributes = {key: attribute.value for key, attribute in node.attributes.items()}
-    resized = insert(
-        node, "Resize", inputs, attributes, name=f"{name}/nhwc", like=result, shape=nhwc(result.shape)
-    )
+    resized = insert(node, "Resize", inputs, attributes, name=f"{name}/nhwc", like=result, shape=nhwc(result.shape))
     back = insert(node, "Transpose", [resized], {"perm": TO_NCHW}, name=f"{name}/to_nchw", like=result)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    replace(result, back)
     return True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, only_user, producer
+from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, only_user, producer, replace
 from ldm_export.graph.passes.biases import sum_of_biases, without_bias
 from ldm_export.graph.passes.result import PassResult
 
@@ -59,7 +59,7 @@ def _split_gelu(split: ir.Node) -> bool:
     result = product.outputs[0]
     name = f"{gelu.name}/BiasSplitGelu"
     fused = insert(product, "BiasSplitGelu", [data, bias], name=name, like=result, domain=CONTRIB)
-    result.replace_all_uses_with(fused, replace_graph_outputs=True)
+    replace(result, fused)
     return True
 
 
@@ -69,7 +69,11 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
     result = add.outputs[0]
     if left is None or right is None or left.shape is None or result.shape is None or len(result.shape) not in (3, 4):
         return False
-    if not left.shape == (right.shape or ()) == result.shape or constant(left) is not None or constant(right) is not None:
+    if (
+        not left.shape == (right.shape or ()) == result.shape
+        or constant(left) is not None
+        or constant(right) is not None
+    ):
         return False
     if len(result.shape) == 4 and not (_is_channels_last(left) or _is_channels_last(right)):
         return False
@@ -93,7 +97,7 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
         )
         sizes = insert(add, "Shape", [skip], name=f"{name}/sizes", like=target, shape=ir.Shape([4]))
         fused = insert(add, "Reshape", [added, sizes], name=f"{name}/image", like=result)
-    result.replace_all_uses_with(fused, replace_graph_outputs=True)
+    replace(result, fused)
     return True
 
 

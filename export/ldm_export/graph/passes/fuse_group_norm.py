@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, only_user, producer
+from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, only_user, producer, replace
 from ldm_export.graph.passes.move_transposes import TO_NCHW, TO_NHWC, nhwc
 from ldm_export.graph.passes.result import PassResult
 
@@ -122,7 +122,13 @@ def _rewrite(graph: ir.Graph, match: _GroupNorm) -> None:
         moved = insert(last, "Transpose", [data], {"perm": (0, 2, 1)}, name=f"{name}/tokens", like=data, shape=tokens)
         moved = insert(last, "Unsqueeze", [moved, axis], name=f"{name}/unsqueeze", like=data, shape=shape)
     normal = insert(
-        last, "GroupNorm", [moved, gamma, beta], attributes, name=f"{name}/GroupNorm", like=result, shape=shape,
+        last,
+        "GroupNorm",
+        [moved, gamma, beta],
+        attributes,
+        name=f"{name}/GroupNorm",
+        like=result,
+        shape=shape,
         domain=CONTRIB,
     )
     if len(sides) == 2:
@@ -130,4 +136,4 @@ def _rewrite(graph: ir.Graph, match: _GroupNorm) -> None:
     else:
         normal = insert(last, "Squeeze", [normal, axis], name=f"{name}/squeeze", like=result, shape=tokens)
         back = insert(last, "Transpose", [normal], {"perm": (0, 2, 1)}, name=f"{name}/channels", like=result)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    replace(result, back)

@@ -4,8 +4,8 @@ The operator adds the skip connection, and the bias of the layer before it, whil
 
 Rules:
 
-1. The pass rewrites an Add of two [B, h, w, C] tensors, or of one and a [B, 1, 1, C] tensor that an Unsqueeze made of
-   [B, C], whose result a GroupNorm reads.
+1. The pass rewrites an Add of two [B, h, w, C] tensors, or of one and a [B, 1, 1, C] tensor, whose result a GroupNorm
+   reads.
 2. A bias that was added to an operand (``passes.biases``) moves into the operator, if the operand has no other use.
 3. If anything else reads the sum, it reads the operator's second result.
 4. One GroupNorm of a sum is rewritten. Others that read the same sum stay as they are.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, producer, range_names, set_range_names
+from ldm_export.graph.nodes import CONTRIB, constant, producer, range_names, replace, set_range_names
 from ldm_export.graph.passes.biases import sum_of_biases, without_bias
 from ldm_export.graph.passes.result import PassResult
 
@@ -48,7 +48,9 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         CONTRIB,
         "SkipGroupNorm",
         inputs,
-        attributes=[attribute.copy() if hasattr(attribute, "copy") else attribute for attribute in norm.attributes.values()],
+        attributes=[
+            attribute.copy() if hasattr(attribute, "copy") else attribute for attribute in norm.attributes.values()
+        ],
         num_outputs=2 if shared else 1,
         name=name.replace("/GroupNorm", "/SkipGroupNorm"),
     )
@@ -56,10 +58,10 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         result.name, result.type, result.shape = f"{original.name}/skip", original.type, original.shape
         set_range_names(result, range_names(original))
     graph.insert_before(add, node)
-    normal.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+    replace(normal, node.outputs[0])
     graph.remove(norm, safe=True)
     if shared:
-        total.replace_all_uses_with(node.outputs[1], replace_graph_outputs=True)
+        replace(total, node.outputs[1])
     return True
 
 
@@ -70,18 +72,8 @@ def _operands(add: ir.Node) -> tuple[tuple[ir.Value, ir.Value | None], tuple[ir.
         return None
     result = add.outputs[0].shape
     for data, skip in ((left, right), (right, left)):
-        rows = _rows(skip)
-        if rows is not None and data.shape == result:
-            return without_bias(data), (rows, None)
+        if skip.shape is not None and list(skip.shape)[1:3] == [1, 1] and data.shape == result != skip.shape:
+            return without_bias(data), (skip, None)
     if left.shape == right.shape == result and constant(left) is None and constant(right) is None:
         return without_bias(left), without_bias(right)
     return None
-
-
-def _rows(value: ir.Value) -> ir.Value | None:
-    """The [B, C] tensor of which an Unsqueeze made [B, 1, 1, C]."""
-    source = producer(value, "Unsqueeze")
-    axes = None if source is None else constant(source.inputs[1])
-    if source is None or axes is None or source.inputs[0] is None or source.inputs[0].shape is None:
-        return None
-    return source.inputs[0] if len(source.inputs[0].shape) == 2 and sorted(axes.ravel() % 4) == [1, 2] else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, producer, range_names, set_range_names
+from ldm_export.graph.nodes import CONTRIB, constant, producer, range_names, replace, set_range_names
 from ldm_export.graph.passes.biases import sum_of_biases, without_bias
 from ldm_export.graph.passes.result import PassResult
 
@@ -63,7 +63,7 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         result.name, result.type, result.shape = f"{original.name}/skip", original.type, original.shape
         set_range_names(result, range_names(original))
     graph.insert_before(add, node)
-    normal.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+    replace(normal, node.outputs[0])
     graph.remove(norm, safe=True)
-    total.replace_all_uses_with(node.outputs[3], replace_graph_outputs=True)
+    replace(total, node.outputs[3])
     return True

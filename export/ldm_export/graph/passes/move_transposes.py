@@ -5,8 +5,7 @@ Rules, applied until none changes the graph:
 1. A Transpose of a Transpose that restores the first one's input is replaced by that input.
 2. Equal Transposes of one value become one.
 3. An elementwise operator on the result of a Transpose to [B, C, h, w] runs before it, on [B, h, w, C]. Its other
-   operands are results of such Transposes too, constants that broadcast over the image, or [B, C] tensors that an
-   Unsqueeze made [B, C, 1, 1].
+   operands are results of such Transposes too, constants that broadcast over the image, or tensors [B, C, 1, 1].
 4. The same holds for Concat and Split along the channels.
 5. Shape of a transposed value reads the shape of the original value and selects its entries.
 6. A Reshape of a transposed image to [B, C, h * w] becomes a Reshape to [B, h * w, C] and a Transpose.
@@ -22,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ldm_export.graph.nodes import constant, initializer, insert, producer
+from ldm_export.graph.nodes import constant, initializer, insert, producer, replace
 from ldm_export.graph.passes.result import PassResult
 
 __all__ = ["TO_NCHW", "TO_NHWC", "move_transposes", "nhwc"]
@@ -79,7 +78,7 @@ def _cancel(node: ir.Node) -> bool:
     assert original is not None
     if node.outputs[0].is_graph_output() and (original.producer() is None or original.is_graph_output()):
         return False
-    node.outputs[0].replace_all_uses_with(original, replace_graph_outputs=True)
+    replace(node.outputs[0], original)
     return True
 
 
@@ -129,26 +128,23 @@ def _has_nhwc(value: ir.Value) -> bool:
         return True
     if value.is_initializer() and value.shape is not None:
         return all(isinstance(size, int) for size in value.shape)
-    return _per_channel(value) is not None
+    return _is_per_channel(value) and isinstance(value.shape[1] if value.shape else None, int)
 
 
-def _per_channel(value: ir.Value) -> ir.Value | None:
-    """The [B, C] tensor of which an Unsqueeze made [B, C, 1, 1]."""
-    source = producer(value, "Unsqueeze")
-    axes = None if source is None else constant(source.inputs[1])
-    if source is None or axes is None or source.inputs[0] is None or source.inputs[0].shape is None:
-        return None
-    return source.inputs[0] if len(source.inputs[0].shape) == 2 and sorted(axes.ravel() % 4) == [2, 3] else None
+def _is_per_channel(value: ir.Value) -> bool:
+    """Whether a value is [B, C, 1, 1]."""
+    return value.shape is not None and len(value.shape) == 4 and list(value.shape)[2:] == [1, 1]
 
 
 def _nhwc_operand(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
     if (original := _original(value)) is not None:
         return original
-    if (rows := _per_channel(value)) is not None:
-        assert rows.shape is not None
-        axes = initializer(graph, "axes_1_2", np.array([1, 2], np.int64))
-        shape = ir.Shape([rows.shape[0], 1, 1, rows.shape[1]])
-        return insert(before, "Unsqueeze", [rows, axes], name=f"{before.name}/rows", like=value, shape=shape)
+    if not value.is_initializer():
+        assert value.shape is not None
+        batch, channels = value.shape[0], value.shape[1]
+        target = initializer(graph, f"row_{channels}", np.array([0, 1, 1, int(str(channels))], np.int64))
+        shape = ir.Shape([batch, 1, 1, channels])
+        return insert(before, "Reshape", [value, target], name=f"{before.name}/row", like=value, shape=shape)
     array = constant(value)
     assert array is not None
     if array.size == 1:
@@ -159,7 +155,7 @@ def _nhwc_operand(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value
 
 def _transpose_back(before: ir.Node, moved: ir.Value, result: ir.Value) -> None:
     back = insert(before, "Transpose", [moved], {"perm": TO_NCHW}, name=f"{before.name}/to_nchw", like=result)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    replace(result, back)
 
 
 def _concat(node: ir.Node) -> bool:
@@ -190,7 +186,7 @@ def _split(node: ir.Node) -> bool:
         assert result.shape is not None
         part.name, part.type, part.shape = f"{node.name}/nhwc/{index}", result.type, nhwc(result.shape)
         back = insert(node, "Transpose", [part], {"perm": TO_NCHW}, name=f"{node.name}/to_nchw_{index}", like=result)
-        result.replace_all_uses_with(back, replace_graph_outputs=True)
+        replace(result, back)
     return True
 
 
@@ -208,7 +204,7 @@ def _shape(graph: ir.Graph, node: ir.Node) -> bool:
         node, "Shape", [source.inputs[0]], name=f"{node.name}/whole", like=result, shape=ir.Shape([len(perm)])
     )
     selected = insert(node, "Gather", [whole, order], {"axis": 0}, name=f"{node.name}/selected", like=result)
-    result.replace_all_uses_with(selected, replace_graph_outputs=True)
+    replace(result, selected)
     return True
 
 
@@ -224,7 +220,7 @@ def _merge_sides(graph: ir.Graph, node: ir.Node) -> bool:
     shape = ir.Shape([result.shape[0], result.shape[2], channels])
     tokens = insert(node, "Reshape", [original, target], name=f"{node.name}/tokens", like=result, shape=shape)
     back = insert(node, "Transpose", [tokens], {"perm": _SWAP}, name=f"{node.name}/channels", like=result)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    replace(result, back)
     return True
 
 
@@ -241,5 +237,3 @@ def _divide_sides(graph: ir.Graph, node: ir.Node) -> bool:
     image = insert(node, "Reshape", [tokens, sizes], name=f"{node.name}/nhwc", like=result, shape=nhwc(result.shape))
     _transpose_back(node, image, result)
     return True
-
-
