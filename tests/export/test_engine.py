@@ -159,8 +159,8 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
         (
             EngineRequest("tensorrt-rtx", ("9.0",)),
             "fp16",
-            r"^compute capability: got '9\.0', expected some of .*; on a GPU of 9\.0 run the graphs with ONNX Runtime "
-            r'\(`pip install "ldm-export\[gpu\]"`\), or build plans there with --target tensorrt$',
+            r"^compute capability: got '9\.0', expected some of .*; for a GPU of 9\.0 build with --target "
+            r'onnxruntime-cuda, which `pip install "ldm-export\[gpu\]"` runs, or on such a GPU with --target tensorrt$',
         ),
         (EngineRequest("tensorrt-rtx", ("ada",)), "fp16", r"^compute capability: got 'ada', expected .*\)$"),
         (

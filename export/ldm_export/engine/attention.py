@@ -63,7 +63,7 @@ def fused_attention(attentions: Sequence[str], kernels: Iterable[tuple[str, Sequ
 def unfused_warning(component: str, engine: EngineFacts) -> str | None:
     """Return a message about attentions that an engine of half precision does not fuse; None if there are none.
 
-    Fused kernels exist for half precision only, and for heads of at most 256 channels.
+    Fused kernels exist for half precision only.
     """
     attention = engine.proof.get("attention", {})
     if engine.precision not in ("fp16", "bf16") or not (unfused := attention.get("unfused")):

@@ -16,8 +16,8 @@ from ldm_runtime.errors import BackendError, BuildError
 __all__ = ["check_capabilities", "check_request", "engine_capabilities", "known_capabilities", "open_package"]
 
 _ELSEWHERE = (
-    '; on a GPU of {} run the graphs with ONNX Runtime (`pip install "ldm-export[gpu]"`), or build plans there with '
-    "--target tensorrt"
+    '; for a GPU of {} build with --target onnxruntime-cuda, which `pip install "ldm-export[gpu]"` runs, or on such a '
+    "GPU with --target tensorrt"
 )
 """What to do for a GPU that TensorRT for RTX does not support."""
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
