@@ -119,7 +119,9 @@ class PolygraphyOnnxRuntime:
 
         return lambda: PolygraphyBackend(spec, runner)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """None: the NumPy loop runs."""
         return None
 
@@ -137,7 +139,9 @@ class PolygraphyTensorRt(TensorRtEngine):
         """Find the engine for this machine, check its file and return its loader; errors as ``TensorRtEngine.open``."""
         return PolygraphyTensorRtLoader(match_engine(bundle, component, choice.graph))
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """None: the NumPy loop runs."""
         return None
 
