@@ -157,7 +157,6 @@ class OnnxRuntimeEngine:
         if wish.device == "cuda" or (wish.device == "auto" and has_cuda_build()):
             try:
                 check_cuda()
-                import_engine("cuda.bindings.runtime", GPU_EXTRA)
             except BackendError as error:
                 refused = error
             else:
