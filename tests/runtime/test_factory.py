@@ -242,6 +242,7 @@ def test_an_engine_of_the_callers_own_generates_an_image(bundle: Bundle) -> None
 def test_auto_replaces_an_engine_that_fails_before_it_has_run(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str, used: list[str]
 ) -> None:
+    caplog.set_level("WARNING")
     engine = NumpyEngine(fails)
     monkeypatch.setitem(BACKENDS, "numpy", engine)  # type: ignore[misc]
     request = {"count": 1, "seed": 1, "num_inference_steps": 2}
