@@ -107,15 +107,15 @@ class CalibrationModel:
         Consecutive requests share a call if they differ in nothing but ``prompts``. Requests without prompts share a
         call only if the model has no conditioning.
         """
-        found: list[Batch] = []
+        feed_batches: list[Batch] = []
         start, size = 0, self.batch_size()
         while start < len(requests):
             stop = start + 1
             while stop < min(start + size, len(requests)) and self._combine(requests[start], requests[stop]):
                 stop += 1
-            found.append(Batch(self._combined(requests[start:stop]), tuple(range(start, stop))))
+            feed_batches.append(Batch(self._combined(requests[start:stop]), tuple(range(start, stop))))
             start = stop
-        return found
+        return feed_batches
 
     def _combine(self, one: ImageRequest, other: ImageRequest) -> bool:
         same = one.keys() == other.keys() and all(one[name] == other[name] for name in one if name != _MERGED)

@@ -110,13 +110,15 @@ def main() -> None:
         level = alpha_bar[timestep]
         beyond = torch.from_numpy(rng.random(BATCH) * (rng.random(BATCH) < OVERSHOT)) * overshoot(level, timestep)
         beyond = (beyond * (step >= OVERSHOT_FROM)).float()[:, None, None, None]
-        signal, spread = level.sqrt()[:, None, None, None], (1 - level).sqrt()[:, None, None, None]
-        noisy = signal * (latents + beyond * (latents - middle)) + spread * noise
+        sqrt_alpha, sqrt_beta = level.sqrt()[:, None, None, None], (1 - level).sqrt()[:, None, None, None]
+        noisy = sqrt_alpha * (latents + beyond * (latents - middle)) + sqrt_beta * noise
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 context = text_encoder(token_ids(tokenizer, prompts))[0]
             predicted = model(noisy, timestep, context).sample.float()
-        velocity = (signal * noisy - latents) / spread  # arXiv 2202.00512; for the true latents, not the overshot ones
+        velocity = (
+            sqrt_alpha * noisy - latents
+        ) / sqrt_beta  # arXiv 2202.00512; for the true latents, not the overshot ones
         return (predicted - velocity).square().mean()
 
     run.train(loss_of_step)

@@ -38,9 +38,9 @@ class Bundle:
     @property
     def precision(self) -> str:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
-        wanted = self.manifest.request.get("precision")
+        requested = self.manifest.request.get("precision")
         components = [self.manifest.components[name] for name in (UNET, DECODER)]
-        return str(wanted) if all(wanted in component.graphs for component in components) else "fp32"
+        return str(requested) if all(requested in component.graphs for component in components) else "fp32"
 
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""
@@ -93,7 +93,7 @@ class Bundle:
 
     def _external(self, name: str) -> list[str]:
         """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""
-        found = []
+        files = []
         for location in sorted(external_locations(self.folder / name)):
             file = str(PurePosixPath(name).parent / location)
             if file not in self.manifest.files or not location:
@@ -101,8 +101,8 @@ class Bundle:
                     f"{self.folder / name}: refers to {location!r:.80}, which the manifest does not list, so its "
                     "digest cannot be checked; do not use this bundle"
                 )
-            found.append(file)
-        return found
+            files.append(file)
+        return files
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
         """Check every file the manifest lists, and that graphs refer to no other files.

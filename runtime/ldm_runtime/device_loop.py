@@ -116,13 +116,13 @@ class DeviceLoop:
 
         scalars = coefficients(plan.trajectory.rows, self._slots, plan.guidance_scale)
         for index in range(len(plan.trajectory)):
-            drawn = next(noise) if plan.trajectory.needs_noise else None
+            step_noise = next(noise) if plan.trajectory.needs_noise else None
             with self._running_alone(current):
                 for name, array in schedule.items():
                     device.write(name, np.repeat(array[index : index + 1], plan.rows, 0))
                 device.write(COEFFICIENTS, np.repeat(scalars[index : index + 1], plan.images, 0))
-                if drawn is not None:
-                    device.write(NOISE, drawn)
+                if step_noise is not None:
+                    device.write(NOISE, step_noise)
                 device.launch(UNET)
                 device.launch(step)
                 device.copy(NEXT_SAMPLE, SAMPLE)

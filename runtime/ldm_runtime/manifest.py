@@ -212,13 +212,11 @@ def safe_path(where: str, path: Any) -> str:
     Raises:
         ManifestError: absolute, with ``..``, a backslash, a drive, a control character, or no text at all.
     """
-    given = require_str(where, path)
-    pure = PurePosixPath(given)
-    if not given or pure.is_absolute() or ".." in pure.parts or str(pure) != given or _UNSAFE.search(given):
-        raise ManifestError(
-            f"{where}: path {given!r:.80} is not a plain path inside the bundle; do not use this bundle"
-        )
-    return given
+    text = require_str(where, path)
+    pure = PurePosixPath(text)
+    if not text or pure.is_absolute() or ".." in pure.parts or str(pure) != text or _UNSAFE.search(text):
+        raise ManifestError(f"{where}: path {text!r:.80} is not a plain path inside the bundle; do not use this bundle")
+    return text
 
 
 def file_fact(where: str, value: Any) -> FileFact:
@@ -246,11 +244,11 @@ def _stage(where: str, value: Any) -> Stage:
 
 def _components(top: dict[str, Any]) -> dict[str, Component]:
     """Components in the order in which they run; JSON objects are sorted by name in a canonical manifest."""
-    found = require_map("components", top.get("components"), _component)
+    components = require_map("components", top.get("components"), _component)
     order = _names("order", top.get("order"))
-    if sorted(order) != sorted(found):
+    if sorted(order) != sorted(components):
         raise ManifestError(f"order: got {', '.join(order)!r:.200}, expected each component once; rebuild the bundle")
-    return {name: found[name] for name in order}
+    return {name: components[name] for name in order}
 
 
 def _names(where: str, value: Any) -> tuple[str, ...]:
@@ -301,8 +299,8 @@ def _graph(where: str, value: Any) -> str:
 def _component(where: str, value: Any) -> Component:
     entry = require_object(where, value)
     graphs = _graphs(f"{where}.graphs", entry.get("graphs"))
-    given = require_list(f"{where}.engines", entry.get("engines", []), MAX_ENGINES)
-    engines = tuple(engine_from_json(f"{where}.engines", item) for item in given)
+    entries = require_list(f"{where}.engines", entry.get("engines", []), MAX_ENGINES)
+    engines = tuple(engine_from_json(f"{where}.engines", item) for item in entries)
     for engine in engines:
         safe_path(f"{where}.engines", engine.file)
     variants = require_map(f"{where}.variants", entry.get("variants", {}), _graphs)

@@ -149,9 +149,9 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
     Raises:
         SpecError: names the component, the tensor, what was given and what is expected.
     """
-    expected, given = {t.name for t in spec.inputs}, set(feed)
-    if expected != given:
-        raise SpecError(f"{spec.name}: got inputs {sorted(given)}, expected {sorted(expected)}")
+    expected, names = {t.name for t in spec.inputs}, set(feed)
+    if expected != names:
+        raise SpecError(f"{spec.name}: got inputs {sorted(names)}, expected {sorted(expected)}")
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in spec.inputs:
         array = feed[tensor.name]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_export.cli import main
-from ldm_export.verbs.image_options import Written, check_output, write_images
+from ldm_export.verbs.image_options import ImageFiles, check_output, write_images
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.images import FORMATS, to_bytes
 
@@ -43,7 +43,7 @@ def test_a_grid_and_its_images(tmp_path: Path) -> None:
     output = tmp_path / "out.webp"
     written = write_images(output, [image("RGB")] * 2, None, each=True)
     files = (output, tmp_path / "out-0.webp", tmp_path / "out-1.webp")
-    assert written == Written(files, ())
+    assert written == ImageFiles(files, ())
     for file in files:
         with Image.open(file) as read:
             assert read.format == "WEBP"

@@ -60,7 +60,7 @@ def test_results_are_the_callers_and_shapes_are_kept(
     spec = bundle.manifest.components["decoder"].spec
     backend = OpenVinoBackend(bundle.graph("decoder", "fp32"), spec, cache=tmp_path / "cache")
     compiled: list[object] = []
-    backend._shaped.kept = 2
+    backend._shaped.max_requests = 2
     monkeypatch.setattr(backend._shaped, "_core", Counting(backend._core, compiled))
     feeds = [dummy_inputs(spec, "min", seed) for seed in (1, 2)]
     first = backend.run(feeds[0])["image"]

@@ -87,7 +87,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
         most = _COUNTS.get(key, _LARGEST)
         fits, expected = (lambda one: type(one) is int and 1 <= one <= most), f"a whole number from 1 to {most}"
     elif isinstance(like, bool):
-        fits, expected = (lambda given: given in (0, 1)), "true or false"
+        fits, expected = (lambda number: number in (0, 1)), "true or false"
     elif isinstance(like, str):
         fits, expected = (lambda one: isinstance(one, str)), "a string"
     elif like is None:

@@ -134,8 +134,8 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
             noise: torch.Tensor = reference.unet(torch.cat([sample] * len(labels)), timestep, context)[0]
             if not guided:
                 return noise
-            plain, wanted = noise.chunk(2)
-            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (wanted - plain)
+            plain, conditional = noise.chunk(2)
+            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (conditional - plain)
             return guided_noise
 
         shape = (1, config.out_channels, config.sample_size, config.sample_size)

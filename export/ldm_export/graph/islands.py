@@ -72,11 +72,11 @@ def _before_selections(graph: ir.Graph) -> set[ir.Node]:
 
     A distance that is rounded selects another code, which changes a patch of the image.
     """
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     for node in reversed(graph):
-        if node.op_type in _SELECTIONS or any(user in found for user in node.successors()):
-            found.add(node)
-    return found
+        if node.op_type in _SELECTIONS or any(user in nodes for user in node.successors()):
+            nodes.add(node)
+    return nodes
 
 
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
@@ -100,13 +100,13 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
 
 def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
     for value in (*node.inputs, *node.outputs):
-        seen = _magnitude(value, ranges)
-        if seen * MARGIN > LARGEST[precision]:
-            return f"range: |{value.name if value else ''}| reaches {seen:.4g}"
+        magnitude = _magnitude(value, ranges)
+        if magnitude * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {magnitude:.4g}"
     for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
-        seen = _magnitude(value, ranges)
-        if 0 < seen < SMALLEST[precision]:
-            return f"range: |{value.name if value else ''}| is at most {seen:.4g}"
+        magnitude = _magnitude(value, ranges)
+        if 0 < magnitude < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {magnitude:.4g}"
     return None
 
 

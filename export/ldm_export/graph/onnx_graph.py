@@ -188,8 +188,8 @@ def _share_equal_weights(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is not None:
             key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
-            if (kept := first.setdefault(key, value)) is not value:
-                value.replace_all_uses_with(kept)
+            if (shared := first.setdefault(key, value)) is not value:
+                value.replace_all_uses_with(shared)
                 graph.initializers.pop(value.name or "")
 
 

@@ -32,11 +32,11 @@ def open_model(
     Raises:
         CheckpointError: It cannot be opened, or an option is of the other form.
     """
-    given = {"config": config, "tokenizer": tokenizer, "weights": weights}
+    arguments = {"config": config, "tokenizer": tokenizer, "weights": weights}
     if is_checkpoint_file(path):
         if random_weights:
             raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")
-        return open_original(path, **given)  # type: ignore[arg-type]
-    if options := [f"--{name}" for name, value in given.items() if value is not None]:
+        return open_original(path, **arguments)  # type: ignore[arg-type]
+    if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
         raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
     return open_checkpoint(path, random_weights=random_weights)

@@ -170,17 +170,17 @@ def _read_legacy(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]
 
 def _storage_widths(content: Any) -> Iterator[tuple[str, int]]:
     """Key and bytes per element of every storage that a pickle names, in whatever object."""
-    todo, seen = [content], set[int]()
+    todo, visited = [content], set[int]()
     while todo:
         value = todo.pop()
-        if id(value) in seen:
+        if id(value) in visited:
             continue
         if isinstance(value, PersistentId):
             reference = _storage_of(value)
             if reference is not None:
                 yield reference[0], _BYTES.get(reference[1], 1)
         elif isinstance(value, dict | list | tuple | Record):
-            seen.add(id(value))
+            visited.add(id(value))
             if isinstance(value, dict):
                 todo.extend(value.values())
             else:
@@ -193,8 +193,8 @@ def _storage_of(value: Any) -> tuple[str, str] | None:
     if not isinstance(parts, tuple) or len(parts) < 5 or parts[0] != "storage" or not isinstance(parts[1], Global):
         return None
     module, _, name = parts[1].name.rpartition(".")
-    known = module.split(".")[0] == "torch" and name in _STORAGES and isinstance(parts[2], str)
-    return (parts[2], _STORAGES[name]) if known else None
+    is_storage = module.split(".")[0] == "torch" and name in _STORAGES and isinstance(parts[2], str)
+    return (parts[2], _STORAGES[name]) if is_storage else None
 
 
 def _view(value: Any) -> _View | None:

@@ -26,5 +26,5 @@ class CompVisDDIMScheduler(_Base):  # type: ignore[misc]
             return
         count = options.num_train_timesteps
         self.num_inference_steps = num_inference_steps
-        found = torch.arange(0, count, count // num_inference_steps).flip(0) + options.steps_offset
-        self.timesteps = found.to(device)
+        timesteps = torch.arange(0, count, count // num_inference_steps).flip(0) + options.steps_offset
+        self.timesteps = timesteps.to(device)

@@ -200,9 +200,9 @@ class _Machine:
         self.stack.append(self.since_mark())
 
     def _dict(self, _: Any) -> None:
-        values, made = self.since_mark(), dict[Any, Any]()
-        _set_items(made, values)
-        self.stack.append(made)
+        values, items = self.since_mark(), dict[Any, Any]()
+        _set_items(items, values)
+        self.stack.append(items)
 
     def _append(self, _: Any) -> None:
         value = self.pop()
@@ -241,12 +241,12 @@ class _Machine:
     def _call(self, function: Any, arguments: Any) -> None:
         name = function.name if isinstance(function, Global) else None
         if name == "collections.OrderedDict":
-            made = dict[Any, Any]()
+            items = dict[Any, Any]()
             pairs = arguments[0] if isinstance(arguments, tuple) and arguments else []
             for pair in pairs if isinstance(pairs, list) else []:
                 if isinstance(pair, list | tuple) and len(pair) == 2:
-                    _set_items(made, list(pair))
-            self.stack.append(made)
+                    _set_items(items, list(pair))
+            self.stack.append(items)
             return
         self.stack.append(Record(name, arguments if isinstance(arguments, tuple) else ()))
 

@@ -69,14 +69,12 @@ def shape_of(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
 
 def count(tensors: Tensors, pattern: str) -> int:
     """Number of consecutive indices i from 0 for which some tensor's name begins with ``pattern.format(i)``."""
-    heads, found = {}, 0
     before, _, _ = pattern.partition("{}")
-    for name in tensors:
-        if name.startswith(before):
-            heads[name[len(before) :].partition(".")[0]] = True
-    while str(found) in heads:
-        found += 1
-    return found
+    indices = {name[len(before) :].partition(".")[0] for name in tensors if name.startswith(before)}
+    number = 0
+    while str(number) in indices:
+        number += 1
+    return number
 
 
 def unet_shape(tensors: Tensors) -> UNetShape:

@@ -97,10 +97,10 @@ def inline_image(image: Image.Image, alt: str = "") -> Markup:
 
 def difference(one: Image.Image, other: Image.Image, times: int) -> Image.Image:
     """How far two images differ, ``times`` as bright as it is. Differences in opacity show as grey."""
-    found = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
-    if found.mode != "RGBA":
-        return found
-    red, green, blue, alpha = found.split()
+    difference_image = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
+    if difference_image.mode != "RGBA":
+        return difference_image
+    red, green, blue, alpha = difference_image.split()
     return Image.merge("RGB", [ImageChops.lighter(channel, alpha) for channel in (red, green, blue)])
 
 

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.json:
         screen.json({name: report[name] for name in ("record", "summary", "budget", "warnings", "speed")})
         return
-    made = [name for name, origin in built.origins.items() if origin == "made"]
-    what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
+    new = [name for name, origin in built.origins.items() if origin == "made"]
+    what = f"made {', '.join(new)}" if new else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     show(report, screen)
     if built.bundle.precision == "int8":

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 most = sorted(graph["operators"].items(), key=lambda item: -item[1])[:8]
                 rows.append(["operators", ", ".join(f"{count} {kind}" for kind, count in most)])
             if graph.get("islands"):
-                half, *kept = graph["islands"].items()
-                reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
+                half, *others = graph["islands"].items()
+                reasons = ", ".join(f"{count} {reason}" for reason, count in others)
                 rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
         for engine, graphs in component.get("variants", {}).items():
             rows += [[engine, f"{graph['file']}, {human_bytes(graph['bytes'])}"] for graph in graphs.values()]

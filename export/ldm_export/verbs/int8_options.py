@@ -108,15 +108,15 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
             takes = f"takes {', '.join(conditioning)}" if conditioning else "has no conditioning"
             raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
         requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
-        observed, tried = requests[:OBSERVED], requests[:trials]
+        observed, trial_requests = requests[:OBSERVED], requests[:trials]
     elif defaults := default_requests(conditioning, model, OBSERVED, trials):
-        observed, tried = defaults
+        observed, trial_requests = defaults
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")
     bounded = args.min_psnr is not None or args.max_accuracy_loss is not None
     return CalibrationSettings(
         requests=observed,
-        trial_requests=tried,
+        trial_requests=trial_requests,
         steps=20 if args.calibration_steps is None else args.calibration_steps,
         trial_steps=args.trial_steps,
         sensitivity=args.sensitivity or "latents",

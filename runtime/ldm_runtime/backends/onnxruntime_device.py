@@ -31,7 +31,7 @@ class OnnxRuntimeDevice:
 
     def __init__(self, graphs: Mapping[str, tuple[GraphFile, ComponentSpec]], device: str = "cuda"):
         self._graphs, self._device = graphs, device
-        self._held: Any = None
+        self._shapes: Any = None
         self._values: dict[str, Any] = {}
         self._calls: dict[str, tuple[Any, Any]] = {}
 
@@ -47,7 +47,7 @@ class OnnxRuntimeDevice:
             BackendError: A graph cannot be loaded, or memory ran out.
         """
         key = (tuple(sorted(tensors.items())), tuple(components))
-        if key == self._held:
+        if key == self._shapes:
             return
         self.close()
         for component in components:
@@ -69,7 +69,7 @@ class OnnxRuntimeDevice:
                 binding.bind_ortvalue_input(tensor.name, self._values[tensor.name])
             for tensor in spec.outputs:
                 binding.bind_ortvalue_output(tensor.name, self._values[tensor.name])
-        self._held = key
+        self._shapes = key
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Copy an array from the host."""
@@ -99,4 +99,4 @@ class OnnxRuntimeDevice:
         """Free the tensors and the sessions."""
         self._calls.clear()
         self._values.clear()
-        self._held = None
+        self._shapes = None

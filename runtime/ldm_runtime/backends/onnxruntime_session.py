@@ -90,13 +90,13 @@ def open_session(
     options = session_options(threads)
     for symbol, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(symbol, size)
-    wanted = providers(device, ort.get_available_providers())
-    attempts: list[list[Any]] = [[*wanted]]
-    if PROVIDERS["cuda"] in wanted and hasattr(ort, "preload_dlls"):
+    requested = providers(device, ort.get_available_providers())
+    attempts: list[list[Any]] = [[*requested]]
+    if PROVIDERS["cuda"] in requested and hasattr(ort, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
             ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
-    if sizes is not None and PROVIDERS["cuda"] in wanted:
-        capture = [(name, {"enable_cuda_graph": "1"}) if name == PROVIDERS["cuda"] else name for name in wanted]
+    if sizes is not None and PROVIDERS["cuda"] in requested:
+        capture = [(name, {"enable_cuda_graph": "1"}) if name == PROVIDERS["cuda"] else name for name in requested]
         attempts.insert(0, capture)
     while True:
         try:
@@ -108,11 +108,11 @@ def open_session(
                 continue
             raise BackendError(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
     unchanged(graph)
-    found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
-    if device == "cuda" and found != "cuda":
+    actual = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+    if device == "cuda" and actual != "cuda":
         raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
     _check_ports(session, spec, path_of(graph))
-    return session, found
+    return session, actual
 
 
 def _check_ports(session: Any, spec: ComponentSpec, graph: Path) -> None:
@@ -138,5 +138,5 @@ def providers(device: str, available: Sequence[str]) -> list[str]:
         raise BackendError(
             'this onnxruntime has no CUDA provider; `pip install "ldm-export[gpu]"`, or use device="cpu"'
         )
-    wanted = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
-    return [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]
+    names = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
+    return [PROVIDERS[name] for name in names if PROVIDERS[name] in available]

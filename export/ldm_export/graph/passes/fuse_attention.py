@@ -73,9 +73,9 @@ def fuse_attention(model: ir.Model) -> PassResult:
     if fused:
         model.opset_imports[DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
-    if left := [node.name for node in fused if node.graph is not None]:
+    if used := [node.name for node in fused if node.graph is not None]:
         raise BuildError(
-            f"{graph.name}: pass fuse_attention: {left[0]!r} is still used after the rewrite, expected no use; "
+            f"{graph.name}: pass fuse_attention: {used[0]!r} is still used after the rewrite, expected no use; "
             "report it with the model's config"
         )
     return PassResult(model, len(fused))
@@ -131,8 +131,8 @@ def _keys(value: ir.Value | None) -> _Heads | None:
     merged = _producer(value, "Reshape")
     turned = _producer(_data(merged), "Transpose", (0, 2, 1))
     split = _producer(_data(turned), "Reshape")
-    found = _heads(_data(split))
-    return found and replace(found, scale=found.scale * scale)
+    heads = _heads(_data(split))
+    return heads and replace(heads, scale=heads.scale * scale)
 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
