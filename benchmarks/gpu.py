@@ -78,9 +78,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "image": []} for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
-            taken = run()
+            timings = run()
             if number:  # the first round compiles, captures and fills caches
-                for what, value in taken.items():
+                for what, value in timings.items():
                     seconds[name][what].append(value)
     files = bundle.manifest.files
     graph = bundle.manifest.components["unet"].graphs[args.precision]
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": "cpu" if cuda is None else device_name(cuda),
         "compute_capability": None if cuda is None else cuda.capability(),
         "machine": platform.processor() or platform.machine(),
-        "tools": {name: found for name in TOOLS if (found := installed(name))},
+        "tools": {name: version for name in TOOLS if (version := installed(name))},
         "settings": {"precision": args.precision, "images": args.images, "steps": args.steps, "rounds": args.rounds},
         "seconds": {
             name: {what: {"median": median(v), "min": min(v), "max": max(v)} for what, v in parts.items()}

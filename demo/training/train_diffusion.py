@@ -116,9 +116,8 @@ def main() -> None:
             with torch.no_grad():
                 context = text_encoder(token_ids(tokenizer, prompts))[0]
             predicted = model(noisy, timestep, context).sample.float()
-        velocity = (
-            sqrt_alpha * noisy - latents
-        ) / sqrt_beta  # arXiv 2202.00512; for the true latents, not the overshot ones
+        # arXiv 2202.00512; for the true latents, not the overshot ones
+        velocity = (sqrt_alpha * noisy - latents) / sqrt_beta
         return (predicted - velocity).square().mean()
 
     run.train(loss_of_step)

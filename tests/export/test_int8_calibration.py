@@ -45,15 +45,15 @@ def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
 
 
 def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(calibrated: Bundle) -> None:
-    held = part(calibrated, "unet")
-    layer = held.chosen[0]
+    calibration = part(calibrated, "unet")
+    layer = calibration.chosen[0]
     source = next(
         one.source for one in find_layers(load_graph(calibrated.graph("unet", "fp32")).graph) if one.name == layer
     )
-    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", held.tensors, [layer])
-    sources = held.tensors.sources
+    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", calibration.tensors, [layer])
+    sources = calibration.tensors.sources
     coarse = {**sources, source: Scaling(sources[source].threshold * 10, sources[source].factors)}
-    tensors = QuantizedTensors(coarse, held.tensors.results)
+    tensors = QuantizedTensors(coarse, calibration.tensors.results)
     rough = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", tensors, [layer])
     assert rough[layer] < fine[layer] - 6
 

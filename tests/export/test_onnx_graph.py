@@ -106,12 +106,12 @@ def test_shapes_hold_in_strict_inference(graphs: dict[str, onnx.ModelProto], nam
     del bare.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
     computed = {output for node in graphs[name].graph.node for output in node.output}
-    written = {value.name: dims(value) for value in graphs[name].graph.value_info if value.name in computed}
+    declared = {value.name: dims(value) for value in graphs[name].graph.value_info if value.name in computed}
     ranked = [value for value in inferred.graph.value_info if value.type.tensor_type.HasField("shape")]
-    assert len(ranked) >= len(written) / 2
+    assert len(ranked) >= len(declared) / 2
     for value in ranked:
-        assert len(dims(value)) == len(written[value.name]), value.name
-        for mine, theirs in zip(written[value.name], dims(value), strict=True):
+        assert len(dims(value)) == len(declared[value.name]), value.name
+        for mine, theirs in zip(declared[value.name], dims(value), strict=True):
             if mine and theirs and isinstance(theirs, int):  # a size that both know
                 assert mine == theirs, value.name
 

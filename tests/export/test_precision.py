@@ -87,9 +87,9 @@ def test_all_matrix_work_and_all_its_weights_are_half(half_bundle: Bundle, name:
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_statistics_and_softmax_are_fp32(half_bundle: Bundle, name: str) -> None:
     graph = ir.load(half_bundle.graph(name, "fp16")).graph
-    kept = [node for node in graph if node.op_type in ("InstanceNormalization", "LayerNormalization", "Softmax")]
-    assert kept
-    for node in kept:
+    float_nodes = [node for node in graph if node.op_type in ("InstanceNormalization", "LayerNormalization", "Softmax")]
+    assert float_nodes
+    for node in float_nodes:
         assert {value.dtype for value in (*node.inputs, *node.outputs) if value} == {ir.DataType.FLOAT}, node.name
 
 
@@ -151,12 +151,12 @@ def test_without_islands_by_range_they_would_overflow(overflowing_bundle: Bundle
 def test_bf16_keeps_the_structural_islands_only(overflowing_bundle: Bundle, tmp_path: Path) -> None:
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())["unet"]
     assert max(ranges.values()) > 65504
-    made = half_graph(overflowing_bundle.graph("unet", "fp32"), tmp_path / "unet.onnx", "bf16", ranges)
-    assert set(made.islands.values()) == {"statistics", "softmax"}
+    half = half_graph(overflowing_bundle.graph("unet", "fp32"), tmp_path / "unet.onnx", "bf16", ranges)
+    assert set(half.islands.values()) == {"statistics", "softmax"}
     onnx.checker.check_model(str(tmp_path / "unet.onnx"), full_check=True)
     ranges = json.loads(overflowing_bundle.file("report/ranges.json").read_text())["time_embedding"]
-    made = half_graph(overflowing_bundle.graph("time_embedding", "fp32"), tmp_path / "time.onnx", "bf16", ranges)
-    assert set(made.islands.values()) == {"timestep embedding"}
+    half = half_graph(overflowing_bundle.graph("time_embedding", "fp32"), tmp_path / "time.onnx", "bf16", ranges)
+    assert set(half.islands.values()) == {"timestep embedding"}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -197,8 +197,8 @@ def test_ranges_are_those_of_the_trajectory(half_bundle: Bundle) -> None:
     model = CalibrationModel(half_bundle.manifest.model, graphs, half_bundle.file)
     ranges = measure_ranges(model, [{"prompts": PROMPT}], 3)
     with LatentDiffusionPipeline.from_bundle(half_bundle, precision="fp32", backend="onnxruntime") as pipeline:
-        made = pipeline(PROMPT, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=3)
-        image = pipeline.backends["decoder"].run({"latents": made.latents})["image"]
+        generation = pipeline(PROMPT, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=3)
+        image = pipeline.backends["decoder"].run({"latents": generation.latents})["image"]
     assert ranges["decoder"]["image"] == pytest.approx(float(np.abs(image).max()))
     assert len(ranges["unet"]) > 100 and min(ranges["unet"].values()) >= 0
     assert not [path for graph in graphs.values() for path in graph.parent.iterdir() if "probe" in path.name]

@@ -276,8 +276,8 @@ def test_tensor_in_two_shards_is_the_listed_one(tmp_path: Path) -> None:
     write_weights(tmp_path, STATE, format="safetensors", shards=2)
     weight_map = read_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", "unet")["weight_map"]
     other = next(shard for shard in weight_map.values() if shard != weight_map["scalar"])
-    held = {name: tensor for name, tensor in STATE.items() if weight_map[name] == other}
-    write_tensors(tmp_path / other, held | {"scalar": torch.tensor(9.0)})
+    tensors = {name: tensor for name, tensor in STATE.items() if weight_map[name] == other}
+    write_tensors(tmp_path / other, tensors | {"scalar": torch.tensor(9.0)})
     assert_read(tmp_path, STATE)
 
 

@@ -99,8 +99,8 @@ def test_arrays_that_stay_the_same_over_many_runs_are_taken_once_and_changes_are
     frozen = {key: array.copy() for key, array in feed.items()}
     for array in frozen.values():
         array.flags.writeable = False
-    for given in (feed, frozen, feed):  # the same arrays, others with the same values, and the first ones again
-        assert np.array_equal(backend.run(given)["noise_pred"], expected)
+    for inputs in (feed, frozen, feed):  # the same arrays, others with the same values, and the first ones again
+        assert np.array_equal(backend.run(inputs)["noise_pred"], expected)
     changed = {**feed, name: feed[name] + 1}
     assert not np.array_equal(backend.run(changed)["noise_pred"], expected)
     assert np.array_equal(backend.run(feed)["noise_pred"], expected)

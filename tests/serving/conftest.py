@@ -20,7 +20,7 @@ def local(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
 
 
 @pytest.fixture(scope="session")
-def drawn(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
+def local_images(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
     """A function that generates a request's images in this process: uint8 [images, H, W, 3]."""
 
     def draw(request: Request) -> np.ndarray:

@@ -44,8 +44,8 @@ class SharedFolders:
 
     def changed(self) -> list[str]:
         """Names of the folders whose files are no longer those that were made."""
-        made = {listing.stem: listing.read_text(encoding="utf-8") for listing in self.base.glob("*.files")}
-        return sorted(name for name, files in made.items() if _files(self.base / name) != files)
+        listings = {listing.stem: listing.read_text(encoding="utf-8") for listing in self.base.glob("*.files")}
+        return sorted(name for name, files in listings.items() if _files(self.base / name) != files)
 
 
 def _files(folder: Path) -> str:

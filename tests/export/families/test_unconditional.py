@@ -141,8 +141,8 @@ def test_verification(bundle: Bundle, checkpoint: Path, precision: str) -> None:
 def test_the_command_line(bundle: Bundle, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
     assert main(["verify", str(folder), "--against", str(checkpoint), "--steps", "3", "--json"]) == 0
-    given = "onnxruntime:fp32,openvino:fp32"
-    assert main(["verify", str(folder), "--backends", given, "--steps", "3", "--json"]) == 0
+    backends = "onnxruntime:fp32,openvino:fp32"
+    assert main(["verify", str(folder), "--backends", backends, "--steps", "3", "--json"]) == 0
     assert main(["verify", str(folder), "--layers", "--json"]) == 0
     assert main(["inspect", str(folder)]) == 0
     assert "unconditional" in capsys.readouterr().out

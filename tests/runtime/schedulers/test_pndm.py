@@ -87,9 +87,11 @@ def test_predict_x0_inverts_the_noising(prediction: str, skip: bool) -> None:
     pndm = PNDM.from_config(STABLE_DIFFUSION | {"prediction_type": prediction, "skip_prk_steps": skip})
     trajectory, (x0, noise) = pndm.trajectory(20), (TorchGenerator(seed).randn((1, 4, 8)) for seed in (0, 1))
     for i, alpha in enumerate(pndm.alphas_cumprod[trajectory.timesteps]):
-        signal, spread = np.sqrt(alpha), np.sqrt(1 - alpha)
-        out = noise if prediction == "epsilon" else signal * noise - spread * x0
-        np.testing.assert_allclose(trajectory.predict_x0(signal * x0 + spread * noise, out, i), x0, rtol=0, atol=2e-5)
+        sqrt_alpha, sqrt_beta = np.sqrt(alpha), np.sqrt(1 - alpha)
+        out = noise if prediction == "epsilon" else sqrt_alpha * noise - sqrt_beta * x0
+        np.testing.assert_allclose(
+            trajectory.predict_x0(sqrt_alpha * x0 + sqrt_beta * noise, out, i), x0, rtol=0, atol=2e-5
+        )
 
 
 @settings(max_examples=150)
