@@ -48,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def identifier(options: dict[str, Any]) -> str:
+def option_names(options: dict[str, Any]) -> str:
     return ",".join(f"{name}={str(value)[:9]}" for name, value in options.items()) or "-"
 
 
@@ -62,7 +62,7 @@ def config_of(algorithm: str, options: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=identifier)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
@@ -91,7 +91,9 @@ def test_trajectories(
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
-@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}], ids=identifier)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}], ids=option_names
+)
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
 def test_trajectories_on_their_own(algorithm: str, options: dict[str, Any], steps: int) -> None:
     assert_same_trajectory(NAME, config_of(algorithm, options), steps, tolerance=1e-4)
@@ -104,7 +106,7 @@ def test_all_trailing_steps() -> None:
     assert_same_trajectory(NAME, config_of("dpmsolver++", {"timestep_spacing": "trailing"}), 61, forced=True)
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if not o.get("thresholding")], ids=identifier)
+@pytest.mark.parametrize("options", [o for o in OPTIONS if not o.get("thresholding")], ids=option_names)
 def test_timesteps_of_many_numbers_of_steps(options: dict[str, Any]) -> None:
     config = config_of("dpmsolver++", options)
     ours, scheduler = DPMSolverMultistep.from_config(config), DPMSolverMultistepScheduler.from_config(config)
