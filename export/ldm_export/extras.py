@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from ldm_runtime.errors import BuildError
 
+__all__ = ["needs"]
+
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:

@@ -12,10 +12,13 @@ from ldm_runtime.atomic_files import sha256, write_together
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.linked_files import stays_inside
-from ldm_runtime.manifest import FileFact, Manifest, read_manifest
+from ldm_runtime.manifest import FileFact, Manifest
+from ldm_runtime.manifest_reader import read_manifest
 from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.onnx_external import external_locations
 from ldm_runtime.verified_file import VerifiedFile, verify
+
+__all__ = ["Bundle", "file_facts"]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "AnsweredError",
+    "BackendError",
+    "BuildError",
+    "CancelledError",
+    "CheckpointError",
+    "DeadlineError",
+    "LdmError",
+    "ManifestError",
+    "QueueFullError",
+    "ServerError",
+    "SpecError",
+    "interrupted",
+]
+
 
 class LdmError(Exception):
     """Root of all errors of ldm-export; the command line prints its message as one line."""

@@ -11,6 +11,21 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import BackendError, SpecError
 
+__all__ = [
+    "DTYPES",
+    "RUNS",
+    "Axis",
+    "ComponentSpec",
+    "Dim",
+    "TensorSpec",
+    "check_feed",
+    "check_result",
+    "dummy_inputs",
+    "dynamic_axes",
+    "profile",
+    "sizes_of",
+]
+
 DTYPES = ("float32", "float16", "int64", "int32", "uint8")
 
 

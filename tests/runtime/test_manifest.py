@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 
 from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import (
-    MAX_BYTES,
-    MAX_NESTING,
-    Component,
-    FileFact,
-    Manifest,
-    Stage,
-    read_manifest,
-    safe_path,
-)
+from ldm_runtime.manifest import Component, FileFact, Manifest, Stage
+from ldm_runtime.manifest_reader import MAX_BYTES, MAX_NESTING, read_manifest, safe_path
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 

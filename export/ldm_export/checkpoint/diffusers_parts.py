@@ -7,6 +7,7 @@ Older names come from the first diffusers releases (the renames follow diffusers
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers import (
@@ -19,7 +20,7 @@ from diffusers import (
     VQModel,
 )
 
-from ldm_export.checkpoint.layout import Config, ModuleSource, Part, WeightNames
+from ldm_export.checkpoint.layout import CheckpointLayout, Config, FileFolder, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Latents
 
@@ -34,6 +35,7 @@ __all__ = [
     "latent_problems",
     "latent_size",
     "latents_of",
+    "layout",
     "pixels_per_latent",
 ]
 
@@ -219,3 +221,35 @@ SCHEDULER = Part(
     config_file="scheduler_config.json",
 )
 """Schedulers that the runtime supports."""
+
+
+def layout(
+    kind: str,
+    problems: Callable[[Mapping[str, Config]], list[str]],
+    *,
+    unet: Part = UNET,
+    parts: Mapping[str, Part] | None = None,
+    modules: Mapping[str, ModuleSource] | None = None,
+    files: Mapping[str, FileFolder] | None = None,
+) -> CheckpointLayout:
+    """Layout of a family's checkpoints: a UNet, an autoencoder and a scheduler, besides what the family adds.
+
+    Args:
+        kind, problems, files: As in ``CheckpointLayout``.
+        unet: The part "unet".
+        parts: Further parts with weights; they come first.
+        modules: Further modules; they come first.
+    """
+    return CheckpointLayout(
+        kind=kind,
+        parts={**(parts or {}), "unet": unet, "autoencoder": AUTOENCODER},
+        scheduler=SCHEDULER,
+        files=files or {},
+        modules={
+            **(modules or {}),
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "decoder": DECODER_MODULE,
+        },
+        problems=problems,
+    )

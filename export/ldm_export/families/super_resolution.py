@@ -18,7 +18,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
@@ -99,18 +98,7 @@ def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Gen
 SUPER_RESOLUTION = Family(
     name="super_resolution",
     pipelines=("LDMSuperResolutionPipeline",),
-    layout=CheckpointLayout(
-        kind="super-resolution",
-        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
-    ),
+    layout=parts.layout("super-resolution", _problems),
     components={
         UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", _decoder),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+__all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
+
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
 """Smallest normal numbers: a tensor that stays below is rounded coarser than half precision rounds others."""

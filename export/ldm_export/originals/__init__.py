@@ -8,10 +8,9 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.families import open_checkpoint
 from ldm_export.originals.checkpoint import open_original
 from ldm_export.originals.checkpoint_file import is_checkpoint_file
-from ldm_export.originals.recognition import WEIGHTS
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["WEIGHTS", "open_model", "open_original"]
+__all__ = ["open_model", "open_original"]
 
 
 def open_model(

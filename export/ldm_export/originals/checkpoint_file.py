@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm_export.checkpoint.weights import StoredTensor, read_safetensors
-from ldm_export.originals.pickle_reader import Global, PersistentId, Record, read_pickle
+from ldm_export.originals.pickle_machine import Global, PersistentId, Record
+from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
 __all__ = ["SUFFIXES", "is_checkpoint_file", "read_state_dict"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_export.checkpoint.weight_choice import WEIGHTS
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.autoencoder_shape import AUTOENCODER_PREFIX, AutoencoderShape, autoencoder_shape
 from ldm_export.originals.condition_shape import CONDITION_PREFIX, Labels, Text, condition_shape, kind_of
@@ -17,10 +18,8 @@ from ldm_export.originals.yaml_config import YamlConfig
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
 
-__all__ = ["WEIGHTS", "Original", "recognise"]
+__all__ = ["Original", "recognise"]
 
-WEIGHTS = ("ema", "model")
-"""Choices of the UNet's weights: moving averages, or the plain ones."""
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
     "class_conditional": Defaults(20, 0.0, 3.0),

@@ -9,6 +9,8 @@ from xml.sax.saxutils import escape
 
 from ldm_runtime.errors import SpecError
 
+__all__ = ["HEIGHT", "WIDTH", "Axis", "Series", "bars", "lines", "sheet"]
+
 WIDTH, HEIGHT = 720, 400
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b", "#000000")
 """Okabe and Ito's palette, which is safe for colour-blind readers. It repeats after eight series."""

@@ -17,6 +17,19 @@ from PIL import Image, ImageChops
 from ldm_export.screen import printable
 from ldm_runtime.images import to_png
 
+__all__ = [
+    "Figure",
+    "Markup",
+    "decibel",
+    "difference",
+    "document",
+    "element",
+    "inline_image",
+    "number",
+    "table",
+    "text",
+]
+
 SMALL, LARGE = 160, 192
 """Minimum width in pixels to which a small image is magnified, and maximum width of a large one."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

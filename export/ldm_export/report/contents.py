@@ -21,6 +21,8 @@ from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
+__all__ = ["REFERENCE", "PrecisionImages", "Report", "ReportOptions", "make_report", "precisions", "read_json"]
+
 MAX_REQUESTS, MAX_BYTES = 100, 64 * 2**20
 REFERENCE = "fp32"
 ORDER = (REFERENCE, "fp16", "bf16", "int8")

@@ -18,6 +18,8 @@ from ldm_runtime.errors import BuildError
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
+__all__ = ["add_arguments", "run"]
+
 HALF = ("fp16", "bf16")
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""

@@ -12,6 +12,8 @@ from ldm_export.verbs.options import unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -10,6 +10,8 @@ from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from ldm_export.originals.pickle_reader import Global, Record, read_pickle
+from ldm_export.originals.pickle_machine import Global, Record
+from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
 CALLS: list[Any] = []
