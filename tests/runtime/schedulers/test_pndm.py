@@ -96,27 +96,21 @@ def test_predict_x0_inverts_the_noising(prediction: str, skip: bool) -> None:
 
 @settings(max_examples=150)
 @given(
-    count=st.integers(1, 60),
+    options=st.fixed_dictionaries(
+        {
+            "num_train_timesteps": st.integers(1, 60),
+            "steps_offset": st.integers(0, 3),
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            "timestep_spacing": st.sampled_from(["leading", "linspace", "trailing"]),
+            "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+            "skip_prk_steps": st.booleans(),
+            "set_alpha_to_one": st.booleans(),
+        }
+    ),
     steps=st.integers(1, 70),
-    offset=st.integers(0, 3),
-    schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
-    spacing=st.sampled_from(["leading", "linspace", "trailing"]),
-    prediction=st.sampled_from(["epsilon", "v_prediction"]),
-    skip=st.booleans(),
-    final_one=st.booleans(),
 )
-def test_refuses_exactly_what_diffusers_cannot_do(
-    count: int, steps: int, offset: int, schedule: str, spacing: str, prediction: str, skip: bool, final_one: bool
-) -> None:
-    config = {
-        "num_train_timesteps": count,
-        "steps_offset": min(offset, count - 1),
-        "beta_schedule": schedule,
-        "timestep_spacing": spacing,
-        "prediction_type": prediction,
-        "skip_prk_steps": skip,
-        "set_alpha_to_one": final_one,
-    }
+def test_refuses_exactly_what_diffusers_cannot_do(options: dict[str, Any], steps: int) -> None:
+    config = {**options, "steps_offset": min(options["steps_offset"], options["num_train_timesteps"] - 1)}
     x = torch.from_numpy(TorchGenerator(0).randn((1, 1, 16)))
     try:
         scheduler, state, size = theirs(NAME, config, steps), x, 1.0
