@@ -10,19 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
-)
+import diffusers
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 
 from ldm_export.checkpoint.layout import CheckpointLayout, Config, FileFolder, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Latents
+from ldm_runtime.schedulers import SCHEDULERS
 
 __all__ = [
     "AUTOENCODER",
@@ -212,11 +206,7 @@ DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": Non
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),
-    classes={
-        "DDIMScheduler": DDIMScheduler,
-        "PNDMScheduler": PNDMScheduler,
-        "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
-    },
+    classes={name: getattr(diffusers, name) for name in SCHEDULERS},
     older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
     config_file="scheduler_config.json",
 )
