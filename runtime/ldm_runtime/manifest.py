@@ -12,7 +12,7 @@ from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescript
 from ldm_runtime.spec_json import spec_to_json
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["FORMAT", "VERSION", "Component", "FileFact", "Manifest", "Stage"]
+__all__ = ["FORMAT", "VERSION", "Component", "FileFact", "Manifest", "StageFact"]
 
 FORMAT, VERSION = "ldm-export bundle", 2
 
@@ -26,7 +26,7 @@ class FileFact:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFact:
     """One step of the build: the key of all it depends on, and the files it wrote."""
 
     key: str
@@ -77,7 +77,7 @@ class Manifest:
     scheduler: Mapping[str, Any]
     files: Mapping[str, FileFact]
     defaults: Defaults = field(default_factory=Defaults)
-    stages: Mapping[str, Stage] = field(default_factory=dict)
+    stages: Mapping[str, StageFact] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)

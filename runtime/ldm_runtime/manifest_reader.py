@@ -12,7 +12,7 @@ from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.engine_facts import engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
-from ldm_runtime.manifest import FORMAT, VERSION, Component, FileFact, Manifest, Stage
+from ldm_runtime.manifest import FORMAT, VERSION, Component, FileFact, Manifest, StageFact
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, check_model
 from ldm_runtime.regular_files import read_regular
 from ldm_runtime.spec_json import spec_from_json
@@ -129,12 +129,12 @@ def file_fact(where: str, value: Any) -> FileFact:
     return FileFact(digest, size)
 
 
-def _stage(where: str, value: Any) -> Stage:
+def _stage(where: str, value: Any) -> StageFact:
     entry = require_object(where, value)
     files = entry.get("files")
     if not isinstance(files, list):
         raise ManifestError(f"{where}.files: expected a list of paths; rebuild the bundle")
-    return Stage(
+    return StageFact(
         require_str(f"{where}.key", entry.get("key")), tuple(safe_path(f"{where}.files", path) for path in files)
     )
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import Component, FileFact, Manifest, Stage
+from ldm_runtime.manifest import Component, FileFact, Manifest, StageFact
 from ldm_runtime.manifest_reader import MAX_BYTES, MAX_NESTING, read_manifest, safe_path
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
@@ -56,7 +56,7 @@ MANIFEST = Manifest(
     defaults=Defaults(50, 0.3, 6.0),
     files={f"{name}/fp32.onnx": FileFact(f"{number:064x}", number) for number, name in enumerate(COMPONENTS)}
     | {"tokenizer.json": FileFact("ab" * 32, 2**40)},
-    stages={"unet.fp32": Stage("key", ("unet/fp32.onnx",))},
+    stages={"unet.fp32": StageFact("key", ("unet/fp32.onnx",))},
     tools={"onnx": "1.20", "ldm-export": "0.1"},
     request={"checkpoint": "größe 猫 🎨", "precision": "fp32"},
     measured={"verify": {"images": [{"psnr": 51.25, "equal": None}]}},

@@ -34,8 +34,7 @@ from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import Component, Manifest
-from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.manifest import Component, Manifest, StageFact
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec
 

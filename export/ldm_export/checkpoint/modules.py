@@ -15,9 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_export.checkpoint.folder import Checkpoint, Component
-from ldm_export.checkpoint.json_files import first_line, shortened
+from ldm_export.checkpoint.json_files import shortened
 from ldm_export.checkpoint.layout import ModuleSource, Part, WeightNames
 from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError, SpecError
 
 __all__ = ["MAX_BYTES", "load_module"]

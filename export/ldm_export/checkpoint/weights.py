@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_export.checkpoint.json_files import first_line, read_json, shortened
+from ldm_export.checkpoint.json_files import read_json, shortened
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.linked_files import stays_inside
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.bundle_layout import weights_beside
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
@@ -109,7 +110,7 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     try:
         onnx.checker.check_model(str(target))
     except onnx.checker.ValidationError as error:
-        raise BuildError(f"{model.graph.name}: {target} fails onnx.checker: {_first_line(error)}") from error
+        raise BuildError(f"{model.graph.name}: {target} fails onnx.checker: {first_line(error)}") from error
     return [target, data] if data else [target]
 
 
@@ -218,7 +219,3 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(_cause(error)).strip().splitlines() if line.strip()]
     last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
     return " ".join(lines[: last + 1])[:300] or type(_cause(error)).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]

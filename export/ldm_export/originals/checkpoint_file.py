@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm_export.checkpoint.weights import StoredTensor, read_safetensors
-from ldm_export.originals.pickle_machine import Global, PersistentId, Record
+from ldm_export.originals.pickle_machine import Global, PersistentId, PickleRecord
 from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
@@ -180,12 +180,12 @@ def _storage_widths(content: Any) -> Iterator[tuple[str, int]]:
             reference = _storage_of(value)
             if reference is not None:
                 yield reference[0], _BYTES.get(reference[1], 1)
-        elif isinstance(value, dict | list | tuple | Record):
+        elif isinstance(value, dict | list | tuple | PickleRecord):
             visited.add(id(value))
             if isinstance(value, dict):
                 todo.extend(value.values())
             else:
-                todo.extend(value.arguments if isinstance(value, Record) else value)
+                todo.extend(value.arguments if isinstance(value, PickleRecord) else value)
 
 
 def _storage_of(value: Any) -> tuple[str, str] | None:
@@ -201,14 +201,14 @@ def _storage_of(value: Any) -> tuple[str, str] | None:
 def _view(value: Any) -> _View | None:
     """The tensor that a record of the pickle stands for; None if it is something else."""
     for _ in range(3):
-        if not isinstance(value, Record):
+        if not isinstance(value, PickleRecord):
             return None
         if value.function in _PARAMETER and value.arguments:
             value = value.arguments[0]
         elif value.function == _SUBCLASS and len(value.arguments) > 2 and isinstance(value.arguments[0], Global):
             inner = value.arguments[2]
-            value = Record(value.arguments[0].name, inner if isinstance(inner, tuple) else ())
-    if not isinstance(value, Record) or value.function not in _TENSOR or len(value.arguments) < 4:
+            value = PickleRecord(value.arguments[0].name, inner if isinstance(inner, tuple) else ())
+    if not isinstance(value, PickleRecord) or value.function not in _TENSOR or len(value.arguments) < 4:
         return None
     storage, offset, shape, strides = value.arguments[:4]
     reference = _storage_of(storage)
@@ -227,7 +227,7 @@ def _view(value: Any) -> _View | None:
 
 def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict[str, StoredTensor]:
     if not isinstance(content, dict):
-        kind = content.function if isinstance(content, Record) else type(content).__name__
+        kind = content.function if isinstance(content, PickleRecord) else type(content).__name__
         raise CheckpointError(
             f"{file} holds a {kind!s:.80}, expected a dict with a state_dict; use the training's file"
         )

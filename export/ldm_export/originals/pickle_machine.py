@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Global", "PersistentId", "PickleMachine", "Record"]
+__all__ = ["Global", "PersistentId", "PickleMachine", "PickleRecord"]
 
 MAX_MEMO_INDEX = 2**32
 
@@ -29,7 +29,7 @@ class PersistentId:
 
 
 @dataclass(eq=False)
-class Record:
+class PickleRecord:
     """A call or an object that the pickle asks for; what it holds is kept only as far as tensors need it.
 
     Attributes:
@@ -187,7 +187,7 @@ class PickleMachine:
                     _set_items(items, list(pair))
             self.stack.append(items)
             return
-        self.stack.append(Record(name, arguments if isinstance(arguments, tuple) else ()))
+        self.stack.append(PickleRecord(name, arguments if isinstance(arguments, tuple) else ()))
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
@@ -229,12 +229,12 @@ class PickleMachine:
 def _extend(target: Any, values: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(values)
-    elif not isinstance(target, Record):
+    elif not isinstance(target, PickleRecord):
         raise TypeError(f"values appended to a {type(target).__name__}")
 
 
 def _set_items(target: Any, values: list[Any]) -> None:
-    if isinstance(target, Record):
+    if isinstance(target, PickleRecord):
         return
     if not isinstance(target, dict) or len(values) % 2:
         raise TypeError(f"items set in a {type(target).__name__}")

@@ -1,7 +1,7 @@
 """Reads pickles as data: nothing is imported and nothing is called, and the size of what is read is bounded.
 
 ``tensor_entries`` builds tensors from the records that are returned. Whatever else a training framework has put into a
-checkpoint (callbacks, optimizers, schedulers) stays an inert ``Record``.
+checkpoint (callbacks, optimizers, schedulers) stays an inert ``PickleRecord``.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def read_pickle(file: BinaryIO, where: str) -> Any:
         where: Begins the message of an error.
 
     Returns:
-        Plain dicts, lists, tuples, texts and numbers; ``Global``, ``PersistentId`` and ``Record`` for the rest. A dict
-        keeps keys that are texts or integers; others are replaced by objects, since computing a hash of an untrusted
-        nested tuple may take unlimited time.
+        Plain dicts, lists, tuples, texts and numbers; ``Global``, ``PersistentId`` and ``PickleRecord`` for the rest. A
+        dict keeps keys that are texts or integers; others are replaced by objects, since computing a hash of an
+        untrusted nested tuple may take unlimited time.
 
     Raises:
         CheckpointError: The pickle is damaged or truncated, or it is larger than any checkpoint's.

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ldm_export.originals.pickle_machine import Global, Record
+from ldm_export.originals.pickle_machine import Global, PickleRecord
 from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
@@ -52,21 +52,21 @@ def test_plain_values_and_ordered_dicts_come_back(protocol: int) -> None:
 def test_calls_are_recorded_and_not_made(protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     content = read(pickle.dumps({"state_dict": Caller()}, protocol))["state_dict"]
-    assert isinstance(content, Record) and content.function in {"posix.system", "nt.system"}
+    assert isinstance(content, PickleRecord) and content.function in {"posix.system", "nt.system"}
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_states_of_objects_are_dropped(protocol: int) -> None:
     CALLS.clear()
-    assert isinstance(read(pickle.dumps(Stateful(), protocol)), Record)
+    assert isinstance(read(pickle.dumps(Stateful(), protocol)), PickleRecord)
     assert not CALLS
 
 
 def test_classes_are_not_imported() -> None:
     content = read(b"cantigravity_absent\nClass\n.")
     assert isinstance(content, Global) and content.name == "antigravity_absent.Class"
-    assert isinstance(read(b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R."), Record)
+    assert isinstance(read(b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R."), PickleRecord)
     assert "antigravity_absent" not in sys.modules
 
 
