@@ -98,7 +98,7 @@ def select(
 
 
 def _most_released(order: Sequence[str], flops: Mapping[str, int]) -> int:
-    """Number of layers that may stay in float before less than ``LEAST_SHARE`` of the operations remains in int8."""
+    """Return how many layers can stay in float while ``LEAST_SHARE`` of the operations or more are in int8."""
     least, total = LEAST_SHARE * sum(flops.values()), 0.0
     for place in range(len(order) - 1, -1, -1):
         total += flops[order[place]]

@@ -32,7 +32,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the selection is based on.
+    """Measurements that the selection is based on.
 
     Attributes:
         scalings: Scalings of each component to quantize, the denoiser first.

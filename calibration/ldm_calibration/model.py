@@ -51,7 +51,7 @@ class FeedBatch:
     indices: tuple[int, ...]
 
     def request(self, first_seed: int, **sampling: Any) -> Request:
-        """A request of which image ``i`` has the seed ``first_seed + i``; ``sampling`` gives further fields."""
+        """Build a request whose image ``i`` has the seed ``first_seed + i``; ``sampling`` sets further fields."""
         return Request(**self.fields, seed=[first_seed + index for index in self.indices], **sampling)
 
 

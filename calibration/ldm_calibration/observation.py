@@ -27,7 +27,7 @@ CHUNK_BYTES = 512_000_000
 
 @dataclass(frozen=True)
 class Observations:
-    """What was observed of a graph.
+    """Observations of one graph.
 
     Attributes:
         histograms: Of every tensor that a candidate layer reads, and of every result of a convolution among them.

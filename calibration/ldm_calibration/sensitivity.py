@@ -59,7 +59,7 @@ def measure_sensitivity(
 
 
 def int8_backend(model: CalibrationModel, component: str, tensors: QuantizedTensors, layers: Sequence[str]) -> Backend:
-    """A component with these layers in int8 on ONNX Runtime, made at its first use."""
+    """Return a component with these layers in int8 on ONNX Runtime; it is created on first use."""
 
     def load() -> Backend:
         graph = load_graph(model.graphs[component])

@@ -31,7 +31,7 @@ _INDEX = "index"
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """What was recorded along trajectories.
+    """Inputs and ranges recorded along trajectories.
 
     Attributes:
         timesteps: Of the steps, int64 [steps].

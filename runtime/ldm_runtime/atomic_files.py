@@ -17,7 +17,7 @@ CHUNK = 4 * 2**20
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """Hex SHA-256 of a file; ``progress`` is told the bytes of each part read."""
+    """Hex SHA-256 of a file; ``progress`` is called with the bytes of each part that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(CHUNK):

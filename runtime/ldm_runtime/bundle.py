@@ -1,4 +1,4 @@
-"""A bundle: the folder that holds a model's graphs, tokenizer and manifest."""
+"""A bundle: the folder with a model's graphs, tokenizer and manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """Read the manifest; the other files are checked when they are asked for.
+        """Read the manifest; other files are checked when they are opened.
 
         Raises:
             ManifestError: no bundle, damaged, or made for another version.

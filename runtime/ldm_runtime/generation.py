@@ -1,4 +1,4 @@
-"""What a pipeline returns: finished denoising steps, and the images of a call."""
+"""Results of a pipeline: finished denoising steps, and the images of a call."""
 
 from __future__ import annotations
 

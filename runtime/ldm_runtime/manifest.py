@@ -1,4 +1,4 @@
-"""What ``manifest.json`` says of a bundle: its model, graphs, engines, files and build stages."""
+"""The content of ``manifest.json``: model, graphs, engines, files and build stages of a bundle."""
 
 from __future__ import annotations
 

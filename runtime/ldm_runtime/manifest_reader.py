@@ -56,7 +56,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def _shallow(document: Any) -> bool:
-    """True where nothing lies deeper than MAX_NESTING, so that no reader of the facts needs a deep stack."""
+    """True if nothing is nested deeper than MAX_NESTING, so that readers need no deep stack."""
     level = [document]
     for _ in range(MAX_NESTING):
         level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]

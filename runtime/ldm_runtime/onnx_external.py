@@ -96,7 +96,7 @@ def _locations(content: mmap.mmap) -> set[str]:
 
 
 def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """The number at a position, and the position behind it."""
+    """Return the number at a position, and the position after it."""
     value = content[position]
     position += 1
     if value < 0x80:

@@ -25,7 +25,7 @@ MAX_READS = 10
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What changes if a file is replaced or written: device, inode, size in bytes, and two times in nanoseconds."""
+    """Attributes that change if a file is replaced or written: device, inode, bytes, two times in nanoseconds."""
 
     device: int
     inode: int

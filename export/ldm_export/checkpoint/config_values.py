@@ -65,7 +65,7 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
 
 
 def _may_be_null(key: str, parameter: inspect.Parameter) -> bool:
-    """Whether diffusers takes null: where the class says so, for switches (false), and for names it compares."""
+    """True if diffusers accepts null: where the class allows it, for switches (false), and for names it compares."""
     default = parameter.default
     return type(None) in get_args(parameter.annotation) or isinstance(default, bool | str) or key in _NULLABLE
 

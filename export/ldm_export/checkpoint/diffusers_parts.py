@@ -105,7 +105,7 @@ def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:
 
 
 def context_widths(unet: Config) -> set[int]:
-    """Widths that a UNet's cross-attention takes of the text encoder's states, from its full config.
+    """Return the widths of the text encoder's states that a UNet's cross-attention accepts, from its full config.
 
     ``encoder_hid_dim`` is the width before a projection; otherwise the levels with cross-attention have one each.
     """

@@ -166,7 +166,7 @@ def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> tuple[str, str]:
-    """The sides on which prompts are padded and cut off; typed special tokens that are to stay text are refused."""
+    """Return the sides of padding and truncation; refuse tokenizers that keep typed special tokens as text."""
     sides = []
     for key, section in (("padding_side", "padding"), ("truncation_side", "truncation")):
         with _errors_of(folder / "tokenizer.json"):

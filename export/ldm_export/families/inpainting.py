@@ -39,7 +39,7 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=1.0)
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet takes two latents and a mask."""
+    """Check that the components fit each other: the UNet's inputs are two latents and a mask."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
     if unet["in_channels"] != 2 * unet["out_channels"] + 1:

@@ -36,7 +36,7 @@ DEFAULTS = Defaults(num_inference_steps=100, eta=1.0, guidance_scale=1.0)
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet takes the latents and as many channels of an image."""
+    """Check that the components fit each other: the UNet's input has the latents' channels and as many of an image."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     channels = unet["in_channels"] - unet["out_channels"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)

@@ -96,7 +96,7 @@ class TextEncoder(nn.Module):
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other, and that the UNet needs no input that the pipeline does not give."""
+    """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     problems = []
     if wrong := sorted(context_widths(unet) - {text["d_model"]}):
@@ -212,7 +212,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """Run diffusers' pipeline, which divides the sizes it is given by 8 whatever the autoencoder's factor is."""
+    """Run diffusers' pipeline, which divides height and width by 8 whatever the autoencoder's factor is."""
     factor = pixels_per_latent(pipeline.vqvae.config)
     image: Image.Image = pipeline(
         [request["prompts"]],

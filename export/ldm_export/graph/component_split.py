@@ -27,7 +27,7 @@ _SYMBOL = re.compile(r"(?:(\d+)\*)?([a-z_]+)")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """What is split off a traced graph.
+    """A part to split off a traced graph.
 
     Attributes:
         component: Name of the component that the part becomes.

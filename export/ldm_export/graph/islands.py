@@ -11,7 +11,7 @@ __all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
 
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
-"""Smallest normal numbers: a tensor that stays below is rounded coarser than half precision rounds others."""
+"""Smallest normal numbers. Values below lose more precision than half precision usually costs."""
 MARGIN = 4.0
 """A tensor whose measured magnitude comes within this factor of the largest half number stays in fp32."""
 MATRIX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -22,16 +22,16 @@ _SOFTMAX = ("Softmax", "LogSoftmax")
 _GENERATORS = ("ConstantOfShape", "Range")  # typed by an attribute, or without half-precision kernels
 _SELECTIONS = ("ArgMin", "ArgMax", "TopK")
 _FACTORS = (*MATRIX, "Mul", "Div")
-"""Operations whose first two inputs are multiplied: there a small one counts, however large the other."""
+"""Operators that multiply their first two inputs: a small input keeps them in fp32, however large the other is."""
 
 
 def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -> dict[str, str]:
-    """Node name → why it stays in fp32; of all others the weights and the arithmetic can be half.
+    """Return node name -> why the node stays in fp32; weights and arithmetic of all other nodes can be half.
 
     Args:
-        graph: in fp32, its constants initialisers, every node named and every value typed.
+        graph: Graph in fp32 whose constants are initializers; every node has a name, every value a type.
         precision: "fp16" or "bf16".
-        ranges: tensor name → largest magnitude seen.
+        ranges: Tensor name -> largest measured magnitude.
     """
     structure = {node: "sizes" for node in graph if node.op_type in _GENERATORS}
     structure |= _from_integers(graph)
@@ -46,12 +46,12 @@ def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -
 
 
 def computes(node: ir.Node) -> bool:
-    """True where a node gives a float tensor."""
+    """True if a node computes a float tensor."""
     return any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
 
 
 def _statistics(graph: ir.Graph) -> set[ir.Node]:
-    """Normalisations, and of decomposed ones all from the first mean to the division by the root of the variance."""
+    """Return normalizations; of decomposed ones, every node from the first mean to the division by the deviation."""
     after: set[ir.Node] = set()
     for node in graph:
         behind = node.op_type in (*_POINTWISE, "Sqrt") and any(source in after for source in node.predecessors())
@@ -70,9 +70,9 @@ def _statistics(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _before_selections(graph: ir.Graph) -> set[ir.Node]:
-    """Everything that a selection depends on, e.g. the distances to the codes of a quantized latent.
+    """Return all nodes that a selection depends on, e.g. the distances to the codes of a quantized latent.
 
-    A distance that is rounded selects another code, which changes a patch of the image.
+    A rounded distance can select another code, which changes a patch of the image.
     """
     nodes: set[ir.Node] = set()
     for node in reversed(graph):
@@ -82,9 +82,10 @@ def _before_selections(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
-    """What is computed in float from integers alone, up to the first matrix product or table: half would round it.
+    """Return nodes that compute floats from integers alone, up to the first matrix product or table, with their reason.
 
-    "timestep embedding" is what follows from the graph's integer inputs, "sizes" what follows from its shapes.
+    Half precision would round such integers. The reason is "timestep embedding" for nodes that depend on the graph's
+    integer inputs, and "sizes" for those that depend on shapes only.
     """
     reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT}
     reasons: dict[ir.Node, str] = {}

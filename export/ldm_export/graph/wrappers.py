@@ -114,7 +114,7 @@ def free_upsampling(module: nn.Module) -> nn.Module:
 
 
 def _is_nearest(module: Any) -> TypeGuard[Upsample2D]:
-    """Whether this is nearest upsampling with or without a convolution, and nothing else."""
+    """True if this is nearest upsampling, with or without a convolution, and nothing else."""
     return (
         isinstance(module, Upsample2D)
         and module.interpolate

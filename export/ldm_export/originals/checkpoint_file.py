@@ -81,7 +81,7 @@ def is_checkpoint_file(path: Path) -> bool:
 
 
 def read_state_dict(file: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of the state dict in a checkpoint file; values stay on disk until they are read.
+    """Return name -> tensor of the state dict in a checkpoint file; values are read from disk when they are used.
 
     Raises:
         CheckpointError: No such file; damaged, truncated, or of another format; its sizes do not fit the file.
@@ -112,7 +112,7 @@ def read_state_dict(file: Path) -> dict[str, StoredTensor]:
 
 
 def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """The content of ``data.pkl`` and where the storages lie; entries are stored without compression by torch."""
+    """Return the content of ``data.pkl`` and the position of each storage; torch stores entries without compression."""
     size = file.stat().st_size
     with zipfile.ZipFile(opened) as archive:
         entries = archive.infolist()
@@ -199,7 +199,7 @@ def _storage_of(value: Any) -> tuple[str, str] | None:
 
 
 def _view(value: Any) -> _View | None:
-    """The tensor that a record of the pickle stands for; None if it is something else."""
+    """Return the tensor that a record of the pickle describes; None if it is something else."""
     for _ in range(3):
         if not isinstance(value, PickleRecord):
             return None
@@ -245,7 +245,7 @@ def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict
 
 
 def _stored(file: Path, name: str, view: _View, storages: Mapping[str, _Storage]) -> StoredTensor:
-    """Check that a tensor lies in its storage, and that no element is stored less than once."""
+    """Check that a tensor is inside its storage, and that every element is stored."""
     storage, width = storages.get(view.key), _BYTES.get(view.dtype, 1)
     if storage is None or (view.offset + view.span) * width > storage.size or math.prod(view.shape) > view.span:
         size = "no storage" if storage is None else f"a storage of {storage.size} bytes"

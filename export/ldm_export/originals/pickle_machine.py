@@ -30,7 +30,7 @@ class PersistentId:
 
 @dataclass(eq=False)
 class PickleRecord:
-    """A call or an object that the pickle asks for; what it holds is kept only as far as tensors need it.
+    """A call or an object that the pickle asks for, reduced to what tensors need.
 
     Attributes:
         function: What is called; None if it is not a plain name.

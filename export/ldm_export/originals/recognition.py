@@ -115,7 +115,7 @@ def _facts(
     autoencoder: AutoencoderShape,
     condition: Text | Labels | None,
 ) -> list[tuple[str, Any, Any, str]]:
-    """Keys of a yaml, their values, what the state dict says and the tensor that says so."""
+    """Return yaml key, its value, the value derived from the state dict, and the tensor it is derived from."""
 
     def evidence(name: str) -> str:
         return f"{name} {list(tensors[name].shape)}" if name in tensors else f"the absence of {name}"

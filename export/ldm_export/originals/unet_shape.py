@@ -17,7 +17,7 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What the state dict says about a UNet. Heads are not among it: no tensor's shape depends on their number.
+    """Sizes of a UNet, derived from its state dict, without the number of heads: no tensor's shape depends on it.
 
     Attributes:
         in_channels, out_channels: Of the noisy latents with what is concatenated to them, and of the prediction.
@@ -49,7 +49,7 @@ class UNetShape:
 
     @property
     def attention_resolutions(self) -> tuple[int, ...]:
-        """Downsampling factors of the levels with attention, as a yaml gives them."""
+        """Return the downsampling factors of the levels with attention, as a yaml lists them."""
         return tuple(2**level for level, attended in enumerate(self.attention) if attended)
 
 

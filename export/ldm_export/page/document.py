@@ -109,7 +109,7 @@ def inline_image(image: Image.Image, alt: str = "") -> Markup:
 
 
 def difference(one: Image.Image, other: Image.Image, times: int) -> Image.Image:
-    """How far two images differ, ``times`` as bright as it is. Differences in opacity show as grey."""
+    """Return the difference of two images, ``times`` as bright. Differences in opacity are grey."""
     difference_image = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
     if difference_image.mode != "RGBA":
         return difference_image

@@ -27,7 +27,7 @@ MAX_QUEUE_DELAY = 0
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served.
+    """Options for serving a bundle.
 
     Attributes:
         target: Backend of the models of single components, one of ``TARGETS``.

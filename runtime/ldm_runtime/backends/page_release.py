@@ -45,7 +45,7 @@ def release_mapped_files(folder: Path) -> None:
 
 
 def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
-    """Return the first and last address of the whole pages of each array that lies in a read-only file mapping."""
+    """Return the first and last address of the whole pages of each array in a read-only file mapping."""
     mappings = [place for _, place in _read_only_files()]
     starts = np.array([start for start, _ in mappings], np.uint64)
     ranges = []

@@ -1,4 +1,4 @@
-"""Image conditioning: images that the UNet gets beside the noisy latents, e.g. those to enlarge."""
+"""Image conditioning: the UNet receives images in addition to the noisy latents, e.g. images to enlarge."""
 
 from __future__ import annotations
 

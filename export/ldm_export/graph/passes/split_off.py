@@ -36,7 +36,7 @@ __all__ = ["Split", "TensorFacts", "split_cross_attention_kv", "split_off", "spl
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """A tensor that the prefix computes and the rest takes.
+    """A tensor that the prefix computes and the rest reads.
 
     Attributes:
         name: Its name as output of the prefix and input of the rest.
@@ -53,7 +53,7 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` gives what the whole graph gives.
+    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` computes the results of the whole graph.
 
     Attributes:
         prefix: Graph from the source input to ``values``.
