@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -39,8 +39,12 @@ def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -
     structure |= dict.fromkeys(_statistics(graph), "statistics")
     structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
+
+    def magnitude(value: ir.Value | None) -> float:
+        return _magnitude(value, ranges)
+
     for node in filter(computes, graph):
-        if reason := structure.get(node) or _out_of_range(node, precision, ranges):
+        if reason := structure.get(node) or _out_of_range(node, precision, magnitude):
             reasons[node.name or ""] = reason
     return reasons
 
@@ -101,15 +105,13 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     return reasons
 
 
-def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
+def _out_of_range(node: ir.Node, precision: str, magnitude: Callable[[ir.Value | None], float]) -> str | None:
     for value in (*node.inputs, *node.outputs):
-        magnitude = _magnitude(value, ranges)
-        if magnitude * MARGIN > LARGEST[precision]:
-            return f"range: |{value.name if value else ''}| reaches {magnitude:.4g}"
+        if (largest := magnitude(value)) * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {largest:.4g}"
     for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
-        magnitude = _magnitude(value, ranges)
-        if 0 < magnitude < SMALLEST[precision]:
-            return f"range: |{value.name if value else ''}| is at most {magnitude:.4g}"
+        if 0 < (largest := magnitude(value)) < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {largest:.4g}"
     return None
 
 
