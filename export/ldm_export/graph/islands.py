@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
+
+from ldm_export.graph.nodes import range_names
 
 __all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
 
@@ -25,26 +27,26 @@ _FACTORS = (*MATRIX, "Mul", "Div")
 """Operators that multiply their first two inputs: a small input keeps them in fp32, however large the other is."""
 
 
-def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -> dict[str, str]:
-    """Return node name -> why the node stays in fp32; weights and arithmetic of all other nodes can be half.
+def find_islands(
+    graph: ir.Graph, precision: str, ranges: Mapping[str, float], fp32_inside: Collection[str] = ()
+) -> dict[str, str]:
+    """Return node name -> why the node stays in fp32. Weights and arithmetic of all other nodes can be half.
 
     Args:
-        graph: Graph in fp32 whose constants are initializers; every node has a name, every value a type.
+        graph: Graph in fp32. Its constants are initializers, every node has a name and every value a type.
         precision: "fp16" or "bf16".
         ranges: Tensor name -> largest measured magnitude.
+        fp32_inside: Operators that the engine computes in fp32 internally, so that their structure makes no island.
     """
     structure = {node: "sizes" for node in graph if node.op_type in _GENERATORS}
     structure |= _from_integers(graph)
     structure |= {node: "softmax" for node in graph if node.op_type in _SOFTMAX}
     structure |= dict.fromkeys(_statistics(graph), "statistics")
+    structure = {node: reason for node, reason in structure.items() if node.op_type not in fp32_inside}
     structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
-
-    def magnitude(value: ir.Value | None) -> float:
-        return _magnitude(value, ranges)
-
     for node in filter(computes, graph):
-        if reason := structure.get(node) or _out_of_range(node, precision, magnitude):
+        if reason := structure.get(node) or _out_of_range(node, precision, ranges):
             reasons[node.name or ""] = reason
     return reasons
 
@@ -105,13 +107,15 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     return reasons
 
 
-def _out_of_range(node: ir.Node, precision: str, magnitude: Callable[[ir.Value | None], float]) -> str | None:
+def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
     for value in (*node.inputs, *node.outputs):
-        if (largest := magnitude(value)) * MARGIN > LARGEST[precision]:
-            return f"range: |{value.name if value else ''}| reaches {largest:.4g}"
+        seen = _magnitude(value, ranges)
+        if seen * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {seen:.4g}"
     for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
-        if 0 < (largest := magnitude(value)) < SMALLEST[precision]:
-            return f"range: |{value.name if value else ''}| is at most {largest:.4g}"
+        seen = _magnitude(value, ranges)
+        if 0 < seen < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {seen:.4g}"
     return None
 
 
@@ -121,4 +125,4 @@ def _magnitude(value: ir.Value | None, ranges: Mapping[str, float]) -> float:
     if value.is_initializer():
         array = value.const_value.numpy() if value.const_value is not None else np.zeros(1)
         return float(np.abs(array).max()) if array.size else 0.0
-    return ranges.get(value.name or "", 0.0)
+    return max(ranges.get(name, 0.0) for name in range_names(value))
