@@ -60,7 +60,7 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/
 # Dependency groups need pip 25.1.
 $(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/$(PIP) --upgrade "pip>=25.1"
-	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,client]" -e ./demo
+	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,tensorrt-lean,polygraphy,client]" -e ./demo
 	touch $@ $(VENV)/.demo
 
 # Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.

@@ -77,7 +77,10 @@ def main() -> int:
     measured.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     measured.add_argument("--calls", type=int, default=20, help="timed UNet calls of a round (default 20)")
     measured.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
-    measured.add_argument("--compile-seconds", type=int, default=150, help="time limit of torch.compile (default 150)")
+    measured.add_argument("--compile-seconds", type=int, default=120, help="limit of torch.compile (default 120)")
+    measured.add_argument(
+        "--autotune-seconds", type=int, default=0, help="limit of its mode max-autotune (default 0: off)"
+    )
     measured.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to measure")
     measured.add_argument("--json", type=Path, help="write the figures here, after each part")
     args = parser.parse_args()
@@ -177,7 +180,9 @@ def unet_call(args: argparse.Namespace) -> Figures:
     full = args.folder / "full"
     fill_with_random_weights(full)
     for index, rows in enumerate(args.rows):
-        calls, left_out = torch_calls(args.folder / "unet.json", rows, 0 if index else args.compile_seconds)
+        limits = {} if index else {"reduce-overhead": args.compile_seconds, "max-autotune": args.autotune_seconds}
+        known = {mode: limit for mode, limit in limits.items() if limit}
+        calls, left_out = torch_calls(args.folder / "unet.json", rows, known)
         ours = Alone(Bundle.open(full), UNET, "fp16", rows, Mode.FREE, "cuda")
         calls["ldm-export"] = ours.run
         times: dict[str, list[float]] = {name: [] for name in calls}

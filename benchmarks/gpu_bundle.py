@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.bundle_layout import MANIFEST, graph_file, weights_file
@@ -37,11 +38,12 @@ def copy_without_weights(bundle: Bundle, target: Path) -> None:
 def fill_with_random_weights(folder: Path) -> None:
     """Write random weights for every graph in the folder whose weights are missing, and their digests.
 
-    Matrices and convolutions have the standard deviation of their fan-in; scales of normalization are about one.
+    Matrices and convolutions have the standard deviation of their fan-in; scales of normalization are about one. All
+    weights are parts of one table of random numbers, because drawing each would take longer than the measurements.
     """
     manifest = read_manifest(folder)
     graphs = [graph for part in manifest.components.values() for graph in part.variants.get(VARIANT, {}).values()]
-    generator, files = np.random.default_rng(0), dict(manifest.files)
+    table, files = np.random.default_rng(0).standard_normal(2**24 + 1, np.float32), dict(manifest.files)
     for graph in graphs:
         weights = folder / weights_file(graph)
         if weights_file(graph) not in files or weights.exists():
@@ -50,18 +52,19 @@ def fill_with_random_weights(folder: Path) -> None:
             stream.truncate(files[weights_file(graph)].size)
             for tensor in onnx.load(folder / graph, load_external_data=False).graph.initializer:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    _write(stream, tensor, generator)
+                    _write(stream, tensor, table)
         files |= file_facts(folder, [weights_file(graph)])
     (folder / MANIFEST).write_text(replace(manifest, files=files).to_json())
 
 
-def _write(stream, tensor: onnx.TensorProto, generator: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+def _write(stream, tensor: onnx.TensorProto, table: NDArray[np.float32]) -> None:  # type: ignore[no-untyped-def]
     place = {entry.key: entry.value for entry in tensor.external_data}
     dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
     if dtype.kind != "f":
         return  # zeros
     fan_in = prod(shape[1:]) if len(shape) == 4 else shape[0] if len(shape) > 1 else 2500
-    values = generator.standard_normal(shape, np.float32) * fan_in**-0.5
+    start = int(place.get("offset", 0)) % len(table)
+    values = np.resize(np.roll(table, -start), shape) * np.float32(fan_in**-0.5)
     if len(shape) == 1 and ("gamma" in tensor.name or ("norm" in tensor.name and tensor.name.endswith("weight"))):
         values += 1
     stream.seek(int(place.get("offset", 0)))

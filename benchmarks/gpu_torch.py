@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ def unet_of(config: Path) -> nn.Module:
     return unet.half().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-def torch_calls(config: Path, rows: int, compile_seconds: int) -> tuple[Calls, dict[str, str]]:
+def torch_calls(config: Path, rows: int, limits: Mapping[str, int]) -> tuple[Calls, dict[str, str]]:
     """Return the runtimes of torch for a number of rows, and for each that is left out why.
 
     Args:
         config: ``config.json`` of the UNet.
         rows: Rows of a call.
-        compile_seconds: Seconds after which "max-autotune" is given up for "reduce-overhead"; 0 leaves both out.
+        limits: Mode of torch.compile -> seconds after which it is given up.
     """
     unet = unet_of(config)
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
@@ -62,27 +62,25 @@ def torch_calls(config: Path, rows: int, compile_seconds: int) -> tuple[Calls, d
         torch.cuda.synchronize()
 
     calls["torch eager in a CUDA graph"] = replay
-    if compile_seconds:
+    for mode, limit in limits.items():
         fused = unet_of(config)
         fused.fuse_qkv_projections()
-        for mode in ("max-autotune", "reduce-overhead"):
-            try:
-                with time_limit(compile_seconds):
-                    compiled = torch.compile(fused, mode=mode, fullgraph=True)
-                    for _ in range(3):
-                        run(compiled)
-                    torch.cuda.synchronize()
-            except Exception as error:  # torch raises exceptions of many kinds
-                left_out[f"torch.compile {mode}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                torch._dynamo.reset()
-                continue
-
-            def call(compiled: Callable[..., Any] = compiled) -> None:
-                run(compiled)
+        try:
+            with time_limit(limit):
+                compiled = torch.compile(fused, mode=mode, fullgraph=True)
+                for _ in range(3):
+                    run(compiled)
                 torch.cuda.synchronize()
+        except Exception as error:  # torch raises exceptions of many kinds
+            left_out[f"torch.compile {mode}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            torch._dynamo.reset()
+            continue
 
-            calls[f"torch.compile {mode}"] = call
-            break
+        def call(compiled: Callable[..., Any] = compiled) -> None:
+            run(compiled)
+            torch.cuda.synchronize()
+
+        calls[f"torch.compile {mode}"] = call
     return calls, left_out
 
 
