@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from ldm_runtime import Bundle, LatentDiffusionPipeline
@@ -91,12 +92,18 @@ def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Coun
 
 def test_weights_that_a_variant_shares_with_the_portable_graph_are_checked(bundle: Bundle) -> None:
     weights = bundle.folder / weights_file(graph_file("unet", "fp32"))
-    weights.write_bytes(b"weights")
-    files = {**bundle.manifest.files, **file_facts(bundle.folder, [str(weights.relative_to(bundle.folder))])}
+    variant = bundle.folder / graph_file("unet", "fp32", VARIANT)
+    model = onnx.load(str(variant))
+    (kernel,) = (node for node in model.graph.node if node.output[0] == "kernel")
+    model.graph.initializer.append(kernel.attribute[0].t)
+    model.graph.node.remove(kernel)
+    onnx.save(model, str(variant), save_as_external_data=True, location=weights.name, size_threshold=0)
+    changed = [str(path.relative_to(bundle.folder)) for path in (weights, variant)]
+    files = {**bundle.manifest.files, **file_facts(bundle.folder, changed)}
     shared = replace(bundle, manifest=replace(bundle.manifest, files=files))
     assert shared.graph("unet", "fp32", VARIANT).name == f"fp32.{VARIANT}.onnx"
     weights.write_bytes(b"damaged")
-    with pytest.raises(ManifestError, match=r"unet/fp32\.onnx\.data: got sha256"):
+    with pytest.raises(ManifestError, match=r"unet/fp32\.onnx\.data: got 7 bytes"):
         open_model(shared, "onnxruntime", device="cpu")
 
 
