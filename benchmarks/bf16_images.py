@@ -30,8 +30,8 @@ def main() -> None:
     prompts = held_out_prompts(args.images // 2, args.images // 2)
     generated = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
     exact, rounded = (generated[which] for which in BOTH)
-    images = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
-    decibels = np.array([math.inf if value is None else value for value in images])
+    psnrs = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
+    decibels = np.array([math.inf if value is None else value for value in psnrs])
     facts = {
         "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         **OPTIONS,
