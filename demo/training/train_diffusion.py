@@ -51,18 +51,18 @@ def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
 def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
     """Posterior mean and deviation, each float32 [SCENES, 8, 8, 8], and the sentences; cached in ``latents.pt``."""
     sentences, moments = [], []
-    kept = folder / "latents.pt"
+    file = folder / "latents.pt"
     count = 256
     for index in track(range(SCENES // count), description="encoding"):
         images, some = scene_images(seed, index, count)
         sentences += some
-        if not kept.exists():
+        if not file.exists():
             posterior = autoencoder.encode(images).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std]))
-    if not kept.exists():
+    if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.cat(moments, 1), kept)
-    mean, std = torch.load(kept, weights_only=True)
+        torch.save(torch.cat(moments, 1), file)
+    mean, std = torch.load(file, weights_only=True)
     return mean, std, sentences
 
 

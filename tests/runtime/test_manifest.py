@@ -75,10 +75,10 @@ def test_a_written_manifest_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_equal_facts_give_equal_bytes() -> None:
-    kept = ("components",)  # their order is the order in which they run
+    ordered = ("components",)  # their order is the order in which they run
     backwards = {
         name: dict(reversed(facts.items()))
-        if isinstance(facts := getattr(MANIFEST, name), dict) and name not in kept
+        if isinstance(facts := getattr(MANIFEST, name), dict) and name not in ordered
         else facts
         for name in MANIFEST.__dataclass_fields__
     }

@@ -64,15 +64,15 @@ def test_results_are_the_callers_and_shapes_are_kept(
     monkeypatch.setattr(backend._shaped, "_core", Counting(backend._core, compiled))
     feeds = [dummy_inputs(spec, "min", seed) for seed in (1, 2)]
     first = backend.run(feeds[0])["image"]
-    kept = first.copy()
-    assert not np.array_equal(backend.run(feeds[1])["image"], kept) and np.array_equal(first, kept)
+    copy = first.copy()
+    assert not np.array_equal(backend.run(feeds[1])["image"], copy) and np.array_equal(first, copy)
     assert len(compiled) == 1
     wide = {"latents": np.ones((1, feeds[0]["latents"].shape[1], 3, 5), np.float32)}
     narrow = backend.run(wide)["image"]
     assert len(compiled) == 2
     backend.run({"latents": wide["latents"][..., :4]})  # the third: from here on one for any shape
     assert np.abs(backend.run(wide)["image"] - narrow).max() < 1e-5
-    assert np.abs(backend.run(feeds[0])["image"] - kept).max() < 1e-5
+    assert np.abs(backend.run(feeds[0])["image"] - copy).max() < 1e-5
     assert len(compiled) == 3
     assert list((tmp_path / "cache").glob("*.blob"))
 

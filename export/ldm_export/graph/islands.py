@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -45,8 +45,12 @@ def find_islands(
     structure = {node: reason for node, reason in structure.items() if node.op_type not in fp32_inside}
     structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
+
+    def magnitude(value: ir.Value | None) -> float:
+        return _magnitude(value, ranges)
+
     for node in filter(computes, graph):
-        if reason := structure.get(node) or _out_of_range(node, precision, ranges):
+        if reason := structure.get(node) or _out_of_range(node, precision, magnitude):
             reasons[node.name or ""] = reason
     return reasons
 
@@ -107,15 +111,13 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     return reasons
 
 
-def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
+def _out_of_range(node: ir.Node, precision: str, magnitude: Callable[[ir.Value | None], float]) -> str | None:
     for value in (*node.inputs, *node.outputs):
-        seen = _magnitude(value, ranges)
-        if seen * MARGIN > LARGEST[precision]:
-            return f"range: |{value.name if value else ''}| reaches {seen:.4g}"
+        if (largest := magnitude(value)) * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {largest:.4g}"
     for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
-        seen = _magnitude(value, ranges)
-        if 0 < seen < SMALLEST[precision]:
-            return f"range: |{value.name if value else ''}| is at most {seen:.4g}"
+        if 0 < (largest := magnitude(value)) < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {largest:.4g}"
     return None
 
 

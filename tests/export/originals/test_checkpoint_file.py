@@ -158,12 +158,12 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kept", [0, 3, 100, 0.3, 0.6, 0.9, 0.99])
-def test_truncated_files_are_refused(options: dict[str, Any], kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [0, 3, 100, 0.3, 0.6, 0.9, 0.99])
+def test_truncated_files_are_refused(options: dict[str, Any], length: float, tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": tensors()}, file, **options)
     data = file.read_bytes()
-    file.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
+    file.write_bytes(data[: int(length if length > 1 else length * len(data))])
     with pytest.raises(CheckpointError) as error:
         read_state_dict(file)
     assert "\n" not in str(error.value) and "model.ckpt" in str(error.value)
