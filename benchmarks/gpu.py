@@ -127,6 +127,7 @@ def measure(args: argparse.Namespace) -> None:
         BackendError: There is no GPU.
     """
     Cuda()
+    fill_with_random_weights(args.folder / "full")
     figures: dict[str, Any] = {"tools": {name: found for name in TOOLS if (found := installed(name))}}
     for name in args.only:
         begun = time.perf_counter()
@@ -178,7 +179,6 @@ def unet_call(args: argparse.Namespace) -> Figures:
     from gpu_torch import torch_calls
 
     full = args.folder / "full"
-    fill_with_random_weights(full)
     for index, rows in enumerate(args.rows):
         limits = {} if index else {"reduce-overhead": args.compile_seconds, "max-autotune": args.autotune_seconds}
         known = {mode: limit for mode, limit in limits.items() if limit}
@@ -271,7 +271,7 @@ def throughput(args: argparse.Namespace) -> Figures:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    part.__name__: part for part in (hardware, correctness, unet_call, kernels, images, throughput)
+    part.__name__: part for part in (hardware, correctness, images, throughput, kernels, unet_call)
 }
 
 

@@ -88,6 +88,17 @@ def shapes_engines(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
     return Bundle.open(shared.once("shapes_engines", lambda folder: add_engines(shapes_bundle, folder)))
 
 
+@pytest.fixture(scope="session")
+def shapes_cuda(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``shapes_bundle`` with fp16 graphs, also those for ONNX Runtime on CUDA; read-only."""
+    from ldm_export.demo import demo_checkpoint
+    from ldm_runtime.bundle import Bundle
+    from tests.support.bundles import add_cuda
+
+    folder = shared.once("shapes_cuda", lambda folder: add_cuda(demo_checkpoint(), shapes_bundle, folder))
+    return Bundle.open(folder)
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of ``tiny_bundle`` in the test's own folder, to be changed at will."""

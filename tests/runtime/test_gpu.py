@@ -45,11 +45,12 @@ def for_this_gpu(shapes_engines: Bundle, capability: str) -> Bundle:
     return shapes_engines
 
 
-@pytest.fixture(params=["tensorrt", "onnxruntime"])
+@pytest.fixture(params=["for_this_gpu", "shapes_engines", "shapes_cuda"])
 def on_gpu(request: pytest.FixtureRequest) -> Iterator[LatentDiffusionPipeline]:
-    bundle = request.getfixturevalue("for_this_gpu" if request.param == "tensorrt" else "shapes_engines")
-    device = "auto" if request.param == "tensorrt" else "cuda"
-    with LatentDiffusionPipeline.from_bundle(bundle, backend=request.param, device=device) as pipeline:
+    """A pipeline on TensorRT, on ONNX Runtime with portable fp16 graphs, or with those for CUDA."""
+    bundle = request.getfixturevalue(request.param)
+    backend, device = ("tensorrt", "auto") if request.param == "for_this_gpu" else ("onnxruntime", "cuda")
+    with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, device=device) as pipeline:
         yield pipeline
 
 
