@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	@echo "The image is in $(CURDIR)/build/demo.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -30,16 +30,16 @@ def main() -> None:
     prompts = held_out_prompts(args.images // 2, args.images // 2)
     generated = {precision: images_of(args.bundle, *precision, prompts) for precision in BOTH}
     exact, rounded = (generated[which] for which in BOTH)
-    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
-    decibels = np.array([math.inf if value is None else value for value in found])
+    psnrs = [psnr(one.astype(float), other, 255.0) for one, other in zip(exact, rounded, strict=True)]
+    decibels = np.array([math.inf if value is None else value for value in psnrs])
     facts = {
         "tools": {name: version(name) for name in ("openvino", "onnxruntime")},
         **OPTIONS,
         "images": len(prompts),
         "psnr": {"median": float(np.median(decibels)), "least": float(decibels.min())},
         "correct": {
-            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(found, prompts, strict=True)]))
-            for (_, arithmetic), found in generated.items()
+            arithmetic: float(np.mean([grade(one, parse(p)).correct for one, p in zip(images, prompts, strict=True)]))
+            for (_, arithmetic), images in generated.items()
         },
     }
     print(json.dumps(facts, indent=1))

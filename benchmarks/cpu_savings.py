@@ -98,10 +98,10 @@ def alternate(without: Run, with_it: Run, runs: int) -> tuple[list[np.ndarray], 
     """Return both results, and how many times as fast the second function is, by medians."""
     results, seconds = [without(), with_it()], ([], [])
     for _ in range(runs):
-        for run, found in zip((without, with_it), seconds, strict=True):
+        for run, times in zip((without, with_it), seconds, strict=True):
             start = time.perf_counter()
             run()
-            found.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
     return results, statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 

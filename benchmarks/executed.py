@@ -26,8 +26,8 @@ class OpenVinoFormat:
         self._compiled = core().compile_model(str(graph), "CPU", options)
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        found = self._compiled(dict(feed))
-        return {tensor.name: np.array(found[tensor.name]) for tensor in self.outputs}
+        results = self._compiled(dict(feed))
+        return {tensor.name: np.array(results[tensor.name]) for tensor in self.outputs}
 
     def close(self) -> None:
         del self._compiled

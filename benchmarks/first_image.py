@@ -26,12 +26,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {backend: [] for backend in args.backend}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.runs):
-            for backend, found in seconds.items():
+            for backend, times in seconds.items():
                 image = Path(folder, "first.png")
                 command = [args.python, "-m", "ldm_export.cli", "generate", args.bundle, PROMPT, "-o", image]
                 start = time.perf_counter()
                 subprocess.run([*map(str, command), "--backend", backend, "--quiet"], check=True, capture_output=True)
-                found.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
                 image.unlink()
     rows = {backend: {"median": statistics.median(s), "least": min(s)} for backend, s in seconds.items()}
     facts = {"machine": platform.processor() or platform.machine(), "steps": 50, "seconds": rows}

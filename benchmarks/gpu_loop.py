@@ -96,15 +96,15 @@ def request(pipeline: LatentDiffusionPipeline, images: int, steps: int) -> Reque
     return Request(**fields, **count, seed=3, eta=0.3, guidance_scale=scale, num_inference_steps=steps)
 
 
-def compared(pipeline: LatentDiffusionPipeline, asked: Request) -> dict[str, Any]:
+def compared(pipeline: LatentDiffusionPipeline, sampled: Request) -> dict[str, Any]:
     """PSNR in dB of the loop's image and of its latents against the NumPy loop's, None if equal."""
     loop, latents = pipeline.loop, []
     for one in (loop, None):
         pipeline.loop = one
-        *_, last = pipeline.steps(asked)
+        *_, last = pipeline.steps(sampled)
         latents.append(last.latents)
     pipeline.loop = loop
-    image, reference = (np.asarray(pipeline.decode(each, asked)[0], np.float64) for each in latents)
+    image, reference = (np.asarray(pipeline.decode(each, sampled)[0], np.float64) for each in latents)
     return {
         "image_psnr": psnr(image, reference, 255.0),
         "latents_difference": float(np.abs(latents[0] - latents[1]).max() / np.abs(latents[1]).max()),
@@ -117,9 +117,9 @@ def timed(pipeline: LatentDiffusionPipeline, images: int, args: argparse.Namespa
     whole, launching = [], []
     for number in range(args.rounds + 1):
         for steps, times in seconds.items():
-            asked = request(pipeline, images, steps)
+            sampled = request(pipeline, images, steps)
             begun = time.perf_counter()
-            *_, last = pipeline.steps(asked)
+            *_, last = pipeline.steps(sampled)
             launched = time.perf_counter()
             latents = last.latents  # waits for the device
             denoised = time.perf_counter()

@@ -108,16 +108,16 @@ def exponents(facts: dict) -> dict[str, dict[str, float]]:
         "batch": [point for point in grid if point["size"] == first["size"]],
         "pixels": [point for point in grid if point["batch"] == first["batch"]],
     }
-    found: dict[str, dict[str, float]] = {}
+    slopes: dict[str, dict[str, float]] = {}
     for axis, points in along.items():
         values = [point[axis] for point in points]
         if len(values) > 1:
-            found[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
-            found[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
+            slopes[axis] = {part: slope(values, [point[part] for point in points]) for part in ("unet", "decoder")}
+            slopes[axis]["operations"] = slope(values, [point["gflop"]["all"] for point in points])
     if len(facts["steps"]) > 1:
         steps = [point["steps"] for point in facts["steps"]]
-        found["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
-    return found
+        slopes["steps"] = {"image": slope(steps, [point["image"] for point in facts["steps"]])}
+    return slopes
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -45,20 +45,22 @@ def main() -> None:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="openvino") as pipeline:
             for interval, every in track(SETTINGS, precision, console=Console(stderr=True)):
                 options = OPTIONS | {"guidance_interval": interval, "guidance_every": every}
-                made = [pipeline(prompt, seed=seed, **options).images[0] for seed, prompt in enumerate(prompts)]
-                images = [np.asarray(image).astype(float) for image in made]
+                generated = [pipeline(prompt, seed=seed, **options).images[0] for seed, prompt in enumerate(prompts)]
+                images = [np.asarray(image).astype(float) for image in generated]
                 reference = reference or images
                 rows.append({"precision": precision, "interval": interval, "every": every} | facts(images, reference))
-                correct = [grade(np.asarray(one), parse(text)).correct for one, text in zip(made, prompts, strict=True)]
+                correct = [
+                    grade(np.asarray(one), parse(text)).correct for one, text in zip(generated, prompts, strict=True)
+                ]
                 rows[-1] |= {"rows_of_the_unet": share(interval, every), "correct": float(np.mean(correct))}
     table = Table(
         "graphs", "guidance_interval", "guidance_every", "UNet rows", "PSNR dB: mean", "median", "worst", "correct"
     )
     for row in rows:
-        found = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr"))
+        figures = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "median_psnr", "worst_psnr"))
         guided = "{:g} to {:g}".format(*row["interval"])
         work = f"{row['rows_of_the_unet']:.0%}"
-        table.add_row(row["precision"], guided, str(row["every"]), work, *found, f"{row['correct']:.0%}")
+        table.add_row(row["precision"], guided, str(row["every"]), work, *figures, f"{row['correct']:.0%}")
     Console().print(table)
     if args.json:
         document = {"images": args.images, **OPTIONS, "tools": {"openvino": version("openvino")}, "rows": rows}
@@ -67,8 +69,8 @@ def main() -> None:
 
 def facts(images: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
     """Return PSNR statistics of the images that differ from the reference; None if none does."""
-    found = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
-    values = [value for value in found if value is not None]
+    decibels = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
+    values = [value for value in decibels if value is not None]
     measures = {"mean_psnr": np.mean, "median_psnr": np.median, "worst_psnr": np.min}
     return {name: float(measure(values)) if values else None for name, measure in measures.items()}
 

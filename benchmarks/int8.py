@@ -28,14 +28,14 @@ VARIANTS = (("onnxruntime", "int8"), ("openvino", "int8"))
 
 def images_of(bundle: Path, backend: str, precision: str, prompts: list[str]) -> list[Image]:
     """Return one image per prompt, each with its own seed; 50 steps, eta 0.3, guidance 6."""
-    found = []
+    arrays = []
     with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=precision) as pipeline:
         starts = range(0, len(prompts), BATCH)
         for start in track(starts, description=f"{backend} {precision}", console=Console(stderr=True)):
             some = prompts[start : start + BATCH]
-            made = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
-            found += [np.asarray(image) for image in made.images]
-    return found
+            generation = pipeline(some, seed=list(range(start, start + len(some))), eta=0.3, guidance_scale=6.0)
+            arrays += [np.asarray(image) for image in generation.images]
+    return arrays
 
 
 def main() -> None:
@@ -50,15 +50,15 @@ def main() -> None:
     rows, table = [], Table("backend", "PSNR mean", "PSNR worst", "SSIM mean", "correct fp32", "correct int8")
     for backend, precision in VARIANTS:
         begun = time.perf_counter()
-        found = images_of(args.bundle, backend, precision, prompts)
-        decibels = [image_psnr(*pair) for pair in zip(exact, found, strict=True)]
-        marks = [grade(images, prompts) for images in (exact, found)]
+        quantized = images_of(args.bundle, backend, precision, prompts)
+        decibels = [image_psnr(*pair) for pair in zip(exact, quantized, strict=True)]
+        marks = [grade(images, prompts) for images in (exact, quantized)]
         row = {
             "backend": backend,
             "psnr_mean": mean_psnr(decibels),
             "psnr_worst": min(value for value in decibels if value is not None),
             "psnr_below_35": sum(value is not None and value < 35 for value in decibels) / len(prompts),
-            "ssim_mean": float(np.mean([ssim(*pair) for pair in zip(exact, found, strict=True)])),
+            "ssim_mean": float(np.mean([ssim(*pair) for pair in zip(exact, quantized, strict=True)])),
             "correct_fp32": sum(marks[0]) / len(prompts),
             "correct_int8": sum(marks[1]) / len(prompts),
             "seconds": time.perf_counter() - begun,

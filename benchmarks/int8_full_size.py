@@ -82,12 +82,12 @@ def compiled(graph: Path, feed: dict[str, NDArray[Any]], hint: str) -> openvino.
 
 def kinds(model: openvino.CompiledModel) -> dict[str, int]:
     """Return type -> number of convolutions and matrix products that the compiled graph executes in it."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for operation in model.get_runtime_model().get_ops():
         facts = operation.get_rt_info()
         if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul"):
-            found[facts["runtimePrecision"].get()] += 1
-    return dict(found)
+            counts[facts["runtimePrecision"].get()] += 1
+    return dict(counts)
 
 
 def timed(bundle: Path) -> dict[str, Any]:
@@ -101,16 +101,16 @@ def timed(bundle: Path) -> dict[str, Any]:
         "bf16": compiled(opened.graph("unet", "fp32"), feed, "bf16"),
         "int8": compiled(opened.graph("unet", "int8"), feed, "bf16"),
     }
-    taken: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for name, model in (*models.items(), *(list(models.items()) * ROUNDS)):
         begun = time.perf_counter()
         model(feed)
-        taken[name].append(time.perf_counter() - begun)
-    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+        seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return {
         "seconds": medians,
-        "least_seconds": {name: min(times) for name, times in taken.items()},
-        "ratio": speedup(taken["int8"][1:], taken["bf16"][1:]),
+        "least_seconds": {name: min(times) for name, times in seconds.items()},
+        "ratio": speedup(seconds["int8"][1:], seconds["bf16"][1:]),
         "computed_in": {name: kinds(model) for name, model in models.items()},
     }
 

@@ -44,10 +44,10 @@ def main() -> None:
         for keep in (False, True):
             arguments = map(str, (args.bundle, backend, precision, args.steps, keep, PROMPT))
             done = subprocess.run([sys.executable, "-c", ONE, *arguments], capture_output=True, text=True, check=True)
-            used = weights * BYTES[precision] // 4
-            peak, allowed = json.loads(done.stdout.splitlines()[-1]), 1.25 * used + 1e9
+            weight_bytes = weights * BYTES[precision] // 4
+            peak, allowed = json.loads(done.stdout.splitlines()[-1]), 1.25 * weight_bytes + 1e9
             rows.append({"backend": backend, "precision": precision, "keep_loaded": keep, "peak_bytes": peak})
-            rows[-1] |= {"weights_bytes": used, "allowed_bytes": int(allowed), "within": peak <= allowed}
+            rows[-1] |= {"weights_bytes": weight_bytes, "allowed_bytes": int(allowed), "within": peak <= allowed}
             print(f"{backend} {precision} keep_loaded={keep}: {peak / 1e9:.2f} GB, allowed {allowed / 1e9:.2f} GB")
     if args.json:
         tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")}

@@ -19,7 +19,7 @@ PACKAGES = {
 }
 
 
-def made(work: Path, name: str) -> Path:
+def environment_python(work: Path, name: str) -> Path:
     """Return the Python of an environment below ``work``; create the environment if it does not exist."""
     folder = work / f"venv-{name}"
     python, stamp = folder / "bin/python", folder / ".made"
@@ -34,7 +34,7 @@ def run(work: Path, name: str, arguments: list[str]) -> None:
     """Run a script of ``peer_workers`` in an environment; its output is shown only if it fails."""
     script, *rest = arguments
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [str(made(work, name)), str(HERE / script), *rest]
+    command = [str(environment_python(work, name)), str(HERE / script), *rest]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")

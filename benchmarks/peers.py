@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import peer_checkpoint
-from peer_environments import HERE, PYTHONPATH, made, run
+from peer_environments import HERE, PYTHONPATH, environment_python, run
 from rich.console import Console
 from rich.table import Table
 
@@ -131,7 +131,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
     """Create what the runtimes need; return the checkpoint with weights and the folder of its exports."""
     name, names = args.bundle.absolute().name, (args.reference, *args.only)
     for environment in {PEERS[peer].environment for peer in names} - {""}:
-        made(args.work, environment)
+        environment_python(args.work, environment)
     checkpoint = args.checkpoint
     if args.random_weights:
         checkpoint = args.work / f"{name}-checkpoint"
@@ -149,13 +149,13 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def groups(names: list[str], reference: str, size: int, memory: float) -> list[list[str]]:
     """Return the runtimes in groups that fit into ``memory``, with the reference first in each."""
-    found = [[reference]]
+    result = [[reference]]
     for name in names:
         if name != reference:
-            if size * sum(PEERS[peer].share for peer in (*found[-1], name)) > memory and len(found[-1]) > 1:
-                found.append([reference])
-            found[-1].append(name)
-    return found
+            if size * sum(PEERS[peer].share for peer in (*result[-1], name)) > memory and len(result[-1]) > 1:
+                result.append([reference])
+            result[-1].append(name)
+    return result
 
 
 def measure(
@@ -175,7 +175,7 @@ def measure(
         workers = list[Worker]()
         for name in names:
             peer = PEERS[name]
-            python = made(args.work, peer.environment) if peer.environment else Path(sys.executable)
+            python = environment_python(args.work, peer.environment) if peer.environment else Path(sys.executable)
             environment = os.environ | {
                 "PYTHONPATH": PYTHONPATH,
                 "TORCHINDUCTOR_CACHE_DIR": str(args.work / "inductor"),
@@ -205,12 +205,12 @@ def measure(
             worker.ask({"what": "save", "path": str(results / f"{worker.name}.npy")})
     seconds = [[answer["seconds"] for answer in worker] for worker in answers]
     expected = np.load(results / f"{workers[0].name}.npy").astype(np.float64)
-    for worker, runs, given in zip(workers, seconds, answers, strict=True):
+    for worker, runs, facts_of_runs in zip(workers, seconds, answers, strict=True):
         got = np.load(results / f"{worker.name}.npy").astype(np.float64)
         fact = {
             "speedup": speedup(runs, seconds[0]),
             "seconds": Timing.of(runs).facts(),
-            "peak_bytes": max(answer["peak_bytes"] for answer in given),
+            "peak_bytes": max(answer["peak_bytes"] for answer in facts_of_runs),
             "load_seconds": worker.facts["seconds"],
             "error": float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())),
             "group": group,

@@ -30,12 +30,12 @@ EQUAL = 10 * math.log10(255**2 / 1e-10)
 
 def images_of(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:
     """Return one image per prompt, uint8 [64, 64, 3]; batch ``i`` has seed ``i``; 50 steps, eta 0.3."""
-    found = []
+    arrays = []
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
         for start in track(range(0, len(prompts), BATCH), description=precision, console=Console(stderr=True)):
-            made = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
-            found += [np.asarray(image) for image in made.images]
-    return found
+            generation = pipeline(prompts[start : start + BATCH], seed=start // BATCH, eta=0.3, guidance_scale=6.0)
+            arrays += [np.asarray(image) for image in generation.images]
+    return arrays
 
 
 def main() -> None:
@@ -45,11 +45,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
-    made = {precision: images_of(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
-    found = [psnr(one.astype(float), other, 255.0) for one, other in zip(made["fp32"], made["fp16"], strict=True)]
-    decibels = np.array([EQUAL if value is None else value for value in found])
-    correct = {precision: accuracy(images, prompts).overall.correct for precision, images in made.items()}
-    pixels = [np.abs(one.astype(int) - other).max() for one, other in zip(made["fp32"], made["fp16"], strict=True)]
+    generated = {precision: images_of(args.bundle, precision, prompts) for precision in ("fp32", "fp16")}
+    psnrs = [
+        psnr(one.astype(float), other, 255.0) for one, other in zip(generated["fp32"], generated["fp16"], strict=True)
+    ]
+    decibels = np.array([EQUAL if value is None else value for value in psnrs])
+    correct = {precision: accuracy(images, prompts).overall.correct for precision, images in generated.items()}
+    pixels = [
+        np.abs(one.astype(int) - other).max() for one, other in zip(generated["fp32"], generated["fp16"], strict=True)
+    ]
     figures = {
         "prompts": len(prompts),
         "psnr_mean": float(decibels.mean()),

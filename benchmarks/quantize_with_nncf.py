@@ -24,22 +24,22 @@ def main() -> None:
     scope = None
     if args.leave:
         kinds = ("Convolution", "GroupConvolution", "MatMul")
-        known = [one.get_friendly_name() for one in model.get_ops() if one.get_type_name() in kinds]
+        layers = [one.get_friendly_name() for one in model.get_ops() if one.get_type_name() in kinds]
         names = []
         for layer in json.loads(args.leave.read_text()):  # by the name of the node or of its result
-            found = [name for name in known if name.removesuffix("/WithoutBiases") in layer]
-            if not found:
+            matches = [name for name in layers if name.removesuffix("/WithoutBiases") in layer]
+            if not matches:
                 parser.error(f"{args.graph} has no matrix work {layer[0]!r}")
-            names += found
+            names += matches
         scope = nncf.IgnoredScope(names=names)
-    made = nncf.quantize(
+    quantized = nncf.quantize(
         model,
         nncf.Dataset(feeds),
         subset_size=len(feeds),
         model_type=nncf.ModelType.TRANSFORMER if args.transformer else None,
         ignored_scope=scope,
     )
-    openvino.save_model(made, args.output, compress_to_fp16=False)
+    openvino.save_model(quantized, args.output, compress_to_fp16=False)
 
 
 if __name__ == "__main__":

@@ -198,10 +198,10 @@ def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Pa
     """Return one image per prompt, uint8 [prompts, 64, 64, 3]; image i has seed i. Cached for the next run."""
     weights = graph.with_suffix(".bin")  # of OpenVINO's own format
     files = [sha256(file) for file in (graph, weights) if file.exists()]
-    kept = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
-    if kept.exists():
-        return np.load(kept)
-    made = list[Images]()
+    cache = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
+    if cache.exists():
+        return np.load(cache)
+    arrays = list[Images]()
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=backend) as pipeline:
         spec = bundle.manifest.components["unet"].spec
         backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
@@ -211,9 +211,9 @@ def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Pa
             texts = prompts[start : start + BATCH]
             seeds = list(range(start, start + len(texts)))
             images = changed(texts, seed=seeds, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
-            made += [np.asarray(image) for image in images]
-    np.save(kept, np.stack(made))
-    return np.stack(made)
+            arrays += [np.asarray(image) for image in images]
+    np.save(cache, np.stack(arrays))
+    return np.stack(arrays)
 
 
 def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
@@ -226,10 +226,10 @@ def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
 def quality(images: Images, reference: Images, prompts: list[str]) -> dict[str, float | None]:
     """Return mean and worst PSNR in dB, and the prompt accuracy; PSNR is None if all images are equal."""
     pairs = zip(images.astype(np.float64), reference.astype(np.float64), strict=True)
-    found = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
+    decibels = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
     return {
-        "psnr_mean": float(np.mean(found)) if found else None,
-        "psnr_worst": min(found) if found else None,
+        "psnr_mean": float(np.mean(decibels)) if decibels else None,
+        "psnr_worst": min(decibels) if decibels else None,
         "correct": accuracy(list(images), prompts).overall.correct,
     }
 
@@ -239,9 +239,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table("UNet", "operations in int8", "PSNR mean, dB", "worst", "prompt accuracy")
     for row in rows:
         numbers = [row["psnr_mean"], row["psnr_worst"]]
-        shown = ["–" if value is None else f"{value:.1f}" for value in numbers]
+        cells = ["–" if value is None else f"{value:.1f}" for value in numbers]
         share = "–" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
-        table.add_row(row["name"], share, *shown, f"{row['correct']:.1%}")
+        table.add_row(row["name"], share, *cells, f"{row['correct']:.1%}")
     Console().print(table)
 
 

@@ -163,31 +163,31 @@ def measure(bundle: Path, rounds: int, steps: int) -> list[dict[str, float]]:
                         for way, grpc in servers.clients.items()
                     },
                 }
-                found: dict[str, list[float]] = {name: [] for name in (*ways, "scheduler", "models", "other_ms")}
+                times: dict[str, list[float]] = {name: [] for name in (*ways, "scheduler", "models", "other_ms")}
                 for number in range(rounds + 1):
                     values = {name: way() for name, way in ways.items()}
                     timed = scheduled(scheduler, prompts, steps)
                     values |= dict(zip(("scheduler", "models", "other_ms"), timed, strict=True))
                     for name, value in values.items() if number else ():  # the first round warms up
-                        found[name].append(value)
-                rows.append(_row(count, steps, found))
+                        times[name].append(value)
+                rows.append(_row(count, steps, times))
         finally:
             servers.close()
     return rows
 
 
-def _row(count: int, steps: int, found: dict[str, list[float]]) -> dict[str, float]:
-    middle = {name: statistics.median(values) for name, values in found.items()}
+def _row(count: int, steps: int, times: dict[str, list[float]]) -> dict[str, float]:
+    middle = {name: statistics.median(values) for name, values in times.items()}
 
     def share(way: str) -> float:
-        return statistics.median(a / b for a, b in zip(found["raw"], found[way], strict=True))
+        return statistics.median(a / b for a, b in zip(times["raw"], times[way], strict=True))
 
-    steps_alone = [whole - models for whole, models in zip(found["scheduler"], found["models"], strict=True)]
-    per_step = [(b - a) / steps * 1000 for a, b in zip(found["triton"], found["triton_per_step"], strict=True)]
+    steps_alone = [whole - models for whole, models in zip(times["scheduler"], times["models"], strict=True)]
+    per_step = [(b - a) / steps * 1000 for a, b in zip(times["triton"], times["triton_per_step"], strict=True)]
     return {
         "prompts": count,
         "unet_call_ms": middle["raw"] / steps * 1000,
-        "scheduler_steps_share": statistics.median(a / b for a, b in zip(found["raw"], steps_alone, strict=True)),
+        "scheduler_steps_share": statistics.median(a / b for a, b in zip(times["raw"], steps_alone, strict=True)),
         "scheduler_share": share("scheduler"),
         "triton_share": share("triton"),
         "triton_per_step_share": share("triton_per_step"),

@@ -194,8 +194,8 @@ def main() -> int:
     }
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    shown = {name: value for name, value in facts.items() if name not in ("memory", "server's figures")}
-    Console().print_json(json.dumps(shown))
+    printed = {name: value for name, value in facts.items() if name not in ("memory", "server's figures")}
+    Console().print_json(json.dumps(printed))
     return 0 if passed else 1
 
 

@@ -10,32 +10,33 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
+from tests.support.scheduling import SERVING, ModuleScheduling
 from tests.support.shared import SharedFolders
 from tests.support.snapshot import contents
 
 if TYPE_CHECKING:
     from ldm_runtime.bundle import Bundle
-    from tests.support.triton_server import TritonServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; each worker of pytest-xdist has a core
 hypothesis.settings.register_profile("ldm", deadline=None)
 hypothesis.settings.load_profile("ldm")
-TRITON = "triton server"
-"""The group of all tests that use the session's Triton server, which one worker runs."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ModuleScheduling:
+    """Give each worker whole modules, in the order of collection."""
+    config.option.loadscopereorder = False
+    return ModuleScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each worker whole modules, and one worker all tests of the shared Triton server."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            uses_server = "triton_server" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group(TRITON if uses_server else item.path.stem))
+    """Start with the serving tests, which one worker runs and which take longest, so that no worker waits for them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SERVING))
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFolders]:
     yield folders
     changed = folders.changed()
     assert not changed, f"shared folders were changed by a test: {', '.join(changed)}; let it change a copy"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(shared: SharedFolders, request: pytest.FixtureRequest) -> None:
+    """Fail if another worker runs tests of the same module: its fixtures would be built twice."""
+    own = os.environ.get("PYTEST_XDIST_WORKER", "")
+    assert shared.first_worker(request.path, own) == own, f"{request.path}: several processes run this module"
 
 
 @pytest.fixture(scope="session")
@@ -89,15 +97,6 @@ def shapes_cuda(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
 
     folder = shared.once("shapes_cuda", lambda folder: add_cuda(demo_checkpoint(), shapes_bundle, folder))
     return Bundle.open(folder)
-
-
-@pytest.fixture(scope="session")
-def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only."""
-    from tests.support.triton_server import served
-
-    with served(shapes_bundle, tmp_path_factory.mktemp("triton")) as server:
-        yield server
 
 
 @pytest.fixture

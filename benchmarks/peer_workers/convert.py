@@ -19,7 +19,7 @@ from reference_pipeline import draw, load, pipeline
 
 PROMPTS = 8
 STEPS = 20
-KEPT = 5
+STRIDE = 5
 """Every fifth call of a calibration trajectory is used."""
 
 
@@ -115,13 +115,13 @@ def _random_calls(checkpoint: Path) -> list[list[np.ndarray]]:
 
 def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
     modules = {name: load(checkpoint, name) for name in ("bert", "vqvae")}
-    seen: list[list[np.ndarray]] = []
+    feeds: list[list[np.ndarray]] = []
 
     def step(sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        seen.append([sample.numpy(), np.full(len(sample), int(timestep), np.int64), context.numpy()])
-        return torch.from_numpy(unet(seen[-1])[0])
+        feeds.append([sample.numpy(), np.full(len(sample), int(timestep), np.int64), context.numpy()])
+        return torch.from_numpy(unet(feeds[-1])[0])
 
-    made = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
+    reference = pipeline(checkpoint, lambda x: modules["bert"](x)[0], step, lambda x: modules["vqvae"].decode(x).sample)
     config = json.loads((checkpoint / "unet/config.json").read_text())
     side = config["sample_size"]
     for index in range(PROMPTS):
@@ -129,8 +129,8 @@ def _calls(checkpoint: Path, unet: Any) -> list[list[np.ndarray]]:
             "prompts": [f"a large red circle above a small blue square on a {('white', 'black')[index % 2]} background"]
         }
         command |= {"seed": 1000 + index, "batch": 1, "steps": STEPS, "guidance": 6.0, "height": None, "width": None}
-        draw(made, {**command, "latent": [config["in_channels"], side, side]})
-    return seen[::KEPT]
+        draw(reference, {**command, "latent": [config["in_channels"], side, side]})
+    return feeds[::STRIDE]
 
 
 def main() -> None:

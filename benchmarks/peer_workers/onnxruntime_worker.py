@@ -35,16 +35,16 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return run("unet", sample, np.array(timestep, np.int64), context)
 
-    made = None
+    reference = None
     if settings["images"]:
-        made = pipeline(
+        reference = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(run("bert", tokens.numpy())),
             lambda sample, timestep, context: torch.from_numpy(step(sample.numpy(), int(timestep), context.numpy())),
             lambda latents: torch.from_numpy(run("decoder", latents.numpy())),
         )
     tools = {name: version(name) for name in ("onnxruntime", "optimum-onnx", "torch")}
-    return Task(step, partial(draw, made)).ready, {"tools": tools}
+    return Task(step, partial(draw, reference)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -48,17 +48,17 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(sample, np.full(len(sample), timestep, np.int64), context)
 
-    made = None
+    reference = None
     if settings["images"]:
         bert, decoder = (Compiled(core, folder / f"{name}.xml", options) for name in ("bert", "decoder"))
-        made = pipeline(
+        reference = pipeline(
             Path(settings["checkpoint"]),
             lambda tokens: torch.from_numpy(bert(tokens.numpy())),
             lambda sample, timestep, context: torch.from_numpy(step(sample.numpy(), int(timestep), context.numpy())),
             lambda latents: torch.from_numpy(decoder(latents.numpy())),
         )
     tools = {name: version(name) for name in ("openvino", "optimum-intel", "nncf", "torch")}
-    return Task(step, partial(draw, made)).ready, {"tools": tools}
+    return Task(step, partial(draw, reference)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     if options["precision"] == "float":
         options["precision"] = "bf16" if has_bf16() else "fp32"
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
-    kept: dict[int, tuple] = {}
+    cache: dict[int, tuple] = {}
 
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
-        if id(context) not in kept:  # once per prompt and schedule, as the pipeline does
-            kept.clear()
+        if id(context) not in cache:  # once per prompt and schedule, as the pipeline does
+            cache.clear()
             schedule = pipeline.denoiser.embed(np.full(len(sample), timestep, np.int64))
-            kept[id(context)] = schedule, pipeline.denoiser.condition({"context": context})
-        return pipeline.denoiser(sample, *kept[id(context)])
+            cache[id(context)] = schedule, pipeline.denoiser.condition({"context": context})
+        return pipeline.denoiser(sample, *cache[id(context)])
 
     def draw(command: Command) -> list:
         options = {name: command[name] for name in ("height", "width")}

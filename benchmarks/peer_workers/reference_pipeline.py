@@ -22,9 +22,9 @@ class Part:
     def __init__(self, function: Function, config: Any, wrap: Callable[[torch.Tensor], Any]):
         self._function, self.config, self._wrap = function, config, wrap
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the component, as the pipeline calls it."""
-        return self._wrap(self._function(*inputs, *named.values()))
+        return self._wrap(self._function(*inputs, *keywords.values()))
 
     decode = __call__
 
@@ -44,21 +44,21 @@ def pipeline(checkpoint: Path, bert: Function, unet: Function, decoder: Function
     )
     if not hasattr(vqvae_config, "scaling_factor"):
         vqvae_config.scaling_factor = 0.18215
-    made = LDMTextToImagePipeline(
+    result = LDMTextToImagePipeline(
         vqvae=Part(decoder, vqvae_config, lambda image: SimpleNamespace(sample=image)),
         bert=Part(bert, None, lambda states: (states,)),
         tokenizer=BertTokenizerFast.from_pretrained(checkpoint / "tokenizer"),
         unet=Part(unet, unet_config, lambda noise: SimpleNamespace(sample=noise)),
         scheduler=DDIMScheduler.from_pretrained(checkpoint / "scheduler"),
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    result.set_progress_bar_config(disable=True)
+    return result
 
 
-def draw(made: LDMTextToImagePipeline, command: Command) -> list[Any]:
+def draw(result: LDMTextToImagePipeline, command: Command) -> list[Any]:
     """Generate PIL images."""
     size = {name: command[name] for name in ("height", "width")}
-    return made(
+    return result(
         command["prompts"],
         guidance_scale=command["guidance"],
         eta=0.0,

@@ -33,16 +33,16 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
     def step(sample: np.ndarray, timestep: int, context: np.ndarray) -> np.ndarray:
         return unet(torch.from_numpy(sample), torch.tensor(timestep), torch.from_numpy(context)).numpy()
 
-    made = None
+    reference = None
     if settings["images"]:
-        made = pipeline(
+        reference = pipeline(
             checkpoint,
             lambda tokens: modules["bert"](tokens)[0].float(),
             unet,
             lambda latents: modules["vqvae"].decode(latents.to(dtype)).sample.float(),
         )
     tools = {name: version(name) for name in ("torch", "diffusers")}
-    return Task(step, partial(draw, made)).ready, {"tools": tools}
+    return Task(step, partial(draw, reference)).ready, {"tools": tools}
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ class Budget:
     min_psnr: float | None
     max_accuracy_loss: float | None
 
-    def admits(self, found: Comparison) -> bool:
+    def admits(self, comparison: Comparison) -> bool:
         """True if the images are within all bounds."""
-        loss = found.accuracy_loss
-        enough = self.min_psnr is None or found.psnr_mean >= self.min_psnr
+        loss = comparison.accuracy_loss
+        enough = self.min_psnr is None or comparison.psnr_mean >= self.min_psnr
         return enough and (self.max_accuracy_loss is None or (loss is not None and loss <= self.max_accuracy_loss))
 
 
@@ -38,13 +38,13 @@ class Selection:
 
     Attributes:
         layers: In the order of the graph; empty if the budget allows fewer than ``LEAST_SHARE`` of the operations.
-        tried: (Share of the operations in int8, mean PSNR in dB) of every trial.
-        found: Trial images of the selection; None if there is none.
+        attempts: (Share of the operations in int8, mean PSNR in dB) of every trial.
+        comparison: Trial images of the selection; None if there is none.
     """
 
     layers: tuple[str, ...]
-    tried: tuple[tuple[float, float], ...]
-    found: Comparison | None
+    attempts: tuple[tuple[float, float], ...]
+    comparison: Comparison | None
 
 
 def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
@@ -70,38 +70,38 @@ def select(
     """
     total = sum(flops.values())
     position = {name: place for place, name in enumerate(flops)}
-    tried: list[tuple[float, float]] = []
+    attempts: list[tuple[float, float]] = []
 
     def attempt(released: int) -> Comparison:
         chosen = order[released:]
-        found = trial(sorted(chosen, key=position.__getitem__))
-        tried.append((sum(flops[name] for name in chosen) / total, found.psnr_mean))
-        return found
+        comparison = trial(sorted(chosen, key=position.__getitem__))
+        attempts.append((sum(flops[name] for name in chosen) / total, comparison.psnr_mean))
+        return comparison
 
     best: tuple[int, Comparison] | None = None
     if order:
         low, high = 0, _most_released(order, flops)
-        found = attempt(low)
-        if budget.admits(found):
-            best = low, found
-        elif high > low and budget.admits(found := attempt(high)):
-            best = high, found
+        comparison = attempt(low)
+        if budget.admits(comparison):
+            best = low, comparison
+        elif high > low and budget.admits(comparison := attempt(high)):
+            best = high, comparison
             while high - low > 1:
                 middle = (low + high) // 2
-                if budget.admits(found := attempt(middle)):
-                    high, best = middle, (middle, found)
+                if budget.admits(comparison := attempt(middle)):
+                    high, best = middle, (middle, comparison)
                 else:
                     low = middle
     if best is None:
-        return Selection((), tuple(tried), None)
-    return Selection(tuple(sorted(order[best[0] :], key=position.__getitem__)), tuple(tried), best[1])
+        return Selection((), tuple(attempts), None)
+    return Selection(tuple(sorted(order[best[0] :], key=position.__getitem__)), tuple(attempts), best[1])
 
 
 def _most_released(order: Sequence[str], flops: Mapping[str, int]) -> int:
-    """Number of layers that may stay in float before less than ``LEAST_SHARE`` of the operations remains in int8."""
-    least, left = LEAST_SHARE * sum(flops.values()), 0.0
+    """Return how many layers can stay in float while ``LEAST_SHARE`` of the operations or more are in int8."""
+    least, total = LEAST_SHARE * sum(flops.values()), 0.0
     for place in range(len(order) - 1, -1, -1):
-        left += flops[order[place]]
-        if left >= least:
+        total += flops[order[place]]
+        if total >= least:
             return place
     return 0

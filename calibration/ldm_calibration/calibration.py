@@ -36,8 +36,8 @@ __all__ = ["Calibration", "OnProgress", "RunPart", "run_calibration"]
 
 METHOD = 3
 """Increase this number when equal settings give another record."""
-TRIED = 4
-"""Every ``TRIED``-th observed feed is used to search scalings."""
+SCALING_STRIDE = 4
+"""Every ``SCALING_STRIDE``-th observed feed is used to search scalings."""
 PART = 16
 """Number of layers whose sensitivity is measured in one part."""
 OnProgress = Callable[[str, int, int], None]
@@ -144,10 +144,10 @@ def _scalings(
     def make(file: Path) -> None:
         feeds, graph = feeds_of(recorded, component, calibration.settings.samples), calibration.model.graphs[component]
         observed = observe(graph, feeds, lambda *count: on_progress(f"{name}.ranges", *count))
-        found = search_scalings(
-            graph, observed, feeds[::TRIED], lambda *count: on_progress(f"{name}.observers", *count)
+        scalings = search_scalings(
+            graph, observed, feeds[::SCALING_STRIDE], lambda *count: on_progress(f"{name}.observers", *count)
         )
-        file.write_text(json.dumps(found.to_json()))
+        file.write_text(json.dumps(scalings.to_json()))
 
     return GraphScalings.from_json(json.loads(run_part(name, calibration.depends, make).read_text()))
 
@@ -156,9 +156,9 @@ def _sensitivities(
     calibration: Calibration, scalings: GraphScalings, run_part: RunPart, on_progress: OnProgress
 ) -> dict[str, float]:
     """Layer -> dB of the final latents; empty if layers are ranked by their own results."""
-    found: dict[str, float] = {}
+    sensitivities: dict[str, float] = {}
     if calibration.settings.sensitivity == "results":
-        return found
+        return sensitivities
     layers, denoiser = list(scalings.output_db), calibration.quantize[0]
     for start in range(0, len(layers), PART):
 
@@ -174,5 +174,5 @@ def _sensitivities(
             file.write_text(json.dumps(measured))
 
         file = run_part(f"calibration.sensitivity.{start}", calibration.depends, make)
-        found |= json.loads(file.read_text())
-    return found
+        sensitivities |= json.loads(file.read_text())
+    return sensitivities

@@ -75,7 +75,7 @@ class Histogram:
 
 
 def quantile_of(counts: NDArray[np.int64], top: float, quantile: float) -> float:
-    """Upper end of the first bin up to which the share ``quantile`` of the counted values lies."""
+    """Return the upper end of the first bin at which the cumulative share of the values reaches ``quantile``."""
     total = int(counts.sum())
     place = int(np.searchsorted(np.cumsum(counts), quantile * total))
     return (min(place, BINS - 1) + 1) * top / BINS

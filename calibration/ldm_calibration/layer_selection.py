@@ -32,7 +32,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the selection is based on.
+    """Measurements that the selection is based on.
 
     Attributes:
         scalings: Scalings of each component to quantize, the denoiser first.
@@ -83,22 +83,22 @@ def select_layers(
     selections = {}
     components = list(measured.scalings)
     for component in components:
-        wanted = _wanted(settings, components, component, trials.best.psnr_mean)
-        budget, flops = Budget(wanted, settings.max_accuracy_loss), measured.scalings[component].flops
+        min_psnr = _min_psnr(settings, components, component, trials.best.psnr_mean)
+        budget, flops = Budget(min_psnr, settings.max_accuracy_loss), measured.scalings[component].flops
         order = ranked(measured.decibels(component), flops)
-        found = select(order, flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
-        if component == measured.denoiser and not found.layers:
-            raise BuildError(_cannot(settings, component, found, len(components) > 1))
-        trials.keep(component, found)
-        selections[component] = found
+        selection = select(order, flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
+        if component == measured.denoiser and not selection.layers:
+            raise BuildError(_cannot(settings, component, selection, len(components) > 1))
+        trials.keep(component, selection)
+        selections[component] = selection
     entries = {
         name: component_json(
             graph_digest(model.graphs[name]),
             measured.scalings[name],
-            _layers(model, name, measured, found),
-            "" if found.layers else _reason(found),
+            _layers(model, name, measured, selection),
+            "" if selection.layers else _reason(selection),
         )
-        for name, found in selections.items()
+        for name, selection in selections.items()
     }
     recorded = measured.trajectories
     ranges = {
@@ -122,10 +122,10 @@ class _Trials:
     ):
         self._model, self._settings, self._measured = model, settings, measured
         self._grade, self._on_progress = grade, on_progress
-        self._kept: dict[str, Backend] = {}
+        self._selected_backends: dict[str, Backend] = {}
         self._exact = self._generate({})
         self._latents: F32 = self._exact.latents
-        self._tried: dict[int, F32] = {}
+        self._latents_by_count: dict[int, F32] = {}
         self.best = self._compare(self._exact.images)
 
     def _generate(self, changed: Mapping[str, Backend]) -> TrialImages:
@@ -139,49 +139,51 @@ class _Trials:
         backend = self._backend(component, layers)
         if component == DECODER:
             return self._compare(decode(backend, self._model, self._latents))
-        found = self._generate({**self._kept, component: backend})
-        self._tried[len(layers)] = found.latents
-        return self._compare(found.images)
+        results = self._generate({**self._selected_backends, component: backend})
+        self._latents_by_count[len(layers)] = results.latents
+        return self._compare(results.images)
 
-    def keep(self, component: str, found: Selection) -> None:
+    def keep(self, component: str, selection: Selection) -> None:
         """Use this selection in all later trials."""
-        if found.layers and found.found is not None:
-            self._kept[component] = self._backend(component, found.layers)
-            self._latents = self._tried.get(len(found.layers), self._latents)
-            self.best = found.found
-        self._tried = {}
+        if selection.layers and selection.comparison is not None:
+            self._selected_backends[component] = self._backend(component, selection.layers)
+            self._latents = self._latents_by_count.get(len(selection.layers), self._latents)
+            self.best = selection.comparison
+        self._latents_by_count = {}
 
     def _backend(self, component: str, layers: Sequence[str]) -> Backend:
         return int8_backend(self._model, component, self._measured.scalings[component].tensors, layers)
 
 
-def _wanted(settings: CalibrationSettings, components: Sequence[str], component: str, best: float) -> float | None:
+def _min_psnr(settings: CalibrationSettings, components: Sequence[str], component: str, best: float) -> float | None:
     """Minimum PSNR of a component's trials in dB; ``best`` is that of the selections so far."""
     denoiser, last = component == components[0], component == components[-1]
     reserve = 0.0 if last else DENOISER_RESERVE if denoiser else RESERVE
-    wanted = None if settings.min_psnr is None else settings.min_psnr + reserve
-    return wanted if denoiser else max(wanted or 0.0, best - OWN_LOSS)
+    min_psnr = None if settings.min_psnr is None else settings.min_psnr + reserve
+    return min_psnr if denoiser else max(min_psnr or 0.0, best - OWN_LOSS)
 
 
-def _layers(model: CalibrationModel, component: str, measured: Measurements, found: Selection) -> list[dict[str, Any]]:
+def _layers(
+    model: CalibrationModel, component: str, measured: Measurements, selection: Selection
+) -> list[dict[str, Any]]:
     latent_db = measured.latent_db if component == measured.denoiser else {}
     entries = []
     for layer in find_layers(load_graph(model.graphs[component]).graph):
-        why = layer.float_only or ("" if layer.name in found.layers else "beyond the budget")
+        why = layer.float_only or ("" if layer.name in selection.layers else "beyond the budget")
         entries.append(layer_json(layer, measured.scalings[component], latent_db.get(layer.name), why))
     return entries
 
 
-def _reason(found: Selection) -> str:
-    share, psnr = max(found.tried, key=lambda tried: tried[1])
+def _reason(selection: Selection) -> str:
+    share, psnr = max(selection.attempts, key=lambda attempt: attempt[1])
     return f"beyond the budget: {psnr:.1f} dB with {share:.0%} of its work in int8"
 
 
-def _cannot(settings: CalibrationSettings, denoiser: str, found: Selection, others: bool) -> str:
+def _cannot(settings: CalibrationSettings, denoiser: str, selection: Selection, others: bool) -> str:
     bounds = [] if settings.min_psnr is None else [f"{settings.min_psnr:g} dB"]
     bounds += [] if settings.max_accuracy_loss is None else [f"{settings.max_accuracy_loss:.1%} of the prompts"]
-    can = "; ".join(f"{psnr:.1f} dB with {share:.0%} of the work in int8" for share, psnr in found.tried)
-    best = max(psnr for _, psnr in found.tried) - (DENOISER_RESERVE if others else 0.0)
+    can = "; ".join(f"{psnr:.1f} dB with {share:.0%} of the work in int8" for share, psnr in selection.attempts)
+    best = max(psnr for _, psnr in selection.attempts) - (DENOISER_RESERVE if others else 0.0)
     advice = "Allow a greater loss" if settings.min_psnr is None else f"Ask for --min-psnr {best:.1f} or less"
     return (
         f"{denoiser}: the budget ({' and '.join(bounds)}) cannot be met with {LEAST_SHARE:.0%} of the work in int8. "

@@ -17,7 +17,7 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["Batch", "CalibrationModel", "ImageRequest", "request_fields"]
+__all__ = ["CalibrationModel", "FeedBatch", "ImageRequest", "request_fields"]
 
 ImageRequest = Mapping[str, Any]
 """Fields of ``Request`` for one image, JSON-able, e.g. {"prompts": "a red circle"}."""
@@ -44,14 +44,14 @@ def request_fields() -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Batch:
+class FeedBatch:
     """Requests of several images in one call: fields of ``Request``, and the index of each image."""
 
     fields: Mapping[str, Any]
     indices: tuple[int, ...]
 
     def request(self, first_seed: int, **sampling: Any) -> Request:
-        """A request of which image ``i`` has the seed ``first_seed + i``; ``sampling`` gives further fields."""
+        """Build a request whose image ``i`` has the seed ``first_seed + i``; ``sampling`` sets further fields."""
         return Request(**self.fields, seed=[first_seed + index for index in self.indices], **sampling)
 
 
@@ -101,21 +101,21 @@ class CalibrationModel:
         geometry = Geometry.of(self.model)
         return max(1, min(geometry.images, MAX_LATENT_PIXELS // (geometry.height.opt * geometry.width.opt)))
 
-    def batches(self, requests: Sequence[ImageRequest]) -> list[Batch]:
+    def batches(self, requests: Sequence[ImageRequest]) -> list[FeedBatch]:
         """Combine requests into calls of up to ``batch_size`` images.
 
         Consecutive requests share a call if they differ in nothing but ``prompts``. Requests without prompts share a
         call only if the model has no conditioning.
         """
-        found: list[Batch] = []
+        feed_batches: list[FeedBatch] = []
         start, size = 0, self.batch_size()
         while start < len(requests):
             stop = start + 1
             while stop < min(start + size, len(requests)) and self._combine(requests[start], requests[stop]):
                 stop += 1
-            found.append(Batch(self._combined(requests[start:stop]), tuple(range(start, stop))))
+            feed_batches.append(FeedBatch(self._combined(requests[start:stop]), tuple(range(start, stop))))
             start = stop
-        return found
+        return feed_batches
 
     def _combine(self, one: ImageRequest, other: ImageRequest) -> bool:
         same = one.keys() == other.keys() and all(one[name] == other[name] for name in one if name != _MERGED)

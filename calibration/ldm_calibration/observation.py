@@ -27,7 +27,7 @@ CHUNK_BYTES = 512_000_000
 
 @dataclass(frozen=True)
 class Observations:
-    """What was observed of a graph.
+    """Observations of one graph.
 
     Attributes:
         histograms: Of every tensor that a candidate layer reads, and of every result of a convolution among them.
@@ -116,8 +116,8 @@ def tensors_of(
         session = Session(model, graph.parent)
         for feed in feeds:
             on_progress(done, total)
-            found = session.run(feed, chunk)
-            yield found if number else {**{name: feed[name] for name in inputs}, **found}
+            outputs = session.run(feed, chunk)
+            yield outputs if number else {**{name: feed[name] for name in inputs}, **outputs}
             done += 1
         del session
     on_progress(total, total)
@@ -136,21 +136,21 @@ def _shapes(graph: Path, layers: Sequence[Layer], feed: Feed) -> dict[str, Shape
     computed = {value.name for node in model.graph for value in node.outputs}
     names = [name for layer in layers for name in (layer.source, layer.result) if name in computed]
     added = add_shapes(model, names)
-    found = Session(model, graph.parent).run(feed, list(added))
+    outputs = Session(model, graph.parent).run(feed, list(added))
     shapes: dict[str, Shape] = {name: array.shape for name, array in feed.items()}
-    return shapes | {added[name]: tuple(array.tolist()) for name, array in found.items()}
+    return shapes | {added[name]: tuple(array.tolist()) for name, array in outputs.items()}
 
 
 def _chunks(names: Sequence[str], shapes: Mapping[str, Shape]) -> list[list[str]]:
     chunks: list[list[str]] = [[]]
-    left = CHUNK_BYTES
+    free_bytes = CHUNK_BYTES
     for name in names:
         size = 4 * prod(shapes[name])
-        if chunks[-1] and size > left:
+        if chunks[-1] and size > free_bytes:
             chunks.append([])
-            left = CHUNK_BYTES
+            free_bytes = CHUNK_BYTES
         chunks[-1].append(name)
-        left -= size
+        free_bytes -= size
     return chunks
 
 

@@ -73,8 +73,8 @@ def add_largest(model: ir.Model, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         BuildError: There is no tensor to measure, or the graph does not compute one of the tensors.
     """
-    given = {value.name for value in model.graph.inputs}
-    values = _values(model, [name for name in dict.fromkeys(names) if name not in given])
+    inputs = {value.name for value in model.graph.inputs}
+    values = _values(model, [name for name in dict.fromkeys(names) if name not in inputs])
     _check_any(model, values)
     one = _one(model, "calibration/one")
     numbers = []

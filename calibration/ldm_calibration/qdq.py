@@ -32,7 +32,7 @@ __all__ = ["QuantizedTensors", "Scaling", "along", "insert_qdq"]
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a tensor is scaled to int8.
+    """Scaling of a tensor to int8.
 
     Attributes:
         threshold: Magnitude that becomes 127.

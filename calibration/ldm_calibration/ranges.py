@@ -44,7 +44,7 @@ class RangeBackend(SpecBackend):
         self._graph, self._spec, self._remember = graph, spec, remember
         self._session: Session | None = None
         self._tensors: list[str] = []
-        self._known: dict[bytes, dict[str, NDArray[Any]]] = {}
+        self._cache: dict[bytes, dict[str, NDArray[Any]]] = {}
         self.ranges: dict[str, float] = {}
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
@@ -56,11 +56,11 @@ class RangeBackend(SpecBackend):
         """
         check_feed(self._spec, feed)
         key = _digest(feed) if self._remember else b""
-        if key in self._known:
-            return dict(self._known[key])
+        if key in self._cache:
+            return dict(self._cache[key])
         outputs = self._run(feed)
         if self._remember:
-            self._known[key] = dict(outputs)
+            self._cache[key] = dict(outputs)
         return outputs
 
     def _run(self, feed: Feed) -> dict[str, NDArray[Any]]:

@@ -74,11 +74,11 @@ class Record:
 
     @property
     def denoiser(self) -> str:
-        """Name of the component whose ranges the record holds."""
+        """Name of the component whose ranges are recorded."""
         return str(self.document["ranges"]["component"])
 
     def to_json(self) -> str:
-        """Canonical text: equal records give equal bytes."""
+        """Return canonical text: equal records give equal bytes."""
         return json.dumps(self.document, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 

@@ -54,8 +54,8 @@ def search_scalings(
     weights = model.graph.initializers
     trials: dict[str, list[_Trial]] = {}
     single: dict[str, _Single] = {}
-    for found in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
-        for source, values in found.items():
+    for tensors in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
+        for source, values in tensors.items():
             if source not in trials:
                 trials[source] = _trials(source, readers[source], observed, weights, values)
             for layer in readers[source]:
@@ -64,9 +64,9 @@ def search_scalings(
                 _try(trials[source], single[layer.name], layer, weights_of(weights[layer.weight or ""]), values)
     chosen: dict[str, SourceScaling] = {}
     decibels: dict[str, float] = {}
-    for source, tried in trials.items():
-        best = min(tried, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
-        thresholds = {trial.observer: trial.scaling.threshold for trial in tried if not trial.exponent}
+    for source, candidates in trials.items():
+        best = min(candidates, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
+        thresholds = {trial.observer: trial.scaling.threshold for trial in candidates if not trial.exponent}
         chosen[source] = SourceScaling(best.observer, best.exponent, best.scaling, thresholds)
         decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
     results = {layer.result: _equalized(observed.channels[layer.result]) for layer in layers if layer.op == "Conv"}

@@ -47,19 +47,19 @@ def measure_sensitivity(
         Layer -> dB.
     """
     exact = _latents(model, settings, {})
-    found = {}
+    decibels = {}
     for done, layer in enumerate(layers):
         on_progress(done, len(layers))
         latents = _latents(model, settings, {component: int8_backend(model, component, tensors, [layer])})
         error = float(np.square(latents - exact, dtype=np.float64).sum())
         power = float(np.square(exact, dtype=np.float64).sum())
-        found[layer] = 10 * math.log10(max(power, 1e-30) / max(error, 1e-30))
+        decibels[layer] = 10 * math.log10(max(power, 1e-30) / max(error, 1e-30))
     on_progress(len(layers), len(layers))
-    return found
+    return decibels
 
 
 def int8_backend(model: CalibrationModel, component: str, tensors: QuantizedTensors, layers: Sequence[str]) -> Backend:
-    """A component with these layers in int8 on ONNX Runtime, made at its first use."""
+    """Return a component with these layers in int8 on ONNX Runtime; it is created on first use."""
 
     def load() -> Backend:
         graph = load_graph(model.graphs[component])
@@ -72,7 +72,7 @@ def int8_backend(model: CalibrationModel, component: str, tensors: QuantizedTens
 def _latents(
     model: CalibrationModel, settings: CalibrationSettings, changed: Mapping[str, Backend]
 ) -> NDArray[np.float32]:
-    found = []
+    latents = []
     sampling: dict[str, Any] = {
         "eta": settings.eta,
         "guidance_scale": settings.guidance_scale,
@@ -81,5 +81,5 @@ def _latents(
     with model.pipeline(changed) as pipeline:
         for batch in model.batches(settings.requests[:IMAGES]):
             *_, last = pipeline.steps(batch.request(0, **sampling))
-            found.append(last.latents)
-    return np.concatenate(found)
+            latents.append(last.latents)
+    return np.concatenate(latents)

@@ -24,7 +24,7 @@ _BUDGET = ("trial_requests", "trial_steps", "min_psnr", "max_accuracy_loss")
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to calibrate, and the quality to keep.
+    """Settings of a calibration, and the quality to keep.
 
     Attributes:
         requests: Fields of ``Request`` for each observed image, e.g. {"prompts": "a red circle"}, or {} for a model

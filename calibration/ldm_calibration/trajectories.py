@@ -31,7 +31,7 @@ _INDEX = "index"
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """What was recorded along trajectories.
+    """Inputs and ranges recorded along trajectories.
 
     Attributes:
         timesteps: Of the steps, int64 [steps].
@@ -164,17 +164,17 @@ def run_trajectories(
             request = batch.request(
                 0, eta=settings.eta, guidance_scale=settings.guidance_scale, num_inference_steps=settings.steps
             )
-            found = []
+            step_timesteps = []
             try:
                 for step in pipeline.steps(request):
-                    found.append(step.timestep)
+                    step_timesteps.append(step.timestep)
                     on_progress(number * step.total + step.index + 1, len(batches) * step.total)
                     last = step
             except SpecError as error:
                 raise BuildError(f"calibration: {error}") from None
-            timesteps, seen, observed.largest = np.array(found, np.int64), observed.largest, []
+            timesteps, step_largest, observed.largest = np.array(step_timesteps, np.int64), observed.largest, []
             latents.append(last.latents)
-            largest.append(np.stack(seen))
+            largest.append(np.stack(step_largest))
     feeds: dict[str, Sequence[Feed]] = {denoiser: observed.feeds}
     feeds |= {name: backend.feeds for name, backend in recorded.items()}
     feeds[DECODER] = [{LATENTS: array} for array in latents]

@@ -114,11 +114,11 @@ def decode(decoder: Backend, model: CalibrationModel, latents: F32) -> list[Imag
 
 
 def compare_images(
-    exact: Sequence[Image], found: Sequence[Image], requests: Sequence[ImageRequest], grade: Grade | None = None
+    exact: Sequence[Image], changed: Sequence[Image], requests: Sequence[ImageRequest], grade: Grade | None = None
 ) -> Comparison:
     """Compare images with those of fp32, and grade both if there is a grader."""
-    pairs = list(zip(exact, found, strict=True))
-    marks = [None if grade is None else grade(images, requests) for images in (exact, found)]
+    pairs = list(zip(exact, changed, strict=True))
+    marks = [None if grade is None else grade(images, requests) for images in (exact, changed)]
     correct = [None if mark is None else tuple(mark) for mark in marks]
     return Comparison(
         tuple(image_psnr(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs), correct[0], correct[1]

@@ -89,8 +89,8 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 
 def arrange(sentence: Sentence, rng: np.random.Generator) -> Scene:
     """Generate a random scene that matches a sentence; attributes that the sentence leaves open come from ``rng``."""
-    taken = {thing.colour for thing in sentence.things}
-    free = [name for name in BACKGROUNDS if name not in taken]
+    colours = {thing.colour for thing in sentence.things}
+    free = [name for name in BACKGROUNDS if name not in colours]
     background = sentence.background or free[rng.integers(len(free))]
     figures = []
     for thing, (x, y) in zip(sentence.things, _centres(sentence, rng), strict=True):

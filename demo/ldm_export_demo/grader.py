@@ -116,12 +116,12 @@ def compare(reading: Reading, sentence: Sentence) -> Grade:
 def _agreement(sentence: Sentence, objects: tuple[FoundObject | None, ...]) -> tuple[int, bool, bool, bool, bool]:
     """Return the number of matching attributes, and whether position, colour, shape and size of all things match."""
 
-    def agree(thing: Thing, seen: FoundObject | None) -> tuple[bool, bool, bool]:
-        if seen is None:
+    def agree(thing: Thing, located: FoundObject | None) -> tuple[bool, bool, bool]:
+        if located is None:
             return False, False, False
-        return seen.colour == thing.colour, seen.shape == thing.shape, thing.size in (None, seen.size)
+        return located.colour == thing.colour, located.shape == thing.shape, thing.size in (None, located.size)
 
-    agreed = [agree(thing, seen) for thing, seen in zip(sentence.things, objects, strict=True)]
+    agreed = [agree(thing, located) for thing, located in zip(sentence.things, objects, strict=True)]
     colour, shape, size = (all(column) for column in zip(*agreed, strict=True))
     return sum(map(sum, agreed)), _in_position(sentence, objects), colour, shape, size
 

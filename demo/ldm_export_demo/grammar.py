@@ -167,8 +167,8 @@ def random_sentence(rng: np.random.Generator, two_objects: float = 0.75) -> Sent
 
     count = 2 if rng.random() < two_objects else 1
     things = tuple(Thing(pick(COLOURS), pick(SHAPES), pick(SIZES)) for _ in range(count))
-    taken = {thing.colour for thing in things}
-    background = pick(tuple(name for name in BACKGROUNDS if name not in taken))
+    colours = {thing.colour for thing in things}
+    background = pick(tuple(name for name in BACKGROUNDS if name not in colours))
     if count == 2:
         return Sentence(things, relation=pick(RELATIONS), background=background)
     return Sentence(things, place=pick(tuple(PLACES)), background=background)
@@ -180,12 +180,12 @@ def calibration_prompts(count: int) -> tuple[str, ...]:
     Args:
         count: Number of prompts.
     """
-    rng, found = np.random.default_rng(_SEED), list[str]()
-    while len(found) < count:
+    rng, prompts = np.random.default_rng(_SEED), list[str]()
+    while len(prompts) < count:
         sentence = random_sentence(rng)
         if not is_held_out(sentence):
-            found.append(str(sentence))
-    return tuple(found)
+            prompts.append(str(sentence))
+    return tuple(prompts)
 
 
 def trial_prompts(count: int) -> tuple[str, ...]:

@@ -43,9 +43,8 @@ class Run:
         lr: float,
         seed: int,
         decay: float,
-        factor: Callable[[int], float] = lambda step: 1.0,
     ):
-        self.folder, self.model, self.average, self.factor = folder, model, average, factor
+        self.folder, self.model, self.average = folder, model, average
         self.steps, self.seed, self.decay = steps, seed, decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
@@ -61,8 +60,7 @@ class Run:
     def _rate(self, step: int) -> float:
         if step < 200:
             return (step + 1) / 200
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
-        return self.factor(step) * cosine
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
     def _load(self) -> None:
         state = torch.load(self.folder / "state.pt", weights_only=True)

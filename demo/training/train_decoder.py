@@ -35,8 +35,8 @@ def main() -> None:
             with torch.no_grad():
                 posterior = autoencoder.encode(images).latent_dist
                 mean, std = posterior.mean.float(), posterior.std.float()
-            spread = torch.rand((BATCH, 1, 1, 1), generator=generator) * NOISE * mean.std((0, 2, 3), keepdim=True)
-            latents = mean + (std.square() + spread.square()).sqrt() * torch.randn(mean.shape, generator=generator)
+            noise_std = torch.rand((BATCH, 1, 1, 1), generator=generator) * NOISE * mean.std((0, 2, 3), keepdim=True)
+            latents = mean + (std.square() + noise_std.square()).sqrt() * torch.randn(mean.shape, generator=generator)
             error = autoencoder.decode(latents).sample.float() - images
         return error.abs().mean() + SQUARE_WEIGHT * error.square().mean()
 

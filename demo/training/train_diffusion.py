@@ -51,18 +51,18 @@ def scaling_factor(mean: torch.Tensor, std: torch.Tensor) -> float:
 def encoded_scenes(autoencoder: AutoencoderKL, folder: Path, seed: int) -> tuple[torch.Tensor, torch.Tensor, list]:
     """Posterior mean and deviation, each float32 [SCENES, 8, 8, 8], and the sentences; cached in ``latents.pt``."""
     sentences, moments = [], []
-    kept = folder / "latents.pt"
+    file = folder / "latents.pt"
     count = 256
     for index in track(range(SCENES // count), description="encoding"):
         images, some = scene_images(seed, index, count)
         sentences += some
-        if not kept.exists():
+        if not file.exists():
             posterior = autoencoder.encode(images).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std]))
-    if not kept.exists():
+    if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.cat(moments, 1), kept)
-    mean, std = torch.load(kept, weights_only=True)
+        torch.save(torch.cat(moments, 1), file)
+    mean, std = torch.load(file, weights_only=True)
     return mean, std, sentences
 
 
@@ -110,13 +110,14 @@ def main() -> None:
         level = alpha_bar[timestep]
         beyond = torch.from_numpy(rng.random(BATCH) * (rng.random(BATCH) < OVERSHOT)) * overshoot(level, timestep)
         beyond = (beyond * (step >= OVERSHOT_FROM)).float()[:, None, None, None]
-        signal, spread = level.sqrt()[:, None, None, None], (1 - level).sqrt()[:, None, None, None]
-        noisy = signal * (latents + beyond * (latents - middle)) + spread * noise
+        sqrt_alpha, sqrt_beta = level.sqrt()[:, None, None, None], (1 - level).sqrt()[:, None, None, None]
+        noisy = sqrt_alpha * (latents + beyond * (latents - middle)) + sqrt_beta * noise
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 context = text_encoder(token_ids(tokenizer, prompts))[0]
             predicted = model(noisy, timestep, context).sample.float()
-        velocity = (signal * noisy - latents) / spread  # arXiv 2202.00512; for the true latents, not the overshot ones
+        # arXiv 2202.00512; for the true latents, not the overshot ones
+        velocity = (sqrt_alpha * noisy - latents) / sqrt_beta
         return (predicted - velocity).square().mean()
 
     run.train(loss_of_step)

@@ -44,7 +44,7 @@ BERT = {
 }
 BATCH = 128
 NAMES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
-LEFT_OPEN = -100
+UNSPECIFIED = -100
 """Label of attributes that a sentence leaves open: cross_entropy's ignore_index."""
 SIDES = {
     "left of": ((0, 1), (2, 1)),
@@ -89,11 +89,11 @@ def truth(sentence: Sentence) -> dict[str, np.ndarray]:
         for key, names in NAMES.items():
             name = getattr(thing, key)
             if place is None:
-                labels[key][:] = LEFT_OPEN
+                labels[key][:] = UNSPECIFIED
             else:
-                labels[key][cells.index(place)] = LEFT_OPEN if name is None else names.index(name)
-    named = sentence.background is not None
-    labels["background"] = np.array(BACKGROUNDS.index(sentence.background) if named else LEFT_OPEN)
+                labels[key][cells.index(place)] = UNSPECIFIED if name is None else names.index(name)
+    has_background = sentence.background is not None
+    labels["background"] = np.array(BACKGROUNDS.index(sentence.background) if has_background else UNSPECIFIED)
     return labels
 
 

@@ -1,4 +1,4 @@
-"""Optional dependencies: a missing one becomes a line that says what to install."""
+"""Optional dependencies: if one is missing, the error names the command that installs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ldm_runtime.errors import BuildError
+
+__all__ = ["needs"]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ IMAGES = 4
 
 
 def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """One request for each prompt; None takes ``PROMPTS``."""
+    """Return one request per prompt; None means ``PROMPTS``."""
     return tuple({"prompts": prompt} for prompt in (PROMPTS if prompts is None else prompts))
 
 

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 
+__all__ = ["PACKAGES", "Screen", "human_bytes", "printable", "warnings_on"]
+
 
 class Screen:
     """Writes results to standard output, and progress and notes to standard error unless ``quiet``."""

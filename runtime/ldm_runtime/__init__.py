@@ -3,7 +3,8 @@
 from ldm_runtime import telemetry
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError
-from ldm_runtime.pipeline import Generation, LatentDiffusionPipeline, Step
+from ldm_runtime.generation import Generation, Step
+from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
 telemetry.disable_reports()  # before an engine is imported

@@ -17,7 +17,7 @@ CHUNK = 4 * 2**20
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """Hex SHA-256 of a file; ``progress`` is told the bytes of each part read."""
+    """Hex SHA-256 of a file; ``progress`` is called with the bytes of each part that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(CHUNK):
@@ -68,22 +68,22 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """``write_whole`` of several files: none of them is replaced before all are on the disk."""
     targets = {destination(path): content for path, content in contents.items()}
-    parts, made = {path: path.with_name(f".{path.name}.part") for path in targets}, list[Path]()
+    parts, created = {path: path.with_name(f".{path.name}.part") for path in targets}, list[Path]()
     try:
         for path, content in targets.items():
-            made += [folder for folder in reversed(path.parents) if not folder.exists()]
+            created += [folder for folder in reversed(path.parents) if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 parts[path].unlink()  # left by a killed process, or a link that must not be followed
             with parts[path].open("xb") as file:
-                made.append(parts[path])
+                created.append(parts[path])
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, part in parts.items():
             part.replace(path)
     except BaseException:
-        for path in reversed(made):
+        for path in reversed(created):
             with suppress(OSError):  # gone already, or a folder that has more in it by now
                 path.rmdir() if path.is_dir() else path.unlink()
         raise

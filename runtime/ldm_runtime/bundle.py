@@ -1,4 +1,4 @@
-"""A bundle: the folder that holds a model's graphs, tokenizer and manifest."""
+"""A bundle: the folder with a model's graphs, tokenizer and manifest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from ldm_runtime.atomic_files import sha256, write_together
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.linked_files import stays_inside
-from ldm_runtime.manifest import FileFact, Manifest, read_manifest
+from ldm_runtime.manifest import FileFact, Manifest
+from ldm_runtime.manifest_reader import read_manifest
 from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.onnx_external import external_locations
 from ldm_runtime.verified_file import VerifiedFile, verify
+
+__all__ = ["Bundle", "file_facts"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """Read the manifest; the other files are checked when they are asked for.
+        """Read the manifest; other files are checked when they are opened.
 
         Raises:
             ManifestError: no bundle, damaged, or made for another version.
@@ -38,9 +41,9 @@ class Bundle:
     @property
     def precision(self) -> str:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
-        wanted = self.manifest.request.get("precision")
+        requested = self.manifest.request.get("precision")
         components = [self.manifest.components[name] for name in (UNET, DECODER)]
-        return str(wanted) if all(wanted in component.graphs for component in components) else "fp32"
+        return str(requested) if all(requested in component.graphs for component in components) else "fp32"
 
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""
@@ -93,7 +96,7 @@ class Bundle:
 
     def _external(self, name: str) -> list[str]:
         """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""
-        found = []
+        files = []
         for location in sorted(external_locations(self.folder / name)):
             file = str(PurePosixPath(name).parent / location)
             if file not in self.manifest.files or not location:
@@ -101,8 +104,8 @@ class Bundle:
                     f"{self.folder / name}: refers to {location!r:.80}, which the manifest does not list, so its "
                     "digest cannot be checked; do not use this bundle"
                 )
-            found.append(file)
-        return found
+            files.append(file)
+        return files
 
     def check(self, progress: Callable[[str], None] = lambda name: None) -> None:
         """Check every file the manifest lists, and that graphs refer to no other files.

@@ -1,4 +1,4 @@
-"""Where everything lies in a bundle: the only place that spells the paths of graphs, weights, engines and reports."""
+"""Layout of a bundle: the paths of graphs, weights, engines and reports. No other module contains them."""
 
 from __future__ import annotations
 

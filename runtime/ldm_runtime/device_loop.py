@@ -120,9 +120,9 @@ class DeviceLoop:
                 return latents
 
         for index in range(len(plan.trajectory)):
-            drawn = next(noise) if plan.trajectory.needs_noise else None
+            step_noise = next(noise) if plan.trajectory.needs_noise else None
             with self._running_alone(current):
-                run.step(index, drawn)
+                run.step(index, step_noise)
             yield read
 
     def open(self) -> LoopDevice:

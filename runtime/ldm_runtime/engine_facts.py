@@ -98,13 +98,13 @@ def engine_from_json(where: str, value: Any) -> EngineFacts:
 
 
 def _profile(where: str, value: Any) -> Profile:
-    found: dict[str, tuple[Shape, Shape, Shape]] = {}
+    shapes_by_input: dict[str, tuple[Shape, Shape, Shape]] = {}
     for name, bounds in require_object(where, value).items():
         shapes = [_shape(f"{where}.{name}", shape) for shape in _list(f"{where}.{name}", bounds)]
         if len(shapes) != 3 or not _within(shapes[1], shapes[0], shapes[2]):
             raise ManifestError(f"{where}.{name}: got {bounds!r:.80}, expected min, opt and max shapes in this order")
-        found[name] = (shapes[0], shapes[1], shapes[2])
-    return found
+        shapes_by_input[name] = (shapes[0], shapes[1], shapes[2])
+    return shapes_by_input
 
 
 def _shape(where: str, value: Any) -> Shape:

@@ -1,6 +1,21 @@
-"""Every error a user can cause. A message says what, where, got, expected, and what to try next."""
+"""All errors that a user can cause. A message says what, where, got, expected, and what to do next."""
 
 from __future__ import annotations
+
+__all__ = [
+    "AnsweredError",
+    "BackendError",
+    "BuildError",
+    "CancelledError",
+    "CheckpointError",
+    "DeadlineError",
+    "LdmError",
+    "ManifestError",
+    "QueueFullError",
+    "ServerError",
+    "SpecError",
+    "interrupted",
+]
 
 
 class LdmError(Exception):
@@ -8,7 +23,7 @@ class LdmError(Exception):
 
 
 def interrupted(error: BaseException | None) -> bool:
-    """True if a ``KeyboardInterrupt`` is behind an error: a compiled module makes an ``ImportError`` of one."""
+    """True if a ``KeyboardInterrupt`` caused the error: compiled modules turn one into an ``ImportError``."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -18,7 +18,7 @@ MAX_EVERY = 1000
 
 
 class StepBranches(Enum):
-    """What one denoising step evaluates.
+    """Guidance branches that one denoising step evaluates.
 
     BOTH: The unconditional and the conditional branch, and from them the guidance direction.
     REUSED: The conditional branch only, with the guidance direction of the last step that evaluated both.

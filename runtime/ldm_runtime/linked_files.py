@@ -10,7 +10,7 @@ _REPOSITORIES = ("models--", "datasets--", "spaces--")
 
 
 def stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder once all links are resolved, or in the blobs of a Hugging Face cache.
+    """True if a file, with all links resolved, is in a folder or among the blobs of a Hugging Face cache.
 
     Such a cache keeps a repository as ``models--OWNER--NAME/snapshots/REVISION/FILE``, links to
     ``models--OWNER--NAME/blobs/DIGEST``. A folder outside the cache may consist of links to blobs as well. The content

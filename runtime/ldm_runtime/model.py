@@ -95,15 +95,15 @@ def check_model(model: ModelDescription) -> None:
     if missing:
         raise ManifestError(f"components: {', '.join(missing)} missing, expected {UNET} and {DECODER}; rebuild it")
     unet, decoder = model.components[UNET], model.components[DECODER]
-    for spec, side, tensors, wanted in (
+    for spec, side, tensors, names in (
         (unet, "inputs", unet.inputs[:1], (SAMPLE,)),
         (unet, "outputs", unet.outputs, (NOISE_PRED,)),
         (decoder, "inputs", decoder.inputs, (LATENTS,)),
         (decoder, "outputs", decoder.outputs, (IMAGE,)),
     ):
         got = tuple((tensor.name, tensor.dtype, len(tensor.shape)) for tensor in tensors)
-        if got != tuple((name, "float32", 4) for name in wanted):
-            raise ManifestError(f"{spec.name}: {side}: got {got}, expected {', '.join(wanted)} as float32 of 4 axes")
+        if got != tuple((name, "float32", 4) for name in names):
+            raise ManifestError(f"{spec.name}: {side}: got {got}, expected {', '.join(names)} as float32 of 4 axes")
     _check_sources(model)
     channels = {model.latents.channels, decoder.inputs[0].shape[1], unet.outputs[0].shape[1]}
     if len(channels) != 1:

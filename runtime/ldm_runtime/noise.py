@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import integer, shown
 
+__all__ = ["TorchGenerator"]
+
 F32 = NDArray[np.float32]
 
 BLOCK = 16  # values that torch's vectorised fill makes at once: 8 pairs

@@ -55,10 +55,10 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         SpecError: Another type, or out of bounds.
     """
-    found = as_integer(value)
-    if found is None or not low <= found <= high:
+    result = as_integer(value)
+    if result is None or not low <= result <= high:
         raise SpecError(f"{name}: got {shown(value)}, expected a whole number from {low} to {high}")
-    return found
+    return result
 
 
 def number(name: str, value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> float:
@@ -67,12 +67,12 @@ def number(name: str, value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT
     Raises:
         SpecError: Another type, NaN, infinite or out of bounds.
     """
-    found = as_float(value)
-    if found is None or not low <= found <= high:
+    result = as_float(value)
+    if result is None or not low <= result <= high:
         unbounded = (low, high) == (-FLOAT32_MAX, FLOAT32_MAX)
         expected = "a finite number of float32's range" if unbounded else f"a number from {low:g} to {high:g}"
         raise SpecError(f"{name}: got {shown(value)}, expected {expected}")
-    return found
+    return result
 
 
 def seconds(name: str, value: Any) -> float:
@@ -81,10 +81,10 @@ def seconds(name: str, value: Any) -> float:
     Raises:
         SpecError: Another type, NaN, or out of bounds.
     """
-    found = as_float(value)
-    if found is None or not 0 < found <= MAX_SECONDS:
+    result = as_float(value)
+    if result is None or not 0 < result <= MAX_SECONDS:
         raise SpecError(f"{name}: got {shown(value)}, expected a number of seconds above 0 and up to {MAX_SECONDS:g}")
-    return found
+    return result
 
 
 def threads(value: Any) -> int | None:
@@ -95,7 +95,7 @@ def threads(value: Any) -> int | None:
     """
     if value is None:
         return None
-    found = as_integer(value)
-    if found is None or not 1 <= found <= MAX_THREADS:
+    result = as_integer(value)
+    if result is None or not 1 <= result <= MAX_THREADS:
         raise SpecError(f"threads: got {shown(value)}, expected 1..{MAX_THREADS}; leave it out for all cores")
-    return found
+    return result

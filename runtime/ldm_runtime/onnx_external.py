@@ -60,16 +60,16 @@ def external_locations(graph: Path) -> set[str]:
 
 
 def _locations(content: mmap.mmap) -> set[str]:
-    found: set[str] = set()
-    left = MAX_FIELDS
+    locations: set[str] = set()
+    fields_left = MAX_FIELDS
     messages = [("Model", 0, len(content))]
     while messages:
         kind, position, end = messages.pop()
         children = _CHILDREN[kind]
         texts: dict[int, list[str]] = {_KEY: [], _VALUE: []}
         while position < end:
-            left -= 1
-            if not left:
+            fields_left -= 1
+            if not fields_left:
                 raise ValueError(f"more than {MAX_FIELDS} fields")
             tag, position = _varint(content, position)
             number, wire_type = tag >> 3, tag & 7
@@ -91,12 +91,12 @@ def _locations(content: mmap.mmap) -> set[str]:
         if position != end:
             raise ValueError("a field goes beyond its message")
         if "location" in texts[_KEY]:
-            found.update(texts[_VALUE])
-    return found
+            locations.update(texts[_VALUE])
+    return locations
 
 
 def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """The number at a position, and the position behind it."""
+    """Return the number at a position, and the position after it."""
     value = content[position]
     position += 1
     if value < 0x80:

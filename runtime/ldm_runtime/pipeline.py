@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +21,7 @@ from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
+from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
@@ -32,52 +31,9 @@ from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.verified_file import VerifiedFile
 
-__all__ = ["Generation", "LatentDiffusionPipeline", "Step"]
+__all__ = ["LatentDiffusionPipeline"]
 
 F32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One finished denoising step.
-
-    Attributes:
-        index, total: Index from 0, and the number of steps.
-        timestep: Training timestep.
-        read: Reads the latents; only valid until the next step when they are on a device.
-    """
-
-    index: int
-    total: int
-    timestep: int
-    read: Callable[[], F32]
-
-    @cached_property
-    def latents(self) -> F32:
-        """The latents after this step, float32 [B, C, h, w]. Read them before the next step."""
-        return self.read()
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """Result of a call.
-
-    Attributes:
-        arrays: Images float32 [B, channels, H, W] in [0, 1], those of one prompt side by side.
-        latents: float32 [B, C, h, w].
-    """
-
-    arrays: F32
-    latents: F32
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        """PIL images of mode L, RGB or RGBA.
-
-        Raises:
-            SpecError: The decoder gives another number of channels, NaN or infinite values.
-        """
-        return to_pil(self.arrays)
 
 
 class LatentDiffusionPipeline:

@@ -1,4 +1,4 @@
-"""What a caller asks for, and the plan it becomes once checked against the model."""
+"""The request of a caller, and the plan that results from checking it against the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RequestOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One generation, as asked. A field that is None takes the model's default from the bundle.
+    """Options of one generation. None selects the model's default from the bundle.
 
     Attributes:
         prompts: What to draw, one text or several; for models conditioned on text.

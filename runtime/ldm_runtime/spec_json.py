@@ -10,6 +10,8 @@ from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object, require_str
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
+__all__ = ["MAX_DIM", "spec_from_json", "spec_to_json"]
+
 MAX_DIM = 2**31 - 1
 """Largest bound of an axis and largest fixed dimension: engines count them in int32."""
 _SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")

@@ -11,6 +11,21 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import BackendError, SpecError
 
+__all__ = [
+    "DTYPES",
+    "RUNS",
+    "Axis",
+    "ComponentSpec",
+    "Dim",
+    "TensorSpec",
+    "check_feed",
+    "check_result",
+    "dummy_inputs",
+    "dynamic_axes",
+    "profile",
+    "sizes_of",
+]
+
 DTYPES = ("float32", "float16", "int64", "int32", "uint8")
 
 
@@ -47,7 +62,7 @@ class Axis:
         return self.name if self.scale == 1 else f"{self.scale}*{self.name}"
 
     def admits(self, size: int) -> bool:
-        """True where a dimension of ``size`` lies on the axis."""
+        """True if the axis allows a dimension of ``size``."""
         return size % self.scale == 0 and self.min <= size // self.scale <= self.max
 
 
@@ -106,7 +121,7 @@ def dynamic_axes(spec: ComponentSpec) -> dict[str, dict[int, str]]:
 
 
 def profile(spec: ComponentSpec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Input name → its (min, opt, max) shapes, as an engine's optimization profile takes them."""
+    """Return input name -> (min, opt, max) shapes of an optimization profile."""
     return {t.name: (t.bounds("min"), t.bounds("opt"), t.bounds("max")) for t in spec.inputs}
 
 
@@ -149,9 +164,9 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
     Raises:
         SpecError: names the component, the tensor, what was given and what is expected.
     """
-    expected, given = {t.name for t in spec.inputs}, set(feed)
-    if expected != given:
-        raise SpecError(f"{spec.name}: got inputs {sorted(given)}, expected {sorted(expected)}")
+    expected, names = {t.name for t in spec.inputs}, set(feed)
+    if expected != names:
+        raise SpecError(f"{spec.name}: got inputs {sorted(names)}, expected {sorted(expected)}")
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in spec.inputs:
         array = feed[tensor.name]
@@ -161,7 +176,7 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _misfit(tensor: TensorSpec, array: NDArray[Any], sizes: dict[str, tuple[int, str]]) -> str | None:
-    """What is wrong with one input; ``sizes`` has each axis' size so far and where it stood, and gets those of this."""
+    """Return why the input does not fit, or None; update ``sizes`` with the axis sizes it fixes."""
     if array.dtype != tensor.dtype or array.ndim != len(tensor.shape):
         return "expected another dtype or rank; convert it with astype or reshape"
     for dim, size in zip(tensor.shape, array.shape, strict=True):

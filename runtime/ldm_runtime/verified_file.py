@@ -25,7 +25,7 @@ MAX_READS = 10
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What changes if a file is replaced or written: device, inode, size in bytes, and two times in nanoseconds."""
+    """Attributes that change if a file is replaced or written: device, inode, bytes, two times in nanoseconds."""
 
     device: int
     inode: int
@@ -77,11 +77,11 @@ class VerifiedFile:
             ManifestError: The file or one beside it was replaced, changed or removed.
         """
         try:
-            found = FileIdentity.of(self.path.stat())
+            identity = FileIdentity.of(self.path.stat())
         except OSError:
             raise self._replaced() from None
-        if found != self.identity:
-            if not found.is_same_content(self.identity):
+        if identity != self.identity:
+            if not identity.is_same_content(self.identity):
                 raise self._replaced()
             verify(self.path, self.sha256, self.identity.size)
         for other in self.beside:
@@ -124,10 +124,10 @@ def verify(path: Path, sha256: str, size: int) -> VerifiedFile:
             raise ManifestError(f"{path}: missing, but the manifest lists it; copy the whole bundle or rebuild it")
         if facts.st_size != size:
             raise ManifestError(f"{path}: got {facts.st_size} bytes, expected {size}; copy the file again or rebuild")
-        found = VerifiedFile(path, *_unchanged_digest(file, path))
-    if found.sha256 != sha256:
-        raise ManifestError(f"{path}: got sha256 {found.sha256}, expected {sha256}; copy the file again or rebuild")
-    return found
+        verified = VerifiedFile(path, *_unchanged_digest(file, path))
+    if verified.sha256 != sha256:
+        raise ManifestError(f"{path}: got sha256 {verified.sha256}, expected {sha256}; copy the file again or rebuild")
+    return verified
 
 
 def _unchanged_digest(file: BinaryIO, path: Path) -> tuple[str, FileIdentity]:
@@ -136,10 +136,10 @@ def _unchanged_digest(file: BinaryIO, path: Path) -> tuple[str, FileIdentity]:
     for _ in range(MAX_READS):
         before = after
         file.seek(0)
-        digest, left = hashlib.sha256(), before.size
-        while left and (part := file.read(min(left, CHUNK))):
+        digest, bytes_left = hashlib.sha256(), before.size
+        while bytes_left and (part := file.read(min(bytes_left, CHUNK))):
             digest.update(part)
-            left -= len(part)
+            bytes_left -= len(part)
         after = FileIdentity.of(os.fstat(file.fileno()))
         if after == before:
             return digest.hexdigest(), after

@@ -19,4 +19,4 @@ def test_the_selection_releases_the_worst_for_its_work_first() -> None:
     assert select(order, flops, Budget(30, None), trial).layers == ("a", "b", "c")
     assert select(order, flops, Budget(44, None), trial).layers == ("a",)
     failed = select(order, flops, Budget(50, None), trial)
-    assert failed.layers == () and failed.tried[-1] == (0.4, 44.0)
+    assert failed.layers == () and failed.attempts[-1] == (0.4, 44.0)

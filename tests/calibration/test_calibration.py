@@ -32,7 +32,7 @@ class Parts:
     """Files of finished parts, by name and dependencies."""
 
     def __init__(self, folder: Path):
-        self.folder, self.made = folder, list[str]()
+        self.folder, self.stages = folder, list[str]()
         folder.mkdir()
 
     def __call__(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
@@ -40,7 +40,7 @@ class Parts:
         text = json.dumps(depends, sort_keys=True)
         if not key.exists() or key.read_text() != text:
             make(self.folder / name)
-            self.made.append(name)
+            self.stages.append(name)
             key.write_text(text)
         return self.folder / name
 
@@ -54,7 +54,7 @@ def test_every_component_is_calibrated_and_reported(text: CalibrationModel, tmp_
     settings = replace(SETTINGS, sensitivity="latents")
     record = run_calibration(Calibration(text, settings, QUANTIZE), parts, lambda *count: progress.append(count[0]))
     names = ("trajectories", *QUANTIZE, "sensitivity.0")
-    assert parts.made == [f"calibration.{name}" for name in names]
+    assert parts.stages == [f"calibration.{name}" for name in names]
     assert {"calibration.unet.ranges", "calibration.decoder.observers", "calibration.budget"} <= set(progress)
     assert set(record.components) == set(QUANTIZE) and record.denoiser == "unet"
     for name, part in record.components.items():
@@ -72,13 +72,13 @@ def test_every_component_is_calibrated_and_reported(text: CalibrationModel, tmp_
 def test_another_budget_reuses_the_parts(text: CalibrationModel, tmp_path: Path) -> None:
     parts = Parts(tmp_path / "parts")
     first = run_calibration(Calibration(text, SETTINGS, QUANTIZE), parts)
-    made = list(parts.made)
+    stages = list(parts.stages)
     again = run_calibration(Calibration(text, SETTINGS, QUANTIZE), parts)
     assert again.to_json() == first.to_json()
     run_calibration(Calibration(text, replace(SETTINGS, min_psnr=10.0), QUANTIZE), parts)
-    assert parts.made == made
+    assert parts.stages == stages
     run_calibration(Calibration(text, replace(SETTINGS, steps=5), QUANTIZE), parts)
-    assert parts.made == made * 2
+    assert parts.stages == stages * 2
 
 
 def test_a_model_without_conditioning_and_without_a_text_encoder(

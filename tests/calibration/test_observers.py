@@ -27,7 +27,7 @@ def values(name: str) -> np.ndarray:
     return SPREADS[name](np.random.default_rng(1)).astype(np.float32)
 
 
-def seen(array: np.ndarray, parts: int = 1) -> Histogram:
+def histogram_of(array: np.ndarray, parts: int = 1) -> Histogram:
     histogram = Histogram()
     for part in np.array_split(array, parts):
         histogram.add(part)
@@ -42,12 +42,12 @@ def quantized(array: np.ndarray, clip: float) -> np.ndarray:
 @example([1.4e-45, 0.0], 1, Random(0))
 @example([0.5, 1.0], 2, Random(0))
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60), st.integers(1, 8), st.randoms())
-def test_counts_are_numpys_whatever_the_order_and_the_parts(given_: list[float], parts: int, random: object) -> None:
-    array = np.array(given_, np.float32)
-    histogram = seen(array, min(parts, len(array)))
-    again = list(given_)
+def test_counts_are_numpys_whatever_the_order_and_the_parts(numbers: list[float], parts: int, random: object) -> None:
+    array = np.array(numbers, np.float32)
+    histogram = histogram_of(array, min(parts, len(array)))
+    again = list(numbers)
     random.shuffle(again)  # type: ignore[attr-defined]
-    other = seen(np.array(again, np.float32))
+    other = histogram_of(np.array(again, np.float32))
     assert (histogram.top, histogram.counts.tolist()) == (other.top, other.counts.tolist())
     assert histogram.counts.sum() == len(array) and histogram.largest == np.abs(array).max()
     if histogram.top > 1e-30:
@@ -57,7 +57,7 @@ def test_counts_are_numpys_whatever_the_order_and_the_parts(given_: list[float],
 @pytest.mark.parametrize("name", SPREADS)
 def test_a_histogram_is_numpys(name: str) -> None:
     array = values(name)
-    histogram = seen(array, 7)
+    histogram = histogram_of(array, 7)
     expected, _ = np.histogram(np.abs(array), BINS, (0, histogram.top))
     assert np.abs(histogram.counts - expected).sum() <= 2e-3 * len(array)  # values on a bin's edge
 
@@ -65,7 +65,7 @@ def test_a_histogram_is_numpys(name: str) -> None:
 @pytest.mark.parametrize("name", SPREADS)
 def test_minmax_and_percentile(name: str) -> None:
     array = values(name)
-    histogram = seen(array)
+    histogram = histogram_of(array)
     assert threshold(histogram, "minmax") == np.abs(array).max()
     exact = np.quantile(np.abs(array), 0.9999)
     assert abs(threshold(histogram, "percentile") - exact) <= 2 * histogram.top / BINS + 0.1 * exact
@@ -88,7 +88,7 @@ def test_mse_is_as_good_as_the_best_of_a_fine_search(name: str) -> None:
         clip: np.square(array - quantized(array, clip)).mean()
         for clip in np.abs(array).max() * np.linspace(0.02, 1, 150)
     }
-    result = np.square(array - quantized(array, threshold(seen(array), "mse"))).mean()
+    result = np.square(array - quantized(array, threshold(histogram_of(array), "mse"))).mean()
     assert result <= 1.03 * min(error.values())
 
 
@@ -101,12 +101,12 @@ def test_entropy_agrees_with_onnxruntimes(name: str) -> None:
     )  # theirs is of signed values
     collector = HistogramCollector("entropy", True, 1025, 255, 99.99, "same")
     _, theirs = collector.get_entropy_threshold((counts, edges, -largest, largest, largest), 255)[:2]
-    ours = threshold(seen(array), "entropy")
+    ours = threshold(histogram_of(array), "entropy")
     assert ours == pytest.approx(float(np.ravel(theirs)[0]), rel=0.25)
 
 
 def test_zeros_and_what_is_not_finite() -> None:
-    assert {threshold(seen(np.zeros(10, np.float32)), observer) for observer in OBSERVERS} == {1.0}
+    assert {threshold(histogram_of(np.zeros(10, np.float32)), observer) for observer in OBSERVERS} == {1.0}
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="not finite"):
             Histogram().add(np.array([1.0, bad], np.float32))
@@ -116,12 +116,12 @@ def test_zeros_and_what_is_not_finite() -> None:
 def test_weights_channel_by_channel(shape: tuple[int, ...], axis: int) -> None:
     weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     np.moveaxis(weights, axis, 0)[1] = 0
-    held, scales = quantize_weights(weights, axis)
-    assert held.dtype == np.int8 and held.min() >= -127 and scales.shape == (shape[axis],)
+    quantized_weights, scales = quantize_weights(weights, axis)
+    assert quantized_weights.dtype == np.int8 and quantized_weights.min() >= -127 and scales.shape == (shape[axis],)
     for i, channel in enumerate(np.moveaxis(weights, axis, 0)):
         scale = np.abs(channel).max() / 127 or 1.0
         assert scales[i] == pytest.approx(scale)
-        assert np.array_equal(np.moveaxis(held, axis, 0)[i], np.rint(channel / scales[i]).astype(np.int8))
+        assert np.array_equal(np.moveaxis(quantized_weights, axis, 0)[i], np.rint(channel / scales[i]).astype(np.int8))
 
 
 @given(st.floats(0.05, 1.0), st.integers(0, 99))

@@ -33,13 +33,13 @@ def test_a_grader_gets_the_requests_and_its_marks_give_the_loss() -> None:
     one, other = pair()
     requests = ({"prompts": "red"}, {"prompts": "blue"})
 
-    def grade(images: Sequence[Image], given: Sequence[Mapping[str, Any]]) -> list[bool]:
-        assert given == requests
+    def grade(images: Sequence[Image], graded_requests: Sequence[Mapping[str, Any]]) -> list[bool]:
+        assert graded_requests == requests
         return [bool((image == one).all()) for image in images]
 
     result = compare_images([one, one], [one, other], requests, grade)
     assert (result.correct_fp32, result.correct_int8, result.accuracy_loss) == ((True, True), (True, False), 0.5)
     assert result.to_json(requests)[1]["correct_int8"] is False and result.to_json(requests)[1]["seed"] == 1001
-    for blind in (None, lambda images, given: None):
+    for blind in (None, lambda images, graded_requests: None):
         ungraded = compare_images([one, one], [one, other], requests, blind)
         assert ungraded.accuracy_loss is None and ungraded.to_json(requests)[0]["correct_fp32"] is None

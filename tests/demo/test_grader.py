@@ -22,8 +22,8 @@ from ldm_export_demo.grammar import (
 
 def wrong(image: np.ndarray, sentence: Sentence | str) -> set[str]:
     """The attributes that the grader finds wrong."""
-    given = grade(image, parse(sentence) if isinstance(sentence, str) else sentence)
-    return {name for name in ATTRIBUTES if not getattr(given, name)}
+    result = grade(image, parse(sentence) if isinstance(sentence, str) else sentence)
+    return {name for name in ATTRIBUTES if not getattr(result, name)}
 
 
 def image_of(text: str, seed: int = 0) -> np.ndarray:
@@ -54,8 +54,8 @@ def _changed(sentence: Sentence, attribute: str, rng: np.random.Generator) -> Se
     at = int(rng.integers(len(sentence.things)))
     thing = sentence.things[at]
     if attribute == "background":
-        taken = [thing.colour for thing in sentence.things]
-        return replace(sentence, background=_other(BACKGROUNDS, sentence.background, rng, taken))
+        colours = [thing.colour for thing in sentence.things]
+        return replace(sentence, background=_other(BACKGROUNDS, sentence.background, rng, colours))
     if attribute == "position" and sentence.place:
         return replace(sentence, place=_other(PLACES, sentence.place, rng))
     if attribute == "position":
@@ -70,28 +70,28 @@ def _changed(sentence: Sentence, attribute: str, rng: np.random.Generator) -> Se
 def test_one_wrong_attribute_fails_alone(attribute):
     rng = np.random.default_rng(2)
     for _ in range(120):
-        asked = random_sentence(rng, 0.5)
-        if len(set(asked.things)) < len(asked.things):
+        prompt = random_sentence(rng, 0.5)
+        if len(set(prompt.things)) < len(prompt.things):
             continue  # identical things: their order is nobody's fault
-        drawn = _changed(asked, attribute, rng)
-        assert wrong(draw(arrange(drawn, rng)), asked) == {attribute}, (str(asked), str(drawn))
+        other = _changed(prompt, attribute, rng)
+        assert wrong(draw(arrange(other, rng)), prompt) == {attribute}, (str(prompt), str(other))
 
 
-@pytest.mark.parametrize("asked", COLOURS)
-@pytest.mark.parametrize("drawn", [name for name in PALETTE if name != "white"])
-def test_every_other_colour_is_distinguished(asked, drawn):
-    image = draw(Scene("white", (Figure(drawn, "cross", 8, 32, 32),)))
-    assert wrong(image, f"a {asked} cross on a white background") == (set() if asked == drawn else {"colour"})
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("other", [name for name in PALETTE if name != "white"])
+def test_every_other_colour_is_distinguished(colour, other):
+    image = draw(Scene("white", (Figure(other, "cross", 8, 32, 32),)))
+    assert wrong(image, f"a {colour} cross on a white background") == (set() if colour == other else {"colour"})
 
 
 def test_colours_bound_to_the_wrong_objects_fail():
-    asked = "a small red circle left of a large blue square on a white background"
-    assert wrong(image_of("a small blue circle left of a large red square on a white background"), asked) == {"colour"}
-    assert wrong(image_of("a large blue square left of a small red circle on a white background"), asked) == {
+    prompt = "a small red circle left of a large blue square on a white background"
+    assert wrong(image_of("a small blue circle left of a large red square on a white background"), prompt) == {"colour"}
+    assert wrong(image_of("a large blue square left of a small red circle on a white background"), prompt) == {
         "position"
     }
-    assert wrong(image_of("a large red circle left of a small blue square on a white background"), asked) == {"size"}
-    assert wrong(image_of("a small red square left of a large blue circle on a white background"), asked) == {"shape"}
+    assert wrong(image_of("a large red circle left of a small blue square on a white background"), prompt) == {"size"}
+    assert wrong(image_of("a small red square left of a large blue circle on a white background"), prompt) == {"shape"}
 
 
 @pytest.mark.parametrize("radius", [4.5, 15.5])
@@ -110,26 +110,26 @@ def test_a_place_ends_six_pixels_from_its_centre(x, right):
 @pytest.mark.parametrize("radius", [3.0, 8.0])
 def test_an_extra_object_fails(background, radius):
     for colour in [name for name in PALETTE if name != background]:
-        asked = f"a large {'red' if colour != 'red' else 'blue'} cross in the center on a {background} background"
-        image = paint(image_of(asked), colour, coverage("circle", radius, 8, 56))
-        assert wrong(image, asked) == {"count"}, colour
+        prompt = f"a large {'red' if colour != 'red' else 'blue'} cross in the center on a {background} background"
+        image = paint(image_of(prompt), colour, coverage("circle", radius, 8, 56))
+        assert wrong(image, prompt) == {"count"}, colour
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_a_spot_of_four_by_four_pixels_fails(background):
-    asked = f"a large blue square in the center on a {background} background"
+    prompt = f"a large blue square in the center on a {background} background"
     beside, inside = np.s_[3:7, 50:54], np.s_[28:32, 30:34]
     spots = [(beside, colour) for colour in PALETTE if colour != background]
     for at, colour in [*spots, (inside, "red"), (inside, "green")]:
-        image = image_of(asked)
+        image = image_of(prompt)
         image[at] = PALETTE[colour]
-        assert wrong(image, asked) == {"count"}, (colour, at)
+        assert wrong(image, prompt) == {"count"}, (colour, at)
 
 
 def test_a_missing_object_fails():
-    asked = "a small red circle above a large blue square on a white background"
-    assert "count" in wrong(draw(Scene("white", (Figure("red", "circle", 8, 32, 16),))), asked)
-    assert wrong(draw(Scene("white", ())), asked) == set(ATTRIBUTES) - {"background"}
+    prompt = "a small red circle above a large blue square on a white background"
+    assert "count" in wrong(draw(Scene("white", (Figure("red", "circle", 8, 32, 16),))), prompt)
+    assert wrong(draw(Scene("white", ())), prompt) == set(ATTRIBUTES) - {"background"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -155,18 +155,18 @@ def test_an_object_of_two_colours_fails():
     image = image_of("a large red square in the center on a white background")
     image[32:][(image[32:] != 255).any(-1)] = PALETTE["blue"]
     for colour in ("red", "blue"):
-        asked = f"a large {colour} square in the center on a white background"
-        assert {"count", "colour"} <= wrong(image, asked)
+        prompt = f"a large {colour} square in the center on a white background"
+        assert {"count", "colour"} <= wrong(image, prompt)
 
 
 def test_accuracy_counts_each_kind_apart():
     one = "a small red circle at the top left on a white background"
     two = "a small red circle left of a large blue square on a white background"
-    given = accuracy([image_of(one), image_of(one), image_of(two), image_of(one)], [one, "a red cross", two, two])
-    assert (given.overall.number, given.overall.correct) == (4, 0.5)
-    assert (given.overall.background, given.overall.count, given.overall.shape) == (1.0, 0.75, 0.5)
-    assert (given.one_object.number, given.one_object.correct, given.one_object.shape) == (2, 0.5, 0.5)
-    assert (given.two_objects.number, given.two_objects.correct, given.two_objects.count) == (2, 0.5, 0.5)
+    result = accuracy([image_of(one), image_of(one), image_of(two), image_of(one)], [one, "a red cross", two, two])
+    assert (result.overall.number, result.overall.correct) == (4, 0.5)
+    assert (result.overall.background, result.overall.count, result.overall.shape) == (1.0, 0.75, 0.5)
+    assert (result.one_object.number, result.one_object.correct, result.one_object.shape) == (2, 0.5, 0.5)
+    assert (result.two_objects.number, result.two_objects.correct, result.two_objects.count) == (2, 0.5, 0.5)
     assert accuracy([image_of(two)], [two]).one_object is None
 
 

@@ -116,10 +116,10 @@ def test_the_held_out_split_is_fixed(held_out):
 
 def test_training_never_shows_a_held_out_sentence(held_out):
     rng, forbidden = np.random.default_rng(3), set(held_out)
-    drawn = [training_sentence(rng) for _ in range(3000)]
-    assert forbidden.isdisjoint(map(str, drawn))
-    assert forbidden.isdisjoint(str(loosen(sentence, rng, 0.5)) for sentence in drawn)
-    assert {len(sentence.things) for sentence in drawn} == {1, 2}
+    training = [training_sentence(rng) for _ in range(3000)]
+    assert forbidden.isdisjoint(map(str, training))
+    assert forbidden.isdisjoint(str(loosen(sentence, rng, 0.5)) for sentence in training)
+    assert {len(sentence.things) for sentence in training} == {1, 2}
 
 
 def test_loosening_only_opens_parts():

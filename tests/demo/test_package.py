@@ -31,9 +31,9 @@ def test_calibration_prompts_contain_no_trial_prompt() -> None:
 def test_the_grader_decides_for_each_image_in_an_array_or_a_list() -> None:
     images = [image_of(prompt) for prompt in demo.PROMPTS]
     turned = [*demo.PROMPTS[1:], demo.PROMPTS[0]]
-    for given in (images, np.stack(images)):
-        assert demo.grade(given, demo.PROMPTS) == [True] * len(demo.PROMPTS)
-        assert demo.grade(given, turned) == [False] * len(demo.PROMPTS)
+    for batch in (images, np.stack(images)):
+        assert demo.grade(batch, demo.PROMPTS) == [True] * len(demo.PROMPTS)
+        assert demo.grade(batch, turned) == [False] * len(demo.PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_no_image_holds_secrets_or_more_of_the_folder_than_it_needs() -> None:
         for word in value.split()[:-1]
     }
     assert "*" in ignored and copied <= allowed and allowed - copied == {"constraints.txt"}  # which is only mounted
-    named = {name for stage in STAGES.values() for name in stage.arguments}
-    assert named == {"PIP_INDEX_URL", "EXTRA"}
+    arguments = {name for stage in STAGES.values() for name in stage.arguments}
+    assert arguments == {"PIP_INDEX_URL", "EXTRA"}
     for name in ("runtime", "build", "serve"):  # an index may hold a password: it may be in no image that is kept
         assert "PIP_INDEX_URL" not in " ".join(STAGES[name].values("ENV"))
 
@@ -127,8 +127,8 @@ def test_the_serving_images_server_generates_and_stops_on_sigterm(
         _, *check = serve.command("HEALTHCHECK")
         check[-1] = check[-1].replace("127.0.0.1:8000", server.http)
         assert run([python / "bin/python3", *check], tmp_path).returncode == 0
-        wanted = [PROMPT, "--steps", "5", "--seed", "1", "-o", str(tmp_path / "out.png"), "--quiet"]
-        assert main(["client", *wanted, "--url", server.http]) == 0
+        arguments = [PROMPT, "--steps", "5", "--seed", "1", "-o", str(tmp_path / "out.png"), "--quiet"]
+        assert main(["client", *arguments, "--url", server.http]) == 0
     finally:
         code = server.stop(signal.SIGTERM)
     assert code == 0

@@ -86,8 +86,8 @@ def test_the_same_server_is_started_everywhere() -> None:
         assert container["livenessProbe"]["exec"]["command"] == health
         assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
-        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
-        assert written == {"/tmp", "/dev/shm"}
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable == {"/tmp", "/dev/shm"}
     service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["serve"]
     assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])

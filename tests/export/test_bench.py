@@ -133,12 +133,12 @@ def echo(name: str, **settings: object) -> Worker:
 def test_workers_take_turns_and_each_answers_for_itself() -> None:
     with echo("a") as one, echo("b") as other:
         assert (one.facts["hello"], other.facts["hello"]) == ("a", "b")
-        seen: list[int] = []
-        answers = rounds([one, other], lambda number: {"number": number}, 3, lambda: seen.append(1))
+        calls: list[int] = []
+        answers = rounds([one, other], lambda number: {"number": number}, 3, lambda: calls.append(1))
         assert [[answer["got"] for answer in worker] for worker in answers] == [
             [[name, number] for number in range(3)] for name in "ab"
         ]
-        assert len(seen) == 8 and all(answer["seconds"] > 0 for worker in answers for answer in worker)
+        assert len(calls) == 8 and all(answer["seconds"] > 0 for worker in answers for answer in worker)
 
 
 def test_a_worker_that_refuses_or_ends_is_reported_in_one_line() -> None:

@@ -79,8 +79,8 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> Non
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
     assert folders == {str(Path(graph).parent) for graph in graphs}
     assert not list(tiny_bundle.parent.glob(".*"))
-    made = [name for stage in bundle.manifest.stages.values() for name in stage.files]
-    assert set(bundle.manifest.stages) == STAGES and sorted(made) == sorted(bundle.manifest.files)
+    files = [name for stage in bundle.manifest.stages.values() for name in stage.files]
+    assert set(bundle.manifest.stages) == STAGES and sorted(files) == sorted(bundle.manifest.files)
     digest = bundle.manifest.request["checkpoint_sha256"]
     assert bundle.manifest.request == {
         "checkpoint": "tiny",
@@ -112,10 +112,10 @@ def test_the_manifest_describes_the_model(tiny_bundle: Path) -> None:
 
 
 def test_manifest_tells_neither_when_nor_where(tiny_bundle: Path) -> None:
-    written = (tiny_bundle / "manifest.json").read_text()
-    assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", written)
-    assert platform.node() not in written and str(tiny_bundle.parent) not in written
-    assert not [text for text in texts(json.loads(written)) if text.startswith(("/", "~")) or "\\" in text]
+    manifest = (tiny_bundle / "manifest.json").read_text()
+    assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d", manifest)
+    assert platform.node() not in manifest and str(tiny_bundle.parent) not in manifest
+    assert not [text for text in texts(json.loads(manifest)) if text.startswith(("/", "~")) or "\\" in text]
     log = json.loads((tiny_bundle / "build-log.json").read_text())
     assert set(log["stages"]) == STAGES and log["finished"] and log["host"]
 

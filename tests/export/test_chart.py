@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_export.page.chart import HEIGHT, WIDTH, Axis, Series, bars, lines, sheet
+from ldm_export.page.chart import HEIGHT, WIDTH, ChartAxis, Series, bars, lines, sheet
 from ldm_runtime.errors import SpecError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -38,7 +38,7 @@ def test_points_lie_in_the_frame_in_the_order_of_their_values(points, log_x, log
 
 @given(NUMBERS, NUMBERS, st.booleans())
 def test_ticks_are_few_and_on_the_axis(one: float, other: float, log: bool) -> None:
-    axis = Axis.over([one, other], log)
+    axis = ChartAxis.over([one, other], log)
     assert 1 <= len(axis.ticks()) <= 30
     assert all(-1e-9 <= axis.at(tick) <= 1 + 1e-9 for tick in axis.ticks())
 

@@ -13,16 +13,10 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import open_checkpoint
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import edit_json, random_checkpoint, write_json
+from tests.support.configs_only import CONFIGS
 
 LARGE = {  # the published model's configs, with the keys it has and no others
-    "model_index.json": {
-        "_class_name": "LDMTextToImagePipeline",
-        "bert": ["latent_diffusion", "LDMBertModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "tokenizer": ["transformers", "BertTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vqvae": ["diffusers", "AutoencoderKL"],
-    },
+    "model_index.json": CONFIGS["model_index.json"],
     "bert/config.json": {"architectures": ["LDMBertModel"], "model_type": "ldmbert", "vocab_size": 30522},
     "scheduler/scheduler_config.json": {
         "_class_name": "DDIMScheduler",

@@ -71,7 +71,7 @@ def test_build_where_nothing_can_be_written(refused: Refused, tiny_checkpoint: P
     refused("build", tiny_checkpoint, "-o", target, message=target.rpartition("/")[0] or "File name too long")
 
 
-ASKED = {
+INVALID_REQUESTS = {
     "100 000 characters": (["a" * 10**5], ": got 100000 characters, expected at most 50000; shorten it"),
     "no Unicode": (["a \udcff"], ": character 2 is the lone surrogate U+DCFF, expected Unicode"),
     "33 prompts": (["a"] * 33, "images: got 33 in one call, expected 1..32; make several calls"),
@@ -105,11 +105,11 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("case", ASKED)
+@pytest.mark.parametrize("case", INVALID_REQUESTS)
 def test_generate_what_cannot_be(refused: Refused, tiny_bundle: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
-    arguments, message = ASKED[case]
+    arguments, message = INVALID_REQUESTS[case]
     refused("generate", "--steps", "2", tiny_bundle, *arguments, message=message)
 
 

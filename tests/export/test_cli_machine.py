@@ -88,8 +88,10 @@ def test_cuda_without_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_an_interrupt_is_one_line_and_leaves_no_image(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("generate", tiny_bundle, *PROMPT, "--steps", 1000, "--width", 512, "-o", tmp_path / "out.png")
     command = [sys.executable, "-m", "ldm_export.cli", *map(str, arguments)]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
+    interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **interruptible
+    ) as process:
         while "onnxruntime" not in Path(f"/proc/{process.pid}/maps").read_text():  # then the command is under way
             assert process.poll() is None
             time.sleep(0.1)

@@ -44,7 +44,7 @@ def test_no_addresses(text: str) -> None:
         parse_url(text)
 
 
-ASKED = {
+INVALID_REQUESTS = {
     "two protocols": (["--url", "http://x", "--protocol", "grpc"], "url: 'http://x' is for http, but --protocol is"),
     "a stream over HTTP": (["--url", "http://x", "--stream"], "url: http://x:8000 cannot stream; use gRPC"),
     "previews without a stream": (["--preview-every", "5"], "--preview-every: got no --stream"),
@@ -55,9 +55,9 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("case", ASKED)
+@pytest.mark.parametrize("case", INVALID_REQUESTS)
 def test_what_is_not_a_valid_request(refused: Refused, case: str) -> None:
-    arguments, message = ASKED[case]
+    arguments, message = INVALID_REQUESTS[case]
     refused("client", PROMPT, *arguments, message=message)
 
 

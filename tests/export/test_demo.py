@@ -85,13 +85,12 @@ def test_without_it_one_line_says_how_to_install_it(verb: tuple[str, ...], tiny_
 
 
 def test_half_precision_is_measured_with_the_given_prompts(
-    tiny_checkpoint: Path, tmp_path: Path, refused: Callable[..., None]
+    tiny_checkpoint: Path, half_bundle: Bundle, tmp_path: Path, refused: Callable[..., None]
 ) -> None:
-    checkpoint = open_checkpoint(tiny_checkpoint)
-    first = build(checkpoint, tmp_path / "bundle", "fp16")
+    checkpoint, folder = open_checkpoint(tiny_checkpoint), shutil.copytree(half_bundle.folder, tmp_path / "bundle")
     options = BuildOptions("fp16", requests=({"prompts": "a red circle"},))
-    ranges = json.loads(first.bundle.file("report/ranges.json").read_text())
-    again = build(checkpoint, tmp_path / "bundle", options=options)
+    ranges = json.loads(half_bundle.file("report/ranges.json").read_text())
+    again = build(checkpoint, folder, options=options)
     assert again.origins["ranges"] == "made" and again.origins["unet.fp32"] == "kept"
     assert json.loads(again.bundle.file("report/ranges.json").read_text()) != ranges
     (tmp_path / "p.txt").write_text("a red circle\n")

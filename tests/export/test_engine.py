@@ -93,9 +93,9 @@ def test_every_convolution_of_the_graph_stands_in_the_program(shapes_engines: Bu
 def test_fp32_is_proven_fp32_and_never_taken_for_fp16(shapes_engines: Bundle, capability: str, tmp_path: Path) -> None:
     spec = shapes_engines.manifest.components["text_encoder"].spec
     graph, file = shapes_engines.graph("text_encoder", "fp32"), tmp_path / "fp32.engine"
-    made = build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", (capability,)), file))
-    assert set(made.proof["matrix_work"]) == {"float"}
-    assert (made.proof["attention"]["fused"], len(made.proof["attention"]["unfused"])) == (0, 3)
+    built = build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", (capability,)), file))
+    assert set(built.proof["matrix_work"]) == {"float"}
+    assert (built.proof["attention"]["fused"], len(built.proof["attention"]["unfused"])) == (0, 3)
     with pytest.raises(BuildError, match=r"matrix operations are in float, expected fp16, first .*MatMul"):
         prove(file, "fp16", ())
 
@@ -115,9 +115,9 @@ def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
     half = half_precision("bf16", ranges)(load_graph(source))
     graph, *_ = save_graph(half.model, tmp_path / "bf16.onnx")
     request = EngineRequest("tensorrt-rtx", ("8.9",))
-    made = build_engine(EngineJob(graph, spec, "bf16", request, tmp_path / "bf16.engine"))
-    assert set(made.proof["matrix_work"]) == {"bf16"}
-    assert made.proof["attention"] == {"graph": 3, "fused": 3}
+    built = build_engine(EngineJob(graph, spec, "bf16", request, tmp_path / "bf16.engine"))
+    assert set(built.proof["matrix_work"]) == {"bf16"}
+    assert built.proof["attention"] == {"graph": 3, "fused": 3}
     with pytest.raises(BuildError, match="matrix operations are in bf16, expected fp16"):
         prove(tmp_path / "bf16.engine", "fp16", ())
 
@@ -218,7 +218,8 @@ def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -
     bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
     command = [sys.executable, "-m", "ldm_export.cli", "build", "-o", str(bundle)]
     options = ["--target", "tensorrt-rtx", "--compute-capability", "8.6,8.9", "--batch", "1:1:4"]
-    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     request = EngineRequest("tensorrt-rtx", ("8.6", "8.9"))
     stages = [f"{name}.fp32.{request.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
     assert sorted(json.loads(done.stdout)["made"]) == sorted(stages)

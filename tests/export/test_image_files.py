@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_export.cli import main
-from ldm_export.verbs.image_options import Written, check_output, write_images
+from ldm_export.verbs.image_options import ImageFiles, check_output, write_images
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.images import FORMATS, to_bytes
 
@@ -28,8 +28,8 @@ def test_format_of_the_suffix(suffix: str, mode: str) -> None:
     with Image.open(io.BytesIO(to_bytes(image(mode), suffix))) as read:
         assert read.format == FORMATS[suffix.lower()]
         on_white = Image.alpha_composite(Image.new("RGBA", (16, 8), "white"), image(mode).convert("RGBA"))
-        found = Image.alpha_composite(Image.new("RGBA", (16, 8), "white"), read.convert("RGBA"))
-        assert np.abs(np.asarray(found, int) - np.asarray(on_white, int)).max() <= 4
+        on_background = Image.alpha_composite(Image.new("RGBA", (16, 8), "white"), read.convert("RGBA"))
+        assert np.abs(np.asarray(on_background, int) - np.asarray(on_white, int)).max() <= 4
 
 
 def test_what_cannot_be_encoded() -> None:
@@ -41,9 +41,9 @@ def test_what_cannot_be_encoded() -> None:
 
 def test_a_grid_and_its_images(tmp_path: Path) -> None:
     output = tmp_path / "out.webp"
-    written = write_images(output, [image("RGB")] * 2, None, each=True)
+    image_files = write_images(output, [image("RGB")] * 2, None, each=True)
     files = (output, tmp_path / "out-0.webp", tmp_path / "out-1.webp")
-    assert written == Written(files, ())
+    assert image_files == ImageFiles(files, ())
     for file in files:
         with Image.open(file) as read:
             assert read.format == "WEBP"

@@ -70,8 +70,8 @@ def test_openvino_executes_every_chosen_layer_in_int8(calibrated: Bundle, name: 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_tensorrt_rtx_builds_it_and_its_program_computes_in_int8(calibrated: Bundle, name: str, tmp_path: Path) -> None:
-    held = part(calibrated, name)
-    islands = tuple(layer["name"] for layer in held.layers if not layer["int8"])
+    calibration = part(calibrated, name)
+    islands = tuple(layer["name"] for layer in calibration.layers if not layer["int8"])
     job = EngineJob(
         calibrated.graph(name, "int8"),
         calibrated.manifest.components[name].spec,
@@ -80,8 +80,8 @@ def test_tensorrt_rtx_builds_it_and_its_program_computes_in_int8(calibrated: Bun
         tmp_path / "engine",
         islands,
     )
-    made = build_engine(job)
-    assert made.proof["matrix_work"]["int8"] > 3, made.proof
+    built = build_engine(job)
+    assert built.proof["matrix_work"]["int8"] > 3, built.proof
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -97,8 +97,8 @@ def test_the_form_of_the_graph(calibrated: Bundle, name: str) -> None:
         if node.op_type == "QuantizeLinear":
             assert len(node.outputs[0].uses()) == 1  # a pair of its own for each reader
         if node.name in chosen:
-            given, weights = node.inputs[0].producer(), node.inputs[1].producer()
-            assert (given.op_type, weights.op_type) == ("DequantizeLinear", "DequantizeLinear")
+            data, weights = node.inputs[0].producer(), node.inputs[1].producer()
+            assert (data.op_type, weights.op_type) == ("DequantizeLinear", "DequantizeLinear")
             assert weights.inputs[0].const_value.dtype == ir.DataType.INT8
             assert weights.inputs[1].shape[0] == weights.inputs[0].shape[layers[node.name].out_axis]
             if len(node.inputs) > 2:
@@ -125,7 +125,7 @@ def test_weights_beside_the_graph_in_a_file_of_several_links(calibrated: Bundle,
     """As a large model's lie in the work folder of a bundle that is calibrated anew."""
     ir.save(ir.load(calibrated.graph("unet", "fp32")), tmp_path / "fp32.onnx", external_data="fp32.onnx.data")
     (tmp_path / "second").hardlink_to(tmp_path / "fp32.onnx.data")
-    held, model = part(calibrated, "unet"), load_graph(tmp_path / "fp32.onnx")
-    insert_qdq(model, held.tensors, held.chosen)
+    calibration, model = part(calibrated, "unet"), load_graph(tmp_path / "fp32.onnx")
+    insert_qdq(model, calibration.tensors, calibration.chosen)
     save_graph(model, tmp_path / "int8.onnx")
     assert (tmp_path / "int8.onnx").read_bytes() == calibrated.graph("unet", "int8").read_bytes()

@@ -11,22 +11,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 
 from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import find_layers
 from ldm_calibration.qdq import QuantizedTensors, Scaling
 from ldm_calibration.sensitivity import measure_sensitivity
-from ldm_calibration.trajectories import run_trajectories
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError
-from tests.support.tiny_int8 import QUANTIZED, SETTINGS, model_of, part
+from tests.support.tiny_int8 import SETTINGS, model_of, part
 
 
 def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
@@ -45,15 +42,15 @@ def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
 
 
 def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(calibrated: Bundle) -> None:
-    held = part(calibrated, "unet")
-    layer = held.chosen[0]
+    calibration = part(calibrated, "unet")
+    layer = calibration.chosen[0]
     source = next(
         one.source for one in find_layers(load_graph(calibrated.graph("unet", "fp32")).graph) if one.name == layer
     )
-    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", held.tensors, [layer])
-    sources = held.tensors.sources
+    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", calibration.tensors, [layer])
+    sources = calibration.tensors.sources
     coarse = {**sources, source: Scaling(sources[source].threshold * 10, sources[source].factors)}
-    tensors = QuantizedTensors(coarse, held.tensors.results)
+    tensors = QuantizedTensors(coarse, calibration.tensors.results)
     rough = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", tensors, [layer])
     assert rough[layer] < fine[layer] - 6
 
@@ -105,17 +102,6 @@ def test_without_prompts_it_is_refused(bundle_copy: Path, tmp_path: Path, refuse
         (("--trials", "0"), "--trials: got 0"),
     ):
         refused("calibrate", bundle_copy, "--prompts", "p.txt", *options, message=message)
-
-
-def test_a_model_that_gives_nan_is_refused(calibrated: Bundle, tmp_path: Path) -> None:
-    model = model_of(calibrated)
-    damaged = ir.load(model.graphs["unet"])
-    weight = damaged.graph.initializers["unet.conv_in.weight"]
-    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e38), name=weight.name)
-    ir.save(damaged, tmp_path / "unet.onnx")
-    broken = replace(model, graphs={**model.graphs, "unet": tmp_path / "unet.onnx"})
-    with pytest.raises(BuildError, match=r"^unet: got NaN or infinity in fp32"):
-        run_trajectories(broken, SETTINGS, QUANTIZED)
 
 
 def test_calibrate_says_that_int8_becomes_the_default(

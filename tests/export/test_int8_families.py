@@ -40,10 +40,10 @@ def plain_bundle(tmp_path: Path) -> Bundle:
     return bundle_of(unconditional_model(tmp_path / "model"), tmp_path / "bundle", ("unet", "decoder"))
 
 
-def options(*given: str) -> argparse.Namespace:
+def options(*texts: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_int8_arguments(parser)
-    return parser.parse_args(list(given))
+    return parser.parse_args(list(texts))
 
 
 def test_a_text_model_keeps_its_constant_components_in_fp32(text_bundle: Bundle) -> None:
@@ -95,10 +95,10 @@ def test_a_budget_that_the_record_does_not_keep_is_reported_as_not_met(plain_bun
 
 
 def test_a_grader_gets_images_and_requests_and_is_reported(text_bundle: Bundle) -> None:
-    seen: list[int] = []
+    counts: list[int] = []
 
     def grade(images: Sequence[Any], requests: Sequence[Any]) -> list[bool]:
-        seen.append(len(images))
+        counts.append(len(images))
         assert [image.dtype for image in images] == [np.uint8] * 2 and tuple(requests) == PROMPTS
         return [True, False]
 
@@ -107,7 +107,7 @@ def test_a_grader_gets_images_and_requests_and_is_reported(text_bundle: Bundle) 
         calibrate(text_bundle.folder, settings)
     built = calibrate(text_bundle.folder, settings, grade=grade)
     summary = write_report(built.bundle)[1]["summary"]
-    assert seen and (summary["correct_fp32"], summary["correct_int8"]) == (0.5, 0.5)
+    assert counts and (summary["correct_fp32"], summary["correct_int8"]) == (0.5, 0.5)
 
 
 def test_a_bundle_must_name_what_int8_quantizes(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from tests.support.tiny_int8 import part
 def test_the_report_says_what_the_record_says(calibrated: Bundle) -> None:
     report = json.loads(calibrated.file("report/int8.json").read_text())
     assert report["record"]["sha256"] == calibrated.manifest.files[CALIBRATION_RECORD].sha256
-    for name, held in report["components"].items():
+    for name, reported in report["components"].items():
         facts = part(calibrated, name)
-        work = {layer["name"]: layer["flops"] for layer in held["layers"]}
+        work = {layer["name"]: layer["flops"] for layer in reported["layers"]}
         assert list(work) == [layer.name for layer in find_layers(load_graph(calibrated.graph(name, "fp32")).graph)]
-        assert held["int8_share"] == pytest.approx(sum(work[layer] for layer in facts.chosen) / sum(work.values()))
-        assert held["bytes_int8"] < held["bytes_fp32"]
+        assert reported["int8_share"] == pytest.approx(sum(work[layer] for layer in facts.chosen) / sum(work.values()))
+        assert reported["bytes_int8"] < reported["bytes_fp32"]
     unet = report["components"]["unet"]
     assert unet["int8_share"] > 0.8 and unet["bytes_int8"] < 0.7 * unet["bytes_fp32"]
     assert report["summary"]["psnr_mean"] >= 15 and report["speed"]["unet_ms"]["int8"] > 0

@@ -15,7 +15,8 @@ RUN = "import sys; from ldm_export.entry import main; print('begun', flush=True)
 def interrupted(delay: float, code: str = RUN, wait: bool = True) -> tuple[int, str]:
     """Exit code and standard error of a command that is interrupted ``delay`` seconds after it has begun."""
     command = [sys.executable, "-c", code, "inspect", "/nowhere"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # even below a shell's `&`
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     if wait:
         assert process.stdout.readline() == "begun\n"

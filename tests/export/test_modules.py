@@ -115,8 +115,8 @@ def test_unused_tensors_are_left_out_with_a_warning(tiny: Path, caplog: pytest.L
     for name, output in expected.items():
         assert torch.equal(ours(tiny, name), output)
         assert torch.equal(theirs(tiny, name), output)
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("ldm_export")]
-    assert [line.partition(": left out ")[2] for line in told] == [
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("ldm_export")]
+    assert [line.partition(": left out ")[2] for line in warnings] == [
         "a tensor that is not used: cls.bias",
         "2 tensors that the model does not use: loss.0.weight, loss.logvar",
     ]
@@ -202,12 +202,12 @@ def test_one_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for
     wide = {"encoder_ffn_dim": 4096, "d_model": 1024, "vocab_size": 4096}
     edit_json(folder / "bert" / "config.json", **wide)
     edit_json(folder / "unet" / "config.json", cross_attention_dim=1024)
-    drawn = load_module(open_checkpoint(folder, random_weights=True), "text_encoder")
-    state = {name: tensor.to(form.get("dtype", torch.float32)) for name, tensor in drawn.state_dict().items()}
+    random_module = load_module(open_checkpoint(folder, random_weights=True), "text_encoder")
+    state = {name: tensor.to(form.get("dtype", torch.float32)) for name, tensor in random_module.state_dict().items()}
     size = sum(4 * tensor.numel() for tensor in state.values())
     for file in (folder / "bert").glob("*model.*"):
         write_tensors(file, state)
-    del state, drawn
+    del state, random_module
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or the next tensors would not be seen
     before, peak, read = anonymous_memory(), 0, StoredTensor.read

@@ -63,8 +63,8 @@ def test_images_are_those_the_runtime_generates_with_their_amplified_difference(
     for precision in ("fp32", "fp16"):
         with LatentDiffusionPipeline.from_bundle(half_bundle, precision=precision) as pipeline:
             options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": STEPS}
-            made = [pipeline(prompt, seed=5 + i, **options).images[0] for i, prompt in enumerate(PROMPTS)]
-            expected.append([np.asarray(image).astype(int) for image in made])
+            generated = [pipeline(prompt, seed=5 + i, **options).images[0] for i, prompt in enumerate(PROMPTS)]
+            expected.append([np.asarray(image).astype(int) for image in generated])
     for index, row in enumerate(rows):
         one, other, difference = result[3 * index : 3 * index + 3]
         assert np.array_equal(one, expected[0][index]) and np.array_equal(other, expected[1][index])
@@ -88,9 +88,9 @@ def test_precisions_islands_and_origin_are_shown(half_bundle: Bundle, half_page:
     assert full[3] == "–" and (half[3] == "equal" or float(half[3]) > 45)
     islands = page.table("nodes in fp32")[1:]
     assert [row[0] for row in islands] == list(components)
-    for component, _, nodes, kept, why in islands:
+    for component, _, nodes, float_count, why in islands:
         facts = json.loads(half_bundle.file(f"report/{component}.fp16.json").read_text())
-        assert (int(nodes), int(kept)) == (facts["half"], len(facts["islands"]))
+        assert (int(nodes), int(float_count)) == (facts["half"], len(facts["islands"]))
         softmax = sum(reason == "softmax" for reason in facts["islands"].values())
         assert f"{softmax} softmax" in why if softmax else "softmax" not in why
     assert page.text.count("largest fp16 number") == 1

@@ -64,9 +64,9 @@ def test_a_component_is_served_as_its_spec_says(tiny_bundle: Path, tmp_path: Pat
         assert (read.backend, read.platform) == {"python": ("python", ""), "onnxruntime": ("", "onnxruntime_onnx")}[
             target
         ]
-        for given, specs in ((read.input, part.spec.inputs), (read.output, part.spec.outputs)):
-            assert [tensor.name for tensor in given] == [tensor.name for tensor in specs]
-            for tensor, spec in zip(given, specs, strict=True):
+        for tensors, specs in ((read.input, part.spec.inputs), (read.output, part.spec.outputs)):
+            assert [tensor.name for tensor in tensors] == [tensor.name for tensor in specs]
+            for tensor, spec in zip(tensors, specs, strict=True):
                 assert (
                     ModelConfig.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number[tensor.data_type].name
                     == f"TYPE_{DATA_TYPES[spec.dtype]}"
@@ -164,8 +164,8 @@ def test_writing_again_adds_a_version_and_keeps_the_one_before(bundle_copy: Path
     for number in (1, 2, 3):
         assert write(bundle_copy, repository, "--max-queue", number) == 0
         for name in model_names(Bundle.open(bundle_copy)):
-            kept = sorted(path.name for path in (repository / name).iterdir() if path.is_dir())
-            assert kept == [str(n) for n in range(max(1, number - 1), number + 1)]
+            versions = sorted(path.name for path in (repository / name).iterdir() if path.is_dir())
+            assert versions == [str(n) for n in range(max(1, number - 1), number + 1)]
         assert config(repository, "ldm").parameters["max_queue"].string_value == str(number)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repository"]
 

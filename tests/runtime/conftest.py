@@ -27,16 +27,16 @@ def scheduler(pipeline: LatentDiffusionPipeline) -> Iterator[BatchScheduler]:
 @pytest.fixture
 def gated(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple]]:
     """Make a scheduler whose UNet calls wait at a ``StepGate``; arguments are ``Limits``, or its fields."""
-    made: list[tuple[BatchScheduler, StepGate]] = []
+    opened: list[tuple[BatchScheduler, StepGate]] = []
 
     def make(limits: Limits | None = None, **fields) -> tuple[BatchScheduler, StepGate]:
         gate = StepGate(pipeline.backends["unet"].run)
         scheduler = BatchScheduler(pipeline, limits or Limits(**fields))
         monkeypatch.setattr(pipeline.backends["unet"], "run", gate)
-        made.append((scheduler, gate))
+        opened.append((scheduler, gate))
         return scheduler, gate
 
     yield make
-    for scheduler, gate in made:
+    for scheduler, gate in opened:
         gate.open()
         scheduler.close()

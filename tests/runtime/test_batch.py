@@ -40,10 +40,10 @@ class ScaledInput:
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LatentDiffusionPipeline]:
     """Scheduler -> pipeline of the same model."""
     folder = tmp_path_factory.mktemp("model")
-    made = {name: numpy_pipeline(folder, scheduler=config) for name, config in SCHEDULERS.items()}
-    made["scaled"] = numpy_pipeline(folder)
-    made["scaled"].scheduler = ScaledInput(made["scaled"].scheduler)
-    return made
+    result = {name: numpy_pipeline(folder, scheduler=config) for name, config in SCHEDULERS.items()}
+    result["scaled"] = numpy_pipeline(folder)
+    result["scaled"].scheduler = ScaledInput(result["scaled"].scheduler)
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -53,11 +53,11 @@ def test_batched_requests_give_the_pipelines_images(gated, pipeline, limits: Lim
         gate.wait_for_call()
         gate.let_through()
     gate.open()
-    got = [job.result(120).images for job in jobs]
+    batched = [job.result(120).images for job in jobs]
     assert wait_until(lambda: scheduler.snapshot().running == 0)
     snapshot = scheduler.snapshot()
     expected = [alone(pipeline, request) for request in MIXED] * 2
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(batched, expected, strict=True):
         assert one.shape == other.shape and one.dtype == np.uint8
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert snapshot.outcomes["done"] == len(requests) and snapshot.waiting == snapshot.running == 0
@@ -76,13 +76,13 @@ def test_requests_that_start_together_give_exactly_the_images_of_one_request_for
         for p, s in zip(PROMPTS[:2], (3, 4), strict=True)
     ]
     gate.open()
-    got = np.concatenate([job.result(60).images for job in pair])
+    batched = np.concatenate([job.result(60).images for job in pair])
     assert first.result(60) and gate.rows == [1] + [2] * 6
     together = Request(PROMPTS[:2], seed=[3, 4], num_inference_steps=6, eta=0.5)
     for step in pipeline.steps(together):
         latents = step.latents
     expected = [np.asarray(pipeline.decode(part)[0]) for part in (latents[:1], latents[1:])]
-    assert np.array_equal(got, np.stack(expected))
+    assert np.array_equal(batched, np.stack(expected))
 
 
 def test_requests_join_at_any_step_and_leave_when_done(gated, pipeline) -> None:

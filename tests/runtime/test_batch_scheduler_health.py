@@ -55,7 +55,7 @@ def test_the_idle_self_test_detects_a_failing_engine(pipeline, monkeypatch) -> N
 
 def test_an_image_with_nan_fails_alone_and_not_those_decoded_with_it(gated, pipeline, monkeypatch) -> None:
     scheduler, gate = gated()
-    held = scheduler.submit(Request("a", seed=0, num_inference_steps=2))
+    healthy = scheduler.submit(Request("a", seed=0, num_inference_steps=2))
     gate.wait_for_call()
     jobs = [scheduler.submit(Request("abc"[number], seed=number, num_inference_steps=1)) for number in range(3)]
     decode, batches, bad = pipeline.backends["decoder"].run, [], []
@@ -69,9 +69,9 @@ def test_an_image_with_nan_fails_alone_and_not_those_decoded_with_it(gated, pipe
 
     monkeypatch.setattr(pipeline.backends["decoder"], "run", spoilt)
     gate.open()
-    outcomes = [job.future.exception(20) for job in (held, *jobs)]
+    outcomes = [job.future.exception(20) for job in (healthy, *jobs)]
     assert [isinstance(outcome, SpecError) for outcome in outcomes] == [False, True, False, False]
-    assert [job.result().images.shape for job in (held, *jobs[1:])] == [(1, 12, 12, 3)] * 3
+    assert [job.result().images.shape for job in (healthy, *jobs[1:])] == [(1, 12, 12, 3)] * 3
     assert batches == [4, 1, 1, 1, 1]
     assert scheduler.ready
 

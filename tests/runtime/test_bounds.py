@@ -12,7 +12,7 @@ import pytest
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import ManifestError, SpecError
-from ldm_runtime.manifest import MAX_BYTES, read_manifest
+from ldm_runtime.manifest_reader import MAX_BYTES, read_manifest
 from ldm_runtime.regular_files import read_regular
 from tests.support.small_bundle import write_small_bundle
 

@@ -48,8 +48,8 @@ def test_a_backend_converts_from_and_to_the_dtypes_of_the_spec(backend: DeviceBa
 def test_a_backend_keeps_the_shapes_used_last(backend: DeviceBackend) -> None:
     for rows in range(1, KEPT_SHAPES + 3):
         backend.run({"x": np.ones((rows, 3), np.float32)})
-    kept = [f"twice for x [{rows}, 3]" for rows in range(3, KEPT_SHAPES + 3)]
-    assert list(backend.memory()) == kept and min(backend.memory().values()) >= 2 * 3 * 3 * 2
+    messages = [f"twice for x [{rows}, 3]" for rows in range(3, KEPT_SHAPES + 3)]
+    assert list(backend.memory()) == messages and min(backend.memory().values()) >= 2 * 3 * 3 * 2
     backend.close()
     assert backend.memory() == {}
 

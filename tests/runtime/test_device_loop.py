@@ -153,9 +153,9 @@ def test_the_shapes_used_last_are_kept_and_their_memory_is_reported(ddim) -> Non
     assert looped.loop.memory() == {}
     for height in (12, 16, 12):
         looped("a", guidance_scale=6.0, height=height, **OPTIONS)
-    kept = looped.loop.memory()
-    assert list(kept) == ["1 images in 2 rows of 4×8×6", "1 images in 2 rows of 4×6×6"]
-    assert all(size > 2 * 4 * 6 * 6 * 4 for size in kept.values())
+    memory = looped.loop.memory()
+    assert list(memory) == ["1 images in 2 rows of 4×8×6", "1 images in 2 rows of 4×6×6"]
+    assert all(size > 2 * 4 * 6 * 6 * 4 for size in memory.values())
     looped.loop.close()
     assert looped.loop.memory() == {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -15,18 +14,11 @@ from hypothesis import strategies as st
 
 from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import (
-    MAX_BYTES,
-    MAX_NESTING,
-    Component,
-    FileFact,
-    Manifest,
-    Stage,
-    read_manifest,
-    safe_path,
-)
+from ldm_runtime.manifest import Component, FileFact, Manifest, StageFact
+from ldm_runtime.manifest_reader import MAX_BYTES, MAX_NESTING, read_manifest, safe_path
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
+from tests.support.json_fields import with_field
 
 BATCH, HEIGHT, WIDTH = Axis("batch", 1, 1, 32), Axis("height", 2, 8, 128), Axis("width", 2, 6, 64)
 LATENTS = (BATCH, 4, HEIGHT, WIDTH)
@@ -64,7 +56,7 @@ MANIFEST = Manifest(
     defaults=Defaults(50, 0.3, 6.0),
     files={f"{name}/fp32.onnx": FileFact(f"{number:064x}", number) for number, name in enumerate(COMPONENTS)}
     | {"tokenizer.json": FileFact("ab" * 32, 2**40)},
-    stages={"unet.fp32": Stage("key", ("unet/fp32.onnx",))},
+    stages={"unet.fp32": StageFact("key", ("unet/fp32.onnx",))},
     tools={"onnx": "1.20", "ldm-export": "0.1"},
     request={"checkpoint": "größe 猫 🎨", "precision": "fp32"},
     measured={"verify": {"images": [{"psnr": 51.25, "equal": None}]}},
@@ -78,29 +70,15 @@ def write(folder: Path, document: Any) -> Path:
     return folder
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """DOCUMENT with the field at ``key key 0`` replaced; ``...`` takes it out."""
-    document: Any = copy.deepcopy(DOCUMENT)
-    *case, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
-    at = document
-    for part in case:
-        at = at[part]
-    if value is ...:
-        del at[last]
-    else:
-        at[last] = value
-    return document
-
-
 def test_a_written_manifest_reads_back_equal(tmp_path: Path) -> None:
     assert read_manifest(write(tmp_path, MANIFEST.to_json())) == MANIFEST
 
 
 def test_equal_facts_give_equal_bytes() -> None:
-    kept = ("components",)  # their order is the order in which they run
+    ordered = ("components",)  # their order is the order in which they run
     backwards = {
         name: dict(reversed(facts.items()))
-        if isinstance(facts := getattr(MANIFEST, name), dict) and name not in kept
+        if isinstance(facts := getattr(MANIFEST, name), dict) and name not in ordered
         else facts
         for name in MANIFEST.__dataclass_fields__
     }
@@ -155,11 +133,11 @@ def test_figures_that_json_lacks_are_not_written(value: float) -> None:
         (MANIFEST.to_json().encode()[:-30], "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("[" * 900 + "]" * 900, f"nested more than {MAX_NESTING} deep"),
-        (changed("measured", json.loads("[" * 600 + "]" * 600)), f"nested more than {MAX_NESTING} deep"),
-        (json.dumps(changed("measured figure", math.nan)), "not valid JSON"),
-        (json.dumps(changed("measured figure", -math.inf)), "not valid JSON"),
+        (with_field(DOCUMENT, "measured", json.loads("[" * 600 + "]" * 600)), f"nested more than {MAX_NESTING} deep"),
+        (json.dumps(with_field(DOCUMENT, "measured figure", math.nan)), "not valid JSON"),
+        (json.dumps(with_field(DOCUMENT, "measured figure", -math.inf)), "not valid JSON"),
         (json.dumps(DOCUMENT).replace("51.25", "1e999"), "not valid JSON"),
-        (json.dumps(changed("request checkpoint", "\ud800")), "surrogates not allowed"),
+        (json.dumps(with_field(DOCUMENT, "request checkpoint", "\ud800")), "surrogates not allowed"),
         (json.dumps(DOCUMENT).replace("51.25", "1" * 5000), "not valid JSON"),
         ("null", "manifest: got NoneType, expected an object"),
         ("[]", "manifest: got list, expected an object"),
@@ -243,7 +221,7 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
 def test_every_wrong_field_is_named(tmp_path: Path, path: str, value: Any, message: str) -> None:
     with pytest.raises(ManifestError) as caught:
-        read_manifest(write(tmp_path, changed(path, value)))
+        read_manifest(write(tmp_path, with_field(DOCUMENT, path, value)))
     assert str(caught.value).startswith(f"{tmp_path / NAME}: ")
     assert message in str(caught.value)
 
@@ -252,7 +230,7 @@ def test_every_wrong_field_is_named(tmp_path: Path, path: str, value: Any, messa
 def test_paths_that_leave_the_bundle_or_are_no_plain_paths(tmp_path: Path, path: str) -> None:
     with pytest.raises(ManifestError, match="is not a plain path inside the bundle; do not use this bundle"):
         safe_path("files", path)
-    document = changed("conditioning 0 files tokenizer", path) | {
+    document = with_field(DOCUMENT, "conditioning 0 files tokenizer", path) | {
         "files": {**DOCUMENT["files"], path: {"sha256": "0" * 64, "size": 0}}
     }
     with pytest.raises(ManifestError, match=r"path .* is not a plain path"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ldm_runtime.bundle_layout import MANIFEST as NAME
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import read_manifest
+from ldm_runtime.manifest_reader import read_manifest
 
 Place = tuple[Any, ...]
 

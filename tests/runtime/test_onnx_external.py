@@ -22,12 +22,12 @@ from tests.support.small_bundle import write_small_bundle
 
 def tensor(location: str) -> onnx.TensorProto:
     """A tensor whose data lies in a file."""
-    made = numpy_helper.from_array(np.zeros(2, np.float32), location)
-    made.ClearField("raw_data")
-    made.data_location = TensorProto.EXTERNAL
+    result = numpy_helper.from_array(np.zeros(2, np.float32), location)
+    result.ClearField("raw_data")
+    result.data_location = TensorProto.EXTERNAL
     for key, value in (("offset", "0"), ("location", location), ("length", "8")):
-        made.external_data.add(key=key, value=value)
-    return made
+        result.external_data.add(key=key, value=value)
+    return result
 
 
 def sparse(location: str) -> onnx.SparseTensorProto:

@@ -37,9 +37,9 @@ def test_it_runs_and_its_results_are_the_callers(graph: Path) -> None:
     assert (backend.inputs, backend.outputs, backend.device) == (SPEC.inputs, SPEC.outputs, "cpu")
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     first = backend.run({"x": x})["y"]
-    kept = first.copy()
+    copy = first.copy()
     second = backend.run({"x": x + 1})["y"]
-    assert np.array_equal(first, kept) and np.array_equal(second, 2 * x + 2)
+    assert np.array_equal(first, copy) and np.array_equal(second, 2 * x + 2)
     first[:] = -1
     assert np.array_equal(backend.run({"x": x})["y"], 2 * x)
 

@@ -60,19 +60,19 @@ def test_results_are_the_callers_and_shapes_are_kept(
     spec = bundle.manifest.components["decoder"].spec
     backend = OpenVinoBackend(bundle.graph("decoder", "fp32"), spec, cache=tmp_path / "cache")
     compiled: list[object] = []
-    backend._shaped.kept = 2
+    backend._shaped.max_requests = 2
     monkeypatch.setattr(backend._shaped, "_core", Counting(backend._core, compiled))
     feeds = [dummy_inputs(spec, "min", seed) for seed in (1, 2)]
     first = backend.run(feeds[0])["image"]
-    kept = first.copy()
-    assert not np.array_equal(backend.run(feeds[1])["image"], kept) and np.array_equal(first, kept)
+    copy = first.copy()
+    assert not np.array_equal(backend.run(feeds[1])["image"], copy) and np.array_equal(first, copy)
     assert len(compiled) == 1
     wide = {"latents": np.ones((1, feeds[0]["latents"].shape[1], 3, 5), np.float32)}
     narrow = backend.run(wide)["image"]
     assert len(compiled) == 2
     backend.run({"latents": wide["latents"][..., :4]})  # the third: from here on one for any shape
     assert np.abs(backend.run(wide)["image"] - narrow).max() < 1e-5
-    assert np.abs(backend.run(feeds[0])["image"] - kept).max() < 1e-5
+    assert np.abs(backend.run(feeds[0])["image"] - copy).max() < 1e-5
     assert len(compiled) == 3
     assert list((tmp_path / "cache").glob("*.blob"))
 
@@ -99,8 +99,8 @@ def test_arrays_that_stay_the_same_over_many_runs_are_taken_once_and_changes_are
     frozen = {key: array.copy() for key, array in feed.items()}
     for array in frozen.values():
         array.flags.writeable = False
-    for given in (feed, frozen, feed):  # the same arrays, others with the same values, and the first ones again
-        assert np.array_equal(backend.run(given)["noise_pred"], expected)
+    for inputs in (feed, frozen, feed):  # the same arrays, others with the same values, and the first ones again
+        assert np.array_equal(backend.run(inputs)["noise_pred"], expected)
     changed = {**feed, name: feed[name] + 1}
     assert not np.array_equal(backend.run(changed)["noise_pred"], expected)
     assert np.array_equal(backend.run(feed)["noise_pred"], expected)

@@ -22,8 +22,8 @@ def graph(factor: int = 2, mode: str = "nearest", kernel: int = 3, pad: int = 1,
         ops.relu(x), size, mode, "sizes", coordinate_transformation_mode="asymmetric", nearest_mode="floor", axes=axes
     )
     weights = np.random.default_rng(7).standard_normal((6, 5, kernel, kernel)).astype(np.float32)
-    made = ops.convolution(large, ops.constant(weights), [1, 1], [pad, pad], [pad, pad], [1, 1])
-    results = [ops.result(ops.relu(made)), *([ops.result(ops.relu(large))] if shared else [])]
+    convolved = ops.convolution(large, ops.constant(weights), [1, 1], [pad, pad], [pad, pad], [1, 1])
+    results = [ops.result(ops.relu(convolved)), *([ops.result(ops.relu(large))] if shared else [])]
     return openvino.Model(results, [x])
 
 

@@ -66,20 +66,20 @@ def test_the_geometry_is_that_of_the_specs(pipeline: LatentDiffusionPipeline) ->
 
 
 def test_fields_left_out_take_the_models_defaults(plan: Callable[..., Plan]) -> None:
-    made = plan()
-    assert (made.shape, made.guidance_scale, len(made.trajectory)) == ((1, 4, 8, 8), 6.0, 50)
-    assert made.trajectory.needs_noise and made.branches == ("unconditional", "conditional")
-    assert made.latents is None and len(made.seeds) == 1
-    assert plan().seeds != made.seeds  # a fresh one each time
+    planned = plan()
+    assert (planned.shape, planned.guidance_scale, len(planned.trajectory)) == ((1, 4, 8, 8), 6.0, 50)
+    assert planned.trajectory.needs_noise and planned.branches == ("unconditional", "conditional")
+    assert planned.latents is None and len(planned.seeds) == 1
+    assert plan().seeds != planned.seeds  # a fresh one each time
 
 
 def test_images_of_a_prompt_lie_side_by_side(plan: Callable[..., Plan], pipeline: LatentDiffusionPipeline) -> None:
-    made = plan(["a", "b"], negative_prompt=["c", ""], images_per_prompt=2, height=16, width=160)
-    assert made.shape == (4, 4, 2, 20) and made.guided and made.rows == 8
+    planned = plan(["a", "b"], negative_prompt=["c", ""], images_per_prompt=2, height=16, width=160)
+    assert planned.shape == (4, 4, 2, 20) and planned.guided and planned.rows == 8
     (conditioner,) = pipeline.conditioners
     states = conditioner.encode(["a", "b", "c", ""])
     for branch, texts in (("conditional", "aabb"), ("unconditional", ["c", "c", "", ""])):
-        (rows,) = conditioner.rows(made.request, branch).values()
+        (rows,) = conditioner.rows(planned.request, branch).values()
         assert np.array_equal(rows, np.concatenate([states[text] for text in texts]))
 
 
@@ -92,9 +92,9 @@ def test_every_scale_but_one_is_guided(plan: Callable[..., Plan], scale: float) 
 
 
 def test_guidance_on_a_part_of_the_steps(plan: Callable[..., Plan]) -> None:
-    made = plan(num_inference_steps=6, guidance_interval=(0.0, 0.5), guidance_every=2)
+    planned = plan(num_inference_steps=6, guidance_interval=(0.0, 0.5), guidance_every=2)
     both, reused, off = StepBranches.BOTH, StepBranches.REUSED, StepBranches.CONDITIONAL
-    assert made.steps == (both, reused, both, off, off, off)
+    assert planned.steps == (both, reused, both, off, off, off)
 
 
 ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, what it expects
@@ -170,9 +170,9 @@ def equal(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 4))
 def test_one_seed_is_one_stream_for_the_whole_batch(plan: Callable[..., Plan], seed: int, images: int) -> None:
-    made = plan(["a"] * images, seed=seed)
-    assert equal(list(islice(made.noise(), 3)), torch_noise(seed, (images, 4, 8, 8), 3))
-    assert equal(list(islice(made.noise(), 1)), torch_noise(seed, (images, 4, 8, 8), 1))  # begins anew each time
+    planned = plan(["a"] * images, seed=seed)
+    assert equal(list(islice(planned.noise(), 3)), torch_noise(seed, (images, 4, 8, 8), 3))
+    assert equal(list(islice(planned.noise(), 1)), torch_noise(seed, (images, 4, 8, 8), 1))  # begins anew each time
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
@@ -191,7 +191,7 @@ def test_a_fresh_seed_is_one_that_can_be_given_again(plan: Callable[..., Plan]) 
 
 def test_with_latents_given_the_first_noise_is_the_first_steps(pipeline: LatentDiffusionPipeline) -> None:
     latents = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
-    given_latents = latents.copy()
+    copy = latents.copy()
     request = Request("a circle", latents=latents, seed=7, eta=1.0, guidance_scale=1.0, num_inference_steps=2)
     plan, denoiser = pipeline.plan(request), pipeline.denoiser
     conditioning, embedded = pipeline.condition(plan), denoiser.embed(plan.trajectory.timesteps)
@@ -200,4 +200,4 @@ def test_with_latents_given_the_first_noise_is_the_first_steps(pipeline: LatentD
         row = {name: array[step.index : step.index + 1] for name, array in embedded.items()}
         state = plan.trajectory.step(state, denoiser(state[0], row, conditioning), step.index, noise)
         assert np.abs(state[0] - step.latents).max() < 1e-4
-    assert np.array_equal(latents, given_latents)  # the caller's array is not changed
+    assert np.array_equal(latents, copy)  # the caller's array is not changed

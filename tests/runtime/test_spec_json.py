@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from ldm_runtime.errors import LdmError
 from ldm_runtime.spec_json import MAX_DIM, spec_from_json, spec_to_json
 from ldm_runtime.specs import DTYPES, Axis, ComponentSpec, TensorSpec
+from tests.support.json_fields import with_field
 
 BATCH, HEIGHT = Axis("batch", 1, 1, 32), Axis("height", 2, 8, 128)
 SPEC = ComponentSpec(
@@ -55,20 +55,6 @@ def test_any_spec_reads_back_equal(spec: ComponentSpec) -> None:
     assert spec_from_json("components.any", "any", document) == spec
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """DOCUMENT with the field at ``key key 0`` replaced; ``...`` takes it out."""
-    document: Any = copy.deepcopy(DOCUMENT)
-    *case, last = [int(part) if part.isdigit() else part for part in path.split(" ")]
-    at = document
-    for part in case:
-        at = at[part]
-    if value is ...:
-        del at[last]
-    else:
-        at[last] = value
-    return document
-
-
 BOUNDS = (3, [1, 2], [1, 2, 3, 4], [1, 1, True], [1, 1, 2.0], ["1", "1", "1"], [1, 1, MAX_DIM + 1], None)
 DIMS = (0, -1, MAX_DIM + 1, 1.0, True, None, "other", "0*batch", "batch*2", "8*", "08*batch", "batch\n", "", ["batch"])
 BAD: list[tuple[str, Any, str]] = [
@@ -99,5 +85,5 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path} {value!r:.20}" for path, value, _ in BAD])
 def test_every_wrong_field_is_named(path: str, value: Any, message: str) -> None:
     with pytest.raises(LdmError) as caught:
-        spec_from_json("components.unet", "unet", changed(path, value))
+        spec_from_json("components.unet", "unet", with_field(DOCUMENT, path, value))
     assert message in str(caught.value)

@@ -43,8 +43,10 @@ def axes(draw: st.DrawFn, name: str) -> Axis:
 @st.composite
 def specs(draw: st.DrawFn) -> ComponentSpec:
     """Two inputs and an output over the same axes, each scaled differently in each place."""
-    named = [draw(axes(name)) for name in ("batch", "height")]
-    dim = st.one_of(st.integers(1, 5), st.builds(lambda axis, by: axis * by, st.sampled_from(named), st.integers(1, 2)))
+    symbols = [draw(axes(name)) for name in ("batch", "height")]
+    dim = st.one_of(
+        st.integers(1, 5), st.builds(lambda axis, by: axis * by, st.sampled_from(symbols), st.integers(1, 2))
+    )
     shape = st.lists(dim, max_size=4).map(tuple)
     tensors = [TensorSpec(name, draw(st.sampled_from(DTYPES)), draw(shape)) for name in ("x", "y", "out")]
     return ComponentSpec("any", tuple(tensors[:2]), tuple(tensors[2:]))

@@ -75,8 +75,8 @@ def test_the_loop_on_a_device_gives_the_right_image_or_none(tmp_path: Path) -> N
         except BackendError as error:
             refused.append(str(error))
             return
-        found = np.concatenate([result.latents.ravel(), result.arrays.ravel()])
-        assert np.abs(found - expected[index]).max() <= 1e-4 * np.abs(expected[index]).max()
+        result_values = np.concatenate([result.latents.ravel(), result.arrays.ravel()])
+        assert np.abs(result_values - expected[index]).max() <= 1e-4 * np.abs(expected[index]).max()
 
     with looped, ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(call, range(CALLS)))

@@ -29,14 +29,14 @@ class TritonError:
 
 
 class Metric:
-    def __init__(self, written: list[str], name: str):
-        self._written, self._name, self._value = written, name, 0.0
+    def __init__(self, names: list[str], name: str):
+        self._names, self._name, self._value = names, name, 0.0
 
     def value(self) -> float:
         return self._value
 
     def set(self, value: float) -> None:
-        self._written.append(self._name)
+        self._names.append(self._name)
         self._value = value
 
     def increment(self, value: float) -> None:
@@ -49,8 +49,8 @@ class Backend:
     TritonError = TritonError
 
     def __init__(self) -> None:
-        self.written: list[str] = []
-        written = self.written
+        self.updated: list[str] = []
+        names = self.updated
 
         class MetricFamily:
             GAUGE, COUNTER = range(2)
@@ -59,7 +59,7 @@ class Backend:
                 self._name = name
 
             def Metric(self, labels: dict[str, str]) -> Metric:
-                return Metric(written, self._name)
+                return Metric(names, self._name)
 
         self.MetricFamily: Any = MetricFamily
 
@@ -78,8 +78,8 @@ class Backend:
     ],
 )
 def test_codes(error: Exception, code: int) -> None:
-    made = triton_error(error, Backend())
-    assert made.code == code and str(error) in made.message
+    converted = triton_error(error, Backend())
+    assert converted.code == code and str(error) in converted.message
 
 
 def test_metrics_are_written_at_once_and_only_if_they_have_changed() -> None:
@@ -87,13 +87,13 @@ def test_metrics_are_written_at_once_and_only_if_they_have_changed() -> None:
     state = [counters.snapshot(ready=True, waiting=0, running=0)]
     exporter = MetricsExporter(backend, {"model_name": "m", "model_version": "1"}, lambda: state[0])
     exporter.update()
-    backend.written.clear()
+    backend.updated.clear()
     exporter.update()
-    assert backend.written == []
+    assert backend.updated == []
     state[0] = replace(state[0], waiting=3)
     exporter.update()
-    assert backend.written == ["ldm_queue_length"]
+    assert backend.updated == ["ldm_queue_length"]
     exporter.close()
     state[0] = replace(state[0], waiting=4)
     exporter.update()
-    assert backend.written == ["ldm_queue_length"]
+    assert backend.updated == ["ldm_queue_length"]

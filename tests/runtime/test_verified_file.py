@@ -74,9 +74,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(bundle: Bundle, monkeyp
     fact, path = bundle.manifest.files["decoder/fp32.onnx"], bundle.folder / "decoder/fp32.onnx"
     sha256 = hashlib.sha256
 
-    def slow(*given):
+    def slow(*arguments):
         path.touch()
-        return sha256(*given)
+        return sha256(*arguments)
 
     monkeypatch.setattr(hashlib, "sha256", slow)
     with pytest.raises(ManifestError, match="changed while its digest was computed"):
@@ -154,10 +154,10 @@ def test_a_tokenizer_that_is_replaced_while_a_bundle_is_opened(
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
     def exchanged(path: Path, sha256: str, size: int) -> VerifiedFile:
-        found = verify(path, sha256, size)
+        verified = verify(path, sha256, size)
         if path.name == "tokenizer.json":
             path.write_bytes(path.read_bytes() + b" ")
-        return found
+        return verified
 
     monkeypatch.setattr(bundle_module, "verify", exchanged)
     with pytest.raises(ManifestError, match=REPLACED):

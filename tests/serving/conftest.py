@@ -1,4 +1,4 @@
-"""Fixtures of the serving tests: the shipped model in this process to compare with, and a gRPC connection."""
+"""Fixtures of the serving tests: a Triton server, the shipped model in this process, and a gRPC connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import pytest
 
 from ldm_runtime import LatentDiffusionPipeline, Request
 from tests.support.triton_client import Grpc
-from tests.support.triton_server import TritonServer
+from tests.support.triton_server import TritonServer, served
+
+
+@pytest.fixture(scope="session")
+def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only."""
+    with served(shapes_bundle, tmp_path_factory.mktemp("triton")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +27,7 @@ def local(shapes_bundle: Path) -> Iterator[LatentDiffusionPipeline]:
 
 
 @pytest.fixture(scope="session")
-def drawn(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
+def local_images(local: LatentDiffusionPipeline) -> Callable[[Request], np.ndarray]:
     """A function that generates a request's images in this process: uint8 [images, H, W, 3]."""
 
     def draw(request: Request) -> np.ndarray:

@@ -30,7 +30,7 @@ def case(request: pytest.FixtureRequest, triton_server: TritonServer) -> list[st
     return ["--url", triton_server.http if request.param == "http" else f"grpc://{triton_server.grpc}", *stream]
 
 
-def test_images_are_those_of_the_same_request_here(case: list[str], drawn, tmp_path: Path, capfd) -> None:
+def test_images_are_those_of_the_same_request_here(case: list[str], local_images, tmp_path: Path, capfd) -> None:
     other, place = "a small blue triangle in the center on a black background", tmp_path / "out.png"
     options = ["--seed", "3", "--steps", "6", "--eta", "0.5", "--guidance", "4", "--negative-prompt", "blue"]
     size = [
@@ -65,7 +65,7 @@ def test_images_are_those_of_the_same_request_here(case: list[str], drawn, tmp_p
         width=56,
         images_per_prompt=2,
     )
-    for index, expected in enumerate(drawn(request)):
+    for index, expected in enumerate(local_images(request)):
         image = np.asarray(Image.open(tmp_path / f"out-{index}.png"))
         assert image.shape == (72, 56, 3) and np.abs(image.astype(int) - expected).max() <= 1
 
@@ -125,8 +125,8 @@ def test_an_interrupt_cancels_the_request(triton_server: TritonServer, tmp_path:
         "256",
         *url,
     ]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **heard) as process:
+    interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **interruptible) as process:
         while triton_server.figures()["ldm_running_requests"] == 0:
             assert process.poll() is None
             time.sleep(0.05)

@@ -33,8 +33,8 @@ CHECK = {
 
 
 @pytest.fixture(scope="module")
-def expected(drawn: Callable[[Request], np.ndarray]) -> np.ndarray:
-    return drawn(Request(PROMPT, seed=5, num_inference_steps=8))
+def expected(local_images: Callable[[Request], np.ndarray]) -> np.ndarray:
+    return local_images(Request(PROMPT, seed=5, num_inference_steps=8))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_b
     write(shapes_bundle, server, "--max-queue", "2", "--max-rows", "2")
     load(server, "ldm_stream", "ldm")
     grpc = Grpc(server.grpc)
-    asked = [grpc.ask(WISH | {"STEPS": 50}) for _ in range(12)]
+    pending = [grpc.ask(WISH | {"STEPS": 50}) for _ in range(12)]
     done, refused = 0, []
-    for each in asked:
+    for each in pending:
         try:
             each.result()
             done += 1
@@ -137,10 +137,10 @@ def test_a_damaged_version_does_not_become_ready_and_the_old_one_keeps_serving(s
 
 def test_a_stopped_server_finishes_running_requests_and_restarts(server, expected) -> None:
     grpc = Grpc(server.grpc)
-    asked = grpc.ask(WISH | {"STEPS": 100})
+    pending = grpc.ask(WISH | {"STEPS": 100})
     first = over_http(server.http, WISH)
     server.stop()
-    assert asked.result().as_numpy("IMAGE").shape == (1, 64, 64, 3) and first is not None
+    assert pending.result().as_numpy("IMAGE").shape == (1, 64, 64, 3) and first is not None
     grpc.client.close()
     assert not server.ready()
     server.start()

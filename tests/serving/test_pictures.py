@@ -117,23 +117,23 @@ def _metrics(server: TritonServer) -> list[str]:
 
 
 @pytest.mark.parametrize("wish", WISHES, ids=range(len(WISHES)))
-def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, drawn: Draw, wish: dict) -> None:
+def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, local_images: Draw, wish: dict) -> None:
     result = over_http(triton_server.http, wish)
-    assert np.array_equal(result.as_numpy("IMAGE"), drawn(request(wish)))
+    assert np.array_equal(result.as_numpy("IMAGE"), local_images(request(wish)))
     assert result.as_numpy("IMAGE").std() > 5 and result.as_numpy("PNG") is None
 
 
-def test_png_and_the_seed_over_grpc(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_png_and_the_seed_over_grpc(triton_server, grpc: Grpc, local_images: Draw) -> None:
     wish = {"PROMPT": PROMPTS[:2], "STEPS": 3}
     result = grpc.ask(wish, ("PNG", "SEED_USED")).result()
     (seed,) = result.as_numpy("SEED_USED").tolist()
     images = [np.asarray(Image.open(io.BytesIO(png))) for png in result.as_numpy("PNG")]
-    assert np.array_equal(np.stack(images), drawn(request(wish | {"SEED": seed})))
+    assert np.array_equal(np.stack(images), local_images(request(wish | {"SEED": seed})))
     other = grpc.ask(wish, ("SEED_USED",)).result().as_numpy("SEED_USED").tolist()
     assert other != [seed]  # a fresh one each time
 
 
-def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
+def test_plain_http_and_json_are_enough(triton_server, local_images: Draw) -> None:
     prompt = {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": [PROMPTS[0]]}
     steps = {"name": "STEPS", "shape": [1], "datatype": "INT32", "data": [2]}
     seed = {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [9]}
@@ -142,7 +142,7 @@ def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
     (image,) = answer["outputs"]
     assert status == 200 and image["datatype"] == "UINT8"
     results = np.array(image["data"], np.uint8).reshape(image["shape"])
-    expected = drawn(Request(PROMPTS[0], seed=9, num_inference_steps=2))
+    expected = local_images(Request(PROMPTS[0], seed=9, num_inference_steps=2))
     assert np.array_equal(results, expected)
     document["outputs"] = [{"name": "PNG_BASE64"}]
     (png,) = post(triton_server.http, "/v2/models/ldm/infer", document)[1]["outputs"]
@@ -153,15 +153,15 @@ def test_plain_http_and_json_are_enough(triton_server, drawn: Draw) -> None:
     assert sorted(names) == ["IMAGE", "SEED_USED"]
 
 
-def test_a_stream_reports_each_step_and_sends_previews(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_a_stream_reports_each_step_and_sends_previews(triton_server, grpc: Grpc, local_images: Draw) -> None:
     wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 10, "PREVIEW_EVERY": 4}
     answers = list(grpc.stream(wish, ("STEP", "TOTAL", "IMAGE", "SEED_USED")))
     assert [answer.as_numpy("STEP").tolist() for answer in answers] == [[step] for step in range(1, 11)]
     assert all(answer.as_numpy("TOTAL").tolist() == [10] for answer in answers)
-    shown = [answer.as_numpy("STEP")[0] for answer in answers if answer.as_numpy("IMAGE") is not None]
-    assert shown == [4, 8, 10]
+    preview_steps = [answer.as_numpy("STEP")[0] for answer in answers if answer.as_numpy("IMAGE") is not None]
+    assert preview_steps == [4, 8, 10]
     last = answers[-1].as_numpy("IMAGE")
-    assert np.array_equal(last, drawn(request(wish))) and answers[-1].as_numpy("SEED_USED").tolist() == [2]
+    assert np.array_equal(last, local_images(request(wish))) and answers[-1].as_numpy("SEED_USED").tolist() == [2]
     distances = [np.abs(answers[step - 1].as_numpy("IMAGE").astype(int) - last).mean() for step in (4, 8)]
     assert distances[1] < distances[0]
 
@@ -174,7 +174,7 @@ def test_a_stream_over_plain_http(triton_server) -> None:
     assert [event["STEP"] for event in events] == [1, 2, 3] and len(events[-1]["IMAGE"]) == 64 * 64 * 3
 
 
-def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, local_images: Draw) -> None:
     singles = [wish for wish in WISHES if not isinstance(wish["PROMPT"], list)]
     wishes = [wish | {"SEED": number // 6} for number in range(12) for wish in singles]
     wishes += [wish for _ in range(2) for wish in WISHES if wish not in singles]
@@ -184,7 +184,7 @@ def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grp
     expected: dict[str, np.ndarray] = {}
     for wish, image in zip(wishes, results, strict=True):
         key = repr(wish)
-        expected[key] = expected[key] if key in expected else drawn(request(wish))
+        expected[key] = expected[key] if key in expected else local_images(request(wish))
         assert apart(image, expected[key]) <= 1
     after = triton_server.figures()
     calls = after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"]

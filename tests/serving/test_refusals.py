@@ -82,11 +82,11 @@ LONG = {"PROMPT": PROMPT, "STEPS": 1000, "HEIGHT": 256, "WIDTH": 256}
 def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:
     assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)  # figures come twice a second
     before = triton_server.figures()
-    asked = grpc.ask(LONG)
+    pending = grpc.ask(LONG)
     assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] > 0)
-    asked.call.cancel()
+    pending.call.cancel()
     with pytest.raises(InferenceServerException, match=r"(?i)cancel"):
-        asked.result()
+        pending.result()
     cancelled = 'ldm_requests_total{outcome="cancelled"}'
     assert wait_until(lambda: triton_server.figures()[cancelled] == before[cancelled] + 1)
     after = triton_server.figures()
@@ -119,9 +119,9 @@ def test_an_urgent_request_does_not_wait_for_those_that_wait(triton_server: Trit
     usual = [grpc.ask(wish | {"SEED": seed}) for seed in range(8)]
     assert wait_until(lambda: triton_server.figures()["ldm_queue_length"] > 3)
     grpc.ask({"PROMPT": PROMPT, "STEPS": 1, "PRIORITY": 0}).result()
-    assert sum(asked.answers.empty() for asked in usual) >= 3
-    for asked in usual:
-        asked.result()
+    assert sum(pending.answers.empty() for pending in usual) >= 3
+    for pending in usual:
+        pending.result()
 
 
 def test_the_figures_are_on_the_metrics_endpoint(triton_server: TritonServer) -> None:

@@ -99,22 +99,22 @@ def unet_state(unet: nn.Module, blocks: int, heads: Any = None) -> State:
 
 def _fused(state: State, heads: Any) -> State:
     """Queries, keys and values of AttentionBlocks in one tensor, head by head, as 1-D convolutions."""
-    found: State = {}
+    fused_state: State = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(.+)\.(group_norm|to_q|to_k|to_v|to_out\.0)\.(weight|bias)", name)
         if match is None:
-            found[name] = tensor
+            fused_state[name] = tensor
         elif match[2] == "group_norm":
-            found[f"{match[1]}.norm.{match[3]}"] = tensor
+            fused_state[f"{match[1]}.norm.{match[3]}"] = tensor
         elif match[2] == "to_out.0":
-            found[f"{match[1]}.proj_out.{match[3]}"] = tensor[..., None] if tensor.ndim == 2 else tensor
+            fused_state[f"{match[1]}.proj_out.{match[3]}"] = tensor[..., None] if tensor.ndim == 2 else tensor
         elif match[2] == "to_q":
             parts = [state[f"{match[1]}.to_{letter}.{match[3]}"] for letter in "qkv"]
             width = len(tensor)
             each = [part.reshape(heads(width), 1, width // heads(width), *tensor.shape[1:]) for part in parts]
             fused = torch.cat(each, 1).reshape(3 * width, *tensor.shape[1:])
-            found[f"{match[1]}.qkv.{match[3]}"] = fused[..., None] if fused.ndim == 2 else fused
-    return found
+            fused_state[f"{match[1]}.qkv.{match[3]}"] = fused[..., None] if fused.ndim == 2 else fused
+    return fused_state
 
 
 def autoencoder_state(autoencoder: nn.Module, levels: int) -> State:
@@ -224,7 +224,7 @@ def unconditional(*, updown: bool = False, scale_shift: bool = False, heads: int
     )
     autoencoder = vq(3, attention=True)
     state = with_schedule(joined(unet_state(unet, 2, number), autoencoder_state(autoencoder, 3), {}))
-    given = {"num_heads": heads} if heads else {"num_head_channels": 16}
+    attention = {"num_heads": heads} if heads else {"num_head_channels": 16}
     params = {
         "linear_start": 0.0015,
         "linear_end": 0.0195,
@@ -237,7 +237,7 @@ def unconditional(*, updown: bool = False, scale_shift: bool = False, heads: int
                 "num_res_blocks": 2,
                 "resblock_updown": updown,
                 "use_scale_shift_norm": scale_shift,
-                **given,
+                **attention,
             }
         },
         "first_stage_config": {"params": {"n_embed": 16, "embed_dim": 3}},

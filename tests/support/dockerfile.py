@@ -92,8 +92,8 @@ class Image:
         command = re.sub(r"--mount=\S+\s+", "", command)
         pattern = "|".join(re.escape(path) for path in sorted(self._paths, key=len, reverse=True))
         command = re.sub(rf"(?<![\w/])(?:{pattern})\b", lambda match: shlex.quote(str(self._paths[match[0]])), command)
-        given = {name: value for name, value in arguments.items() if value}
-        environment = {**os.environ, **given, "PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.folder)}
+        nonempty = {name: value for name, value in arguments.items() if value}
+        environment = {**os.environ, **nonempty, "PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.folder)}
         environment.pop("PYTHONPATH", None)
         done = subprocess.run(
             ["/bin/sh", "-c", command], cwd=place, env=environment, capture_output=True, text=True, timeout=900

@@ -190,7 +190,7 @@ def write_unet(path: Path) -> ComponentSpec:
         ("Mul", ["sample", "share"], "kept"),
         ("Add", ["quotient", "kept"], "noise_pred"),
     ]
-    made = [
+    model_nodes = [
         helper.make_node(kind, inputs, [output], name=output, **({"axis": 1} if kind == "Gather" else {}))
         for kind, inputs, output in nodes
     ]
@@ -201,7 +201,7 @@ def write_unet(path: Path) -> ComponentSpec:
 
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(
-        made,
+        model_nodes,
         "unet",
         [value(tensor) for tensor in spec.inputs],
         [value(tensor) for tensor in spec.outputs],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -42,10 +43,18 @@ class SharedFolders:
                 listing.write_text(_files(folder), encoding="utf-8")
         return folder
 
+    def first_worker(self, module: Path, worker: str) -> str:
+        """Return the worker that named this module of tests first: ``worker``, if none has done so in this run."""
+        file = self.base / f"{hashlib.sha256(bytes(module)).hexdigest()}.worker"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                file.write_text(worker, encoding="utf-8")
+            return file.read_text(encoding="utf-8")
+
     def changed(self) -> list[str]:
         """Names of the folders whose files are no longer those that were made."""
-        made = {listing.stem: listing.read_text(encoding="utf-8") for listing in self.base.glob("*.files")}
-        return sorted(name for name, files in made.items() if _files(self.base / name) != files)
+        listings = {listing.stem: listing.read_text(encoding="utf-8") for listing in self.base.glob("*.files")}
+        return sorted(name for name, files in listings.items() if _files(self.base / name) != files)
 
 
 def _files(folder: Path) -> str:

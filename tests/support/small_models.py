@@ -16,7 +16,7 @@ import numpy as np
 from ldm_calibration.model import CalibrationModel
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.bundle_layout import MANIFEST, graph_file
-from ldm_runtime.manifest import Component, Manifest, Stage
+from ldm_runtime.manifest import Component, Manifest, StageFact
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 from tests.support.small_graphs import CHANNELS, HIDDEN, TOKENS, WIDTH, shared_graphs, text_graphs, write_graphs
@@ -128,11 +128,11 @@ def bundle_of(model: CalibrationModel, folder: Path, quantize: tuple[str, ...]) 
     for name, graph in model.graphs.items():
         (folder / name).mkdir(parents=True)
         shutil.copyfile(graph, folder / graph_file(name, "fp32"))
-    stages = {f"{name}.fp32": Stage(f"key of {name}", (graph_file(name, "fp32"),)) for name in model.graphs}
+    stages = {f"{name}.fp32": StageFact(f"key of {name}", (graph_file(name, "fp32"),)) for name in model.graphs}
     for entry in model.model.conditioning:
         for role, file in entry.files.items():
             shutil.copyfile(model.files(file), folder / file)
-            stages[role] = Stage(f"key of {role}", (file,))
+            stages[role] = StageFact(f"key of {role}", (file,))
     description = model.model
     manifest = Manifest(
         family=description.family,

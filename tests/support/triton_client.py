@@ -28,21 +28,21 @@ WAIT = 120
 
 def tensors(api: Any, wish: dict[str, Any]) -> list[Any]:
     """Inputs of `ldm` from plain values or lists of them."""
-    made = []
+    inputs = []
     for name, value in wish.items():
         listed = value if isinstance(value, list) else [value]
         listed = [text.encode() if isinstance(text, str) else text for text in listed]
-        made.append(tensor(api, name, np.array(listed, DTYPES[KINDS[name]]), KINDS[name]))
-    return made
+        inputs.append(tensor(api, name, np.array(listed, DTYPES[KINDS[name]]), KINDS[name]))
+    return inputs
 
 
 def tensor(api: Any, name: str, array: np.ndarray, kind: str) -> Any:
-    given = api.InferInput(name, list(array.shape), kind)
-    given.set_data_from_numpy(array)
-    return given
+    result = api.InferInput(name, list(array.shape), kind)
+    result.set_data_from_numpy(array)
+    return result
 
 
-def wanted(api: Any, outputs: tuple[str, ...]) -> list[Any]:
+def requested_outputs(api: Any, outputs: tuple[str, ...]) -> list[Any]:
     return [api.InferRequestedOutput(name) for name in outputs]
 
 
@@ -50,7 +50,7 @@ def over_http(url: str, wish: dict[str, Any], outputs: tuple[str, ...] = ("IMAGE
     """Send one request over HTTP and return the result, which has ``as_numpy``."""
     api = tritonclient.http
     with api.InferenceServerClient(url, network_timeout=WAIT, connection_timeout=WAIT) as client:
-        return client.infer(model, tensors(api, wish), outputs=wanted(api, outputs))
+        return client.infer(model, tensors(api, wish), outputs=requested_outputs(api, outputs))
 
 
 class Grpc:
@@ -67,7 +67,7 @@ class Grpc:
             model,
             tensors(self._api, wish),
             lambda result, error: pending.answers.put((result, error)),
-            outputs=wanted(self._api, outputs),
+            outputs=requested_outputs(self._api, outputs),
         )
         return pending
 
@@ -80,7 +80,7 @@ class Grpc:
             self.client.async_stream_infer(
                 "ldm_stream",
                 tensors(self._api, wish),
-                outputs=wanted(self._api, outputs),
+                outputs=requested_outputs(self._api, outputs),
                 enable_empty_final_response=True,
             )
             while not whole:

@@ -34,7 +34,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How a bundle is timed. None takes the model's own value.
+    """Settings of a timing run. None selects the model's own value.
 
     Attributes:
         batches: Images of one call, each number in turn.

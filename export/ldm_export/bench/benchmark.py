@@ -96,12 +96,12 @@ def _tasks(model: ModelDescription, settings: BenchSettings) -> Iterator[_Task]:
         "eta": settings.eta,
     }
     size = {"height": settings.height, "width": settings.width}
-    seen: set[tuple[str, int]] = set()
+    unique: set[tuple[str, int]] = set()
     for batch in settings.batches:
         for part in pipeline_components(model):
             rows = component_rows(model, part, batch, branches, settings.steps or 1)
-            if (part, rows) not in seen:
-                seen.add((part, rows))
+            if (part, rows) not in unique:
+                unique.add((part, rows))
                 yield _Task(part, batch, {"part": part, "rows": rows, **size})
         yield _Task(IMAGE, batch, {"part": IMAGE, "batch": batch, "options": options, **size})
 

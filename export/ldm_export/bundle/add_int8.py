@@ -18,8 +18,7 @@ from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import INT8_REPORT
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import Manifest
-from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.manifest import Manifest, StageFact
 
 __all__ = ["calibrate", "quantized_components"]
 

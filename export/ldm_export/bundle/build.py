@@ -33,8 +33,7 @@ from ldm_export.families import family_named
 from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
-from ldm_runtime.manifest import Component, Manifest
-from ldm_runtime.manifest import Stage as StageFact
+from ldm_runtime.manifest import Component, Manifest, StageFact
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["PRECISIONS", "BuildOptions", "Built", "build"]

@@ -51,7 +51,7 @@ class BuildPlan:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file below a folder of a checkpoint, or of the one file that is given.
+    """Return relative path -> SHA-256 of every file below a folder of a checkpoint, or of a single file.
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -44,7 +44,7 @@ def in_latents(request: EngineRequest, model: ModelDescription, precision: str) 
 def engine_stage(
     plan: BuildPlan, spec: ComponentSpec, precision: str, request: EngineRequest, sources: Mapping[str, str]
 ) -> Stage:
-    """Builds an engine from a component's graph in the work folder, and writes its facts beside it.
+    """Builds an engine from a component's graph in the work folder, and writes its facts into the same folder.
 
     Args:
         plan: Plan of the build.

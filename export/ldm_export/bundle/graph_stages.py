@@ -79,8 +79,8 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
     for name, traced in plan.family.components.items():
         spec = plan.model.components[name]
         axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
-        written = outcomes[f"{name}.fp32"].files
-        splits = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in written]
+        files = outcomes[f"{name}.fp32"].files
+        splits = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in files]
         for component, runs in (*((rule.component, rule.runs) for rule in splits), (name, spec.runs)):
             graph = plan.graph(component, "fp32")
             components[component] = graph_spec(graph, component, runs, axes) if splits else spec

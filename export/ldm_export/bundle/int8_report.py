@@ -186,7 +186,7 @@ def _alternating(pipelines: Mapping[str, LatentDiffusionPipeline], feed: dict[st
             begun = time.perf_counter()
             unit.run(feed)
             times[precision].append(1000 * (time.perf_counter() - begun))
-    return {precision: statistics.median(taken) for precision, taken in times.items()}
+    return {precision: statistics.median(seconds) for precision, seconds in times.items()}
 
 
 def _or(value: float | None, default: float) -> float:

@@ -67,10 +67,10 @@ def is_int8_stage(name: str) -> bool:
 
 def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str, Outcome]) -> dict[str, str]:
     """Precision -> path of a component's graph; the fp32 graph if the component has none of that precision."""
-    written = {file for outcome in outcomes.values() for file in outcome.files}
+    existing = {file for outcome in outcomes.values() for file in outcome.files}
     files = {precision: graph_file(component, precision) for precision in precisions}
     return {
-        precision: file if file in written else graph_file(component, REFERENCE) for precision, file in files.items()
+        precision: file if file in existing else graph_file(component, REFERENCE) for precision, file in files.items()
     }
 
 
@@ -131,10 +131,10 @@ def _int8_stage(work: Path, component: str, source: Path, record: Stage) -> Stag
         model = load_graph(source)
         quantized = insert_qdq(model, part.tensors, part.chosen)
         files = save_graph(model, target)
-        left = {layer["name"]: layer["why"] for layer in part.layers if not layer["int8"]}
+        float_layers = {layer["name"]: layer["why"] for layer in part.layers if not layer["int8"]}
         report = folder / precision_report(component, PRECISION)
         report.parent.mkdir()
-        facts = {"int8": len(quantized), "islands": left, "matrix_islands": list(left)}
+        facts = {"int8": len(quantized), "islands": float_layers, "matrix_islands": list(float_layers)}
         report.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         return [str(file.relative_to(folder)) for file in (*files, report)]
 

@@ -62,7 +62,7 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
 
 
 def half_stages(plan: BuildPlan, precision: str, ranges: Stage) -> list[Stage]:
-    """For each component a stage that rewrites its fp32 graph in half precision and reports its fp32 operators."""
+    """Return one stage per component: it rewrites the fp32 graph in half precision and reports its fp32 operators."""
     return [_half_stage(plan, name, precision, ranges) for name in plan.model.components]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import BuildError, ManifestError
-from ldm_runtime.manifest import FORMAT, MAX_BYTES, Manifest
+from ldm_runtime.manifest import FORMAT, Manifest
+from ldm_runtime.manifest_reader import MAX_BYTES
 from ldm_runtime.regular_files import read_regular
 
 __all__ = ["describes", "previous_bundle"]

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """Create a hidden folder beside ``target`` for the finished stages of a build.
+    """Create a hidden folder for the finished stages of a build, in the parent folder of ``target``.
 
     After a killed or interrupted build it stays, so that the next build can resume; after an error it is removed.
 

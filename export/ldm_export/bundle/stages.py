@@ -20,7 +20,8 @@ from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object
-from ldm_runtime.manifest import MAX_BYTES, FileFact, file_fact, safe_path
+from ldm_runtime.manifest import FileFact
+from ldm_runtime.manifest_reader import MAX_BYTES, file_fact, safe_path
 from ldm_runtime.regular_files import read_regular
 
 __all__ = ["OnProgress", "Outcome", "Stage", "link_files", "run_stage"]

@@ -65,7 +65,7 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
 
 
 def _may_be_null(key: str, parameter: inspect.Parameter) -> bool:
-    """Whether diffusers takes null: where the class says so, for switches (false), and for names it compares."""
+    """True if diffusers accepts null: where the class allows it, for switches (false), and for names it compares."""
     default = parameter.default
     return type(None) in get_args(parameter.annotation) or isinstance(default, bool | str) or key in _NULLABLE
 
@@ -87,7 +87,7 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
         most = _COUNTS.get(key, _LARGEST)
         fits, expected = (lambda one: type(one) is int and 1 <= one <= most), f"a whole number from 1 to {most}"
     elif isinstance(like, bool):
-        fits, expected = (lambda given: given in (0, 1)), "true or false"
+        fits, expected = (lambda number: number in (0, 1)), "true or false"
     elif isinstance(like, str):
         fits, expected = (lambda one: isinstance(one, str)), "a string"
     elif like is None:

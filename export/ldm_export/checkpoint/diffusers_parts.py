@@ -7,21 +7,16 @@ Older names come from the first diffusers releases (the renames follow diffusers
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
-)
+import diffusers
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 
-from ldm_export.checkpoint.layout import Config, ModuleSource, Part, WeightNames
+from ldm_export.checkpoint.layout import CheckpointLayout, Config, FileFolder, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Latents
+from ldm_runtime.schedulers import SCHEDULERS
 
 __all__ = [
     "AUTOENCODER",
@@ -34,6 +29,7 @@ __all__ = [
     "latent_problems",
     "latent_size",
     "latents_of",
+    "layout",
     "pixels_per_latent",
 ]
 
@@ -109,7 +105,7 @@ def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:
 
 
 def context_widths(unet: Config) -> set[int]:
-    """Widths that a UNet's cross-attention takes of the text encoder's states, from its full config.
+    """Return the widths of the text encoder's states that a UNet's cross-attention accepts, from its full config.
 
     ``encoder_hid_dim`` is the width before a projection; otherwise the levels with cross-attention have one each.
     """
@@ -210,12 +206,40 @@ DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": Non
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),
-    classes={
-        "DDIMScheduler": DDIMScheduler,
-        "PNDMScheduler": PNDMScheduler,
-        "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
-    },
+    classes={name: getattr(diffusers, name) for name in SCHEDULERS},
     older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
     config_file="scheduler_config.json",
 )
 """Schedulers that the runtime supports."""
+
+
+def layout(
+    kind: str,
+    problems: Callable[[Mapping[str, Config]], list[str]],
+    *,
+    unet: Part = UNET,
+    parts: Mapping[str, Part] | None = None,
+    modules: Mapping[str, ModuleSource] | None = None,
+    files: Mapping[str, FileFolder] | None = None,
+) -> CheckpointLayout:
+    """Layout of a family's checkpoints: a UNet, an autoencoder and a scheduler, besides what the family adds.
+
+    Args:
+        kind, problems, files: As in ``CheckpointLayout``.
+        unet: The part "unet".
+        parts: Further parts with weights; they come first.
+        modules: Further modules; they come first.
+    """
+    return CheckpointLayout(
+        kind=kind,
+        parts={**(parts or {}), "unet": unet, "autoencoder": AUTOENCODER},
+        scheduler=SCHEDULER,
+        files=files or {},
+        modules={
+            **(modules or {}),
+            "unet": ModuleSource("unet"),
+            "autoencoder": ModuleSource("autoencoder"),
+            "decoder": DECODER_MODULE,
+        },
+        problems=problems,
+    )

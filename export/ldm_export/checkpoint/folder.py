@@ -45,7 +45,7 @@ class Component:
     depends: Mapping[str, Any] = field(default_factory=dict)
 
     def weights(self) -> Mapping[str, StoredTensor]:
-        """Name -> tensor; values stay on disk until they are read. Errors as ``read_weights``."""
+        """Return name -> tensor; values are read from disk when they are used. Errors as ``read_weights``."""
         return read_weights(self.folder, self.name) if self.tensors is None else self.tensors
 
 

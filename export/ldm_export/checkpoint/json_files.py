@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.regular_files import read_regular
 
-__all__ = ["MAX_JSON", "first_line", "read_json", "shortened"]
+__all__ = ["MAX_JSON", "read_json", "shortened"]
 
 MAX_JSON = 16 * 2**20
 """Maximum size of a JSON file in bytes. The index of a checkpoint of ten thousand tensors has one MiB."""
@@ -46,8 +47,3 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
     listed = sorted(names)
     more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

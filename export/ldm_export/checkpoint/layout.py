@@ -82,7 +82,7 @@ class ModuleSource:
 
 @dataclass(frozen=True)
 class FileFolder:
-    """A folder of a checkpoint that holds files only, for example a tokenizer.
+    """A folder of a checkpoint without weights, for example a tokenizer.
 
     Attributes:
         folders: As in ``Part``.

@@ -15,9 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_export.checkpoint.folder import Checkpoint, Component
-from ldm_export.checkpoint.json_files import first_line, shortened
+from ldm_export.checkpoint.json_files import shortened
 from ldm_export.checkpoint.layout import ModuleSource, Part, WeightNames
 from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError, SpecError
 
 __all__ = ["MAX_BYTES", "load_module"]
@@ -111,14 +112,14 @@ def _with_current_names(
     component: Component,
 ) -> dict[str, StoredTensor]:
     """Rename weights that are stored under older names to the names that the module expects."""
-    named = {key: stored for key, stored in weights.items() if key in expected}
+    renamed = {key: stored for key, stored in weights.items() if key in expected}
     for key, stored in weights.items():
         new = key if key in expected else _current_name(key, names, component)
         if new not in expected:
-            named[key] = stored
+            renamed[key] = stored
         elif new not in weights:  # else a duplicate under the older name, which some files have
-            named[new] = stored
-    return named
+            renamed[new] = stored
+    return renamed
 
 
 def _current_name(name: str, names: WeightNames, component: Component) -> str:

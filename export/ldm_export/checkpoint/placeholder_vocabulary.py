@@ -10,7 +10,7 @@ __all__ = ["placeholder_tokenizer"]
 
 
 def placeholder_tokenizer(source: Path, target: Path) -> Path:
-    """Write a BERT vocabulary of single characters, and the configs of ``source`` beside it, to the folder ``target``.
+    """Write a BERT vocabulary of single characters and the configs of ``source`` to the folder ``target``.
 
     Any vocabulary will do, because random weights attach no meaning to tokens.
 

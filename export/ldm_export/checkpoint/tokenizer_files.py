@@ -21,6 +21,8 @@ from tokenizers.models import WordPiece
 from ldm_runtime.conditioning.tokenizer import MAX_BYTES, MAX_LENGTH
 from ldm_runtime.errors import CheckpointError
 
+__all__ = ["write_tokenizer_json"]
+
 log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 77
@@ -34,7 +36,7 @@ _SPECIAL = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
-_NAMED = ("bos_token", "eos_token", *_SPECIAL)  # in the order in which transformers adds and numbers them
+_ROLES = ("bos_token", "eos_token", *_SPECIAL)  # in the order in which transformers adds and numbers them
 _BERT = {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CONFIG = "tokenizer_config.json"
@@ -148,17 +150,23 @@ def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], 
         config.setdefault("extra_special_tokens", config["additional_special_tokens"])
     added = {}
     with _errors_of(folder / _CONFIG):
-        known = [_content(token) for token in (*map(config.get, _NAMED), *(config.get("extra_special_tokens") or ()))]
+        content_of_roles = [
+            _content(token) for token in (*map(config.get, _ROLES), *(config.get("extra_special_tokens") or ()))
+        ]
     with _errors_of(folder / "added_tokens.json"):
         for content, index in (_read_json(folder / "added_tokens.json") or {}).items():
-            added[int(index)] = {"content": content, "normalized": content not in known, "special": content in known}
+            added[int(index)] = {
+                "content": content,
+                "normalized": content not in content_of_roles,
+                "special": content in content_of_roles,
+            }
     with _errors_of(folder / "tokenizer.json"):
         added.update({int(token["id"]): dict(token) for token in published.get("added_tokens") or []})
     return config, added
 
 
 def _sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> tuple[str, str]:
-    """The sides on which prompts are padded and cut off; typed special tokens that are to stay text are refused."""
+    """Return the sides of padding and truncation; refuse tokenizers that keep typed special tokens as text."""
     sides = []
     for key, section in (("padding_side", "padding"), ("truncation_side", "truncation")):
         with _errors_of(folder / "tokenizer.json"):
@@ -201,14 +209,16 @@ def _special_tokens(source: Path, vocabulary: dict[str, int], config: dict[str, 
 
 def _added_tokens(config: dict[str, Any], added: dict[int, dict[str, Any]]) -> list[AddedToken]:
     """Return the tokens that are matched before a prompt is split, in the order that determines the ids of new ones."""
-    named = [config.get(key, _SPECIAL.get(key)) for key in _NAMED]
-    named += [v for k, v in config.items() if k.endswith("_token") and k not in _NAMED and isinstance(v, str | dict)]
+    special_tokens = [config.get(key, _SPECIAL.get(key)) for key in _ROLES]
+    special_tokens += [
+        v for k, v in config.items() if k.endswith("_token") and k not in _ROLES and isinstance(v, str | dict)
+    ]
     extra = config.get("extra_special_tokens") or []
     if isinstance(extra, dict):
-        named, extra = [*named, *extra.values()], []
-    names = {_content(token) for token in named}
+        special_tokens, extra = [*special_tokens, *extra.values()], []
+    names = {_content(token) for token in special_tokens}
     tokens: dict[str, AddedToken] = {}
-    for token in (*(added[index] for index in sorted(added)), *named, *extra):
+    for token in (*(added[index] for index in sorted(added)), *special_tokens, *extra):
         text = _content(token)
         if text is None or text in tokens:
             continue
@@ -249,11 +259,11 @@ def _to_json(
     return text
 
 
-def _compare(path: Path, stated: dict[str, Any], used: dict[str, Any]) -> None:
+def _compare(path: Path, stated: dict[str, Any], actual: dict[str, Any]) -> None:
     """Warn if the normalizer in tokenizer.json differs from tokenizer_config.json, which transformers uses."""
     for key in ("lowercase", "strip_accents", "handle_chinese_chars"):
         default = "lowercase" if key == "strip_accents" else key
-        theirs, mine = (n.get(default) if n.get(key) is None else n[key] for n in (stated, used))
+        theirs, mine = (n.get(default) if n.get(key) is None else n[key] for n in (stated, actual))
         if theirs != mine:
             log.warning(
                 "%s: the normalizer has %s %s; by %s it is %s, and so in the bundle", path, key, theirs, _CONFIG, mine

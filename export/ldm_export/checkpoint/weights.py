@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_export.checkpoint.json_files import first_line, read_json, shortened
+from ldm_export.checkpoint.json_files import read_json, shortened
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.linked_files import stays_inside
 
@@ -67,7 +68,7 @@ class StoredTensor:
 
 
 def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
-    """Return tensor name -> StoredTensor for the weights in ``folder``; values stay on disk until they are read.
+    """Return tensor name -> StoredTensor for the weights in ``folder``; values are read from disk when they are used.
 
     The first of these files is used: full-precision safetensors, full-precision ``.bin``, then the same with the infix
     ``.fp16.`` and ``.bf16.``. ``component`` is for error messages.
@@ -207,7 +208,7 @@ def _read_shards(index: Path, component: str) -> dict[str, StoredTensor]:
 
 
 def _shard_path(index: Path, shard: str, where: str) -> Path:
-    """The shard's file, if it lies in the index's folder; links into a Hugging Face cache are followed."""
+    """Return the shard's file if it is in the index's folder; links into a Hugging Face cache are followed."""
     folder = index.parent.resolve()
     try:
         inside, exists = stays_inside(folder / shard, folder), (folder / shard).is_file()

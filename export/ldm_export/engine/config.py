@@ -61,12 +61,12 @@ def load_timings(config: Any, file: Path) -> Any:
         BuildError: The file cannot be read or is too large, or the builder takes no timings.
     """
     try:
-        known = file.read_bytes() if file.exists() else b""
+        content = file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise BuildError(f"{file}: cannot be read ({error.strerror}); choose another --timing-cache") from None
-    if len(known) > MAX_TIMINGS:
-        raise BuildError(f"{file}: got {len(known)} bytes, expected at most {MAX_TIMINGS}; choose another")
-    cache = config.create_timing_cache(known)
+    if len(content) > MAX_TIMINGS:
+        raise BuildError(f"{file}: got {len(content)} bytes, expected at most {MAX_TIMINGS}; choose another")
+    cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         if cache is None or not config.set_timing_cache(cache, False):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource, Part
+from ldm_export.checkpoint.layout import ModuleSource, Part
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import pil_image, sampled, torch_scheduler
@@ -134,8 +134,8 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
             noise: torch.Tensor = reference.unet(torch.cat([sample] * len(labels)), timestep, context)[0]
             if not guided:
                 return noise
-            plain, wanted = noise.chunk(2)
-            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (wanted - plain)
+            plain, conditional = noise.chunk(2)
+            guided_noise: torch.Tensor = plain + request["guidance_scale"] * (conditional - plain)
             return guided_noise
 
         shape = (1, config.out_channels, config.sample_size, config.sample_size)
@@ -145,18 +145,12 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
 CLASS_CONDITIONAL = Family(
     name="class_conditional",
     pipelines=(),
-    layout=CheckpointLayout(
-        kind="class-conditional",
-        parts={LABEL_ENCODER: LABELS, "unet": parts.UNET_CONDITION, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            LABEL_ENCODER: ModuleSource(LABEL_ENCODER),
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
+    layout=parts.layout(
+        "class-conditional",
+        _problems,
+        unet=parts.UNET_CONDITION,
+        parts={LABEL_ENCODER: LABELS},
+        modules={LABEL_ENCODER: ModuleSource(LABEL_ENCODER)},
     ),
     components={
         LABEL_ENCODER: TracedComponent(LABEL_ENCODER, lambda module: module),

@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
+from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import pil_image, sampled, torch_scheduler
@@ -39,7 +39,7 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=1.0)
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet takes two latents and a mask."""
+    """Check that the components fit each other: the UNet's inputs are two latents and a mask."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
     if unet["in_channels"] != 2 * unet["out_channels"] + 1:
@@ -148,18 +148,10 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
 INPAINTING = Family(
     name="inpainting",
     pipelines=(),
-    layout=CheckpointLayout(
-        kind="inpainting",
-        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "encoder": ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None}),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
+    layout=parts.layout(
+        "inpainting",
+        _problems,
+        modules={"encoder": ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None})},
     ),
     components={
         ENCODER: TracedComponent("encoder", MaskedImageEncoder),

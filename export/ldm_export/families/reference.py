@@ -1,4 +1,4 @@
-"""What ``verify`` compares with: pipelines of diffusers, and a denoising loop of torch for families without one."""
+"""References for ``verify``: pipelines of diffusers, and a denoising loop in torch for families without one."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
@@ -37,7 +36,7 @@ DEFAULTS = Defaults(num_inference_steps=100, eta=1.0, guidance_scale=1.0)
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet takes the latents and as many channels of an image."""
+    """Check that the components fit each other: the UNet's input has the latents' channels and as many of an image."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     channels = unet["in_channels"] - unet["out_channels"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
@@ -99,18 +98,7 @@ def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Gen
 SUPER_RESOLUTION = Family(
     name="super_resolution",
     pipelines=("LDMSuperResolutionPipeline",),
-    layout=CheckpointLayout(
-        kind="super-resolution",
-        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
-    ),
+    layout=parts.layout("super-resolution", _problems),
     components={
         UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", _decoder),

@@ -24,19 +24,17 @@ from torch import nn
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from ldm_export.checkpoint.diffusers_parts import (
-    AUTOENCODER,
-    DECODER_MODULE,
-    SCHEDULER,
     UNET_CONDITION,
     context_widths,
     latent_problems,
     latent_size,
     latents_of,
+    layout,
     pixels_per_latent,
 )
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.json_files import shortened
-from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSource, Part, WeightNames
+from ldm_export.checkpoint.layout import FileFolder, ModuleSource, Part, WeightNames
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
 from ldm_export.checkpoint.tokenizer_files import write_tokenizer_json
@@ -98,7 +96,7 @@ class TextEncoder(nn.Module):
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other, and that the UNet needs no input that the pipeline does not give."""
+    """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     problems = []
     if wrong := sorted(context_widths(unet) - {text["d_model"]}):
@@ -214,7 +212,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """Run diffusers' pipeline, which divides the sizes it is given by 8 whatever the autoencoder's factor is."""
+    """Run diffusers' pipeline, which divides height and width by 8 whatever the autoencoder's factor is."""
     factor = pixels_per_latent(pipeline.vqvae.config)
     image: Image.Image = pipeline(
         [request["prompts"]],
@@ -231,18 +229,13 @@ def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Gen
 TEXT_TO_IMAGE = Family(
     name="text_to_image",
     pipelines=("LDMTextToImagePipeline", "LatentDiffusionPipeline", "LatentDiffusion"),
-    layout=CheckpointLayout(
-        kind="text-to-image",
-        parts={TEXT_ENCODER: BERT, "unet": UNET_CONDITION, "autoencoder": AUTOENCODER},
-        scheduler=SCHEDULER,
+    layout=layout(
+        "text-to-image",
+        _problems,
+        unet=UNET_CONDITION,
+        parts={TEXT_ENCODER: BERT},
+        modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER, {"to_logits": nn.Identity})},
         files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES)},
-        modules={
-            TEXT_ENCODER: ModuleSource(TEXT_ENCODER, {"to_logits": nn.Identity}),
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": DECODER_MODULE,
-        },
-        problems=_problems,
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, TextEncoder),

@@ -21,7 +21,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
@@ -93,18 +92,7 @@ def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Gen
 UNCONDITIONAL = Family(
     name="unconditional",
     pipelines=("LDMPipeline", "LatentDiffusionUncondPipeline"),
-    layout=CheckpointLayout(
-        kind="unconditional",
-        parts={"unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
-    ),
+    layout=parts.layout("unconditional", _problems),
     components={
         UNET: TracedComponent("unet", wrappers.UNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", _decoder),

@@ -27,7 +27,7 @@ _SYMBOL = re.compile(r"(?:(\d+)\*)?([a-z_]+)")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """What is split off a traced graph.
+    """A part to split off a traced graph.
 
     Attributes:
         component: Name of the component that the part becomes.
@@ -56,9 +56,9 @@ def split_component(model: ir.Model, rules: Sequence[SplitRule]) -> dict[str, ir
     """
     parts: dict[str, ir.Model] = {}
     for rule in rules:
-        found = rule.split(model)
-        if found is not None:
-            parts[rule.component], model = found.prefix, found.rest
+        split = rule.split(model)
+        if split is not None:
+            parts[rule.component], model = split.prefix, split.rest
     return {**parts, model.graph.name or "": model}
 
 

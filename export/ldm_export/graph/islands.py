@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from ldm_export.graph.nodes import range_names
 
+__all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
+
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
-"""Smallest normal numbers: a tensor that stays below is rounded coarser than half precision rounds others."""
+"""Smallest normal numbers. Values below lose more precision than half precision usually costs."""
 MARGIN = 4.0
 """A tensor whose measured magnitude comes within this factor of the largest half number stays in fp32."""
 MATRIX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -22,7 +24,7 @@ _SOFTMAX = ("Softmax", "LogSoftmax")
 _GENERATORS = ("ConstantOfShape", "Range")  # typed by an attribute, or without half-precision kernels
 _SELECTIONS = ("ArgMin", "ArgMax", "TopK")
 _FACTORS = (*MATRIX, "Mul", "Div")
-"""Operations whose first two inputs are multiplied: there a small one counts, however large the other."""
+"""Operators that multiply their first two inputs: a small input keeps them in fp32, however large the other is."""
 
 
 def find_islands(
@@ -43,19 +45,23 @@ def find_islands(
     structure = {node: reason for node, reason in structure.items() if node.op_type not in fp32_inside}
     structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
+
+    def magnitude(value: ir.Value | None) -> float:
+        return _magnitude(value, ranges)
+
     for node in filter(computes, graph):
-        if reason := structure.get(node) or _out_of_range(node, precision, ranges):
+        if reason := structure.get(node) or _out_of_range(node, precision, magnitude):
             reasons[node.name or ""] = reason
     return reasons
 
 
 def computes(node: ir.Node) -> bool:
-    """True where a node gives a float tensor."""
+    """True if a node computes a float tensor."""
     return any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
 
 
 def _statistics(graph: ir.Graph) -> set[ir.Node]:
-    """Normalisations, and of decomposed ones all from the first mean to the division by the root of the variance."""
+    """Return normalizations; of decomposed ones, every node from the first mean to the division by the deviation."""
     after: set[ir.Node] = set()
     for node in graph:
         behind = node.op_type in (*_POINTWISE, "Sqrt") and any(source in after for source in node.predecessors())
@@ -74,21 +80,22 @@ def _statistics(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _before_selections(graph: ir.Graph) -> set[ir.Node]:
-    """Everything that a selection depends on, e.g. the distances to the codes of a quantized latent.
+    """Return all nodes that a selection depends on, e.g. the distances to the codes of a quantized latent.
 
-    A distance that is rounded selects another code, which changes a patch of the image.
+    A rounded distance can select another code, which changes a patch of the image.
     """
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     for node in reversed(graph):
-        if node.op_type in _SELECTIONS or any(user in found for user in node.successors()):
-            found.add(node)
-    return found
+        if node.op_type in _SELECTIONS or any(user in nodes for user in node.successors()):
+            nodes.add(node)
+    return nodes
 
 
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
-    """What is computed in float from integers alone, up to the first matrix product or table: half would round it.
+    """Return nodes that compute floats from integers alone, up to the first matrix product or table, with their reason.
 
-    "timestep embedding" is what follows from the graph's integer inputs, "sizes" what follows from its shapes.
+    Half precision would round such integers. The reason is "timestep embedding" for nodes that depend on the graph's
+    integer inputs, and "sizes" for those that depend on shapes only.
     """
     reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT}
     reasons: dict[ir.Node, str] = {}
@@ -104,15 +111,13 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     return reasons
 
 
-def _out_of_range(node: ir.Node, precision: str, ranges: Mapping[str, float]) -> str | None:
+def _out_of_range(node: ir.Node, precision: str, magnitude: Callable[[ir.Value | None], float]) -> str | None:
     for value in (*node.inputs, *node.outputs):
-        seen = _magnitude(value, ranges)
-        if seen * MARGIN > LARGEST[precision]:
-            return f"range: |{value.name if value else ''}| reaches {seen:.4g}"
+        if (largest := magnitude(value)) * MARGIN > LARGEST[precision]:
+            return f"range: |{value.name if value else ''}| reaches {largest:.4g}"
     for value in (*(node.inputs[:2] if node.op_type in _FACTORS else ()), *node.outputs):
-        seen = _magnitude(value, ranges)
-        if 0 < seen < SMALLEST[precision]:
-            return f"range: |{value.name if value else ''}| is at most {seen:.4g}"
+        if 0 < (largest := magnitude(value)) < SMALLEST[precision]:
+            return f"range: |{value.name if value else ''}| is at most {largest:.4g}"
     return None
 
 

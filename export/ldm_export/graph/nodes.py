@@ -84,7 +84,7 @@ def transformed(
     assert all(tensor is not None for tensor in tensors)
     dtype = tensors[0].dtype  # type: ignore[union-attr]
 
-    def load() -> ir.Tensor:
+    def load() -> ir.TensorProtocol:
         arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
         return ir.Tensor(np.ascontiguousarray(compute(*arrays)), dtype=dtype, name=name)
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from ldm_runtime.backends.host import first_line
 from ldm_runtime.bundle_layout import weights_beside
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
@@ -30,15 +31,15 @@ __all__ = ["INLINE_BYTES", "OPSET", "export_graph", "load_graph", "save_graph", 
 
 OPSET = 20
 INLINE_BYTES = 1_000_000
-"""Weights beyond this go to one ``.onnx.data`` file beside the graph: engines map it and other graphs can refer to it,
-while a protobuf file cannot exceed 2 GB and is held in memory several times where it is written and read."""
+"""A graph with more bytes of weights than this has them in one external file, ``.onnx.data``. Engines map it and other
+graphs can refer to it, while a protobuf file cannot exceed 2 GB and is copied in memory when it is written and read."""
 TRACED_MIN = 17
-"""Smallest size assumed in a trace of an axis that starts above one, so that no level of a UNet of up to five is one
-pixel wide. A size of one is a special case to the tracer, but not to the graph."""
+"""Smallest size that a trace assumes for an axis whose minimum is above one. With it, no level of a UNet of up to five
+levels is one pixel wide: the tracer specializes a size of one, which the graph does not need."""
 
 
 def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
-    """Trace ``module`` and write ``target`` (and its weights beside it, beyond INLINE_BYTES of them).
+    """Trace ``module`` and write ``target``; weights beyond INLINE_BYTES go to a second file, ``target``.data.
 
     Args:
         module: As for ``trace_graph``.
@@ -80,7 +81,7 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph of a bundle or of a build; weights beside it are mapped into memory, not read.
+    """Read a graph of a bundle or of a build; external weights are mapped into memory, not read.
 
     onnx_ir itself refuses files with several hard links, as those kept from an earlier build are.
     """
@@ -96,7 +97,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def save_graph(model: ir.Model, target: Path) -> list[Path]:
-    """Write a graph, and ``target``.data beside it beyond INLINE_BYTES of weights; returns the files written.
+    """Write a graph, and ``target``.data if the weights exceed INLINE_BYTES; return the files written.
 
     Raises:
         BuildError: the graph does not pass ``onnx.checker``.
@@ -109,7 +110,7 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     try:
         onnx.checker.check_model(str(target))
     except onnx.checker.ValidationError as error:
-        raise BuildError(f"{model.graph.name}: {target} fails onnx.checker: {_first_line(error)}") from error
+        raise BuildError(f"{model.graph.name}: {target} fails onnx.checker: {first_line(error)}") from error
     return [target, data] if data else [target]
 
 
@@ -144,7 +145,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
 
 
 def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
-    """The spec with usual sizes that no fixed dimension shares, so that none is taken for another."""
+    """Return the spec with usual sizes that differ from each other and from all fixed dimensions."""
     axes = dict.fromkeys(dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis))
     fresh = {axis.name: (3 if axis.min == 1 else TRACED_MIN + 2) + 4 * index for index, axis in enumerate(axes)}
 
@@ -156,7 +157,7 @@ def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
 
 
 def _name(model: ir.Model, spec: ComponentSpec) -> None:
-    """Name graph and nodes after the modules they came from, set the spec's dimensions, drop the trace's notes."""
+    """Name graph and nodes after their modules, set the dimensions of the spec, and remove the tracer's metadata."""
     graph = model.graph
     graph.name = spec.name
     model.producer_name, model.producer_version, model.doc_string = "ldm-export", None, None
@@ -182,20 +183,20 @@ def _name(model: ir.Model, spec: ComponentSpec) -> None:
 
 
 def _share_equal_weights(graph: ir.Graph) -> None:
-    """Keep one of the initialisers that are equal; onnx_ir's passes skip large ones or stumble on transposed views."""
+    """Keep one of several equal initializers; onnx_ir's passes skip large ones and fail on transposed views."""
     first: dict[object, ir.Value] = {}
     for value in tuple(graph.initializers.values()):
         tensor = value.const_value
         if tensor is not None:
             key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
-            if (kept := first.setdefault(key, value)) is not value:
-                value.replace_all_uses_with(kept)
+            if (shared := first.setdefault(key, value)) is not value:
+                value.replace_all_uses_with(shared)
                 graph.initializers.pop(value.name or "")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's own chatter (missing torchvision, axis names it drops) off the user's screen."""
+    """Suppress the exporter's own warnings and log messages (missing torchvision, dropped axis names)."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,18 +208,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong at first: the exporter wraps it in advice of its own."""
+    """Return the original error: the exporter wraps it in further errors with advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _reason(error: BaseException) -> str:
-    """The first lines of what went wrong, without an ending colon: the line behind it says what it announces."""
+    """Return the first line of the original error; if it ends with a colon, the line after it too."""
     lines = [line.strip() for line in str(_cause(error)).strip().splitlines() if line.strip()]
     last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
     return " ".join(lines[: last + 1])[:300] or type(_cause(error)).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]

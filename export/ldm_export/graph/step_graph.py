@@ -1,4 +1,4 @@
-"""The sampler's step as a graph of its own, so that the denoising loop can stay on a device between two UNet calls."""
+"""The scheduler's step as a graph, so that the denoising loop runs on a device without the host between UNet calls."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class UNet(nn.Module):
         self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute the outputs of the class's docstring."""
-        given = {} if context is None else {"encoder_hidden_states": context}
-        noise: torch.Tensor = self.unet(sample, timestep, **given, return_dict=False)[0]
+        states = {} if context is None else {"encoder_hidden_states": context}
+        noise: torch.Tensor = self.unet(sample, timestep, **states, return_dict=False)[0]
         return noise
 
 
@@ -114,7 +114,7 @@ def free_upsampling(module: nn.Module) -> nn.Module:
 
 
 def _is_nearest(module: Any) -> TypeGuard[Upsample2D]:
-    """Whether this is nearest upsampling with or without a convolution, and nothing else."""
+    """True if this is nearest upsampling, with or without a convolution, and nothing else."""
     return (
         isinstance(module, Upsample2D)
         and module.interpolate
@@ -131,7 +131,7 @@ def _upsamplers(block: nn.Module) -> list[_Upsample]:
     return [one for one in inside if isinstance(one, _Upsample)]
 
 
-def _set_upsampled_size(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _set_upsampled_size(block: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Tell a block's upsampling resnets the size of the skip connection, which diffusers passes to the block only."""
     for upsampler in _upsamplers(block):
-        upsampler.size = named.get("upsample_size")
+        upsampler.size = keywords.get("upsample_size")

@@ -8,10 +8,9 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.families import open_checkpoint
 from ldm_export.originals.checkpoint import open_original
 from ldm_export.originals.checkpoint_file import is_checkpoint_file
-from ldm_export.originals.recognition import WEIGHTS
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["WEIGHTS", "open_model", "open_original"]
+__all__ = ["open_model", "open_original"]
 
 
 def open_model(
@@ -32,11 +31,11 @@ def open_model(
     Raises:
         CheckpointError: It cannot be opened, or an option is of the other form.
     """
-    given = {"config": config, "tokenizer": tokenizer, "weights": weights}
+    arguments = {"config": config, "tokenizer": tokenizer, "weights": weights}
     if is_checkpoint_file(path):
         if random_weights:
             raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")
-        return open_original(path, **given)  # type: ignore[arg-type]
-    if options := [f"--{name}" for name, value in given.items() if value is not None]:
+        return open_original(path, **arguments)  # type: ignore[arg-type]
+    if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
         raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
     return open_checkpoint(path, random_weights=random_weights)

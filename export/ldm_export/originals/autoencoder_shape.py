@@ -17,7 +17,7 @@ AUTOENCODER_PREFIX = "first_stage_model."
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """What the state dict says about an autoencoder.
+    """Sizes of an autoencoder, derived from its state dict.
 
     Attributes:
         in_channels, out_channels: Of the images.

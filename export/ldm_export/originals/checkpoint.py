@@ -89,7 +89,7 @@ def _components(
     """Every part of the layout with its config and tensors."""
     unet, autoencoder, heads = original.unet, original.autoencoder, original.heads
     pixels = original.image_size * autoencoder.factor
-    made: dict[str, tuple[str, dict[str, Any], Mapping[str, StoredTensor]]] = {
+    parts: dict[str, tuple[str, dict[str, Any], Mapping[str, StoredTensor]]] = {
         "unet": (
             unet_class(unet),
             unet_config(unet, heads, original.image_size),
@@ -102,10 +102,10 @@ def _components(
         ),
     }
     if isinstance(original.condition, Text):
-        made["text_encoder"] = ("LDMBertModel", original.condition.config(), text_tensors(tensors))
+        parts["text_encoder"] = ("LDMBertModel", original.condition.config(), text_tensors(tensors))
     elif isinstance(original.condition, Labels):
-        made["label_encoder"] = ("ClassEmbedder", original.condition.config(), label_tensors(tensors))
-    return {name: _component(file, name, layout.parts[name], original, *made[name]) for name in layout.parts}
+        parts["label_encoder"] = ("ClassEmbedder", original.condition.config(), label_tensors(tensors))
+    return {name: _component(file, name, layout.parts[name], original, *parts[name]) for name in layout.parts}
 
 
 def _component(
@@ -121,8 +121,8 @@ def _component(
     depends = {"config": {key: repr(value) for key, value in full.items()}}
     if name == "unet":
         depends["unet"] = {"heads": repr(original.heads), "ema": repr(original.ema)}
-    named = {key: replace(stored, component=name) for key, stored in tensors.items()}
-    return Component(name, file, class_name, full, frozenset(), named, depends)
+    own_tensors = {key: replace(stored, component=name) for key, stored in tensors.items()}
+    return Component(name, file, class_name, full, frozenset(), own_tensors, depends)
 
 
 def _files(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:

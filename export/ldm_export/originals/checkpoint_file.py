@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm_export.checkpoint.weights import StoredTensor, read_safetensors
-from ldm_export.originals.pickle_reader import Global, PersistentId, Record, read_pickle
+from ldm_export.originals.pickle_machine import Global, PersistentId, PickleRecord
+from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
 __all__ = ["SUFFIXES", "is_checkpoint_file", "read_state_dict"]
@@ -80,7 +81,7 @@ def is_checkpoint_file(path: Path) -> bool:
 
 
 def read_state_dict(file: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of the state dict in a checkpoint file; values stay on disk until they are read.
+    """Return name -> tensor of the state dict in a checkpoint file; values are read from disk when they are used.
 
     Raises:
         CheckpointError: No such file; damaged, truncated, or of another format; its sizes do not fit the file.
@@ -111,7 +112,7 @@ def read_state_dict(file: Path) -> dict[str, StoredTensor]:
 
 
 def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """The content of ``data.pkl`` and where the storages lie; entries are stored without compression by torch."""
+    """Return the content of ``data.pkl`` and the position of each storage; torch stores entries without compression."""
     size = file.stat().st_size
     with zipfile.ZipFile(opened) as archive:
         entries = archive.infolist()
@@ -170,21 +171,21 @@ def _read_legacy(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]
 
 def _storage_widths(content: Any) -> Iterator[tuple[str, int]]:
     """Key and bytes per element of every storage that a pickle names, in whatever object."""
-    todo, seen = [content], set[int]()
+    todo, visited = [content], set[int]()
     while todo:
         value = todo.pop()
-        if id(value) in seen:
+        if id(value) in visited:
             continue
         if isinstance(value, PersistentId):
             reference = _storage_of(value)
             if reference is not None:
                 yield reference[0], _BYTES.get(reference[1], 1)
-        elif isinstance(value, dict | list | tuple | Record):
-            seen.add(id(value))
+        elif isinstance(value, dict | list | tuple | PickleRecord):
+            visited.add(id(value))
             if isinstance(value, dict):
                 todo.extend(value.values())
             else:
-                todo.extend(value.arguments if isinstance(value, Record) else value)
+                todo.extend(value.arguments if isinstance(value, PickleRecord) else value)
 
 
 def _storage_of(value: Any) -> tuple[str, str] | None:
@@ -193,21 +194,21 @@ def _storage_of(value: Any) -> tuple[str, str] | None:
     if not isinstance(parts, tuple) or len(parts) < 5 or parts[0] != "storage" or not isinstance(parts[1], Global):
         return None
     module, _, name = parts[1].name.rpartition(".")
-    known = module.split(".")[0] == "torch" and name in _STORAGES and isinstance(parts[2], str)
-    return (parts[2], _STORAGES[name]) if known else None
+    is_storage = module.split(".")[0] == "torch" and name in _STORAGES and isinstance(parts[2], str)
+    return (parts[2], _STORAGES[name]) if is_storage else None
 
 
 def _view(value: Any) -> _View | None:
-    """The tensor that a record of the pickle stands for; None if it is something else."""
+    """Return the tensor that a record of the pickle describes; None if it is something else."""
     for _ in range(3):
-        if not isinstance(value, Record):
+        if not isinstance(value, PickleRecord):
             return None
         if value.function in _PARAMETER and value.arguments:
             value = value.arguments[0]
         elif value.function == _SUBCLASS and len(value.arguments) > 2 and isinstance(value.arguments[0], Global):
             inner = value.arguments[2]
-            value = Record(value.arguments[0].name, inner if isinstance(inner, tuple) else ())
-    if not isinstance(value, Record) or value.function not in _TENSOR or len(value.arguments) < 4:
+            value = PickleRecord(value.arguments[0].name, inner if isinstance(inner, tuple) else ())
+    if not isinstance(value, PickleRecord) or value.function not in _TENSOR or len(value.arguments) < 4:
         return None
     storage, offset, shape, strides = value.arguments[:4]
     reference = _storage_of(storage)
@@ -226,7 +227,7 @@ def _view(value: Any) -> _View | None:
 
 def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict[str, StoredTensor]:
     if not isinstance(content, dict):
-        kind = content.function if isinstance(content, Record) else type(content).__name__
+        kind = content.function if isinstance(content, PickleRecord) else type(content).__name__
         raise CheckpointError(
             f"{file} holds a {kind!s:.80}, expected a dict with a state_dict; use the training's file"
         )
@@ -244,7 +245,7 @@ def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict
 
 
 def _stored(file: Path, name: str, view: _View, storages: Mapping[str, _Storage]) -> StoredTensor:
-    """Check that a tensor lies in its storage, and that no element is stored less than once."""
+    """Check that a tensor is inside its storage, and that every element is stored."""
     storage, width = storages.get(view.key), _BYTES.get(view.dtype, 1)
     if storage is None or (view.offset + view.span) * width > storage.size or math.prod(view.shape) > view.span:
         size = "no storage" if storage is None else f"a storage of {storage.size} bytes"

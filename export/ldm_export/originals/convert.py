@@ -71,8 +71,8 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers_version}
     for name, component in checkpoint.components.items():
         part, source = checkpoint.layout.parts[name], checkpoint.layout.modules[name]
-        held = {key.partition(".")[0] for key in component.tensors or ()}
-        left_out = {module: stand_in for module, stand_in in source.left_out.items() if module not in held}
+        stored_modules = {key.partition(".")[0] for key in component.tensors or ()}
+        left_out = {module: stand_in for module, stand_in in source.left_out.items() if module not in stored_modules}
         whole = replace(
             checkpoint, layout=replace(checkpoint.layout, modules={name: ModuleSource(source.part, left_out)})
         )

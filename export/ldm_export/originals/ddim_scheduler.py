@@ -16,15 +16,15 @@ _Base: Any = DDIMScheduler
 
 
 class CompVisDDIMScheduler(_Base):  # type: ignore[misc]
-    """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, for some steps more than asked."""
+    """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, which can be more than ``steps``."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Set ``timesteps``; ``num_inference_steps`` stays as asked, since the distance of steps derives from it."""
+        """Set ``timesteps``; ``num_inference_steps`` does not change: the distance between steps derives from it."""
         options: Any = self.config
         if options.timestep_spacing != COMPVIS_SPACING:
             super().set_timesteps(num_inference_steps, device)
             return
         count = options.num_train_timesteps
         self.num_inference_steps = num_inference_steps
-        found = torch.arange(0, count, count // num_inference_steps).flip(0) + options.steps_offset
-        self.timesteps = found.to(device)
+        timesteps = torch.arange(0, count, count // num_inference_steps).flip(0) + options.steps_offset
+        self.timesteps = timesteps.to(device)

@@ -110,17 +110,17 @@ def unet_tensors(tensors: Tensors, shape: UNetShape, heads: Heads, ema: bool) ->
     Raises:
         CheckpointError: A moving average is missing or has another shape.
     """
-    found: dict[str, StoredTensor] = {}
+    converted: dict[str, StoredTensor] = {}
     for full, plain in tensors.items():
         if not full.startswith(UNET_PREFIX):
             continue
         stored = _average(tensors, full, plain) if ema else plain
         name = unet_name(full.removeprefix(UNET_PREFIX), shape.res_blocks)
         if shape.context_width is None:
-            found |= _attention_block(name, stored, heads)
+            converted |= _attention_block(name, stored, heads)
         else:
-            found[name] = stored
-    return found
+            converted[name] = stored
+    return converted
 
 
 def _average(tensors: Tensors, name: str, plain: StoredTensor) -> StoredTensor:
@@ -149,15 +149,15 @@ def _attention_block(name: str, stored: StoredTensor, heads: Heads) -> dict[str,
     width = rows // 3
     number = heads.of(width)
 
-    def third(which: int) -> StoredTensor:
+    def third(index: int) -> StoredTensor:
         split = (3, number, width // number) if heads.new_order else (number, 3, width // number)
         axis = 0 if heads.new_order else 1
         shape = (width, *columns[:1])
         return _derived(
-            stored, shape, lambda tensor: tensor.reshape(*split, *columns[:1]).select(axis, which).reshape(shape)
+            stored, shape, lambda tensor: tensor.reshape(*split, *columns[:1]).select(axis, index).reshape(shape)
         )
 
-    return {f"{block}.to_{letter}.{leaf}": third(which) for which, letter in enumerate("qkv")}
+    return {f"{block}.to_{letter}.{leaf}": third(index) for index, letter in enumerate("qkv")}
 
 
 def _derived(stored: StoredTensor, shape: tuple[int, ...], change: object) -> StoredTensor:
@@ -178,7 +178,7 @@ def autoencoder_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
 
 def text_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
     """The tensors of a ``BERTEmbedder`` under the names of diffusers' LDMBertModel."""
-    found = {}
+    converted = {}
     for name, stored in _below(tensors, f"{CONDITION_PREFIX}transformer.", ("",)).items():
         match = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.+)", name)
         if match is not None:
@@ -188,8 +188,8 @@ def text_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
             name = f"model.layers.{layer}.{rest}"
         for pattern, replacement in _TEXT:
             name = re.sub(pattern, replacement, name)
-        found[name] = stored
-    return found
+        converted[name] = stored
+    return converted
 
 
 def label_tensors(tensors: Tensors) -> dict[str, StoredTensor]:

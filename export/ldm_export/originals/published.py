@@ -1,4 +1,4 @@
-"""Settings of the published models, which no tensor of a state dict tells (Rombach et al. 2022, arXiv:2112.10752).
+"""Settings of the published models that a state dict does not contain (Rombach et al. 2022, arXiv:2112.10752).
 
 Rows are those of the repository CompVis/latent-diffusion (``models/*/config.yaml``, ``configs/latent-diffusion``).
 """

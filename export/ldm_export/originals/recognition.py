@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_export.checkpoint.weight_choice import WEIGHTS
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.autoencoder_shape import AUTOENCODER_PREFIX, AutoencoderShape, autoencoder_shape
 from ldm_export.originals.condition_shape import CONDITION_PREFIX, Labels, Text, condition_shape, kind_of
@@ -17,10 +18,8 @@ from ldm_export.originals.yaml_config import YamlConfig
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
 
-__all__ = ["WEIGHTS", "Original", "recognise"]
+__all__ = ["Original", "recognise"]
 
-WEIGHTS = ("ema", "model")
-"""Choices of the UNet's weights: moving averages, or the plain ones."""
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
     "class_conditional": Defaults(20, 0.0, 3.0),
@@ -116,42 +115,42 @@ def _facts(
     autoencoder: AutoencoderShape,
     condition: Text | Labels | None,
 ) -> list[tuple[str, Any, Any, str]]:
-    """Keys of a yaml, their values, what the state dict says and the tensor that says so."""
+    """Return yaml key, its value, the value derived from the state dict, and the tensor it is derived from."""
 
-    def seen(name: str) -> str:
+    def evidence(name: str) -> str:
         return f"{name} {list(tensors[name].shape)}" if name in tensors else f"the absence of {name}"
 
-    conv_in, block = seen(f"{UNET_PREFIX}input_blocks.0.0.weight"), f"the blocks of {UNET_PREFIX}input_blocks"
-    cross = seen(f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    ae_in, ae_out = (seen(f"{AUTOENCODER_PREFIX}{name}.weight") for name in ("encoder.conv_in", "post_quant_conv"))
-    given, conv_out = config.unet, seen(f"{UNET_PREFIX}out.2.weight")
-    dd = given_dd if isinstance(given_dd := config.first_stage.get("ddconfig"), dict) else {}
-    resolutions = config.integers(given, "attention_resolutions")
+    conv_in, block = evidence(f"{UNET_PREFIX}input_blocks.0.0.weight"), f"the blocks of {UNET_PREFIX}input_blocks"
+    cross = evidence(f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    ae_in, ae_out = (evidence(f"{AUTOENCODER_PREFIX}{name}.weight") for name in ("encoder.conv_in", "post_quant_conv"))
+    params, conv_out = config.unet, evidence(f"{UNET_PREFIX}out.2.weight")
+    dd = ddconfig if isinstance(ddconfig := config.first_stage.get("ddconfig"), dict) else {}
+    resolutions = config.integers(params, "attention_resolutions")
     relevant = None if resolutions is None else tuple(sorted(r for r in resolutions if r < 2 ** len(unet.widths)))
     multiples = config.integers(dd, "ch_mult")
     ch = config.integer(dd, "ch")
     levels = None if ch is None or multiples is None else tuple(ch * multiple for multiple in multiples)
     facts: list[tuple[str, Any, Any, str]] = [
-        ("unet model_channels", config.integer(given, "model_channels"), unet.model_channels, conv_in),
-        ("unet in_channels", config.integer(given, "in_channels"), unet.in_channels, conv_in),
-        ("unet out_channels", config.integer(given, "out_channels"), unet.out_channels, conv_out),
-        ("unet channel_mult", config.integers(given, "channel_mult"), unet.multiples, block),
-        ("unet num_res_blocks", config.integer(given, "num_res_blocks"), unet.res_blocks, block),
+        ("unet model_channels", config.integer(params, "model_channels"), unet.model_channels, conv_in),
+        ("unet in_channels", config.integer(params, "in_channels"), unet.in_channels, conv_in),
+        ("unet out_channels", config.integer(params, "out_channels"), unet.out_channels, conv_out),
+        ("unet channel_mult", config.integers(params, "channel_mult"), unet.multiples, block),
+        ("unet num_res_blocks", config.integer(params, "num_res_blocks"), unet.res_blocks, block),
         ("unet attention_resolutions", relevant, unet.attention_resolutions, block),
-        ("unet context_dim", config.integer(given, "context_dim"), unet.context_width, cross),
-        ("unet resblock_updown", bool(given.get("resblock_updown", False)), unet.resblock_updown, block),
-        ("unet use_scale_shift_norm", bool(given.get("use_scale_shift_norm", False)), unet.scale_shift,
-         seen(f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight")),
+        ("unet context_dim", config.integer(params, "context_dim"), unet.context_width, cross),
+        ("unet resblock_updown", bool(params.get("resblock_updown", False)), unet.resblock_updown, block),
+        ("unet use_scale_shift_norm", bool(params.get("use_scale_shift_norm", False)), unet.scale_shift,
+         evidence(f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight")),
         ("autoencoder embed_dim", config.integer(config.first_stage, "embed_dim"), autoencoder.latent_channels, ae_out),
         ("autoencoder n_embed", config.integer(config.first_stage, "n_embed"), autoencoder.codes,
-         seen(f"{AUTOENCODER_PREFIX}quantize.embedding.weight")),
+         evidence(f"{AUTOENCODER_PREFIX}quantize.embedding.weight")),
         ("autoencoder z_channels", config.integer(dd, "z_channels"), autoencoder.z_channels, ae_out),
         ("autoencoder num_res_blocks", config.integer(dd, "num_res_blocks"), autoencoder.res_blocks,
          f"the blocks of {AUTOENCODER_PREFIX}encoder.down.0"),
         ("autoencoder ch and ch_mult", levels, autoencoder.widths, ae_in),
     ]  # fmt: skip
     if isinstance(condition, Text):
-        tokens = seen(f"{CONDITION_PREFIX}transformer.token_emb.weight")
+        tokens = evidence(f"{CONDITION_PREFIX}transformer.token_emb.weight")
         facts += [
             ("text n_embed", config.integer(config.condition, "n_embed"), condition.width, tokens),
             ("text vocab_size", config.integer(config.condition, "vocab_size"), condition.vocabulary, tokens),
@@ -159,7 +158,7 @@ def _facts(
              f"{CONDITION_PREFIX}transformer.attn_layers"),
         ]  # fmt: skip
     if isinstance(condition, Labels):
-        embedding = seen(f"{CONDITION_PREFIX}embedding.weight")
+        embedding = evidence(f"{CONDITION_PREFIX}embedding.weight")
         facts += [
             ("labels n_classes", config.integer(config.condition, "n_classes"), condition.classes, embedding),
             ("labels embed_dim", config.integer(config.condition, "embed_dim"), condition.width, embedding),
@@ -184,11 +183,11 @@ def _heads(config: YamlConfig | None, row: Published | None, unet: UNetShape) ->
 
 def _image_size(config: YamlConfig | None, row: Published | None) -> int:
     if config is not None:
-        found = config.integer(config.params, "image_size", 1, 4096) or config.integer(
+        size = config.integer(config.params, "image_size", 1, 4096) or config.integer(
             config.unet, "image_size", 1, 4096
         )
-        if found is not None:
-            return found
+        if size is not None:
+            return size
     if row is None:
         raise _needs_config("the size of its latents")
     return row.image_size
@@ -202,9 +201,9 @@ def _schedule(
         start, end = (config.number(config.params, key, 1e-9, 0.999) for key in ("linear_start", "linear_end"))
         linear = (1e-4 if start is None else start, 2e-2 if end is None else end)  # the defaults of CompVis' DDPM
         steps = config.integer(config.params, "timesteps", 2, 100_000) or 1000
-    found = betas_of(tensors, linear)
-    if found is not None:
-        return found
+    betas = betas_of(tensors, linear)
+    if betas is not None:
+        return betas
     if linear is None:
         if row is None:
             raise _needs_config("its noise schedule")
@@ -215,10 +214,10 @@ def _schedule(
 def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None, row: Published | None) -> float:
     stored = tensors.get("scale_factor")
     if stored is not None and stored.shape in ((), (1,)):
-        found = float(stored.read().reshape(()))
-        if found > 0:
-            return found
-        raise CheckpointError(f"{stored.file}: tensor scale_factor: got {found:g}, expected a positive number")
+        factor = float(stored.read().reshape(()))
+        if factor > 0:
+            return factor
+        raise CheckpointError(f"{stored.file}: tensor scale_factor: got {factor:g}, expected a positive number")
     if config is not None:
         if config.params.get("scale_by_std") is True:
             raise CheckpointError(
@@ -235,11 +234,11 @@ def _ema(
 ) -> bool:
     if weights not in (None, *WEIGHTS):
         raise CheckpointError(f"weights: got {weights!r:.40}, expected one of {', '.join(WEIGHTS)}")
-    found = has_ema(tensors)
-    if weights == "ema" and not found:
+    averaged = has_ema(tensors)
+    if weights == "ema" and not averaged:
         raise CheckpointError("weights: got ema, but the checkpoint has no moving averages; leave it out")
     if weights is not None:
         return weights == "ema"
     if config is not None:
-        return found and config.params.get("use_ema", True) is not False
-    return found and (row is None or row.use_ema)
+        return averaged and config.params.get("use_ema", True) is not False
+    return averaged and (row is None or row.use_ema)

@@ -36,8 +36,10 @@ def unet_config(shape: UNetShape, heads: Heads, sample_size: int) -> dict[str, A
     """
     attended = _attended(shape)
     if wrong := [width for width in attended if not heads.divides(width)]:
-        given = f"num_heads {heads.number}" if heads.number else f"num_head_channels {heads.channels}"
-        raise CheckpointError(f"unet: got {given} for an attention of {wrong[0]} channels, expected a divisor of these")
+        option = f"num_heads {heads.number}" if heads.number else f"num_head_channels {heads.channels}"
+        raise CheckpointError(
+            f"unet: got {option} for an attention of {wrong[0]} channels, expected a divisor of these"
+        )
     config: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": shape.in_channels,

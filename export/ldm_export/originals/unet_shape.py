@@ -17,7 +17,7 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What the state dict says about a UNet. Heads are not among it: no tensor's shape depends on their number.
+    """Sizes of a UNet, derived from its state dict, without the number of heads: no tensor's shape depends on it.
 
     Attributes:
         in_channels, out_channels: Of the noisy latents with what is concatenated to them, and of the prediction.
@@ -49,7 +49,7 @@ class UNetShape:
 
     @property
     def attention_resolutions(self) -> tuple[int, ...]:
-        """Downsampling factors of the levels with attention, as a yaml gives them."""
+        """Return the downsampling factors of the levels with attention, as a yaml lists them."""
         return tuple(2**level for level, attended in enumerate(self.attention) if attended)
 
 
@@ -69,14 +69,12 @@ def shape_of(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
 
 def count(tensors: Tensors, pattern: str) -> int:
     """Number of consecutive indices i from 0 for which some tensor's name begins with ``pattern.format(i)``."""
-    heads, found = {}, 0
     before, _, _ = pattern.partition("{}")
-    for name in tensors:
-        if name.startswith(before):
-            heads[name[len(before) :].partition(".")[0]] = True
-    while str(found) in heads:
-        found += 1
-    return found
+    indices = {name[len(before) :].partition(".")[0] for name in tensors if name.startswith(before)}
+    number = 0
+    while str(number) in indices:
+        number += 1
+    return number
 
 
 def unet_shape(tensors: Tensors) -> UNetShape:

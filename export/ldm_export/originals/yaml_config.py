@@ -85,9 +85,9 @@ class YamlConfig:
             CheckpointError: They disagree; the message lists every key.
         """
         wrong = [
-            f"{key} is {given}, but {found} by {evidence}"
-            for key, given, found, evidence in facts
-            if given is not None and given != found
+            f"{key} is {configured}, but {actual} by {evidence}"
+            for key, configured, actual, evidence in facts
+            if configured is not None and configured != actual
         ]
         if wrong:
             raise CheckpointError(

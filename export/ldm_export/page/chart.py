@@ -9,6 +9,8 @@ from xml.sax.saxutils import escape
 
 from ldm_runtime.errors import SpecError
 
+__all__ = ["HEIGHT", "WIDTH", "ChartAxis", "Series", "bars", "lines", "sheet"]
+
 WIDTH, HEIGHT = 720, 400
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b", "#000000")
 """Okabe and Ito's palette, which is safe for colour-blind readers. It repeats after eight series."""
@@ -27,7 +29,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """Range of one axis, from ``low`` to ``high``, with a linear or a logarithmic scale."""
 
     low: float
@@ -35,7 +37,7 @@ class Axis:
     log: bool
 
     @classmethod
-    def over(cls, values: Sequence[float], log: bool) -> Axis:
+    def over(cls, values: Sequence[float], log: bool) -> ChartAxis:
         """Axis that covers all values; a linear one includes 0.
 
         Raises:
@@ -87,7 +89,7 @@ def lines(
         SpecError: There are no points, or one of them does not lie on an axis.
     """
     points = [point for one in series for point in one.points]
-    across, up = (Axis.over([point[side] for point in points], log[side]) for side in (0, 1))
+    across, up = (ChartAxis.over([point[side] for point in points], log[side]) for side in (0, 1))
     margin = max(_RIGHT, round(34 + _CHAR * max(len(one.name) for one in series)))
     wide, high = max(120, WIDTH - _LEFT - margin), height - _TOP - _BOTTOM
     marks = [_text(_LEFT, 24, title, "bold")]
@@ -135,7 +137,7 @@ def bars(title: str, label: str, rows: Mapping[str, Mapping[str, float]]) -> str
         SpecError: There are no bars, or a value is not finite.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    along = Axis.over([value for row in rows.values() for value in row.values()], log=False)
+    along = ChartAxis.over([value for row in rows.values() for value in row.values()], log=False)
     left = 24 + _CHAR * max(len(row) for row in rows)
     margin = 70 + (16 + _CHAR * max(map(len, names)) if len(names) > 1 else 0)
     wide, marks, below = max(120.0, WIDTH - left - margin), [_text(left, 24, title, "bold")], float(_TOP)

@@ -17,6 +17,19 @@ from PIL import Image, ImageChops
 from ldm_export.screen import printable
 from ldm_runtime.images import to_png
 
+__all__ = [
+    "Figure",
+    "Markup",
+    "decibel",
+    "difference",
+    "document",
+    "element",
+    "inline_image",
+    "number",
+    "table",
+    "text",
+]
+
 SMALL, LARGE = 160, 192
 """Minimum width in pixels to which a small image is magnified, and maximum width of a large one."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -96,11 +109,11 @@ def inline_image(image: Image.Image, alt: str = "") -> Markup:
 
 
 def difference(one: Image.Image, other: Image.Image, times: int) -> Image.Image:
-    """How far two images differ, ``times`` as bright as it is. Differences in opacity show as grey."""
-    found = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
-    if found.mode != "RGBA":
-        return found
-    red, green, blue, alpha = found.split()
+    """Return the difference of two images, ``times`` as bright. Differences in opacity are grey."""
+    difference_image = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
+    if difference_image.mode != "RGBA":
+        return difference_image
+    red, green, blue, alpha = difference_image.split()
     return Image.merge("RGB", [ImageChops.lighter(channel, alpha) for channel in (red, green, blue)])
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from ldm_export.page.document import Markup, element, table
 
+__all__ = ["fact_tables"]
+
 MAX_ROWS, MAX_COLUMNS = 60, 12
 
 

@@ -16,13 +16,13 @@ from ldm_runtime.backends.host import first_line
 from ldm_runtime.backends.onnxruntime_session import load_onnxruntime
 from ldm_runtime.errors import BuildError
 
-__all__ = ["Layer", "compare_layers", "first_beyond"]
+__all__ = ["LayerDifference", "compare_layers", "first_beyond"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerDifference:
     """Comparison of one tensor that both graphs compute.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layer:
     largest: float
 
 
-def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]]) -> list[Layer]:
+def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]]) -> list[LayerDifference]:
     """Compare every float tensor that both graphs compute, on the CPU, in the order of the graph.
 
     All tensors of one call are in memory twice, so use a feed with one row.
@@ -59,13 +59,13 @@ def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]])
     for name, (node, dtype) in _tensors(graph).items():
         if name in both:
             one, other = got.pop(name), expected.pop(name)
-            layers.append(Layer(name, node, dtype, *_difference(one, other)))
+            layers.append(LayerDifference(name, node, dtype, *_difference(one, other)))
     if not layers:
         raise BuildError(f"{graph}: shares no tensor with {against}; compare graphs of one component")
     return layers
 
 
-def first_beyond(layers: list[Layer], threshold: float) -> Layer | None:
+def first_beyond(layers: list[LayerDifference], threshold: float) -> LayerDifference | None:
     """Return the first tensor whose error exceeds the threshold, or None."""
     return next((layer for layer in layers if not layer.error <= threshold), None)
 

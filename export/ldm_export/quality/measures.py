@@ -55,11 +55,11 @@ class ComponentResult:
     psnr: float | None
 
 
-def compared(name: str, got: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> ComponentResult:
+def compared(name: str, actual: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> ComponentResult:
     """Compare outputs with the expected ones of the same names and shapes; several outputs count as one vector."""
     one, other = (
         np.concatenate([np.asarray(outputs[key], np.float64).ravel() for key in expected])
-        for outputs in (got, expected)
+        for outputs in (actual, expected)
     )
     scale = float(np.abs(other).max()) or 1.0
     cosine = float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other) or 1.0))

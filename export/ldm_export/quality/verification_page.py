@@ -6,6 +6,8 @@ from ldm_export.page.document import Figure, Markup, decibel, difference, docume
 from ldm_export.quality.measures import Tolerance
 from ldm_export.quality.verification import Verification
 
+__all__ = ["page"]
+
 AMPLIFIED = 64
 """Amplification of differences: 1/255 becomes a quarter of full brightness."""
 

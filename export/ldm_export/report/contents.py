@@ -21,6 +21,8 @@ from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 
+__all__ = ["REFERENCE", "PrecisionImages", "Report", "ReportOptions", "bundle_json", "make_report", "precisions"]
+
 MAX_REQUESTS, MAX_BYTES = 100, 64 * 2**20
 REFERENCE = "fp32"
 ORDER = (REFERENCE, "fp16", "bf16", "int8")
@@ -108,7 +110,7 @@ def make_report(
     options = options or ReportOptions()
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
-    files = {name: read_json(bundle, name) for name in bundle.manifest.files if _is_report(name)}
+    files = {name: bundle_json(bundle, name) for name in bundle.manifest.files if _is_report(name)}
     seeded = [
         Request(**one, seed=options.seed + i, num_inference_steps=options.steps) for i, one in enumerate(requests)
     ]
@@ -137,7 +139,7 @@ def precisions(bundle: Bundle) -> list[str]:
     )
 
 
-def read_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
+def bundle_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
     """Read one of the bundle's files as JSON, after checking it against the manifest.
 
     Raises:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+__all__ = ["finite", "mapping", "mappings"]
+
 SMALLEST = 1e-30
 
 

@@ -30,6 +30,8 @@ from ldm_export.requests import label
 from ldm_export.screen import human_bytes, printable
 from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, RANGES_REPORT, precision_report
 
+__all__ = ["report_page"]
+
 MAX_LISTED = 40
 """Rows of the lists that may be long."""
 

@@ -30,7 +30,7 @@ MAX_QUEUE_DELAY = 0
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served.
+    """Options for serving a bundle.
 
     Attributes:
         target: Backend of the models of single components, one of ``TARGETS``.
@@ -51,19 +51,19 @@ def component_config(spec: ComponentSpec, serving: Serving, engines: Sequence[En
         serving: How the bundle is served.
         engines: For target "tensorrt", one engine per compute capability.
     """
-    named: dict[str, Any] = {"name": spec.name}
+    fields: dict[str, Any] = {"name": spec.name}
     if serving.target == "python":
         parameters = replace(serving.parameters, component=spec.name)
-        named |= {"backend": "python", "parameters": MapOf(parameters.to_config())}
+        fields |= {"backend": "python", "parameters": MapOf(parameters.to_config())}
     else:
-        named |= {"platform": PLATFORMS[serving.target]}
+        fields |= {"platform": PLATFORMS[serving.target]}
     if serving.target == "tensorrt":
-        named["default_model_filename"] = plan_name(engines[0])
-        named["cc_model_filenames"] = MapOf(
+        fields["default_model_filename"] = plan_name(engines[0])
+        fields["cc_model_filenames"] = MapOf(
             {capability: plan_name(engine) for engine in engines for capability in engine.compute_capabilities}
         )
     return {
-        **named,
+        **fields,
         "max_batch_size": _max_batch_size(spec, engines),
         "input": [_tensor(tensor) for tensor in spec.inputs],
         "output": [_tensor(tensor) for tensor in spec.outputs],
@@ -118,8 +118,8 @@ def _fields(inputs: Sequence[TensorField], outputs: Sequence[TensorField]) -> di
     def message(field: TensorField) -> dict[str, Any]:
         return {"name": field.name, "data_type": Enum(field.data_type), "dims": list(field.dims)}
 
-    taken = [message(field) | ({"optional": True} if field.optional else {}) for field in inputs]
-    return {"input": taken, "output": [message(field) for field in outputs]}
+    accepted = [message(field) | ({"optional": True} if field.optional else {}) for field in inputs]
+    return {"input": accepted, "output": [message(field) for field in outputs]}
 
 
 def _max_batch_size(spec: ComponentSpec, engines: Sequence[EngineFacts]) -> int:

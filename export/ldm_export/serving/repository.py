@@ -13,7 +13,7 @@ from ldm_export.serving.pbtxt import to_pbtxt
 from ldm_runtime.atomic_files import write_whole
 from ldm_runtime.errors import BuildError
 
-__all__ = ["versions", "write_models"]
+__all__ = ["model_versions", "write_models"]
 
 CONFIG = "config.pbtxt"
 HEADER = "# Written by ldm-export triton, which replaces it with each version.\n"
@@ -39,7 +39,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
             full.
     """
     _check_ours(repository, models)
-    version = 1 + max([0, *(number for model in models for number in versions(repository / model.name))])
+    version = 1 + max([0, *(number for model in models for number in model_versions(repository / model.name))])
     with work_folder(repository) as work:
         stage = work / "models"
         remove(stage)
@@ -56,7 +56,7 @@ def write_models(repository: Path, models: Sequence[Model]) -> int:
     return version
 
 
-def versions(folder: Path) -> list[int]:
+def model_versions(folder: Path) -> list[int]:
     """Version numbers in a model's folder, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and int(name) > 0)
@@ -95,7 +95,7 @@ def _publish(staged: Path, model: Path, version: int, old: Path) -> None:
         return
     (staged / str(version)).rename(model / str(version))
     write_whole(model / CONFIG, (staged / CONFIG).read_bytes())
-    for outdated in versions(model)[:-MAX_VERSIONS]:
+    for outdated in model_versions(model)[:-MAX_VERSIONS]:
         old.mkdir(exist_ok=True)
         remove(old / f"{model.name}-{outdated}")
         (model / str(outdated)).rename(old / f"{model.name}-{outdated}")

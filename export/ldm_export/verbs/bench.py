@@ -13,6 +13,8 @@ from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.backends.selection import DEVICES
 from ldm_runtime.errors import BuildError
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's options."""

@@ -18,6 +18,8 @@ from ldm_runtime.errors import BuildError
 if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
+__all__ = ["add_arguments", "run"]
+
 HALF = ("fp16", "bf16")
 CUDA = "onnxruntime-cuda"
 RANGED = 16
@@ -117,12 +119,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 raise unwritten(args.output, error, "free some disk space") from None
             built = replace(built, bundle=bundle)
     size = sum(fact.size for fact in built.bundle.manifest.files.values())
-    made = [name for name, origin in built.origins.items() if origin == "made"]
+    new = [name for name, origin in built.origins.items() if origin == "made"]
     if args.json:
-        result = {"bundle": str(args.output), "bytes": size, "made": made, "seconds": time.monotonic() - begun}
+        result = {"bundle": str(args.output), "bytes": size, "made": new, "seconds": time.monotonic() - begun}
         screen.json(result)
         return
-    what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
+    what = f"made {', '.join(new)}" if new else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     if args.precision == "int8":
         show(report, screen)

@@ -12,6 +12,8 @@ from ldm_export.verbs.options import unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
@@ -54,8 +56,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     if args.json:
         screen.json({name: report[name] for name in ("record", "summary", "budget", "warnings", "speed")})
         return
-    made = [name for name, origin in built.origins.items() if origin == "made"]
-    what = f"made {', '.join(made)}" if made else "nothing to do, the bundle is complete"
+    new = [name for name, origin in built.origins.items() if origin == "made"]
+    what = f"made {', '.join(new)}" if new else "nothing to do, the bundle is complete"
     screen.note(f"{what}; {time.monotonic() - begun:.0f} s")
     show(report, screen)
     if built.bundle.precision == "int8":

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         inputs = _inputs(args, seed)
         answer = _stream(connection, inputs, args, screen) if args.stream else _infer(connection, inputs, screen)
     images = _images(answer["IMAGE"], args, address)
-    written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
-    written.show(screen, {"seed": seed}, f"seed {seed}", args.json)
+    image_files = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
+    image_files.show(screen, {"seed": seed}, f"seed {seed}", args.json)
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -103,10 +103,10 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 def _pixels(files: list[Path] | None, mode: str) -> NDArray[np.uint8] | None:
     """Files as uint8 [N, H, W, channels]."""
-    found = opened_images(files)
-    if found is None:
+    images = opened_images(files)
+    if images is None:
         return None
-    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in found])
+    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in images])
     return arrays[..., None] if arrays.ndim == 3 else arrays
 
 

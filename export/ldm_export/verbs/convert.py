@@ -10,6 +10,8 @@ from ldm_export.verbs.options import quieten
 from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.errors import CheckpointError
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""

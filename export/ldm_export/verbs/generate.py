@@ -62,10 +62,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             for step in steps:
                 bar.to(step.index + 1, step.total)
             images = pipeline.decode(step.latents, request)
-    written = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
+    image_files = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle sets it
-    written.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
+    image_files.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
 
 
 def _request(args: argparse.Namespace, seed: int) -> Request:

@@ -15,11 +15,11 @@ from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError, SpecError
 
-__all__ = ["Written", "add_request", "check_output", "grid_columns", "opened_images", "write_images"]
+__all__ = ["ImageFiles", "add_request", "check_output", "grid_columns", "opened_images", "write_images"]
 
 
 @dataclass(frozen=True)
-class Written:
+class ImageFiles:
     """Files that were written, and those of them that existed before."""
 
     files: tuple[Path, ...]
@@ -124,16 +124,16 @@ def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
     """
     if files is None:
         return None
-    found = []
+    images = []
     for file in files:
         try:
             with Image.open(file) as opened:
-                found.append(opened.convert("RGB"))
+                images.append(opened.convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG or JPEG") from None
-    if len({one.size for one in found}) != 1:
+    if len({one.size for one in images}) != 1:
         raise SpecError(f"{files[0]}: got images of different sizes, expected one size; make several calls")
-    return found
+    return images
 
 
 def grid_columns(images_per_prompt: int) -> int | None:
@@ -141,7 +141,7 @@ def grid_columns(images_per_prompt: int) -> int | None:
     return images_per_prompt if images_per_prompt > 1 else None
 
 
-def write_images(output: Path, images: Sequence[Image.Image], columns: int | None, each: bool = False) -> Written:
+def write_images(output: Path, images: Sequence[Image.Image], columns: int | None, each: bool = False) -> ImageFiles:
     """Write one image, or a grid of several; all files are written or none.
 
     Args:
@@ -167,4 +167,4 @@ def write_images(output: Path, images: Sequence[Image.Image], columns: int | Non
         write_together({path: to_bytes(image, path.suffix) for path, image in files.items()})
     except OSError as error:
         raise unwritten(output, error, "choose another -o") from None
-    return Written(tuple(files), replaced)
+    return ImageFiles(tuple(files), replaced)

@@ -10,6 +10,8 @@ from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
 from ldm_runtime.bundle import Bundle
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
@@ -41,8 +43,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
                 most = sorted(graph["operators"].items(), key=lambda item: -item[1])[:8]
                 rows.append(["operators", ", ".join(f"{count} {kind}" for kind, count in most)])
             if graph.get("islands"):
-                half, *kept = graph["islands"].items()
-                reasons = ", ".join(f"{count} {reason}" for reason, count in kept)
+                half, *others = graph["islands"].items()
+                reasons = ", ".join(f"{count} {reason}" for reason, count in others)
                 rows.append(["arithmetic", f"{half[1]} nodes in {precision}, in fp32: {reasons}"])
         for engine, graphs in component.get("variants", {}).items():
             rows += [[engine, f"{graph['file']}, {human_bytes(graph['bytes'])}"] for graph in graphs.values()]

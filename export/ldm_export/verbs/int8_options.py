@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm_calibration.settings import CalibrationSettings
     from ldm_export.demo import Model
 
-__all__ = ["add_int8_arguments", "default_requests", "given_options", "settings_of", "show"]
+__all__ = ["add_int8_arguments", "given_options", "settings_of", "show"]
 
 OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
 """Maximum number of observed images, and numbers of trial images; graded trials need more images."""
@@ -63,41 +63,21 @@ def given_options(args: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
-def default_requests(
-    conditioning: Collection[str], model: Model, observed: int, trials: int
-) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
-    """Default requests to observe and to generate trial images from; None if the user must give prompts.
-
-    Args:
-        conditioning: Kinds of the model's conditioning; empty for an unconditional model.
-        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
-            for random weights.
-        observed, trials: Number of requests of each.
-    """
-    from ldm_export.demo import calibration_prompts
-
-    if not conditioning:
-        return ({},) * observed, ({},) * trials
-    prompts = calibration_prompts(model, observed, trials)
-    if prompts is None:
-        return None
-    first, second = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
-    return first, second
-
-
 def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
     """Make the settings of the calibration from the options.
 
     Args:
         args: Parsed options.
         conditioning: Kinds of the model's conditioning, e.g. ("text",).
-        model: As for ``default_requests``.
+        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
+            for random weights.
 
     Raises:
         SpecError: The model needs prompts and there are none, takes none and some are given, or a number is out of
             range.
     """
     from ldm_calibration.settings import CalibrationSettings
+    from ldm_export.demo import calibration_prompts
 
     default_trials = TRIALS if args.max_accuracy_loss is None else GRADED_TRIALS
     trials = default_trials if args.trials is None else args.trials
@@ -108,15 +88,17 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
             takes = f"takes {', '.join(conditioning)}" if conditioning else "has no conditioning"
             raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
         requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
-        observed, tried = requests[:OBSERVED], requests[:trials]
-    elif defaults := default_requests(conditioning, model, OBSERVED, trials):
-        observed, tried = defaults
+        observed, trial_requests = requests[:OBSERVED], requests[:trials]
+    elif not conditioning:
+        observed, trial_requests = ({},) * OBSERVED, ({},) * trials
+    elif prompts := calibration_prompts(model, OBSERVED, trials):
+        observed, trial_requests = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")
     bounded = args.min_psnr is not None or args.max_accuracy_loss is not None
     return CalibrationSettings(
         requests=observed,
-        trial_requests=tried,
+        trial_requests=trial_requests,
         steps=20 if args.calibration_steps is None else args.calibration_steps,
         trial_steps=args.trial_steps,
         sensitivity=args.sensitivity or "latents",

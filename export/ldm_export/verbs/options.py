@@ -14,6 +14,8 @@ from ldm_runtime.regular_files import read_regular
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
+__all__ = ["PRECISIONS", "chosen_prompts", "lines", "quieten", "real_number", "unwritten", "whole_number"]
+
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_PROMPTS = 16 * 2**20
 """Largest file of prompts in bytes."""

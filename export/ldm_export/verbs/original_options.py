@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_export.checkpoint.weight_choice import WEIGHTS
+
 if TYPE_CHECKING:
     from ldm_export.checkpoint.folder import Checkpoint
 
 __all__ = ["add_original_arguments", "open_given"]
-
-WEIGHTS = ("ema", "model")
 
 
 def add_original_arguments(verb: argparse.ArgumentParser) -> None:

@@ -11,6 +11,8 @@ from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.bundle import Bundle
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -18,6 +18,8 @@ from ldm_runtime.errors import SpecError
 if TYPE_CHECKING:
     from ldm_export.quality.measures import ComponentResult
 
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""

@@ -21,7 +21,7 @@ Loader = Callable[[], Backend]
 
 @dataclass(frozen=True)
 class Wish:
-    """What a caller asks for.
+    """Requested engine options.
 
     Attributes:
         precision: "fp32", "fp16", "bf16" or "int8". None means the precision that the bundle was built for.
@@ -74,7 +74,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a component runs.
+    """Placement of a component.
 
     Attributes:
         device: "cpu" or "cuda".

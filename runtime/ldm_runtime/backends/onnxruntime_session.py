@@ -135,11 +135,11 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
     options = session_options(opening.threads)
     for symbol, size in opening.sizes.items():
         options.add_free_dimension_override_by_name(symbol, size)
-    wanted = providers(opening.device, ort.get_available_providers())
-    if PROVIDERS["cuda"] in wanted and hasattr(ort, "preload_dlls"):
+    requested = providers(opening.device, ort.get_available_providers())
+    if PROVIDERS["cuda"] in requested and hasattr(ort, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
             ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
-    named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in wanted]
+    named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in requested]
     try:
         session = ort.InferenceSession(
             str(path_of(graph)),
@@ -151,13 +151,13 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
         kind = CaptureRefusedError if opening.capture and _CAPTURE_REFUSED in str(error) else BackendError
         raise kind(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
     unchanged(graph)
-    found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
-    if opening.device == "cuda" and found != "cuda":
+    actual = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+    if opening.device == "cuda" and actual != "cuda":
         raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
     if opening.half:
         spec = _half_where_the_session_is(session, spec)
     _check_ports(session, spec, path_of(graph))
-    return session, spec, found
+    return session, spec, actual
 
 
 def _half_where_the_session_is(session: Any, spec: ComponentSpec) -> ComponentSpec:
@@ -194,5 +194,5 @@ def providers(device: str, available: Sequence[str]) -> list[str]:
         raise BackendError(
             'this onnxruntime has no CUDA provider; `pip install "ldm-export[gpu]"`, or use device="cpu"'
         )
-    wanted = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
-    return [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]
+    requested = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
+    return [PROVIDERS[name] for name in requested if PROVIDERS[name] in available]

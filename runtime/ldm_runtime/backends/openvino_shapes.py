@@ -41,7 +41,7 @@ class ShapedGraph:
     def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
         self._read, self._core, self._options = read, core, dict(options)
         self._requests: dict[Shapes | None, Ready] = {}
-        self.kept = min(MAX_SHAPES, 1 + BUDGET // weights)
+        self.max_requests = min(MAX_SHAPES, 1 + BUDGET // weights)
 
     def run(self, feed: Feed) -> Any:
         """Run the graph and return the inference request, which owns the outputs.
@@ -55,16 +55,16 @@ class ShapedGraph:
         import openvino
 
         shapes = tuple(sorted((name, array.shape) for name, array in feed.items()))
-        request, held = self._requests.get(None) or self._requests.get(shapes) or self._compiled(shapes)
+        request, inputs = self._requests.get(None) or self._requests.get(shapes) or self._compiled(shapes)
         for name, array in feed.items():
-            if held.get(name) is not array:
+            if inputs.get(name) is not array:
                 request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
-                held[name] = array
+                inputs[name] = array
         request.infer()
         return request
 
     def _compiled(self, shapes: Shapes) -> Ready:
-        key = shapes if len(self._requests) < self.kept else None
+        key = shapes if len(self._requests) < self.max_requests else None
         if key is None:
             self._requests.clear()  # frees memory before another copy of the weights is made
         log.info("compiling for %s", "any shape" if key is None else dict(key))

@@ -45,16 +45,16 @@ def release_mapped_files(folder: Path) -> None:
 
 
 def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
-    """Return the first and last address of the whole pages of each array that lies in a read-only file mapping."""
+    """Return the first and last address of the whole pages of each array in a read-only file mapping."""
     mappings = [place for _, place in _read_only_files()]
     starts = np.array([start for start, _ in mappings], np.uint64)
-    found = []
+    ranges = []
     for array in arrays:
         start, end = array.ctypes.data, array.ctypes.data + array.nbytes
         index = int(np.searchsorted(starts, start, "right")) - 1
         if index >= 0 and end <= mappings[index][1]:
-            found.append((-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE))
-    return [(start, end) for start, end in found if start < end]
+            ranges.append((-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE))
+    return [(start, end) for start, end in ranges if start < end]
 
 
 def _read_only_files() -> list[tuple[Path, Range]]:

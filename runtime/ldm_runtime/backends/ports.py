@@ -14,23 +14,23 @@ Port = tuple[str, int | None]
 """Dtype of an input or output, or the engine's name of a type that no component has; and its rank, None if unknown."""
 
 
-def check_ports(graph: Path, side: str, got: Mapping[str, Port], tensors: Sequence[TensorSpec]) -> None:
+def check_ports(graph: Path, side: str, ports: Mapping[str, Port], tensors: Sequence[TensorSpec]) -> None:
     """Check names, dtypes and ranks before the graph runs: an engine may crash on e.g. an output of strings.
 
     Args:
         graph: Path of the graph, for messages.
         side: "inputs" or "outputs".
-        got: Name -> what the graph declares.
+        ports: Name -> what the graph declares.
         tensors: What the manifest says.
 
     Raises:
         BackendError: They differ.
     """
     expected = {tensor.name: tensor for tensor in tensors}
-    if set(got) != set(expected):
-        raise BackendError(f"{graph}: {side} are {sorted(got)}, the manifest says {sorted(expected)}; rebuild")
-    for name, (dtype, rank) in got.items():
+    if set(ports) != set(expected):
+        raise BackendError(f"{graph}: {side} are {sorted(ports)}, the manifest says {sorted(expected)}; rebuild")
+    for name, (dtype, rank) in ports.items():
         tensor = expected[name]
         if dtype != tensor.dtype or rank not in (None, len(tensor.shape)):
-            found = dtype if rank is None else f"{dtype} of {rank} dimensions"
-            raise BackendError(f"{graph}: {side}: {name} is {found}, the manifest says {tensor}; rebuild the bundle")
+            actual = dtype if rank is None else f"{dtype} of {rank} dimensions"
+            raise BackendError(f"{graph}: {side}: {name} is {actual}, the manifest says {tensor}; rebuild the bundle")

@@ -183,10 +183,10 @@ class ActiveBatches:
 
     def _finish(self, done: Sequence[tuple[Job, F32]]) -> None:
         """Decode finished jobs, small images together; if a call fails, decode each of its jobs alone."""
-        left = list(done)
-        while left:
-            count = self._jobs_per_decode([latents for _, latents in left])
-            group, left = left[:count], left[count:]
+        undecoded = list(done)
+        while undecoded:
+            count = self._jobs_per_decode([latents for _, latents in undecoded])
+            group, undecoded = undecoded[:count], undecoded[count:]
             try:
                 with self._counters.time("decode"):
                     decoded = self._pipeline.decode_array(np.concatenate([latents for _, latents in group]))

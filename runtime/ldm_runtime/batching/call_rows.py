@@ -17,7 +17,7 @@ Index = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Span:
-    """Where a member lies in the arrays of its batch.
+    """Position of a member in the arrays of its batch.
 
     Attributes:
         row: First conditioning row; the unconditional rows of a guided member come first.

@@ -48,10 +48,10 @@ class Limits:
             object.__setattr__(self, name, seconds(f"limits: {name}", getattr(self, name)))
         if self.row_buckets is None:
             return
-        given = self.row_buckets
-        if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
-            raise SpecError(f"limits: row_buckets: got {shown(given)}, expected a list of counts")
-        buckets = [integer("limits: row_buckets", count, 1, MAX_COUNT) for count in given]
+        counts = self.row_buckets
+        if isinstance(counts, str) or not isinstance(counts, Sequence | np.ndarray):
+            raise SpecError(f"limits: row_buckets: got {shown(counts)}, expected a list of counts")
+        buckets = [integer("limits: row_buckets", count, 1, MAX_COUNT) for count in counts]
         if not buckets or buckets != sorted(set(buckets)) or buckets[-1] != self.max_rows:
             expected = f"ascending counts that end with max_rows, {self.max_rows}"
             raise SpecError(f"limits: row_buckets: got {shown(buckets)}, expected {expected}")

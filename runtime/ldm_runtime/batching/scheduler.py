@@ -176,8 +176,8 @@ class BatchScheduler:
             reason = BackendError(f"batch scheduler: failed ({type(error).__name__}: {error}); restart it")
         with self._changed:
             self._closing = True
-            left = self._queue.remove_if(lambda job: True)
-        for job in left:
+            unserved = self._queue.remove_if(lambda job: True)
+        for job in unserved:
             self._notify(job, reason)
         self._active.abandon(reason)
 

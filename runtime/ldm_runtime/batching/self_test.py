@@ -15,7 +15,7 @@ STEPS = (1, 4)
 
 
 def self_test_request(pipeline: LatentDiffusionPipeline) -> Request:
-    """The cheapest request the model takes: one image, unguided, in as few steps as the scheduler allows.
+    """Return the cheapest valid request: one image, unguided, in as few steps as the scheduler allows.
 
     Raises:
         SpecError: The model takes no such request.

@@ -13,7 +13,7 @@ F32 = NDArray[np.float32]
 
 
 class BatchState:
-    """The state of every image: ``slots`` arrays, of which slot 0 holds the latents (see ``Trajectory``).
+    """The state of every image: ``slots`` arrays; slot 0 contains the latents (see ``Trajectory``).
 
     Args:
         capacity: Maximum number of images.

@@ -1,4 +1,4 @@
-"""Image conditioning: images that the UNet gets beside the noisy latents, e.g. those to enlarge."""
+"""Image conditioning: the UNet receives images in addition to the noisy latents, e.g. images to enlarge."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ class ImageConditioner:
         Raises:
             ManifestError: The UNet has no such input.
         """
-        found = [tensor for tensor in backends[UNET].inputs if spec.inputs == (tensor.name,) and len(tensor.shape) == 4]
-        if not found or found[0].dtype != "float32":
+        tensors = [
+            tensor for tensor in backends[UNET].inputs if spec.inputs == (tensor.name,) and len(tensor.shape) == 4
+        ]
+        if not tensors or tensors[0].dtype != "float32":
             raise ManifestError(f"conditioning: image: got {spec}, expected an input of the UNet; rebuild the bundle")
-        return cls(found[0])
+        return cls(tensors[0])
 
     def images(self, request: Request) -> int:
         """Check the images and return their number.
@@ -97,43 +99,43 @@ def check_size(name: str, array: F32, tensor: TensorSpec) -> None:
     low, high = tensor.bounds("min")[1:], tensor.bounds("max")[1:]
     if not all(least <= size <= most for least, size, most in zip(low, array.shape[1:], high, strict=True)):
         got = " x ".join(map(str, array.shape[1:]))
-        wanted = " x ".join(_range(*pair) for pair in zip(low, high, strict=True))
-        raise SpecError(f"{name}: got {got} (channels, height, width), expected {wanted}; resize the image")
+        expected = " x ".join(_range(*pair) for pair in zip(low, high, strict=True))
+        raise SpecError(f"{name}: got {got} (channels, height, width), expected {expected}; resize the image")
 
 
 def _range(low: int, high: int) -> str:
     return str(low) if low == high else f"{low}..{high}"
 
 
-def image_array(name: str, given: Any) -> F32:
+def image_array(name: str, value: Any) -> F32:
     """Images in any form as float32 [N, channels, H, W] in [0, 1].
 
     Args:
         name: Of the field, for messages.
-        given: A PIL image, a list of them, uint8 [H, W, 3] or [N, H, W, 3] (also as nested lists), or float32
+        value: A PIL image, a list of them, uint8 [H, W, 3] or [N, H, W, 3] (also as nested lists), or float32
             [N, channels, H, W] in [0, 1].
 
     Raises:
         SpecError: Another form, images of different sizes, or values out of range.
     """
-    if isinstance(given, np.ndarray) and given.dtype == np.float32 and given.ndim == 4 and len(given):
-        if not (np.isfinite(given).all() and given.min() >= 0 and given.max() <= 1):
-            raise SpecError(f"{name}: got values from {given.min():g} to {given.max():g}, expected 0 to 1")
-        return given
-    pictures = [given] if isinstance(given, Image.Image) else given
-    if isinstance(pictures, list | tuple) and pictures and all(isinstance(one, Image.Image) for one in pictures):
-        if len({one.size for one in pictures}) != 1:
+    if isinstance(value, np.ndarray) and value.dtype == np.float32 and value.ndim == 4 and len(value):
+        if not (np.isfinite(value).all() and value.min() >= 0 and value.max() <= 1):
+            raise SpecError(f"{name}: got values from {value.min():g} to {value.max():g}, expected 0 to 1")
+        return value
+    images = [value] if isinstance(value, Image.Image) else value
+    if isinstance(images, list | tuple) and images and all(isinstance(one, Image.Image) for one in images):
+        if len({one.size for one in images}) != 1:
             raise SpecError(f"{name}: got images of different sizes, expected one size; make several calls")
-        pictures = np.stack([np.asarray(one.convert("RGB")) for one in pictures])
+        images = np.stack([np.asarray(one.convert("RGB")) for one in images])
     try:
-        array = np.asarray(pictures)
+        array = np.asarray(images)
     except ValueError:
         array = np.zeros(0)
     array = array[None] if array.ndim == 3 else array
     whole = array.dtype.kind in "iu" and array.ndim == 4 and array.size and array.shape[3] in (1, 3, 4)
     if not whole or array.min() < 0 or array.max() > 255:
         raise SpecError(
-            f"{name}: got {shown(given)}, expected PIL images, uint8 [N, H, W, 3] or float32 [N, channels, H, W] in "
+            f"{name}: got {shown(value)}, expected PIL images, uint8 [N, H, W, 3] or float32 [N, channels, H, W] in "
             "[0, 1]"
         )
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / np.float32(255)

@@ -81,8 +81,8 @@ class LabelConditioner:
         if branch == "unconditional":
             labels = [self.unconditional] * len(labels)
         distinct, place = np.unique(np.array(labels, np.int64), return_inverse=True)
-        found = [self._backend.run({"label": distinct[i : i + 1]})[self._output] for i in range(len(distinct))]
-        return {self._output: np.concatenate(found)[place]}
+        embeddings = [self._backend.run({"label": distinct[i : i + 1]})[self._output] for i in range(len(distinct))]
+        return {self._output: np.concatenate(embeddings)[place]}
 
     def finish(self, request: Request, images: F32) -> F32:
         """Decoded images, as they are."""
@@ -97,11 +97,11 @@ class LabelConditioner:
         self._backend.close()
 
 
-def _labels(given: Any) -> tuple[Any, ...]:
-    if as_integer(given) is not None:
-        return (given,)
-    if isinstance(given, np.ndarray) and given.ndim == 1:
-        given = given.tolist()
-    if not isinstance(given, list | tuple) or not given:
-        raise SpecError(f"labels: got {shown(given)}, expected a number or a list of numbers")
-    return tuple(given)
+def _labels(value: Any) -> tuple[Any, ...]:
+    if as_integer(value) is not None:
+        return (value,)
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value:
+        raise SpecError(f"labels: got {shown(value)}, expected a number or a list of numbers")
+    return tuple(value)

@@ -1,4 +1,4 @@
-"""Masked image conditioning: an image to repaint where a mask says, encoded by a component."""
+"""Masked image conditioning: an image to repaint where a mask is 1, encoded by a component."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class MaskedImageConditioner:
         return {self._output: np.concatenate([self._backend.run(feed)[self._output] for feed in feeds])}
 
     def finish(self, request: Request, images: F32) -> F32:
-        """Decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, the given ones elsewhere."""
+        """Decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, else the request's."""
         image, mask = self._arrays(request)
         return (1 - mask) * image + mask * images
 

@@ -116,23 +116,23 @@ class TextConditioner:
             BackendError: The engine failed.
         """
         with self._lock:
-            found = {text: self._states[text] for text in texts if text in self._states}
+            states = {text: self._states[text] for text in texts if text in self._states}
             for text in texts:
-                if text not in found:
-                    found[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
-                self._states[text] = found[text]
+                if text not in states:
+                    states[text] = self._backend.run({"input_ids": self.tokenizer([text])})[self._output]
+                self._states[text] = states[text]
                 self._states.move_to_end(text)
             while len(self._states) > CACHE_SIZE:
                 self._states.popitem(last=False)
-            return found
+            return states
 
     def close(self) -> None:
         """Free the text encoder; encoded prompts stay."""
         self._backend.close()
 
 
-def _texts(name: str, given: Any) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else given
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise SpecError(f"{name}: got {shown(given)}, expected a text or a list of texts")
+        raise SpecError(f"{name}: got {shown(value)}, expected a text or a list of texts")
     return tuple(texts)

@@ -16,6 +16,8 @@ from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.number_checks import integer
 from ldm_runtime.regular_files import read_regular
 
+__all__ = ["MAX_BYTES", "MAX_CHARACTERS", "MAX_LENGTH", "Tokenizer"]
+
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**20

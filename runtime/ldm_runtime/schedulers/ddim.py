@@ -114,9 +114,9 @@ class DDIM(NoiseSchedule):
             sigma = np.float32(eta) * np.sqrt(variance)
             direction = beta_prev - np.float32(eta) * (np.float32(eta) * variance)  # not σ², which rounds below 0
             weights = (np.sqrt(alpha), np.sqrt(beta), np.sqrt(alpha_prev), np.sqrt(np.maximum(direction, 0)))
-            signal, spread, signal_prev, eps_weight = (values.astype(np.float64) for values in weights)
-            rows = _rows(self.prediction_type, signal, spread, signal_prev, eps_weight)
-            x0_weights = _x0_weights(self.prediction_type, signal, spread)
+            sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight = (values.astype(np.float64) for values in weights)
+            rows = _rows(self.prediction_type, sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight)
+            x0_weights = _x0_weights(self.prediction_type, sqrt_alpha, sqrt_beta)
             finite = np.isfinite(variance) & np.isfinite(rows).all(axis=1)
             limit = np.sqrt(beta_prev / variance)
         if not finite.all():
@@ -138,7 +138,7 @@ class DDIM(NoiseSchedule):
         elif self.clip_sample:
             limit_x0 = Clip(self.clip_sample_range)
         if limit_x0 is not None:
-            rows = _rows_with_x0(self.prediction_type, signal, spread, signal_prev, eps_weight)
+            rows = _rows_with_x0(self.prediction_type, sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight)
         return Trajectory(
             timesteps=timesteps,
             init_noise_sigma=1.0,
@@ -150,33 +150,36 @@ class DDIM(NoiseSchedule):
         )
 
 
-def _rows(prediction: str, signal: F64, spread: F64, signal_prev: F64, eps_weight: F64) -> F64:
+def _rows(prediction: str, sqrt_alpha: F64, sqrt_beta: F64, sqrt_alpha_prev: F64, eps_weight: F64) -> F64:
     """Weights of x, prediction and x0 (zero) in the next x; float64 [calls, 3]."""
     if prediction == "epsilon":
-        a, b = signal_prev / signal, eps_weight - signal_prev * spread / signal
+        a, b = sqrt_alpha_prev / sqrt_alpha, eps_weight - sqrt_alpha_prev * sqrt_beta / sqrt_alpha
     elif prediction == "sample":
-        a, b = eps_weight / spread, signal_prev - eps_weight * signal / spread
+        a, b = eps_weight / sqrt_beta, sqrt_alpha_prev - eps_weight * sqrt_alpha / sqrt_beta
     else:
-        a, b = signal_prev * signal + eps_weight * spread, eps_weight * signal - signal_prev * spread
+        a, b = (
+            sqrt_alpha_prev * sqrt_alpha + eps_weight * sqrt_beta,
+            eps_weight * sqrt_alpha - sqrt_alpha_prev * sqrt_beta,
+        )
     return np.stack([a, b, np.zeros_like(a)], axis=1)
 
 
-def _rows_with_x0(prediction: str, signal: F64, spread: F64, signal_prev: F64, eps_weight: F64) -> F64:
+def _rows_with_x0(prediction: str, sqrt_alpha: F64, sqrt_beta: F64, sqrt_alpha_prev: F64, eps_weight: F64) -> F64:
     """The same where x0 is limited: eps comes from the prediction as it is, as in diffusers."""
-    zeros = np.zeros_like(signal)
+    zeros = np.zeros_like(sqrt_alpha)
     if prediction == "epsilon":
         a, b = zeros, eps_weight
     elif prediction == "sample":
-        a, b = eps_weight / spread, -eps_weight * signal / spread
+        a, b = eps_weight / sqrt_beta, -eps_weight * sqrt_alpha / sqrt_beta
     else:
-        a, b = eps_weight * spread, eps_weight * signal
-    return np.stack([a, b, signal_prev], axis=1)
+        a, b = eps_weight * sqrt_beta, eps_weight * sqrt_alpha
+    return np.stack([a, b, sqrt_alpha_prev], axis=1)
 
 
-def _x0_weights(prediction: str, signal: F64, spread: F64) -> F64:
+def _x0_weights(prediction: str, sqrt_alpha: F64, sqrt_beta: F64) -> F64:
     """Weights of x and prediction in x0; float64 [calls, 2]."""
     if prediction == "epsilon":
-        return np.stack([1 / signal, -spread / signal], axis=1)
+        return np.stack([1 / sqrt_alpha, -sqrt_beta / sqrt_alpha], axis=1)
     if prediction == "sample":
-        return np.stack([np.zeros_like(signal), np.ones_like(signal)], axis=1)
-    return np.stack([signal, -spread], axis=1)
+        return np.stack([np.zeros_like(sqrt_alpha), np.ones_like(sqrt_alpha)], axis=1)
+    return np.stack([sqrt_alpha, -sqrt_beta], axis=1)

@@ -104,10 +104,10 @@ class DPMSolverMultistep(NoiseSchedule):
         An unset sigma_min or sigma_max and a lambda_min_clipped of -inf, which JSON cannot express, are left out.
         """
         config = super().to_config()
-        left_out = [name for name in ("sigma_min", "sigma_max") if config[name] is None]
+        omitted = [name for name in ("sigma_min", "sigma_max") if config[name] is None]
         if self.lambda_min_clipped == -math.inf:
-            left_out.append("lambda_min_clipped")
-        return {name: value for name, value in config.items() if name not in left_out}
+            omitted.append("lambda_min_clipped")
+        return {name: value for name, value in config.items() if name not in omitted}
 
     @property
     def alphas_cumprod(self) -> F32:
@@ -152,8 +152,8 @@ class DPMSolverMultistep(NoiseSchedule):
             weights = x0_weights(self.prediction_type, levels, calls)
             for i in range(calls):
                 rows[i] = self._rows(levels, i, calls, weights[i])
-            found, x0 = rows.astype(np.float32), weights.astype(np.float32)
-        finite = np.isfinite(found).all(axis=(1, 2)) & np.isfinite(x0).all(axis=1)
+            float_rows, x0 = rows.astype(np.float32), weights.astype(np.float32)
+        finite = np.isfinite(float_rows).all(axis=(1, 2)) & np.isfinite(x0).all(axis=1)
         if not finite.all():
             i = int(np.argmin(finite))
             where = f"steps: got {int(num_inference_steps)}: call {i} at timestep {timesteps[i]}, sigma {sigmas[i]:g}"
@@ -164,7 +164,7 @@ class DPMSolverMultistep(NoiseSchedule):
             init_noise_sigma=1.0,
             input_scale=np.ones(calls, np.float32),
             needs_noise=self.algorithm_type.startswith("sde"),
-            rows=found,
+            rows=float_rows,
             x0_weights=x0,
             limit_x0=limit,
         )
@@ -231,7 +231,7 @@ class DPMSolverMultistep(NoiseSchedule):
         count = self.num_train_timesteps
         log_snr = np.log(np.sqrt(alphas)) - np.log(np.sqrt(1 - alphas))
         end = count - int(np.searchsorted(log_snr[::-1], np.float32(self.lambda_min_clipped)))
-        found = solver_timesteps(self.timestep_spacing, count, end, steps, self.steps_offset)
-        if not len(found):
+        timesteps = solver_timesteps(self.timestep_spacing, count, end, steps, self.steps_offset)
+        if not len(timesteps):
             raise fail("lambda_min_clipped", self.lambda_min_clipped, "a lower value, which leaves some timesteps")
-        return found
+        return timesteps

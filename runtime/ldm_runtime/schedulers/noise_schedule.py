@@ -164,17 +164,17 @@ def spaced_timesteps(spacing: str, count: int, steps: int, offset: int) -> NDArr
         SpecError: The first timestep is beyond the training timesteps.
     """
     if spacing == "compvis":
-        found: NDArray[Any] = np.arange(0, count, count // steps)[::-1] + offset
+        timesteps: NDArray[Any] = np.arange(0, count, count // steps)[::-1] + offset
     elif spacing == "leading":
-        found = np.arange(steps)[::-1] * (count // steps) + offset
+        timesteps = np.arange(steps)[::-1] * (count // steps) + offset
     elif spacing == "linspace":
-        found = np.linspace(0, count - 1, steps).round()[::-1]
+        timesteps = np.linspace(0, count - 1, steps).round()[::-1]
     else:
-        found = np.round(np.arange(count, 0, -(count / steps))) - 1
-    if found[0] >= count:
+        timesteps = np.round(np.arange(count, 0, -(count / steps))) - 1
+    if timesteps[0] >= count:
         where = f"steps_offset: got {offset} with {steps} steps"
-        raise SpecError(f"{where}: timestep {found[0]}, expected at most {count - 1}; take fewer steps")
-    return found.astype(np.int64)
+        raise SpecError(f"{where}: timestep {timesteps[0]}, expected at most {count - 1}; take fewer steps")
+    return timesteps.astype(np.int64)
 
 
 def _trained(name: str, value: Any, count: int) -> tuple[float, ...]:

@@ -38,10 +38,10 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         SpecError: ``value`` is no such integer.
     """
-    found = as_integer(value)
-    if found is None or not low <= found <= high:
+    result = as_integer(value)
+    if result is None or not low <= result <= high:
         raise fail(name, value, f"{low}..{high}")
-    return found
+    return result
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:
@@ -50,10 +50,10 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = as_float(value)
-    if found is None or not low <= found <= high:
+    result = as_float(value)
+    if result is None or not low <= result <= high:
         raise fail(name, value, f"a number in [{low:g}, {high:g}]")
-    return found
+    return result
 
 
 def positive(name: str, value: Any) -> float:
@@ -62,10 +62,10 @@ def positive(name: str, value: Any) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = as_float(value)
-    if found is None or not 0 < found <= FLOAT32_MAX:
+    result = as_float(value)
+    if result is None or not 0 < result <= FLOAT32_MAX:
         raise fail(name, value, "a finite number > 0")
-    return found
+    return result
 
 
 def beta(name: str, value: Any) -> float:
@@ -74,10 +74,10 @@ def beta(name: str, value: Any) -> float:
     Raises:
         SpecError: ``value`` is no such number.
     """
-    found = as_float(value)
-    if found is None or not 0 < found < 1:
+    result = as_float(value)
+    if result is None or not 0 < result < 1:
         raise fail(name, value, "a number in (0, 1)")
-    return found
+    return result
 
 
 def switch(name: str, value: Any) -> bool:
@@ -116,10 +116,10 @@ def step_count(value: Any, highest: int) -> int:
     Raises:
         SpecError: ``value`` is no such integer.
     """
-    found = as_integer(value)
-    if found is None or not 1 <= found <= highest:
+    result = as_integer(value)
+    if result is None or not 1 <= result <= highest:
         raise SpecError(f"steps: got {shown(value)}, expected 1..{highest}")
-    return found
+    return result
 
 
 def eta_value(value: Any) -> float:
@@ -128,7 +128,7 @@ def eta_value(value: Any) -> float:
     Raises:
         SpecError: ``value`` is no finite number, or negative.
     """
-    found = as_float(value)
-    if found is None or not (math.isfinite(found) and 0 <= found <= FLOAT32_MAX):
+    result = as_float(value)
+    if result is None or not (math.isfinite(result) and 0 <= result <= FLOAT32_MAX):
         raise SpecError(f"eta: got {shown(value)}, expected a finite number >= 0; 0 to 1 is usual")
-    return found
+    return result

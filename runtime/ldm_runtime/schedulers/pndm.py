@@ -131,8 +131,8 @@ class PNDM(NoiseSchedule):
                 for slot, weights in call.history.items():
                     for column, weight in weights.items():
                         rows[i, slot, column if column >= 0 else slots] = weight
-            found, x0_weights = rows.astype(np.float32), self._x0_weights(timesteps)
-        finite = np.isfinite(found).all(axis=(1, 2)) & np.isfinite(x0_weights).all(axis=1)
+            float_rows, x0_weights = rows.astype(np.float32), self._x0_weights(timesteps)
+        finite = np.isfinite(float_rows).all(axis=(1, 2)) & np.isfinite(x0_weights).all(axis=1)
         if not finite.all():
             at = timesteps[int(np.argmin(finite))]
             raise SpecError(
@@ -144,7 +144,7 @@ class PNDM(NoiseSchedule):
             init_noise_sigma=1.0,
             input_scale=np.ones(len(timesteps), np.float32),
             needs_noise=False,
-            rows=found,
+            rows=float_rows,
             x0_weights=x0_weights,
         )
 
@@ -155,16 +155,18 @@ class PNDM(NoiseSchedule):
         from_t, to_t = np.array([call.from_t for call in calls]), np.array([call.to_t for call in calls])
         alpha, alpha_prev = alphas[from_t], np.where(to_t >= 0, alphas[to_t], final)
         of_x = np.sqrt(alpha_prev / alpha)
-        spread = alpha * np.sqrt(1 - alpha_prev) + np.sqrt(alpha * (1 - alpha) * alpha_prev)
-        of_eps = (alpha - alpha_prev) / spread
+        denominator = alpha * np.sqrt(1 - alpha_prev) + np.sqrt(alpha * (1 - alpha) * alpha_prev)
+        of_eps = (alpha - alpha_prev) / denominator
         if self.prediction_type == "epsilon":
             return of_x, of_eps
         return of_x + of_eps * np.sqrt(1 - alpha), of_eps * np.sqrt(alpha)
 
     def _x0_weights(self, timesteps: I64) -> F32:
         alpha = self.alphas_cumprod.astype(np.float64)[timesteps]
-        signal, spread = np.sqrt(alpha), np.sqrt(1 - alpha)
-        weights = (1 / signal, -spread / signal) if self.prediction_type == "epsilon" else (signal, -spread)
+        sqrt_alpha, sqrt_beta = np.sqrt(alpha), np.sqrt(1 - alpha)
+        weights = (
+            (1 / sqrt_alpha, -sqrt_beta / sqrt_alpha) if self.prediction_type == "epsilon" else (sqrt_alpha, -sqrt_beta)
+        )
         return np.stack(weights, axis=1).astype(np.float32)
 
 

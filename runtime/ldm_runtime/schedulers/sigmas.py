@@ -51,8 +51,8 @@ def beta_quantile(p: F64) -> F64:
         middle = (low + high) / 2
         below = middle**BETA_SHAPE * np.polyval(coefficients, middle) < target
         low, high = np.where(below, middle, low), np.where(below, high, middle)
-    found = np.where(target > 0, (low + high) / 2, 0.0)
-    return np.asarray(np.where(p > 0.5, 1 - found, found), np.float64)
+    quantile = np.where(target > 0, (low + high) / 2, 0.0)
+    return np.asarray(np.where(p > 0.5, 1 - quantile, quantile), np.float64)
 
 
 def sigma_timesteps(sigmas: F64, log_sigmas: NDArray[np.float32]) -> F64:
@@ -62,15 +62,15 @@ def sigma_timesteps(sigmas: F64, log_sigmas: NDArray[np.float32]) -> F64:
         sigmas: Noise levels, float64 [n].
         log_sigmas: Logarithm of the sigma of every training timestep, float32 [num_train_timesteps], two or more.
     """
-    found, knots = [], log_sigmas.astype(np.float64)
+    timesteps, knots = [], log_sigmas.astype(np.float64)
     for sigma in np.maximum(sigmas, 1e-10):
         log_sigma = np.log(sigma)  # of scalars, as in diffusers: NumPy rounds those of arrays differently
         not_above = np.flatnonzero(knots <= log_sigma)
         low = min(int(not_above[-1]) if len(not_above) else 0, len(log_sigmas) - 2)
         gap = np.float64(log_sigmas[low] - log_sigmas[low + 1])  # rounded to float32, as in diffusers
         weight = np.clip((knots[low] - log_sigma) / gap, 0, 1)
-        found.append((1 - weight) * low + weight * (low + 1))
-    return np.array(found, np.float64)
+        timesteps.append((1 - weight) * low + weight * (low + 1))
+    return np.array(timesteps, np.float64)
 
 
 def solver_timesteps(spacing: str, count: int, end: int, steps: int, offset: int) -> NDArray[np.int64]:
@@ -87,9 +87,9 @@ def solver_timesteps(spacing: str, count: int, end: int, steps: int, offset: int
         int64 [steps]; with "trailing" one more because of rounding, the last of them -1, or fewer if ``end < count``.
     """
     if spacing == "linspace":
-        found: NDArray[Any] = np.linspace(0, end - 1, steps + 1).round()[::-1][:-1]
+        timesteps: NDArray[Any] = np.linspace(0, end - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":
-        found = np.arange(steps + 1)[::-1][:-1] * (end // (steps + 1)) + offset
+        timesteps = np.arange(steps + 1)[::-1][:-1] * (end // (steps + 1)) + offset
     else:
-        found = np.arange(end, 0, -(count / steps)).round() - 1
-    return found.astype(np.int64)
+        timesteps = np.arange(end, 0, -(count / steps)).round() - 1
+    return timesteps.astype(np.int64)

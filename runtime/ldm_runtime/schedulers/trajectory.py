@@ -152,8 +152,8 @@ class Trajectory:
         if len(state) != self.slots:
             raise SpecError(f"trajectory: state: got {len(state)} arrays, expected {self.slots}; begin with start()")
         if (noise is not None) != self.needs_noise:
-            given, expected = ("none", "some") if noise is None else ("some", "none")
-            raise SpecError(f"trajectory: noise: got {given}, expected {expected}; see needs_noise")
+            actual, expected = ("none", "some") if noise is None else ("some", "none")
+            raise SpecError(f"trajectory: noise: got {actual}, expected {expected}; see needs_noise")
         x = state[0]
         for k, array in enumerate(state):
             _check(f"state[{k}]" if k else "x", array, x)
@@ -164,12 +164,12 @@ class Trajectory:
 
     def _index(self, i: int) -> int:
         try:
-            found = -1 if isinstance(i, bool) else operator.index(i)
+            index = -1 if isinstance(i, bool) else operator.index(i)
         except TypeError:
-            found = -1
-        if not 0 <= found < len(self):
+            index = -1
+        if not 0 <= index < len(self):
             raise SpecError(f"trajectory: got step {shown(i)}, expected 0..{len(self) - 1}")
-        return found
+        return index
 
 
 def padded_rows(rows: F32, slots: int) -> F32:
@@ -185,10 +185,10 @@ def padded_rows(rows: F32, slots: int) -> F32:
     own = rows.shape[1]
     if own == slots:
         return rows
-    found = np.zeros((len(rows), slots, slots + 3), np.float32)
-    found[:, :own, :own] = rows[:, :, :own]
-    found[:, :own, slots:] = rows[:, :, own:]
-    return found
+    padded = np.zeros((len(rows), slots, slots + 3), np.float32)
+    padded[:, :own, :own] = rows[:, :, :own]
+    padded[:, :own, slots:] = rows[:, :, own:]
+    return padded
 
 
 def _check(name: str, array: F32, x: F32) -> None:

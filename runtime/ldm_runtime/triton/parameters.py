@@ -48,8 +48,8 @@ class ModelParameters:
     @classmethod
     def from_args(cls, args: Mapping[str, str]) -> ModelParameters:
         """Read the parameters from the argument of a model's ``initialize``."""
-        given = json.loads(args["model_config"]).get("parameters", {})
-        fields = {name: given[name]["string_value"] for name in cls.__dataclass_fields__ if name in given}
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        fields = {name: parameters[name]["string_value"] for name in cls.__dataclass_fields__ if name in parameters}
         return cls(**fields)
 
     def to_config(self) -> dict[str, Any]:

@@ -70,12 +70,12 @@ class ResponseFiles:
             return {}
         with np.load(path, allow_pickle=False) as file:
             plain = {key: file[key] for key in file.files}
-        found = {key: array for key, array in plain.items() if not key.endswith((BYTES, SIZES))}
+        tensors = {key: array for key, array in plain.items() if not key.endswith((BYTES, SIZES))}
         for key in [key.removesuffix(SIZES) for key in plain if key.endswith(SIZES)]:
             ends = np.cumsum(plain[key + SIZES]).tolist()
             texts, starts = plain[key + BYTES].tobytes(), [0, *ends]
-            found[key] = np.array([texts[start:end] for start, end in zip(starts, ends, strict=False)], object)
-        return found
+            tensors[key] = np.array([texts[start:end] for start, end in zip(starts, ends, strict=False)], object)
+        return tensors
 
     def remove(self, name: str) -> None:
         """Remove a file; the response of this name is no longer expected."""

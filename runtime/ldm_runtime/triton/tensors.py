@@ -208,15 +208,15 @@ def image_tensors(images: NDArray[np.uint8], requested: set[str]) -> Tensors:
     A request that names no outputs asks for all of them. It gets no PNG, because JSON cannot represent its bytes.
     """
     tensors: Tensors = {"IMAGE": images} if "IMAGE" in requested else {}
-    named = requested & {"PNG", "PNG_BASE64"}
-    if named and not {"IMAGE", "PNG", "PNG_BASE64", "SEED_USED"} <= requested:
+    encodings = requested & {"PNG", "PNG_BASE64"}
+    if encodings and not {"IMAGE", "PNG", "PNG_BASE64", "SEED_USED"} <= requested:
         files = [to_png(pil_image(image)) for image in images]
         encoded = {"PNG": files, "PNG_BASE64": [base64.b64encode(file) for file in files]}
-        tensors |= {name: np.array(encoded[name], object) for name in named}
+        tensors |= {name: np.array(encoded[name], object) for name in encodings}
     return tensors
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
     """Parameters of a request, which Triton passes as a JSON object."""
-    found = json.loads(text or "{}")
-    return found if isinstance(found, dict) else {}
+    parameters = json.loads(text or "{}")
+    return parameters if isinstance(parameters, dict) else {}

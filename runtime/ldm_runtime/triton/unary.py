@@ -64,8 +64,8 @@ class UnaryModel:
             options = {**parse_parameters(request.parameters), ID: name}
             options.pop(CANCEL, None)
             self._files.create(name)
-            found = self._call(request.inputs, options, request.requested)
-            request.send(self._files.read(name) or found, last=True)
+            outputs = self._call(request.inputs, options, request.requested)
+            request.send(self._files.read(name) or outputs, last=True)
         except Exception as error:
             request.fail(error)
         finally:
@@ -82,12 +82,12 @@ class UnaryModel:
             requested_output_names=sorted(requested),
             parameters=options,
         )
-        found: Tensors = {}
+        outputs: Tensors = {}
         for response in request.exec(decoupled=True):
             if response.has_error():
                 raise AnsweredError(response.error().message(), response.error().code())
-            found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or found
-        return found
+            outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or outputs
+        return outputs
 
     def finalize(self) -> None:
         """Wait for the last responses; Triton unloads a model only when it has no requests."""

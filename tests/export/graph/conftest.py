@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.export.graph.whole import KINDS, Whole, whole
+from tests.export.graph.whole import KINDS, Whole, export, network
+from tests.support.shared import SharedFolders
 
 
 @pytest.fixture(scope="session")
-def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
+def wholes(shared: SharedFolders) -> dict[str, Whole]:
     """Kind of UNet -> its whole graph."""
-    return {kind: whole(kind, tmp_path_factory.mktemp("whole")) for kind in KINDS}
+    result = {}
+    for kind in KINDS:
+        module = network(kind)
+        path = shared.once(f"whole_{kind}", lambda folder: export(kind, module, folder)) / f"{kind}.onnx"  # noqa: B023
+        result[kind] = Whole(kind, module, path)
+    return result

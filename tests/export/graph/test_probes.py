@@ -65,9 +65,9 @@ def test_largest_is_the_magnitude(
     wholes: dict[str, Whole], feed: dict[str, np.ndarray], tensors: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     model = wholes["conditional"].model
-    wanted = computed(model)[::3]
-    names = add_largest(model, ["sample", *wanted, wanted[0]])
-    assert list(names) == wanted
+    values = computed(model)[::3]
+    names = add_largest(model, ["sample", *values, values[0]])
+    assert list(names) == values
     result = run_probe(model, feed, tmp_path)[LARGEST]
     np.testing.assert_allclose(result, [np.abs(tensors[name]).max() for name in names], rtol=1e-4, atol=1e-5)
 
@@ -76,10 +76,10 @@ def test_shapes_are_those_of_one_call(
     wholes: dict[str, Whole], feed: dict[str, np.ndarray], tensors: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     model = wholes["conditional"].model
-    wanted = computed(model)[::5]
-    outputs = add_shapes(model, wanted)
+    values = computed(model)[::5]
+    outputs = add_shapes(model, values)
     result = run_probe(model, feed, tmp_path)
-    assert {name: tuple(result[output]) for output, name in outputs.items()} == {n: tensors[n].shape for n in wanted}
+    assert {name: tuple(result[output]) for output, name in outputs.items()} == {n: tensors[n].shape for n in values}
 
 
 def test_unknown_tensors_and_none_are_refused(wholes: dict[str, Whole]) -> None:

@@ -95,9 +95,9 @@ def test_rows_do_not_depend_on_each_other(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_and_outputs_keep_their_symbols(parts: dict[str, Parts], wholes: dict[str, Whole], kind: str) -> None:
-    made, before = parts[kind], wholes[kind].model.graph
-    prefix = made.time.prefix.graph
-    (packed,) = made.time.values
+    division, before = parts[kind], wholes[kind].model.graph
+    prefix = division.time.prefix.graph
+    (packed,) = division.time.values
     assert prefix.name == "time_embedding"
     assert [(v.name, v.dtype, str(v.shape)) for v in prefix.inputs] == [("timestep", ir.DataType.INT64, "[batch]")]
     assert [(v.name, v.dtype, str(v.shape)) for v in prefix.outputs] == [
@@ -105,10 +105,10 @@ def test_inputs_and_outputs_keep_their_symbols(parts: dict[str, Parts], wholes: 
     ]
     names = [value.name for value in before.inputs]
     names[names.index("timestep")] = "time_embedding"
-    if made.kv is not None:
+    if division.kv is not None:
         index = names.index("context")
-        names[index : index + 1] = [f"kv.{number}" for number in range(len(made.kv.values))]
-    rest = made.rest_model.graph
+        names[index : index + 1] = [f"kv.{number}" for number in range(len(division.kv.values))]
+    rest = division.rest_model.graph
     assert [value.name for value in rest.inputs] == names
     for side, other in ((rest.inputs, before.inputs), (rest.outputs, before.outputs)):
         assert str(side[0].shape) == str(other[0].shape) and "height" in str(side[0].shape)
@@ -131,21 +131,21 @@ def test_no_work_for_the_timestep_or_the_context_is_left(
     parts: dict[str, Parts], wholes: dict[str, Whole], kind: str
 ) -> None:
     """Every matrix product of the whole graph is in one part only, and none reads a new input but in attention."""
-    made = parts[kind]
-    models = [made.time.prefix, made.rest_model, *([made.kv.prefix] if made.kv else [])]
+    division = parts[kind]
+    models = [division.time.prefix, division.rest_model, *([division.kv.prefix] if division.kv else [])]
     work = [n.name or "" for m in models for n in m.graph if n.op_type in ("Gemm", "MatMul", "Conv")]
     assert sorted(work) == sorted(
         n.name or "" for n in wholes[kind].model.graph if n.op_type in ("Gemm", "MatMul", "Conv")
     )
-    new = {value for value in made.rest_model.graph.inputs if (value.name or "").startswith(("time_", "kv."))}
+    new = {value for value in division.rest_model.graph.inputs if (value.name or "").startswith(("time_", "kv."))}
     layout = ("Split", "Reshape", "Transpose", "Unsqueeze", "Mul", "Shape", "Slice", "Concat")
     reached = set(new)
-    for node in made.rest_model.graph:
+    for node in division.rest_model.graph:
         inputs = {value for value in node.inputs if value is not None and not value.is_initializer()}
         if inputs and inputs <= reached:
             assert node.op_type in (*layout, *(("Sigmoid", "Gemm") if kind == "class_conditional" else ())), node.name
             reached.update(node.outputs)
-    assert not any(node.op_type in ("Sin", "Cos") for node in made.rest_model.graph)
+    assert not any(node.op_type in ("Sin", "Cos") for node in division.rest_model.graph)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,9 +176,9 @@ def test_weights_are_divided(wholes: dict[str, Whole], parts: dict[str, Parts], 
         tensors = [value.const_value for value in model.graph.initializers.values()]
         return {hashlib.sha256(t.tobytes()).digest(): t.nbytes for t in tensors if t is not None and t.nbytes > 256}
 
-    made = parts[kind]
-    assert made.kv is not None
-    divided = [weights(model) for model in (made.time.prefix, made.kv.prefix, made.rest_model)]
+    division = parts[kind]
+    assert division.kv is not None
+    divided = [weights(model) for model in (division.time.prefix, division.kv.prefix, division.rest_model)]
     assert sum(map(len, divided)) == len(set().union(*divided))
     assert set().union(*divided) == set(weights(wholes[kind].model))
 

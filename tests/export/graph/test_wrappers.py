@@ -50,7 +50,7 @@ def test_decoder_gives_the_pipelines_image(vq: bool, size: tuple[int, int]) -> N
         image = Decoder(copy.deepcopy(theirs)).eval()(latents)
         # the last lines of LDMTextToImagePipeline
         expected = (theirs.decode(1 / theirs.config.scaling_factor * latents).sample / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(image, expected)
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)  # convolutions may be computed in another order
     assert image.shape == (2, 3, 8 * size[0], 8 * size[1]) and image.std() > 0.01
 
 

@@ -91,8 +91,8 @@ class _Unconditional(nn.Module):
         return result
 
 
-def whole(kind: str, folder: Path) -> Whole:
-    """Export a random UNet of two levels into an empty folder."""
+def network(kind: str) -> nn.Module:
+    """A random UNet of two levels, the same in every process."""
     shared: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": 4,
@@ -102,7 +102,6 @@ def whole(kind: str, folder: Path) -> Whole:
         "norm_num_groups": 8,
         "resnet_time_scale_shift": "scale_shift" if kind.endswith("scale_shift") else "default",
     }
-    path = folder / f"{kind}.onnx"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(KINDS.index(kind))
         if kind.startswith("conditional"):
@@ -123,14 +122,18 @@ def whole(kind: str, folder: Path) -> Whole:
                 num_class_embeds=7 if kind == "class_conditional" else None,
             )
     net = net.eval().requires_grad_(False)
+    return (UNet(net) if kind.startswith("conditional") else _Unconditional(net)).eval()
+
+
+def export(kind: str, module: nn.Module, folder: Path) -> None:
+    """Export such a UNet as KIND.onnx in a new folder."""
+    folder.mkdir()
+    path = folder / f"{kind}.onnx"
     if kind.startswith("conditional"):
-        module: nn.Module = UNet(net).eval()
         spec = ModelShape(TOKENS, WIDTH, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
         export_graph(module, spec, path)
     else:
-        module = _Unconditional(net).eval()
         _export_even_sizes(module, path, labels=kind == "class_conditional")
-    return Whole(kind, module, path)
 
 
 def _export_even_sizes(module: nn.Module, path: Path, labels: bool) -> None:

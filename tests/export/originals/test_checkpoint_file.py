@@ -44,13 +44,13 @@ def test_tensors_are_those_of_torch(options: dict[str, Any], tmp_path: Path) -> 
     file = tmp_path / "model.ckpt"
     state = tensors()
     torch.save({"state_dict": state, "optimizer_states": [{"state": {0: torch.ones(3)}}], "epoch": 1}, file, **options)
-    found = read_state_dict(file)
-    assert list(found) == list(state)
+    stored = read_state_dict(file)
+    assert list(stored) == list(state)
     for name, tensor in state.items():
-        assert found[name].shape == tuple(tensor.shape)
-        assert found[name].dtype == str(tensor.dtype).removeprefix("torch.")
-        assert torch.equal(found[name].load(), tensor.detach())
-        assert torch.equal(found[name].read(), tensor.detach().float())
+        assert stored[name].shape == tuple(tensor.shape)
+        assert stored[name].dtype == str(tensor.dtype).removeprefix("torch.")
+        assert torch.equal(stored[name].load(), tensor.detach())
+        assert torch.equal(stored[name].read(), tensor.detach().float())
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
@@ -158,12 +158,12 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kept", [0, 3, 100, 0.3, 0.6, 0.9, 0.99])
-def test_truncated_files_are_refused(options: dict[str, Any], kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [0, 3, 100, 0.3, 0.6, 0.9, 0.99])
+def test_truncated_files_are_refused(options: dict[str, Any], length: float, tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": tensors()}, file, **options)
     data = file.read_bytes()
-    file.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
+    file.write_bytes(data[: int(length if length > 1 else length * len(data))])
     with pytest.raises(CheckpointError) as error:
         read_state_dict(file)
     assert "\n" not in str(error.value) and "model.ckpt" in str(error.value)
@@ -189,19 +189,19 @@ def test_random_damage_ends_in_one_error(options: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         (b"\x93NUMPY", "expected a torch.save or safetensors file"),
         (pickle.dumps({"a": 1}, 2), "damaged|not one of torch.save|not a pickle"),
     ],
 )
-def test_other_files_are_refused(content: bytes, said: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_state_dict(tmp_path / "model.ckpt")
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         read_state_dict(tmp_path / "model.ckpt")

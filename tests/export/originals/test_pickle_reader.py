@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from ldm_export.originals.pickle_reader import Global, Record, read_pickle
+from ldm_export.originals.pickle_machine import Global, PickleRecord
+from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
 CALLS: list[Any] = []
@@ -50,22 +51,22 @@ def test_plain_values_and_ordered_dicts_come_back(protocol: int) -> None:
 @pytest.mark.parametrize("protocol", range(6))
 def test_calls_are_recorded_and_not_made(protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = read(pickle.dumps({"state_dict": Caller()}, protocol))["state_dict"]
-    assert isinstance(found, Record) and found.function in {"posix.system", "nt.system"}
+    content = read(pickle.dumps({"state_dict": Caller()}, protocol))["state_dict"]
+    assert isinstance(content, PickleRecord) and content.function in {"posix.system", "nt.system"}
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_states_of_objects_are_dropped(protocol: int) -> None:
     CALLS.clear()
-    assert isinstance(read(pickle.dumps(Stateful(), protocol)), Record)
+    assert isinstance(read(pickle.dumps(Stateful(), protocol)), PickleRecord)
     assert not CALLS
 
 
 def test_classes_are_not_imported() -> None:
-    found = read(b"cantigravity_absent\nClass\n.")
-    assert isinstance(found, Global) and found.name == "antigravity_absent.Class"
-    assert isinstance(read(b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R."), Record)
+    content = read(b"cantigravity_absent\nClass\n.")
+    assert isinstance(content, Global) and content.name == "antigravity_absent.Class"
+    assert isinstance(read(b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R."), PickleRecord)
     assert "antigravity_absent" not in sys.modules
 
 
@@ -73,14 +74,14 @@ def test_extension_codes_are_not_looked_up() -> None:
     copyreg.add_extension("os", "system", 0xF0)
     try:
         for data in (b"\x82\xf0(X\x01\x00\x00\x00xtR.", b"\x83\xf0\x00.", b"\x84\xf0\x00\x00\x00."):
-            found = read(b"\x80\x02" + data)
-            assert getattr(found, "name", None) != "os.system" and getattr(found, "function", None) != "os.system"
+            content = read(b"\x80\x02" + data)
+            assert getattr(content, "name", None) != "os.system" and getattr(content, "function", None) != "os.system"
     finally:
         copyreg.remove_extension("os", "system", 0xF0)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "not a pickle"),
         (b"\x80\x02}", "not a pickle"),
@@ -96,10 +97,10 @@ def test_extension_codes_are_not_looked_up() -> None:
         (b"L" + b"9" * 5000 + b"L\n.", "not a pickle"),
     ],
 )
-def test_damage_is_one_line(data: bytes, said: str) -> None:
+def test_damage_is_one_line(data: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=r"^model.ckpt: not a pickle of torch.save") as error:
         read(data)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_huge_memo_index_takes_no_memory() -> None:
@@ -111,8 +112,8 @@ def test_deep_and_shared_structures_take_little_time() -> None:
     data = b"(" * 100_000 + b"t" * 100_000 + b"."
     assert isinstance(read(data), tuple)
     laughs = b"\x80\x02K\x01" + b"".join(b"2\x86" for _ in range(200))  # DUP, TUPLE2: 2**200 leaves
-    found = read(b"\x80\x02}" + laughs[2:] + b"K\x01s.")  # a key whose hash would never be finished
-    assert list(found.values()) == [1] and time.monotonic() - began < 10
+    content = read(b"\x80\x02}" + laughs[2:] + b"K\x01s.")  # a key whose hash would never be finished
+    assert list(content.values()) == [1] and time.monotonic() - began < 10
 
 
 def test_every_opcode_is_handled_or_refused() -> None:

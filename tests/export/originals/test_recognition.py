@@ -31,8 +31,8 @@ def opened(original: CompVis, folder: Path, tokenizer: Path | None = None, **opt
 
 def assert_modules(checkpoint: Checkpoint, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
-        found = load_module(checkpoint, name).state_dict()
-        for key, tensor in found.items():
+        converted = load_module(checkpoint, name).state_dict()
+        for key, tensor in converted.items():
             assert torch.equal(tensor, module.state_dict()[key]), f"{name}: {key}"
 
 
@@ -69,8 +69,8 @@ def test_moving_averages_are_the_model_unless_the_yaml_or_the_caller_says_otherw
     original.state = with_averages(original.state)
 
     def difference(**options: Any) -> float:
-        found = load_module(opened(original, tmp_path, **options), "unet").state_dict()
-        return float((found["conv_in.weight"] - plain["conv_in.weight"]).mean())
+        converted = load_module(opened(original, tmp_path, **options), "unet").state_dict()
+        return float((converted["conv_in.weight"] - plain["conv_in.weight"]).mean())
 
     assert difference() == pytest.approx(1)
     assert difference(weights="model") == 0
@@ -101,7 +101,7 @@ def test_the_schedule_comes_from_the_betas(dtype: torch.dtype, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"unet_config": {"params": {"model_channels": 64, "num_heads": 1}}},
@@ -116,10 +116,10 @@ def test_the_schedule_comes_from_the_betas(dtype: torch.dtype, tmp_path: Path) -
         ({"unet_config": None}, "expected a latent diffusion model's yaml"),
     ],
 )
-def test_a_yaml_of_another_model_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_yaml_of_another_model_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     original = unconditional()
     original.params |= change
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         opened(original, tmp_path)
 
 

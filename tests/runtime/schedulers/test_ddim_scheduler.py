@@ -163,37 +163,23 @@ def test_zero_terminal_snr_with_eta_1() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    count=st.integers(1, 60),
+    options=st.fixed_dictionaries(
+        {
+            "num_train_timesteps": st.integers(1, 60),
+            "steps_offset": st.integers(0, 3),
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            "timestep_spacing": st.sampled_from(["leading", "linspace", "trailing"]),
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "rescale_betas_zero_snr": st.booleans(),
+            "set_alpha_to_one": st.booleans(),
+        }
+    ),
     steps=st.integers(1, 60),
-    offset=st.integers(0, 3),
     eta=st.sampled_from([0.0, 0.5, 0.99, 1.3, 4.0]),
-    schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
-    spacing=st.sampled_from(["leading", "linspace", "trailing"]),
-    prediction=st.sampled_from(["epsilon", "sample", "v_prediction"]),
-    rescale=st.booleans(),
-    final_one=st.booleans(),
 )
-def test_refuses_exactly_what_diffusers_cannot_do(
-    count: int,
-    steps: int,
-    offset: int,
-    eta: float,
-    schedule: str,
-    spacing: str,
-    prediction: str,
-    rescale: bool,
-    final_one: bool,
-) -> None:
-    config = {
-        "num_train_timesteps": count,
-        "steps_offset": min(offset, count - 1),
-        "beta_schedule": schedule,
-        "timestep_spacing": spacing,
-        "prediction_type": prediction,
-        "rescale_betas_zero_snr": rescale,
-        "set_alpha_to_one": final_one,
-        "clip_sample": False,
-    }
+def test_refuses_exactly_what_diffusers_cannot_do(options: dict[str, Any], steps: int, eta: float) -> None:
+    offset = min(options["steps_offset"], options["num_train_timesteps"] - 1)
+    config = {**options, "steps_offset": offset, "clip_sample": False}
     try:
         ours: Trajectory | None = DDIM.from_config(config).trajectory(steps, eta)
     except SpecError:

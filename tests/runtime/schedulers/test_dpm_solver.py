@@ -48,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def named(options: dict[str, Any]) -> str:
+def option_names(options: dict[str, Any]) -> str:
     return ",".join(f"{name}={str(value)[:9]}" for name, value in options.items()) or "-"
 
 
@@ -62,7 +62,7 @@ def config_of(algorithm: str, options: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_names)
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
@@ -91,7 +91,9 @@ def test_trajectories(
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
-@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}], ids=named)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}], ids=option_names
+)
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
 def test_trajectories_on_their_own(algorithm: str, options: dict[str, Any], steps: int) -> None:
     assert_same_trajectory(NAME, config_of(algorithm, options), steps, tolerance=1e-4)
@@ -104,7 +106,7 @@ def test_all_trailing_steps() -> None:
     assert_same_trajectory(NAME, config_of("dpmsolver++", {"timestep_spacing": "trailing"}), 61, forced=True)
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if not o.get("thresholding")], ids=named)
+@pytest.mark.parametrize("options", [o for o in OPTIONS if not o.get("thresholding")], ids=option_names)
 def test_timesteps_of_many_numbers_of_steps(options: dict[str, Any]) -> None:
     config = config_of("dpmsolver++", options)
     ours, scheduler = DPMSolverMultistep.from_config(config), DPMSolverMultistepScheduler.from_config(config)
@@ -146,9 +148,11 @@ def test_predict_x0_inverts_the_noising(prediction: str) -> None:
     scheduler = DPMSolverMultistep.from_config(LATENT_DIFFUSION | {"prediction_type": prediction})
     trajectory, (x0, noise) = scheduler.trajectory(20), (TorchGenerator(seed).randn((1, 4, 8)) for seed in (0, 1))
     for i, alpha in enumerate(scheduler.alphas_cumprod[trajectory.timesteps]):
-        signal, spread = np.sqrt(alpha), np.sqrt(1 - alpha)
-        out = {"epsilon": noise, "sample": x0, "v_prediction": signal * noise - spread * x0}[prediction]
-        np.testing.assert_allclose(trajectory.predict_x0(signal * x0 + spread * noise, out, i), x0, rtol=0, atol=2e-5)
+        sqrt_alpha, sqrt_beta = np.sqrt(alpha), np.sqrt(1 - alpha)
+        out = {"epsilon": noise, "sample": x0, "v_prediction": sqrt_alpha * noise - sqrt_beta * x0}[prediction]
+        np.testing.assert_allclose(
+            trajectory.predict_x0(sqrt_alpha * x0 + sqrt_beta * noise, out, i), x0, rtol=0, atol=2e-5
+        )
 
 
 def test_a_step_of_length_zero_keeps_x_where_diffusers_gives_nan() -> None:

@@ -87,34 +87,30 @@ def test_predict_x0_inverts_the_noising(prediction: str, skip: bool) -> None:
     pndm = PNDM.from_config(STABLE_DIFFUSION | {"prediction_type": prediction, "skip_prk_steps": skip})
     trajectory, (x0, noise) = pndm.trajectory(20), (TorchGenerator(seed).randn((1, 4, 8)) for seed in (0, 1))
     for i, alpha in enumerate(pndm.alphas_cumprod[trajectory.timesteps]):
-        signal, spread = np.sqrt(alpha), np.sqrt(1 - alpha)
-        out = noise if prediction == "epsilon" else signal * noise - spread * x0
-        np.testing.assert_allclose(trajectory.predict_x0(signal * x0 + spread * noise, out, i), x0, rtol=0, atol=2e-5)
+        sqrt_alpha, sqrt_beta = np.sqrt(alpha), np.sqrt(1 - alpha)
+        out = noise if prediction == "epsilon" else sqrt_alpha * noise - sqrt_beta * x0
+        np.testing.assert_allclose(
+            trajectory.predict_x0(sqrt_alpha * x0 + sqrt_beta * noise, out, i), x0, rtol=0, atol=2e-5
+        )
 
 
 @settings(max_examples=150)
 @given(
-    count=st.integers(1, 60),
+    options=st.fixed_dictionaries(
+        {
+            "num_train_timesteps": st.integers(1, 60),
+            "steps_offset": st.integers(0, 3),
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            "timestep_spacing": st.sampled_from(["leading", "linspace", "trailing"]),
+            "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+            "skip_prk_steps": st.booleans(),
+            "set_alpha_to_one": st.booleans(),
+        }
+    ),
     steps=st.integers(1, 70),
-    offset=st.integers(0, 3),
-    schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
-    spacing=st.sampled_from(["leading", "linspace", "trailing"]),
-    prediction=st.sampled_from(["epsilon", "v_prediction"]),
-    skip=st.booleans(),
-    final_one=st.booleans(),
 )
-def test_refuses_exactly_what_diffusers_cannot_do(
-    count: int, steps: int, offset: int, schedule: str, spacing: str, prediction: str, skip: bool, final_one: bool
-) -> None:
-    config = {
-        "num_train_timesteps": count,
-        "steps_offset": min(offset, count - 1),
-        "beta_schedule": schedule,
-        "timestep_spacing": spacing,
-        "prediction_type": prediction,
-        "skip_prk_steps": skip,
-        "set_alpha_to_one": final_one,
-    }
+def test_refuses_exactly_what_diffusers_cannot_do(options: dict[str, Any], steps: int) -> None:
+    config = {**options, "steps_offset": min(options["steps_offset"], options["num_train_timesteps"] - 1)}
     x = torch.from_numpy(TorchGenerator(0).randn((1, 1, 16)))
     try:
         scheduler, state, size = theirs(NAME, config, steps), x, 1.0

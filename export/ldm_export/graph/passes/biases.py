@@ -43,5 +43,7 @@ def sum_of_biases(graph: ir.Graph, name: str, biases: Sequence[ir.Value]) -> ir.
     """The sum of constant biases [C] as one initializer; None for none."""
     if len(biases) < 2:
         return biases[0] if biases else None
-    shape = np.shape(constant(biases[0]))
+    first = constant(biases[0])
+    assert first is not None
+    shape = first.shape
     return transformed(graph, f"{name}/bias", biases, lambda *arrays: reduce(np.add, arrays), shape)

@@ -25,12 +25,12 @@ LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 def frontier(graph: ir.Graph, source: ir.Value) -> list[ir.Value]:
     """The tensors of the cut, in the graph's order; empty if nothing else needs what ``source`` determines."""
     alone = depend_on(graph, source, alone=True)
-    found = set()
+    values = set()
     for value in (value for node in graph for value in node.outputs if value in alone):
         crosses = value.is_graph_output() or any(use.node.outputs[0] not in alone for use in value.uses())
         if crosses and value.dtype == ir.DataType.FLOAT:
-            found.add(_before_layout(value, alone - {source}))
-    return [value for node in graph for value in node.outputs if value in found]
+            values.add(_before_layout(value, alone - {source}))
+    return [value for node in graph for value in node.outputs if value in values]
 
 
 def depend_on(graph: ir.Graph, source: ir.Value, alone: bool) -> set[ir.Value]:
@@ -54,14 +54,14 @@ def _counts_rows(node: ir.Node, source: ir.Value) -> bool:
 
 def _before_layout(value: ir.Value, alone: set[ir.Value]) -> ir.Value:
     """Rule 3: the tensor that a computing layer gives and that ``value`` is a rearrangement of."""
-    current, kept = value, value
+    current, result = value, value
     while (node := current.producer()) is not None and (node.op_type in LAYOUT or _scales(node)):
         data = node.inputs[0]
         if data is None or data not in alone or data.dtype != ir.DataType.FLOAT:
             break
         current = data
-        kept = current if fixed_sizes(current) is not None else kept
-    return kept
+        result = current if fixed_sizes(current) is not None else result
+    return result
 
 
 def _scales(node: ir.Node) -> bool:

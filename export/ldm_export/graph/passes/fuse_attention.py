@@ -138,8 +138,8 @@ def _keys(value: ir.Value | None) -> _Heads | None:
     turned = producer(value, "Transpose", (0, 2, 1)) or producer(
         _data(producer(value, "Reshape")), "Transpose", (0, 2, 1)
     )
-    found = _heads(_data(turned))
-    return found and replace(found, scale=found.scale * scale)
+    heads = _heads(_data(turned))
+    return heads and replace(heads, scale=heads.scale * scale)
 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:

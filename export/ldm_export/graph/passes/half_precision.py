@@ -115,9 +115,9 @@ def _convert(
     graph, half = model.graph, DTYPES[precision]
     _check_measured(graph, ranges)
     islands = find_islands(graph, precision, ranges, fp32_inside)
-    for value in graph.inputs:
-        if value.name in half_values and value.dtype == _FLOAT:
-            value.type = ir.TensorType(half)
+    for graph_input in graph.inputs:
+        if graph_input.name in half_values and graph_input.dtype == _FLOAT:
+            graph_input.type = ir.TensorType(half)
     computing = [node for node in graph if computes(node)]
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     reading = [node for node in graph if node not in computing and node.op_type not in ("Shape", "Size")]

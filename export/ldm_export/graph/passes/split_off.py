@@ -36,7 +36,7 @@ __all__ = ["Split", "TensorFacts", "split_cross_attention_kv", "split_off", "spl
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """A tensor that the prefix computes and the rest takes.
+    """A tensor that the prefix computes and the rest reads.
 
     Attributes:
         name: Its name as output of the prefix and input of the rest.
@@ -53,7 +53,7 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` gives what the whole graph gives.
+    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` computes the results of the whole graph.
 
     Attributes:
         prefix: Graph from the source input to ``values``.
@@ -103,11 +103,11 @@ def split_off(
         BuildError: A tensor at the cut has an open dimension besides the first or is not float32, a new name is in use,
             or the rest still depends on ``source``.
     """
-    given = _input(model, source)
-    values = [] if given is None else frontier(model.graph, given)
-    if given is None or not values:
+    source_input = _input(model, source)
+    values = [] if source_input is None else frontier(model.graph, source_input)
+    if source_input is None or not values:
         return None
-    rows = given.shape[0] if given.shape else None
+    rows = source_input.shape[0] if source_input.shape else None
     shapes = [_sizes(model, value) for value in values]
     symbol = rows if isinstance(rows, int) else str(rows.value if rows is not None else None)
     parts = [value.name or "" for value in values]
@@ -118,8 +118,8 @@ def split_off(
         )
     else:
         facts = (TensorFacts(pack, "float32", (symbol, sum(map(prod, shapes))), tuple(parts)),)
-    taken = {value.name for value in model.graph.inputs} | {v.name for node in model.graph for v in node.outputs}
-    if clash := [fact.name for fact in facts if fact.name in taken - set(fact.parts)]:
+    used_names = {value.name for value in model.graph.inputs} | {v.name for node in model.graph for v in node.outputs}
+    if clash := [fact.name for fact in facts if fact.name in used_names - set(fact.parts)]:
         raise _error(model, f"got a graph with a tensor {clash[0]!r}, expected that name to be free; rename the tensor")
     prefix, rest = model.clone(), model.clone()
     prefix.graph.name = name
@@ -142,10 +142,10 @@ def _keep_prefix(
     model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
 ) -> None:
     graph = model.graph
-    given = _input(model, source)
-    assert given is not None
+    source_input = _input(model, source)
+    assert source_input is not None
     values = _values(graph, [part for fact in facts for part in fact.parts])
-    count_rows_of(graph, given, given)
+    count_rows_of(graph, source_input, source_input)
     if packed:
         (fact,) = facts
         flat = [_flatten(graph, value, sizes) for value, sizes in zip(values, shapes, strict=True)]
@@ -156,41 +156,42 @@ def _keep_prefix(
         value.name, value.type, value.shape = fact.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(fact.shape)
     graph.outputs[:] = values
     RemoveUnusedNodesPass()(model)
-    graph.inputs[:] = [given]
+    graph.inputs[:] = [source_input]
 
 
 def _keep_rest(
     model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
 ) -> None:
     graph = model.graph
-    given = _input(model, source)
-    assert given is not None
+    source_input = _input(model, source)
+    assert source_input is not None
     parts = [part for fact in facts for part in fact.parts]
     values = _values(graph, parts)
-    made = [
+    new_inputs = [
         ir.Value(name=fact.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(fact.shape)) for fact in facts
     ]
-    position = list(graph.inputs).index(given)
-    graph.inputs[position:position] = made
+    position = list(graph.inputs).index(source_input)
+    graph.inputs[position:position] = new_inputs
     for value in values:
         value.name = f"{source}/{value.name}"
-    replacements = _divide(graph, made[0], parts, shapes) if packed else made
+    replacements = _divide(graph, new_inputs[0], parts, shapes) if packed else new_inputs
     for value, replacement in zip(values, replacements, strict=True):
         value.replace_all_uses_with(replacement, replace_graph_outputs=True)
-    others = [value for value in graph.inputs if value is not given]
+    others = [value for value in graph.inputs if value is not source_input]
     if other := next(
-        (value for value in others if value.shape and given.shape and value.shape[0] == given.shape[0]), None
+        (value for value in others if value.shape and source_input.shape and value.shape[0] == source_input.shape[0]),
+        None,
     ):
-        count_rows_of(graph, given, other)
+        count_rows_of(graph, source_input, other)
     RemoveUnusedNodesPass()(model)
-    if left := depend_on(graph, given, alone=False) - {given}:
-        name = next(node.name for node in graph if node.outputs[0] in left)
+    if dependent := depend_on(graph, source_input, alone=False) - {source_input}:
+        name = next(node.name for node in graph if node.outputs[0] in dependent)
         raise _error(
             model, f"got node {name!r}, which needs {source!r} itself, expected only float tensors; do not split it"
         )
-    if given.is_graph_output():
+    if source_input.is_graph_output():
         raise _error(model, f"got {source!r} as an output, expected computed tensors; do not split it")
-    graph.inputs.remove(given)
+    graph.inputs.remove(source_input)
 
 
 def _flatten(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...]) -> ir.Value:

@@ -1,0 +1,21 @@
+"""Which tests run in one process: those of a module, and all tests of the shared Triton server."""
+
+from __future__ import annotations
+
+from xdist.scheduler import LoadScopeScheduling
+
+__all__ = ["SERVING", "ModuleScheduling"]
+
+SERVING = "tests/serving/"
+"""Folder of the tests that share a Triton server."""
+
+
+class ModuleScheduling(LoadScopeScheduling):
+    """Gives each worker of pytest-xdist a module at a time, in the order of collection.
+
+    xdist's own ``loadgroup`` has no effect with pytest 9.2, and ``loadfile`` would start a Triton server per worker.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return SERVING if module.startswith(SERVING) else module
