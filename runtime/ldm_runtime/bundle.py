@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_runtime.atomic_files import sha256, write_together
+from ldm_runtime.atomic_files import sha256, written_beside
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.linked_files import stays_inside
@@ -119,7 +119,9 @@ class Bundle:
                     self._external(graph)
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
-        """Write report files and measured figures into the bundle; the manifest is replaced last, at once.
+        """Write report files and measured figures into the bundle, which is valid at any time.
+
+        Reports that are replaced are taken out of the manifest first, and the new manifest is written last.
 
         Args:
             measured: merged into the manifest's ``measured``; numbers must be finite.
@@ -131,8 +133,13 @@ class Bundle:
         facts = {name: FileFact(hashlib.sha256(text).hexdigest(), len(text)) for name, text in reports.items()}
         files, figures = {**self.manifest.files, **facts}, {**self.manifest.measured, **measured}
         manifest = replace(self.manifest, files=files, measured=figures)
-        contents = {self.folder / name: content for name, content in reports.items()}
-        write_together({**contents, self.folder / MANIFEST: manifest.to_json().encode()})
+        path, text = self.folder / MANIFEST, manifest.to_json().encode()
+        kept = {name: fact for name, fact in self.manifest.files.items() if facts.get(name, fact) == fact}
+        without = {path: replace(self.manifest, files=kept).to_json().encode()} if kept != self.manifest.files else {}
+        contents = {**{self.folder / name: content for name, content in reports.items()}, path: text}
+        with written_beside(without, "without") as first, written_beside(contents) as parts:
+            for changed, part in (*first.items(), *parts.items()):
+                part.replace(changed)
         return replace(self, manifest=manifest)
 
 
