@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 MAX_MESSAGE = 300
 """Characters of the longest error message; the values and names in it come from untrusted input."""
 _MIN_WORD = 24

@@ -17,14 +17,18 @@ __all__ = ["REQUIRED", "check_nodes"]
 
 _BY_COUNT = {
     0: "Constant Optional OptionalHasElement RandomNormal RandomUniform SequenceEmpty",
-    2: "Add AffineGrid And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike CausalConvWithState CenterCropPad Compress "
-    "Conv ConvInteger ConvTranspose CumProd CumSum DequantizeLinear Div Equal Expand Gather GatherElements GatherND Gemm "
-    "Greater GreaterOrEqual GridSample LayerNormalization Less LessOrEqual Loop MatMul MatMulInteger MaxRoiPool "
-    "MaxUnpool Mod Mul NegativeLogLikelihoodLoss NonMaxSuppression Or PRelu Pow QuantizeLinear RMSNormalization "
-    "ReverseSequence STFT SequenceAt SequenceInsert SoftmaxCrossEntropyLoss StringConcat Sub SwiGLU TensorScatter Tile "
-    "Xor",
-    3: "Attention Col2Im DeformConv GRU GroupNormalization InstanceNormalization LSTM LinearAttention OneHot RNN Range "
-    "RoiAlign RotaryEmbedding Scatter ScatterElements ScatterND Where",
+    2: (
+        "Add AffineGrid And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike CausalConvWithState CenterCropPad "
+        "Compress Conv ConvInteger ConvTranspose CumProd CumSum DequantizeLinear Div Equal Expand Gather "
+        "GatherElements GatherND Gemm Greater GreaterOrEqual GridSample LayerNormalization Less LessOrEqual Loop "
+        "MatMul MatMulInteger MaxRoiPool MaxUnpool Mod Mul NegativeLogLikelihoodLoss NonMaxSuppression Or PRelu "
+        "Pow QuantizeLinear RMSNormalization ReverseSequence STFT SequenceAt SequenceInsert "
+        "SoftmaxCrossEntropyLoss StringConcat Sub SwiGLU TensorScatter Tile Xor"
+    ),
+    3: (
+        "Attention Col2Im DeformConv GRU GroupNormalization InstanceNormalization LSTM LinearAttention OneHot RNN "
+        "Range RoiAlign RotaryEmbedding Scatter ScatterElements ScatterND Where"
+    ),
     5: "BatchNormalization MelWeightMatrix",
     8: "QLinearConv QLinearMatMul",
 }
@@ -69,9 +73,8 @@ def _check_node(content: mmap.mmap, start: int, end: int, graph: Path) -> None:
     needed = REQUIRED.get(operator, 1)
     present = sum(1 for name in texts[_INPUT][:needed] if name)
     if present < needed:
-        raise ManifestError(
-            f"{graph}: operator {shown(operator)} has {present} inputs, expected at least {needed}; rebuild the bundle"
-        )
+        what = f"operator {shown(operator)} has {present} inputs, expected at least {needed}"
+        raise ManifestError(f"{graph}: {what}; rebuild the bundle")
 
 
 def _parts(content: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:

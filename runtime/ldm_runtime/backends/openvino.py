@@ -22,8 +22,8 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError
-from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.onnx_nodes import check_nodes
+from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
 __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
