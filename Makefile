@@ -12,7 +12,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibratio
 BUNDLE := build/shapes
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser bench fuzz model clean
+.PHONY: demo test lint browser bench fuzz kill model clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
@@ -41,6 +41,10 @@ bench: $(VENV)/.dev
 # Tries 110,000 inputs that are changed at random, about 40 minutes; a campaign that was interrupted continues.
 fuzz: $(VENV)/.dev $(TRITON)/.triton
 	$(BIN)/python -m tests.fuzz.campaign --json benchmarks/results/fuzz.json
+
+# Kills the commands that write bundles, repositories and images at each of their 750 changes of files, about 15 minutes.
+kill: $(VENV)/.dev
+	$(BIN)/python -m tests.kill.campaign --json benchmarks/results/kill.json
 
 # Trains the demo model from a fixed seed; an interrupted run continues where it stopped.
 model: $(VENV)/.dev

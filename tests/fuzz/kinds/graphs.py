@@ -19,6 +19,7 @@ from ldm_runtime.bundle_layout import MANIFEST, graph_file, weights_file
 from ldm_runtime.errors import BackendError
 from tests.fuzz.mutation import BYTES, NUMBERS, TEXTS, changed_bytes
 from tests.fuzz.outcome import ACCEPTED, REFUSED, Attempt, outcome
+from tests.support.isolated import context
 from tests.support.small_bundle import write_small_bundle
 
 __all__ = ["prepare"]
@@ -35,8 +36,6 @@ def prepare(folder: Path) -> Attempt:
     """Write a bundle whose weights are external data; an input changes a graph or its data, and the manifest fits."""
     write_small_bundle(folder / "valid")
     names = [name for component in COMPONENTS for name in _externalize(folder / "valid", component)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
 
     def attempt(random: Random) -> None:
         work = folder / "work"
@@ -50,8 +49,8 @@ def prepare(folder: Path) -> Attempt:
             else changed_bytes(random, content)
         )
         _relist(work, [name])
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(work, random.choice(ENGINES), sender))
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = context().Process(target=_run, args=(work, random.choice(ENGINES), sender))
         process.start()
         sender.close()
         process.join(SECONDS + 15)
