@@ -40,7 +40,8 @@ class Bundle:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
         wanted = self.manifest.request.get("precision")
         components = [self.manifest.components[name] for name in (UNET, DECODER)]
-        return str(wanted) if all(wanted in component.graphs for component in components) else "fp32"
+        known = isinstance(wanted, str) and all(wanted in component.graphs for component in components)
+        return str(wanted) if known else "fp32"
 
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""

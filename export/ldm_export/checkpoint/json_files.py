@@ -49,5 +49,5 @@ def shortened(names: Iterable[str], limit: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, at most 120 characters of it, or the error's class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

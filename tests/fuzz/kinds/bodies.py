@@ -35,7 +35,7 @@ REQUEST = {
 BINARY = b"\x0c\0\0\0a red circle"
 CALLERS_FAULT = range(400, 500)
 BUSY = 503
-TRITON = ("failed to parse", "Unable to parse", "failed to get request params")
+TRITON = ("failed to parse", "Unable to parse", "failed to get request params", "parameter key")
 """Beginnings of the messages that Triton itself answers with 500, before a model sees the request."""
 
 
