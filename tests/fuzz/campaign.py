@@ -118,7 +118,9 @@ def _part(kind: str, first: int, seconds: float, progress: Path) -> int:
             lines.flush()
             if time.monotonic() > until:
                 break
-    os._exit(0)  # without waiting for threads that an input left behind
+    if kind != "bodies":  # whose server is stopped at the end
+        os._exit(0)  # without waiting for threads that an input left behind
+    return 0
 
 
 if __name__ == "__main__":
