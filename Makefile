@@ -14,14 +14,14 @@ SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -
 BUNDLE := build/shapes
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser bench fuzz kill model lock clean
+.PHONY: demo test lint browser strace bench fuzz kill model lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The image is in $(CURDIR)/build/demo.png"
 
-test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
@@ -36,6 +36,13 @@ browser:
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core && exit; fi; \
 	echo "No Chromium here, and it cannot be installed: tests that look at pages will fail"
+
+# The tests trace network calls; in a container they need the permission to do so (docker run --cap-add=SYS_PTRACE).
+strace:
+	@command -v strace >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends strace && exit; fi; \
+	echo "No strace here, and it cannot be installed: tests that trace network calls will fail"
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
