@@ -47,7 +47,7 @@ strace:
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
 
-# Tries 110,000 inputs that are changed at random, about 40 minutes; a campaign that was interrupted continues.
+# Tries 105,000 inputs that are changed at random, about 40 minutes; a campaign that was interrupted continues.
 fuzz: $(VENV)/.dev $(TRITON)/.triton
 	$(BIN)/python -m tests.fuzz.campaign --json benchmarks/results/fuzz.json
 

@@ -30,18 +30,19 @@ def test_weights_of_another_model(tiny: Path, component: str, name: str, tensor:
         load_module(open_checkpoint(tiny), name)
     message = str(caught.value)
     assert message.startswith(f"{name}: {tiny / component}: {FILES[component]} ")
-    assert "1 tensors unused: brand.new" in message and "missing" not in message
-    assert f"1 tensors of another shape or dtype: {tensor} (got float32 [" in message
+    assert "; 1 unused, e.g. brand.new; use" in message and "missing" not in message
+    assert f"1 tensors of another shape or dtype, e.g. {tensor} (got float32 [" in message
     change(tiny, component, lambda state: (state.pop("brand.new"), state.pop(tensor)))
-    with pytest.raises(CheckpointError, match=rf"1 tensors missing: {tensor}; use the config and the weights of one"):
+    with pytest.raises(
+        CheckpointError, match=rf"1 tensors missing, e.g. {tensor}; use the config and the weights of one"
+    ):
         load_module(open_checkpoint(tiny), name)
 
 
 def test_many_missing_tensors_are_counted(tiny: Path) -> None:
     edit_json(tiny / "unet" / "config.json", layers_per_block=2)
-    with pytest.raises(CheckpointError, match=r"unet: .*tensors missing: \S+, \S+, \S+, … \(\d+ in all\)") as caught:
+    with pytest.raises(CheckpointError, match=r"unet: .*\d\d tensors missing, e\.g\. down_blocks\.\S+; "):
         load_module(open_checkpoint(tiny), "unet")
-    assert len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])

@@ -10,6 +10,7 @@ import pytest
 from ldm_runtime.errors import LdmError, SpecError
 from tests.fuzz.campaign import INPUTS, prepared
 from tests.fuzz.outcome import outcome, try_inputs
+from tests.fuzz.report import RESULTS, tables
 
 SHARE = {
     "manifests": 400,
@@ -61,3 +62,8 @@ def test_a_message_of_an_error_is_one_short_line() -> None:
     assert len(text) == 300
     assert text.startswith("/folder/") and text.endswith(", expected a text; rebuild the bundle")
     assert len(str(LdmError("many short words " * 100))) == 300
+
+
+def test_the_documentation_has_the_results_of_the_campaigns() -> None:
+    page = (RESULTS.parents[1] / "docs" / "reliability.md").read_text()
+    assert "\n".join(tables()) in page
