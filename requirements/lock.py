@@ -23,9 +23,16 @@ TENSORRT = "tensorrt==11.2.1.2\n"
 """Version of the Triton image in docker/Dockerfile, whose plans it runs."""
 NUMPY_1 = "1.26.4"
 """Version of NumPy for Triton's Python backend, which needs NumPy 1."""
-ENGINES = {"onnxruntime": "", "openvino": "", "gpu": "", "tensorrt-rtx": "", "tensorrt": TENSORRT}
+ENGINES = {
+    "onnxruntime": "",
+    "openvino": "",
+    "gpu": "",
+    "tensorrt-rtx": "",
+    "tensorrt": TENSORRT,
+    "tensorrt-lean": "",
+}
 """Extra of an engine -> requirements beside it."""
-DEV = ("export", "openvino", "tensorrt-rtx", "client")
+DEV = ("export", "openvino", "tensorrt-rtx", "tensorrt-lean", "polygraphy", "client")
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -13,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm_runtime.backends import Backend
+from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, DisplacedError, LdmError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
@@ -119,6 +121,9 @@ class LatentDiffusionPipeline:
         self.denoiser = Denoiser(model, backends)
         self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners)
         self._keep_loaded = keep_loaded
+        self._opened: OpenModel | None = None
+        self._started: DeviceLoop | None = None
+        self._former_loops: list[DeviceLoop] = []
 
     @classmethod
     def from_bundle(
@@ -138,8 +143,9 @@ class LatentDiffusionPipeline:
             path: The bundle's folder.
             precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
                 arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
-            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, "auto" for the fastest here, or an
-                object with the interface of ``backends.engine.Engine``.
+            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or an object with the interface of
+                ``backends.engine.Engine``. "auto" takes the fastest engine here, and the next one if that does not load
+                or does not run; ``choice.reason`` and a warning say why.
             device: For onnxruntime: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
@@ -175,7 +181,15 @@ class LatentDiffusionPipeline:
         )
         for one in verified:  # the conditioners have read them by now
             one.check()
+        pipeline._opened, opened.on_change = opened, pipeline._follow
         return pipeline
+
+    def _follow(self) -> None:
+        """Take over the choice and the loop after the engine was replaced; the old loop is freed with the denoiser."""
+        assert self._opened is not None
+        if self.loop is not None:
+            self._former_loops.append(self.loop)
+        self.choice, self.loop = self._opened.choice, self._opened.loop
 
     def __call__(
         self,
@@ -223,13 +237,14 @@ class LatentDiffusionPipeline:
 
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         trajectory, total = plan.trajectory, len(plan.trajectory)
-        conditioning = self.condition(plan)
-        schedule = self.denoiser.embed(trajectory.timesteps)
-        if self.loop is not None and self.loop.takes(plan):
-            reads = self.loop.steps(plan, schedule, conditioning)
+        encoded = self._encode(plan)
+        reads = self._device_steps(plan, encoded)
+        if reads is not None:
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
                 yield Step(index, total, int(timestep), read)
             return
+        conditioning = self.denoiser.condition(encoded)
+        schedule = self.denoiser.embed(trajectory.timesteps)
         conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
         noise = plan.noise()
         state = plan.start(noise)
@@ -249,16 +264,52 @@ class LatentDiffusionPipeline:
             state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
             yield Step(index, total, int(timestep), _reader(state[0]))
 
+    def _device_steps(self, plan: Plan, encoded: Tensors) -> Iterator[Callable[[], F32]] | None:
+        """Start the loop on the device and return its steps; None if there is no loop that runs the plan.
+
+        A loop that cannot start on this machine is replaced, as ``OpenModel`` replaces engines.
+        """
+        while (loop := self.loop) is not None and loop.takes(plan):
+            reads = loop.steps(plan, encoded, self.denoiser)
+            try:
+                first = next(reads)
+            except BackendError as error:
+                self.loop_failed(loop, error)
+            else:
+                self.loop_started(loop)
+                return chain([first], reads)
+        return None
+
+    def loop_started(self, loop: DeviceLoop) -> None:
+        """Note that a loop runs on this machine, so that a later failure does not replace the engine."""
+        self._started = loop
+
+    def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
+        """Replace the engine of a loop that has failed before it ran; ``loop`` and ``choice`` are the next one's then.
+
+        Raises:
+            BackendError: ``error``, if the loop has run before or no other engine may run the model.
+        """
+        if self._opened is None or self._started is loop or isinstance(error, DisplacedError):
+            raise error
+        with suppress(BackendError):
+            loop.close()
+        self._opened.loop_failed(loop, error)
+
     def condition(self, plan: Plan) -> Tensors:
         """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
-        parts = [self._encode(plan.request, branch) for branch in plan.branches]
+        return self.denoiser.condition(self._encode(plan))
+
+    def _encode(self, plan: Plan) -> Tensors:
+        """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
+        parts = [
+            {name: rows for one in self.conditioners for name, rows in one.rows(plan.request, branch).items()}
+            for branch in plan.branches
+        ]
         if not self._keep_loaded:
             for conditioner in self.conditioners:
                 conditioner.close()
-        return self.denoiser.condition({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-    def _encode(self, request: Request, branch: str) -> Tensors:
-        return {name: rows for one in self.conditioners for name, rows in one.rows(request, branch).items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
         """Decode latents float32 [B, C, h, w] to B PIL images; with a request, as ``finish`` completes them.
@@ -269,14 +320,32 @@ class LatentDiffusionPipeline:
         return to_pil(self.decode_array(latents, request))
 
     def decode_array(self, latents: F32, request: Request | None = None) -> F32:
-        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``."""
+        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``.
+
+        On a GPU, as many images are decoded together as its free memory has room for.
+        """
         check_latents(latents)
         if not self._keep_loaded:
             self._close_denoiser()
-        image: F32 = self.backends[DECODER].run({LATENTS: latents})[IMAGE]
+        parts: list[F32] = []
+        while (done := sum(map(len, parts))) < len(latents) or not parts:
+            left = latents[done:]
+            parts.append(self.backends[DECODER].run({LATENTS: left[: self._images_per_decode(left)]})[IMAGE])
+        image: F32 = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self._keep_loaded:
             self.backends[DECODER].close()
         return image if request is None else self.finish(request, image)
+
+    def _images_per_decode(self, latents: F32) -> int | None:
+        decoder = self.backends[DECODER]
+        return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
+
+    def decodes_together(self, latents: F32) -> bool:
+        """True if it is worth to decode many images in one call: on a GPU. False too if the decoder does not load."""
+        try:
+            return self._images_per_decode(np.concatenate([latents, latents])) is not None
+        except LdmError:  # decoding reports it
+            return False
 
     def finish(self, request: Request, images: F32) -> F32:
         """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""
@@ -291,6 +360,9 @@ class LatentDiffusionPipeline:
             backend.close()
 
     def _close_denoiser(self) -> None:
+        while self._former_loops:
+            with suppress(BackendError):  # its engine has failed before
+                self._former_loops.pop().close()
         if self.loop is not None:
             self.loop.close()
         self.denoiser.close()

@@ -60,7 +60,7 @@ def test_a_lock_has_what_its_extra_needs(lock: Path) -> None:
 def test_the_locks_are_those_that_images_and_environments_install() -> None:
     page = (ROOT / "docs/serving.md").read_text()
     choices = re.findall(r"`([\w-]+)`", re.search(r"`--build-arg EXTRA=…` selects the engine:\n(.*)", page)[1])
-    assert len(choices) == 5
+    assert len(choices) == 6
     for extra in choices:
         assert {FOLDER / f"{extra}.txt", FOLDER / f"{extra}-numpy1.txt"} <= set(LOCKS)
     installed = set(re.findall(r"\$\(INSTALL\) \S+ ([\w-]+)", (ROOT / "Makefile").read_text()))

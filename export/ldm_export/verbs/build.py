@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
 HALF = ("fp16", "bf16")
+CUDA = "onnxruntime-cuda"
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""
 
@@ -37,7 +38,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_original_arguments(verb)
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines for this package")
+    engines.add_argument(
+        "--target",
+        choices=(*PACKAGES, CUDA),
+        help=f"also build TensorRT engines for this package, or fp16 graphs for ONNX Runtime on CUDA ({CUDA})",
+    )
     engines.add_argument(
         "--compute-capability",
         metavar="LIST",
@@ -51,6 +56,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--refittable",
         action="store_true",
         help="build engines whose weights can be exchanged without a rebuild (needs a GPU)",
+    )
+    engines.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="build plans that later versions and the lean runtime run too (tensorrt; none has been run yet)",
     )
     engines.add_argument(
         "--timing-cache", metavar="FILE", help="file that keeps kernel timings for the next build (tensorrt)"
@@ -90,6 +100,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         settings_of(args, kinds, model) if args.precision == "int8" else None,
         demo_grader(model),
         requests=family.requests(chosen_prompts(args.prompts, model))[:RANGED] if args.precision in HALF else None,
+        cuda=args.target == CUDA,
     )
     with screen.bar("reading", None) as bar:
         built = build(
@@ -135,13 +146,18 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     texts = {name: getattr(args, name) for name in ("batch", "height", "width")}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
-    if args.target is None:
-        if bounds or capabilities != ("",) or args.refittable or args.timing_cache:
+    if args.target in (None, CUDA):
+        if bounds or capabilities != ("",) or args.refittable or args.version_compatible or args.timing_cache:
             raise BuildError(
-                "batch, height, width, compute capability, refittable and timing cache apply to engines only; "
-                "add --target"
+                "batch, height, width, compute capability, refittable, version-compatible and timing cache apply to "
+                f"engines only; add --target {' or '.join(PACKAGES)}"
             )
         return None
     return EngineRequest(
-        args.target, tuple(filter(None, capabilities)), bounds, refittable=args.refittable, timings=args.timing_cache
+        args.target,
+        tuple(filter(None, capabilities)),
+        bounds,
+        refittable=args.refittable,
+        version_compatible=args.version_compatible,
+        timings=args.timing_cache,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.backends.driver import no_gpu
 from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError
 
@@ -16,19 +17,22 @@ __all__ = ["Buffer", "Cuda", "empty"]
 class Cuda:
     """The CUDA runtime, whose errors are raised.
 
+    Args:
+        extra: Extra of the package ldm-export that installs cuda-python, for the message if it is missing.
+
     Raises:
         BackendError: cuda-python is not installed or cannot be loaded, or there is no GPU or no driver.
     """
 
-    def __init__(self) -> None:
-        runtime: Any = import_engine("cuda.bindings.runtime", "tensorrt-rtx")
+    def __init__(self, extra: str = "tensorrt-rtx") -> None:
+        runtime: Any = import_engine("cuda.bindings.runtime", extra)
         self._runtime = runtime
         try:
             error, count = runtime.cudaGetDeviceCount()
         except RuntimeError as failure:  # there is no driver library
-            raise BackendError(_no_gpu(str(failure))) from None
+            raise no_gpu(str(failure)) from None
         if int(error) or not count:
-            raise BackendError(_no_gpu(self._text(error)))
+            raise no_gpu(self._text(error))
 
     def _text(self, error: Any) -> str:
         return bytes(self._runtime.cudaGetErrorString(error)[1]).decode()
@@ -66,6 +70,24 @@ class Cuda:
             "cudaMemcpyAsync", target, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream
         )
 
+    def spread(self, source: int, target: int, size: int, count: int, pitch: int, stream: Any) -> None:
+        """Copy ``count`` adjacent blocks of ``size`` bytes to ``target``, ``target + pitch``, …, in stream order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, count, kind, stream)
+
+    def create_stream(self) -> Any:
+        """Return a stream that does not wait for the default stream."""
+        return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+
+    def create_event(self) -> Any:
+        """Return an event without a time."""
+        return self.call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
+
+    def end_failed_capture(self, stream: Any) -> None:
+        """End a capture that an error has interrupted, so that the stream can be used again."""
+        self._runtime.cudaStreamEndCapture(stream)
+        self._runtime.cudaGetLastError()
+
     def begin_capture(self, stream: Any) -> None:
         """Begin to record the stream's work instead of running it."""
         self.call("cudaStreamBeginCapture", stream, self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
@@ -101,7 +123,3 @@ class Buffer:
 def empty(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Return an uninitialised host array for a result."""
     return np.empty(shape, np.dtype(dtype))
-
-
-def _no_gpu(reason: str) -> str:
-    return f"no CUDA GPU can be used ({reason}); engines need one. Without, run the graphs: --backend onnxruntime"

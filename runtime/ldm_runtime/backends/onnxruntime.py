@@ -1,22 +1,25 @@
-"""The engine ONNX Runtime: on CUDA if its provider is installed and a GPU is present, otherwise on the CPU."""
+"""The engine ONNX Runtime: on CUDA if its provider is installed and the driver has a GPU, otherwise on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, step_graphs
-from ldm_runtime.backends.host import first_line, has_nvidia_gpu, is_installed
+from ldm_runtime.backends import Backend, Feed, SpecBackend
+from ldm_runtime.backends.device_backend import DeviceBackend
+from ldm_runtime.backends.engine import Choice, Placement, Wish, step_graphs
+from ldm_runtime.backends.host import first_line, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
-from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.memory import memory_of
+from ldm_runtime.backends.onnxruntime_cuda import GPU_EXTRA, check_cuda, has_cuda_build
+from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.backends.onnxruntime_session import (
     EXTRA,
-    PROVIDERS,
+    Opening,
     load_onnxruntime,
     open_session,
     providers,
@@ -24,14 +27,15 @@ from ldm_runtime.backends.onnxruntime_session import (
 )
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
-from ldm_runtime.device_loop import DeviceLoop, slots_of
-from ldm_runtime.errors import BackendError
+from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
 __all__ = [
     "CPU_VARIANT",
+    "CUDA_VARIANT",
     "OnnxRuntimeBackend",
     "OnnxRuntimeEngine",
     "OnnxRuntimeLoader",
@@ -42,6 +46,8 @@ __all__ = [
 
 CPU_VARIANT = "onnxruntime-cpu"
 """Variant of a graph with ONNX Runtime's own operators for the CPU, e.g. its fused attention."""
+CUDA_VARIANT = "onnxruntime-cuda"
+"""Variant of a graph with ONNX Runtime's own operators for CUDA. It may have float16 where the spec says float32."""
 SMALL_UNET = 100 * 10**6
 """Bytes of an fp32 UNet below which ONNX Runtime generates a single image sooner than OpenVINO. OpenVINO samples
 faster, but its compilation takes longer than that saves: 0.6 s against 1.4 s in total for a UNet of 22 MB. Larger
@@ -64,7 +70,7 @@ class OnnxRuntimeBackend(SpecBackend):
 
     def __init__(self, graph: GraphFile, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
         self._spec = spec
-        self._session, self.device = open_session(graph, spec, device, threads)
+        self._session, _, self.device = open_session(graph, spec, Opening(device, threads))
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run the graph once.
@@ -93,15 +99,34 @@ class OnnxRuntimeBackend(SpecBackend):
 
 @dataclass(frozen=True)
 class OnnxRuntimeLoader:
-    """Loads a component whose graph has been checked."""
+    """Loads a component whose graph has been checked.
+
+    Attributes:
+        graph: The graph.
+        spec: Inputs and outputs, as callers see them.
+        placement: Where it runs.
+        half: True if the graph may have float16 where the spec says float32.
+    """
 
     graph: VerifiedFile
     spec: ComponentSpec
     placement: Placement
+    half: bool = False
 
-    def __call__(self) -> OnnxRuntimeBackend:
-        """Load the component."""
-        return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
+    def __call__(self) -> Backend:
+        """Load the component. On CUDA its calls are captured, so that they cost one launch each."""
+        if self.placement.device != "cuda":
+            return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
+        launcher = self.launcher()
+        return DeviceBackend(launcher, self.spec, memory_of("cuda", GPU_EXTRA))
+
+    def launcher(self) -> OnnxRuntimeLauncher:
+        """Load the component for memory of the device. Only the UNet is worth a session for each shape."""
+        memory = memory_of(self.placement.device, GPU_EXTRA)
+        modes = tuple(Mode) if self.spec.name == UNET else (Mode.FREE, Mode.PLAIN)
+        return OnnxRuntimeLauncher(
+            self.graph, self.spec, memory, half=self.half, modes=modes, threads=self.placement.threads
+        )
 
 
 class OnnxRuntimeEngine:
@@ -115,50 +140,88 @@ class OnnxRuntimeEngine:
         return None if is_installed("onnxruntime") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
-        """Yield CUDA or the CPU on the graphs of the precision asked for, then fp32 for one image of a small model.
+        """Yield CUDA if it can be used, then the CPU, on the graphs of the precision asked for.
+
+        For one image of a small model, fp32 on the CPU follows. The CPU has no kernels for bf16: there a bundle built
+        for bf16 runs in fp32.
 
         Raises:
-            BackendError: onnxruntime is not installed, or it has no CUDA provider and "cuda" is asked for.
+            UnsupportedError: The CPU is to compute in bf16.
+            BackendError: onnxruntime is not installed, "cuda" is asked for and cannot be used; or, after the choices of
+                the CPU, onnxruntime was built with CUDA but cannot use it on this machine.
         """
         if not is_installed("onnxruntime"):
             load_onnxruntime()
         graph = wish.precision or bundle.precision
-        if wish.device == "cuda":
-            providers("cuda", load_onnxruntime().get_available_providers())
-        if wish.device == "cuda" or (wish.device == "auto" and has_nvidia_gpu() and _has_cuda_provider()):
-            yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
-            return
-        reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
-        yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
-        if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
-            reason = "the fastest start for one image of a small model"
-            yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        refused: BackendError | None = None
+        if wish.device == "cuda" or (wish.device == "auto" and has_cuda_build()):
+            try:
+                check_cuda()
+            except BackendError as error:
+                refused = error
+            else:
+                yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
+        if wish.device != "cuda":
+            if wish.precision == "bf16":
+                raise refused or UnsupportedError("onnxruntime does not compute in bf16 on a CPU; use precision fp32")
+            graph = "fp32" if graph == "bf16" else graph
+            reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
+            yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
+            if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
+                reason = "the fastest start for one image of a small model"
+                yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        if refused:
+            raise refused
 
-    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
-        """Check a component's graph and return its loader. On the CPU the variant for ONNX Runtime is preferred.
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> OnnxRuntimeLoader:
+        """Check a component's graph and return its loader. The variant of the graph for the device is preferred.
 
         Raises:
             ManifestError: A file is not the one that was built, or there is no graph of that precision.
         """
-        graph = bundle.verified_graph(component, choice.graph, CPU_VARIANT if placement.device == "cpu" else "")
-        return OnnxRuntimeLoader(graph, bundle.manifest.components[component].spec, placement)
+        variant = CPU_VARIANT if placement.device == "cpu" else CUDA_VARIANT
+        part = bundle.manifest.components[component]
+        graph = bundle.verified_graph(component, choice.graph, variant)
+        half = variant == CUDA_VARIANT and choice.graph in part.variants.get(variant, {})
+        return OnnxRuntimeLoader(graph, part.spec, placement, half)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
-        """Return the loop on CUDA; None on the CPU, and for a bundle without step graphs.
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
+        """Return the loop on CUDA, which shares the sessions of the UNet and of what derives its inputs.
+
+        None on the CPU, and for a bundle without step graphs.
 
         Raises:
             ManifestError: A step graph is not the file that was built.
         """
-        loader, steps = unet.loader, step_graphs(bundle.manifest.model)
-        if placement.device != "cuda" or not steps or not isinstance(loader, OnnxRuntimeLoader):
+        model, precise = bundle.manifest.model, replace(choice, graph="fp32")
+        steps = step_graphs(model)
+        if placement.device != "cuda" or not steps:
             return None
-        graphs = {name: (bundle.verified_graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
-        graphs[UNET] = loader.graph, loader.spec
-        return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
+        loaders = {name: self.open(bundle, name, precise, placement) for name in steps}
+        derived = frozenset(spec.name for runs in ("request", "schedule") for spec in model.once_per(runs))
+        slots = slots_of(loaders[steps[0]].spec)
+        return DeviceLoop(lambda: _loop_device(backends, loaders, derived), slots, backends[UNET].lock)
 
 
-def _has_cuda_provider() -> bool:
-    return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
+def _loop_device(
+    backends: Mapping[str, LazyBackend], loaders: Mapping[str, OnnxRuntimeLoader], derived: frozenset[str]
+) -> LoopDevice:
+    """Return the device of a loop. The step graphs are loaded by ``loaders``, other components by their backends."""
+    steps = {name: loader.launcher() for name, loader in loaders.items()}
+    launchers = dict(steps)
+    for name in (UNET, *derived):
+        backend = backends[name].load()
+        if not isinstance(backend, DeviceBackend):
+            raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
+        launchers[name] = backend.launcher
+
+    def close() -> None:
+        for one in steps.values():
+            one.close()
+
+    return LoopDevice(memory_of("cuda", GPU_EXTRA), launchers, derived, close)
 
 
 def _is_small(bundle: Bundle) -> bool:

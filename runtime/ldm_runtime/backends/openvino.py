@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,7 +21,8 @@ from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, LdmError
+from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
+from ldm_runtime.model import UNET
 from ldm_runtime.onnx_nodes import check_nodes
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
@@ -136,7 +137,8 @@ class OpenVinoEngine:
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the CPU. OpenVINO rounds fp32 graphs, and what int8 graphs leave in fp32, to bf16 by itself.
 
-        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16".
+        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16". On another CPU
+        "bf16" runs the bundle's bf16 graphs, whose tensors are rounded, with sums and products in fp32.
 
         Raises:
             BackendError: openvino is not installed, or the CPU lacks what is asked for.
@@ -144,10 +146,13 @@ class OpenVinoEngine:
         if not wish.needs(RANK):
             return
         if wish.device == "cuda":
-            raise BackendError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
+            raise UnsupportedError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
         bf16, reason = has_bf16(), "the fastest installed engine for this CPU"
         if wish.precision == "bf16" and not bf16:
-            raise BackendError("precision: got bf16, in which this CPU does not compute; use fp32")
+            if "bf16" in bundle.manifest.components[UNET].graphs:
+                yield Choice(self.name, "cpu", "bf16", "fp32", RANK, reason)
+                return
+            raise UnsupportedError("precision: got bf16, in which this CPU does not compute; use fp32")
         if wish.precision in ("fp32", "fp16"):
             yield Choice(self.name, "cpu", wish.precision, "fp32", RANK, reason)
             return
@@ -167,7 +172,9 @@ class OpenVinoEngine:
             cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """None: on the CPU the pipeline's NumPy loop runs beside the UNet."""
         return None
 
