@@ -52,8 +52,8 @@ def main() -> None:
 def write(
     name: str, *, extras: tuple[str, ...] = (), requirements: str = "", numpy: str = "", alone: bool = False
 ) -> list[str]:
-    """Write the lock file of an environment; returns the entries of torch and its CUDA libraries, which are left out."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--python-version", "3.12", "-q"]
+    """Write the lock file of an environment and return what it leaves out: torch and its CUDA libraries."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--python-version", "3.11", "-q"]
     command += (
         ["--python-platform", "x86_64-manylinux_2_35"] if numpy else ["--universal"]
     )  # NumPy 1 lacks wheels of later Pythons

@@ -86,7 +86,7 @@ class HttpClient:
         path: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Send a request; returns the status, the headers and the body of the answer. Bodies are sent for images."""
         seconds, limit = (DESCRIBE_SECONDS, MAX_JSON) if body is None else (self._seconds, MAX_IMAGES)
         host, port = self._address.host, self._address.port
