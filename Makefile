@@ -8,18 +8,20 @@ TRITON := .venv-triton
 KSERVE := .venv-kserve
 BIN    := $(VENV)/bin
 PIP    := python -m pip install --disable-pip-version-check -q
-SOURCES := pyproject.toml constraints.txt $(shell find export runtime calibration -type f -not -name '*.pyc')
+INSTALL := requirements/install.sh
+OURS   := --no-deps --no-build-isolation
+SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser bench model clean
+.PHONY: demo test lint browser strace bench fuzz kill model lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
 	@echo "The image is in $(CURDIR)/build/demo.png"
 
-test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser
+test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
@@ -35,8 +37,23 @@ browser:
 		apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core && exit; fi; \
 	echo "No Chromium here, and it cannot be installed: tests that look at pages will fail"
 
+# The tests trace network calls; in a container they need the permission to do so (docker run --cap-add=SYS_PTRACE).
+strace:
+	@command -v strace >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -y -q --no-install-recommends strace && exit; fi; \
+	echo "No strace here, and it cannot be installed: tests that trace network calls will fail"
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
+
+# Tries 105,000 inputs that are changed at random, about 40 minutes; a campaign that was interrupted continues.
+fuzz: $(VENV)/.dev $(TRITON)/.triton
+	$(BIN)/python -m tests.fuzz.campaign --json benchmarks/results/fuzz.json
+
+# Kills the commands that write bundles, repositories and images at each of their 750 changes of files, about 15 minutes.
+kill: $(VENV)/.dev
+	$(BIN)/python -m tests.kill.campaign --json benchmarks/results/kill.json
 
 # Trains the demo model from a fixed seed; an interrupted run continues where it stopped.
 model: $(VENV)/.dev
@@ -52,45 +69,61 @@ model: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The exporter and the demo model.
-$(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/$(PIP) -c constraints.txt -e ".[export]" -e ./demo
+# The backend that builds the packages of this repository, so that pip installs nothing without a hash.
+$(VENV)/.backend: requirements/build.txt | $(VENV)/bin/python
+	$(INSTALL) $(BIN)/python build
 	touch $@
 
-# Dependency groups need pip 25.1.
-$(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/$(PIP) --upgrade "pip>=25.1"
-	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,tensorrt-lean,polygraphy,client]" -e ./demo
+# The exporter and the demo model.
+$(VENV)/.demo: pyproject.toml demo/pyproject.toml requirements/export.txt | $(VENV)/.backend
+	$(INSTALL) $(BIN)/python export
+	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
+	touch $@
+
+$(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt | $(VENV)/.backend
+	$(INSTALL) $(BIN)/python dev
+	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@ $(VENV)/.demo
 
-# Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.
-$(THIN)/.thin: $(SOURCES) | $(VENV)/bin/python
-	$(PYTHON) -m venv --clear $(THIN)
-	$(THIN)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[onnxruntime]"
+build/wheel/.wheel: $(SOURCES) | $(VENV)/.backend
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q $(OURS) --wheel-dir build/wheel .
 	touch $@
 
-$(THIN)-numpy1/.thin: $(SOURCES) | $(VENV)/bin/python
+# Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.
+$(THIN)/.thin: requirements/onnxruntime.txt build/wheel/.wheel
+	$(PYTHON) -m venv --clear $(THIN)
+	$(INSTALL) $(THIN)/bin/python onnxruntime
+	$(THIN)/bin/$(PIP) --no-deps build/wheel/*.whl
+	touch $@
+
+$(THIN)-numpy1/.thin: requirements/onnxruntime-numpy1.txt build/wheel/.wheel
 	$(PYTHON) -m venv --clear $(THIN)-numpy1
-	sed 's/^numpy==.*/numpy==1.26.4/' constraints.txt > $(THIN)-numpy1/constraints.txt
-	$(THIN)-numpy1/bin/python -m pip install --disable-pip-version-check -q -c $(THIN)-numpy1/constraints.txt ".[onnxruntime]"
+	$(INSTALL) $(THIN)-numpy1/bin/python onnxruntime-numpy1
+	$(THIN)-numpy1/bin/$(PIP) --no-deps build/wheel/*.whl
 	touch $@
 
 # A Triton server with its Python backend, and the wheel in the environment of the backend. NumPy is 1.26, because with
 # NumPy 2 the backend delivers empty tensors. The server looks for the stub of its Python version next to the backend.
-$(TRITON)/.triton: $(SOURCES) | $(VENV)/bin/python
+$(TRITON)/.triton: requirements/triton.txt build/wheel/.wheel
 	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
-	sed 's/^numpy==.*/numpy==1.26.4/' constraints.txt > $(TRITON)/constraints.txt
-	$(TRITON)/bin/python -m pip install --disable-pip-version-check -q -c $(TRITON)/constraints.txt ".[onnxruntime]" nvidia-pytriton
-	$(TRITON)/bin/python -m pip install --disable-pip-version-check -q --no-deps --force-reinstall .
+	$(INSTALL) $(TRITON)/bin/python triton
+	$(TRITON)/bin/$(PIP) --no-deps --force-reinstall build/wheel/*.whl
 	set -e; cd $(TRITON)/lib/python3*/site-packages/pytriton/tritonserver; \
 		version=$$($(CURDIR)/$(TRITON)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 		cp python_backend_stubs/$$version/triton_python_backend_stub backends/python/
 	touch $@
 
 # KServe's types, to validate the manifest; without the SDK's other dependencies.
-$(KSERVE)/.types: | $(VENV)/.dev
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(KSERVE) kserve==0.21.0
+$(KSERVE)/.types: requirements/kserve.txt | $(VENV)/bin/python
+	$(INSTALL) $(BIN)/python kserve --upgrade --target $(KSERVE)
 	touch $@
 
+# Writes the lock files of requirements/ anew, with the versions of constraints.txt.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/$(PIP) uv==0.13.9
+	.venv-lock/bin/python requirements/lock.py
+
 clean:
-	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE)
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE) .venv-lock

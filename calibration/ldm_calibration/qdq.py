@@ -74,14 +74,16 @@ def insert_qdq(model: ir.Model, tensors: QuantizedTensors, chosen: Collection[st
         The layers that were quantized, in the order of the graph.
 
     Raises:
-        BuildError: A chosen layer is unknown, must stay in float, or was not observed.
+        BuildError: A chosen layer is unknown, must stay in float, was not observed, or has another number of channels
+            than the factors of its scalings.
     """
     graph, sources, results = model.graph, tensors.sources, tensors.results
     layers = {layer.name: layer for layer in find_layers(graph)}
-    for name in chosen:
-        if name not in layers or layers[name].float_only or layers[name].source not in sources:
-            raise BuildError(f"{graph.name}: layer {name!r} cannot be quantized; calibrate this bundle again")
     nodes = {node.name: node for node in graph}
+    for name in chosen:
+        layer = layers.get(name)
+        if layer is None or layer.float_only or not _scaled(nodes[name], layer, tensors):
+            raise BuildError(f"{graph.name}: layer {name!r} cannot be quantized; calibrate this bundle again")
     done = [layer for layer in layers.values() if layer.name in chosen]
     smoothed: dict[str, ir.Value] = {}
     for layer in done:
@@ -92,6 +94,19 @@ def insert_qdq(model: ir.Model, tensors: QuantizedTensors, chosen: Collection[st
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         graph.initializers.pop(name)
     return [layer.name for layer in done]
+
+
+def _scaled(node: ir.Node, layer: Layer, tensors: QuantizedTensors) -> bool:
+    """True if the tensors of a layer have scalings with a factor for each channel."""
+    weight, source, result = node.inputs[1], tensors.sources.get(layer.source), tensors.results.get(layer.result)
+    if weight is None or source is None:
+        return False
+    shape = weights_of(weight).shape
+    if source.factors is not None and len(source.factors) != shape[layer.in_axis]:
+        return False
+    if layer.op != "Conv":
+        return True
+    return result is not None and result.factors is not None and len(result.factors) == shape[layer.out_axis]
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, layer: Layer, scaling: Scaling, smoothed: dict[str, ir.Value]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ldm_calibration.qdq import QuantizedTensors, Scaling
 from ldm_calibration.scalings import GraphScalings
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object, require_str
+from ldm_runtime.number_checks import shown
 from ldm_runtime.regular_files import read_regular
 
 __all__ = ["ComponentRecord", "Record", "component_json", "layer_json", "make_record", "read_record"]
@@ -23,6 +23,8 @@ __all__ = ["ComponentRecord", "Record", "component_json", "layer_json", "make_re
 FORMAT, VERSION = "ldm-export calibration", 2
 MAX_BYTES = 256 * 2**20
 MAX_CHANNELS = 1_000_000
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-30, 1e30
+"""Bounds of thresholds and factors, so that scales and their products with weights are normal numbers of float32."""
 _SETTINGS = ("trial_steps", "eta", "guidance_scale", "min_psnr", "max_accuracy_loss")
 _RANGES = ("component", "timesteps", "tensors")
 _IMAGE = ("request", "seed", "psnr", "ssim", "correct_fp32", "correct_int8")
@@ -214,6 +216,7 @@ def _scaling(where: str, value: Any) -> Scaling:
 
 
 def _magnitude(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ManifestError(f"{where}: got {value!r:.40}, expected a number above 0; calibrate again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_MAGNITUDE <= value <= MAX_MAGNITUDE:
+        expected = f"a number from {MIN_MAGNITUDE:g} to {MAX_MAGNITUDE:g}"
+        raise ManifestError(f"{where}: got {shown(value)}, expected {expected}; calibrate again")
     return float(value)

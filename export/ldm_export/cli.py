@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
+from pathlib import Path
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable, warnings_on
@@ -19,6 +20,10 @@ __all__ = ["VERBS", "main", "make_parser"]
 
 VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, triton, client)
 """One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
+
+
+KEEP_WORK = (build.run, calibrate.run, inspect.run)
+"""Commands that leave the work folder of a killed build: two continue it, and one reports it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     screen = Screen(quiet=args.quiet)
     try:
         with warnings_on(screen, shown=not args.verbose):
+            if (bundle := getattr(args, "bundle", None)) is not None and args.command not in KEEP_WORK:
+                _remove_abandoned(bundle, screen)
             return int(args.command(args, screen) or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe, e.g. `| head`
@@ -49,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, LdmError):
             return _print_error(str(error))
         raise
+
+
+def _remove_abandoned(bundle: Path, screen: Screen) -> None:
+    from ldm_export.bundle.abandoned import remove_abandoned
+
+    if (work := remove_abandoned(bundle)) is not None:
+        screen.note(f"removed {work}, which a build that was killed had left")
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ldm_runtime.errors import BuildError
 
-__all__ = ["destination", "sha256", "write_together", "write_whole"]
+__all__ = ["destination", "sha256", "write_together", "write_whole", "written_beside"]
 
 CHUNK = 4 * 2**20
 
@@ -66,24 +66,67 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """``write_whole`` of several files: none of them is replaced before all are on the disk."""
-    targets = {destination(path): content for path, content in contents.items()}
-    parts, created = {path: path.with_name(f".{path.name}.part") for path in targets}, list[Path]()
+    """Write several files so that old and new ones are never mixed.
+
+    All new files are on the disk, as hidden neighbours, before anything changes. One file is then renamed over the old
+    one. Of several, the old ones are first renamed to other hidden neighbours: a process that is killed in between
+    leaves a part of the old files or a part of the new ones. The next call for the same files removes the neighbours.
+
+    Raises:
+        BuildError: As ``destination``.
+        OSError: The disk is full or refuses; the files are as before.
+    """
+    with written_beside({destination(path): content for path, content in contents.items()}) as parts:
+        moved: dict[Path, Path] = {}
+        try:
+            if len(parts) > 1:
+                for path in parts:
+                    with suppress(FileNotFoundError):
+                        moved[path] = path.replace(_neighbour(path, "old"))
+            for path, part in parts.items():
+                part.replace(path)
+        except BaseException:
+            for path in parts if moved else ():
+                path.unlink(missing_ok=True)
+            for path, old in moved.items():
+                old.replace(path)
+            raise
+    for path in parts:
+        _neighbour(path, "old").unlink(missing_ok=True)
+
+
+@contextmanager
+def written_beside(contents: Mapping[Path, bytes], kind: str = "part") -> Iterator[dict[Path, Path]]:
+    """Write the new contents of files to hidden neighbours of theirs, which the block renames to the files.
+
+    Args:
+        contents: Regular file, or one that does not exist -> its new content.
+        kind: Suffix of the neighbours.
+
+    Yields:
+        File -> its neighbour, which is on the disk. After an error, neighbours and new folders are removed.
+    """
+    parts = {path: _neighbour(path, kind) for path in contents}
+    folders = list[Path]()
     try:
-        for path, content in targets.items():
-            created += [folder for folder in reversed(path.parents) if not folder.exists()]
+        for path, part in parts.items():
+            folders += [folder for folder in reversed(path.parents) if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                parts[path].unlink()  # left by a killed process, or a link that must not be followed
-            with parts[path].open("xb") as file:
-                created.append(parts[path])
-                file.write(content)
+            part.unlink(missing_ok=True)  # left by a killed process, or a link that must not be followed
+            with part.open("xb") as file:
+                file.write(contents[path])
                 file.flush()
                 os.fsync(file.fileno())
-        for path, part in parts.items():
-            part.replace(path)
+        yield parts
     except BaseException:
-        for path in reversed(created):
-            with suppress(OSError):  # gone already, or a folder that has more in it by now
-                path.rmdir() if path.is_dir() else path.unlink()
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()
+        for folder in reversed(folders):
+            with suppress(OSError):  # it has more in it by now
+                folder.rmdir()
         raise
+
+
+def _neighbour(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")

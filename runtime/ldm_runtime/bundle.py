@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_runtime.atomic_files import sha256, write_together
+from ldm_runtime.atomic_files import sha256, written_beside
 from ldm_runtime.bundle_layout import MANIFEST, weights_file
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.linked_files import stays_inside
@@ -43,7 +43,8 @@ class Bundle:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
         requested = self.manifest.request.get("precision")
         components = [self.manifest.components[name] for name in (UNET, DECODER)]
-        return str(requested) if all(requested in component.graphs for component in components) else "fp32"
+        known = isinstance(requested, str) and all(requested in component.graphs for component in components)
+        return str(requested) if known else "fp32"
 
     def file(self, name: str) -> Path:
         """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""
@@ -122,7 +123,9 @@ class Bundle:
                     self._external(graph)
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
-        """Write report files and measured figures into the bundle; the manifest is replaced last, at once.
+        """Write report files and measured figures into the bundle, which is valid at any time.
+
+        Reports that are replaced are taken out of the manifest first, and the new manifest is written last.
 
         Args:
             measured: merged into the manifest's ``measured``; numbers must be finite.
@@ -134,8 +137,13 @@ class Bundle:
         facts = {name: FileFact(hashlib.sha256(text).hexdigest(), len(text)) for name, text in reports.items()}
         files, figures = {**self.manifest.files, **facts}, {**self.manifest.measured, **measured}
         manifest = replace(self.manifest, files=files, measured=figures)
-        contents = {self.folder / name: content for name, content in reports.items()}
-        write_together({**contents, self.folder / MANIFEST: manifest.to_json().encode()})
+        path, text = self.folder / MANIFEST, manifest.to_json().encode()
+        kept = {name: fact for name, fact in self.manifest.files.items() if facts.get(name, fact) == fact}
+        without = {path: replace(self.manifest, files=kept).to_json().encode()} if kept != self.manifest.files else {}
+        contents = {**{self.folder / name: content for name, content in reports.items()}, path: text}
+        with written_beside(without, "without") as first, written_beside(contents) as parts:
+            for changed, part in (*first.items(), *parts.items()):
+                part.replace(changed)
         return replace(self, manifest=manifest)
 
 

@@ -17,9 +17,33 @@ __all__ = [
     "interrupted",
 ]
 
+MAX_MESSAGE = 300
+"""Characters of the longest error message; the values and names in it come from untrusted input."""
+_MIN_WORD = 24
+
 
 class LdmError(Exception):
-    """Root of all errors of ldm-export; the command line prints its message as one line."""
+    """Root of all errors of ldm-export. Its message is one line of at most ``MAX_MESSAGE`` characters.
+
+    Args:
+        message: Line breaks in it become spaces, and its longest words lose their middle if it is too long.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(message: str) -> str:
+    words = message.split()
+    while (excess := len(" ".join(words)) - MAX_MESSAGE) > 0:
+        longest = max(range(len(words)), key=lambda index: len(words[index]))
+        word = words[longest]
+        if len(word) <= _MIN_WORD:  # many short words
+            text = " ".join(words)
+            return f"{text[: MAX_MESSAGE // 2]}…{text[-(MAX_MESSAGE // 2 - 1) :]}"
+        kept = max(_MIN_WORD, len(word) - excess) - 1
+        words[longest] = f"{word[: kept - kept // 2]}…{word[-(kept // 2) :]}"
+    return " ".join(words)
 
 
 def interrupted(error: BaseException | None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm_runtime.errors import ManifestError
 
-__all__ = ["external_locations"]
+__all__ = ["external_locations", "varint"]
 
 MAX_FIELDS = 10_000_000
 """Fields of a graph that are read; the largest graphs of diffusion models have below a million."""
@@ -71,10 +71,10 @@ def _locations(content: mmap.mmap) -> set[str]:
             fields_left -= 1
             if not fields_left:
                 raise ValueError(f"more than {MAX_FIELDS} fields")
-            tag, position = _varint(content, position)
+            tag, position = varint(content, position)
             number, wire_type = tag >> 3, tag & 7
             if wire_type == _LENGTH:
-                size, start = _varint(content, position)
+                size, start = varint(content, position)
                 position = start + size
                 if position > end:
                     raise ValueError(f"a field of {size} bytes goes beyond its message")
@@ -83,7 +83,7 @@ def _locations(content: mmap.mmap) -> set[str]:
                 elif kind == "StringStringEntry" and number in texts:
                     texts[number].append(content[start:position].decode("utf-8", "replace"))
             elif wire_type == _VARINT:
-                _, position = _varint(content, position)
+                _, position = varint(content, position)
             elif wire_type in (_FIXED64, _FIXED32):
                 position += 8 if wire_type == _FIXED64 else 4
             else:
@@ -95,7 +95,7 @@ def _locations(content: mmap.mmap) -> set[str]:
     return locations
 
 
-def _varint(content: mmap.mmap, position: int) -> tuple[int, int]:
+def varint(content: mmap.mmap, position: int) -> tuple[int, int]:
     """Return the number at a position, and the position after it."""
     value = content[position]
     position += 1

@@ -156,7 +156,7 @@ def seeds_of(seed: int | Sequence[int] | None, images: int) -> tuple[int, ...]:
     """
     if seed is None:
         return (fresh_seed(),)
-    listed = isinstance(seed, list | tuple | np.ndarray) and np.ndim(seed) == 1
+    listed = isinstance(seed, list | tuple) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
     seeds: tuple[Any, ...] = tuple(seed) if listed else (seed,)  # type: ignore[arg-type]
     if listed and len(seeds) != images:
         raise SpecError(f"seed: got {len(seeds)} seeds for {images} images, expected one number, or one per image")

@@ -38,7 +38,7 @@ def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_every_image_is_pinned_and_none_runs_as_root() -> None:
-    assert all(re.search(r":\d+\.\d+", stage.image) for stage in STAGES.values())
+    assert all(re.search(r":\d+\.\d+\S*@sha256:[0-9a-f]{64}$", stage.image) for stage in STAGES.values())
     for name in ("runtime", "build", "serve"):
         assert STAGES[name].values("USER") == ["10001:10001"]
     kinds = [kind for kind, _ in STAGES["serve"].steps]
@@ -55,7 +55,7 @@ def test_no_image_holds_secrets_or_more_of_the_folder_than_it_needs() -> None:
         if "--from" not in value
         for word in value.split()[:-1]
     }
-    assert "*" in ignored and copied <= allowed and allowed - copied == {"constraints.txt"}  # which is only mounted
+    assert "*" in ignored and copied <= allowed and allowed - copied == {"requirements"}  # which is only mounted
     arguments = {name for stage in STAGES.values() for name in stage.arguments}
     assert arguments == {"PIP_INDEX_URL", "EXTRA"}
     for name in ("runtime", "build", "serve"):  # an index may hold a password: it may be in no image that is kept
@@ -95,7 +95,7 @@ def test_the_runtime_image_draws(wheels: Path, shapes_bundle: Path, tmp_path: Pa
 
 
 def test_the_build_image_is_installed_as_the_runtime_image_is() -> None:
-    """By the same command, but for the extra: `make test` installs that extra under the same constraints."""
+    """By the same command, but for the extra, whose lock file tests/docker/test_locks.py checks."""
     build, runtime = STAGES["build"], STAGES["runtime"]
     assert build.values("RUN") == runtime.values("RUN") and build.image == runtime.image
     assert (build.arguments["EXTRA"], runtime.arguments["EXTRA"]) == ("export", "onnxruntime")

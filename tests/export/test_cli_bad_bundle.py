@@ -90,7 +90,7 @@ MANIFESTS: dict[str, tuple[str, Any, str]] = {
         "other.json",
         "files: no entry for other.json, so its digest cannot be checked",
     ),
-    "long name": ("files " + "x" * 300, {"sha256": "0" * 64, "size": 0}, "x" * 300 + ": cannot be read (File name"),
+    "long name": ("files " + "x" * 300, {"sha256": "0" * 64, "size": 0}, "x: cannot be read (File name"),
     "no component": ("components", {}, "order: got "),
     "odd shape": ("components unet inputs 0 shape", ["depth"], "'depth' is neither a size nor one of the axes"),
     "no list": ("components unet inputs", "sample", "components.unet.inputs: expected a list of tensors"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,69 @@ def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Drip(BaseHTTPRequestHandler):
+    """Answers with a body that never ends: slowly, or as fast as it is read."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path != self.server.endless:  # type: ignore[attr-defined]
+            body = METADATA if self.path == "/v2/models/ldm" else b""
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        self.send_header("Content-Length", str(10**12))
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(self.server.part)  # type: ignore[attr-defined]
+                self.server.stop.wait(self.server.pause)  # type: ignore[attr-defined]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+METADATA = json.dumps(
+    {
+        "inputs": [{"name": name, "datatype": kind} for name, kind in (("PROMPT", "BYTES"), ("SEED", "INT64"))]
+        + [{"name": "TIMEOUT", "datatype": "FP32"}],
+        "outputs": [{"name": "IMAGE"}],
+    }
+).encode()
+
+
+@pytest.fixture
+def endless() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Drip)
+    server.daemon_threads, server.stop = True, threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.stop.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "pause", "message"),
+    [
+        ("/v2/models/ldm/infer", b"x", 0.05, "no answer in 0.5 s; use a longer --timeout"),
+        ("/v2/models/ldm", b"x", 0.05, "no answer in 0.5 s; use a longer --timeout"),
+        ("/v2/models/ldm", b"x" * 2**20, 0, "the answer has more than 16777216 bytes"),
+        ("/v2/models/ldm/infer", b"x" * 2**20, 0, "the answer has more than 3000000 bytes"),
+    ],
+)
+def test_an_answer_without_end(
+    refused: Refused, endless: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, path, part, pause, message
+) -> None:
+    endless.endless, endless.part, endless.pause = path, part, pause  # type: ignore[attr-defined]
+    monkeypatch.setattr("ldm_export.serving.client.GRACE", 0.5)
+    monkeypatch.setattr("ldm_export.serving.http_client.DESCRIBE_SECONDS", 1.0)
+    monkeypatch.setattr("ldm_export.serving.http_client.MAX_IMAGES", 3_000_000)
+    url = f"http://127.0.0.1:{endless.server_port}"
+    refused("client", PROMPT, "--url", url, "--timeout", "0.5", "--quiet", message=message)

@@ -29,26 +29,25 @@ def test_weights_of_another_model(tiny: Path, component: str, name: str, tensor:
     with pytest.raises(CheckpointError) as caught:
         load_module(open_checkpoint(tiny), name)
     message = str(caught.value)
-    assert message.startswith(f"{name}: {tiny / component}: {FILES[component]} ")
-    assert "1 tensors unused: brand.new" in message and "missing" not in message
-    assert f"1 tensors of another shape or dtype: {tensor} (got float32 [" in message
+    assert message.startswith(f"{name}: /") and f"{component}: {FILES[component]} and config.json describe" in message
+    assert "; 1 unused, e.g. brand.new; use" in message and "missing" not in message
+    assert f"1 tensors of another shape or dtype, e.g. {tensor} (got float32 [" in message
     change(tiny, component, lambda state: (state.pop("brand.new"), state.pop(tensor)))
-    with pytest.raises(CheckpointError, match=rf"1 tensors missing: {tensor}; use the config and the weights of one"):
+    with pytest.raises(CheckpointError, match=rf"1 tensors missing, e.g. {tensor}; use the config"):
         load_module(open_checkpoint(tiny), name)
 
 
 def test_many_missing_tensors_are_counted(tiny: Path) -> None:
     edit_json(tiny / "unet" / "config.json", layers_per_block=2)
-    with pytest.raises(CheckpointError, match=r"unet: .*tensors missing: \S+, \S+, \S+, … \(\d+ in all\)") as caught:
+    with pytest.raises(CheckpointError, match=r"unet: .*\d\d tensors missing, e\.g\. down_blocks\.\S+; "):
         load_module(open_checkpoint(tiny), "unet")
-    assert len(str(caught.value)) < 1500 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_other_dtypes(tiny: Path, dtype: torch.dtype) -> None:
     change(tiny, "unet", lambda state: state.update({"conv_in.bias": torch.ones(16).to(dtype)}))
     with pytest.raises(
-        CheckpointError, match=r"shape or dtype: conv_in.bias \(got \w+ \[16\], expected float \[16\]\)"
+        CheckpointError, match=r"shape or dtype, e.g. conv_in.bias \(got \w+ \[16\], expected float \[16\]\)"
     ):
         load_module(open_checkpoint(tiny), "unet")
 
@@ -61,7 +60,7 @@ def test_float8_with_scales(tiny: Path) -> None:
         state["conv_in.weight_scale"] = torch.tensor(0.5)
 
     change(tiny, "unet", quantize)
-    with pytest.raises(CheckpointError, match=r"1 tensors of scales, which float8 .*: conv_in.weight_scale"):
+    with pytest.raises(CheckpointError, match=r"1 tensors of scales, which float8 .*, e.g. conv_in.weight_scale"):
         load_module(open_checkpoint(tiny), "unet")
 
 
@@ -74,7 +73,7 @@ def test_not_finite(tiny: Path) -> None:
 def test_codebook_is_needed(tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path / "tiny", vq=True)
     change(folder, "vqvae", lambda state: state.pop("quantize.embedding.weight"))
-    with pytest.raises(CheckpointError, match=r"decoder: .*missing: quantize.embedding.weight"):
+    with pytest.raises(CheckpointError, match=r"decoder: .*missing, e.g. quantize.embedding.weight"):
         load_module(open_checkpoint(folder), "decoder")
 
 

@@ -190,3 +190,13 @@ def test_a_tensor_that_repeats_its_values_is_refused(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1).expand(10**12)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"'x' has shape \[1000000000000\], but only 4 bytes are stored for it"):
         read_weights(tmp_path, "unet")
+
+
+def test_an_archive_over_several_disks_is_refused(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    content = bytearray((tmp_path / "pytorch_model.bin").read_bytes())
+    locator = content.rindex(b"PK\x06\x07")  # of the end of the directory, whose last field is the number of disks
+    content[locator + 16] = 2
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged or truncated \(zipfiles that span multiple disks"):
+        read_weights(tmp_path, "unet")

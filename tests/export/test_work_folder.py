@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
 
+from ldm_export.bundle.abandoned import abandoned_work, remove_abandoned
 from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import Stage, run_stage
+from ldm_export.cli import main
 from ldm_runtime.errors import BuildError
 from tests.support.snapshot import contents
 
@@ -121,3 +124,34 @@ def test_a_stage_with_a_damaged_record_is_made_again(tmp_path: Path, record: str
     assert run_stage(stage, tmp_path, None).origin == "made"
     assert (tmp_path / "made").read_text() == "new"
     assert run_stage(stage, tmp_path, None).origin == "resumed"
+
+
+def test_one_of_a_killed_build_is_reported_and_removed(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = bundle_copy.with_name(f".{bundle_copy.name}.part")
+    work.mkdir()
+    (work / "tokenizer.stage").write_text("{}")
+    assert main(["inspect", str(bundle_copy)]) == 0
+    assert f"{work}: left by a build that was killed; `build` continues it" in capsys.readouterr().err
+    assert main(["inspect", "--json", str(bundle_copy)]) == 0
+    assert json.loads(capsys.readouterr().out)["abandoned"] == str(work)
+    link = bundle_copy.with_name("link")
+    link.symlink_to(bundle_copy)
+    assert main(["triton", str(link), "-o", str(bundle_copy.parent / "repository")]) == 0
+    assert f"removed {work}, which a build that was killed had left" in capsys.readouterr().err
+    assert not work.exists() and main(["inspect", "--json", str(bundle_copy)]) == 0
+    assert json.loads(capsys.readouterr().out)["abandoned"] is None
+
+
+def test_one_that_a_build_uses_stays(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "b") as work:
+        assert abandoned_work(tmp_path / "b") is None and remove_abandoned(tmp_path / "b") is None
+        assert work.is_dir()
+    assert abandoned_work(tmp_path / "b") == remove_abandoned(tmp_path / "b") == work
+    assert not work.exists()
+
+
+def test_one_that_is_a_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / ".b.part").symlink_to("victim")
+    assert remove_abandoned(tmp_path / "b") is None
+    assert contents(tmp_path) == {"victim": None, ".b.part": Path("victim")}

@@ -70,3 +70,44 @@ def test_every_command_refuses_it_before_the_work(tmp_path: Path, capsys: pytest
     for command in (["generate", "absent", "a"], ["client", "a"], ["report", "absent"], ["bench", "absent"]):
         assert main([*command, "-o", str(tmp_path / "o.svg")]) == 1
         assert "o.svg: is a pipe, expected a regular file; choose another name" in capsys.readouterr().err
+
+
+def test_old_and_new_files_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder before each change: at any time the visible files are all old or all new."""
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths[:2]:
+        path.write_bytes(b"old")
+    states = []
+    rename = Path.replace
+
+    def observed(self: Path, target: Path) -> Path:
+        states.append({path.read_bytes() for path in paths if path.exists()})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", observed)
+    write_together(dict.fromkeys(paths, b"new"))
+    assert contents(tmp_path) == dict.fromkeys(("a", "b", "c"), b"new")
+    assert len(states) == 6 and all(len(state) <= 1 for state in states)
+
+
+def test_several_files_are_as_before_if_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"old")
+    rename = Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == ".b.part":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(OSError, match="no"):
+        write_together({tmp_path / name: b"new" for name in ("a", "b", "c")})
+    assert contents(tmp_path) == {"a": b"old", "b": b"old"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    for name in ("a", ".a.old", ".a.part", ".b.old"):
+        (tmp_path / name).write_bytes(b"old")
+    write_together({tmp_path / name: b"new" for name in ("a", "b")})
+    assert contents(tmp_path) == {"a": b"new", "b": b"new"}

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,9 @@ def test_sha256_reports_progress(tmp_path: Path) -> None:
     output: list[int] = []
     assert sha256(tmp_path / "file", output.append) == hashlib.sha256(content).hexdigest()
     assert sum(output) == len(content) and len(output) == 2
+
+
+@pytest.mark.parametrize("precision", [None, 5, ["fp32"], {}, "fp8"])
+def test_an_odd_precision_of_the_request_means_fp32(bundle_copy: Path, precision: object) -> None:
+    manifest = Bundle.open(bundle_copy).manifest
+    assert Bundle(bundle_copy, replace(manifest, request={"precision": precision})).precision == "fp32"

@@ -115,7 +115,7 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
         [0, -64, 63, 65, 7, 8, 1032, 10**5000, 64.0, "64", True],
         "expected a multiple of 8 from 16 to 1024 pixels",
     ),
-    ("seed", [1.0, "1", True, 2**64, 10**5000, [None]], "expected an integer from -2**63 to 2**64 - 1"),
+    ("seed", [1.0, "1", True, 2**64, 10**5000, [None], [[1, [2]]]], "expected an integer from -2**63 to 2**64 - 1"),
     ("seed", [[], [1, 2], (1, 2, 3)], "seeds for 1 images, expected one number, or one per image"),
     ("latents", [LATENTS.tolist(), torch.zeros(1, 4, 8, 8), LATENTS[0]], "expected a float32 array [1, 4, 8, 8]"),
     ("latents", [LATENTS.astype(float), LATENTS.astype(">f4")], "[1, 4, 8, 8], expected a float32 array [1, 4, 8, 8]"),

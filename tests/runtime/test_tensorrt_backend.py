@@ -146,7 +146,7 @@ def test_the_command_that_builds_an_engine_again() -> None:
 
 
 def test_an_engine_of_another_graph_is_refused(bundle: Bundle) -> None:
-    message = r"built from a graph of sha256 1{64}, the bundle's is [0-9a-f]{64}; rebuild"
+    message = r"built from a graph of sha256 1{16}…, the bundle's is [0-9a-f]{16}…; rebuild"
     with pytest.raises(BackendError, match=message):
         check_graph(bundle, "unet", "fp32", [replace(RTX, graph="1" * 64)])
     check_graph(bundle, "unet", "fp32", engines_of(bundle, "unet", "fp32"))
@@ -190,7 +190,7 @@ def test_without_a_gpu_the_engine_is_not_opened(bundle: Bundle) -> None:
 
 def test_an_engine_of_another_graph_is_refused_before_its_gpu_is_compared(bundle: Bundle, tmp_path: Path) -> None:
     wrong = with_engines(write_small_bundle(tmp_path / "wrong"), ["unet"], graph="2" * 64)
-    with pytest.raises(BackendError, match=r"unet/fp32\.engine: built from a graph of sha256 2{64}"):
+    with pytest.raises(BackendError, match=r"unet/fp32\.engine: built from a graph of sha256 2{16}…, the"):
         find_engine(wrong, "unet", "fp32", Gpu("9.0", CUDA))
 
 

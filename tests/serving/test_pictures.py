@@ -166,6 +166,24 @@ def test_a_stream_reports_each_step_and_sends_previews(triton_server, grpc: Grpc
     assert distances[1] < distances[0]
 
 
+def test_a_stream_sends_png_and_says_which_image_is_final(triton_server, grpc: Grpc, drawn: Draw) -> None:
+    wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 5, "PREVIEW_EVERY": 2}
+    answers = list(grpc.stream(wish, ("PNG", "FINAL")))
+    images = [answer for answer in answers if answer.as_numpy("PNG") is not None]
+    assert [bool(answer.as_numpy("FINAL")[0]) for answer in images] == [False, False, True]
+    (final,) = (np.asarray(Image.open(io.BytesIO(png))) for png in images[-1].as_numpy("PNG"))
+    assert np.array_equal(final, drawn(request(wish))[0])
+
+
+def test_metrics_are_up_to_date_when_the_last_response_is_out(triton_server, grpc: Grpc) -> None:
+    before = triton_server.figures().get('ldm_requests_total{outcome="done"}', 0)
+    for ask in [grpc.ask({"PROMPT": PROMPTS[0], "SEED": seed, "STEPS": 2}) for seed in range(8)]:
+        ask.result()
+    after = triton_server.figures()
+    assert after["ldm_running_requests"] == 0
+    assert after['ldm_requests_total{outcome="done"}'] == before + 8
+
+
 def test_a_stream_over_plain_http(triton_server) -> None:
     body = json.dumps({"PROMPT": PROMPTS[0], "STEPS": 3, "SEED": 1}).encode()
     url = f"http://{triton_server.http}/v2/models/ldm_stream/generate_stream"

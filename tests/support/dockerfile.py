@@ -16,7 +16,7 @@ from dockerfile_parse import DockerfileParser
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker/Dockerfile"
-FOLDERS = ("/source", "/wheels", "/opt/ldm", "/tmp/constraints.txt", "/constraints.txt")
+FOLDERS = ("/source", "/wheels", "/opt/ldm", "/requirements")
 """Paths inside the images that commands name; they become paths below the folder that stands for the image."""
 
 
@@ -67,10 +67,9 @@ class Image:
         self.folder, self.bin = folder, folder / "venv/bin"
         venv.create(folder / "venv", with_pip=True, symlinks=True)
         self._paths = {path: folder / path.lstrip("/") for path in FOLDERS}
-        self._paths["/constraints.txt"] = ROOT / "constraints.txt"
+        self._paths["/requirements"] = ROOT / "requirements"
         if wheels is not None:
             self._paths["/wheels"] = wheels
-        self._paths["/tmp/constraints.txt"].parent.mkdir()
 
     def path(self, inside: str) -> Path:
         """Where a path of the image is."""

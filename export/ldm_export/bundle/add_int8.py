@@ -78,7 +78,8 @@ def quantized_components(manifest: Manifest) -> tuple[str, ...]:
         BuildError: The bundle does not name them, or names one that it does not have.
     """
     names = manifest.request.get("quantize")
-    if not isinstance(names, list) or not names or any(name not in manifest.components for name in names):
+    known = isinstance(names, list) and all(isinstance(name, str) and name in manifest.components for name in names)
+    if not isinstance(names, list) or not names or not known:
         raise BuildError(
             f"quantize: got {names!r:.80} in the manifest's request, expected some of "
             f"{', '.join(manifest.components)}; rebuild the bundle to calibrate it"

@@ -16,11 +16,17 @@ from typing import IO
 
 from ldm_runtime.errors import BuildError
 
-__all__ = ["publish", "remove", "work_folder"]
+__all__ = ["LOCK", "publish", "remove", "work_folder", "work_path"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 LOCK = "lock"
+"""File in a work folder that a running build has locked."""
 _log = logging.getLogger(__name__)
+
+
+def work_path(target: Path) -> Path:
+    """The hidden folder beside ``target`` in which a build writes."""
+    return target.parent / f".{target.name}.part"
 
 
 @contextmanager
@@ -32,7 +38,7 @@ def work_folder(target: Path) -> Iterator[Path]:
     Raises:
         BuildError: Another build of the same target is running, or the folder cannot be written.
     """
-    work = target.parent / f".{target.name}.part"
+    work = work_path(target)
     try:
         _create(work)
         lock = _open_lock(work)

@@ -147,7 +147,7 @@ def _check(
         if stored.dtype not in DTYPES or not (flat or stored.shape == shape):
             misfits.append(f"{stored.name} (got {stored.dtype} {list(stored.shape)}, expected float {list(shape)})")
     problems = [
-        f"{len(keys)} tensors {what}: {shortened(keys)}"
+        f"{len(keys)} tensors {what}, e.g. {min(keys)}"
         for what, keys in (
             ("missing", missing),
             ("of another shape or dtype", misfits),
@@ -156,8 +156,8 @@ def _check(
         if keys
     ]
     if problems:
-        unread = f"; {len(unused)} tensors unused: {shortened(unused)}" if unused else ""
-        files = shortened({stored.file.name for stored in weights.values()}) or "its weights"
+        unread = f"; {len(unused)} unused, e.g. {min(unused)}" if unused else ""
+        files = min((stored.file.name for stored in weights.values()), default="its weights")
         what = "; ".join(problems) + unread
         raise CheckpointError(
             f"{name}: {component.folder}: {files} and config.json describe different models: {what}; "

@@ -93,7 +93,7 @@ def _errors_of(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise CheckpointError(f"{path}: not usable for a BERT tokenizer ({cause}); download it again") from None
 
 

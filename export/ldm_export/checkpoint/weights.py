@@ -174,9 +174,9 @@ def _check_archive(file: Path, where: str) -> None:
     Raises:
         CheckpointError: Entries are compressed or overlap, or the directory of the archive is damaged.
     """
-    if not zipfile.is_zipfile(file):
-        return
     try:
+        if not zipfile.is_zipfile(file):
+            return
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from diffusers import DDIMScheduler
@@ -55,7 +54,10 @@ def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
         raise BuildError(f"{target}: exists, expected a new folder; choose another -o, nothing was changed")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        work = target.with_name(f".{target.name}.part")
+        if work.is_dir() and not work.is_symlink():
+            shutil.rmtree(work)  # left by a process that was killed
+        work.mkdir(mode=0o700)
         try:
             index = _write(checkpoint, family.pipelines[0], work)
             work.chmod(0o755)

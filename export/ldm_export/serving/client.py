@@ -54,13 +54,18 @@ class Connection:
         with needs("client"):
             if address.protocol == "http":
                 import tritonclient.http as api
+
+                from ldm_export.serving.http_client import HttpClient
             else:
                 import tritonclient.grpc as api
         self._api, self._http = api, address.protocol == "http"
-        limits = {"connection_timeout": 10.0, "network_timeout": timeout + GRACE} if self._http else {}
         with one_line_errors(self.address, self.timeout):
             self._check_port()
-            self._client = api.InferenceServerClient(address.target, ssl=address.secure, **limits)
+            self._client: Any = (
+                HttpClient(address, timeout + GRACE)
+                if self._http
+                else api.InferenceServerClient(address.target, ssl=address.secure)
+            )
         try:
             self._describe()
         except BaseException:

@@ -34,15 +34,14 @@ def one_line_errors(address: Address, timeout: float) -> Iterator[None]:
     try:
         yield
     except InferenceServerException as error:
-        raise _server_error(address, timeout, error.status() or "", error.message() or str(error)) from None
+        raise _server_error(address, timeout, str(error.status()), str(error.message() or error)) from None
     except (ConnectionError, socket.gaierror) as error:
         raise ServerError(f"{address}: cannot be reached ({error.strerror or error}); {START}") from None
     except (TimeoutError, queue.Empty):
         raise ServerError(f"{address}: no answer in {timeout:g} s; {LONGER}") from None
     except LdmError:
         raise
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        # the last three: the response does not have the form of the protocol
+    except Exception as error:  # tritonclient and its transports raise any when a response breaks the protocol
         cause = " ".join(str(error).split()) or type(error).__name__
         other = "grpc" if address.protocol == "http" else "http"
         raise ServerError(f"{address}: no Triton server answers ({cause}); is the port for {other}?") from None

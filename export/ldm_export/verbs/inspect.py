@@ -21,8 +21,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export inspect``."""
+    from ldm_export.bundle.abandoned import abandoned_work
     from ldm_export.bundle.inspection import inspect_bundle
 
+    if (work := abandoned_work(args.bundle)) is not None:
+        screen.note(f"{work}: left by a build that was killed; `build` continues it, any other command removes it")
     bundle = Bundle.open(args.bundle)
     if args.check:
         with screen.bar("checking", len(bundle.manifest.files)) as bar:
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             bundle.check(lambda name: bar.to(names.index(name), what=name))
     facts = inspect_bundle(bundle)
     if args.json:
-        screen.json({**facts, "checked": bool(args.check)})
+        screen.json({**facts, "checked": bool(args.check), "abandoned": None if work is None else str(work)})
         return
     conditioning, guidance = ", ".join(facts["conditioning"]) or "none", ", ".join(facts["guidance"]) or "none"
     model = [["family", facts["family"]], ["conditioning", conditioning], ["guidance", guidance]]

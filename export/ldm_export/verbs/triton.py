@@ -21,6 +21,9 @@ from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, ModelParameters
 
 __all__ = ["add_arguments", "row_buckets", "run"]
 
+MAX_ROWS = 32
+"""Rows of one UNet call if the UNet takes as many."""
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -44,8 +47,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--max-rows",
         type=whole_number,
-        default=32,
-        help="maximum rows of one UNet call; a guided image takes two (default 32)",
+        help="maximum rows of one UNet call; a guided image takes two (default 32, or what the UNet takes)",
     )
     verb.add_argument(
         "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
@@ -94,8 +96,9 @@ def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) 
 def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
     threads(args.threads)
     most = min(tensor.bounds("max")[0] for tensor in bundle.manifest.components[UNET].spec.inputs)
-    if not 1 <= args.max_rows <= most:
-        raise SpecError(f"max-rows: got {shown(args.max_rows)}, expected 1..{most}, which this bundle's UNet takes")
+    max_rows = min(MAX_ROWS, most) if args.max_rows is None else args.max_rows
+    if not 1 <= max_rows <= most:
+        raise SpecError(f"max-rows: got {shown(max_rows)}, expected 1..{most}, which this bundle's UNet takes")
     integer("max-queue", args.max_queue, 1, MAX_COUNT)
     precision = bundle.precision if args.target != "python" and args.precision is None else args.precision
     backend = args.backend if args.target == "python" or args.backend != "auto" else args.target
@@ -105,8 +108,8 @@ def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
         backend=backend,
         device=args.device,
         threads="" if args.threads is None else str(args.threads),
-        max_rows=str(args.max_rows),
-        row_buckets=" ".join(map(str, row_buckets(args.max_rows))) if fixed else "",
+        max_rows=str(max_rows),
+        row_buckets=" ".join(map(str, row_buckets(max_rows))) if fixed else "",
         max_queue=str(args.max_queue),
         unet=PER_STEP if args.per_step else IN_PROCESS,
     )

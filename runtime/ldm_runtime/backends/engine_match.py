@@ -109,7 +109,7 @@ def check_graph(bundle: Bundle, component: str, precision: str, engines: Sequenc
     for engine in engines:
         if engine.graph != digest:
             raise BackendError(
-                f"{engine.file}: built from a graph of sha256 {engine.graph}, the bundle's is {digest}; "
+                f"{engine.file}: built from a graph of sha256 {engine.graph:.16}…, the bundle's is {digest:.16}…; "
                 f"{rebuild_command(engine)}"
             )
 

@@ -23,6 +23,7 @@ from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.model import UNET
+from ldm_runtime.onnx_nodes import check_nodes
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
@@ -166,6 +167,7 @@ class OpenVinoEngine:
         """
         part = bundle.manifest.components[component]
         graph, cache = bundle.verified_graph(component, choice.graph), placement.cache
+        check_nodes(graph.path)
         if cache is not None:
             cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)

@@ -15,6 +15,7 @@ from ldm_runtime.batching.job import JobResult, Progress
 from ldm_runtime.errors import SpecError
 from ldm_runtime.images import pil_image, to_png
 from ldm_runtime.model import DECODER, ModelDescription
+from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request, RequestOptions
 
 __all__ = [
@@ -143,21 +144,21 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     if "NEGATIVE_PROMPT" in tensors:
         options["negative_prompt"] = _texts(tensors, "NEGATIVE_PROMPT")
     if "SEED" in tensors:
-        seeds = [int(seed) for seed in tensors["SEED"].ravel()]
+        seeds = [_number("SEED", seed, int) for seed in tensors["SEED"].ravel()]
         options["seed"] = seeds[0] if len(seeds) == 1 else seeds
     if "INPUT_IMAGE" in tensors:
         options["image"] = tensors["INPUT_IMAGE"]
     if "MASK" in tensors:
         options["mask"] = tensors["MASK"]
     if "LABEL" in tensors:
-        options["labels"] = [int(label) for label in tensors["LABEL"].ravel()]
+        options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
     if "IMAGES_PER_PROMPT" in tensors:
         options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
     if "GUIDANCE_EVERY" in tensors:
         options["guidance_every"] = _one(tensors, "GUIDANCE_EVERY", int)
     if "GUIDANCE_INTERVAL" in tensors:
-        start, end = _values(tensors, "GUIDANCE_INTERVAL", 2)
-        options["guidance_interval"] = (float(start), float(end))
+        start, end = (_number("GUIDANCE_INTERVAL", value, float) for value in _values(tensors, "GUIDANCE_INTERVAL", 2))
+        options["guidance_interval"] = (start, end)
     request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options)
     priority, preview_every = _one(tensors, "PRIORITY", int), _one(tensors, "PREVIEW_EVERY", int)
     return Submission(request, 2 if priority is None else priority, _one(tensors, "TIMEOUT", float), preview_every or 0)
@@ -171,7 +172,14 @@ def _values(tensors: Mapping[str, NDArray[Any]], name: str, count: int) -> list[
 
 
 def _one(tensors: Mapping[str, NDArray[Any]], name: str, kind: Callable[[Any], Any]) -> Any:
-    return kind(_values(tensors, name, 1)[0]) if name in tensors else None
+    return _number(name, _values(tensors, name, 1)[0], kind) if name in tensors else None
+
+
+def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
+    try:
+        return kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise SpecError(f"{name}: got {shown(value)}, expected a number; check the tensor's data type") from None
 
 
 def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
@@ -217,6 +225,13 @@ def image_tensors(images: NDArray[np.uint8], requested: set[str]) -> Tensors:
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
-    """Parameters of a request, which Triton passes as a JSON object."""
-    parameters = json.loads(text or "{}")
+    """Parameters of a request, which Triton passes as a JSON object.
+
+    Raises:
+        SpecError: The text is no JSON.
+    """
+    try:
+        parameters = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"parameters: got {shown(text)}, expected a JSON object ({error})") from None
     return parameters if isinstance(parameters, dict) else {}

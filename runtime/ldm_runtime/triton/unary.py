@@ -13,7 +13,7 @@ from ldm_runtime.errors import AnsweredError, LdmError, QueueFullError
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
 from ldm_runtime.triton.parameters import ModelParameters
 from ldm_runtime.triton.response_files import ResponseFiles
-from ldm_runtime.triton.tensors import CANCEL, ID, Tensors, parse_parameters
+from ldm_runtime.triton.tensors import CANCEL, CHECK, ID, Tensors, parse_parameters
 
 __all__ = ["UnaryModel"]
 
@@ -61,8 +61,9 @@ class UnaryModel:
 
     def _forward(self, request: OpenRequest, name: str) -> None:
         try:
-            options = {**parse_parameters(request.parameters), ID: name}
-            options.pop(CANCEL, None)
+            options: dict[str, Any] = {ID: name}
+            if CHECK in parse_parameters(request.parameters):  # the caller's other parameters mean nothing
+                options[CHECK] = True
             self._files.create(name)
             outputs = self._call(request.inputs, options, request.requested)
             request.send(self._files.read(name) or outputs, last=True)

@@ -1,0 +1,1 @@
+"""Fuzzing: inputs changed at random are accepted, or refused with one short line."""

@@ -1,0 +1,1 @@
+"""Commands that are killed at each call that changes a file."""
