@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "MAX_MESSAGE",
     "AnsweredError",
     "BackendError",
     "BuildError",
@@ -14,6 +15,7 @@ __all__ = [
     "QueueFullError",
     "ServerError",
     "SpecError",
+    "UnsupportedError",
     "interrupted",
 ]
 
