@@ -14,8 +14,10 @@ __all__ = [
     "image_requests",
     "label",
     "label_requests",
+    "layout_requests",
     "plain_requests",
     "requests_for",
+    "segmentation_requests",
     "text_requests",
 ]
 
@@ -30,16 +32,6 @@ def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     return tuple({"prompts": prompt} for prompt in (PROMPTS if prompts is None else prompts))
 
 
-def plain_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """``IMAGES`` requests without any field.
-
-    Raises:
-        SpecError: Prompts are given.
-    """
-    _refuse(prompts, "has no conditioning")
-    return ({},) * IMAGES
-
-
 def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     """One request for each of the first ``IMAGES`` classes.
 
@@ -50,15 +42,23 @@ def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     return tuple({"labels": label} for label in range(IMAGES))
 
 
-def image_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """``IMAGES`` requests without any field; the model's conditioning adds an example image of its size.
+def _examples(model: str) -> Callable[[Sequence[str] | None], tuple[RequestFields, ...]]:
+    """A function that returns ``IMAGES`` requests without any field; the conditioning adds its example.
 
-    Raises:
-        SpecError: Prompts are given.
+    It raises SpecError for prompts, with what the ``model`` does instead.
     """
-    _refuse(prompts, "starts from images")
-    return ({},) * IMAGES
 
+    def requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
+        _refuse(prompts, model)
+        return ({},) * IMAGES
+
+    return requests
+
+
+plain_requests = _examples("has no conditioning")
+image_requests = _examples("starts from images")
+segmentation_requests = _examples("is conditioned on segmentations")
+layout_requests = _examples("is conditioned on layouts")
 
 REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
     (): plain_requests,
@@ -66,6 +66,8 @@ REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[Reques
     ("label",): label_requests,
     ("image",): image_requests,
     ("masked_image",): image_requests,
+    ("segmentation",): segmentation_requests,
+    ("layout",): layout_requests,
 }
 """Default requests by the kinds of a model's conditioning."""
 
@@ -80,7 +82,8 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     if kinds in REQUESTS:
         return REQUESTS[kinds](prompts)
     raise SpecError(
-        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected text, labels or images"
+        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected one of text, label, image, "
+        "masked_image, segmentation and layout"
     )
 
 

@@ -48,13 +48,6 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-class _UNet(wrappers.UNet):
-    """sample float32 [R, C, h, w], timestep int64 [R], low_resolution float32 [R, 3, h, w] -> noise as sample."""
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, low_resolution: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(torch.cat([sample, low_resolution], dim=1), timestep)
-
-
 def _decoder(autoencoder: nn.Module) -> nn.Module:
     decoder = wrappers.Decoder(autoencoder)
     decoder.scaling_factor = 1.0
@@ -112,7 +105,7 @@ SUPER_RESOLUTION = Family(
         problems=_problems,
     ),
     components={
-        UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
+        UNET: TracedComponent("unet", wrappers.ConcatenatedUNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", _decoder),
     },
     files={},

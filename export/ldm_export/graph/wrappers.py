@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import interpolate
 
-__all__ = ["Decoder", "UNet", "free_upsampling"]
+__all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
 
 
 class UNet(nn.Module):
@@ -31,6 +31,17 @@ class UNet(nn.Module):
         given = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **given, return_dict=False)[0]
         return noise
+
+
+class ConcatenatedUNet(UNet):
+    """A UNet that gets its conditioning as further channels.
+
+    sample float32 [R, C, h, w], timestep int64 [R], conditioning float32 [R, K, h, w] -> predicted noise as sample.
+    """
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Compute the output of the class's docstring."""
+        return super().forward(torch.cat([sample, conditioning], dim=1), timestep)
 
 
 class Decoder(nn.Module):

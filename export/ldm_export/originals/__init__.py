@@ -20,19 +20,20 @@ def open_model(
     config: Path | None = None,
     tokenizer: Path | None = None,
     weights: str | None = None,
+    categories: Path | None = None,
     random_weights: bool = False,
 ) -> Checkpoint:
     """Open a diffusers folder or an original checkpoint file.
 
     Args:
         path: The folder or the file.
-        config, tokenizer, weights: As in ``open_original``; for files only.
+        config, tokenizer, weights, categories: As in ``open_original``; for files only.
         random_weights: Draw the weights; for folders only.
 
     Raises:
         CheckpointError: It cannot be opened, or an option is of the other form.
     """
-    given = {"config": config, "tokenizer": tokenizer, "weights": weights}
+    given = {"config": config, "tokenizer": tokenizer, "weights": weights, "categories": categories}
     if is_checkpoint_file(path):
         if random_weights:
             raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")

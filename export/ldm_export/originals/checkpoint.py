@@ -14,23 +14,32 @@ from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import family_named
 from ldm_export.originals.checkpoint_file import read_state_dict
-from ldm_export.originals.condition_shape import Labels, Text
+from ldm_export.originals.condition_shape import Classes, Labels, Text
 from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
-from ldm_export.originals.key_mapping import autoencoder_tensors, label_tensors, text_tensors, unet_tensors
+from ldm_export.originals.key_mapping import (
+    autoencoder_tensors,
+    condition_tensors,
+    text_tensors,
+    unet_tensors,
+)
 from ldm_export.originals.recognition import Original, recognise
 from ldm_export.originals.schedule import scheduler_options
 from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
 from ldm_export.originals.yaml_config import read_yaml
+from ldm_runtime.conditioning.layout import read_categories
 from ldm_runtime.errors import CheckpointError
 
 __all__ = ["open_original"]
 
 log = logging.getLogger(__name__)
-_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution", "inpainting")
 
 
 def open_original(
-    file: Path, config: Path | None = None, tokenizer: Path | None = None, weights: str | None = None
+    file: Path,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    weights: str | None = None,
+    categories: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint file of CompVis/latent-diffusion.
 
@@ -40,6 +49,8 @@ def open_original(
         tokenizer: For models of texts: a ``vocab.txt`` of BERT, or a folder with it or a ``tokenizer.json``. The
             published models have the vocabulary of bert-base-uncased.
         weights: "ema" or "model", as in ``recognition.recognise``.
+        categories: For models of layouts: a text file with the name of a category in each line, in the order of their
+            numbers. Without it, requests name categories by number.
 
     Raises:
         CheckpointError: The file is damaged or of no known model, the yaml is another model's or is needed, or the
@@ -48,11 +59,6 @@ def open_original(
     tensors = read_state_dict(file)
     try:
         original = recognise(tensors, None if config is None else read_yaml(config), weights)
-        if original.kind not in _SUPPORTED:
-            raise CheckpointError(
-                f"checkpoint: a model of kind {original.kind}, expected one of {', '.join(_SUPPORTED)}; "
-                "this kind cannot be exported yet"
-            )
         if original.kind == "super_resolution" and original.scale_factor != 1:
             raise CheckpointError(f"checkpoint: got scale_factor {original.scale_factor:g}, expected 1 of this kind")
         log.info("%s: %s %s, ema %s", file, original.kind, original.name, original.ema)
@@ -69,7 +75,7 @@ def open_original(
         family=original.kind,
         layout=layout,
         components=components,
-        files=_files(file, layout, tokenizer),
+        files={**_tokenizer(file, layout, tokenizer), **_categories(file, layout, categories)},
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
         defaults=original.defaults,
     )
@@ -101,10 +107,15 @@ def _components(
             autoencoder_tensors(tensors),
         ),
     }
-    if isinstance(original.condition, Text):
-        made["text_encoder"] = ("LDMBertModel", original.condition.config(), text_tensors(tensors))
-    elif isinstance(original.condition, Labels):
-        made["label_encoder"] = ("ClassEmbedder", original.condition.config(), label_tensors(tensors))
+    condition = original.condition
+    if isinstance(condition, Text):
+        encoder = "layout_encoder" if original.kind == "layout_to_image" else "text_encoder"
+        made[encoder] = ("LDMBertModel", condition.config(), text_tensors(tensors))
+    elif isinstance(condition, Labels):
+        made["label_encoder"] = ("ClassEmbedder", condition.config(), condition_tensors(tensors, "embedding."))
+    elif isinstance(condition, Classes):
+        config = condition.config(autoencoder.factor)
+        made["segmentation_encoder"] = ("SpatialRescaler", config, condition_tensors(tensors, "channel_mapper."))
     return {name: _component(file, name, layout.parts[name], original, *made[name]) for name in layout.parts}
 
 
@@ -125,7 +136,16 @@ def _component(
     return Component(name, file, class_name, full, frozenset(), named, depends)
 
 
-def _files(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
+def _categories(file: Path, layout: CheckpointLayout, categories: Path | None) -> dict[str, Path]:
+    if categories is None:
+        return {}
+    if "categories" not in layout.files:
+        raise CheckpointError(f"categories: got {categories}, but {file} is no model of layouts; leave it out")
+    read_categories(categories, CheckpointError)
+    return {"categories": categories}
+
+
+def _tokenizer(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
     if "tokenizer" not in layout.files:
         if tokenizer is not None:
             raise CheckpointError(f"tokenizer: got {tokenizer}, but {file} is no model of texts; leave it out")

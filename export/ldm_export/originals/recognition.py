@@ -8,7 +8,15 @@ from typing import Any
 
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.autoencoder_shape import AUTOENCODER_PREFIX, AutoencoderShape, autoencoder_shape
-from ldm_export.originals.condition_shape import CONDITION_PREFIX, Labels, Text, condition_shape, kind_of
+from ldm_export.originals.condition_shape import (
+    CONDITION_PREFIX,
+    Classes,
+    Condition,
+    Labels,
+    Text,
+    condition_shape,
+    kind_of,
+)
 from ldm_export.originals.key_mapping import has_ema
 from ldm_export.originals.published import Heads, Published, published_as
 from ldm_export.originals.schedule import betas_of
@@ -49,7 +57,7 @@ class Original:
     name: str
     unet: UNetShape
     autoencoder: AutoencoderShape
-    condition: Text | Labels | None
+    condition: Condition | None
     heads: Heads
     image_size: int
     scale_factor: float
@@ -114,7 +122,7 @@ def _facts(
     tensors: Mapping[str, StoredTensor],
     unet: UNetShape,
     autoencoder: AutoencoderShape,
-    condition: Text | Labels | None,
+    condition: Condition | None,
 ) -> list[tuple[str, Any, Any, str]]:
     """Keys of a yaml, their values, what the state dict says and the tensor that says so."""
 
@@ -163,6 +171,18 @@ def _facts(
         facts += [
             ("labels n_classes", config.integer(config.condition, "n_classes"), condition.classes, embedding),
             ("labels embed_dim", config.integer(config.condition, "embed_dim"), condition.width, embedding),
+        ]
+    if isinstance(condition, Classes):
+        mapper = seen(f"{CONDITION_PREFIX}channel_mapper.weight")
+        stages = config.integer(config.condition, "n_stages")
+        multiplier = config.number(config.condition, "multiplier", 0.0, 1.0)
+        halvings = autoencoder.factor.bit_length() - 1
+        facts += [
+            ("segmentation in_channels", config.integer(config.condition, "in_channels"), condition.classes, mapper),
+            ("segmentation out_channels", config.integer(config.condition, "out_channels"), condition.channels, mapper),
+            ("segmentation n_stages", stages, halvings, f"{autoencoder.factor} pixels per latent"),
+            ("segmentation multiplier", multiplier, 0.5, "the number of stages"),
+            ("segmentation method", config.condition.get("method"), "bilinear", "the published models"),
         ]
     return facts
 
