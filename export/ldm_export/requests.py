@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
@@ -25,6 +27,8 @@ RequestFields = Mapping[str, Any]
 """Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
 IMAGES = 4
 """Number of default requests of a model that takes no prompts."""
+MAX_LISTED = 6
+"""Longest list of values in a label."""
 
 
 def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -82,16 +86,24 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     if kinds in REQUESTS:
         return REQUESTS[kinds](prompts)
     raise SpecError(
-        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected one of text, label, image, "
-        "masked_image, segmentation and layout"
+        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected one of "
+        f"{', '.join(kind for known in REQUESTS for kind in known)}"
     )
 
 
 def label(request: RequestFields) -> str:
     """A request as a short text for a table."""
     texts = [value for name, value in request.items() if name == "prompts" and isinstance(value, str)]
-    others = [f"{name} {value}" for name, value in request.items() if name != "prompts" or not texts]
+    others = [_labelled(name, value) for name, value in request.items() if name != "prompts" or not texts]
     return ", ".join((*texts, *others)) or "without conditioning"
+
+
+def _labelled(name: str, value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.ndim >= 2:
+        return f"{name} of {value.shape[-1]} x {value.shape[-2]} pixels"
+    if isinstance(value, list | tuple) and len(value) > MAX_LISTED:
+        return f"{name} {' '.join(map(str, value[:MAX_LISTED]))} …"
+    return f"{name} {value}"
 
 
 def _refuse(prompts: Sequence[str] | None, model: str) -> None:

@@ -26,9 +26,10 @@ from tests.support.paper_models import (
     vq,
 )
 
-__all__ = ["ROWS", "TOKENS", "make_row", "vocabulary"]
+__all__ = ["CATEGORIES", "ROWS", "TOKENS", "make_row", "vocabulary"]
 
 TOKENS = 92
+CATEGORIES = ("Person", "Cat", "Traffic light")
 VQ_BETAS, LARGE_BETAS, SR_BETAS, MASK_BETAS = (0.0015, 0.0195), (0.00085, 0.012), (0.0015, 0.0155), (0.0015, 0.0205)
 
 

@@ -41,11 +41,13 @@ class ClassEmbedder(nn.Module):
     Args:
         num_classes: Classes, with the unconditional one if there is one.
         width: Channels of a token.
+        unconditional: The last class is that of the unconditional branch.
     """
 
-    def __init__(self, num_classes: int = 1001, width: int = 512):
+    def __init__(self, num_classes: int = 1001, width: int = 512, unconditional: bool = True):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, width)
+        self.unconditional = num_classes - 1 if unconditional else None
 
     def forward(self, label: torch.Tensor) -> torch.Tensor:
         """Compute the output of the class's docstring."""
@@ -66,11 +68,6 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _unconditional(classes: int) -> bool:
-    """True if the last class is the unconditional one: numbers of real classes are even tens (1000 of ImageNet)."""
-    return classes % 10 == 1
-
-
 def describe(checkpoint: Checkpoint) -> ModelDescription:
     """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
 
@@ -81,7 +78,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     autoencoder, unet, labels = configs["autoencoder"], configs["unet"], configs[LABEL_ENCODER]
     latents = parts.latents_of(autoencoder)
     sides, token, classes = latent_axes(unet["sample_size"]), (1, labels["width"]), labels["num_classes"]
-    guidance = GUIDANCE if _unconditional(classes) else ()
+    guidance = GUIDANCE if labels["unconditional"] else ()
     encoder = ComponentSpec(
         LABEL_ENCODER,
         (TensorSpec("label", "int64", (IMAGES,)),),
@@ -110,9 +107,9 @@ def _reference(checkpoint: Checkpoint) -> Reference:
 
 def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
     """One image by the equations of the paper, with modules of diffusers."""
-    labelled: Any = reference.encoder
-    unconditional = int(labelled.embedding.num_embeddings) - 1
-    guided = request["guidance_scale"] != 1 and _unconditional(unconditional + 1)
+    embedder: Any = reference.encoder
+    unconditional: int | None = embedder.unconditional
+    guided = request["guidance_scale"] != 1 and unconditional is not None
     labels = torch.tensor([unconditional, request["labels"]] if guided else [request["labels"]])
     with torch.no_grad():
         context = reference.encoder(labels)

@@ -2,8 +2,8 @@
 
 diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, and the computation is
 that of its ``scripts/inpaint.py``. The UNet gets the noisy latents, the latents of the image without its masked part
-(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The bundle takes
-images of the model's own size.
+(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The
+model is convolutional, so the bundle takes images of other sizes too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, unet_spec
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
 from ldm_export.requests import RequestFields, image_requests
 from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
@@ -79,13 +79,13 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
     latents = parts.latents_of(autoencoder)
-    size = unet["sample_size"]
-    side, encoded = size * latents.factor, (latents.channels + 1, size, size)
+    sides = latent_axes(unet["sample_size"])
+    pixels, encoded = tuple(side * latents.factor for side in sides), (latents.channels + 1, *sides)
     encoder = ComponentSpec(
         ENCODER,
         (
-            TensorSpec("image", "float32", (IMAGES, autoencoder["in_channels"], side, side)),
-            TensorSpec("mask", "float32", (IMAGES, 1, side, side)),
+            TensorSpec("image", "float32", (IMAGES, autoencoder["in_channels"], *pixels)),
+            TensorSpec("mask", "float32", (IMAGES, 1, *pixels)),
         ),
         (TensorSpec(MASKED_IMAGE, "float32", (IMAGES, *encoded)),),
         "request",
@@ -94,8 +94,8 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         family=INPAINTING.name,
         components={
             ENCODER: encoder,
-            UNET: unet_spec(latents, (size, size), 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
-            DECODER: decoder_spec(latents, (size, size), autoencoder["out_channels"]),
+            UNET: unet_spec(latents, sides, 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
+            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
         conditioning=(ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,)),),
         guidance=(),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ldm_export.checkpoint.diffusers_parts import pixels_per_latent
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph import wrappers
@@ -75,8 +76,9 @@ def reference_latents(
 ) -> torch.Tensor:
     """Latents of one request, whose height and width are in pixels; other arguments as of ``sampled``."""
     config: Any = reference.unet.config
-    size = config.sample_size
-    return sampled(predict, reference.scheduler, (1, config.out_channels, size, size), request, generator)
+    autoencoder: Any = reference.decoder.autoencoder
+    sides = (request[side] // pixels_per_latent(autoencoder.config) for side in ("height", "width"))
+    return sampled(predict, reference.scheduler, (1, config.out_channels, *sides), request, generator)
 
 
 def sampled(

@@ -22,7 +22,7 @@ from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, unet_spec
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
 from ldm_export.requests import RequestFields, segmentation_requests
 from ldm_runtime.conditioning.segmentation import class_array
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
@@ -87,11 +87,11 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     configs = checkpoint.configs()
     unet, autoencoder, classes = configs["unet"], configs["autoencoder"], configs[ENCODER]
     latents = parts.latents_of(autoencoder)
-    size = unet["sample_size"]
-    side, class_map = size * latents.factor, (classes["channels"], size, size)
+    sides = latent_axes(unet["sample_size"])
+    pixels, class_map = tuple(side * latents.factor for side in sides), (classes["channels"], *sides)
     encoder = ComponentSpec(
         ENCODER,
-        (TensorSpec("segmentation", "int64", (IMAGES, side, side)),),
+        (TensorSpec("segmentation", "int64", (IMAGES, *pixels)),),
         (TensorSpec(CLASS_MAP, "float32", (IMAGES, *class_map)),),
         "request",
     )
@@ -100,8 +100,8 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         family=SEMANTIC_SYNTHESIS.name,
         components={
             ENCODER: encoder,
-            UNET: unet_spec(latents, (size, size), 0, (conditioned(CLASS_MAP, 0, class_map),)),
-            DECODER: decoder_spec(latents, (size, size), autoencoder["out_channels"]),
+            UNET: unet_spec(latents, sides, 0, (conditioned(CLASS_MAP, 0, class_map),)),
+            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
         conditioning=(ConditioningSpec("segmentation", ENCODER, {}, (CLASS_MAP,), settings),),
         guidance=(),

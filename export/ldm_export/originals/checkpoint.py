@@ -112,7 +112,11 @@ def _components(
         encoder = "layout_encoder" if original.kind == "layout_to_image" else "text_encoder"
         made[encoder] = ("LDMBertModel", condition.config(), text_tensors(tensors))
     elif isinstance(condition, Labels):
-        made["label_encoder"] = ("ClassEmbedder", condition.config(), condition_tensors(tensors, "embedding."))
+        made["label_encoder"] = (
+            "ClassEmbedder",
+            condition.config(original.unconditional),
+            condition_tensors(tensors, "embedding."),
+        )
     elif isinstance(condition, Classes):
         config = condition.config(autoencoder.factor)
         made["segmentation_encoder"] = ("SpatialRescaler", config, condition_tensors(tensors, "channel_mapper."))

@@ -63,9 +63,9 @@ class Labels:
     classes: int
     width: int
 
-    def config(self) -> dict[str, Any]:
-        """Arguments of the module that embeds labels."""
-        return {"num_classes": self.classes, "width": self.width}
+    def config(self, unconditional: bool) -> dict[str, Any]:
+        """Arguments of the module that embeds labels; ``unconditional``: the last class is the unconditional one."""
+        return {"num_classes": self.classes, "width": self.width, "unconditional": unconditional}
 
 
 @dataclass(frozen=True)

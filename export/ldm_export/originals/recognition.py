@@ -50,6 +50,7 @@ class Original:
         scale_factor: The latents are the encoder's times this.
         timesteps, linear_start, linear_end: Training schedule.
         ema: The UNet's weights are the moving averages.
+        unconditional: The last class of a class-conditional model is that of the unconditional branch.
         defaults: Sampling options.
     """
 
@@ -65,6 +66,7 @@ class Original:
     linear_start: float
     linear_end: float
     ema: bool
+    unconditional: bool
     defaults: Defaults
 
 
@@ -106,6 +108,7 @@ def recognise(
         linear_start=start,
         linear_end=end,
         ema=_ema(tensors, config, row, weights),
+        unconditional=_unconditional(condition, row),
         defaults=row.defaults if row is not None else _DEFAULTS.get(kind, Defaults()),
     )
 
@@ -248,6 +251,17 @@ def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None
     if row is None:
         raise _needs_config("the scale of its latents")
     return row.scale_factor
+
+
+def _unconditional(condition: Condition | None, row: Published | None) -> bool:
+    """True if the last class is the unconditional one.
+
+    A published model tells by its guidance scale. For others nothing in a checkpoint or yaml tells; the number of
+    classes decides, since data sets have even tens of classes (1000 of ImageNet) and one more is added to them.
+    """
+    if not isinstance(condition, Labels):
+        return False
+    return condition.classes % 10 == 1 if row is None else row.defaults.guidance_scale != 1
 
 
 def _ema(

@@ -59,7 +59,7 @@ class ImageResult:
     @property
     def label(self) -> str:
         """The request as a short text."""
-        return label(self.fields)
+        return label({name: value for name, value in self.request.items() if name not in _SHARED})
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from ldm_export.verbs.image_options import (
     add_request,
     grid_columns,
     opened_images,
-    opened_segmentations,
     read_layouts,
     write_images,
 )
@@ -90,7 +89,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
         "LABEL": args.label,
-        "INPUT_IMAGE": _pixels(args.image, "RGB"),
+        "INPUT_IMAGE": _pixels(args.image),
         "MASK": _pixels(args.mask, "L"),
         "SEGMENTATION": _classes(args.segmentation),
         "LAYOUT": _layouts(args.layout),
@@ -111,12 +110,14 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _pixels(files: list[Path] | None, mode: str) -> NDArray[np.uint8] | None:
+def _pixels(files: list[Path] | None, mode: str = "RGB") -> NDArray[np.uint8] | None:
     """Files as uint8 [N, H, W, channels]."""
+    from ldm_runtime.input_images import rgb_image
+
     found = opened_images(files)
     if found is None:
         return None
-    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in found])
+    arrays = np.stack([np.asarray(rgb_image(picture).convert(mode)) for picture in found])
     return arrays[..., None] if arrays.ndim == 3 else arrays
 
 
@@ -124,7 +125,7 @@ def _classes(files: list[Path] | None) -> NDArray[np.int64] | None:
     """Files as int64 [N, H, W]."""
     from ldm_runtime.conditioning.segmentation import class_array
 
-    found = opened_segmentations(files)
+    found = opened_images(files)
     return None if found is None else class_array(found)
 
 

@@ -12,7 +12,6 @@ from ldm_export.verbs.image_options import (
     check_output,
     grid_columns,
     opened_images,
-    opened_segmentations,
     read_layouts,
     write_images,
 )
@@ -86,7 +85,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         labels=args.label,
         image=opened_images(args.image),
         mask=opened_images(args.mask),
-        segmentation=opened_segmentations(args.segmentation),
+        segmentation=opened_images(args.segmentation),
         layout=read_layouts(args.layout),
         count=args.count,
         seed=seed,

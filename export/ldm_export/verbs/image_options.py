@@ -23,7 +23,6 @@ __all__ = [
     "check_output",
     "grid_columns",
     "opened_images",
-    "opened_segmentations",
     "read_layouts",
     "write_images",
 ]
@@ -148,37 +147,15 @@ def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
     """Read image files; None stays None.
 
     Raises:
-        SpecError: A file is no image, or too large to be one, or the images have different sizes.
+        SpecError: A file is no image, too large, animated or truncated, or the images have different sizes.
     """
+    from ldm_runtime.input_images import open_image
+
     if files is None:
         return None
-    found = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                found.append(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG or JPEG") from None
+    found = [open_image(file) for file in files]
     if len({one.size for one in found}) != 1:
         raise SpecError(f"{files[0]}: got images of different sizes, expected one size; make several calls")
-    return found
-
-
-def opened_segmentations(files: Sequence[Path] | None) -> list[Image.Image] | None:
-    """Read images of class numbers, whose numbers stay as they are; None stays None.
-
-    Raises:
-        SpecError: A file is no image.
-    """
-    if files is None:
-        return None
-    found = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                found.append(opened.copy())
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG") from None
     return found
 
 

@@ -55,6 +55,9 @@ class Conditioner(Protocol):
             SpecError: A field is missing or cannot be used.
         """
 
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents if an accepted request's fields of this kind decide them; else None."""
+
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Encode one guidance branch: tensor name -> array [images, …].
 

@@ -71,6 +71,10 @@ class LayoutConditioner:
         """
         return len(self._tokens(request)) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
 
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """None: the request decides the size."""
+        return None
+
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Encoded layouts float32 [images, T, D], the same for every branch.
 

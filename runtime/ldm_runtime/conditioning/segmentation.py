@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image_sizes import check_sides, fitted, latent_sides, report_fitted
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.number_checks import shown
@@ -69,7 +70,13 @@ class SegmentationConditioner:
                 f"segmentation: got none, expected an image of class numbers from 0 to {self.classes - 1}; this model "
                 "draws from segmentations"
             )
-        return len(self._array(request))
+        array = self._array(request)
+        report_fitted("segmentation", request.segmentation, array)
+        return len(array)
+
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents, from those of the class images."""
+        return latent_sides(self._array(request).shape[1:], self._backend.inputs[0].shape[1:])
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """The encoded classes float32 [images, C, h, w], the same for every branch.
@@ -96,15 +103,9 @@ class SegmentationConditioner:
         self._backend.close()
 
     def _array(self, request: Request) -> I64:
-        array = class_array(request.segmentation)
-        low, high = (self._backend.inputs[0].bounds(which)[1:] for which in ("min", "max"))
-        sides = array.shape[1:]
-        if not all(least <= side <= most for least, side, most in zip(low, sides, high, strict=True)):
-            wanted = " x ".join(str(a) if a == b else f"{a}..{b}" for a, b in zip(low, high, strict=True))
-            raise SpecError(
-                f"segmentation: got {sides[0]} x {sides[1]} (height, width), expected {wanted}; resize it without "
-                "interpolation"
-            )
+        dims = self._backend.inputs[0].shape[1:]
+        array = class_array(fitted(request.segmentation, dims, 1, Image.Resampling.NEAREST))
+        check_sides("segmentation", array.shape[1:], dims)
         if array.min() < 0 or array.max() >= self.classes:
             wrong = int(array.min() if array.min() < 0 else array.max())
             raise SpecError(f"segmentation: got class {wrong}, expected 0 to {self.classes - 1}; renumber the classes")
