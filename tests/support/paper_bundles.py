@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from ldm_export.bundle.build import build
 from ldm_export.checkpoint.folder import Checkpoint
@@ -13,7 +18,7 @@ from tests.support.paper_models import Row
 from tests.support.paper_rows import CATEGORIES, make_row, vocabulary
 from tests.support.shared import SharedFolders
 
-__all__ = ["BUILT", "PaperBundle", "paper_bundle"]
+__all__ = ["BUILT", "PaperBundle", "files_of", "paper_bundle"]
 
 BUILT = ("cin256-v2", "bsr_sr", "inpainting_big", "semantic_synthesis", "layout2img")
 """One model of each family that only these tests build."""
@@ -57,3 +62,27 @@ def _opened(name: str, folder: Path) -> Checkpoint:
         vocabulary(name, folder),
         categories=categories if categories.exists() else None,
     )
+
+
+def files_of(row: Row, folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Options of ``generate`` and ``client`` with files in ``folder``, and the same fields of a request."""
+
+    def image(name: str, array: Any) -> Path:
+        Image.fromarray(array).save(folder / f"{name}.png")
+        return folder / f"{name}.png"
+
+    if row.name == "cin256-v2":
+        return ["--label", "7"], {"labels": [7]}
+    if row.name == "layout2img":
+        layout = [["Cat", [0.1, 0.2, 0.5, 0.25]], [2, [0, 0, 1, 1]]]
+        (folder / "boxes.json").write_text(json.dumps(layout))
+        return ["--layout", str(folder / "boxes.json")], {"layout": layout}
+    if row.name == "semantic_synthesis":
+        classes = row.options["segmentation"][0]
+        return ["--segmentation", str(image("classes", classes))], {"segmentation": classes}
+    picture = np.rint(row.options["image"][0].transpose(1, 2, 0) * 255).astype(np.uint8)
+    options, fields = ["--image", str(image("picture", picture))], {"image": picture}
+    if row.name == "inpainting_big":
+        mask = np.rint(row.options["mask"][0, 0] * 255).astype(np.uint8)
+        return [*options, "--mask", str(image("mask", mask))], {**fields, "mask": mask[..., None]}
+    return options, fields

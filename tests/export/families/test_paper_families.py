@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_export.cli import main
 from ldm_export.quality.verification import verify
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import SpecError
 from ldm_runtime.images import to_uint8
-from tests.support.paper_bundles import BUILT, PaperBundle, paper_bundle
+from tests.support.paper_bundles import BUILT, PaperBundle, files_of, paper_bundle
 from tests.support.paper_models import STEPS, assert_equal
 from tests.support.shared import SharedFolders
+from tests.support.torch_pipeline import torch_pipeline
 
 FIELDS = {
     "cin256-v2": {"labels": 3},
@@ -57,3 +64,39 @@ def test_arguments_of_other_tasks_are_refused(paper: PaperBundle) -> None:
                     pipeline(**{**paper.row.options, **fields})
         with pytest.raises(SpecError, match="prompts: got a value, but this"):
             pipeline("a red circle", **paper.row.options)
+
+
+@pytest.mark.parametrize("name", ["bsr_sr", "inpainting_big", "semantic_synthesis"])
+def test_other_sizes_give_what_the_modules_give(name: str, shared: SharedFolders, tmp_path: Path) -> None:
+    paper = paper_bundle(shared, name)
+    rng = np.random.default_rng(0)
+    scale = 1 if name == "bsr_sr" else 4
+    picture = rng.random((1, 3, 12 * scale, 22 * scale), np.float32)
+    mask = np.zeros((1, 1, 12 * scale, 22 * scale), np.float32)
+    mask[..., : 9 * scale] = 1
+    fields: dict[str, Any] = {
+        "bsr_sr": {"image": picture},
+        "inpainting_big": {"image": picture, "mask": mask},
+        "semantic_synthesis": {"segmentation": (picture[:, 0] * 7).astype(np.int64)},
+    }[name]
+    options = {**fields, "seed": 1, "num_inference_steps": 4, "eta": 0.0}
+    with (
+        LatentDiffusionPipeline.from_bundle(paper.bundle, backend="onnxruntime") as ours,
+        torch_pipeline(paper.checkpoint(), tmp_path / "files") as theirs,
+    ):
+        found, expected = ours(**options), theirs(**options)
+        assert found.arrays.shape == (1, 3, 48, 88)
+        assert np.abs(found.latents - expected.latents).max() < 2e-5 * np.abs(expected.latents).max()
+        with pytest.raises(SpecError, match="height: got 64, but the request's image leads to 48"):
+            ours(**options, height=64)
+
+
+def test_the_command_line(paper: PaperBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inputs are read from files; the image is that of the same request in Python."""
+    options, fields = files_of(paper.row, tmp_path)
+    common = ["--seed", "5", "--steps", "2", "--backend", "onnxruntime", "-o", str(tmp_path / "out.png")]
+    assert main(["generate", str(paper.folder / "bundle"), *options, *common]) == 0
+    with LatentDiffusionPipeline.from_bundle(paper.bundle, backend="onnxruntime") as pipeline:
+        (image,) = pipeline(seed=5, num_inference_steps=2, **fields).images
+    assert np.abs(np.asarray(Image.open(tmp_path / "out.png"), int) - np.asarray(image, int)).max() <= 1
+    assert "resized" not in capsys.readouterr().err
