@@ -39,3 +39,15 @@ def test_it_writes_seconds_and_what_it_left_out(tiny_bundle: Path, tmp_path: Pat
     step, image = (facts["seconds"]["onnxruntime"][what]["median"] for what in ("step", "image"))
     assert 0 < step < image
     assert facts["floor"] is None and "reading the weights once" not in done.stdout
+
+
+def test_the_loop_is_compared_and_timed(tiny_bundle: Path, tmp_path: Path) -> None:
+    options = ("--precisions", "fp32", "--images", "1", "--steps", "11", "--rounds", "1", "--device", "cpu")
+    script = Path(__file__).parents[1] / "benchmarks/gpu_loop.py"
+    command = [sys.executable, str(script), str(tiny_bundle), *options, "--json", str(tmp_path / "loop.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (figures,) = json.loads((tmp_path / "loop.json").read_text())
+    assert figures["latents_difference"] < 1e-4 and figures["unet_mode"] == "CPU"
+    assert all(figures[name] > 0 for name in ("loop_ms", "image_ms", "unet_free_ms", "unet_plain_ms"))
+    assert figures["loop_ms"] < figures["image_ms"]

@@ -35,11 +35,8 @@ def graph_file(component: str, precision: str, variant: str = "") -> str:
 
 
 def weights_file(graph: str) -> str:
-    """Path of the external weights of a graph, which a small graph does not have.
-
-    The variants of a graph for several engines share the weights of the portable graph.
-    """
-    return _VARIANT.sub(r"\1.onnx", graph) + ".data"
+    """Path of the external weights of a graph. A small graph has none, and a variant may read the portable graph's."""
+    return f"{graph}.data"
 
 
 def weights_beside(graph: Path) -> Path:
@@ -48,8 +45,10 @@ def weights_beside(graph: Path) -> Path:
 
 
 def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
-    """A graph and, if it is among ``files``, the file of its external weights."""
-    return [name for name in (graph, weights_file(graph)) if name == graph or name in files]
+    """A graph and, if it is among ``files``, the file of its external weights: its own or the portable graph's."""
+    own, shared = weights_file(graph), weights_file(_VARIANT.sub(r"\1.onnx", graph))
+    weights = own if own in files else shared
+    return [graph, weights] if weights in files else [graph]
 
 
 def engine_file(component: str, precision: str, request: str) -> str:

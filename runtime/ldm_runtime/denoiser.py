@@ -32,11 +32,12 @@ class Denoiser:
 
     def __init__(self, model: ModelDescription, backends: Mapping[str, Backend]):
         self.unet = backends[UNET]
-        per_schedule = model.once_per("schedule")
+        self.request_components, self.schedule_components = model.once_per("request"), model.once_per("schedule")
+        """Specs of the components that derive UNet inputs, once per request and once per schedule, in their order."""
         self._inputs = tuple(tensor.name for tensor in model.components[UNET].inputs)
-        self._per_request = [(spec, backends[spec.name]) for spec in model.once_per("request")]
-        self._per_schedule = [(spec, backends[spec.name]) for spec in per_schedule]
-        derived = {tensor.name for spec in per_schedule for tensor in spec.outputs}
+        self._per_request = [(spec, backends[spec.name]) for spec in self.request_components]
+        self._per_schedule = [(spec, backends[spec.name]) for spec in self.schedule_components]
+        derived = {tensor.name for spec in self.schedule_components for tensor in spec.outputs}
         self.schedule_inputs = tuple(name for name in self._inputs if name == TIMESTEP or name in derived)
         """Names of the UNet's inputs that depend on the timestep alone."""
         self.conditioning_inputs = tuple(name for name in self._inputs if name not in (SAMPLE, *self.schedule_inputs))

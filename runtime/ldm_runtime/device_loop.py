@@ -1,68 +1,79 @@
-"""Denoising loop on a device: latents and history stay in its memory, and a step uploads only its coefficients."""
+"""Denoising loop on a device: a step starts without waiting for the one before, and the host waits only to read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import RLock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.denoiser import Denoiser
+from ldm_runtime.device import Launcher, Memory, WorkspaceCache
+from ldm_runtime.device_run import COEFFICIENTS, HISTORY, DeviceRun
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.guidance import StepBranches
-from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET
+from ldm_runtime.model import SAMPLE
 from ldm_runtime.request import Plan
-from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["GUIDED_STEP", "STEP", "Device", "DeviceLoop", "Tensor", "coefficients", "slots_of"]
+__all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "LoopDevice", "slots_of"]
 
 F32 = NDArray[np.float32]
-Tensor = tuple[tuple[int, ...], str]
-"""Shape and dtype."""
 STEP, GUIDED_STEP = "step", "guided_step"
 """Components that compute the next latents from a prediction, without and with guidance; always fp32."""
-NOISE, COEFFICIENTS, HISTORY = "noise", "coefficients", "history"
-NEXT_SAMPLE, NEXT_HISTORY = "next_sample", "next_history"
+TABLE_CALLS = 64
+"""Most UNet calls whose coefficients, schedule inputs and noise are on the device together."""
 
 
-class Device(Protocol):
-    """Components that share named tensors on one device: an output of one is the input of another of its name."""
+@dataclass(frozen=True, eq=False)
+class LoopDevice:
+    """A device with the components of a denoising loop.
 
-    def hold(self, tensors: Mapping[str, Tensor], components: Sequence[str]) -> None:
-        """Allocate these tensors and prepare these components to run on them; what is there already stays."""
+    Attributes:
+        memory: Its memory and stream.
+        launchers: The UNet, the step components, and those of ``derived``.
+        derived: Names of the components that derive UNet inputs and that the device runs too.
+        close: Frees the components that only the loop uses.
+        workspaces: The tensors of the shapes used last.
+    """
 
-    def write(self, name: str, array: NDArray[Any]) -> None:
-        """Copy from the host; the array may be changed afterwards."""
-
-    def read(self, name: str) -> NDArray[Any]:
-        """Copy to the host, after all launches so far; the array belongs to the caller."""
-
-    def copy(self, source: str, target: str) -> None:
-        """Copy a tensor to another of the same shape, on the device."""
-
-    def launch(self, component: str) -> None:
-        """Run a component on its tensors, in order with all other calls; it may still run on return."""
-
-    def close(self) -> None:
-        """Free the memory."""
+    memory: Memory
+    launchers: Mapping[str, Launcher]
+    derived: frozenset[str] = frozenset()
+    close: Callable[[], None] = lambda: None
+    workspaces: WorkspaceCache = field(default_factory=WorkspaceCache)
 
 
 class DeviceLoop:
     """Runs a plan's denoising loop on a device; the pipeline's NumPy loop is the reference.
 
+    Coefficients and schedule inputs of the next ``calls`` UNet calls are copied to the device at once, and noise beside
+    the work of earlier steps.
+
     Args:
         open_device: Returns a device with the components "unet", ``STEP`` and, for guided models, ``GUIDED_STEP``;
-            called at the first use.
+            called at the first use, without the lock of the device's memory.
         slots: State slots of the step components, see ``slots_of``.
         lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
+        calls: Most UNet calls whose inputs are on the device together.
+
+    Attributes:
+        slots: As given.
     """
 
-    def __init__(self, open_device: Callable[[], Device], slots: int = 1, lock: RLock | None = None):
-        self._open, self._slots = open_device, slots
-        self._device: Device | None = None
+    def __init__(
+        self,
+        open_device: Callable[[], LoopDevice],
+        slots: int = 1,
+        lock: RLock | None = None,
+        calls: int = TABLE_CALLS,
+    ):
+        self._open, self.slots, self._calls = open_device, slots, calls
+        self._device: LoopDevice | None = None
         self._running: object = None
         self._lock = RLock() if lock is None else lock
 
@@ -75,17 +86,15 @@ class DeviceLoop:
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
         unscaled = bool((trajectory.input_scale == 1).all())
-        return trajectory.affine and trajectory.slots <= self._slots and uniform and unscaled
+        return trajectory.affine and trajectory.slots <= self.slots and uniform and unscaled
 
-    def steps(
-        self, plan: Plan, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, NDArray[Any]]
-    ) -> Iterator[Callable[[], F32]]:
+    def steps(self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser) -> Iterator[Callable[[], F32]]:
         """Run one step for each item that is asked for; the item reads the latents, until the next step.
 
         Args:
             plan: A plan that ``takes`` accepts.
-            schedule: The UNet's schedule inputs, [calls, …], as ``Denoiser.embed``.
-            conditioning: The UNet's conditioning inputs, [plan.rows, …], the same in all steps.
+            encoded: What the conditioners encoded, [plan.rows, …].
+            denoiser: Derives the UNet's inputs from it, where the device has no component for that.
 
         Raises:
             SpecError: The plan cannot run on the device.
@@ -95,40 +104,33 @@ class DeviceLoop:
             raise SpecError(
                 "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
             )
-        step = GUIDED_STEP if plan.guided else STEP
-        tensors = _tensors(plan, self._slots, schedule, conditioning)
         noise = plan.noise()
         latents = plan.start(noise)[0]
         current = object()
         with self._lock:
-            device = self._device = self._device or self._open()
-            self._running = current
-            device.hold(tensors, (UNET, step))
-            device.write(SAMPLE, np.concatenate([latents, latents]) if plan.guided else latents)
-            for name in {NOISE, HISTORY} & tensors.keys():
-                device.write(name, np.zeros(tensors[name][0], np.float32))
-            for name, array in conditioning.items():
-                device.write(name, array)
+            device, self._running = self.open(), current
+            with device.memory.lock:
+                step = GUIDED_STEP if plan.guided else STEP
+                run = DeviceRun(device, step, self.slots, self._calls, plan, denoiser)
+                run.start(latents, encoded)
 
         def read() -> F32:
             with self._running_alone(current):
-                return device.read(SAMPLE)[: plan.images]
+                latents: F32 = run.space.read(SAMPLE, 0, plan.images)
+                return latents
 
-        scalars = coefficients(plan.trajectory.rows, self._slots, plan.guidance_scale)
         for index in range(len(plan.trajectory)):
             drawn = next(noise) if plan.trajectory.needs_noise else None
             with self._running_alone(current):
-                for name, array in schedule.items():
-                    device.write(name, np.repeat(array[index : index + 1], plan.rows, 0))
-                device.write(COEFFICIENTS, np.repeat(scalars[index : index + 1], plan.images, 0))
-                if drawn is not None:
-                    device.write(NOISE, drawn)
-                device.launch(UNET)
-                device.launch(step)
-                device.copy(NEXT_SAMPLE, SAMPLE)
-                if self._slots > 1:
-                    device.copy(NEXT_HISTORY, HISTORY)
+                run.step(index, drawn)
             yield read
+
+    def open(self) -> LoopDevice:
+        """Return the device, which is opened at the first use."""
+        with self._lock:
+            if self._device is None:
+                self._device = self._open()
+            return self._device
 
     @contextmanager
     def _running_alone(self, request: object) -> Iterator[None]:
@@ -138,54 +140,27 @@ class DeviceLoop:
             BackendError: Another request has started, or the loop was closed, so that the tensors are not its own.
         """
         with self._lock:
-            if self._running is not request:
+            if self._running is not request or self._device is None:
                 raise BackendError("device loop: another request has started on the device; finish one before the next")
-            yield
+            with self._device.memory.lock:
+                yield
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory for each shape that is kept, with what the engine allocated for it."""
+        with self._lock:
+            return {} if self._device is None else self._device.workspaces.bytes()
 
     def close(self) -> None:
         """Free the device's memory; the next request opens it again."""
         with self._lock:
             device, self._device, self._running = self._device, None, None
             if device is not None:
-                device.close()
+                with device.memory.lock:
+                    device.workspaces.close()
+                    device.close()
 
 
 def slots_of(step: ComponentSpec) -> int:
     """State slots of a step component: the latents, and the arrays of its history."""
     shapes = {tensor.name: tensor.bounds("opt") for tensor in step.inputs}
     return 1 + (shapes[HISTORY][1] // shapes[SAMPLE][1] if HISTORY in shapes else 0)
-
-
-def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
-    """The input "coefficients" of a step component, for each call.
-
-    Args:
-        rows: ``Trajectory.rows``, float32 [calls, own, own + 3], with at most ``slots`` slots.
-        slots: Slots of the component.
-        guidance_scale: Guidance scale.
-
-    Returns:
-        float32 [calls, slots · (slots + 2) + 1]: for each slot its weights of the state, the prediction and the noise;
-        at the end the guidance scale.
-    """
-    padded = np.delete(padded_rows(rows, slots), slots + 1, axis=2)  # without x0, whose weights are zero
-    scales = np.full((len(rows), 1), guidance_scale, np.float32)
-    return np.concatenate([padded.reshape(len(rows), -1), scales], axis=1)
-
-
-def _tensors(
-    plan: Plan, slots: int, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, NDArray[Any]]
-) -> dict[str, Tensor]:
-    images, channels, *size = plan.shape
-    all_rows, history = (plan.rows, channels, *size), (images, (slots - 1) * channels, *size)
-    tensors: dict[str, Tensor] = {
-        SAMPLE: (all_rows, "float32"),
-        NOISE_PRED: (all_rows, "float32"),
-        NOISE: (plan.shape, "float32"),
-        COEFFICIENTS: ((images, slots * (slots + 2) + 1), "float32"),
-        NEXT_SAMPLE: (all_rows, "float32"),
-    }
-    if slots > 1:
-        tensors |= {HISTORY: (history, "float32"), NEXT_HISTORY: (history, "float32")}
-    tensors |= {name: ((plan.rows, *array.shape[1:]), str(array.dtype)) for name, array in schedule.items()}
-    return tensors | {name: (array.shape, str(array.dtype)) for name, array in conditioning.items()}

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm_runtime.backends import Backend
+from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
@@ -223,13 +223,14 @@ class LatentDiffusionPipeline:
 
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         trajectory, total = plan.trajectory, len(plan.trajectory)
-        conditioning = self.condition(plan)
-        schedule = self.denoiser.embed(trajectory.timesteps)
+        encoded = self._encode(plan)
         if self.loop is not None and self.loop.takes(plan):
-            reads = self.loop.steps(plan, schedule, conditioning)
+            reads = self.loop.steps(plan, encoded, self.denoiser)
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
                 yield Step(index, total, int(timestep), read)
             return
+        conditioning = self.denoiser.condition(encoded)
+        schedule = self.denoiser.embed(trajectory.timesteps)
         conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
         noise = plan.noise()
         state = plan.start(noise)
@@ -251,14 +252,18 @@ class LatentDiffusionPipeline:
 
     def condition(self, plan: Plan) -> Tensors:
         """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
-        parts = [self._encode(plan.request, branch) for branch in plan.branches]
+        return self.denoiser.condition(self._encode(plan))
+
+    def _encode(self, plan: Plan) -> Tensors:
+        """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
+        parts = [
+            {name: rows for one in self.conditioners for name, rows in one.rows(plan.request, branch).items()}
+            for branch in plan.branches
+        ]
         if not self._keep_loaded:
             for conditioner in self.conditioners:
                 conditioner.close()
-        return self.denoiser.condition({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-    def _encode(self, request: Request, branch: str) -> Tensors:
-        return {name: rows for one in self.conditioners for name, rows in one.rows(request, branch).items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
         """Decode latents float32 [B, C, h, w] to B PIL images; with a request, as ``finish`` completes them.
@@ -269,14 +274,32 @@ class LatentDiffusionPipeline:
         return to_pil(self.decode_array(latents, request))
 
     def decode_array(self, latents: F32, request: Request | None = None) -> F32:
-        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``."""
+        """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``.
+
+        On a GPU, as many images are decoded together as its free memory has room for.
+        """
         check_latents(latents)
         if not self._keep_loaded:
             self._close_denoiser()
-        image: F32 = self.backends[DECODER].run({LATENTS: latents})[IMAGE]
+        parts: list[F32] = []
+        while (done := sum(map(len, parts))) < len(latents) or not parts:
+            left = latents[done:]
+            parts.append(self.backends[DECODER].run({LATENTS: left[: self._images_per_decode(left)]})[IMAGE])
+        image: F32 = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self._keep_loaded:
             self.backends[DECODER].close()
         return image if request is None else self.finish(request, image)
+
+    def _images_per_decode(self, latents: F32) -> int | None:
+        decoder = self.backends[DECODER]
+        return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
+
+    def decodes_together(self, latents: F32) -> bool:
+        """True if it is worth to decode many images in one call: on a GPU. False too if the decoder does not load."""
+        try:
+            return self._images_per_decode(np.concatenate([latents, latents])) is not None
+        except LdmError:  # decoding reports it
+            return False
 
     def finish(self, request: Request, images: F32) -> F32:
         """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm_runtime.bundle import Bundle
-from tests.support.bundles import add_fp16, add_int8
+from tests.support.bundles import add_cuda, add_fp16, add_int8
 from tests.support.shared import SharedFolders
 from tests.support.tiny_int8 import LATENTS_SETTINGS, SETTINGS
 
@@ -23,6 +23,13 @@ def tiny(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def half_bundle(tiny_checkpoint: Path, tiny_bundle: Path, shared: SharedFolders) -> Bundle:
     """``tiny_bundle`` with fp16 graphs; read-only."""
     return Bundle.open(shared.once("half_bundle", lambda folder: add_fp16(tiny_checkpoint, tiny_bundle, folder)))
+
+
+@pytest.fixture(scope="session")
+def cuda_bundle(tiny_checkpoint: Path, half_bundle: Bundle, shared: SharedFolders) -> Bundle:
+    """``half_bundle`` with graphs for ONNX Runtime on CUDA; read-only."""
+    folder = shared.once("cuda_bundle", lambda folder: add_cuda(tiny_checkpoint, half_bundle.folder, folder))
+    return Bundle.open(folder)
 
 
 @pytest.fixture(scope="session")

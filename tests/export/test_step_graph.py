@@ -10,7 +10,8 @@ import onnxruntime
 import pytest
 
 from ldm_export.graph.step_graph import export_step, step_specs
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, coefficients
+from ldm_runtime.device_loop import GUIDED_STEP, STEP
+from ldm_runtime.device_run import coefficients
 from ldm_runtime.errors import BuildError
 from ldm_runtime.guidance import guide
 from ldm_runtime.schedulers import scheduler_from_config

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from ldm_export.graph.step_graph import export_step, step_specs
 from ldm_runtime import LatentDiffusionPipeline
-from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.memory import HostMemory
+from ldm_runtime.backends.onnxruntime_launcher import OnnxRuntimeLauncher
+from ldm_runtime.backends.onnxruntime_session import Opening, open_session
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
+from tests.support.host_device import host_device
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline, write_unet
 
 OPTIONS: dict[str, Any] = {"seed": 3, "num_inference_steps": 5}
@@ -42,7 +46,7 @@ def with_loop(folder: Path, scheduler: str) -> tuple[LatentDiffusionPipeline, La
     slots = plain.scheduler.trajectory(8).slots
     graphs = write_graphs(folder / "graphs", slots)
     assert slots_of(graphs[STEP][1]) == slots_of(graphs[GUIDED_STEP][1]) == slots
-    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), slots)
     return plain, looped
 
 
@@ -77,17 +81,83 @@ def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, o
     assert not looped.backends["unet"].calls  # type: ignore[attr-defined]
 
 
-def test_the_loop_of_a_real_bundle(tiny_bundle: Path) -> None:
+DERIVED = ("cross_attention_kv", "time_embedding")
+
+
+@pytest.mark.parametrize("derived", [(), DERIVED[:1], DERIVED])
+def test_the_loop_of_a_real_bundle(tiny_bundle: Path, derived: tuple[str, ...]) -> None:
     bundle = Bundle.open(tiny_bundle)
     components = bundle.manifest.components
-    graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in ("unet", STEP, GUIDED_STEP)}
-    loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), slots_of(components[STEP].spec))
+    names = ("unet", STEP, GUIDED_STEP, *DERIVED)
+    graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in names}
+    loop = DeviceLoop(lambda: host_device(graphs, derived), slots_of(components[STEP].spec))
     request = Request("a red circle", eta=0.3, guidance_scale=6.0, **OPTIONS)
     with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
         expected = [step.latents for step in pipeline.steps(request)]
+        for name in DERIVED:
+            pipeline.backends[name].close()
         pipeline.loop = loop
         for one, other in zip(expected, pipeline.steps(request), strict=True):
             np.testing.assert_allclose(other.latents, one, atol=2e-4 * np.abs(one).max(), rtol=0)
+        loaded = {name for name in DERIVED if pipeline.backends[name].is_loaded}  # type: ignore[attr-defined]
+        assert loaded == set(DERIVED) - set(derived)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_schedule_longer_than_the_tables_on_the_device(tmp_path: Path, calls: int) -> None:
+    plain, looped = (numpy_pipeline(tmp_path) for _ in range(2))
+    graphs = write_graphs(tmp_path / "graphs", 1)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), 1, calls=calls)
+    request = Request("a", eta=1.0, guidance_scale=6.0, **OPTIONS)
+    with looped:
+        for one, other in zip(plain.steps(request), looped.steps(request), strict=True):
+            np.testing.assert_allclose(other.latents, one.latents, atol=1e-5 * np.abs(one.latents).max(), rtol=0)
+
+
+def test_keys_values_and_embeddings_may_be_half_precision(tmp_path: Path) -> None:
+    plain, looped = (numpy_pipeline(tmp_path) for _ in range(2))
+    graphs = write_graphs(tmp_path / "graphs", 1)
+    graph, spec = graphs["unet"]
+    take_half(graph, ("kv.0", "time_embedding"))
+    with pytest.raises(BackendError, match=r"kv\.0 is float16"):
+        OnnxRuntimeLauncher(graph, spec, HostMemory())
+    launcher = OnnxRuntimeLauncher(graph, spec, HostMemory(), half=True)
+    dtypes = {tensor.name: tensor.dtype for tensor in (*launcher.spec.inputs, *launcher.spec.outputs)}
+    assert dtypes == {
+        "sample": "float32",
+        "kv.0": "float16",
+        "time_embedding": "float16",
+        "noise_pred": "float32",
+    }
+    looped.loop = DeviceLoop(lambda: host_device(graphs, half=True))
+    with looped:
+        result, expected = (pipeline("a", guidance_scale=6.0, **OPTIONS).latents for pipeline in (looped, plain))
+    assert 0 < np.abs(result - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+def take_half(file: Path, names: tuple[str, ...]) -> None:
+    """Let a graph take float16 for some inputs, which it converts to float32."""
+    model = onnx.load(file)
+    for node in model.graph.node:
+        node.input[:] = [f"{name}.float32" if name in names else name for name in node.input]
+    for value in model.graph.input:
+        if value.name in names:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            cast = helper.make_node("Cast", [value.name], [f"{value.name}.float32"], to=TensorProto.FLOAT)
+            model.graph.node.insert(0, cast)
+    onnx.save(model, file)
+
+
+def test_the_shapes_used_last_are_kept_and_their_memory_is_reported(ddim) -> None:
+    _, looped = ddim
+    assert looped.loop.memory() == {}
+    for height in (12, 16, 12):
+        looped("a", guidance_scale=6.0, height=height, **OPTIONS)
+    kept = looped.loop.memory()
+    assert list(kept) == ["1 images in 2 rows of 4×8×6", "1 images in 2 rows of 4×6×6"]
+    assert all(size > 2 * 4 * 6 * 6 * 4 for size in kept.values())
+    looped.loop.close()
+    assert looped.loop.memory() == {}
 
 
 def test_shapes_may_change_from_request_to_request(ddim) -> None:
@@ -122,7 +192,7 @@ def test_a_second_request_ends_the_first(ddim) -> None:
 def test_a_plan_the_device_cannot_run_is_run_in_numpy(
     tmp_path: Path, scheduler: str, slots: int, options: dict[str, Any]
 ) -> None:
-    def never() -> OnnxRuntimeDevice:
+    def never() -> LoopDevice:
         raise AssertionError("the device was opened")
 
     pipeline = numpy_pipeline(tmp_path, scheduler=SCHEDULERS[scheduler])
@@ -130,13 +200,13 @@ def test_a_plan_the_device_cannot_run_is_run_in_numpy(
     assert len(pipeline("a", **OPTIONS, **options).images) == 1
     plan = pipeline.plan(Request("a", **OPTIONS, **options))
     with pytest.raises(SpecError, match="device loop: got a plan"):
-        next(pipeline.loop.steps(plan, {}, {}))
+        next(pipeline.loop.steps(plan, {}, pipeline.denoiser))
 
 
 def test_fewer_slots_than_the_device_has_are_enough(tmp_path: Path) -> None:
     plain, looped = (numpy_pipeline(tmp_path) for _ in range(2))
     graphs = write_graphs(tmp_path / "graphs", 3)
-    looped.loop = DeviceLoop(lambda: OnnxRuntimeDevice(graphs, "cpu"), 3)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), 3)
     with looped:
         result, expected = (pipeline("a", **OPTIONS).latents for pipeline in (looped, plain))
     np.testing.assert_allclose(result, expected, atol=1e-5)
@@ -154,11 +224,6 @@ def test_closing_frees_and_the_next_request_opens_anew(ddim) -> None:
 def test_a_missing_cuda_provider_is_reported_in_one_line(tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime has a CUDA provider here")
-    graphs = write_graphs(tmp_path, 1)
-    spec = graphs[STEP][1]
-    tensors = {tensor.name: (tensor.bounds("opt"), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
-    with (
-        closing(OnnxRuntimeDevice(graphs)) as device,
-        pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"),
-    ):
-        device.hold(tensors, (STEP,))
+    graph, spec = write_graphs(tmp_path, 1)[STEP]
+    with pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"):
+        open_session(graph, spec, Opening("cuda"))

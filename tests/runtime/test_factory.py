@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,13 +65,13 @@ def test_every_file_is_hashed_once_and_loaded_on_first_use(bundle: Bundle, hashe
     assert not opened.backends["decoder"].is_loaded and set(hashed.values()) == {1}
 
 
-def test_the_loop_on_cuda_does_not_hash_the_unet_again(bundle: Bundle, hashed: Counter[str]) -> None:
+def test_the_loop_on_cuda_hashes_only_the_step_graphs(bundle: Bundle, hashed: Counter[str]) -> None:
     engine, placement = OnnxRuntimeEngine(), Placement("cuda")
     choice = Choice("onnxruntime", "cuda", "fp32", "fp32", 0, "")
     unet = LazyBackend(bundle.manifest.components["unet"].spec, engine.open(bundle, "unet", choice, placement))
-    assert engine.device_loop(bundle, choice, placement, unet) is not None
+    assert engine.device_loop(bundle, choice, placement, {"unet": unet}) is not None
     assert hashed == {"unet/fp32.onnx": 1, "step/fp32.onnx": 1}
-    assert engine.device_loop(bundle, choice, FOLDER_ONLY, unet) is None
+    assert engine.device_loop(bundle, choice, FOLDER_ONLY, {"unet": unet}) is None
 
 
 def test_one_component_is_opened_without_the_others(bundle: Bundle, hashed: Counter[str]) -> None:
@@ -178,7 +178,9 @@ class NumpyEngine:
         assert placement == FOLDER_ONLY
         return lambda: NumpyBackend(bundle.manifest.components[component].spec, self.calls)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         return None
 
 

@@ -13,9 +13,12 @@ from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.backends.engine_match import match_engine
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.tensorrt import TensorRtBackend
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError
 from ldm_runtime.images import psnr
+from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec, dummy_inputs
 
 pytestmark = pytest.mark.gpu
@@ -91,6 +94,30 @@ def test_the_loop_on_the_device_is_the_numpy_loop(on_gpu: LatentDiffusionPipelin
     in_numpy = image(on_gpu)
     on_gpu.loop = loop
     assert close(on_device, in_numpy, 45)
+
+
+def test_shapes_may_alternate_and_are_kept(on_gpu: LatentDiffusionPipeline) -> None:
+    assert on_gpu.loop is not None
+    first, four = image(on_gpu), {"images_per_prompt": 4, "eta": 1.0}
+    several = image(on_gpu, **four)
+    assert close(image(on_gpu), first, 60) and close(image(on_gpu, **four), several, 60)
+    memory = on_gpu.loop.memory()
+    assert len(memory) == 2 and all(size > 0 for size in memory.values())
+
+
+def test_requests_in_a_batch_on_the_device(on_gpu: LatentDiffusionPipeline) -> None:
+    requests = [
+        Request(PROMPT, **OPTIONS | {"seed": seed, "num_inference_steps": steps, "guidance_scale": scale})
+        for seed, steps, scale in ((1, 20, 6.0), (2, 9, 6.0), (3, 12, 1.0), (4, 70, 3.0), (5, 20, 1.0))
+    ]
+    expected = []
+    for request in requests:
+        *_, last = on_gpu.steps(request)
+        expected.append(np.asarray(on_gpu.decode(last.latents)[0], np.float64))
+    with BatchScheduler(on_gpu, Limits(max_rows=8)) as scheduler:
+        results = [scheduler.submit(request) for request in requests]
+        for one, other in zip(results, expected, strict=True):
+            assert close(one.result(120).images[0].astype(np.float64), other, 40)
 
 
 def test_in_fp32_onnxruntime_generates_the_same_image(shapes_engines: Bundle) -> None:

@@ -13,7 +13,8 @@ import pytest
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime import bundle as bundle_module
 from ldm_runtime.backends.factory import open_component
-from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.memory import HostMemory
+from ldm_runtime.backends.onnxruntime_launcher import OnnxRuntimeLauncher
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.verified_file import VerifiedFile, verify
 from tests.support.small_bundle import write_small_bundle
@@ -132,11 +133,9 @@ def test_openvino_reads_no_replaced_graph_for_new_shapes(bundle: Bundle) -> None
 
 def test_the_loop_on_a_device_opens_no_replaced_graph(bundle: Bundle) -> None:
     graph, spec = bundle.verified_graph("step", "fp32"), bundle.manifest.components["step"].spec
-    device = OnnxRuntimeDevice({"step": (graph, spec)}, "cpu")
     replace(bundle, "step/fp32.onnx")
-    tensors = {tensor.name: ((1, 4, 4, 4), "float32") for tensor in (*spec.inputs, *spec.outputs)}
     with pytest.raises(ManifestError, match=REPLACED):
-        device.hold(tensors, ["step"])
+        OnnxRuntimeLauncher(graph, spec, HostMemory())
 
 
 @ENGINES

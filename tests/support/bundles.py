@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
-from ldm_export.bundle.build import build
+from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.demo import demo_checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
 
-__all__ = ["CAPABILITIES", "ENGINES", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
+__all__ = ["CAPABILITIES", "ENGINES", "add_cuda", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities of the shared engines: Ampere, Ada and Blackwell."""
@@ -34,6 +34,12 @@ def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:
     """Copy an fp32 bundle of ``checkpoint`` and add its fp16 graphs."""
     shutil.copytree(bundle, folder)
     build(open_checkpoint(checkpoint), folder, "fp16")
+
+
+def add_cuda(checkpoint: Path, bundle: Path, folder: Path) -> None:
+    """Copy a bundle of ``checkpoint`` and add its fp16 graphs, also those for ONNX Runtime on CUDA."""
+    shutil.copytree(bundle, folder)
+    build(open_checkpoint(checkpoint), folder, options=BuildOptions("fp16", cuda=True))
 
 
 def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:

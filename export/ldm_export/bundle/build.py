@@ -19,24 +19,22 @@ from ldm_export.bundle.graph_stages import (
     model_steps,
     split_model,
     step_stages,
-    variant_stages,
 )
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
 from ldm_export.bundle.previous import describes, previous_bundle
 from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
+from ldm_export.bundle.variant_stages import CUDA_PRECISION, Variant, cpu_variant, cuda_variants
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_named
 from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import Component, Manifest
 from ldm_runtime.manifest import Stage as StageFact
-from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["PRECISIONS", "BuildOptions", "Built", "build"]
@@ -55,9 +53,10 @@ class BuildOptions:
         calibration: Settings of int8's calibration; for int8 only.
         grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
         requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
+        cuda: Also write graphs for ONNX Runtime on CUDA; for fp16 only.
 
     Raises:
-        BuildError: The precision is unknown, or int8 has no settings, or another precision has.
+        BuildError: The precision is unknown, or int8 has no settings, or an option is for another precision.
     """
 
     precision: str = "fp32"
@@ -65,12 +64,18 @@ class BuildOptions:
     calibration: CalibrationSettings | None = None
     grade: Grade | None = None
     requests: Sequence[RequestFields] | None = None
+    cuda: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise BuildError(f"precision: got {self.precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
         if (self.precision == "int8") != (self.calibration is not None):
             raise BuildError("int8 needs requests to calibrate with, and other precisions take none")
+        if self.cuda and self.precision != CUDA_PRECISION:
+            raise BuildError(
+                f"graphs for ONNX Runtime on CUDA: got precision {self.precision}, expected {CUDA_PRECISION}; "
+                f"add --precision {CUDA_PRECISION}"
+            )
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -122,9 +127,11 @@ def build(
         plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress)
         _run([*file_stages(plan), *graph_stages(plan)], plan, outcomes)
         plan = replace(plan, model=split_model(plan, outcomes))
-        _run(_precision_stages(plan, options, outcomes), plan, outcomes)
-        variants = variant_stages(plan, _sources(outcomes))
-        _run([*step_stages(plan), *variants.values()], plan, outcomes)
+        precise = _precision_stages(plan, options, outcomes)
+        _run(precise, plan, outcomes)
+        sources = _sources(outcomes)
+        variants = [cpu_variant(plan, sources), *(cuda_variants(plan, sources, precise[0]) if options.cuda else ())]
+        _run([*step_stages(plan), *(variant.stage for variant in variants)], plan, outcomes)
         if latents is not None:
             _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)
         on_progress("bundle", 0, 1)
@@ -186,7 +193,7 @@ def _components(
     plan: BuildPlan,
     options: BuildOptions,
     engines: EngineRequest | None,
-    variants: Mapping[str, Stage],
+    variants: Sequence[Variant],
     outcomes: Mapping[str, Outcome],
 ) -> dict[str, Component]:
     """Return the components of the model, then the step graphs, which are always in fp32."""
@@ -197,11 +204,11 @@ def _components(
         return Component(spec, graphs, built)
 
     components = {name: component(spec, options.precisions) for name, spec in plan.model.components.items()}
-    for engine, stage in variants.items():
-        file = graph_file(UNET, "fp32", engine)
-        if file in outcomes[stage.name].files:
-            variants_of_unet = {**components[UNET].variants, engine: {"fp32": file}}
-            components[UNET] = replace(components[UNET], variants=variants_of_unet)
+    for variant in variants:
+        if variant.file in outcomes[variant.stage.name].files:
+            part = components[variant.component]
+            graphs = {**part.variants, variant.engine: {variant.precision: variant.file}}
+            components[variant.component] = replace(part, variants=graphs)
     return components | {name: component(spec, ("fp32",)) for name, spec in model_steps(plan.model).items()}
 
 
@@ -220,6 +227,8 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
             "bounds": {name: list(bounds) for name, bounds in engines["bounds"]},
             "refittable": engines["refittable"],
         }
+    if options.cuda:
+        request["cuda"] = True
     if checkpoint.random_seed is not None:
         return {**request, "random_weights_seed": checkpoint.random_seed}
     return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}

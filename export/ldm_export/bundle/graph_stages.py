@@ -1,4 +1,4 @@
-"""Stages that write the files of a checkpoint, its fp32 graphs, their variants for engines, and the step graphs."""
+"""Stages that write the files of a checkpoint, its fp32 graphs, and the step graphs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
-from onnx_ir.external_data import load_to_model
-
 from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
 from ldm_export.bundle.stages import Outcome, Stage
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph.component_split import graph_spec, split_component
 from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, save_graph, trace_graph
-from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.step_graph import export_step, step_specs
-from ldm_runtime.bundle_layout import graph_file, weights_beside
+from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.model import UNET, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import Axis, ComponentSpec
 
-__all__ = ["file_stages", "graph_stages", "model_steps", "split_model", "step_stages", "variant_stages"]
+__all__ = ["FORM", "file_stages", "graph_stages", "model_steps", "split_model", "step_stages"]
 
 FORM = 1
 """Version of the graphs; increases when the same module leads to other graphs."""
@@ -90,37 +86,6 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
             graph = plan.graph(component, "fp32")
             components[component] = graph_spec(graph, component, runs, axes) if splits else spec
     return replace(plan.model, components=components)
-
-
-def variant_stages(plan: BuildPlan, sources: Mapping[str, str]) -> dict[str, Stage]:
-    """Engine -> a stage that writes the UNet's fp32 graph as the passes for that engine rewrite it.
-
-    Its run writes nothing if the passes change nothing.
-
-    Args:
-        plan: Plan of the build; the fp32 graphs are in the work folder.
-        sources: Graph file -> key of the stage that wrote it.
-    """
-    return {engine: _variant_stage(plan, engine, sources) for engine in ENGINE_PASSES}
-
-
-def _variant_stage(plan: BuildPlan, engine: str, sources: Mapping[str, str]) -> Stage:
-    passes = ENGINE_PASSES[engine]
-
-    def run(folder: Path) -> list[str]:
-        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", engine)
-        result = apply(ir.load(source), passes)
-        if not result.changes:
-            return []
-        target.parent.mkdir()
-        if not weights_beside(source).exists():
-            load_to_model(result.model)
-        ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
-        return relative([target], folder)
-
-    names = [getattr(rewrite, "__name__", "") for rewrite in passes]
-    graph = sources[graph_file(UNET, "fp32")]
-    return Stage(f"{UNET}.fp32.{engine}", {"graph": graph, "passes": names, "form": FORM}, run)
 
 
 def model_steps(model: ModelDescription) -> dict[str, ComponentSpec]:

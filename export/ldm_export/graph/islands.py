@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
+
+from ldm_export.graph.nodes import range_names
 
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
@@ -23,18 +25,22 @@ _FACTORS = (*MATRIX, "Mul", "Div")
 """Operations whose first two inputs are multiplied: there a small one counts, however large the other."""
 
 
-def find_islands(graph: ir.Graph, precision: str, ranges: Mapping[str, float]) -> dict[str, str]:
-    """Node name → why it stays in fp32; of all others the weights and the arithmetic can be half.
+def find_islands(
+    graph: ir.Graph, precision: str, ranges: Mapping[str, float], fp32_inside: Collection[str] = ()
+) -> dict[str, str]:
+    """Return node name -> why the node stays in fp32. Weights and arithmetic of all other nodes can be half.
 
     Args:
-        graph: in fp32, its constants initialisers, every node named and every value typed.
+        graph: Graph in fp32. Its constants are initializers, every node has a name and every value a type.
         precision: "fp16" or "bf16".
-        ranges: tensor name → largest magnitude seen.
+        ranges: Tensor name -> largest measured magnitude.
+        fp32_inside: Operators that the engine computes in fp32 internally, so that their structure makes no island.
     """
     structure = {node: "sizes" for node in graph if node.op_type in _GENERATORS}
     structure |= _from_integers(graph)
     structure |= {node: "softmax" for node in graph if node.op_type in _SOFTMAX}
     structure |= dict.fromkeys(_statistics(graph), "statistics")
+    structure = {node: reason for node, reason in structure.items() if node.op_type not in fp32_inside}
     structure |= dict.fromkeys(_before_selections(graph), "selection")
     reasons = {}
     for node in filter(computes, graph):
@@ -116,4 +122,4 @@ def _magnitude(value: ir.Value | None, ranges: Mapping[str, float]) -> float:
     if value.is_initializer():
         array = value.const_value.numpy() if value.const_value is not None else np.zeros(1)
         return float(np.abs(array).max()) if array.size else 0.0
-    return ranges.get(value.name or "", 0.0)
+    return max(ranges.get(name, 0.0) for name in range_names(value))

@@ -10,16 +10,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ldm_export.graph.onnx_graph import OPSET
-from ldm_runtime.device_loop import (
-    COEFFICIENTS,
-    GUIDED_STEP,
-    HISTORY,
-    NEXT_HISTORY,
-    NEXT_SAMPLE,
-    NOISE,
-    STEP,
-    slots_of,
-)
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, slots_of
+from ldm_runtime.device_run import COEFFICIENTS, HISTORY, NEXT_HISTORY, NEXT_SAMPLE, NOISE
 from ldm_runtime.errors import BuildError
 from ldm_runtime.model import NOISE_PRED, SAMPLE
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
@@ -32,7 +24,7 @@ def step_specs(unet: ComponentSpec, slots: int, branches: int) -> dict[str, Comp
 
     Inputs: ``sample`` float32 [R, C, h, w], the latents (R = B, or with guidance 2·B: the latents twice);
     ``noise_pred`` [R, C, h, w] of the UNet, with guidance the unconditional rows first; ``noise`` [B, C, h, w];
-    ``coefficients`` [B, slots · (slots + 2) + 1] of each image (``device_loop.coefficients``); with more than one slot
+    ``coefficients`` [B, slots · (slots + 2) + 1] of each image (``device_run.coefficients``); with more than one slot
     ``history`` [B, (slots - 1)·C, h, w], the other slots of the state side by side.
     Outputs: ``next_sample`` [R, C, h, w], the UNet's next input, and with more than one slot ``next_history``.
 

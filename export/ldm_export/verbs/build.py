@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm_export.engine.request import EngineRequest
 
 HALF = ("fp16", "bf16")
+CUDA = "onnxruntime-cuda"
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""
 
@@ -37,7 +38,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_original_arguments(verb)
     engines = verb.add_argument_group("engines")
-    engines.add_argument("--target", choices=tuple(PACKAGES), help="also build TensorRT engines for this package")
+    engines.add_argument(
+        "--target",
+        choices=(*PACKAGES, CUDA),
+        help=f"also build TensorRT engines for this package, or fp16 graphs for ONNX Runtime on CUDA ({CUDA})",
+    )
     engines.add_argument(
         "--compute-capability",
         metavar="LIST",
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         settings_of(args, kinds, model) if args.precision == "int8" else None,
         demo_grader(model),
         requests=family.requests(chosen_prompts(args.prompts, model))[:RANGED] if args.precision in HALF else None,
+        cuda=args.target == CUDA,
     )
     with screen.bar("reading", None) as bar:
         built = build(
@@ -135,11 +141,11 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     texts = {name: getattr(args, name) for name in ("batch", "height", "width")}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
-    if args.target is None:
+    if args.target in (None, CUDA):
         if bounds or capabilities != ("",) or args.refittable or args.timing_cache:
             raise BuildError(
                 "batch, height, width, compute capability, refittable and timing cache apply to engines only; "
-                "add --target"
+                f"add --target {' or '.join(PACKAGES)}"
             )
         return None
     return EngineRequest(

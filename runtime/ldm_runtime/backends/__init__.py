@@ -43,7 +43,10 @@ class Backend(Protocol):
 
 
 class SpecBackend:
-    """Provides ``inputs`` and ``outputs`` of a ``Backend`` from the attribute ``_spec``, which subclasses set."""
+    """Provides ``inputs`` and ``outputs`` of a ``Backend`` from the attribute ``_spec``, which subclasses set.
+
+    It limits no call; a backend whose memory is short overrides ``most_rows``.
+    """
 
     _spec: ComponentSpec
 
@@ -56,3 +59,7 @@ class SpecBackend:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Tensors that ``run`` returns."""
         return self._spec.outputs
+
+    def most_rows(self, feed: Feed) -> int | None:
+        """Rows of such inputs that the free memory of a GPU has room for in one call, None if there is no limit."""
+        return None

@@ -16,12 +16,15 @@ __all__ = ["Buffer", "Cuda", "empty"]
 class Cuda:
     """The CUDA runtime, whose errors are raised.
 
+    Args:
+        extra: Extra of the package ldm-export that installs cuda-python, for the message if it is missing.
+
     Raises:
         BackendError: cuda-python is not installed or cannot be loaded, or there is no GPU or no driver.
     """
 
-    def __init__(self) -> None:
-        runtime: Any = import_engine("cuda.bindings.runtime", "tensorrt-rtx")
+    def __init__(self, extra: str = "tensorrt-rtx") -> None:
+        runtime: Any = import_engine("cuda.bindings.runtime", extra)
         self._runtime = runtime
         try:
             error, count = runtime.cudaGetDeviceCount()
@@ -65,6 +68,24 @@ class Cuda:
         self.call(
             "cudaMemcpyAsync", target, source, size, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream
         )
+
+    def spread(self, source: int, target: int, size: int, count: int, pitch: int, stream: Any) -> None:
+        """Copy ``count`` adjacent blocks of ``size`` bytes to ``target``, ``target + pitch``, …, in stream order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, pitch, source, size, size, count, kind, stream)
+
+    def create_stream(self) -> Any:
+        """Return a stream that does not wait for the default stream."""
+        return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+
+    def create_event(self) -> Any:
+        """Return an event without a time."""
+        return self.call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
+
+    def end_failed_capture(self, stream: Any) -> None:
+        """End a capture that an error has interrupted, so that the stream can be used again."""
+        self._runtime.cudaStreamEndCapture(stream)
+        self._runtime.cudaGetLastError()
 
     def begin_capture(self, stream: Any) -> None:
         """Begin to record the stream's work instead of running it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -120,14 +120,16 @@ class Engine(Protocol):
             BackendError: The engine cannot run the component.
         """
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """Return a denoising loop that stays on the device, or None if the engine or the bundle has none.
 
         Args:
             bundle: The bundle.
             choice: How it runs.
             placement: Where it runs.
-            unet: The UNet's backend. Its ``loader`` is what ``open`` returned.
+            backends: Backend of each component that the pipeline runs. Its ``loader`` is what ``open`` returned.
 
         Raises:
             ManifestError: A file of the step graphs is not the one that was built.

@@ -12,7 +12,6 @@ from ldm_runtime.backends.selection import select_backend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
-from ldm_runtime.model import UNET
 from ldm_runtime.number_checks import threads as checked_threads
 
 __all__ = ["OpenModel", "open_component", "open_model"]
@@ -65,7 +64,7 @@ def open_model(
         name: LazyBackend(model.components[name], engine.open(bundle, name, choice, placement))
         for name in pipeline_components(model)
     }
-    return OpenModel(backends, choice, engine.device_loop(bundle, choice, placement, backends[UNET]))
+    return OpenModel(backends, choice, engine.device_loop(bundle, choice, placement, backends))
 
 
 def open_component(

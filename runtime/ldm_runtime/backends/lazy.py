@@ -56,6 +56,12 @@ class LazyBackend(SpecBackend):
         check_result(self._spec, feed, result)
         return result
 
+    def most_rows(self, feed: Feed) -> int | None:
+        """Rows of one call, as ``SpecBackend.most_rows`` of the component, which is loaded."""
+        with self.lock:
+            loaded = self.load()
+            return loaded.most_rows(feed) if isinstance(loaded, SpecBackend) else None
+
     def close(self) -> None:
         """Free the component if it was loaded."""
         with self.lock:

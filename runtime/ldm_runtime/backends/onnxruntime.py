@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, step_graphs
-from ldm_runtime.backends.host import first_line, has_nvidia_gpu, is_installed
+from ldm_runtime.backends import Backend, Feed, SpecBackend
+from ldm_runtime.backends.device_backend import DeviceBackend
+from ldm_runtime.backends.engine import Choice, Placement, Wish, step_graphs
+from ldm_runtime.backends.host import first_line, has_nvidia_gpu, import_engine, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
-from ldm_runtime.backends.onnxruntime_device import OnnxRuntimeDevice
+from ldm_runtime.backends.memory import memory_of
+from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.backends.onnxruntime_session import (
     EXTRA,
     PROVIDERS,
+    Opening,
     load_onnxruntime,
     open_session,
     providers,
@@ -24,7 +27,7 @@ from ldm_runtime.backends.onnxruntime_session import (
 )
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
-from ldm_runtime.device_loop import DeviceLoop, slots_of
+from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import BackendError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
@@ -32,6 +35,7 @@ from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
 __all__ = [
     "CPU_VARIANT",
+    "CUDA_VARIANT",
     "OnnxRuntimeBackend",
     "OnnxRuntimeEngine",
     "OnnxRuntimeLoader",
@@ -42,6 +46,9 @@ __all__ = [
 
 CPU_VARIANT = "onnxruntime-cpu"
 """Variant of a graph with ONNX Runtime's own operators for the CPU, e.g. its fused attention."""
+CUDA_VARIANT = "onnxruntime-cuda"
+"""Variant of a graph with ONNX Runtime's own operators for CUDA. It may have float16 where the spec says float32."""
+GPU_EXTRA = "gpu"
 SMALL_UNET = 100 * 10**6
 """Bytes of an fp32 UNet below which ONNX Runtime generates a single image sooner than OpenVINO. OpenVINO samples
 faster, but its compilation takes longer than that saves: 0.6 s against 1.4 s in total for a UNet of 22 MB. Larger
@@ -64,7 +71,7 @@ class OnnxRuntimeBackend(SpecBackend):
 
     def __init__(self, graph: GraphFile, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
         self._spec = spec
-        self._session, self.device = open_session(graph, spec, device, threads)
+        self._session, _, self.device = open_session(graph, spec, Opening(device, threads))
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run the graph once.
@@ -93,15 +100,34 @@ class OnnxRuntimeBackend(SpecBackend):
 
 @dataclass(frozen=True)
 class OnnxRuntimeLoader:
-    """Loads a component whose graph has been checked."""
+    """Loads a component whose graph has been checked.
+
+    Attributes:
+        graph: The graph.
+        spec: Inputs and outputs, as callers see them.
+        placement: Where it runs.
+        half: True if the graph may have float16 where the spec says float32.
+    """
 
     graph: VerifiedFile
     spec: ComponentSpec
     placement: Placement
+    half: bool = False
 
-    def __call__(self) -> OnnxRuntimeBackend:
-        """Load the component."""
-        return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
+    def __call__(self) -> Backend:
+        """Load the component. On CUDA its calls are captured, so that they cost one launch each."""
+        if self.placement.device != "cuda":
+            return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
+        launcher = self.launcher()
+        return DeviceBackend(launcher, self.spec, memory_of("cuda", GPU_EXTRA))
+
+    def launcher(self) -> OnnxRuntimeLauncher:
+        """Load the component for memory of the device. Only the UNet is worth a session for each shape."""
+        memory = memory_of(self.placement.device, GPU_EXTRA)
+        modes = tuple(Mode) if self.spec.name == UNET else (Mode.FREE, Mode.PLAIN)
+        return OnnxRuntimeLauncher(
+            self.graph, self.spec, memory, half=self.half, modes=modes, threads=self.placement.threads
+        )
 
 
 class OnnxRuntimeEngine:
@@ -125,7 +151,9 @@ class OnnxRuntimeEngine:
         graph = wish.precision or bundle.precision
         if wish.device == "cuda":
             providers("cuda", load_onnxruntime().get_available_providers())
-        if wish.device == "cuda" or (wish.device == "auto" and has_nvidia_gpu() and _has_cuda_provider()):
+            import_engine("cuda.bindings.runtime", GPU_EXTRA)
+        can_use_cuda = has_nvidia_gpu() and is_installed("cuda") and _has_cuda_provider()
+        if wish.device == "cuda" or (wish.device == "auto" and can_use_cuda):
             yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
             return
         reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
@@ -134,27 +162,55 @@ class OnnxRuntimeEngine:
             reason = "the fastest start for one image of a small model"
             yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
 
-    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
-        """Check a component's graph and return its loader. On the CPU the variant for ONNX Runtime is preferred.
+    def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> OnnxRuntimeLoader:
+        """Check a component's graph and return its loader. The variant of the graph for the device is preferred.
 
         Raises:
             ManifestError: A file is not the one that was built, or there is no graph of that precision.
         """
-        graph = bundle.verified_graph(component, choice.graph, CPU_VARIANT if placement.device == "cpu" else "")
-        return OnnxRuntimeLoader(graph, bundle.manifest.components[component].spec, placement)
+        variant = CPU_VARIANT if placement.device == "cpu" else CUDA_VARIANT
+        part = bundle.manifest.components[component]
+        graph = bundle.verified_graph(component, choice.graph, variant)
+        half = variant == CUDA_VARIANT and choice.graph in part.variants.get(variant, {})
+        return OnnxRuntimeLoader(graph, part.spec, placement, half)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
-        """Return the loop on CUDA; None on the CPU, and for a bundle without step graphs.
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
+        """Return the loop on CUDA, which shares the sessions of the UNet and of what derives its inputs.
+
+        None on the CPU, and for a bundle without step graphs.
 
         Raises:
             ManifestError: A step graph is not the file that was built.
         """
-        loader, steps = unet.loader, step_graphs(bundle.manifest.model)
-        if placement.device != "cuda" or not steps or not isinstance(loader, OnnxRuntimeLoader):
+        model, precise = bundle.manifest.model, replace(choice, graph="fp32")
+        steps = step_graphs(model)
+        if placement.device != "cuda" or not steps:
             return None
-        graphs = {name: (bundle.verified_graph(name, "fp32"), bundle.manifest.components[name].spec) for name in steps}
-        graphs[UNET] = loader.graph, loader.spec
-        return DeviceLoop(lambda: OnnxRuntimeDevice(graphs), slots_of(graphs[steps[0]][1]))
+        loaders = {name: self.open(bundle, name, precise, placement) for name in steps}
+        derived = frozenset(spec.name for runs in ("request", "schedule") for spec in model.once_per(runs))
+        slots = slots_of(loaders[steps[0]].spec)
+        return DeviceLoop(lambda: _loop_device(backends, loaders, derived), slots, backends[UNET].lock)
+
+
+def _loop_device(
+    backends: Mapping[str, LazyBackend], loaders: Mapping[str, OnnxRuntimeLoader], derived: frozenset[str]
+) -> LoopDevice:
+    """Return the device of a loop. The step graphs are loaded by ``loaders``, other components by their backends."""
+    steps = {name: loader.launcher() for name, loader in loaders.items()}
+    launchers = dict(steps)
+    for name in (UNET, *derived):
+        backend = backends[name].load()
+        if not isinstance(backend, DeviceBackend):
+            raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
+        launchers[name] = backend.launcher
+
+    def close() -> None:
+        for one in steps.values():
+            one.close()
+
+    return LoopDevice(memory_of("cuda", GPU_EXTRA), launchers, derived, close)
 
 
 def _has_cuda_provider() -> bool:

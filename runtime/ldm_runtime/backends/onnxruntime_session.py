@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,19 @@ from typing import Any
 from ldm_runtime.backends.host import first_line, import_engine, usable_cores
 from ldm_runtime.backends.ports import check_ports
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.specs import ComponentSpec, TensorSpec
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
-__all__ = ["EXTRA", "PROVIDERS", "load_onnxruntime", "open_session", "providers", "session_options"]
+__all__ = [
+    "EXTRA",
+    "PROVIDERS",
+    "CaptureRefusedError",
+    "Opening",
+    "load_onnxruntime",
+    "open_session",
+    "providers",
+    "session_options",
+]
 
 EXTRA = "onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -62,57 +72,94 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
-def open_session(
-    graph: GraphFile,
-    spec: ComponentSpec,
-    device: str,
-    threads: int | None = None,
-    sizes: Mapping[str, int] | None = None,
-) -> tuple[Any, str]:
+@dataclass(frozen=True)
+class Opening:
+    """How a session is opened.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
+        threads: As ``session_options`` takes them.
+        stream: Address of the CUDA stream on which all calls run. None means a stream of the session's own.
+        capture: True lets calls be captured as CUDA graphs. It needs a graph that runs on the GPU as a whole.
+        sizes: Symbol of a dimension -> its only size in this session.
+        half: True if float16 is accepted where the spec says float32.
+    """
+
+    device: str
+    threads: int | None = None
+    stream: int | None = None
+    capture: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    half: bool = False
+
+    def cuda_options(self) -> dict[str, str]:
+        """Options of the CUDA provider. Convolutions run on channels-last data, for which tensor cores are faster."""
+        options = {"arena_extend_strategy": "kSameAsRequested", "prefer_nhwc": "1"}
+        if self.capture:
+            options["enable_cuda_graph"] = "1"
+        if self.stream is not None:
+            options["user_compute_stream"] = str(self.stream)
+        return options
+
+
+class CaptureRefusedError(BackendError):
+    """ONNX Runtime cannot capture a graph's calls as CUDA graphs."""
+
+
+def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tuple[Any, ComponentSpec, str]:
     """Load a graph.
 
     Args:
         graph: Path of the ``.onnx`` file. External weights lie beside it.
         spec: Inputs and outputs of the graph.
-        device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
-        threads: As ``session_options`` takes them.
-        sizes: Symbol of a dimension -> its only size in this session. On CUDA the session then captures its first call
-            as a CUDA graph and replays it on the same memory, provided that the whole graph runs on the GPU.
+        opening: How it is opened.
 
     Returns:
-        The session, and the device on which it runs: "cpu" or "cuda".
+        The session, the spec with the session's dtypes, and the device on which it runs: "cpu" or "cuda".
 
     Raises:
+        CaptureRefusedError: ``capture`` is True and a part of the graph does not run on the GPU.
         BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
         ManifestError: The bundle was replaced after the graph had been verified.
     """
     ort = load_onnxruntime()
-    options = session_options(threads)
-    for symbol, size in (sizes or {}).items():
+    options = session_options(opening.threads)
+    for symbol, size in opening.sizes.items():
         options.add_free_dimension_override_by_name(symbol, size)
-    wanted = providers(device, ort.get_available_providers())
-    attempts: list[list[Any]] = [[*wanted]]
+    wanted = providers(opening.device, ort.get_available_providers())
     if PROVIDERS["cuda"] in wanted and hasattr(ort, "preload_dlls"):
         with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
             ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
-    if sizes is not None and PROVIDERS["cuda"] in wanted:
-        capture = [(name, {"enable_cuda_graph": "1"}) if name == PROVIDERS["cuda"] else name for name in wanted]
-        attempts.insert(0, capture)
-    while True:
-        try:
-            session = ort.InferenceSession(str(path_of(graph)), options, providers=attempts[0])
-            break
-        except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
-            if len(attempts) > 1 and _CAPTURE_REFUSED in str(error):
-                attempts.pop(0)
-                continue
-            raise BackendError(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
+    named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in wanted]
+    try:
+        session = ort.InferenceSession(
+            str(path_of(graph)),
+            options,
+            providers=named,
+            enable_fallback=int(opening.device != "cuda"),  # it would print the reason and go on with the CPU
+        )
+    except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
+        kind = CaptureRefusedError if opening.capture and _CAPTURE_REFUSED in str(error) else BackendError
+        raise kind(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
     unchanged(graph)
     found = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
-    if device == "cuda" and found != "cuda":
+    if opening.device == "cuda" and found != "cuda":
         raise BackendError(f"{spec.name}: onnxruntime found no CUDA device; use device='cpu' or check the driver")
+    if opening.half:
+        spec = _half_where_the_session_is(session, spec)
     _check_ports(session, spec, path_of(graph))
-    return session, found
+    return session, spec, found
+
+
+def _half_where_the_session_is(session: Any, spec: ComponentSpec) -> ComponentSpec:
+    half = {port.name for port in (*session.get_inputs(), *session.get_outputs()) if port.type == "tensor(float16)"}
+
+    def converted(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            replace(one, dtype="float16") if one.dtype == "float32" and one.name in half else one for one in tensors
+        )
+
+    return replace(spec, inputs=converted(spec.inputs), outputs=converted(spec.outputs))
 
 
 def _check_ports(session: Any, spec: ComponentSpec, graph: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -165,7 +165,9 @@ class OpenVinoEngine:
             cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """None: on the CPU the pipeline's NumPy loop runs beside the UNet."""
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, pipelin
 from ldm_runtime.backends.engine_match import PACKAGES, MatchedEngine, engines_of, match_engine, open_package
 from ldm_runtime.backends.host import has_nvidia_gpu, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
-from ldm_runtime.backends.tensorrt_device import TensorRtDevice
+from ldm_runtime.backends.memory import cuda_memory
+from ldm_runtime.backends.tensorrt_device import TensorRtLauncher
 from ldm_runtime.backends.tensorrt_engine import LoadedEngine
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import DeviceLoop, slots_of
+from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
 from ldm_runtime.errors import BackendError
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import check_feed, sizes_of
 
 __all__ = ["TensorRtBackend", "TensorRtEngine", "TensorRtLoader"]
@@ -121,7 +123,9 @@ class TensorRtEngine:
         """
         return TensorRtLoader(match_engine(bundle, component, choice.graph))
 
-    def device_loop(self, bundle: Bundle, choice: Choice, placement: Placement, unet: LazyBackend) -> DeviceLoop | None:
+    def device_loop(
+        self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
+    ) -> DeviceLoop | None:
         """Return the loop on the GPU, which shares the UNet's engine with the pipeline.
 
         None if the bundle has no engines for its step graphs.
@@ -132,12 +136,22 @@ class TensorRtEngine:
         steps = step_graphs(bundle.manifest.model)
         if not steps or not all(bundle.manifest.components[name].engines for name in steps):
             return None
-        matched = {name: match_engine(bundle, name, "fp32") for name in steps}
+        matched, unet = {name: match_engine(bundle, name, "fp32") for name in steps}, backends[UNET]
 
-        def open_device() -> TensorRtDevice:
+        def open_device() -> LoopDevice:
             backend = unet.load()
             if not isinstance(backend, TensorRtBackend):
                 raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
-            return TensorRtDevice(backend.engine, lambda name: LoadedEngine(matched[name]))
+            memory = cuda_memory(self.extra)
+            engines = {name: LoadedEngine(engine) for name, engine in matched.items()}
+            launchers = {
+                name: TensorRtLauncher(engine, memory) for name, engine in {**engines, UNET: backend.engine}.items()
+            }
+
+            def close() -> None:
+                for engine in engines.values():
+                    engine.close()
+
+            return LoopDevice(memory, launchers, close=close)
 
         return DeviceLoop(open_device, slots_of(matched[steps[0]].spec), unet.lock)

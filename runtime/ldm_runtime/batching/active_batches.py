@@ -1,4 +1,4 @@
-"""The running requests: one batch per image size; the batches take turns, one step each."""
+"""The running requests: one batch per image size and way of running; the batches take turns, one step each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from ldm_runtime.batching.batch import Batch, Member
 from ldm_runtime.batching.counters import Counters
+from ldm_runtime.batching.device_batch import DeviceBatch
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.denoiser import Tensors
+from ldm_runtime.device import WorkspaceCache
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.images import to_uint8
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -26,8 +28,10 @@ __all__ = ["ActiveBatches", "Notify"]
 
 F32 = NDArray[np.float32]
 PIXELS_PER_DECODE = 2**18
-"""Pixels that are decoded in one call, as many as one image of 512×512 has: more need more memory and save no time."""
+"""Pixels that are decoded in one call on a CPU, as many as one image of 512×512 has: more save no time there."""
 _log = logging.getLogger(__name__)
+_Key = tuple[tuple[int, ...], bool | None]
+"""Height and width of the latents; True or False for a batch on the device, guided or not, None for one in NumPy."""
 Notify = Callable[[Job, Progress | JobResult | LdmError], None]
 
 
@@ -52,7 +56,8 @@ class ActiveBatches:
     ) -> None:
         self._pipeline, self._limits, self._counters = pipeline, limits, counters
         self._noise_executor, self._notify = noise_executor, notify
-        self._batches: dict[tuple[int, ...], Batch] = {}
+        self._batches: dict[_Key, Batch | DeviceBatch] = {}
+        self._workspaces = WorkspaceCache()
         self._turn = 0
         self.unhealthy = False
         """True after a failure of the engine, until the scheduler has generated a test image and resets it."""
@@ -62,8 +67,24 @@ class ActiveBatches:
 
     def fits(self, job: Job) -> bool:
         """True if the job can join now."""
-        batch = self._batches.get(job.plan.shape[2:])
-        return len(self._batches) < self._limits.max_sizes if batch is None else batch.fits(job)
+        batch, sizes = self._batches.get(self._key(job)), {size for size, _ in self._batches}
+        if batch is None:
+            return len(sizes | {job.plan.shape[2:]}) <= self._limits.max_sizes
+        return batch.fits(job)
+
+    def _key(self, job: Job) -> _Key:
+        """The batch that a job joins: of its size, on the device if this can run its plan."""
+        loop, plan = self._pipeline.loop, job.plan
+        on_device = loop is not None and loop.takes(plan)
+        return plan.shape[2:], plan.guided if on_device else None
+
+    def _new_batch(self, guided: bool | None) -> Batch | DeviceBatch:
+        pipeline = self._pipeline
+        if guided is None or pipeline.loop is None:
+            return Batch(pipeline.denoiser, self._limits, self._noise_executor)
+        return DeviceBatch(
+            pipeline.loop, guided, pipeline.denoiser, self._limits, self._noise_executor, self._workspaces
+        )
 
     def join(self, job: Job) -> None:
         """Encode the job's conditioning and add it to the batch of its size; it must fit."""
@@ -72,10 +93,10 @@ class ActiveBatches:
             with self._counters.time("encode"):
                 conditioning, schedule = self._pipeline.condition(job.plan), self._embed(job)
             with self._counters.time("step"):
-                size = job.plan.shape[2:]
-                if size not in self._batches:
-                    self._batches[size] = Batch(self._pipeline.denoiser, self._limits, self._noise_executor)
-                self._batches[size].join(job, conditioning, schedule)
+                key = self._key(job)
+                if key not in self._batches:
+                    self._batches[key] = self._new_batch(key[1])
+                self._batches[key].join(job, conditioning, schedule)
         except BaseException as error:
             self._fail([job], error)
 
@@ -91,12 +112,15 @@ class ActiveBatches:
     def remove_stopped(self) -> None:
         """Remove the jobs that are cancelled or past their deadline."""
         now = time.monotonic()
-        for batch in self._batches.values():
-            for member in list(batch.members):
-                if (reason := member.job.stop_reason(now)) is not None:
+        for batch in list(self._batches.values()):
+            stopped = [(member, reason) for member in batch.members if (reason := member.job.stop_reason(now))]
+            try:
+                for member, reason in stopped:
                     batch.leave(member)
                     self._notify(member.job, reason)
-        self._batches = {size: batch for size, batch in self._batches.items() if batch.members}
+            except BaseException as error:
+                self._give_up(batch, [member.job for member in batch.members], error)
+        self._batches = {key: batch for key, batch in self._batches.items() if batch.members}
 
     def step(self) -> None:
         """Run one step of one batch, then decode the jobs that are done."""
@@ -104,23 +128,33 @@ class ActiveBatches:
             return
         self._turn += 1
         batch = list(self._batches.values())[self._turn % len(self._batches)]
+        jobs = [member.job for member in batch.members]
         try:
             batch.step(self._counters)
+            done = [(member, batch.leave(member)) for member in list(batch.members) if member.done]
         except BaseException as error:
-            self._batches = {size: other for size, other in self._batches.items() if other is not batch}
-            self._fail([member.job for member in batch.members], error)
+            self._give_up(batch, jobs, error)
             return
-        for member in batch.members:
+        for member in (*(member for member, _ in done), *batch.members):
             if member.job.on_progress is not None:
                 self._report(member)
-        self._finish([(member.job, batch.leave(member)) for member in list(batch.members) if member.done])
+        self._finish([(member.job, latents) for member, latents in done])
+
+    def _give_up(self, batch: Batch | DeviceBatch, jobs: Sequence[Job], error: BaseException) -> None:
+        """End a batch that has failed, and its jobs with the error."""
+        self._batches = {key: other for key, other in self._batches.items() if other is not batch}
+        with suppress(BackendError):
+            batch.close()
+        self._fail(jobs, error)
 
     def abandon(self, reason: LdmError) -> None:
         """End all jobs with an error."""
         for batch in self._batches.values():
+            batch.close()
             for member in batch.members:
                 self._notify(member.job, reason)
         self._batches = {}
+        self._workspaces.close()
 
     def _report(self, member: Member) -> None:
         preview = None
@@ -158,7 +192,9 @@ class ActiveBatches:
         """Number of jobs, from the first on, that are decoded in one call; at least one."""
         geometry = self._pipeline.geometry
         pixels = math.prod(latents[0].shape[2:]) * geometry.factor**2
-        most = min(geometry.images, PIXELS_PER_DECODE // pixels)
+        most = geometry.images
+        if not self._pipeline.decodes_together(latents[0]):
+            most = min(most, PIXELS_PER_DECODE // pixels)
         return max(1, sum(total <= most for total in accumulate(map(len, latents))))
 
     def _completed(self, job: Job, decoded: F32) -> NDArray[np.uint8]:

@@ -149,6 +149,9 @@ class Batch:
             self._direction[other.span.image_slice] = self._direction[old.image_slice]
         return latents
 
+    def close(self) -> None:
+        """Nothing to free: the arrays belong to the batch."""
+
     def _arrange(self) -> None:
         """Give every member its place, and collect what is constant until the next one joins or leaves."""
         row = image = 0

@@ -32,7 +32,11 @@ class BatchScheduler:
     """Runs a pipeline for many callers at once, on one thread of its own. It does not close the pipeline.
 
     A request that runs alone produces exactly the image of ``pipeline(...)``. In a batch the UNet runs on other shapes,
-    so that results differ in the last bits and pixels by at most 1/255.
+    so that results differ in the last bits and pixels by at most 1/255; on a GPU also those of a single request with
+    three, five or more images, because batches are padded there.
+
+    If the pipeline has a loop on a device, the requests that it takes run in batches there, guided and unguided ones
+    apart; the others run in batches of their own.
 
     Args:
         pipeline: The loaded pipeline. No other thread may use it until the scheduler is closed.

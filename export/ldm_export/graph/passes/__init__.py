@@ -14,13 +14,33 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ldm_export.graph.passes.channels_last import channels_last
 from ldm_export.graph.passes.fuse_attention import fuse_attention
+from ldm_export.graph.passes.fuse_bias import fuse_bias
+from ldm_export.graph.passes.fuse_group_norm import fuse_group_norm
+from ldm_export.graph.passes.fuse_skip_group_norm import fuse_skip_group_norm
+from ldm_export.graph.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
+from ldm_export.graph.passes.move_transposes import move_transposes
 from ldm_export.graph.passes.result import Pass, PassResult
 from ldm_runtime.errors import BuildError
 
-__all__ = ["ENGINE_PASSES", "Pass", "PassResult", "apply"]
+__all__ = ["CPU", "CUDA", "ENGINE_PASSES", "Pass", "PassResult", "apply"]
 
-ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {"onnxruntime-cpu": (fuse_attention,)}
+CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
+"""Engine variants: ONNX Runtime on the CPU, and on CUDA, where the graph is in fp16."""
+
+ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {
+    CPU: (fuse_attention,),
+    CUDA: (
+        fuse_attention,
+        fuse_group_norm,
+        channels_last,
+        move_transposes,
+        fuse_skip_group_norm,
+        fuse_skip_layer_norm,
+        fuse_bias,
+    ),
+}
 """Engine variant -> the passes that rewrite an exported graph for it, in the order in which they run."""
 
 

@@ -28,13 +28,12 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ldm_export.graph.nodes import CONTRIB, insert, only_user, producer
 from ldm_export.graph.passes.result import PassResult
 from ldm_runtime.errors import BuildError
 
-__all__ = ["DOMAIN", "fuse_attention"]
+__all__ = ["fuse_attention"]
 
-DOMAIN = "com.microsoft"
-"""Operator domain of ``MultiHeadAttention``."""
 BY_HEAD = (0, 2, 1, 3)
 """Permutation from [B, T, heads, width] to [B, heads, T, width] and back."""
 
@@ -71,7 +70,7 @@ def fuse_attention(model: ir.Model) -> PassResult:
     graph = model.graph
     fused = [node for node in tuple(graph) if node.op_type == "Softmax" and _fuse(graph, node)]
     if fused:
-        model.opset_imports[DOMAIN] = 1
+        model.opset_imports[CONTRIB] = 1
         RemoveUnusedNodesPass()(model)
     if left := [node.name for node in fused if node.graph is not None]:
         raise BuildError(
@@ -82,9 +81,9 @@ def fuse_attention(model: ir.Model) -> PassResult:
 
 
 def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
-    scores, weighted = _producer(softmax.inputs[0], "MatMul"), _user(softmax, "MatMul")
-    transposed = _user(weighted, "Transpose", BY_HEAD)
-    joined = _user(transposed, "Reshape")
+    scores, weighted = producer(softmax.inputs[0], "MatMul"), only_user(softmax.outputs[0], "MatMul")
+    transposed = only_user(_result(weighted), "Transpose", BY_HEAD)
+    joined = only_user(_result(transposed), "Reshape")
     if scores is None or weighted is None or joined is None or weighted.inputs[0] is not softmax.outputs[0]:
         return False
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
@@ -98,16 +97,15 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     if result.shape is None or len(result.shape) != 3 or result.shape[2] != value.heads * value.width:
         return False
     name = softmax.name or ""
-    node = ir.node(
+    attended = insert(
+        joined,
         "MultiHeadAttention",
         [query.value, key.value, value.value],
         {"num_heads": query.heads, "scale": query.scale * key.scale},
-        domain=DOMAIN,
         name=f"{name.rpartition('/')[0] or name}/MultiHeadAttention",
+        like=result,
+        domain=CONTRIB,
     )
-    attended = node.outputs[0]
-    attended.name, attended.shape, attended.type = f"{result.name}/attention", result.shape, result.type
-    graph.insert_before(joined, node)
     result.replace_all_uses_with(attended)
     return True
 
@@ -115,8 +113,8 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 def _heads(value: ir.Value | None) -> _Heads | None:
     """Rule 2: the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and at most a scalar factor."""
     value, scale = _without_scale(value)
-    node = _producer(value, "Transpose", BY_HEAD)
-    split = _producer(_data(node), "Reshape")
+    node = producer(value, "Transpose", BY_HEAD)
+    split = producer(_data(node), "Reshape")
     if split is None or (shape := split.outputs[0].shape) is None or len(shape) != 4 or split.inputs[0] is None:
         return None
     heads, width = shape[2], shape[3]
@@ -128,41 +126,28 @@ def _heads(value: ir.Value | None) -> _Heads | None:
 def _keys(value: ir.Value | None) -> _Heads | None:
     """Rule 3: the same for a tensor that is transposed to [B, heads, width, T]."""
     value, scale = _without_scale(value)
-    merged = _producer(value, "Reshape")
-    turned = _producer(_data(merged), "Transpose", (0, 2, 1))
-    split = _producer(_data(turned), "Reshape")
+    merged = producer(value, "Reshape")
+    turned = producer(_data(merged), "Transpose", (0, 2, 1))
+    split = producer(_data(turned), "Reshape")
     found = _heads(_data(split))
     return found and replace(found, scale=found.scale * scale)
 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """Rule 4: the tensor and the constant scalar that it is multiplied by."""
-    node = _producer(value, "Mul")
+    node = producer(value, "Mul")
     constant = None if node is None else node.inputs[1]
     if node is None or constant is None or constant.const_value is None or constant.const_value.size != 1:
         return value, 1.0
     return node.inputs[0], float(constant.const_value.numpy().item())
 
 
-def _producer(value: ir.Value | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
-    """The node that computes a value, if it is of that type."""
-    return _of_type(None if value is None else value.producer(), op_type, perm)
-
-
 def _data(node: ir.Node | None) -> ir.Value | None:
     return None if node is None else node.inputs[0]
 
 
-def _user(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
-    """The only node that reads a node's result, if it is of that type."""
-    users = [] if node is None else [use.node for use in node.outputs[0].uses()]
-    return _of_type(users[0], op_type, perm) if len(users) == 1 else None
-
-
-def _of_type(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None) -> ir.Node | None:
-    if node is None or node.op_type != op_type or node.domain:
-        return None
-    return node if perm is None or tuple(node.attributes.get_ints("perm", ())) == perm else None
+def _result(node: ir.Node | None) -> ir.Value | None:
+    return None if node is None else node.outputs[0]
 
 
 def _width(value: ir.Value) -> int | None:

@@ -7,10 +7,12 @@ Rules of the rewrite:
 
 1. Every node that computes a float tensor computes it in half precision, unless it is an island.
 2. Nodes that read float tensors but compute none, such as comparisons, read fp32.
-3. The scales of Resize stay fp32, because the standard allows no other type.
+3. The scales of Resize, and scale and bias of ONNX Runtime's GroupNorm, stay fp32, because the operators take no other
+   type.
 4. A Cast follows its producer directly, and each tensor is cast at most once to each type. Weights are converted, not
    cast.
-5. Inputs and outputs of the graph keep name and type, so that every engine and precision takes the same arrays.
+5. Inputs and outputs of the graph keep name and type, so that every engine and precision takes the same arrays; those
+   named in ``half_values`` become half.
 6. The model imports the first opset in which every operator here accepts the type: 20 for fp16, 22 for bf16.
 
 Rules of the islands (``graph.islands.find_islands``); the first that applies is reported as the reason:
@@ -21,7 +23,7 @@ Rules of the islands (``graph.islands.find_islands``); the first that applies is
    the timestep.
 3. "softmax": Softmax and LogSoftmax.
 4. "statistics": normalization operators, means, Pow and Sqrt, and of a decomposed normalization every operator from the
-   first mean to the division by the root of the variance.
+   first mean to the division by the root of the variance. Operators in ``fp32_inside`` are left out.
 5. "selection": every operator that an ArgMin, ArgMax or TopK depends on, e.g. the distances to the codes of quantized
    latents. A rounded distance would select another code.
 6. "range", too large: the operator reads or writes a tensor whose largest measured magnitude, times 4, exceeds the
@@ -36,13 +38,14 @@ Postcondition: every value has the type in which its node computes it; ``onnx.ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ldm_export.graph.islands import MATRIX, computes, find_islands
+from ldm_export.graph.nodes import range_names
 from ldm_export.graph.passes.result import PassResult
 from ldm_runtime.errors import BuildError
 
@@ -52,8 +55,8 @@ DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 OPSETS = {"fp16": 20, "bf16": 22}
 """Precision -> the first opset in which every operator of an exported graph accepts the type."""
 _FLOAT = ir.DataType.FLOAT
-_FLOAT_ONLY = {"Resize": (1, 2)}
-"""Operator -> inputs that are fp32 by the standard whatever the type of the data."""
+_FLOAT_ONLY = {"Resize": (1, 2), "GroupNorm": (1, 2), "SkipGroupNorm": (1, 2)}
+"""Operator -> inputs that are fp32 whatever the type of the data."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,21 @@ class HalfResult(PassResult):
     matrix_islands: tuple[str, ...]
 
 
-def half_precision(precision: str, ranges: Mapping[str, float]) -> Callable[[ir.Model], HalfResult]:
+def half_precision(
+    precision: str,
+    ranges: Mapping[str, float],
+    *,
+    fp32_inside: Collection[str] = (),
+    half_values: Collection[str] = (),
+) -> Callable[[ir.Model], HalfResult]:
     """Make the pass that converts an fp32 graph to half precision.
 
     Args:
         precision: "fp16" or "bf16".
         ranges: Tensor name -> largest measured magnitude, of every float tensor that the graph computes
-            (``graph.ranges.measure_ranges``). Magnitudes of the graph's inputs are used where they are given.
+            (``graph.ranges.measure_ranges``). Magnitudes of the graph's inputs are used where they are known.
+        fp32_inside: Normalization operators that the engine computes in fp32 internally.
+        half_values: Names of inputs and outputs of the graph that become half.
 
     Returns:
         A pass that rewrites its model in place. It raises BuildError if a computed tensor was not measured.
@@ -87,17 +98,26 @@ def half_precision(precision: str, ranges: Mapping[str, float]) -> Callable[[ir.
         raise BuildError(f"pass half_precision: got precision {precision!r}, expected one of {', '.join(DTYPES)}")
 
     def convert(model: ir.Model) -> HalfResult:
-        return _convert(model, precision, ranges)
+        return _convert(model, precision, ranges, fp32_inside, half_values)
 
     convert.__name__ = f"half_precision({precision})"
     return convert
 
 
-def _convert(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> HalfResult:
+def _convert(
+    model: ir.Model,
+    precision: str,
+    ranges: Mapping[str, float],
+    fp32_inside: Collection[str],
+    half_values: Collection[str],
+) -> HalfResult:
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph, half = model.graph, DTYPES[precision]
     _check_measured(graph, ranges)
-    islands = find_islands(graph, precision, ranges)
+    islands = find_islands(graph, precision, ranges, fp32_inside)
+    for value in graph.inputs:
+        if value.name in half_values and value.dtype == _FLOAT:
+            value.type = ir.TensorType(half)
     computing = [node for node in graph if computes(node)]
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     reading = [node for node in graph if node not in computing and node.op_type not in ("Shape", "Size")]
@@ -112,7 +132,7 @@ def _convert(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> Ha
         if compute_type == half:
             _compute_in(node, half)
     for index, value in enumerate(graph.outputs):
-        if value.dtype == half:
+        if value.dtype == half and value.name not in half_values:
             _restore(graph, index, value)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         graph.initializers.pop(name)
@@ -122,8 +142,14 @@ def _convert(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> Ha
 
 
 def _check_measured(graph: ir.Graph, ranges: Mapping[str, float]) -> None:
+    inputs = {value.name for value in graph.inputs}
     missing = [
-        value.name for node in graph for value in node.outputs if value.dtype == _FLOAT and value.name not in ranges
+        name
+        for node in graph
+        for value in node.outputs
+        if value.dtype == _FLOAT
+        for name in range_names(value)
+        if name not in ranges and name not in inputs
     ]
     if missing:
         raise BuildError(

@@ -1,0 +1,110 @@
+"""Stages that write graphs for one engine: for ONNX Runtime on the CPU, and in fp16 for ONNX Runtime on CUDA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.external_data import load_to_model
+
+from ldm_export.bundle.build_plan import BuildPlan, relative
+from ldm_export.bundle.graph_stages import FORM
+from ldm_export.bundle.stages import Stage
+from ldm_export.graph.islands import MARGIN
+from ldm_export.graph.nodes import clear_range_names
+from ldm_export.graph.onnx_graph import load_graph, save_graph
+from ldm_export.graph.passes import CPU, CUDA, ENGINE_PASSES, apply
+from ldm_export.graph.passes.half_precision import half_precision
+from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, weights_beside
+from ldm_runtime.model import UNET, ModelDescription
+
+__all__ = ["CUDA_PRECISION", "Variant", "cpu_variant", "cuda_variants"]
+
+CUDA_PRECISION = "fp16"
+"""Precision of the graphs for CUDA."""
+FP32_INSIDE = ("LayerNormalization",)
+"""Normalization operators that ONNX Runtime's CUDA kernels compute in fp32 internally."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A component's graph for one engine.
+
+    Attributes:
+        component, precision, engine: What the graph is for.
+        stage: Writes the graph; it writes nothing if the engine's passes change nothing.
+    """
+
+    component: str
+    precision: str
+    engine: str
+    stage: Stage
+
+    @property
+    def file(self) -> str:
+        """Path of the graph in the bundle."""
+        return graph_file(self.component, self.precision, self.engine)
+
+
+def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
+    """The UNet's fp32 graph as rewritten for ONNX Runtime on the CPU. It shares the weights of the portable graph.
+
+    Args:
+        plan: Plan of the build; the fp32 graphs are in the work folder.
+        sources: Graph file -> key of the stage that wrote it.
+    """
+
+    def run(folder: Path) -> list[str]:
+        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", CPU)
+        result = apply(ir.load(source), ENGINE_PASSES[CPU])
+        if not result.changes:
+            return []
+        target.parent.mkdir()
+        if not weights_beside(source).exists():
+            load_to_model(result.model)
+        clear_range_names(result.model.graph)
+        ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
+        return relative([target], folder)
+
+    return Variant(UNET, "fp32", CPU, Stage(f"{UNET}.fp32.{CPU}", _depends(CPU, UNET, sources), run))
+
+
+def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:
+    """Every component's graph as rewritten for ONNX Runtime on CUDA, in fp16 and with weights of its own.
+
+    Tensors that one component computes for the UNet, such as keys and values, are fp16 at both ends.
+
+    Args:
+        plan, sources: As of ``cpu_variant``.
+        ranges: Stage that measures the ranges of all tensors.
+    """
+    return [_cuda_variant(plan, name, sources, ranges) for name in plan.model.components]
+
+
+def _cuda_variant(plan: BuildPlan, name: str, sources: Mapping[str, str], ranges: Stage) -> Variant:
+    shared = _unet_tensors(plan.model)
+
+    def run(folder: Path) -> list[str]:
+        measured = json.loads((plan.work / RANGES_REPORT).read_text())[name]
+        model = apply(load_graph(plan.graph(name, "fp32")), ENGINE_PASSES[CUDA]).model
+        half = half_precision(CUDA_PRECISION, measured, fp32_inside=FP32_INSIDE, half_values=shared)
+        model = half(model).model
+        clear_range_names(model.graph)
+        (folder / name).mkdir()
+        return relative(save_graph(model, folder / graph_file(name, CUDA_PRECISION, CUDA)), folder)
+
+    depends = _depends(CUDA, name, sources) | {"ranges": ranges.key, "margin": MARGIN, "half": list(shared)}
+    return Variant(name, CUDA_PRECISION, CUDA, Stage(f"{name}.{CUDA_PRECISION}.{CUDA}", depends, run))
+
+
+def _depends(engine: str, component: str, sources: Mapping[str, str]) -> dict[str, object]:
+    names = [getattr(rewrite, "__name__", "") for rewrite in ENGINE_PASSES[engine]]
+    return {"graph": sources[graph_file(component, "fp32")], "passes": names, "form": FORM}
+
+
+def _unet_tensors(model: ModelDescription) -> Sequence[str]:
+    """Names of the UNet's inputs that components which run once per request or schedule compute."""
+    return [tensor.name for runs in ("request", "schedule") for spec in model.once_per(runs) for tensor in spec.outputs]
