@@ -57,10 +57,11 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/
 	$(BIN)/$(PIP) -c constraints.txt -e ".[export]" -e ./demo
 	touch $@
 
-# Dependency groups need pip 25.1.
+# Dependency groups need pip 25.1. The package with a trained UNet asks for onnxruntime-gpu, which would replace onnxruntime.
 $(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/$(PIP) --upgrade "pip>=25.1"
 	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,client]" -e ./demo
+	$(BIN)/$(PIP) --no-deps adaptive-terrain-diffusion==0.4.2
 	touch $@ $(VENV)/.demo
 
 # Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.
