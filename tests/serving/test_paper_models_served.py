@@ -1,4 +1,4 @@
-"""Models of images, masks and layouts on a real Triton server: `ldm-export client` gets the image of the same request."""
+"""Models of images, masks and layouts on a real Triton server: `client` gets the image of the same request here."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class TrainedUNet:
     Attributes:
         module: UNet2DModel with the trained weights.
         shape: Sizes as recognised from names and shapes.
-        samples, timesteps, predictions: Inputs and outputs of the network inside of the graph: float32 [N, 1, 128, 128],
-            float32 [N], and float32 as ``samples``.
+        samples, timesteps, predictions: Inputs and outputs of the network inside of the graph: float32
+            [N, 1, 128, 128], [N], and as ``samples``.
     """
 
     module: nn.Module

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.families import open_checkpoint
-from ldm_export.originals.checkpoint import open_original
+from ldm_export.originals.checkpoint import open_original, open_yaml
 from ldm_export.originals.checkpoint_file import is_checkpoint_file
 from ldm_export.originals.recognition import WEIGHTS
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["WEIGHTS", "open_model", "open_original"]
+__all__ = ["WEIGHTS", "open_model", "open_original", "open_yaml"]
+
+YAML = (".yaml", ".yml")
 
 
 def open_model(
@@ -26,17 +28,25 @@ def open_model(
     """Open a diffusers folder or an original checkpoint file.
 
     Args:
-        path: The folder or the file.
+        path: The folder, the file, or, with ``random_weights``, the yaml of an original checkpoint.
         config, tokenizer, weights, categories: As in ``open_original``; for files only.
-        random_weights: Draw the weights; for folders only.
+        random_weights: Draw the weights; for folders and yamls.
 
     Raises:
         CheckpointError: It cannot be opened, or an option is of the other form.
     """
     given = {"config": config, "tokenizer": tokenizer, "weights": weights, "categories": categories}
+    if path.suffix in YAML and path.is_file():
+        if not random_weights:
+            raise CheckpointError(f"{path}: a yaml has no weights; give the checkpoint, or --random-weights")
+        if options := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
+        return open_yaml(path)
     if is_checkpoint_file(path):
         if random_weights:
-            raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")
+            raise CheckpointError(
+                f"{path}: random weights are drawn for a folder of configs or a yaml; give one of them"
+            )
         return open_original(path, **given)  # type: ignore[arg-type]
     if options := [f"--{name}" for name, value in given.items() if value is not None]:
         raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")

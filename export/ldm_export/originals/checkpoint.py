@@ -22,14 +22,14 @@ from ldm_export.originals.key_mapping import (
     text_tensors,
     unet_tensors,
 )
-from ldm_export.originals.recognition import Original, recognise
+from ldm_export.originals.recognition import Original, described, recognise
 from ldm_export.originals.schedule import scheduler_options
 from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
 from ldm_export.originals.yaml_config import read_yaml
 from ldm_runtime.conditioning.layout import read_categories
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["open_original"]
+__all__ = ["open_original", "open_yaml"]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,33 @@ def open_original(
         components = _components(file, original, layout, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix('checkpoint: ')}") from None
+    files = {**_tokenizer(file, layout, tokenizer), **_categories(file, layout, categories)}
+    return _checkpoint(file, original, layout, components, files)
+
+
+def open_yaml(file: Path, seed: int = 0) -> Checkpoint:
+    """Open a yaml of CompVis/latent-diffusion as a checkpoint with random weights.
+
+    Raises:
+        CheckpointError: The yaml is damaged, incomplete, or of no known kind of model.
+    """
+    try:
+        original = described(read_yaml(file))
+        layout = _layout(original)
+        components = _components(file, original, layout, None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix(f'{file}: ').removeprefix('checkpoint: ')}") from None
+    files = {"tokenizer": file / "tokenizer"} if "tokenizer" in layout.files else {}
+    return replace(_checkpoint(file, original, layout, components, files), random_seed=seed)
+
+
+def _checkpoint(
+    file: Path,
+    original: Original,
+    layout: CheckpointLayout,
+    components: Mapping[str, Component],
+    files: Mapping[str, Path],
+) -> Checkpoint:
     if problems := layout.problems({name: component.config for name, component in components.items()}):
         raise CheckpointError(f"{file}: {problems[0]}; use the tensors of one model")
     options = scheduler_options(original.timesteps, original.linear_start, original.linear_end)
@@ -75,7 +102,7 @@ def open_original(
         family=original.kind,
         layout=layout,
         components=components,
-        files={**_tokenizer(file, layout, tokenizer), **_categories(file, layout, categories)},
+        files=files,
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
         defaults=original.defaults,
     )
@@ -90,37 +117,41 @@ def _layout(original: Original) -> CheckpointLayout:
 
 
 def _components(
-    file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor]
+    file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor] | None
 ) -> dict[str, Component]:
     """Every part of the layout with its config and tensors."""
     unet, autoencoder, heads = original.unet, original.autoencoder, original.heads
     pixels = original.image_size * autoencoder.factor
-    made: dict[str, tuple[str, dict[str, Any], Mapping[str, StoredTensor]]] = {
-        "unet": (
-            unet_class(unet),
-            unet_config(unet, heads, original.image_size),
-            unet_tensors(tensors, unet, heads, original.ema),
-        ),
-        "autoencoder": (
-            autoencoder.class_name,
-            autoencoder.config(pixels, original.scale_factor),
-            autoencoder_tensors(tensors),
-        ),
+    made: dict[str, tuple[str, dict[str, Any]]] = {
+        "unet": (unet_class(unet), unet_config(unet, heads, original.image_size)),
+        "autoencoder": (autoencoder.class_name, autoencoder.config(pixels, original.scale_factor)),
     }
     condition = original.condition
     if isinstance(condition, Text):
         encoder = "layout_encoder" if original.kind == "layout_to_image" else "text_encoder"
-        made[encoder] = ("LDMBertModel", condition.config(), text_tensors(tensors))
+        made[encoder] = ("LDMBertModel", condition.config())
     elif isinstance(condition, Labels):
-        made["label_encoder"] = (
-            "ClassEmbedder",
-            condition.config(original.unconditional),
-            condition_tensors(tensors, "embedding."),
-        )
+        made["label_encoder"] = ("ClassEmbedder", condition.config(original.unconditional))
     elif isinstance(condition, Classes):
-        config = condition.config(autoencoder.factor)
-        made["segmentation_encoder"] = ("SpatialRescaler", config, condition_tensors(tensors, "channel_mapper."))
-    return {name: _component(file, name, layout.parts[name], original, *made[name]) for name in layout.parts}
+        made["segmentation_encoder"] = ("SpatialRescaler", condition.config(autoencoder.factor))
+    weights = None if tensors is None else _weights(original, tensors)
+    return {
+        name: _component(file, name, layout.parts[name], original, *made[name], weights and weights[name])
+        for name in layout.parts
+    }
+
+
+def _weights(original: Original, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, StoredTensor]]:
+    """Part -> its tensors under the names of its module."""
+    texts = text_tensors(tensors)
+    return {
+        "unet": unet_tensors(tensors, original.unet, original.heads, original.ema),
+        "autoencoder": autoencoder_tensors(tensors),
+        "text_encoder": texts,
+        "layout_encoder": texts,
+        "label_encoder": condition_tensors(tensors, "embedding."),
+        "segmentation_encoder": condition_tensors(tensors, "channel_mapper."),
+    }
 
 
 def _component(
@@ -130,13 +161,13 @@ def _component(
     original: Original,
     class_name: str,
     config: dict[str, Any],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor] | None,
 ) -> Component:
     full = full_config(f"{name}: {file}", part, class_name, config)
     depends = {"config": {key: repr(value) for key, value in full.items()}}
     if name == "unet":
         depends["unet"] = {"heads": repr(original.heads), "ema": repr(original.ema)}
-    named = {key: replace(stored, component=name) for key, stored in tensors.items()}
+    named = None if tensors is None else {key: replace(one, component=name) for key, one in tensors.items()}
     return Component(name, file, class_name, full, frozenset(), named, depends)
 
 

@@ -95,8 +95,7 @@ def default_requests(
     if not conditioning:
         return ({},) * observed, ({},) * trials
     if "label" in conditioning and classes:
-        first, second = (tuple({"labels": i * classes // count} for i in range(count)) for count in (observed, trials))
-        return first, second
+        return _spread_labels(classes, observed), _spread_labels(classes, trials)
     if "text" not in conditioning:
         return None
     prompts = calibration_prompts(model, observed, trials)
@@ -104,6 +103,10 @@ def default_requests(
         return None
     first, second = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
     return first, second
+
+
+def _spread_labels(classes: int, count: int) -> tuple[ImageRequest, ...]:
+    return tuple({"labels": index * classes // count} for index in range(count))
 
 
 def settings_of(
