@@ -11,6 +11,7 @@ from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
 from ldm_runtime.errors import SpecError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
+from ldm_runtime.memory import report_memory
 from ldm_runtime.model import ModelDescription
 from ldm_runtime.number_checks import integer, number
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
@@ -56,6 +57,7 @@ class Planner:
             *self._sides(request),
         )
         _check_memory(shape, geometry)
+        report_memory(self.model, shape, geometry.height.opt * geometry.width.opt)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
         steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
         trajectory = self.scheduler.trajectory(steps, eta)

@@ -22,6 +22,7 @@ from ldm_export.engine.request import EngineJob, EngineRequest
 from ldm_export.graph import wrappers
 from ldm_export.graph.onnx_graph import load_graph, save_graph, trace_graph
 from ldm_export.graph.passes.half_precision import half_precision
+from ldm_runtime.backends.openvino import OpenVinoBackend
 from ldm_runtime.images import psnr
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 from tests.export.graph.whole import run
@@ -35,8 +36,10 @@ SPEC = ComponentSpec(
     (TensorSpec("sample", "float32", IMAGES), TensorSpec("timestep", "float32", (BATCH,))),
     (TensorSpec("noise_pred", "float32", IMAGES),),
 )
-LEAST = {"fp32": 100.0, "fp16": 55.0, "bf16": 35.0, "int8": 25.0}
+LEAST = {"fp32": 100.0, "fp16": 55.0, "bf16": 35.0, "int8": 30.0}
 """Least PSNR in dB against the package's own predictions."""
+INT8_SHARE = 0.9
+"""Share of the layers that are int8: those whose own results lose least."""
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +79,18 @@ def test_every_precision_on_trained_activations(trained: TrainedUNet, tmp_path: 
     extremes = run(tmp_path / "probe.onnx", feed)
     ranges = dict(zip(names, np.maximum(extremes[HIGHEST], -extremes[LOWEST]).tolist(), strict=True))
     for precision in ("fp16", "bf16"):
-        half = half_precision(precision, ranges)(load_graph(files[precision.replace(precision, "fp32")]))
+        half = half_precision(precision, ranges)(load_graph(files["fp32"]))
         save_graph(half.model, files[precision])
     observed = observe(files["fp32"], [feed])
     scalings = search_scalings(files["fp32"], observed, [feed])
     quantized = load_graph(files["fp32"])
-    assert len(insert_qdq(quantized, scalings.tensors, list(scalings.output_db))) > 100
+    ranked = sorted(scalings.output_db, key=lambda layer: -scalings.output_db[layer])
+    assert len(insert_qdq(quantized, scalings.tensors, ranked[: int(INT8_SHARE * len(ranked))])) > 200
     save_graph(quantized, files["int8"])
-    for precision, file in files.items():
-        if precision != "bf16":  # ONNX Runtime's CPU provider has no kernels of bf16
-            assert decibel(run(file, feed)["noise_pred"], trained.predictions) > LEAST[precision], precision
+    found = {precision: run(files[precision], feed)["noise_pred"] for precision in ("fp32", "fp16", "int8")}
+    found["bf16"] = OpenVinoBackend(files["bf16"], SPEC, "fp32").run(feed)["noise_pred"]  # ONNX Runtime has no kernels
+    for precision, predicted in found.items():
+        assert decibel(predicted, trained.predictions) > LEAST[precision], precision
     job = EngineJob(files["fp16"], SPEC, "fp16", EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "x.engine")
     engine = build_engine(job)
     assert engine.proof["matrix_work"]["half"] > 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from ldm_runtime.conditioning import (
 )
 from ldm_runtime.conditioning.layout_tokens import LayoutVocabulary
 from ldm_runtime.errors import SpecError
+from ldm_runtime.memory import PAIRS, report_memory, required_bytes
+from ldm_runtime.model import ConditioningSpec, Latents, ModelDescription
 from ldm_runtime.request import Request
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
@@ -218,3 +221,16 @@ def test_refusals_are_one_line(case: str) -> None:
     with pytest.raises(SpecError, match=message) as error:
         make().images(Request(**fields))
     assert "\n" not in str(error.value)
+
+
+def test_the_memory_of_larger_images_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"bytes_per_latent": 1000, "bytes_per_pairs": 4 * PAIRS}
+    entry = ConditioningSpec("image", "", {}, ("low",), settings)
+    model = ModelDescription("super_resolution", {}, (entry,), (), Latents(3, 4), {})
+    assert required_bytes(model, (2, 3, 64, 64)) == 2 * (1000 * 64**2 + 4 * 64**4)
+    with caplog.at_level(logging.WARNING):
+        report_memory(model, (1, 3, 64, 64), 64**2)
+        assert not caplog.records
+        report_memory(model, (1, 3, 128, 128), 64**2)
+    assert "memory: about 1.1 GB beside the weights, as the image is larger than the model's own" in caplog.text
+    assert required_bytes(replace(model, conditioning=()), (1, 3, 64, 64)) is None

@@ -19,6 +19,7 @@ from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
@@ -97,7 +98,9 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
             UNET: unet_spec(latents, sides, 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
             DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
-        conditioning=(ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,)),),
+        conditioning=(
+            ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,), activation_memory(unet, autoencoder)),
+        ),
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),

@@ -18,6 +18,7 @@ from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource, Part
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
@@ -95,7 +96,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         (TensorSpec(CLASS_MAP, "float32", (IMAGES, *class_map)),),
         "request",
     )
-    settings = {"classes": classes["num_classes"]}
+    settings = {"classes": classes["num_classes"], **activation_memory(unet, autoencoder)}
     return ModelDescription(
         family=SEMANTIC_SYNTHESIS.name,
         components={

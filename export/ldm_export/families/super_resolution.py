@@ -19,6 +19,7 @@ from torch import nn
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource
+from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
@@ -69,13 +70,14 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     sides = latent_axes(unet["sample_size"], LARGEST)
     image = conditioned(LOW_RESOLUTION, 0, (unet["in_channels"] - unet["out_channels"], *sides))
     multiple = PIPELINE_MULTIPLE if unet["sample_size"] % PIPELINE_MULTIPLE == 0 else 1
+    settings = {"multiple": multiple, **activation_memory(unet, autoencoder)}
     return ModelDescription(
         family=SUPER_RESOLUTION.name,
         components={
             UNET: unet_spec(latents, sides, 0, (image,)),
             DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
-        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,), {"multiple": multiple}),),
+        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,), settings),),
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),

@@ -1,4 +1,4 @@
-"""Full-size models of the paper: every yaml is read, and the names and shapes of its tensors tell the same without it."""
+"""Full-size models of the paper: names and shapes of their tensors tell the same as their yaml."""
 
 from __future__ import annotations
 
