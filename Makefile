@@ -60,7 +60,7 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/
 # Dependency groups need pip 25.1. The package with a trained UNet asks for onnxruntime-gpu, which would replace onnxruntime.
 $(VENV)/.dev: pyproject.toml demo/pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/$(PIP) --upgrade "pip>=25.1"
-	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,client]" -e ./demo
+	$(BIN)/$(PIP) -c constraints.txt --group dev -e ".[export,openvino,tensorrt-rtx,tensorrt-lean,polygraphy,client]" -e ./demo
 	$(BIN)/$(PIP) --no-deps adaptive-terrain-diffusion==0.4.2
 	touch $@ $(VENV)/.demo
 

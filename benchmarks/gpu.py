@@ -1,245 +1,286 @@
-"""Time of a denoising step and of a whole image on a GPU: TensorRT and ONNX Runtime against torch.
+"""Speed and correctness on an NVIDIA GPU with ONNX Runtime, compared with torch on the same GPU.
 
-The runtimes alternate, so that other load on the GPU affects all of them. The lower bound of a step is the time in
-which the GPU can read the UNet's weights once, from the bandwidth measured here. --device cpu tests the script.
+``prepare`` needs no GPU: it builds the demo model's bundle, and takes a full-size bundle without its weights, so that
+the folder is small enough to be carried to a machine with a GPU:
+
+    ldm-export build CONFIGS --random-weights --precision fp16 --target onnxruntime-cuda -o full
+    python benchmarks/gpu.py prepare FOLDER --full full --configs CONFIGS
+
+``run`` needs no network. It measures, one after the other and flushing each line: the hardware's limits; images of the
+demo model against the CPU's; a full-size UNet call, interleaved with torch; its kernels by kind; steps and whole images
+for several counts; memory; and the throughput of the batch scheduler.
+
+    python benchmarks/gpu.py run FOLDER --json figures.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
+from gpu_bundle import copy_without_weights, fill_with_random_weights, unet_config
+from gpu_loop import Alone, compared, mode_of, request, timed
 
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.onnxruntime_launcher import Mode
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError
+from ldm_runtime.images import psnr
+from ldm_runtime.model import UNET
 from ldm_runtime.request import Request
 
+TOOLS = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "cuda-bindings", "nvidia-cudnn-cu13", "numpy")
 PROMPT = "a small red circle left of a large blue square on a yellow background"
-OPTIONS = {"eta": 0.3, "guidance_scale": 6.0}
-TOOLS = ("tensorrt-rtx", "tensorrt", "onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "cuda-python", "numpy")
-COPIED, COPIES = 2**30, 20  # bytes moved to measure the bandwidth, and how often
-Timed = Callable[[], dict[str, float]]
-"""Runs once and returns the seconds of a step and of a whole call."""
+CASES: tuple[dict[str, Any], ...] = (
+    {"guidance_scale": 6.0, "eta": 0.3},
+    {"guidance_scale": 1.0, "eta": 0.3},
+    {"guidance_scale": 6.0, "eta": 0.0},
+    {"guidance_scale": 6.0, "eta": 0.3, "height": 96},
+    {"guidance_scale": 6.0, "eta": 0.3, "images_per_prompt": 4},
+)
+"""Requests of the demo model whose images are compared with the CPU's."""
+KINDS = (
+    ("convolution", ("fprop", "conv2d", "convolve")),
+    ("attention", ("sdpa", "fmha", "flash", "AddBiasUnpack")),
+    ("matrix product", ("nvjet", "gemm", "cublas")),
+    ("normalization", ("GroupNorm", "LayerNorm")),
+    ("copy", ("Memset", "Memcpy", "Transpose", "Concat", "Split", "Resize")),
+)
+"""Kind of kernel -> parts of the names of its kernels; the first that matches counts."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="built with --precision fp16 and, for tensorrt, with engines")
-    parser.add_argument("--checkpoint", type=Path, help="of torch (default: the demo model; none: no torch)")
-    parser.add_argument("--random-weights", action="store_true", help="the checkpoint is configs only")
-    parser.add_argument("--backends", nargs="+", default=["tensorrt", "onnxruntime"], help="of the bundle")
-    parser.add_argument("--precision", default="fp16", help="of the bundle's graphs, and of torch (default fp16)")
-    parser.add_argument("--images", type=int, default=1, help="of one call (default 1)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds after one that is not (default 10)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    prepared = verbs.add_parser("prepare", help="write what run needs; needs no GPU")
+    prepared.add_argument("folder", type=Path)
+    prepared.add_argument("--full", type=Path, required=True, help="full-size bundle of --target onnxruntime-cuda")
+    prepared.add_argument("--configs", type=Path, required=True, help="its checkpoint, or the folder of its configs")
+    measured = verbs.add_parser("run", help="measure on a GPU")
+    measured.add_argument("folder", type=Path)
+    measured.add_argument("--rows", nargs="+", type=int, default=[2, 8, 32], help="of a UNet call (default 2 8 32)")
+    measured.add_argument("--images", nargs="+", type=int, default=[1, 4, 16], help="of a request (default 1 4 16)")
+    measured.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
+    measured.add_argument("--calls", type=int, default=20, help="timed UNet calls of a round (default 20)")
+    measured.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
+    measured.add_argument("--compile-seconds", type=int, default=120, help="limit of torch.compile (default 120)")
+    measured.add_argument(
+        "--autotune-seconds", type=int, default=0, help="limit of its mode max-autotune (default 0: off)"
+    )
+    measured.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to measure")
+    measured.add_argument("--json", type=Path, help="write the figures here, after each part")
     args = parser.parse_args()
     try:
-        facts = measure(args)
+        prepare(args) if args.verb == "prepare" else measure(args)
     except LdmError as error:
         print(f"gpu.py: error: {error}", file=sys.stderr)
         return 1
-    show(facts)
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=2) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return all figures; raises LdmError if there is no GPU or the bundle cannot be read."""
-    cuda = Cuda() if args.device == "cuda" else None
-    bundle = Bundle.open(args.bundle)
-    runs: dict[str, Timed] = {}
-    left_out: dict[str, str] = {}
-    for backend in args.backends:
-        try:
-            runs[backend] = ours(bundle, backend, args)
-        except LdmError as error:
-            left_out[backend] = str(error)
-    if str(args.checkpoint) != "none":
-        try:
-            runs |= theirs(args)
-        except (LdmError, ImportError) as error:
-            left_out["torch"] = str(error)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "image": []} for name in runs}
-    for number in range(args.rounds + 1):
-        for name, run in runs.items():
-            taken = run()
-            if number:  # the first round compiles, captures and fills caches
-                for what, value in taken.items():
-                    seconds[name][what].append(value)
-    files = bundle.manifest.files
-    graph = bundle.manifest.components["unet"].graphs[args.precision]
-    weights = sum(files[name].size for name in (graph, f"{graph}.data") if name in files)
-    bandwidth = None if cuda is None else measured_bandwidth(cuda)
-    return {
-        "device": "cpu" if cuda is None else device_name(cuda),
-        "compute_capability": None if cuda is None else cuda.capability(),
-        "machine": platform.processor() or platform.machine(),
-        "tools": {name: found for name in TOOLS if (found := installed(name))},
-        "settings": {"precision": args.precision, "images": args.images, "steps": args.steps, "rounds": args.rounds},
-        "seconds": {
-            name: {what: {"median": median(v), "min": min(v), "max": max(v)} for what, v in parts.items()}
-            for name, parts in seconds.items()
-        },
-        "floor": None if bandwidth is None else {"bytes_per_second": bandwidth, "step": weights / bandwidth},
-        "left_out": left_out,
-        "engines_for_other_gpus": None if cuda is None else loads_elsewhere(bundle, cuda),
-    }
+def prepare(args: argparse.Namespace) -> None:
+    """Write the folder that ``measure`` takes."""
+    from ldm_export.bundle.build import BuildOptions, build
+    from ldm_export.demo import demo_checkpoint
+    from ldm_export.families import open_checkpoint
+
+    demo = args.folder / "demo"
+    build(open_checkpoint(demo_checkpoint()), demo, options=BuildOptions("fp16", cuda=True))
+    copy_without_weights(Bundle.open(args.full), args.folder / "full")
+    (args.folder / "unet.json").write_text(unet_config(args.configs))
+    shutil.rmtree(args.folder / "cpu", ignore_errors=True)
+    (args.folder / "cpu").mkdir()
+    with LatentDiffusionPipeline.from_bundle(demo, backend="onnxruntime", precision="fp32", device="cpu") as pipeline:
+        for number, case in enumerate(CASES):
+            np.save(args.folder / "cpu" / f"{number}.npy", generated(pipeline, demo_request(case)))
 
 
-def ours(bundle: Bundle, backend: str, args: argparse.Namespace) -> Timed:
-    """Return a run of the bundle's pipeline. Each run has a new prompt, whose encoding counts for the image."""
-    device = args.device if backend == "onnxruntime" else "auto"
-    pipeline = LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=args.precision, device=device)
-    prompts = (f"{PROMPT} {number}" for number in count())
+def demo_request(case: dict[str, Any]) -> Request:
+    """A request of the demo model with 20 steps."""
+    return Request(PROMPT, seed=0, num_inference_steps=20, **case)
 
-    def run() -> dict[str, float]:
-        options = {"seed": 0, "num_inference_steps": args.steps, "images_per_prompt": args.images, **OPTIONS}
-        request = Request(next(prompts), **options)
+
+def generated(pipeline: LatentDiffusionPipeline, asked: Request) -> np.ndarray:
+    """Images of a request, float32 [B, channels, H, W]."""
+    *_, last = pipeline.steps(asked)
+    return pipeline.decode_array(last.latents)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the parts; each adds its figures under its name.
+
+    Raises:
+        BackendError: There is no GPU.
+    """
+    Cuda()
+    fill_with_random_weights(args.folder / "full")
+    figures: dict[str, Any] = {"tools": {name: found for name in TOOLS if (found := installed(name))}}
+    for name in args.only:
         begun = time.perf_counter()
-        pipeline.condition(pipeline.plan(request))
-        encoded = time.perf_counter()
-        *_, last = pipeline.steps(request)
-        latents = last.latents  # waits for the device
-        denoised = time.perf_counter()
-        pipeline.decode(latents)
-        return {"step": (denoised - encoded) / args.steps, "image": time.perf_counter() - begun}
+        figures[name] = {}
+        try:
+            for key, value in PARTS[name](args):
+                figures[name][key] = value
+                print(json.dumps({name: {key: value}}), flush=True)
+        except Exception as error:  # a part that fails must not cost the others
+            figures[name]["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(json.dumps({name: figures[name]["error"]}), flush=True)
+        figures[name]["took_s"] = round(time.perf_counter() - begun, 1)
+        gc.collect()
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
-    run()  # loads the engine, and fails here if it cannot run
-    return run
+
+Figures = Iterator[tuple[str, Any]]
 
 
-def theirs(args: argparse.Namespace) -> dict[str, Timed]:
-    """Return runs of diffusers' pipeline on the same device, eager and with its UNet compiled."""
+def hardware(args: argparse.Namespace) -> Figures:
+    """Name of the GPU, and its limits."""
+    import torch
+    from gpu_torch import copy_bandwidth, matrix_throughput
+
+    yield "device", torch.cuda.get_device_name()
+    yield "compute_capability", ".".join(map(str, torch.cuda.get_device_capability()))
+    yield "fp16_tflops", round(matrix_throughput() / 1e12)
+    yield "copy_tb_per_s", round(copy_bandwidth() / 1e12, 2)
+
+
+def correctness(args: argparse.Namespace) -> Figures:
+    """Images of the demo model against those of the CPU in fp32: PSNR in dB, and the largest difference of a byte."""
+    for precision in ("fp32", "fp16"):
+        with LatentDiffusionPipeline.from_bundle(
+            args.folder / "demo", backend="onnxruntime", precision=precision, device="cuda"
+        ) as pipeline:
+            results = []
+            for number, case in enumerate(CASES):
+                reference = np.load(args.folder / "cpu" / f"{number}.npy")
+                arrays = generated(pipeline, demo_request(case))
+                difference = np.abs(np.round(arrays * 255) - np.round(reference * 255)).max()
+                results.append({"psnr": round(psnr(arrays, reference, 1.0) or 999, 1), "bytes": int(difference)})
+            yield precision, results
+
+
+def unet_call(args: argparse.Namespace) -> Figures:
+    """Milliseconds of a full-size UNet call: the runtimes alternate, and each call waits for the GPU."""
+    from gpu_torch import torch_calls
+
+    full = args.folder / "full"
+    for index, rows in enumerate(args.rows):
+        limits = {} if index else {"reduce-overhead": args.compile_seconds, "max-autotune": args.autotune_seconds}
+        known = {mode: limit for mode, limit in limits.items() if limit}
+        calls, left_out = torch_calls(args.folder / "unet.json", rows, known)
+        ours = Alone(Bundle.open(full), UNET, "fp16", rows, Mode.FREE, "cuda")
+        calls["ldm-export"] = ours.run
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(args.rounds + 1):
+            for name, call in calls.items():
+                taken = seconds_of(call, args.calls)
+                if number:
+                    times[name] += taken
+        figures = {name: round(1e3 * median(taken), 3) for name, taken in times.items()}
+        figures["ldm-export, launched back to back"] = round(1e3 * ours.back_to_back(args.calls), 3)
+        ours.close()
+        yield f"{rows} rows", figures | ({"left out": left_out} if left_out else {})
+        del calls
+        gc.collect()
+
+
+def seconds_of(call: Callable[[], None], count: int) -> list[float]:
+    """Seconds of each of several calls."""
+    taken = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begun)
+    return taken
+
+
+def kernels(args: argparse.Namespace) -> Figures:
+    """Microseconds and launches of a UNet call by kind of kernel, without a CUDA graph."""
     import torch
 
-    from ldm_export.demo import demo_checkpoint
-    from ldm_export.families import family_named, open_checkpoint
-    from ldm_runtime.errors import BackendError
+    for rows in (args.rows[0], args.rows[-1]):
+        opened = Alone(Bundle.open(args.folder / "full"), UNET, "fp16", rows, Mode.PLAIN, "cuda")
+        for _ in range(3):
+            opened.run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            opened.run()
+        opened.close()
+        spent: Counter[str] = Counter()
+        launches: Counter[str] = Counter()
+        for event in profile.events():
+            if event.device_time:
+                spent[kind_of(event.name)] += event.device_time
+                launches[kind_of(event.name)] += 1
+        yield f"{rows} rows", {kind: {"us": round(spent[kind]), "launches": launches[kind]} for kind in spent}
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"torch {torch.__version__} finds no CUDA device; install a CUDA build of it")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-    dtype = dtype if args.device == "cuda" else torch.float32
-    checkpoint = open_checkpoint(args.checkpoint or demo_checkpoint(), random_weights=args.random_weights)
-    pipeline = family_named(checkpoint.family).reference(checkpoint).to(args.device, dtype)
-    unets = {"torch eager": pipeline.unet, "torch.compile": torch.compile(pipeline.unet, mode="max-autotune")}
-    if args.device == "cpu":
-        unets.pop("torch.compile")
 
-    def wait() -> None:
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+def kind_of(kernel: str) -> str:
+    """Kind of a kernel by its name."""
+    return next((kind for kind, parts in KINDS if any(part in kernel for part in parts)), "elementwise")
 
-    def timed(unet: Any) -> Timed:
-        def run() -> dict[str, float]:
-            pipeline.unet = unet
-            rows = 2 * args.images
-            sample = torch.randn(rows, *sample_shape(pipeline.unet), device=args.device, dtype=dtype)
-            context = torch.randn(rows, 77, unet.config.cross_attention_dim, device=args.device, dtype=dtype)
-            timesteps = torch.arange(args.steps, 0, -1, device=args.device)
-            with torch.inference_mode():
-                wait()
+
+def images(args: argparse.Namespace) -> Figures:
+    """Milliseconds of a step and of whole images, from the prompt to pixels, and the memory that stays in use."""
+    for name in ("demo", "full"):
+        bundle = Bundle.open(args.folder / name)
+        with LatentDiffusionPipeline.from_bundle(
+            bundle, backend="onnxruntime", precision="fp16", device="cuda"
+        ) as pipeline:
+            for count in args.images:
+                figures = compared(pipeline, request(pipeline, count, 10)) | timed(pipeline, count, args)
                 begun = time.perf_counter()
-                for timestep in timesteps:
-                    unet(sample, timestep, encoder_hidden_states=context)
-                wait()
-                stepped = time.perf_counter() - begun
-                generator = torch.Generator(args.device).manual_seed(0)
-                begun = time.perf_counter()
-                pipeline([PROMPT] * args.images, generator=generator, num_inference_steps=args.steps, **OPTIONS)
-                wait()
-            return {"step": stepped / args.steps, "image": time.perf_counter() - begun}
-
-        return run
-
-    return {name: timed(unet) for name, unet in unets.items()}
+                generated(pipeline, request(pipeline, count, args.steps))
+                figures["prompt_to_pixels_ms"] = round(1e3 * (time.perf_counter() - begun), 1)
+                yield f"{name}, {count} images", figures
+            yield f"{name}, mode", mode_of(pipeline)
+            assert pipeline.loop is not None
+            yield f"{name}, memory_mib", {key: size >> 20 for key, size in pipeline.loop.memory().items()}
 
 
-def sample_shape(unet: Any) -> tuple[int, int, int]:
-    """Return channels, height and width of the latents a UNet was trained on."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config.in_channels, height, width
-
-
-def measured_bandwidth(cuda: Cuda) -> float:
-    """Return the bytes per second of a copy within the GPU's memory, which reads and writes each byte."""
-    source, target = (cuda.call("cudaMalloc", COPIED) for _ in range(2))
-    stream = cuda.call("cudaStreamCreate")
-    try:
-        cuda.move(int(source), int(target), COPIED, stream)
-        cuda.call("cudaStreamSynchronize", stream)
+def throughput(args: argparse.Namespace) -> Figures:
+    """Images per second of the batch scheduler with 16 requests of one image, against one call after the other."""
+    with LatentDiffusionPipeline.from_bundle(
+        args.folder / "full", backend="onnxruntime", precision="fp16", device="cuda"
+    ) as pipeline:
+        count, asked = 16, request(pipeline, 1, args.steps)
         begun = time.perf_counter()
-        for _ in range(COPIES):
-            cuda.move(int(source), int(target), COPIED, stream)
-        cuda.call("cudaStreamSynchronize", stream)
-        return 2 * COPIED * COPIES / (time.perf_counter() - begun)
-    finally:
-        for address in (source, target):
-            cuda.call("cudaFree", address)
-        cuda.call("cudaStreamDestroy", stream)
+        for _ in range(3):
+            generated(pipeline, asked)
+        yield "one after the other", round(3 / (time.perf_counter() - begun), 2)
+        with BatchScheduler(pipeline, Limits(max_rows=32, row_buckets=[2, 8, 32])) as scheduler:
+            for kind in ("first", "second"):
+                begun = time.perf_counter()
+                for job in [scheduler.submit(asked) for _ in range(count)]:
+                    job.result()
+                yield f"in flight, {kind}", round(count / (time.perf_counter() - begun), 2)
 
 
-def loads_elsewhere(bundle: Bundle, cuda: Cuda) -> dict[str, Any] | None:
-    """Try to load the UNet's engine on this GPU although it was built for others, e.g. an 8.0 engine on 9.0."""
-    from ldm_runtime.backends.engine_match import open_package
-
-    engines = [one for one in bundle.manifest.components["unet"].engines if one.compute_capabilities]
-    if not engines or cuda.capability() in engines[0].compute_capabilities:
-        return None
-    package = open_package(engines)
-    runtime = package.Runtime(package.Logger(package.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(bundle.file(engines[0].file).read_bytes())
-    context = None if engine is None else engine.create_execution_context()
-    return {
-        "built_for": list(engines[0].compute_capabilities),
-        "this_gpu": cuda.capability(),
-        "loads": engine is not None,
-        "makes_a_context": context is not None,
-    }
-
-
-def device_name(cuda: Cuda) -> str:
-    """Return the GPU's name."""
-    name = cuda.call("cudaGetDeviceProperties", 0).name
-    return name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
+PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    part.__name__: part for part in (hardware, correctness, images, throughput, kernels, unet_call)
+}
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package, None if it is not installed."""
+    """Version of a package, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def show(facts: dict[str, Any]) -> None:
-    table = Table("", "step, ms", "image, ms", "of the lower bound", title=facts["device"])
-    floor = facts["floor"] and facts["floor"]["step"]
-    for name, parts in facts["seconds"].items():
-        step, image = (parts[what]["median"] for what in ("step", "image"))
-        table.add_row(name, f"{step * 1e3:.3f}", f"{image * 1e3:.1f}", f"{step / floor:.2f}×" if floor else "")
-    if floor:
-        table.add_row("reading the weights once", f"{floor * 1e3:.3f}", "", "1.00×")
-    Console().print(table)
-    for name, reason in facts["left_out"].items():
-        Console(stderr=True).print(f"left out: {name}: {reason}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

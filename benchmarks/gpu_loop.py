@@ -148,34 +148,61 @@ def alone(
     bundle: Bundle, component: str, precision: str, rows: int, mode: Mode, args: argparse.Namespace
 ) -> float | str:
     """Milliseconds of a call among calls that are launched back to back, or why it cannot run in this mode."""
-    memory = memory_of(args.device, "gpu")
-    loader = OnnxRuntimeEngine().open(bundle, component, choice(precision, args.device), Placement(args.device))
     try:
-        launcher = OnnxRuntimeLauncher(loader.graph, loader.spec, memory, half=loader.half, modes=(mode,))
-        spec = launcher.spec
+        opened = Alone(bundle, component, precision, rows, mode, args.device)
+    except LdmError as error:
+        return str(error)
+    times = [opened.back_to_back(args.steps) for _ in range(args.rounds + 1)]
+    opened.close()
+    return round(1e3 * median(times[1:]), 4)
+
+
+class Alone:
+    """A component with random inputs on a device.
+
+    Raises:
+        LdmError: It cannot run in this mode.
+    """
+
+    def __init__(self, bundle: Bundle, component: str, precision: str, rows: int, mode: Mode, device: str):
+        self._component, self._memory = component, memory_of(device, "gpu")
+        loader = OnnxRuntimeEngine().open(bundle, component, choice(precision, device), Placement(device))
+        self._launcher = OnnxRuntimeLauncher(loader.graph, loader.spec, self._memory, half=loader.half, modes=(mode,))
+        spec = self._launcher.spec
         images = rows // 2 if component == GUIDED_STEP else rows
         doubled = {SAMPLE, NOISE_PRED} if component == GUIDED_STEP else ()
         shapes = {one.name: (rows if one.name in doubled else images, *one.bounds("opt")[1:]) for one in spec.inputs}
         sizes = sizes_of(spec, shapes)
         tensors = {one.name: (one.shape_at(sizes), one.dtype) for one in (*spec.inputs, *spec.outputs)}
-        space = Workspace(memory, tensors, {component: Call(launcher, {})}, "benchmark")
-    except LdmError as error:
-        return str(error)
-    generator = np.random.default_rng(0)
-    for one in spec.inputs:
-        values = generator.standard_normal(tensors[one.name][0]) * 0.5
-        space.write(one.name, values.astype(one.dtype) if one.dtype.startswith("float") else np.abs(values) * 500)
-    times = []
-    for _ in range(args.rounds + 1):
-        memory.synchronise()
+        self._space = Workspace(self._memory, tensors, {component: Call(self._launcher, {})}, "benchmark")
+        generator = np.random.default_rng(0)
+        for one in spec.inputs:
+            values = generator.standard_normal(tensors[one.name][0]) * 0.5
+            whole = np.abs(values) * 500
+            self._space.write(one.name, (values if one.dtype.startswith("float") else whole).astype(one.dtype))
+
+    def launch(self) -> None:
+        """Run the component; it may still run on return."""
+        self._space.run(self._component)
+
+    def run(self) -> None:
+        """Run the component to its end."""
+        self.launch()
+        self._memory.synchronise()
+
+    def back_to_back(self, count: int) -> float:
+        """Seconds of a call among some that do not wait for each other."""
+        self._memory.synchronise()
         begun = time.perf_counter()
-        for _ in range(args.steps):
-            space.run(component)
-        memory.synchronise()
-        times.append((time.perf_counter() - begun) / args.steps)
-    space.close()
-    launcher.close()
-    return round(1e3 * median(times[1:]), 4)
+        for _ in range(count):
+            self.launch()
+        self._memory.synchronise()
+        return (time.perf_counter() - begun) / count
+
+    def close(self) -> None:
+        """Free its memory."""
+        self._space.close()
+        self._launcher.close()
 
 
 def choice(precision: str, device: str) -> Choice:

@@ -81,6 +81,17 @@ def shapes_engines(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def shapes_cuda(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
+    """``shapes_bundle`` with fp16 graphs, also those for ONNX Runtime on CUDA; read-only."""
+    from ldm_export.demo import demo_checkpoint
+    from ldm_runtime.bundle import Bundle
+    from tests.support.bundles import add_cuda
+
+    folder = shared.once("shapes_cuda", lambda folder: add_cuda(demo_checkpoint(), shapes_bundle, folder))
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="session")
 def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only."""
     from tests.support.triton_server import served

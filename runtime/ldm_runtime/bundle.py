@@ -74,7 +74,7 @@ class Bundle:
         """The checked ONNX graph of a component; its external weights, if any, are checked too.
 
         ``variant`` names an engine; its own variant of the graph is returned if the bundle has one. A variant may read
-        the weights of the portable graph, so both graphs' weights are checked.
+        the weights of the portable graph.
 
         Raises:
             ManifestError: no graph of that precision, or a file of it is not what was built.
@@ -87,8 +87,8 @@ class Bundle:
                 f"{', '.join(part.graphs) or 'none'}; build it with `ldm-export build --precision {precision}`"
             )
         graph = self.verified(name)
-        weights = [*map(weights_file, (part.graphs.get(precision, name), name)), *self._external(name)]
-        files = [file for file in dict.fromkeys(weights) if file in self.manifest.files]
+        weights = dict.fromkeys([weights_file(name), *self._external(name)])
+        files = [file for file in weights if file in self.manifest.files]
         return replace(graph, beside=tuple(map(self.verified, files)))
 
     def _external(self, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ldm_runtime.denoiser import Denoiser
 from ldm_runtime.device import Launcher, Memory, WorkspaceCache
 from ldm_runtime.device_run import COEFFICIENTS, HISTORY, DeviceRun
-from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.errors import DisplacedError, SpecError
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import SAMPLE
 from ldm_runtime.request import Plan
@@ -137,11 +137,13 @@ class DeviceLoop:
         """Hold the device for a request, which must be the one that has started last.
 
         Raises:
-            BackendError: Another request has started, or the loop was closed, so that the tensors are not its own.
+            DisplacedError: Another request has started, or the loop was closed, so that the tensors are not its own.
         """
         with self._lock:
             if self._running is not request or self._device is None:
-                raise BackendError("device loop: another request has started on the device; finish one before the next")
+                raise DisplacedError(
+                    "device loop: another request has started on the device; finish one before the next"
+                )
             with self._device.memory.lock:
                 yield
 

@@ -24,7 +24,7 @@ class EngineFacts:
     Attributes:
         file: Path in the bundle.
         package: The package that built it: "tensorrt-rtx" or "tensorrt".
-        version: Version of that package. Only the same version loads the engine.
+        version: Version of that package. Only the same version loads the engine, unless it is version-compatible.
         compute_capabilities: GPUs that it runs on, e.g. ("8.6", "8.9"). One that "tensorrt" built runs on the kind of
             GPU that built it.
         precision: Precision of the graph that it was built from.
@@ -32,6 +32,8 @@ class EngineFacts:
         profiles: Shapes that it takes. The first profile that fits is used, so narrower ones come first.
         proof: How the precision of its matrix work was read, and what was found.
         structure: SHA-256 of the graph without the values of its weights, if the engine can be refitted; else "".
+        version_compatible: Later versions of the same major number load the plan too, and so does TensorRT's lean
+            runtime.
     """
 
     file: str
@@ -43,6 +45,7 @@ class EngineFacts:
     profiles: tuple[Profile, ...]
     proof: Mapping[str, Any] = field(default_factory=dict)
     structure: str = ""
+    version_compatible: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON-able description."""
@@ -57,6 +60,7 @@ class EngineFacts:
             "profiles": shapes,
             "proof": dict(self.proof),
             "structure": self.structure,
+            "version_compatible": self.version_compatible,
         }
 
     def fitting(self, shapes: Mapping[str, Shape]) -> int | None:
@@ -89,6 +93,7 @@ def engine_from_json(where: str, value: Any) -> EngineFacts:
         profiles=tuple(_profile(f"{where}.profiles", item) for item in profiles),
         proof=require_object(f"{where}.proof", entry.get("proof")),
         structure=require_str(f"{where}.structure", entry.get("structure", "")),
+        version_compatible=_flag(f"{where}.version_compatible", entry.get("version_compatible", False)),
     )
 
 
@@ -112,6 +117,12 @@ def _shape(where: str, value: Any) -> Shape:
 def _within(shape: Shape, low: Shape, high: Shape) -> bool:
     same = len(shape) == len(low) == len(high)
     return same and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ManifestError(f"{where}: got {value!r:.60}, expected true or false; rebuild the bundle")
+    return value
 
 
 def _list(where: str, value: Any) -> list[Any]:

@@ -34,6 +34,14 @@ class BackendError(LdmError):
     """An engine cannot be loaded or run on this machine."""
 
 
+class UnsupportedError(BackendError):
+    """An engine does not offer what is asked for on any machine, e.g. because the bundle has nothing built for it."""
+
+
+class DisplacedError(BackendError):
+    """Another request has started on the device since; this one cannot continue."""
+
+
 class QueueFullError(LdmError):
     """A request was refused, because the queue is full or the engine fails; try again later."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -20,7 +22,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, LdmError
+from ldm_runtime.errors import BackendError, DisplacedError, LdmError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
@@ -119,6 +121,9 @@ class LatentDiffusionPipeline:
         self.denoiser = Denoiser(model, backends)
         self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners)
         self._keep_loaded = keep_loaded
+        self._opened: OpenModel | None = None
+        self._started: DeviceLoop | None = None
+        self._former_loops: list[DeviceLoop] = []
 
     @classmethod
     def from_bundle(
@@ -138,8 +143,9 @@ class LatentDiffusionPipeline:
             path: The bundle's folder.
             precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
                 arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
-            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, "auto" for the fastest here, or an
-                object with the interface of ``backends.engine.Engine``.
+            backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or an object with the interface of
+                ``backends.engine.Engine``. "auto" takes the fastest engine here, and the next one if that does not load
+                or does not run; ``choice.reason`` and a warning say why.
             device: For onnxruntime: "auto", "cpu" or "cuda".
             threads: CPU threads of one operator; None for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
@@ -175,7 +181,15 @@ class LatentDiffusionPipeline:
         )
         for one in verified:  # the conditioners have read them by now
             one.check()
+        pipeline._opened, opened.on_change = opened, pipeline._follow
         return pipeline
+
+    def _follow(self) -> None:
+        """Take over the choice and the loop after the engine was replaced; the old loop is freed with the denoiser."""
+        assert self._opened is not None
+        if self.loop is not None:
+            self._former_loops.append(self.loop)
+        self.choice, self.loop = self._opened.choice, self._opened.loop
 
     def __call__(
         self,
@@ -229,8 +243,8 @@ class LatentDiffusionPipeline:
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         trajectory, total = plan.trajectory, len(plan.trajectory)
         encoded = self._encode(plan)
-        if self.loop is not None and self.loop.takes(plan):
-            reads = self.loop.steps(plan, encoded, self.denoiser)
+        reads = self._device_steps(plan, encoded)
+        if reads is not None:
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
                 yield Step(index, total, int(timestep), read)
             return
@@ -254,6 +268,38 @@ class LatentDiffusionPipeline:
                 predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
             state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
             yield Step(index, total, int(timestep), _reader(state[0]))
+
+    def _device_steps(self, plan: Plan, encoded: Tensors) -> Iterator[Callable[[], F32]] | None:
+        """Start the loop on the device and return its steps; None if there is no loop that runs the plan.
+
+        A loop that cannot start on this machine is replaced, as ``OpenModel`` replaces engines.
+        """
+        while (loop := self.loop) is not None and loop.takes(plan):
+            reads = loop.steps(plan, encoded, self.denoiser)
+            try:
+                first = next(reads)
+            except BackendError as error:
+                self.loop_failed(loop, error)
+            else:
+                self.loop_started(loop)
+                return chain([first], reads)
+        return None
+
+    def loop_started(self, loop: DeviceLoop) -> None:
+        """Note that a loop runs on this machine, so that a later failure does not replace the engine."""
+        self._started = loop
+
+    def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
+        """Replace the engine of a loop that has failed before it ran; ``loop`` and ``choice`` are the next one's then.
+
+        Raises:
+            BackendError: ``error``, if the loop has run before or no other engine may run the model.
+        """
+        if self._opened is None or self._started is loop or isinstance(error, DisplacedError):
+            raise error
+        with suppress(BackendError):
+            loop.close()
+        self._opened.loop_failed(loop, error)
 
     def condition(self, plan: Plan) -> Tensors:
         """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
@@ -319,6 +365,9 @@ class LatentDiffusionPipeline:
             backend.close()
 
     def _close_denoiser(self) -> None:
+        while self._former_loops:
+            with suppress(BackendError):  # its engine has failed before
+                self._former_loops.pop().close()
         if self.loop is not None:
             self.loop.close()
         self.denoiser.close()

@@ -61,14 +61,14 @@ def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> No
 def test_an_unconditional_model_is_timed_by_its_number_of_images(tmp_path: Path) -> None:
     write_small_bundle(tmp_path / "bundle")
     calls: list[str] = []
-    settings = BenchSettings(batches=(1, 3), runs=1, threads=1, height=8)
+    settings = BenchSettings(batches=(1, 3), runs=1, threads=1, height=8, device="cpu")
     combinations = [Combination("onnxruntime", "fp32"), Combination("onnxruntime", "bf16")]
     result = benchmark(tmp_path / "bundle", combinations, settings, lambda what, done, total: calls.append(what))
     assert [(measure.part, measure.batch) for measure in result.measures] == [
         *(("time_embedding", 1), ("unet", 1), ("decoder", 1), ("image", 1)),
         *(("unet", 3), ("decoder", 3), ("image", 3)),
     ]
-    assert "has no bf16 graph" in result.refused["onnxruntime bf16"]
+    assert "does not compute in bf16 on a CPU" in result.refused["onnxruntime bf16"]
     assert (result.settings.steps, result.settings.guidance_scale, result.settings.eta) == (4, 1.0, 0.0)
     assert "unet × 4" in result.chart() and calls[0] == "loading onnxruntime fp32"
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ldm_export.cli import main
+from ldm_runtime.backends.openvino import has_bf16
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST as NAME
 from tests.support.checkpoints import random_checkpoint
@@ -168,6 +169,15 @@ def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bun
     out, err = run(capfd, *arguments)
     assert "a blue [/i] square" in out and f"{bundle_copy}/report/verify.html\n" in out and err == ""
     assert "verify.settings.num_inference_steps" in run(capfd, "inspect", bundle_copy)[0]
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 arithmetic")
+def test_verify_runs_bf16_on_an_engine_that_computes_in_it(tiny_checkpoint, bundle_copy, place, capfd) -> None:
+    (place / "prompts.txt").write_text("a circle")
+    arguments = ("--against", tiny_checkpoint, "--prompts", "prompts.txt", "--steps", "1", "--precision", "bf16")
+    facts = json.loads(run(capfd, "verify", bundle_copy, *arguments, "--json")[0])
+    assert facts["within_tolerance"] is True
+    assert 1e-3 < facts["components"]["unet"]["max_error"] < 0.1
 
 
 def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place, capfd) -> None:

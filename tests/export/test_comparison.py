@@ -10,12 +10,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tensorrt_rtx
+from polygraphy.backend import onnxrt
 
 from ldm_export.cli import main
 from ldm_export.quality.comparison import Run, parse_runs
 from ldm_export.quality.layerwise import compare_layers, first_beyond
+from ldm_export.quality.polygraphy_engines import POLYGRAPHY, PolygraphyBackend, PolygraphyTensorRtLoader
+from ldm_runtime.backends.engine import Engine
+from ldm_runtime.backends.engine_match import MatchedEngine
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import BuildError, SpecError
+from ldm_runtime.engine_facts import EngineFacts
+from ldm_runtime.errors import BackendError, BuildError, SpecError
 from ldm_runtime.specs import dummy_inputs
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
@@ -28,14 +34,14 @@ def half(half_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 
 def test_backends_are_compared_on_the_same_feed(half: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    backends = "onnxruntime:fp32,onnxruntime:fp16,openvino:fp32"
+    backends = "onnxruntime:fp32,onnxruntime:fp16,openvino:fp32,polygraphy:fp32,polygraphy:fp16"
+    runs = backends.split(",")[1:]
     assert main(["verify", str(half.folder), "--backends", backends, "--steps", "3", "--json"]) == 0
     output = json.loads(capsys.readouterr().out)
     assert output["against"] == "onnxruntime:fp32" and output["within_tolerance"]
     errors = {(one["run"], one["part"]): one["max_error"] for one in output["differences"]}
-    assert set(errors) == {
-        (run, part) for run in ("onnxruntime:fp16", "openvino:fp32") for part in (*COMPONENTS, "image")
-    }
+    assert set(errors) == {(run, part) for run in runs for part in (*COMPONENTS, "image")}
+    assert errors["polygraphy:fp32", "unet"] < 1e-4 < errors["polygraphy:fp16", "unet"] < 0.02
     assert 0 < errors["openvino:fp32", "unet"] < errors["onnxruntime:fp16", "unet"] < 0.02
     assert Bundle.open(half.folder).manifest.measured["backends"] == output
 
@@ -109,3 +115,34 @@ def test_bad_options_are_refused(half: Bundle, refused: Callable[..., None]) -> 
     )
     refused("verify", half.folder, "--backends", "onnxruntime,caffe", message="backend: got 'caffe'")
     refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", message="no fp8 graph")
+    refused("verify", half.folder, "--backends", "onnxruntime,polygraphy:fp8", message="no fp8 graph")
+    refused(
+        "verify", half.folder, "--backends", "onnxruntime,polygraphy-tensorrt", message="has no fp16 engine, only none"
+    )
+
+
+def test_polygraphy_names_what_it_cannot_load_or_run(half: Bundle, tmp_path: Path) -> None:
+    spec, file = half.manifest.components["decoder"].spec, tmp_path / "torn.onnx"
+    file.write_bytes(half.graph("decoder", "fp32").read_bytes()[:100])
+    with pytest.raises(BackendError, match=r"^decoder: polygraphy cannot load it: .*torn\.onnx"):
+        PolygraphyBackend(spec, lambda: onnxrt.OnnxrtRunner(onnxrt.SessionFromOnnx(str(file))))
+    session = onnxrt.SessionFromOnnx(str(half.graph("decoder", "fp32")))
+    backend = PolygraphyBackend(half.manifest.components["unet"].spec, lambda: onnxrt.OnnxrtRunner(session))
+    with pytest.raises(BackendError, match=r"^unet: polygraphy cannot run it: "):
+        backend.run(dummy_inputs(half.manifest.components["unet"].spec, "min"))
+    backend.close()
+
+
+def test_polygraphy_says_why_tensorrt_cannot_load_an_engine(half: Bundle) -> None:
+    part, file = half.manifest.components["decoder"], half.manifest.components["decoder"].graphs["fp32"]
+    facts = EngineFacts(file, "tensorrt-rtx", tensorrt_rtx.__version__, ("8.9",), "fp32", "", ({},))
+    loader = PolygraphyTensorRtLoader(MatchedEngine(facts, half.verified(file), part.spec, tensorrt_rtx))
+    with pytest.raises(
+        BackendError, match=rf"^decoder: polygraphy cannot load .*{file}: IRuntime::deserializeCudaEngine"
+    ):
+        loader()
+
+
+def test_both_runners_of_polygraphy_are_engines() -> None:
+    assert set(POLYGRAPHY) == {"polygraphy", "polygraphy-tensorrt"}
+    assert all(isinstance(engine, Engine) and engine.available() is None for engine in POLYGRAPHY.values())

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import tensorrt_rtx
 from ldm_export.bundle.build import build
 from ldm_export.cli import main
 from ldm_export.demo import demo_checkpoint
+from ldm_export.engine.attention import unfused_warning
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import known_capabilities
 from ldm_export.engine.proof import prove
@@ -59,6 +61,24 @@ def test_all_matrix_work_of_the_engine_is_half(shapes_engines: Bundle, name: str
     assert not graph["matrix_islands"] and engine.proof["matrix_work"]["half"] > 1
 
 
+@pytest.mark.parametrize(("name", "fused", "attentions"), [("text_encoder", 3, 3), ("unet", 14, 14), ("decoder", 0, 1)])
+def test_every_attention_is_looked_for_in_the_program(
+    shapes_engines: Bundle, name: str, fused: int, attentions: int
+) -> None:
+    """The decoder's single head is not fused by this version of the builder."""
+    (engine,) = shapes_engines.manifest.components[name].engines
+    proof = engine.proof["attention"]
+    assert (proof["fused"], proof["graph"]) == (fused, attentions)
+    content = shapes_engines.file(engine.file).read_bytes()
+    assert content.count(b"multihead_attention_params_v2") == fused * len(engine.profiles)
+    warning = unfused_warning(name, engine)
+    if fused == attentions:
+        assert warning is None and "unfused" not in proof
+    else:
+        assert warning is not None and f"does not fuse 1 of 1 attentions, first {proof['unfused'][0]}" in warning
+        assert unfused_warning(name, replace(engine, precision="fp32")) is None
+
+
 def test_every_convolution_of_the_graph_stands_in_the_program(shapes_engines: Bundle) -> None:
     import onnx
 
@@ -75,6 +95,7 @@ def test_fp32_is_proven_fp32_and_never_taken_for_fp16(shapes_engines: Bundle, ca
     graph, file = shapes_engines.graph("text_encoder", "fp32"), tmp_path / "fp32.engine"
     made = build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", (capability,)), file))
     assert set(made.proof["matrix_work"]) == {"float"}
+    assert (made.proof["attention"]["fused"], len(made.proof["attention"]["unfused"])) == (0, 3)
     with pytest.raises(BuildError, match=r"matrix operations are in float, expected fp16, first .*MatMul"):
         prove(file, "fp16", ())
 
@@ -84,7 +105,8 @@ def test_inspect_shows_engines(shapes_engines: Bundle, capsys: pytest.CaptureFix
     (engine,) = json.loads(capsys.readouterr().out)["components"]["unet"]["engines"]
     assert engine["compute_capabilities"] == list(CAPABILITIES) and set(engine["proof"]["matrix_work"]) == {"half"}
     assert main(["inspect", str(shapes_engines.folder)]) == 0
-    assert "matrix work" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "matrix work" in shown and "fused attention: 14 of 14" in shown
 
 
 def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
@@ -95,6 +117,7 @@ def test_bf16_is_proven_bf16(shapes_engines: Bundle, tmp_path: Path) -> None:
     request = EngineRequest("tensorrt-rtx", ("8.9",))
     made = build_engine(EngineJob(graph, spec, "bf16", request, tmp_path / "bf16.engine"))
     assert set(made.proof["matrix_work"]) == {"bf16"}
+    assert made.proof["attention"] == {"graph": 3, "fused": 3}
     with pytest.raises(BuildError, match="matrix operations are in bf16, expected fp16"):
         prove(tmp_path / "bf16.engine", "fp16", ())
 
@@ -133,11 +156,17 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
     ("request_", "precision", "message"),
     [
         (EngineRequest("tensorrt-rtx"), "fp16", r"compute capability: got none, expected some of 7\.5, 8\.0, "),
-        (EngineRequest("tensorrt-rtx", ("9.0",)), "fp16", r"compute capability: got '9\.0', expected some of "),
+        (
+            EngineRequest("tensorrt-rtx", ("9.0",)),
+            "fp16",
+            r"^compute capability: got '9\.0', expected some of .*; for a GPU of 9\.0 build with --target "
+            r'onnxruntime-cuda, which `pip install "ldm-export\[gpu\]"` runs, or on such a GPU with --target tensorrt$',
+        ),
+        (EngineRequest("tensorrt-rtx", ("ada",)), "fp16", r"^compute capability: got 'ada', expected .*\)$"),
         (
             EngineRequest("tensorrt-rtx", ("7.5",)),
             "fp32",
-            r"7\.5 has no fp32 matrix product here; use --precision fp16",
+            r"TensorRT for RTX has no fp32 matrix product for 7\.5; use --precision fp16",
         ),
         (EngineRequest("tensorflow", ("8.9",)), "fp16", r"target: got 'tensorflow', expected one of tensorrt-rtx, "),
         (EngineRequest("tensorrt"), "fp16", r'tensorrt is not installed; `pip install "ldm-export\[tensorrt\]"`'),
@@ -145,6 +174,11 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
             EngineRequest("tensorrt-rtx", ("8.9",), timings="timings"),
             "fp16",
             r"tensorrt_rtx times no kernels while it builds; leave --timing-cache out",
+        ),
+        (
+            EngineRequest("tensorrt-rtx", ("8.9",), version_compatible=True),
+            "fp16",
+            r"^version-compatible: engines of tensorrt_rtx run with the version that built them only; leave ",
         ),
         pytest.param(
             EngineRequest("tensorrt-rtx", ("8.9",), refittable=True),

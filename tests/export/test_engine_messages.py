@@ -8,7 +8,8 @@ import pytest
 import tensorrt_rtx
 
 from ldm_export.engine.config import load_timings, save_timings
-from ldm_export.engine.messages import builder_log, builder_monitor, explain
+from ldm_export.engine.messages import builder_monitor, explain
+from ldm_runtime.backends.tensorrt_log import error_log
 from ldm_runtime.errors import BuildError
 
 
@@ -53,7 +54,7 @@ def test_progress_is_that_of_the_outermost_phase() -> None:
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
 def test_timings_are_kept_in_a_file(tmp_path: Path) -> None:
     """The programming interface, with the real package: that of TensorRT for RTX keeps an empty cache."""
-    builder = tensorrt_rtx.Builder(builder_log(tensorrt_rtx))
+    builder = tensorrt_rtx.Builder(error_log(tensorrt_rtx))
     config, file = builder.create_builder_config(), tmp_path / "timings"
     save_timings(load_timings(config, file), file)
     assert file.stat().st_size > 0

@@ -95,6 +95,19 @@ def test_a_gpu_is_requested_for_gpu_models(tiny_bundle: Path, tmp_path: Path) ->
     assert group.kind == group.KIND_CPU  # it only passes requests on
 
 
+def test_graphs_for_cuda_are_served_on_a_gpu(cuda_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--target", "onnxruntime", "--device", "cuda", "--precision", "fp16")
+    assert write(cuda_bundle.folder, tmp_path / "repository", *options) == 0
+    read = config(tmp_path / "repository", "unet")
+    types = {tensor.name: tensor.data_type for tensor in read.input}
+    assert types.pop("sample") == read.output[0].data_type != next(iter(types.values()))
+    assert len(set(types.values())) == 1  # fp16
+    (accelerator,) = read.optimization.execution_accelerators.gpu_execution_accelerator
+    assert accelerator.name == "cuda" and accelerator.parameters["prefer_nhwc"] == "1"
+    graph = (tmp_path / "repository" / "unet" / "1" / "model.onnx").read_bytes()
+    assert graph == cuda_bundle.file("unet/fp16.onnxruntime-cuda.onnx").read_bytes()
+
+
 def test_tensorrt_plans_are_chosen_by_compute_capability(tiny_bundle: Path) -> None:
     spec = Bundle.open(tiny_bundle).manifest.components["unet"].spec
     shapes = {name: (low, opt, (8, *high[1:])) for name, (low, opt, high) in profile(spec).items()}

@@ -50,6 +50,7 @@ def test_the_tightest_profile_that_fits(shapes: dict[str, tuple[int, ...]], inde
     [
         ({"file": None}, r"^e\.file"),
         ({"version": 11}, r"^e\.version"),
+        ({"version_compatible": 1}, r"^e\.version_compatible: got 1, expected true or false"),
         ({"compute_capabilities": "8.9"}, r"^e\.compute_capabilities: got '8\.9', expected a list"),
         ({"compute_capabilities": [8.9]}, r"^e\.compute_capabilities"),
         ({"profiles": []}, r"^e\.profiles: got 0, expected 1\.\.64"),

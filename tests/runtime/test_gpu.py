@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ldm_export.report.contents import ReportOptions, make_report
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.driver import Gpu, installed_gpu
+from ldm_runtime.backends.engine_advice import RTX_CAPABILITIES
 from ldm_runtime.backends.engine_match import match_engine
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.tensorrt import TensorRtBackend
@@ -40,11 +45,12 @@ def for_this_gpu(shapes_engines: Bundle, capability: str) -> Bundle:
     return shapes_engines
 
 
-@pytest.fixture(params=["tensorrt", "onnxruntime"])
+@pytest.fixture(params=["for_this_gpu", "shapes_engines", "shapes_cuda"])
 def on_gpu(request: pytest.FixtureRequest) -> Iterator[LatentDiffusionPipeline]:
-    bundle = request.getfixturevalue("for_this_gpu" if request.param == "tensorrt" else "shapes_engines")
-    device = "auto" if request.param == "tensorrt" else "cuda"
-    with LatentDiffusionPipeline.from_bundle(bundle, backend=request.param, device=device) as pipeline:
+    """A pipeline on TensorRT, on ONNX Runtime with portable fp16 graphs, or with those for CUDA."""
+    bundle = request.getfixturevalue(request.param)
+    backend, device = ("tensorrt", "auto") if request.param == "for_this_gpu" else ("onnxruntime", "cuda")
+    with LatentDiffusionPipeline.from_bundle(bundle, backend=backend, device=device) as pipeline:
         yield pipeline
 
 
@@ -130,11 +136,71 @@ def test_in_fp32_onnxruntime_generates_the_same_image(shapes_engines: Bundle) ->
     assert close(*all_images, 45)  # TF32 may be used
 
 
-def test_an_engine_for_other_gpus_is_refused_before_it_is_opened(shapes_engines: Bundle, capability: str) -> None:
+def test_the_driver_has_the_gpu_that_cuda_uses(capability: str) -> None:
+    gpu = installed_gpu()
+    assert isinstance(gpu, Gpu), gpu
+    assert gpu.capability == capability and gpu.cuda >= (12, 0)
+
+
+@pytest.fixture
+def for_other_gpus(shapes_engines: Bundle, capability: str) -> Bundle:
+    """The bundle with engines, where they are for other GPUs than the one at hand."""
     if capability in shapes_engines.manifest.components["unet"].engines[0].compute_capabilities:
         pytest.skip("the engines are for this GPU")
-    with pytest.raises(BackendError, match=rf"this GPU has {capability}"):
-        LatentDiffusionPipeline.from_bundle(shapes_engines, backend="tensorrt")
+    return shapes_engines
+
+
+def test_an_engine_for_other_gpus_is_refused_before_it_is_opened(for_other_gpus: Bundle, capability: str) -> None:
+    with pytest.raises(BackendError, match=rf"this GPU has {capability}; ") as caught:
+        LatentDiffusionPipeline.from_bundle(for_other_gpus, backend="tensorrt")
+    buildable = capability in RTX_CAPABILITIES
+    assert (f"--compute-capability {capability}" in str(caught.value)) is buildable
+    assert ("use --backend onnxruntime" in str(caught.value)) is not buildable
+
+
+def test_auto_goes_on_from_engines_for_other_gpus_to_onnxruntime_on_cuda(
+    for_other_gpus: Bundle, capability: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LatentDiffusionPipeline.from_bundle(for_other_gpus) as pipeline:
+        choice = pipeline.choice
+        assert choice is not None
+        assert (choice.backend, choice.device, choice.graph) == ("onnxruntime", "cuda", "fp16")
+        assert "tensorrt cannot be used: " in choice.reason and f"this GPU has {capability}" in choice.reason
+        on_gpu = image(pipeline)
+        assert pipeline.choice is choice
+    assert [record.getMessage() for record in caplog.records if "cannot be used" in record.getMessage()] == [
+        f"{choice.reason.partition('; ')[2]}; onnxruntime runs the model instead"
+    ]
+    with LatentDiffusionPipeline.from_bundle(
+        for_other_gpus, backend="onnxruntime", device="cpu", precision="fp32"
+    ) as reference:
+        assert close(on_gpu, image(reference), 40)
+
+
+def test_a_report_has_images_of_every_precision(shapes_engines: Bundle) -> None:
+    report = make_report(shapes_engines, [{"prompts": PROMPT}], ReportOptions(steps=2))
+    assert {name: (one.failure, len(one.images)) for name, one in report.results.items()} == {
+        "fp32": (None, 1),
+        "fp16": (None, 1),
+    }
+
+
+def test_auto_goes_on_to_the_cpu_if_gpu_memory_is_short(shapes_bundle: Path) -> None:
+    cuda, blocks = Cuda(), list[Any]()
+    try:
+        for size in (2**30, 2**26, 2**22, 2**21):
+            with suppress(BackendError):
+                while True:
+                    blocks.append(cuda.call("cudaMalloc", size))
+        with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32") as pipeline:
+            short = image(pipeline, num_inference_steps=2)
+            assert pipeline.choice is not None and pipeline.choice.device == "cpu"
+            assert "onnxruntime cannot be used: " in pipeline.choice.reason
+    finally:
+        for block in blocks:
+            cuda.call("cudaFree", block)
+    with LatentDiffusionPipeline.from_bundle(shapes_bundle, backend="onnxruntime", device="cpu") as reference:
+        assert close(short, image(reference, num_inference_steps=2), 40)
 
 
 def _any_size(pipeline: LatentDiffusionPipeline) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from ldm_export.bench.component_feeds import feed_at, rows_axis
 from ldm_export.bench.worker_process import Command, serve_commands
 from ldm_export.prompts import PROMPTS
+from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 __all__ = ["IMAGE", "start"]
@@ -21,9 +22,12 @@ IMAGE = "image"
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Open the pipeline that ``settings`` describe: bundle, backend, precision, device and threads."""
+    """Load the pipeline that ``settings`` describe: bundle, backend, precision, device and threads."""
     options = {name: settings[name] for name in ("backend", "precision", "device", "threads")}
     pipeline = LatentDiffusionPipeline.from_bundle(settings["bundle"], **options)
+    for backend in pipeline.backends.values():
+        if isinstance(backend, LazyBackend):
+            backend.load()  # "auto" takes another engine now if this one does not load
     facts = {"choice": pipeline.choice.facts()} if pipeline.choice else {}
     return _Parts(pipeline).prepare, facts
 

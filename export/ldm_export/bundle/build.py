@@ -226,6 +226,7 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
             "compute_capabilities": list(engines["compute_capabilities"]),
             "bounds": {name: list(bounds) for name, bounds in engines["bounds"]},
             "refittable": engines["refittable"],
+            "version_compatible": engines["version_compatible"],
         }
     if options.cuda:
         request["cuda"] = True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ldm_export.bundle.build_plan import BuildPlan
 from ldm_export.bundle.stages import Stage
+from ldm_export.engine.attention import unfused_warning
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.process import build_in_subprocess
@@ -20,6 +22,8 @@ from ldm_runtime.model import ModelDescription
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["engine_of", "engine_stage", "in_latents"]
+
+log = logging.getLogger(__name__)
 
 
 def in_latents(request: EngineRequest, model: ModelDescription, precision: str) -> EngineRequest:
@@ -70,6 +74,8 @@ def engine_stage(
         )
         build = build_in_subprocess if spec.name in plan.model.components else build_engine  # step graphs are tiny
         built = build(job, lambda done, total: plan.on_progress(name, done, total))
+        if warning := unfused_warning(spec.name, built):
+            log.warning("%s", warning)
         facts = replace(built, file=file, precision=precision).to_json()
         _facts_file(folder, file).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         return [file, str(_facts_file(folder, file).relative_to(folder))]

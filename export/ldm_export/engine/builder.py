@@ -8,15 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm_export.engine.attention import attentions_of
 from ldm_export.engine.builder_package import check_request, engine_capabilities, open_package
 from ldm_export.engine.config import add_profiles, choose_capabilities, limit_memory, load_timings, save_timings
 from ldm_export.engine.inspector import inspect_engine
-from ldm_export.engine.messages import OnProgress, builder_log, builder_monitor, explain, one_line
+from ldm_export.engine.messages import OnProgress, builder_monitor, explain
 from ldm_export.engine.profiles import bounded, profiles
 from ldm_export.engine.proof import NO_MATRIX_WORK, has_matrix_work, prove
 from ldm_export.engine.refit import refit_engine, refit_source, structure
 from ldm_export.engine.request import EngineJob
 from ldm_runtime.atomic_files import sha256
+from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
@@ -25,7 +27,7 @@ __all__ = ["build_engine"]
 
 
 def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: None) -> EngineFacts:
-    """Build one engine and prove its precision.
+    """Build one engine, prove its precision, and record which attentions it fuses.
 
     Args:
         job: What to build.
@@ -50,6 +52,7 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
         graph=sha256(job.graph),
         profiles=profiles(bounded(job.spec, request)),
         structure=structure(job.graph) if request.refittable else "",
+        version_compatible=request.version_compatible,
     )
     if source := refit_source(job.previous, job.spec.name, engine):
         refit_engine(package, source, job.graph, job.target)
@@ -58,9 +61,9 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
     if not matrix:
         proof = NO_MATRIX_WORK
     elif request.compute_capabilities:
-        proof = prove(job.target, job.precision, job.islands)
+        proof = prove(job.target, job.precision, job.islands, attentions_of(job.graph))
     else:
-        proof = inspect_engine(package, job.target, job.precision, job.islands)
+        proof = inspect_engine(package, job.target, job.precision, job.islands, attentions_of(job.graph))
     return replace(engine, proof=proof.facts())
 
 
@@ -78,7 +81,7 @@ def _readable_matrix_work(job: EngineJob, package: ModuleType) -> bool:
 
 
 def _build(package: ModuleType, job: EngineJob, engine: EngineFacts, on_progress: OnProgress) -> None:
-    spec, request, log = job.spec, job.request, builder_log(package)
+    spec, request, log = job.spec, job.request, error_log(package)
     try:
         builder = package.Builder(log)
     except Exception as error:  # the bindings raise exceptions without a common class if there is no driver
@@ -91,6 +94,9 @@ def _build(package: ModuleType, job: EngineJob, engine: EngineFacts, on_progress
     timings = None if request.timings is None else load_timings(config, Path(request.timings))
     if request.refittable:
         config.set_flag(package.BuilderFlag.REFIT)
+    if request.version_compatible:
+        config.set_flag(package.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(package.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # a plan with code in it could not be trusted
     if not request.compute_capabilities:
         config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # for the inspector
     monitor = builder_monitor(package, on_progress)

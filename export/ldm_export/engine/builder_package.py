@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
 from ldm_export.engine.request import EngineRequest
 from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.engine_advice import rtx_refusal
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError, BuildError
 
 __all__ = ["check_capabilities", "check_request", "engine_capabilities", "known_capabilities", "open_package"]
 
-HALF_ONLY = ("7.5",)
-"""Compute capabilities for which TensorRT for RTX has no fp32 matrix product."""
+_ELSEWHERE = (
+    '; for a GPU of {} build with --target onnxruntime-cuda, which `pip install "ldm-export[gpu]"` runs, or on such a '
+    "GPU with --target tensorrt"
+)
+"""What to do for a GPU that TensorRT for RTX does not support."""
+_CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
 def open_package(target: str) -> ModuleType:
@@ -80,12 +86,13 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
         raise BuildError(f"compute capability: got none, expected some of {', '.join(known)}")
     for capability in capabilities:
         if capability not in known:
+            advice = _ELSEWHERE.format(capability) if _CAPABILITY.fullmatch(capability) else ""
             raise BuildError(
                 f"compute capability: got {capability!r:.20}, expected some of {', '.join(known)} "
-                f"({package.__name__} {package.__version__})"
+                f"({package.__name__} {package.__version__}){advice}"
             )
-        if capability in HALF_ONLY and precision in ("fp32", "int8"):  # an int8 graph leaves other work in fp32
-            raise BuildError(f"compute capability {capability} has no fp32 matrix product here; use --precision fp16")
+        if refusal := rtx_refusal(capability, precision):
+            raise BuildError(f"compute capability: {refusal}; use --precision fp16")
 
 
 def check_request(package: ModuleType, request: EngineRequest, precision: str | None) -> None:
@@ -98,7 +105,7 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
 
     Raises:
         BuildError: As ``check_capabilities``; refittable engines without a GPU, which the builder needs to compile a
-            part of them; or a file of timings for a package that measures none.
+            part of them; or a file of timings or version-compatible engines for a package that has none.
     """
     check_capabilities(package, request.compute_capabilities, precision)
     if request.refittable:
@@ -109,6 +116,11 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
                 f"refittable: {package.__name__} needs a GPU to build engines whose weights can be exchanged "
                 f"({str(error).partition(';')[0]}); leave --refittable out, or build on a machine with one"
             ) from None
+    if request.version_compatible and known_capabilities(package):
+        raise BuildError(
+            f"version-compatible: engines of {package.__name__} run with the version that built them only; leave "
+            "--version-compatible out, it is for --target tensorrt"
+        )
     if request.timings is not None and known_capabilities(package):
         raise BuildError(
             f"timing cache: {package.__name__} times no kernels while it builds; leave --timing-cache out, it is for "

@@ -1,19 +1,20 @@
-"""Reads the precision in which an engine computes with TensorRT's inspector, which opens the engine on a GPU."""
+"""Reads the precision and the fused attention of an engine with TensorRT's inspector, which opens it on a GPU."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm_export.engine.attention import fused_attention
 from ldm_export.engine.proof import Proof, checked, matrix_nodes
 from ldm_runtime.errors import BuildError
 
-__all__ = ["inspect_engine", "layer_work"]
+__all__ = ["inspect_engine", "layer_nodes", "layer_work"]
 
 _KINDS = (
     ("bfloat", "bf16"),
@@ -30,7 +31,9 @@ UNKNOWN = "unknown"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 
-def inspect_engine(package: ModuleType, engine: Path, precision: str, islands: Collection[str]) -> Proof:
+def inspect_engine(
+    package: ModuleType, engine: Path, precision: str, islands: Collection[str], attentions: Sequence[str] = ()
+) -> Proof:
     """Open an engine that was built with detailed profiling verbosity, and read the types of all its matrix work.
 
     Arguments are those of ``proof.prove``.
@@ -44,11 +47,13 @@ def inspect_engine(package: ModuleType, engine: Path, precision: str, islands: C
     if opened is None:
         raise BuildError(f"{engine}: {package.__name__} cannot open what it built; check the GPU's memory and driver")
     text = opened.create_engine_inspector().get_engine_information(package.LayerInformationFormat.JSON)
-    layers = layer_work(json.loads(text))
+    information = json.loads(text)
+    layers = layer_work(information)
     if all(kind == UNKNOWN for kind, _ in layers):
         raise BuildError(f"{engine}: the inspector reports no type of its matrix work; its precision cannot be proven")
     proof = checked(engine, [layer for layer in layers if layer[0] != UNKNOWN], precision, islands, "inspector")
-    return replace(proof, matrix_work={**proof.matrix_work, **_unknown(layers)})
+    attention = fused_attention(attentions, layer_nodes(information)) if attentions else None
+    return replace(proof, matrix_work={**proof.matrix_work, **_unknown(layers)}, attention=attention)
 
 
 def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -73,6 +78,12 @@ def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             kinds = {_type(tensor) for tensor in operands} - {UNKNOWN}
             work.append(("/".join(sorted(kinds)) or UNKNOWN, nodes))
     return work
+
+
+def layer_nodes(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return (name, ONNX nodes that it was made of) of each layer of the inspector's JSON."""
+    layers = [layer for layer in information.get("Layers", ()) if isinstance(layer, Mapping)]
+    return [(str(layer.get("Name", "")), _ONNX.findall(str(layer.get("Metadata", "")))) for layer in layers]
 
 
 def _unknown(layers: list[tuple[str, list[str]]]) -> dict[str, int]:

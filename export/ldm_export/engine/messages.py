@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["OnProgress", "builder_log", "builder_monitor", "explain", "one_line"]
+from ldm_runtime.backends.tensorrt_log import one_line
+
+__all__ = ["OnProgress", "builder_monitor", "explain"]
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of steps done and the number of all steps."""
@@ -24,24 +26,6 @@ _EXPLANATIONS = (
     ("but must have type", "a tensor has a type that the builder does not take", "use another --precision"),
 )
 """(Part of the builder's message, what it means, what to do). The first match is used."""
-
-
-def builder_log(package: ModuleType) -> Any:
-    """Return an ``ILogger`` that collects the builder's errors in ``errors`` instead of printing them."""
-
-    class Log(package.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            package.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (package.ILogger.ERROR, package.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-        def first(self) -> str:
-            return self.errors[0] if self.errors else "it gives no reason"
-
-    return Log()
 
 
 def builder_monitor(package: ModuleType, on_progress: OnProgress) -> Any:
@@ -107,8 +91,3 @@ def explain(message: str) -> str:
         if part in line.lower():
             return f"{meaning} ({line}); {advice}"
     return f"{line}; choose other bounds or report it with the graph"
-
-
-def one_line(message: str) -> str:
-    """Return a message without line breaks, at most 300 characters of it."""
-    return " ".join(message.split())[:300]

@@ -13,8 +13,9 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from ldm_export.engine.builder import build_engine
-from ldm_export.engine.messages import OnProgress, one_line
+from ldm_export.engine.messages import OnProgress
 from ldm_export.engine.request import EngineJob
+from ldm_runtime.backends.tensorrt_log import one_line
 from ldm_runtime.engine_facts import EngineFacts, engine_from_json
 from ldm_runtime.errors import BuildError, LdmError
 

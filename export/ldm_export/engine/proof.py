@@ -1,4 +1,4 @@
-"""Reads the precision in which an engine of TensorRT for RTX computes from the compiled program inside its bytes.
+"""Reads the precision and the fused attention of an engine of TensorRT for RTX from the compiled program in its bytes.
 
 Opening an engine with the inspector needs a GPU. The bytes contain the program as text, in statements like
 ``corrltn={ name="unet.conv_in/Conv" output={"a"} input={"b" "c"} … layers="[ONNX Layer: unet.conv_in/Conv]" }`` and
@@ -12,12 +12,13 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from ldm_export.engine.attention import FusedAttention, fused_attention
 from ldm_export.graph.islands import MATRIX
 from ldm_runtime.errors import BuildError
 
@@ -33,6 +34,11 @@ _FUSED = re.compile(
     rb"runtime_fusion=\{ name=__myl_\w*?(?:Fc|Mha|Conv)\w* input_args=\{(?P<in>[^}\n]*)\}"
     rb' output_args=\{(?P<out>[^}\n]*)\}[^\n]*? layers="(?P<layers>[^"]{0,8000})"'
 )
+_ATTENTION = re.compile(
+    rb"function=\{ name=_gemm_mha\w* [^\n]*? input_args=\{(?P<in>[^}\n]*)\}[^\n]*? output_args=\{(?P<out>[^}\n]*)\}"
+    rb'[^\n]*? layers="(?P<layers>[^"]{0,8000})"'
+)
+_KERNEL = re.compile(rb'function=\{ name=(\w{1,400}) [^\n]*? layers="([^"]{0,8000})"')
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _NAME = re.compile(rb'"([^"^]+)(?:\^\w+)?"')
 
@@ -42,20 +48,23 @@ class Proof:
     """The types of an engine's matrix work.
 
     Attributes:
-        matrix_work: Type ("half", "float", "int8") -> number of convolutions and matrix products in it, over all
-            profiles.
+        matrix_work: Type ("half", "float", "int8") -> number of convolutions, matrix products and fused attentions in
+            it, over all profiles.
         beyond: ONNX nodes of matrix work in another type than requested, except the islands.
         read_from: "program", the compiled text inside the engine; "inspector", which opened it on a GPU; or "graph",
             if the graph has no matrix work.
+        attention: The attentions of the graph, if it has any, and those that are fused kernels.
     """
 
     matrix_work: Mapping[str, int]
     beyond: tuple[str, ...]
     read_from: str
+    attention: FusedAttention | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return the JSON-able entry of the manifest."""
-        return {"read_from": self.read_from, "matrix_work": dict(self.matrix_work)}
+        attention = {} if self.attention is None else {"attention": self.attention.facts()}
+        return {"read_from": self.read_from, "matrix_work": dict(self.matrix_work), **attention}
 
 
 NO_MATRIX_WORK = Proof({}, (), "graph")
@@ -67,13 +76,14 @@ def has_matrix_work(graph: Path) -> bool:
     return any(node.op_type in MATRIX for node in ir.load(graph).graph.all_nodes())
 
 
-def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
-    """Read the types of all matrix work in an engine whose graph has some.
+def prove(engine: Path, precision: str, islands: Collection[str], attentions: Sequence[str] = ()) -> Proof:
+    """Read the types of all matrix work in an engine whose graph has some, and which attentions are fused.
 
     Args:
         engine: File of any size.
         precision: The requested precision.
         islands: ONNX nodes that may compute in fp32.
+        attentions: Attentions of the graph, as ``attention.attentions_of`` returns them.
 
     Raises:
         BuildError: No program can be read from the file, or matrix work beyond the islands is in another precision.
@@ -82,12 +92,14 @@ def prove(engine: Path, precision: str, islands: Collection[str]) -> Proof:
         types = _types(content)
         operations = [
             (_kind(match, types), _LAYER.findall(match["layers"].decode()))
-            for statement in (_MATRIX, _FUSED)
+            for statement in (_MATRIX, _FUSED, _ATTENTION)
             for match in statement.finditer(content)
         ]
+        kernels = [(match[1].decode(), _LAYER.findall(match[2].decode())) for match in _KERNEL.finditer(content)]
     if not operations:
         raise BuildError(f"{engine}: no compiled program can be read from it; its precision cannot be proven")
-    return checked(engine, operations, precision, islands, "program")
+    proof = checked(engine, operations, precision, islands, "program")
+    return replace(proof, attention=fused_attention(attentions, kernels)) if attentions else proof
 
 
 def checked(

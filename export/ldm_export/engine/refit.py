@@ -10,7 +10,7 @@ from types import ModuleType
 
 import onnx_ir as ir
 
-from ldm_export.engine.messages import builder_log, one_line
+from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BuildError, ManifestError
@@ -58,7 +58,15 @@ def refit_source(previous: Bundle | None, component: str, target: EngineFacts) -
     """
     part = None if previous is None else previous.manifest.components.get(component)
     for engine in () if part is None else part.engines:
-        facts = ("package", "version", "compute_capabilities", "precision", "profiles", "structure")
+        facts = (
+            "package",
+            "version",
+            "compute_capabilities",
+            "precision",
+            "profiles",
+            "structure",
+            "version_compatible",
+        )
         if engine.structure and all(getattr(engine, name) == getattr(target, name) for name in facts):
             try:
                 assert previous is not None
@@ -74,7 +82,7 @@ def refit_engine(package: ModuleType, engine: Path, graph: Path, target: Path) -
     Raises:
         BuildError: The engine does not open, or it needs other weights than the graph has.
     """
-    log = builder_log(package)
+    log = error_log(package)
     runtime = package.Runtime(log)
     opened = runtime.deserialize_cuda_engine(engine.read_bytes())
     if opened is None:

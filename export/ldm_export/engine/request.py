@@ -27,6 +27,7 @@ class EngineRequest:
         bounds: (axis name, bounds) of "batch" in images, and of "height" and "width" in latents.
         rows_per_image: Rows of the UNet for one image: the number of guidance branches, 1 without guidance.
         refittable: Keep what is needed to exchange the weights later without a rebuild. Needs a GPU to build.
+        version_compatible: Build plans that later versions and TensorRT's lean runtime run too. For "tensorrt" only.
         timings: File of kernel timings that is kept from build to build. For "tensorrt" only.
     """
 
@@ -35,6 +36,7 @@ class EngineRequest:
     bounds: tuple[tuple[str, Bounds], ...] = ()
     rows_per_image: int = 1
     refittable: bool = False
+    version_compatible: bool = False
     timings: str | None = field(default=None, repr=False)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared
+from ldm_export.quality.polygraphy_engines import POLYGRAPHY
 from ldm_export.quality.real_feeds import real_feeds
 from ldm_export.requests import RequestFields
 from ldm_runtime.backends import Feed
@@ -26,7 +27,7 @@ IMAGE = "image"
 
 @dataclass(frozen=True)
 class Run:
-    """A backend and the precision of its graphs; None lets the backend choose."""
+    """A backend, or an engine of ``POLYGRAPHY``, and the precision of its graphs; None lets the backend choose."""
 
     backend: str
     precision: str | None
@@ -96,11 +97,11 @@ def compare(
     for done, run in enumerate(runs):
         on_progress(str(run), done, len(runs))
         with LatentDiffusionPipeline.from_bundle(
-            bundle, backend=run.backend, precision=run.precision, keep_loaded=False
+            bundle,
+            backend=POLYGRAPHY.get(run.backend, run.backend),
+            precision=run.precision,
+            keep_loaded=False,
         ) as pipeline:
-            choice = pipeline.choice
-            assert choice is not None
-            tolerance = _coarser(TOLERANCES.get(choice.graph, TOLERANCES["bf16"]), TOLERANCES[choice.arithmetic])
             feeds = feeds or real_feeds(pipeline, bundle.file, requests).components
             results = {}
             for name, feed in feeds.items():
@@ -108,6 +109,9 @@ def compare(
                 pipeline.backends[name].close()
             image = pipeline(**{"seed": 0, "num_inference_steps": steps, **requests[0]}).images[0]
             results[IMAGE] = {IMAGE: np.asarray(image, np.float64)}
+            choice = pipeline.choice  # now, because "auto" may have replaced it
+            assert choice is not None
+            tolerance = _coarser(TOLERANCES.get(choice.graph, TOLERANCES["bf16"]), TOLERANCES[choice.arithmetic])
         if not first:
             first, coarsest = results, tolerance
             continue

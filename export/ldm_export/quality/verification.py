@@ -19,7 +19,7 @@ from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, 
 from ldm_export.quality.real_feeds import RealFeeds, real_feeds
 from ldm_export.requests import RequestFields, label
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import CheckpointError, SpecError
+from ldm_runtime.errors import BackendError, CheckpointError, SpecError
 from ldm_runtime.images import psnr
 from ldm_runtime.model import SAMPLE, TIMESTEP, UNET, Defaults
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -146,7 +146,7 @@ def verify(
     defaults = bundle.manifest.defaults
     if steps is not None:
         defaults = Defaults(steps, defaults.eta, defaults.guidance_scale)
-    with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime", device="cpu") as ours:
+    with _open(bundle, precision) as ours:
         feeds = real_feeds(ours, bundle.file, requests)
         components: list[ComponentResult] = []
         for name in family.components:
@@ -161,6 +161,18 @@ def verify(
             )
         on_progress("images", total, total)
     return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(images))
+
+
+def _open(bundle: Bundle, precision: str) -> LatentDiffusionPipeline:
+    """Open a bundle on ONNX Runtime's CPU provider, which computes as the graphs state, or else on any engine that can.
+
+    Raises:
+        ManifestError, BackendError: The bundle is damaged, or no engine here runs it in that precision.
+    """
+    try:
+        return LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime", device="cpu")
+    except BackendError:  # bf16
+        return LatentDiffusionPipeline.from_bundle(bundle, precision=precision)
 
 
 def _component(

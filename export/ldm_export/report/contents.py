@@ -181,8 +181,6 @@ def _generate(
     images, seconds, ran = list[Image.Image](), list[float](), backend
     try:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend=backend) as pipeline:
-            if pipeline.choice:
-                ran = f"{pipeline.choice.backend}, computing in {pipeline.choice.arithmetic}"
             for index, request in enumerate(requests):
                 begun = time.perf_counter()
                 for step in pipeline.steps(request):
@@ -190,6 +188,8 @@ def _generate(
                     on_progress(index * step.total + step.index + 1, len(requests) * step.total)
                     begun = time.perf_counter()
                 images += _decoded(pipeline, step.latents, request)
+            if pipeline.choice:  # "auto" may have replaced it
+                ran = f"{pipeline.choice.backend}, computing in {pipeline.choice.arithmetic}"
     except BackendError as error:
         return PrecisionImages(backend=ran, failure=str(error))
     return PrecisionImages(tuple(images), median(seconds), ran)

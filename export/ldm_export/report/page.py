@@ -169,10 +169,13 @@ def _engines(report: Report) -> Iterator[Markup]:
             work = mapping(engine.proof.get("matrix_work"))
             kinds = ", ".join(f"{count} {kind}" for kind, count in work.items())
             built = f"{engine.package} {engine.version}"
-            rows.append((component, engine.precision, built, ", ".join(engine.compute_capabilities), kinds or "none"))
+            attention = mapping(engine.proof.get("attention"))
+            fused = f"{attention.get('fused')} of {attention.get('graph')}" if attention else "none"
+            gpus = ", ".join(engine.compute_capabilities)
+            rows.append((component, engine.precision, built, gpus, kinds or "none", fused))
     if rows:
         yield element("h2", "Engines")
-        columns = ("component", "precision", "built by", "compute capability", "proof: matrix work")
+        columns = ("component", "precision", "built by", "compute capability", "proof: matrix work", "fused attention")
         yield table(columns, rows)
 
 

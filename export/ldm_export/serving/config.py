@@ -19,6 +19,9 @@ TARGETS = ("python", "onnxruntime", "tensorrt")
 """Backends of the models of single components: Triton's Python backend with this runtime, or Triton's own backends."""
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 DATA_TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
+CUDA_OPTIONS = {"prefer_nhwc": "1", "cudnn_conv_algo_search": "HEURISTIC"}
+"""Options of ONNX Runtime's CUDA provider in Triton. CUDA graphs stay off: a captured graph reads the buffers of the
+call that captured it, and Triton gives each call other buffers and batch sizes."""
 MAX_QUEUE_SIZE = 256
 """Requests that may wait for the model of one component."""
 MAX_QUEUE_DELAY = 0
@@ -149,7 +152,9 @@ def _optimization(serving: Serving) -> dict[str, Any]:
     if serving.target == "tensorrt":
         return {"cuda": {"graphs": True, "output_copy_stream": True}}
     if serving.target == "onnxruntime":
-        return {"graph": {"level": 1}}
+        cuda = {"name": "cuda", "parameters": MapOf(CUDA_OPTIONS)}
+        accelerators = {"execution_accelerators": {"gpu_execution_accelerator": [cuda]}}
+        return {"graph": {"level": 1}, **(accelerators if serving.gpu else {})}
     return {"input_pinned_memory": {"enable": serving.gpu}, "output_pinned_memory": {"enable": serving.gpu}}
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ldm_export.serving.config import Serving, component_config, plan_name, stream_config, unary_config
 from ldm_runtime.backends.engine import pipeline_components
+from ldm_runtime.backends.onnxruntime import CUDA_VARIANT
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import BuildError
+from ldm_runtime.specs import ComponentSpec
 from ldm_runtime.triton.parameters import BUNDLE
 
 __all__ = ["STREAM", "UNARY", "Model", "make_model", "model_names"]
@@ -64,11 +66,16 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
         return Model(name, stream_config(model, serving), {"model.py": code, **_bundle_files(bundle)})
     component, precision = bundle.manifest.components[name], serving.parameters.precision
     if serving.target == "onnxruntime":
-        graph = bundle.verified_graph(name, precision)
+        graph = bundle.verified_graph(name, precision, CUDA_VARIANT if serving.gpu else "")
+        spec = (
+            _spec_of_graph(component.spec, graph.path)
+            if serving.gpu and CUDA_VARIANT in component.variants
+            else component.spec
+        )
         files: dict[str, str | Path] = {"model.onnx": graph.path}
         folder = graph.path.parent  # the graph refers to its weights by paths from here
         files |= {str(weights.path.relative_to(folder)): weights.path for weights in graph.beside}
-        return Model(name, component_config(component.spec, serving), files)
+        return Model(name, component_config(spec, serving), files)
     if serving.target == "tensorrt":
         engines = [
             engine for engine in component.engines if engine.package == "tensorrt" and engine.precision == precision
@@ -83,6 +90,23 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
         return Model(name, component_config(component.spec, serving, engines), plans)
     code = CODE.format(module="component_model", name="ComponentModel")
     return Model(name, component_config(component.spec, serving), {"model.py": code, **_bundle_files(bundle)})
+
+
+def _spec_of_graph(spec: ComponentSpec, graph: Path) -> ComponentSpec:
+    """The spec with float16 where the graph has it: graphs for CUDA exchange some tensors in half precision."""
+    import onnx  # only graphs for CUDA need it
+
+    model = onnx.load(graph, load_external_data=False)
+    half = {
+        value.name
+        for value in (*model.graph.input, *model.graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
+    inputs, outputs = (
+        tuple(replace(tensor, dtype="float16") if tensor.name in half else tensor for tensor in tensors)
+        for tensors in (spec.inputs, spec.outputs)
+    )
+    return replace(spec, inputs=inputs, outputs=outputs)
 
 
 def _bundle_files(bundle: Bundle) -> dict[str, Path]:

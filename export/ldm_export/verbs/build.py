@@ -63,6 +63,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="build engines whose weights can be exchanged without a rebuild (needs a GPU)",
     )
     engines.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="build plans that later versions and the lean runtime run too (tensorrt; none has been run yet)",
+    )
+    engines.add_argument(
         "--timing-cache", metavar="FILE", help="file that keeps kernel timings for the next build (tensorrt)"
     )
     add_int8_arguments(verb)
@@ -157,12 +162,17 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
     if args.target in (None, CUDA):
-        if bounds or capabilities != ("",) or args.refittable or args.timing_cache:
+        if bounds or capabilities != ("",) or args.refittable or args.version_compatible or args.timing_cache:
             raise BuildError(
-                "batch, height, width, compute capability, refittable and timing cache apply to engines only; "
-                f"add --target {' or '.join(PACKAGES)}"
+                "batch, height, width, compute capability, refittable, version-compatible and timing cache apply to "
+                f"engines only; add --target {' or '.join(PACKAGES)}"
             )
         return None
     return EngineRequest(
-        args.target, tuple(filter(None, capabilities)), bounds, refittable=args.refittable, timings=args.timing_cache
+        args.target,
+        tuple(filter(None, capabilities)),
+        bounds,
+        refittable=args.refittable,
+        version_compatible=args.version_compatible,
+        timings=args.timing_cache,
     )

@@ -58,8 +58,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 def _engine(engine: dict[str, Any]) -> str:
     gpus = ", ".join(engine["compute_capabilities"]) or "the GPU it was built on"
     work = ", ".join(f"{count} {kind}" for kind, count in mapping(engine["proof"].get("matrix_work")).items())
-    what = f"{engine['precision']} for {gpus}, {engine['package']} {engine['version']}"
-    return f"{engine['file']}, {human_bytes(engine['bytes'])}; {what}; matrix work: {work or 'none'}"
+    later = " and later (not proven: no such plan has been run yet)" if engine["version_compatible"] else ""
+    what = f"{engine['precision']} for {gpus}, {engine['package']} {engine['version']}{later}"
+    attention = mapping(engine["proof"].get("attention"))
+    fused = f"; fused attention: {attention.get('fused')} of {attention.get('graph')}" if attention else ""
+    return f"{engine['file']}, {human_bytes(engine['bytes'])}; {what}; matrix work: {work or 'none'}{fused}"
 
 
 def _flat(facts: Any, prefix: str = "") -> list[list[str]]:

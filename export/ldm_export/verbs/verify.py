@@ -39,7 +39,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     others.add_argument(
         "--backends",
         metavar="LIST",
-        help="compare backends with the first of them instead, e.g. onnxruntime,openvino:fp32",
+        help="compare backends with the first of them instead, e.g. onnxruntime,openvino:fp32; polygraphy and "
+        "polygraphy-tensorrt run the graphs and the engines with Polygraphy's runners",
     )
     others.add_argument(
         "--layers", action="store_true", help="compare half-precision graphs with fp32 tensor by tensor instead"

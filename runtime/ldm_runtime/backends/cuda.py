@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.backends.driver import no_gpu
 from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError
 
@@ -29,9 +30,9 @@ class Cuda:
         try:
             error, count = runtime.cudaGetDeviceCount()
         except RuntimeError as failure:  # there is no driver library
-            raise BackendError(_no_gpu(str(failure))) from None
+            raise no_gpu(str(failure)) from None
         if int(error) or not count:
-            raise BackendError(_no_gpu(self._text(error)))
+            raise no_gpu(self._text(error))
 
     def _text(self, error: Any) -> str:
         return bytes(self._runtime.cudaGetErrorString(error)[1]).decode()
@@ -122,7 +123,3 @@ class Buffer:
 def empty(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Return an uninitialised host array for a result."""
     return np.empty(shape, np.dtype(dtype))
-
-
-def _no_gpu(reason: str) -> str:
-    return f"no CUDA GPU can be used ({reason}); engines need one. Without, run the graphs: --backend onnxruntime"

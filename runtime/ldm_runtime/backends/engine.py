@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -50,7 +50,7 @@ class Choice:
         graph: Precision whose graphs are run: "fp32", "fp16", "bf16" or "int8".
         arithmetic: Precision of sums and products where the graph leaves it to the engine.
         rank: Preference of the backend "auto", which takes the choice of the lowest rank.
-        reason: Why "auto" takes it, in a few words.
+        reason: Why "auto" takes it, in a few words, and why it could not take the engines that it prefers.
     """
 
     backend: str
@@ -59,6 +59,10 @@ class Choice:
     arithmetic: str
     rank: int
     reason: str
+
+    def same_way(self, other: Choice) -> bool:
+        """True if the other one runs the same graphs in the same way, whatever the reason for it is."""
+        return replace(self, reason=other.reason) == other
 
     def facts(self) -> dict[str, str]:
         """JSON-able description without the rank."""
@@ -100,16 +104,19 @@ class Engine(Protocol):
         """Extra of the package ldm-export that installs the engine, e.g. "onnxruntime"; "" if there is none."""
 
     def available(self) -> str | None:
-        """None if the engine can be used on this machine, otherwise a short phrase that says why not."""
+        """None if the engine's package is installed, otherwise a short phrase that says so."""
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the ways in which the engine would run the bundle. Nothing is loaded, and no file is read.
 
-        The first one is used if the caller names the engine. The backend "auto" takes the choice of the lowest rank of
-        all engines.
+        Whatever can be checked without loading is checked here: the GPU, the driver, the package and its version. The
+        first choice is used if the caller names the engine. The backend "auto" takes the choice of the lowest rank of
+        all engines, and the next one if its components do not load.
 
         Raises:
-            BackendError: The engine cannot run the bundle as wished. "auto" then leaves it out.
+            UnsupportedError: The engine does not run the bundle as wished on any machine. "auto" leaves it out.
+            BackendError: This machine prevents the engine from running the bundle, or from running it in the best way;
+                the latter is raised after the choices that remain. "auto" takes another choice and reports the error.
         """
 
     def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 
-from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.backends.host import import_engine
+from ldm_runtime.backends.driver import Gpu, check_driver, installed_gpu, no_gpu
+from ldm_runtime.backends.engine_advice import build_command, other_gpu, rebuild_command
+from ldm_runtime.backends.host import import_engine, is_installed
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import EngineFacts
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.specs import ComponentSpec
 from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = [
     "PACKAGES",
+    "RUNTIMES",
     "MatchedEngine",
     "check_graph",
     "engines_of",
+    "find_engine",
     "match_engine",
-    "matching_engine",
-    "open_package",
-    "rebuild_command",
+    "runs_version",
+    "runtime_for",
 ]
 
 PACKAGES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-"""Package as bundles and extras name it -> its module."""
+"""Package that builds engines, as bundles and extras name it -> its module."""
+RUNTIMES = {**PACKAGES, "tensorrt-lean": "tensorrt_lean"}
+"""Package that runs engines -> its module. TensorRT's lean runtime runs version-compatible plans only."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +56,45 @@ def match_engine(bundle: Bundle, component: str, precision: str) -> MatchedEngin
     """Find the engine of a component for this machine and check its file.
 
     Raises:
-        BackendError: There is no engine of that precision for this package version and GPU, the package is missing,
-            or there is no GPU.
+        BackendError: As ``find_engine``, or there is no GPU.
         ManifestError: The engine is not the file that was built.
+    """
+    gpu = installed_gpu()
+    if isinstance(gpu, str):
+        raise no_gpu(gpu)
+    facts, package = find_engine(bundle, component, precision, gpu)
+    return MatchedEngine(facts, bundle.verified(facts.file), bundle.manifest.components[component].spec, package)
+
+
+def find_engine(bundle: Bundle, component: str, precision: str, gpu: Gpu) -> tuple[EngineFacts, ModuleType]:
+    """Find the engine of a component for a GPU, and the installed package that runs it. No file is read.
+
+    Raises:
+        UnsupportedError: The bundle has no engine of the component in that precision.
+        BackendError: Its engines are for other GPUs, of another graph or for another version, or the package is missing
+            or cannot be loaded.
     """
     engines = engines_of(bundle, component, precision)
     check_graph(bundle, component, precision, engines)
-    package = open_package(engines)
-    facts = matching_engine(component, engines, package.__version__, Cuda().capability())
-    return MatchedEngine(facts, bundle.verified(facts.file), bundle.manifest.components[component].spec, package)
+    fitting = [engine for engine in engines if gpu.capability in engine.compute_capabilities]
+    if not fitting:
+        raise other_gpu(component, engines, gpu)
+    return runtime_for(fitting, gpu)
 
 
 def engines_of(bundle: Bundle, component: str, precision: str) -> tuple[EngineFacts, ...]:
     """Return the engines of a component in one precision.
 
     Raises:
-        BackendError: There are none; the message has the command that builds them.
+        UnsupportedError: There are none; the message has the command that builds them.
     """
     part = bundle.manifest.components[component]
     if engines := tuple(engine for engine in part.engines if engine.precision == precision):
         return engines
     others = sorted({engine.precision for engine in part.engines})
-    raise BackendError(
+    raise UnsupportedError(
         f"{bundle.folder}: {component} has no {precision} engine, only {', '.join(others) or 'none'}; build it "
-        f"with `ldm-export build --precision {precision} --target tensorrt-rtx --compute-capability …`"
+        f"with {build_command(precision, installed_gpu())}"
     )
 
 
@@ -93,53 +114,54 @@ def check_graph(bundle: Bundle, component: str, precision: str, engines: Sequenc
             )
 
 
-def open_package(engines: Sequence[EngineFacts]) -> ModuleType:
-    """Import the package that runs the first of these engines.
+def runtime_for(engines: Sequence[EngineFacts], gpu: Gpu) -> tuple[EngineFacts, ModuleType]:
+    """Return the first of these engines that an installed package runs, with the package's module.
 
     Raises:
-        BackendError: The package is unknown, not installed, or cannot be loaded.
+        BackendError: A package is unknown, not installed, cannot be loaded, has another version, or needs a newer
+            driver.
     """
-    name = engines[0].package
-    if name not in PACKAGES:
-        raise BackendError(f"{engines[0].file}: package {name!r:.40} is none of {', '.join(PACKAGES)}; rebuild it")
-    return import_engine(PACKAGES[name], name)
-
-
-def matching_engine(component: str, engines: Sequence[EngineFacts], version: str, capability: str) -> EngineFacts:
-    """Return the engine for a package version and a GPU.
-
-    Args:
-        component: Name of the component, for messages.
-        engines: At least one engine of the component.
-        version: Version of the package that is installed.
-        capability: Compute capability of the GPU at hand, e.g. "8.9".
-
-    Raises:
-        BackendError: No engine matches. The message says what was found and what is needed. An engine that records no
-            compute capability matches no GPU.
-    """
+    refusals: list[BackendError] = []
     for engine in engines:
-        if engine.version == version and capability in engine.compute_capabilities:
-            return engine
-    engine = engines[0]
-    if engine.version != version:
+        try:
+            return engine, _open_runtime(engine, gpu)
+        except BackendError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _open_runtime(engine: EngineFacts, gpu: Gpu) -> ModuleType:
+    if engine.package not in PACKAGES:
+        known = ", ".join(PACKAGES)
+        raise BackendError(f"{engine.file}: package {engine.package!r:.40} is none of {known}; rebuild it")
+    lean = engine.version_compatible and not is_installed(PACKAGES[engine.package])
+    name = "tensorrt-lean" if lean else engine.package
+    package = import_engine(RUNTIMES[name], name)
+    if not runs_version(engine, package.__version__):
         raise BackendError(
-            f"{engine.file}: built by {engine.package} {engine.version}, here is {version}; install that version or "
-            f"{rebuild_command(engine)}"
+            f"{engine.file}: built by {engine.package} {engine.version}, here is {package.__version__}; install that "
+            f"version or {rebuild_command(engine)}"
         )
-    known = list(dict.fromkeys(one for engine in engines for one in engine.compute_capabilities))
-    raise BackendError(
-        f"{component}: its engines are for compute capability {', '.join(known) or 'none (not recorded)'}, this GPU "
-        f"has {capability}; {rebuild_command(engine, capability)}"
-    )
+    check_driver(gpu, name, _cuda_of(name))
+    return package
 
 
-def rebuild_command(engine: EngineFacts, capability: str | None = None) -> str:
-    """Return the command that builds an engine again, for another GPU if ``capability`` is given.
+def _cuda_of(package: str) -> str:
+    """Major number of the CUDA version of an installed package, from its requirements, e.g. tensorrt_cu13; or ""."""
+    try:
+        required = " ".join(requires(package) or ())
+    except PackageNotFoundError:  # installed without pip
+        return ""
+    match = re.search(r"[_-]cu(\d+)\b", required)
+    return match[1] if match else ""
 
-    TensorRT builds for the GPU at hand, so its command names no compute capability.
+
+def runs_version(engine: EngineFacts, version: str) -> bool:
+    """True if a version of the package runs an engine.
+
+    It is the version that built the engine; for a version-compatible plan also a later one of the same major number.
     """
-    capabilities = "" if engine.package == "tensorrt" else capability or ",".join(engine.compute_capabilities)
-    option = f" --compute-capability {capabilities}" if capabilities else ""
-    where = " on this machine" if engine.package == "tensorrt" else ""
-    return f"rebuild{where} with `ldm-export build --precision {engine.precision} --target {engine.package}{option}`"
+    if version == engine.version or not engine.version_compatible:
+        return version == engine.version
+    built, here = ([int(part) for part in text.split(".") if part.isdecimal()] for text in (engine.version, version))
+    return built[:1] == here[:1] and here >= built

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import RLock
 
-from ldm_runtime.backends.engine import Choice, Engine, Placement, Wish, pipeline_components
+from ldm_runtime.backends.engine import Choice, Engine, Loader, Placement, Wish, pipeline_components
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.registry import AUTO
-from ldm_runtime.backends.selection import select_backend
+from ldm_runtime.backends.selection import Failure, select_backend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
@@ -16,20 +20,104 @@ from ldm_runtime.number_checks import threads as checked_threads
 
 __all__ = ["OpenModel", "open_component", "open_model"]
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
+class _Options:
+    """What the caller asks for: see ``open_model``."""
+
+    backend: str | Engine
+    wish: Wish
+    threads: int | None
+    cache: Path | None
+
+
 class OpenModel:
     """The components of a bundle, ready to be loaded.
 
+    With the backend "auto", an engine whose components do not load or do not run is replaced by the next one that can
+    run the bundle. Each replacement is logged as a warning and is part of the reason of the new choice.
+
     Attributes:
-        backends: Component -> backend that is loaded on first use, for each component that the pipeline runs.
+        backends: Component -> backend that is loaded on first use. The objects stay the same if the engine is replaced.
         choice: What runs them.
         loop: The denoising loop on the device, if there is one.
+        on_change: Called after the engine was replaced, by the thread that has noticed the failure.
+
+    Raises:
+        ManifestError: A file is not the one that was built.
+        BackendError: No engine can run the bundle on this machine, or the one that the caller names cannot.
     """
 
-    backends: dict[str, LazyBackend]
     choice: Choice
     loop: DeviceLoop | None
+
+    def __init__(self, bundle: Bundle, names: Sequence[str], options: _Options, *, with_loop: bool):
+        self._bundle, self._names, self._options, self._with_loop = bundle, names, options, with_loop
+        self._failures: list[Failure] = []
+        self._reported: set[str] = set()
+        self._lock = RLock()
+        self.on_change: Callable[[], None] = lambda: None
+        self.backends: dict[str, LazyBackend] = {}
+        self._open()
+
+    def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
+        """Replace the engine whose denoising loop could not start.
+
+        Raises:
+            BackendError: ``error``, if the caller has named the engine or no other one is left.
+        """
+        with self._lock:
+            if self.loop is loop:  # otherwise another thread has replaced the engine
+                self._next_engine(error)
+
+    def _component_failed(self, name: str, loader: Loader, error: BackendError) -> None:
+        with self._lock:
+            if self.backends[name].loader is loader:
+                self._next_engine(error)
+
+    def _next_engine(self, error: BackendError) -> None:
+        if self._options.backend != AUTO:
+            raise error
+        self._failures.append(Failure(self.choice, str(error)))
+        try:
+            self._open()
+        except BackendError:
+            self._failures.pop()
+            raise error from None
+        self.on_change()
+
+    def _open(self) -> None:
+        """Open the components on the first engine that can, and report why those before it cannot."""
+        while True:
+            selected = select_backend(self._bundle, self._options.backend, self._options.wish, self._failures)
+            try:
+                loop = self._open_on(selected.engine, selected.choice)
+            except BackendError as error:
+                if self._options.backend != AUTO:
+                    raise
+                self._failures.append(Failure(selected.choice, str(error)))
+                continue
+            self.choice, self.loop = selected.choice, loop
+            for refusal in selected.refusals:
+                if refusal not in self._reported:
+                    self._reported.add(refusal)
+                    log.warning("%s; %s runs the model instead", refusal, selected.choice.backend)
+            return
+
+    def _open_on(self, engine: Engine, choice: Choice) -> DeviceLoop | None:
+        placement = Placement(choice.device, self._options.threads, self._options.cache)
+        loaders = {name: engine.open(self._bundle, name, choice, placement) for name in self._names}
+        for name, loader in loaders.items():
+            if name in self.backends:
+                self.backends[name].replace(loader)
+            else:
+                spec = self._bundle.manifest.components[name].spec
+                self.backends[name] = LazyBackend(spec, loader, partial(self._component_failed, name))
+        if not self._with_loop:
+            return None
+        return engine.device_loop(self._bundle, choice, placement, self.backends)
 
 
 def open_model(
@@ -56,15 +144,8 @@ def open_model(
         ManifestError: A file is not the one that was built.
         BackendError: The engine cannot run the bundle on this machine.
     """
-    threads = checked_threads(threads)
-    engine, choice = select_backend(bundle, backend, Wish(precision, device, once))
-    placement = Placement(choice.device, threads, cache)
-    model = bundle.manifest.model
-    backends = {
-        name: LazyBackend(model.components[name], engine.open(bundle, name, choice, placement))
-        for name in pipeline_components(model)
-    }
-    return OpenModel(backends, choice, engine.device_loop(bundle, choice, placement, backends))
+    options = _Options(backend, Wish(precision, device, once), checked_threads(threads), cache)
+    return OpenModel(bundle, pipeline_components(bundle.manifest.model), options, with_loop=True)
 
 
 def open_component(
@@ -84,9 +165,7 @@ def open_component(
     if component not in bundle.manifest.components:
         known = ", ".join(bundle.manifest.components)
         raise BackendError(f"{bundle.folder}: got component {component!r:.60}, expected one of {known}")
-    threads = checked_threads(threads)
-    engine, choice = select_backend(bundle, backend, Wish(precision, device))
-    loader = engine.open(bundle, component, choice, Placement(choice.device, threads, cache))
-    opened = LazyBackend(bundle.manifest.components[component].spec, loader)
+    options = _Options(backend, Wish(precision, device), checked_threads(threads), cache)
+    opened = OpenModel(bundle, (component,), options, with_loop=False).backends[component]
     opened.load()
     return opened

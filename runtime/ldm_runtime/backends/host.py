@@ -1,4 +1,4 @@
-"""The host: usable CPU cores, GPUs, and optional engine packages with their error messages."""
+"""The host: usable CPU cores, and optional engine packages with their error messages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from types import ModuleType
 from ldm_runtime.errors import BackendError, interrupted
 from ldm_runtime.telemetry import hidden_reporter, quieten_engine
 
-__all__ = ["first_line", "has_nvidia_gpu", "import_engine", "is_installed", "usable_cores"]
+__all__ = ["first_line", "import_engine", "is_installed", "usable_cores"]
 
 CGROUP = Path("/sys/fs/cgroup")
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
-"""Device files of NVIDIA's driver, on Linux and on the Windows Subsystem for Linux."""
 _ENGINE_NOISE = ("Exception from", "Check '")
 """Beginnings of lines that name a place in an engine's C++ code."""
 
@@ -43,11 +41,6 @@ def _quota(cgroup: Path) -> float:
         return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
     except (OSError, ValueError):  # the files are missing, or the quota is "max"
         return math.inf
-
-
-def has_nvidia_gpu() -> bool:
-    """True if a driver for an NVIDIA GPU is loaded. The driver itself is not called."""
-    return any(Path(device).exists() for device in GPU_DEVICES)
 
 
 def is_installed(module: str) -> bool:

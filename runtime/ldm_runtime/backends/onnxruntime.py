@@ -1,4 +1,4 @@
-"""The engine ONNX Runtime: on CUDA if its provider is installed and a GPU is present, otherwise on the CPU."""
+"""The engine ONNX Runtime: on CUDA if its provider is installed and the driver has a GPU, otherwise on the CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.backends.device_backend import DeviceBackend
 from ldm_runtime.backends.engine import Choice, Placement, Wish, step_graphs
-from ldm_runtime.backends.host import first_line, has_nvidia_gpu, import_engine, is_installed
+from ldm_runtime.backends.host import first_line, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.memory import memory_of
+from ldm_runtime.backends.onnxruntime_cuda import GPU_EXTRA, check_cuda, has_cuda_build
 from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.backends.onnxruntime_session import (
     EXTRA,
-    PROVIDERS,
     Opening,
     load_onnxruntime,
     open_session,
@@ -28,7 +28,7 @@ from ldm_runtime.backends.onnxruntime_session import (
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
 from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
@@ -48,7 +48,6 @@ CPU_VARIANT = "onnxruntime-cpu"
 """Variant of a graph with ONNX Runtime's own operators for the CPU, e.g. its fused attention."""
 CUDA_VARIANT = "onnxruntime-cuda"
 """Variant of a graph with ONNX Runtime's own operators for CUDA. It may have float16 where the spec says float32."""
-GPU_EXTRA = "gpu"
 SMALL_UNET = 100 * 10**6
 """Bytes of an fp32 UNet below which ONNX Runtime generates a single image sooner than OpenVINO. OpenVINO samples
 faster, but its compilation takes longer than that saves: 0.6 s against 1.4 s in total for a UNet of 22 MB. Larger
@@ -141,26 +140,38 @@ class OnnxRuntimeEngine:
         return None if is_installed("onnxruntime") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
-        """Yield CUDA or the CPU on the graphs of the precision asked for, then fp32 for one image of a small model.
+        """Yield CUDA if it can be used, then the CPU, on the graphs of the precision asked for.
+
+        For one image of a small model, fp32 on the CPU follows. The CPU has no kernels for bf16: there a bundle built
+        for bf16 runs in fp32.
 
         Raises:
-            BackendError: onnxruntime is not installed, or it has no CUDA provider and "cuda" is asked for.
+            UnsupportedError: The CPU is to compute in bf16.
+            BackendError: onnxruntime is not installed, "cuda" is asked for and cannot be used; or, after the choices of
+                the CPU, onnxruntime was built with CUDA but cannot use it on this machine.
         """
         if not is_installed("onnxruntime"):
             load_onnxruntime()
         graph = wish.precision or bundle.precision
-        if wish.device == "cuda":
-            providers("cuda", load_onnxruntime().get_available_providers())
-            import_engine("cuda.bindings.runtime", GPU_EXTRA)
-        can_use_cuda = has_nvidia_gpu() and is_installed("cuda") and _has_cuda_provider()
-        if wish.device == "cuda" or (wish.device == "auto" and can_use_cuda):
-            yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
-            return
-        reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
-        yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
-        if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
-            reason = "the fastest start for one image of a small model"
-            yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        refused: BackendError | None = None
+        if wish.device == "cuda" or (wish.device == "auto" and has_cuda_build()):
+            try:
+                check_cuda()
+            except BackendError as error:
+                refused = error
+            else:
+                yield Choice(self.name, "cuda", graph, graph, CUDA_RANK, "onnxruntime has a CUDA provider")
+        if wish.device != "cuda":
+            if wish.precision == "bf16":
+                raise refused or UnsupportedError("onnxruntime does not compute in bf16 on a CPU; use precision fp32")
+            graph = "fp32" if graph == "bf16" else graph
+            reason = "OpenVINO, which is faster on a CPU, is not installed or cannot be used"
+            yield Choice(self.name, "cpu", graph, graph, CPU_RANK, reason)
+            if wish.once and graph != "int8" and wish.precision in (None, "fp32") and _is_small(bundle):
+                reason = "the fastest start for one image of a small model"
+                yield Choice(self.name, "cpu", "fp32", "fp32", SMALL_RANK, reason)
+        if refused:
+            raise refused
 
     def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> OnnxRuntimeLoader:
         """Check a component's graph and return its loader. The variant of the graph for the device is preferred.
@@ -211,10 +222,6 @@ def _loop_device(
             one.close()
 
     return LoopDevice(memory_of("cuda", GPU_EXTRA), launchers, derived, close)
-
-
-def _has_cuda_provider() -> bool:
-    return PROVIDERS["cuda"] in load_onnxruntime().get_available_providers()
 
 
 def _is_small(bundle: Bundle) -> bool:

@@ -82,7 +82,7 @@ class Opening:
         stream: Address of the CUDA stream on which all calls run. None means a stream of the session's own.
         capture: True lets calls be captured as CUDA graphs. It needs a graph that runs on the GPU as a whole.
         sizes: Symbol of a dimension -> its only size in this session.
-        half: True if float16 is accepted where the spec says float32.
+        half: True for a graph of the variant for CUDA, which may have float16 where the spec says float32.
     """
 
     device: str
@@ -93,8 +93,17 @@ class Opening:
     half: bool = False
 
     def cuda_options(self) -> dict[str, str]:
-        """Options of the CUDA provider. Convolutions run on channels-last data, for which tensor cores are faster."""
-        options = {"arena_extend_strategy": "kSameAsRequested", "prefer_nhwc": "1"}
+        """Options of the CUDA provider.
+
+        Convolutions run on channels-last data, for which tensor cores are faster. A graph for CUDA already does, and
+        could not be captured with free dimensions if ONNX Runtime rewrote it. cuDNN's kernels are those of its
+        heuristic mode A, which are faster for a UNet than those of ONNX Runtime's default, mode B.
+        """
+        options = {
+            "arena_extend_strategy": "kSameAsRequested",
+            "prefer_nhwc": str(int(not self.half)),
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
         if self.capture:
             options["enable_cuda_graph"] = "1"
         if self.stream is not None:

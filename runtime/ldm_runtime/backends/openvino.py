@@ -21,7 +21,8 @@ from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, LdmError
+from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
+from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
@@ -135,7 +136,8 @@ class OpenVinoEngine:
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the CPU. OpenVINO rounds fp32 graphs, and what int8 graphs leave in fp32, to bf16 by itself.
 
-        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16".
+        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16". On another CPU
+        "bf16" runs the bundle's bf16 graphs, whose tensors are rounded, with sums and products in fp32.
 
         Raises:
             BackendError: openvino is not installed, or the CPU lacks what is asked for.
@@ -143,10 +145,13 @@ class OpenVinoEngine:
         if not wish.needs(RANK):
             return
         if wish.device == "cuda":
-            raise BackendError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
+            raise UnsupportedError("openvino runs on the CPU; leave device out, or use backend onnxruntime")
         bf16, reason = has_bf16(), "the fastest installed engine for this CPU"
         if wish.precision == "bf16" and not bf16:
-            raise BackendError("precision: got bf16, in which this CPU does not compute; use fp32")
+            if "bf16" in bundle.manifest.components[UNET].graphs:
+                yield Choice(self.name, "cpu", "bf16", "fp32", RANK, reason)
+                return
+            raise UnsupportedError("precision: got bf16, in which this CPU does not compute; use fp32")
         if wish.precision in ("fp32", "fp16"):
             yield Choice(self.name, "cpu", wish.precision, "fp32", RANK, reason)
             return

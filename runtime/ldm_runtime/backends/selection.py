@@ -1,27 +1,51 @@
-"""Selects the engine that runs a bundle: the one that the caller names, or the fastest available one."""
+"""Selects the engine that runs a bundle: the one that the caller names, or the fastest that this machine can run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ldm_runtime.backends.engine import Choice, Engine, Wish
 from ldm_runtime.backends.registry import AUTO, BACKEND_NAMES, BACKENDS
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 
-__all__ = ["DEVICES", "Choice", "Wish", "select_backend"]
+__all__ = ["DEVICES", "Choice", "Failure", "Selected", "Wish", "select_backend"]
 
 DEVICES = ("auto", "cpu", "cuda")
 """What callers may give as ``device``."""
 
 
-def select_backend(bundle: Bundle, backend: str | Engine = AUTO, wish: Wish | None = None) -> tuple[Engine, Choice]:
+@dataclass(frozen=True)
+class Failure:
+    """A choice that was tried and did not work."""
+
+    choice: Choice
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.choice.backend} cannot be used: {self.error}"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """An engine, how it runs the bundle, and why engines that may be faster could not be used: one line each."""
+
+    engine: Engine
+    choice: Choice
+    refusals: tuple[str, ...] = ()
+
+
+def select_backend(
+    bundle: Bundle, backend: str | Engine = AUTO, wish: Wish | None = None, failures: Sequence[Failure] = ()
+) -> Selected:
     """Decide which engine runs a bundle, on which graphs and in which precision. Nothing is loaded.
 
     Args:
         bundle: The bundle.
         backend: Name of an engine, "auto" for the choice of the lowest rank, or an engine of the caller's own.
         wish: What the caller asks for. None asks for nothing in particular.
+        failures: Choices that "auto" leaves out, because they were tried and did not work.
 
     Raises:
         BackendError: The backend or the device is unknown, the engine cannot run the bundle as wished, or no engine
@@ -31,7 +55,7 @@ def select_backend(bundle: Bundle, backend: str | Engine = AUTO, wish: Wish | No
     if wish.device not in DEVICES:
         raise BackendError(f"device: got {wish.device!r:.40}, expected one of {', '.join(DEVICES)}")
     if backend == AUTO:
-        return _auto(bundle, wish)
+        return _auto(bundle, wish, failures)
     engine = BACKENDS.get(backend) if isinstance(backend, str) else backend
     if not isinstance(engine, Engine):
         raise BackendError(
@@ -39,28 +63,32 @@ def select_backend(bundle: Bundle, backend: str | Engine = AUTO, wish: Wish | No
             "interface of ldm_runtime.backends.engine.Engine"
         )
     for choice in engine.choices(bundle, wish):
-        return engine, replace(choice, reason="as asked")
+        return Selected(engine, replace(choice, reason="as asked"))
     raise BackendError(f"{engine.name}: cannot run {bundle.folder}; choose another backend")
 
 
-def _auto(bundle: Bundle, wish: Wish) -> tuple[Engine, Choice]:
+def _auto(bundle: Bundle, wish: Wish, failures: Sequence[Failure]) -> Selected:
     best: tuple[Engine, Choice] | None = None
-    refused: list[str] = []
+    unsupported, refusals = list[str](), [str(failure) for failure in failures]
     missing = 0
     for engine in BACKENDS.values():
         if reason := engine.available():
-            refused.append(f"{engine.name}: {reason}")
+            unsupported.append(f"{engine.name}: {reason}")
             missing += 1
             continue
         limited = wish if best is None else replace(wish, below_rank=best[1].rank)
         try:
             for choice in engine.choices(bundle, limited):
-                if best is None or choice.rank < best[1].rank:
+                failed = any(failure.choice.same_way(choice) for failure in failures)
+                if not failed and (best is None or choice.rank < best[1].rank):
                     best = engine, choice
+        except UnsupportedError as error:
+            unsupported.append(f"{engine.name}: {error}")
         except BackendError as error:
-            refused.append(f"{engine.name}: {error}")
+            refusals.append(f"{engine.name} cannot be used: {error}")
     if best is not None:
-        return best
+        engine, choice = best
+        return Selected(engine, replace(choice, reason="; ".join((choice.reason, *refusals))), tuple(refusals))
     if missing == len(BACKENDS):
         raise BackendError('no engine is installed; `pip install "ldm-export[openvino]"` (or [onnxruntime], [gpu])')
-    raise BackendError(f"no engine can run {bundle.folder} as asked: {'; '.join(refused)}")
+    raise BackendError(f"no engine can run {bundle.folder} as asked: {'; '.join((*refusals, *unsupported))}")

@@ -10,17 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.cuda import Buffer, empty
+from ldm_runtime.backends.cuda import Buffer, Cuda, empty
+from ldm_runtime.backends.driver import installed_gpu, no_gpu
 from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish, pipeline_components, step_graphs
-from ldm_runtime.backends.engine_match import PACKAGES, MatchedEngine, engines_of, match_engine, open_package
-from ldm_runtime.backends.host import has_nvidia_gpu, is_installed
+from ldm_runtime.backends.engine_match import RUNTIMES, MatchedEngine, engines_of, find_engine, match_engine
+from ldm_runtime.backends.host import is_installed
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.memory import cuda_memory
 from ldm_runtime.backends.tensorrt_device import TensorRtLauncher
 from ldm_runtime.backends.tensorrt_engine import LoadedEngine
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import check_feed, sizes_of
 
@@ -94,24 +95,30 @@ class TensorRtEngine:
     extra = "tensorrt-rtx"
 
     def available(self) -> str | None:
-        """None if one of the packages is installed and there is a GPU, otherwise why it cannot be used."""
-        if not any(map(is_installed, PACKAGES.values())):
-            return f'not installed; `pip install "ldm-export[{self.extra}]"`'
-        return None if has_nvidia_gpu() else "there is no NVIDIA GPU"
+        """None if one of the packages is installed, otherwise how to install one."""
+        if any(map(is_installed, RUNTIMES.values())):
+            return None
+        return f'not installed; `pip install "ldm-export[{self.extra}]"`'
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the bundle's engines of the precision asked for.
 
         Raises:
-            BackendError: The CPU is asked for, a component has no engine, or the package of the engines is missing.
+            UnsupportedError: The CPU is asked for, or a component has no engine.
+            BackendError: There is no GPU or no driver that can be used, or no engine of a component runs here: see
+                ``engine_match.find_engine``.
         """
         if wish.device == "cpu":
-            raise BackendError("tensorrt runs on a GPU; leave device out, or use backend onnxruntime")
-        precision = wish.precision or bundle.precision
-        engines = [engines_of(bundle, name, precision) for name in pipeline_components(bundle.manifest.model)]
-        package = engines[0][0].package
-        if package not in PACKAGES or not is_installed(PACKAGES[package]):
-            open_package(engines[0])
+            raise UnsupportedError("tensorrt runs on a GPU; leave device out, or use backend onnxruntime")
+        precision, names = wish.precision or bundle.precision, pipeline_components(bundle.manifest.model)
+        for name in names:
+            engines_of(bundle, name, precision)
+        gpu = installed_gpu()
+        if isinstance(gpu, str):
+            raise no_gpu(gpu)
+        for name in names:
+            find_engine(bundle, name, precision, gpu)
+        Cuda()
         yield Choice(self.name, "cuda", precision, precision, RANK, "the bundle has engines and there is a GPU")
 
     def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:

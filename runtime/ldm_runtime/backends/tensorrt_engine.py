@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.backends.engine_match import MatchedEngine, rebuild_command
+from ldm_runtime.backends.engine_advice import rebuild_command
+from ldm_runtime.backends.engine_match import MatchedEngine
+from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.errors import BackendError
 
 __all__ = ["LoadedEngine"]
@@ -31,13 +32,19 @@ class LoadedEngine:
     def __init__(self, matched: MatchedEngine):
         self.spec, self._facts, file, package = matched.spec, matched.facts, matched.file.path, matched.package
         self.cuda = Cuda()
-        self._runtime = package.Runtime(package.Logger(package.Logger.ERROR))
+        self._log = error_log(package)
+        self._runtime = package.Runtime(self._log)
         content = file.read_bytes()
         matched.file.check()
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise BackendError(f"{file}: {package.__name__} cannot load it; {rebuild_command(self._facts)}")
-        self._context = _context(package, self._engine, file)
+            raise BackendError(
+                f"{file}: {package.__name__} cannot load it: {one_line(self._log.first())}; free GPU memory, or "
+                f"{rebuild_command(self._facts)}"
+            )
+        self._context = _context(package, self._engine)
+        if self._context is None:
+            raise BackendError(f"{file}: cannot be prepared to run: {one_line(self._log.first())}; free GPU memory")
         self._graphs: dict[Any, Any] = {}
         self._profile = 0
 
@@ -84,7 +91,8 @@ class LoadedEngine:
 
     def _enqueue(self, stream: Any) -> None:
         if not self._context.execute_async_v3(int(stream)):
-            raise BackendError(f"{self.spec.name}: the engine failed; free GPU memory or check the driver")
+            reason = one_line(self._log.first())
+            raise BackendError(f"{self.spec.name}: the engine failed: {reason}; free GPU memory or check the driver")
 
     def _drop_graphs(self) -> None:
         for graph in self._graphs.values():
@@ -97,15 +105,14 @@ class LoadedEngine:
         del self._context, self._engine, self._runtime
 
 
-def _context(package: Any, engine: Any, file: Path) -> Any:
-    """Create an execution context. TensorRT for RTX compiles the kernels of a shape before its first call."""
+def _context(package: Any, engine: Any) -> Any:
+    """Return an execution context, or None if there is no memory for it.
+
+    TensorRT for RTX compiles the kernels of a shape before its first call.
+    """
     strategy = getattr(package, "DynamicShapesKernelSpecializationStrategy", None)
     if strategy is None:
-        context = engine.create_execution_context()
-    else:
-        config = engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
-        context = engine.create_execution_context(config)
-    if context is None:
-        raise BackendError(f"{file}: the GPU has no memory to run it; free GPU memory")
-    return context
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER
+    return engine.create_execution_context(config)

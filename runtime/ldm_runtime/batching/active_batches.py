@@ -93,12 +93,29 @@ class ActiveBatches:
             with self._counters.time("encode"):
                 conditioning, schedule = self._pipeline.condition(job.plan), self._embed(job)
             with self._counters.time("step"):
-                key = self._key(job)
-                if key not in self._batches:
-                    self._batches[key] = self._new_batch(key[1])
-                self._batches[key].join(job, conditioning, schedule)
+                while not self._enter(job, conditioning, schedule):
+                    pass
         except BaseException as error:
             self._fail([job], error)
+
+    def _enter(self, job: Job, conditioning: Tensors, schedule: Tensors) -> bool:
+        """Add a job to its batch; False if the loop on the device cannot start and the pipeline has replaced it."""
+        key, loop = self._key(job), self._pipeline.loop
+        try:
+            if key not in self._batches:
+                self._batches[key] = self._new_batch(key[1])
+            self._batches[key].join(job, conditioning, schedule)
+        except BackendError as error:
+            if key[1] is None or loop is None:
+                raise
+            self._pipeline.loop_failed(loop, error)
+            for empty in [other for other, batch in self._batches.items() if not batch.members]:
+                self._batches.pop(empty).close()
+            self._workspaces.close()
+            return False
+        if key[1] is not None and loop is not None:
+            self._pipeline.loop_started(loop)
+        return True
 
     def _embed(self, job: Job) -> Tensors:
         """The UNet's schedule inputs at each step; jobs with equal timesteps share them."""
