@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +11,9 @@ from PIL import Image
 from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.errors import SpecError
 from ldm_runtime.input_images import open_image, rgb_image
+from tests.support.png_header import png_header
 
 RED = (200, 10, 20)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (30_000, 30_000)], ids=["100 megapixels", "900 megapixels"])

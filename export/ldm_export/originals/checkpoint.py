@@ -136,7 +136,9 @@ def _components(
         made["segmentation_encoder"] = ("SpatialRescaler", condition.config(autoencoder.factor))
     weights = None if tensors is None else _weights(original, tensors)
     return {
-        name: _component(file, name, layout.parts[name], original, *made[name], weights and weights[name])
+        name: _component(
+            file, name, layout.parts[name], original, *made[name], None if weights is None else weights[name]
+        )
         for name in layout.parts
     }
 

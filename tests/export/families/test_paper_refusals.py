@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runtime.test_input_images import png_header
 from tests.support.paper_bundles import paper_bundle
+from tests.support.png_header import png_header
 from tests.support.shared import SharedFolders
 
 
