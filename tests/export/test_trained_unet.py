@@ -29,14 +29,14 @@ from tests.export.graph.whole import run
 from tests.support.trained_unet import TrainedUNet, trained_unet
 
 SIGMAS = (0.1, 1.0, 20.0)
-BATCH = Axis("batch", 1, 1, 4)
+BATCH = Axis("batch", 1, 1, 32)
 IMAGES = (BATCH, 1, 128, 128)
 SPEC = ComponentSpec(
     "unet",
     (TensorSpec("sample", "float32", IMAGES), TensorSpec("timestep", "float32", (BATCH,))),
     (TensorSpec("noise_pred", "float32", IMAGES),),
 )
-LEAST = {"fp32": 100.0, "fp16": 55.0, "bf16": 35.0, "int8": 30.0}
+LEAST = {"fp32": 100.0, "fp16": 55.0, "bf16": 40.0, "int8": 30.0}
 """Least PSNR in dB against the package's own predictions."""
 INT8_SHARE = 0.9
 """Share of the layers that are int8: those whose own results lose least."""
