@@ -78,9 +78,11 @@ def test_every_precision_on_trained_activations(trained: TrainedUNet, tmp_path: 
     save_graph(probe, tmp_path / "probe.onnx")
     extremes = run(tmp_path / "probe.onnx", feed)
     ranges = dict(zip(names, np.maximum(extremes[HIGHEST], -extremes[LOWEST]).tolist(), strict=True))
+    islands: dict[str, tuple[str, ...]] = {}
     for precision in ("fp16", "bf16"):
         half = half_precision(precision, ranges)(load_graph(files["fp32"]))
         save_graph(half.model, files[precision])
+        islands[precision] = tuple(half.matrix_islands)
     observed = observe(files["fp32"], [feed])
     scalings = search_scalings(files["fp32"], observed, [feed])
     quantized = load_graph(files["fp32"])
@@ -91,6 +93,6 @@ def test_every_precision_on_trained_activations(trained: TrainedUNet, tmp_path: 
     found["bf16"] = OpenVinoBackend(files["bf16"], SPEC, "fp32").run(feed)["noise_pred"]  # ONNX Runtime has no kernels
     for precision, predicted in found.items():
         assert decibel(predicted, trained.predictions) > LEAST[precision], precision
-    job = EngineJob(files["fp16"], SPEC, "fp16", EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "x.engine")
-    engine = build_engine(job)
+    request, target = EngineRequest("tensorrt-rtx", ("8.9",)), tmp_path / "x.engine"
+    engine = build_engine(EngineJob(files["fp16"], SPEC, "fp16", request, target, islands["fp16"]))
     assert engine.proof["matrix_work"]["half"] > 100
