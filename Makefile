@@ -82,6 +82,7 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml requirements/export.txt | $(VE
 
 $(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt | $(VENV)/.backend
 	$(INSTALL) $(BIN)/python dev
+	$(INSTALL) $(BIN)/python trained-unet
 	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@ $(VENV)/.demo
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_calibration.graph_files import files_of, load_graph
+from ldm_calibration.inputs import loaded
 from ldm_calibration.sessions import LARGE, Session, SessionBackend
 from ldm_runtime.backends import Backend
 from ldm_runtime.backends.lazy import LazyBackend
@@ -20,7 +21,7 @@ from ldm_runtime.specs import ComponentSpec
 __all__ = ["CalibrationModel", "FeedBatch", "ImageRequest", "request_fields"]
 
 ImageRequest = Mapping[str, Any]
-"""Fields of ``Request`` for one image, JSON-able, e.g. {"prompts": "a red circle"}."""
+"""Fields of ``Request`` for one image, e.g. {"prompts": "a red circle"}: JSON-able values, or an ``InputFile``."""
 MAX_LATENT_PIXELS = 2048
 """Latent pixels of all images in one call: several images of a small model, one of a large model."""
 SAMPLING_FIELDS = {
@@ -31,8 +32,6 @@ SAMPLING_FIELDS = {
     "num_inference_steps",
     "images_per_prompt",
     "latents",
-    "image",
-    "mask",
 }
 """Fields of ``Request`` that the calibration sets itself, or that are not JSON-able."""
 _MERGED = "prompts"
@@ -113,9 +112,15 @@ class CalibrationModel:
             stop = start + 1
             while stop < min(start + size, len(requests)) and self._combine(requests[start], requests[stop]):
                 stop += 1
-            feed_batches.append(FeedBatch(self._combined(requests[start:stop]), tuple(range(start, stop))))
+            feed_batches.append(FeedBatch(self._completed(requests[start:stop]), tuple(range(start, stop))))
             start = stop
         return feed_batches
+
+    def _completed(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
+        """The fields of a call with images instead of files; a request without conditioning takes the example's."""
+        fields = loaded(self._combined(requests))
+        with self.pipeline() as pipeline:
+            return {**pipeline.example(fields), **fields}
 
     def _combine(self, one: ImageRequest, other: ImageRequest) -> bool:
         same = one.keys() == other.keys() and all(one[name] == other[name] for name in one if name != _MERGED)

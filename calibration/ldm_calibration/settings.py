@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_calibration.inputs import json_fields
 from ldm_calibration.model import ImageRequest, request_fields
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import integer, number, shown
@@ -62,7 +63,8 @@ class CalibrationSettings:
 
     def to_json(self) -> dict[str, Any]:
         """All settings, JSON-able."""
-        return asdict(self)
+        requests = {name: [json_fields(one) for one in getattr(self, name)] for name in ("requests", "trial_requests")}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **requests}
 
     def __post_init__(self) -> None:
         for name in ("requests", "trial_requests"):
@@ -98,7 +100,9 @@ def check_grade(settings: CalibrationSettings, grade: Grade | None) -> None:
 def _check_requests(name: str, requests: Any) -> None:
     where = name.replace("_", " ")
     if not requests:
-        raise SpecError(f"{where}: got none to calibrate with, expected at least one; give --prompts FILE")
+        raise SpecError(
+            f"{where}: got none to calibrate with, expected at least one; give --prompts FILE or --inputs FOLDER"
+        )
     for index, request in enumerate(requests):
         if not isinstance(request, Mapping) or (unknown := sorted(set(request) - request_fields())):
             got = f"field {unknown[0]!r:.40}" if isinstance(request, Mapping) else f"{type(request).__name__}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_calibration.inputs import json_fields
 from ldm_calibration.model import CalibrationModel, ImageRequest
 from ldm_calibration.quality import Image, image_psnr, mean_psnr, ssim
 from ldm_calibration.settings import CalibrationSettings, Grade
@@ -51,7 +52,7 @@ class Comparison:
         """One JSON-able entry for each image."""
         return [
             {
-                "request": dict(request),
+                "request": json_fields(request),
                 "seed": FIRST_SEED + i,
                 "psnr": self.psnr[i],
                 "ssim": self.ssim[i],

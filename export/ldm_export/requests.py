@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ldm_export.prompts import PROMPTS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ModelDescription
@@ -14,8 +16,10 @@ __all__ = [
     "image_requests",
     "label",
     "label_requests",
+    "layout_requests",
     "plain_requests",
     "requests_for",
+    "segmentation_requests",
     "text_requests",
 ]
 
@@ -23,21 +27,13 @@ RequestFields = Mapping[str, Any]
 """Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
 IMAGES = 4
 """Number of default requests of a model that takes no prompts."""
+MAX_LISTED = 6
+"""Longest list of values in a label."""
 
 
 def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     """Return one request per prompt; None means ``PROMPTS``."""
     return tuple({"prompts": prompt} for prompt in (PROMPTS if prompts is None else prompts))
-
-
-def plain_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """``IMAGES`` requests without any field.
-
-    Raises:
-        SpecError: Prompts are given.
-    """
-    _refuse(prompts, "has no conditioning")
-    return ({},) * IMAGES
 
 
 def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -50,15 +46,23 @@ def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
     return tuple({"labels": label} for label in range(IMAGES))
 
 
-def image_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """``IMAGES`` requests without any field; the model's conditioning adds an example image of its size.
+def _examples(model: str) -> Callable[[Sequence[str] | None], tuple[RequestFields, ...]]:
+    """A function that returns ``IMAGES`` requests without any field; the conditioning adds its example.
 
-    Raises:
-        SpecError: Prompts are given.
+    It raises SpecError for prompts, with what the ``model`` does instead.
     """
-    _refuse(prompts, "starts from images")
-    return ({},) * IMAGES
 
+    def requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
+        _refuse(prompts, model)
+        return ({},) * IMAGES
+
+    return requests
+
+
+plain_requests = _examples("has no conditioning")
+image_requests = _examples("starts from images")
+segmentation_requests = _examples("is conditioned on segmentations")
+layout_requests = _examples("is conditioned on layouts")
 
 REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
     (): plain_requests,
@@ -66,6 +70,8 @@ REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[Reques
     ("label",): label_requests,
     ("image",): image_requests,
     ("masked_image",): image_requests,
+    ("segmentation",): segmentation_requests,
+    ("layout",): layout_requests,
 }
 """Default requests by the kinds of a model's conditioning."""
 
@@ -80,15 +86,24 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     if kinds in REQUESTS:
         return REQUESTS[kinds](prompts)
     raise SpecError(
-        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected text, labels or images"
+        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected one of "
+        f"{', '.join(kind for known in REQUESTS for kind in known)}"
     )
 
 
 def label(request: RequestFields) -> str:
     """A request as a short text for a table."""
     texts = [value for name, value in request.items() if name == "prompts" and isinstance(value, str)]
-    others = [f"{name} {value}" for name, value in request.items() if name != "prompts" or not texts]
+    others = [_labelled(name, value) for name, value in request.items() if name != "prompts" or not texts]
     return ", ".join((*texts, *others)) or "without conditioning"
+
+
+def _labelled(name: str, value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.ndim >= 2:
+        return f"{name} of {value.shape[-1]} x {value.shape[-2]} pixels"
+    if isinstance(value, list | tuple) and len(value) > MAX_LISTED:
+        return f"{name} {' '.join(map(str, value[:MAX_LISTED]))} …"
+    return f"{name} {value}"
 
 
 def _refuse(prompts: Sequence[str] | None, model: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -180,9 +180,14 @@ class LatentDiffusionPipeline:
         """
         return self._planner.plan(request)
 
-    def example(self) -> dict[str, Any]:
-        """Fields of a small valid request for one image: what the model's conditioning needs."""
-        return {name: value for one in self.conditioners for name, value in one.example().items()}
+    def example(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Fields of a small valid request for one image: what the model's conditioning needs.
+
+        Args:
+            given: Names of fields that a request has; a kind of conditioning that reads one of them adds nothing.
+        """
+        kinds = [one for one in self.conditioners if not (one.fields - {"images_per_prompt"}) & set(given)]
+        return {name: value for one in kinds for name, value in one.example().items()}
 
     def steps(self, request: Request) -> Iterator[Step]:
         """Run the denoising loop one step at a time: the caller owns progress and may stop at any step.

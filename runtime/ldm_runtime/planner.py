@@ -11,6 +11,7 @@ from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
 from ldm_runtime.errors import SpecError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
+from ldm_runtime.memory import report_memory
 from ldm_runtime.model import ModelDescription
 from ldm_runtime.number_checks import integer, number
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
@@ -53,10 +54,10 @@ class Planner:
         shape = (
             images,
             geometry.channels,
-            geometry.latents_of("height", request.height),
-            geometry.latents_of("width", request.width),
+            *self._sides(request),
         )
         _check_memory(shape, geometry)
+        report_memory(self.model, shape, geometry.height.opt * geometry.width.opt)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
         steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
         trajectory = self.scheduler.trajectory(steps, eta)
@@ -79,6 +80,21 @@ class Planner:
         if foreign := sorted((KINDS_FIELDS - known) & request.given()):
             takes = ", ".join(sorted(known)) or "count"
             raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")
+
+    def _sides(self, request: Request) -> tuple[int, int]:
+        """Height and width of the latents: those of the conditioning, or what the request asks for."""
+        asked = {"height": request.height, "width": request.width}
+        sizes = [size for conditioner in self.conditioners if (size := conditioner.size(request)) is not None]
+        if not sizes:
+            height, width = (self.geometry.latents_of(side, pixels) for side, pixels in asked.items())
+            return height, width
+        for (side, pixels), latents in zip(asked.items(), sizes[0], strict=True):
+            if pixels is not None and self.geometry.latents_of(side, pixels) != latents:
+                decided = latents * self.geometry.factor
+                raise SpecError(
+                    f"{side}: got {pixels}, but the request's image leads to {decided}; leave {side} out, or resize it"
+                )
+        return sizes[0]
 
     def _images(self, request: Request) -> int:
         counts = [conditioner.images(request) for conditioner in self.conditioners]

@@ -35,6 +35,9 @@ class RequestOptions(TypedDict, total=False):
     labels: int | Sequence[int] | None
     image: Any
     mask: Any
+    segmentation: Any
+    tokens: Any
+    layout: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
 
@@ -54,11 +57,16 @@ class Request:
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
         num_inference_steps: Denoising steps.
         height, width: Pixels, multiples of the model's factor.
-        images_per_prompt: Images for each prompt or label.
+        images_per_prompt: Images for each prompt, label or layout.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
         labels: Classes to draw, one number or several; for models conditioned on class labels.
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
         mask: One mask or one for each image, white where the image is repainted; for inpainting models.
+        segmentation: A class number for each pixel, as ``conditioning.segmentation.class_array`` takes them; for
+            models conditioned on segmentations.
+        tokens: Tokens of a layout [T] or of several [N, T]; for models conditioned on layouts.
+        layout: Instead of tokens, (category, (x, y, width, height)) of each object, in shares of the image; or a list
+            of such layouts. See ``conditioning.layout_tokens.LayoutVocabulary.encode``.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
     """
@@ -77,6 +85,9 @@ class Request:
     labels: int | Sequence[int] | None = None
     image: Any = None
     mask: Any = None
+    segmentation: Any = None
+    tokens: Any = None
+    layout: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
 

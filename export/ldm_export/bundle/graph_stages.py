@@ -25,7 +25,8 @@ FORM = 2
 
 def file_stages(plan: BuildPlan) -> list[Stage]:
     """Stages that write the family's files, for example ``tokenizer.json``."""
-    return [_file_stage(plan, name) for name in plan.family.files]
+    files = plan.family.files
+    return [_file_stage(plan, name) for name in files if files[name].source in plan.checkpoint.files]
 
 
 def _file_stage(plan: BuildPlan, name: str) -> Stage:

@@ -144,12 +144,13 @@ def _warnings(images: int) -> list[str]:
 def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Measure the median milliseconds of one UNet call for one image: fp32 and int8 alternate on the selected engine.
 
-    The feed is that of the first denoising step of a trial request.
+    The feed is that of the first denoising step of a trial request, with an example in place of input files.
     """
     with LatentDiffusionPipeline.from_bundle(bundle, precision="int8", device="cpu") as int8:
         engine = "onnxruntime" if int8.choice is None else int8.choice.backend
         with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend=engine, device="cpu") as fp32:
-            feed = _first_feed(fp32, Request(**fields, seed=0))
+            plain = {name: value for name, value in fields.items() if not isinstance(value, dict)}  # no input files
+            feed = _first_feed(fp32, Request(**{**fp32.example(plain), **plain, "seed": 0}))
             medians = _alternating({"fp32": fp32, "int8": int8}, feed)
     return {
         "backend": engine,

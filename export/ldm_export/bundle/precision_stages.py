@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ldm_calibration.inputs import json_fields
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.ranges import measure_ranges
 from ldm_export.bundle.build_plan import BuildPlan, relative
@@ -54,7 +55,7 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
     depends = {
         "stages": dict(before),
         "scheduler": dict(plan.model.scheduler),
-        "requests": [dict(request) for request in requests],
+        "requests": [json_fields(request) for request in requests],
         "steps": RANGE_STEPS,
         "tools": {**plan.tools, "onnxruntime": load_onnxruntime().__version__},
     }

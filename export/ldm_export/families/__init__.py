@@ -10,6 +10,8 @@ from ldm_export.checkpoint.folder import INDEX, Checkpoint, read_folder, read_in
 from ldm_export.families.class_conditional import CLASS_CONDITIONAL
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.inpainting import INPAINTING
+from ldm_export.families.layout_to_image import LAYOUT_TO_IMAGE
+from ldm_export.families.semantic_synthesis import SEMANTIC_SYNTHESIS
 from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
@@ -25,7 +27,15 @@ __all__ = [
     "open_checkpoint",
 ]
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, UNCONDITIONAL, CLASS_CONDITIONAL, SUPER_RESOLUTION, INPAINTING)
+FAMILIES: tuple[Family, ...] = (
+    TEXT_TO_IMAGE,
+    UNCONDITIONAL,
+    CLASS_CONDITIONAL,
+    SUPER_RESOLUTION,
+    INPAINTING,
+    SEMANTIC_SYNTHESIS,
+    LAYOUT_TO_IMAGE,
+)
 """Every family that can be exported."""
 
 

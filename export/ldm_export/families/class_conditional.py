@@ -7,7 +7,6 @@ token of the UNet's cross-attention. A model with an additional class for the un
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import ModuleSource, Part
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import Family, TracedComponent
-from ldm_export.families.reference import pil_image, sampled, torch_scheduler
+from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
@@ -42,11 +41,13 @@ class ClassEmbedder(nn.Module):
     Args:
         num_classes: Classes, with the unconditional one if there is one.
         width: Channels of a token.
+        unconditional: The last class is that of the unconditional branch.
     """
 
-    def __init__(self, num_classes: int = 1001, width: int = 512):
+    def __init__(self, num_classes: int = 1001, width: int = 512, unconditional: bool = True):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, width)
+        self.unconditional = num_classes - 1 if unconditional else None
 
     def forward(self, label: torch.Tensor) -> torch.Tensor:
         """Compute the output of the class's docstring."""
@@ -67,11 +68,6 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _unconditional(classes: int) -> bool:
-    """True if the last class is the unconditional one: numbers of real classes are even tens (1000 of ImageNet)."""
-    return classes % 10 == 1
-
-
 def describe(checkpoint: Checkpoint) -> ModelDescription:
     """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
 
@@ -82,7 +78,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     autoencoder, unet, labels = configs["autoencoder"], configs["unet"], configs[LABEL_ENCODER]
     latents = parts.latents_of(autoencoder)
     sides, token, classes = latent_axes(unet["sample_size"]), (1, labels["width"]), labels["num_classes"]
-    guidance = GUIDANCE if _unconditional(classes) else ()
+    guidance = GUIDANCE if labels["unconditional"] else ()
     encoder = ComponentSpec(
         LABEL_ENCODER,
         (TensorSpec("label", "int64", (IMAGES,)),),
@@ -105,30 +101,18 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     )
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The modules of a checkpoint, float32 on the CPU."""
-
-    labels: nn.Module
-    unet: nn.Module
-    decoder: nn.Module
-    scheduler: Any
+def _reference(checkpoint: Checkpoint) -> Reference:
+    return open_reference(checkpoint, load_module(checkpoint, LABEL_ENCODER))
 
 
-def _reference(checkpoint: Checkpoint) -> _Reference:
-    labels, unet = (load_module(checkpoint, name) for name in (LABEL_ENCODER, "unet"))
-    return _Reference(labels, unet, wrappers.Decoder(load_module(checkpoint, "decoder")), torch_scheduler(checkpoint))
-
-
-def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
+def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
     """One image by the equations of the paper, with modules of diffusers."""
-    config: Any = reference.unet.config
-    labelled: Any = reference.labels
-    unconditional = int(labelled.embedding.num_embeddings) - 1
-    guided = request["guidance_scale"] != 1 and _unconditional(unconditional + 1)
+    embedder: Any = reference.encoder
+    unconditional: int | None = embedder.unconditional
+    guided = request["guidance_scale"] != 1 and unconditional is not None
     labels = torch.tensor([unconditional, request["labels"]] if guided else [request["labels"]])
     with torch.no_grad():
-        context = reference.labels(labels)
+        context = reference.encoder(labels)
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             noise: torch.Tensor = reference.unet(torch.cat([sample] * len(labels)), timestep, context)[0]
@@ -138,8 +122,7 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
             guided_noise: torch.Tensor = plain + request["guidance_scale"] * (conditional - plain)
             return guided_noise
 
-        shape = (1, config.out_channels, config.sample_size, config.sample_size)
-        return pil_image(reference.decoder(sampled(predict, reference.scheduler, shape, request, generator)))
+        return pil_image(reference.decoder(reference_latents(reference, predict, request, generator)))
 
 
 CLASS_CONDITIONAL = Family(

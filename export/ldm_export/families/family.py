@@ -41,7 +41,7 @@ class BundleFile:
 
     Attributes:
         path: In the bundle.
-        source: Name of the checkpoint's folder that it is made from.
+        source: Name of the checkpoint's file or folder that it is made from; a checkpoint without it has no such file.
         write: Writes it to a path. Raises CheckpointError if the checkpoint's files cannot be used.
     """
 

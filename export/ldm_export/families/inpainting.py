@@ -2,14 +2,13 @@
 
 diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, and the computation is
 that of its ``scripts/inpaint.py``. The UNet gets the noisy latents, the latents of the image without its masked part
-(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The bundle takes
-images of the model's own size.
+(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The
+model is convolutional, so the bundle takes images of other sizes too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
-from ldm_export.families.reference import pil_image, sampled, torch_scheduler
+from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, unet_spec
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
 from ldm_export.requests import RequestFields, image_requests
 from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
@@ -72,13 +72,6 @@ class MaskedImageEncoder(nn.Module):
         return torch.cat([latents, mask[:, :, :: self.factor, :: self.factor] * 2 - 1], dim=1)
 
 
-class _UNet(wrappers.UNet):
-    """sample float32 [R, C, h, w], timestep int64 [R], masked_image float32 [R, C + 1, h, w] -> noise as sample."""
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, masked_image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(torch.cat([sample, masked_image], dim=1), timestep)
-
-
 def describe(checkpoint: Checkpoint) -> ModelDescription:
     """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``masked_image``.
 
@@ -87,13 +80,13 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
     latents = parts.latents_of(autoencoder)
-    size = unet["sample_size"]
-    side, encoded = size * latents.factor, (latents.channels + 1, size, size)
+    sides = latent_axes(unet["sample_size"])
+    pixels, encoded = tuple(side * latents.factor for side in sides), (latents.channels + 1, *sides)
     encoder = ComponentSpec(
         ENCODER,
         (
-            TensorSpec("image", "float32", (IMAGES, autoencoder["in_channels"], side, side)),
-            TensorSpec("mask", "float32", (IMAGES, 1, side, side)),
+            TensorSpec("image", "float32", (IMAGES, autoencoder["in_channels"], *pixels)),
+            TensorSpec("mask", "float32", (IMAGES, 1, *pixels)),
         ),
         (TensorSpec(MASKED_IMAGE, "float32", (IMAGES, *encoded)),),
         "request",
@@ -102,10 +95,12 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         family=INPAINTING.name,
         components={
             ENCODER: encoder,
-            UNET: unet_spec(latents, (size, size), 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
-            DECODER: decoder_spec(latents, (size, size), autoencoder["out_channels"]),
+            UNET: unet_spec(latents, sides, 0, (conditioned(MASKED_IMAGE, 0, encoded),)),
+            DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
-        conditioning=(ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,)),),
+        conditioning=(
+            ConditioningSpec("masked_image", ENCODER, {}, (MASKED_IMAGE,), activation_memory(unet, autoencoder)),
+        ),
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
@@ -113,25 +108,12 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     )
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The modules of a checkpoint, float32 on the CPU."""
-
-    encoder: nn.Module
-    unet: nn.Module
-    decoder: nn.Module
-    scheduler: Any
+def _reference(checkpoint: Checkpoint) -> Reference:
+    return open_reference(checkpoint, MaskedImageEncoder(load_module(checkpoint, "encoder")))
 
 
-def _reference(checkpoint: Checkpoint) -> _Reference:
-    encoder = MaskedImageEncoder(load_module(checkpoint, "encoder"))
-    decoder = wrappers.Decoder(load_module(checkpoint, "decoder"))
-    return _Reference(encoder, load_module(checkpoint, "unet"), decoder, torch_scheduler(checkpoint))
-
-
-def _reference_image(reference: _Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
+def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
     """One image by the authors' script, with modules of diffusers."""
-    config: Any = reference.unet.config
     image, mask = (torch.from_numpy(image_array(name, request[name])) for name in ("image", "mask"))
     with torch.no_grad():
         masked = reference.encoder(image * 2 - 1, mask)
@@ -140,8 +122,7 @@ def _reference_image(reference: _Reference, request: RequestFields, generator: t
             noise: torch.Tensor = reference.unet(torch.cat([sample, masked], 1), timestep)[0]
             return noise
 
-        shape = (1, config.out_channels, config.sample_size, config.sample_size)
-        decoded = reference.decoder(sampled(predict, reference.scheduler, shape, request, generator))
+        decoded = reference.decoder(reference_latents(reference, predict, request, generator))
         return pil_image((1 - mask) * image + mask * decoded)
 
 
@@ -155,7 +136,7 @@ INPAINTING = Family(
     ),
     components={
         ENCODER: TracedComponent("encoder", MaskedImageEncoder),
-        UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
+        UNET: TracedComponent("unet", wrappers.ConcatenatedUNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", wrappers.Decoder),
     },
     files={},

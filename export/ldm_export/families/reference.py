@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
+from ldm_export.checkpoint.diffusers_parts import pixels_per_latent
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
+from ldm_export.graph import wrappers
 from ldm_export.requests import RequestFields
 from ldm_runtime.images import to_pil
 
-__all__ = ["diffusers_pipeline", "pil_image", "sampled", "torch_scheduler"]
+__all__ = [
+    "Reference",
+    "diffusers_pipeline",
+    "open_reference",
+    "pil_image",
+    "reference_latents",
+    "sampled",
+    "torch_scheduler",
+]
 
 
 def torch_scheduler(checkpoint: Checkpoint) -> Any:
@@ -38,6 +50,35 @@ def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, **others: An
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The modules of a checkpoint without a pipeline of diffusers, float32 on the CPU."""
+
+    encoder: nn.Module
+    unet: nn.Module
+    decoder: nn.Module
+    scheduler: Any
+
+
+def open_reference(checkpoint: Checkpoint, encoder: nn.Module) -> Reference:
+    """Load the modules "unet" and "decoder" of a checkpoint beside the encoder of its conditioning."""
+    decoder = wrappers.Decoder(load_module(checkpoint, "decoder"))
+    return Reference(encoder, load_module(checkpoint, "unet"), decoder, torch_scheduler(checkpoint))
+
+
+def reference_latents(
+    reference: Reference,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    request: RequestFields,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Latents of one request, whose height and width are in pixels; other arguments as of ``sampled``."""
+    config: Any = reference.unet.config
+    autoencoder: Any = reference.decoder.autoencoder
+    sides = (request[side] // pixels_per_latent(autoencoder.config) for side in ("height", "width"))
+    return sampled(predict, reference.scheduler, (1, config.out_channels, *sides), request, generator)
 
 
 def sampled(

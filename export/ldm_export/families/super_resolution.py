@@ -2,8 +2,8 @@
 
 A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the latents' height
 and width and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline
-decodes latents as they are, without the autoencoder's ``scaling_factor``. The bundle takes images of the model's own
-size.
+decodes latents as they are, without the autoencoder's ``scaling_factor``. The model is convolutional, so the bundle
+takes images of other sizes too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import TIME_EMBEDDING
-from ldm_export.graph.model_specs import conditioned, decoder_spec, unet_spec
+from ldm_export.graph.model_specs import conditioned, decoder_spec, latent_axes, unet_spec
 from ldm_export.requests import RequestFields, image_requests
 from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
@@ -31,6 +32,10 @@ from ldm_runtime.schedulers import scheduler_from_config
 __all__ = ["SUPER_RESOLUTION", "describe"]
 
 LOW_RESOLUTION = "low_resolution"
+PIPELINE_MULTIPLE = 32
+"""The pipeline rounds the sides of PIL images down to multiples of this."""
+LARGEST = 8
+"""Largest image to enlarge, in multiples of the model's own size: 512 pixels of a model of 64, as in the paper."""
 DEFAULTS = Defaults(num_inference_steps=100, eta=1.0, guidance_scale=1.0)
 """As in the example of the authors."""
 
@@ -47,13 +52,6 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-class _UNet(wrappers.UNet):
-    """sample float32 [R, C, h, w], timestep int64 [R], low_resolution float32 [R, 3, h, w] -> noise as sample."""
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, low_resolution: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(torch.cat([sample, low_resolution], dim=1), timestep)
-
-
 def _decoder(autoencoder: nn.Module) -> nn.Module:
     decoder = wrappers.Decoder(autoencoder)
     decoder.scaling_factor = 1.0
@@ -68,15 +66,17 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
     latents = parts.latents_of(autoencoder)
-    sides = (unet["sample_size"], unet["sample_size"])
+    sides = latent_axes(unet["sample_size"], LARGEST)
     image = conditioned(LOW_RESOLUTION, 0, (unet["in_channels"] - unet["out_channels"], *sides))
+    multiple = PIPELINE_MULTIPLE if unet["sample_size"] % PIPELINE_MULTIPLE == 0 else 1
+    settings = {"multiple": multiple, **activation_memory(unet, autoencoder)}
     return ModelDescription(
         family=SUPER_RESOLUTION.name,
         components={
             UNET: unet_spec(latents, sides, 0, (image,)),
             DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
         },
-        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,)),),
+        conditioning=(ConditioningSpec("image", "", {}, (LOW_RESOLUTION,), settings),),
         guidance=(),
         latents=latents,
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
@@ -100,7 +100,7 @@ SUPER_RESOLUTION = Family(
     pipelines=("LDMSuperResolutionPipeline",),
     layout=parts.layout("super-resolution", _problems),
     components={
-        UNET: TracedComponent("unet", _UNet, (TIME_EMBEDDING,)),
+        UNET: TracedComponent("unet", wrappers.ConcatenatedUNet, (TIME_EMBEDDING,)),
         DECODER: TracedComponent("decoder", _decoder),
     },
     files={},

@@ -93,4 +93,5 @@ def _dim(component: str, value: ir.Value, dim: int | ir.SymbolicDim, axes: Mappi
     match = _SYMBOL.fullmatch(str(dim.value))
     if match is None or match[2] not in axes:
         raise BuildError(f"{component}: {value.name}: got dimension {dim}, expected a size or one of {', '.join(axes)}")
-    return axes[match[2]] * int(match[1] or 1)
+    axis = axes[match[2]]
+    return Axis(axis.name, axis.min, axis.opt, axis.max, int(match[1] or 1))

@@ -21,14 +21,15 @@ def rows(branches: int) -> Axis:
     return Axis(IMAGES.name, IMAGES.min, count * IMAGES.opt, count * IMAGES.max)
 
 
-def latent_axes(size: int | tuple[int, int]) -> tuple[Axis, Axis]:
-    """Height and width of the latents: free from 2 to four times the model's own ``size``.
+def latent_axes(size: int | tuple[int, int], multiple: int = 4) -> tuple[Axis, Axis]:
+    """Height and width of the latents: free from 2 to ``multiple`` times the model's own ``size``.
 
     Args:
         size: One number, or height and width.
+        multiple: Of the model's own size; the axes take ``MAX_LATENT`` at least.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    longest = max(MAX_LATENT, 4 * height, 4 * width)
+    longest = max(MAX_LATENT, multiple * height, multiple * width)
     return Axis("height", 2, height, longest), Axis("width", 2, width, longest)
 
 
@@ -49,7 +50,7 @@ def unet_spec(
     return ComponentSpec(UNET, inputs, (TensorSpec(NOISE_PRED, "float32", noise),), "step")
 
 
-def conditioned(name: str, branches: int, shape: tuple[int, ...]) -> TensorSpec:
+def conditioned(name: str, branches: int, shape: tuple[Dim, ...]) -> TensorSpec:
     """A float32 conditioning input of the UNet, [rows, *shape]."""
     return TensorSpec(name, "float32", (rows(branches), *shape))
 

@@ -121,7 +121,11 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     dims = {name: Dim(name, min=1 if axis.min == 1 else TRACED_MIN, max=2**20) for name, axis in axes.items()}
     shapes = {
-        tensor.name: {i: dims[dim.name] for i, dim in enumerate(tensor.shape) if isinstance(dim, Axis)}
+        tensor.name: {
+            i: dims[dim.name] if dim.scale == 1 else dim.scale * dims[dim.name]
+            for i, dim in enumerate(tensor.shape)
+            if isinstance(dim, Axis)
+        }
         for tensor in spec.inputs
     }
     feed = dummy_inputs(_traced_sizes(spec))
@@ -145,12 +149,17 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
 
 
 def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
-    """Return the spec with usual sizes that differ from each other and from all fixed dimensions."""
-    axes = dict.fromkeys(dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis))
-    fresh = {axis.name: (3 if axis.min == 1 else TRACED_MIN + 2) + 4 * index for index, axis in enumerate(axes)}
+    """The spec with usual sizes that no fixed dimension shares, so that none is taken for another."""
+    axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
+    fresh = {
+        name: (3 if axis.min == 1 else TRACED_MIN + 2) + 4 * index for index, (name, axis) in enumerate(axes.items())
+    }
 
     def traced(tensor: TensorSpec) -> TensorSpec:
-        shape = (dim if isinstance(dim, int) else Axis(dim.name, 1, fresh[dim.name], 2**20) for dim in tensor.shape)
+        shape = (
+            dim if isinstance(dim, int) else Axis(dim.name, 1, fresh[dim.name], 2**20, dim.scale)
+            for dim in tensor.shape
+        )
         return replace(tensor, shape=tuple(shape))
 
     return replace(spec, inputs=tuple(map(traced, spec.inputs)))

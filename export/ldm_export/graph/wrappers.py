@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import interpolate
 
-__all__ = ["Decoder", "UNet", "free_upsampling"]
+__all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
 
 
 class UNet(nn.Module):
@@ -31,6 +31,21 @@ class UNet(nn.Module):
         states = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **states, return_dict=False)[0]
         return noise
+
+
+class ConcatenatedUNet(UNet):
+    """A UNet2DModel that gets its conditioning as further channels, for any height and width.
+
+    sample float32 [R, C, h, w], timestep int64 [R], conditioning float32 [R, K, h, w] -> predicted noise as sample.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__(unet)
+        _upsample_to_skip_connections(self.unet)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Compute the output of the class's docstring."""
+        return super().forward(torch.cat([sample, conditioning], dim=1), timestep)
 
 
 class Decoder(nn.Module):
@@ -77,6 +92,35 @@ class _Upsample(nn.Module):
             interpolate(hidden_states, size=output_size, scale_factor=factor, mode="nearest")
         )
         return result
+
+
+def _upsample_to_skip_connections(unet: nn.Module) -> None:
+    """Make a UNet2DModel upsample to the size of each skip connection, where diffusers doubles the size.
+
+    For multiples of the UNet's downsampling the result is the same; other sizes would not fit without this.
+    """
+    sizes: dict[int, Any] = {}
+    down, up = list(unet.down_blocks), list(unet.up_blocks)  # type: ignore[arg-type]
+
+    def remember(level: int) -> Any:
+        def hook(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            sample = named["hidden_states"] if "hidden_states" in named else given[0]
+            sizes[level] = sample.shape[2:]
+
+        return hook
+
+    def resize(level: int) -> Any:
+        def hook(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            alone = [one for one in getattr(block, "upsamplers", None) or () if isinstance(one, _Upsample)]
+            for upsampler in (*alone, *_upsamplers(block)):
+                upsampler.size = sizes[level]
+
+        return hook
+
+    for level, block in enumerate(down):
+        block.register_forward_pre_hook(remember(level), with_kwargs=True)
+    for index, block in enumerate(up[:-1]):
+        block.register_forward_pre_hook(resize(len(down) - 2 - index), with_kwargs=True)
 
 
 class _Always:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.families import open_checkpoint
-from ldm_export.originals.checkpoint import open_original
+from ldm_export.originals.checkpoint import open_original, open_yaml
 from ldm_export.originals.checkpoint_file import is_checkpoint_file
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["open_model", "open_original"]
+__all__ = ["open_model", "open_original", "open_yaml"]
+
+YAML = (".yaml", ".yml")
 
 
 def open_model(
@@ -19,22 +21,31 @@ def open_model(
     config: Path | None = None,
     tokenizer: Path | None = None,
     weights: str | None = None,
+    categories: Path | None = None,
     random_weights: bool = False,
 ) -> Checkpoint:
     """Open a diffusers folder or an original checkpoint file.
 
     Args:
-        path: The folder or the file.
-        config, tokenizer, weights: As in ``open_original``; for files only.
-        random_weights: Draw the weights; for folders only.
+        path: The folder, the file, or, with ``random_weights``, the yaml of an original checkpoint.
+        config, tokenizer, weights, categories: As in ``open_original``; for files only.
+        random_weights: Draw the weights; for folders and yamls.
 
     Raises:
         CheckpointError: It cannot be opened, or an option is of the other form.
     """
-    arguments = {"config": config, "tokenizer": tokenizer, "weights": weights}
+    arguments = {"config": config, "tokenizer": tokenizer, "weights": weights, "categories": categories}
+    if path.suffix in YAML and path.is_file():
+        if not random_weights:
+            raise CheckpointError(f"{path}: a yaml has no weights; give the checkpoint, or --random-weights")
+        if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
+            raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
+        return open_yaml(path)
     if is_checkpoint_file(path):
         if random_weights:
-            raise CheckpointError(f"{path}: an original checkpoint has no configs for random weights; leave them out")
+            raise CheckpointError(
+                f"{path}: random weights are drawn for a folder of configs or a yaml; give one of them"
+            )
         return open_original(path, **arguments)  # type: ignore[arg-type]
     if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
         raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")

@@ -14,23 +14,32 @@ from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import family_named
 from ldm_export.originals.checkpoint_file import read_state_dict
-from ldm_export.originals.condition_shape import Labels, Text
+from ldm_export.originals.condition_shape import Classes, Labels, Text
 from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
-from ldm_export.originals.key_mapping import autoencoder_tensors, label_tensors, text_tensors, unet_tensors
-from ldm_export.originals.recognition import Original, recognise
+from ldm_export.originals.key_mapping import (
+    autoencoder_tensors,
+    condition_tensors,
+    text_tensors,
+    unet_tensors,
+)
+from ldm_export.originals.recognition import Original, described, recognise
 from ldm_export.originals.schedule import scheduler_options
 from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
 from ldm_export.originals.yaml_config import read_yaml
+from ldm_runtime.conditioning.layout import read_categories
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["open_original"]
+__all__ = ["open_original", "open_yaml"]
 
 log = logging.getLogger(__name__)
-_SUPPORTED = ("text_to_image", "unconditional", "class_conditional", "super_resolution", "inpainting")
 
 
 def open_original(
-    file: Path, config: Path | None = None, tokenizer: Path | None = None, weights: str | None = None
+    file: Path,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    weights: str | None = None,
+    categories: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint file of CompVis/latent-diffusion.
 
@@ -40,6 +49,8 @@ def open_original(
         tokenizer: For models of texts: a ``vocab.txt`` of BERT, or a folder with it or a ``tokenizer.json``. The
             published models have the vocabulary of bert-base-uncased.
         weights: "ema" or "model", as in ``recognition.recognise``.
+        categories: For models of layouts: a text file with the name of a category in each line, in the order of their
+            numbers. Without it, requests name categories by number.
 
     Raises:
         CheckpointError: The file is damaged or of no known model, the yaml is another model's or is needed, or the
@@ -48,11 +59,6 @@ def open_original(
     tensors = read_state_dict(file)
     try:
         original = recognise(tensors, None if config is None else read_yaml(config), weights)
-        if original.kind not in _SUPPORTED:
-            raise CheckpointError(
-                f"checkpoint: a model of kind {original.kind}, expected one of {', '.join(_SUPPORTED)}; "
-                "this kind cannot be exported yet"
-            )
         if original.kind == "super_resolution" and original.scale_factor != 1:
             raise CheckpointError(f"checkpoint: got scale_factor {original.scale_factor:g}, expected 1 of this kind")
         log.info("%s: %s %s, ema %s", file, original.kind, original.name, original.ema)
@@ -60,6 +66,33 @@ def open_original(
         components = _components(file, original, layout, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix('checkpoint: ')}") from None
+    files = {**_tokenizer(file, layout, tokenizer), **_categories(file, layout, categories)}
+    return _checkpoint(file, original, layout, components, files)
+
+
+def open_yaml(file: Path, seed: int = 0) -> Checkpoint:
+    """Open a yaml of CompVis/latent-diffusion as a checkpoint with random weights.
+
+    Raises:
+        CheckpointError: The yaml is damaged, incomplete, or of no known kind of model.
+    """
+    try:
+        original = described(read_yaml(file))
+        layout = _layout(original)
+        components = _components(file, original, layout, None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix(f'{file}: ').removeprefix('checkpoint: ')}") from None
+    files = {"tokenizer": file / "tokenizer"} if "tokenizer" in layout.files else {}
+    return replace(_checkpoint(file, original, layout, components, files), random_seed=seed)
+
+
+def _checkpoint(
+    file: Path,
+    original: Original,
+    layout: CheckpointLayout,
+    components: Mapping[str, Component],
+    files: Mapping[str, Path],
+) -> Checkpoint:
     if problems := layout.problems({name: component.config for name, component in components.items()}):
         raise CheckpointError(f"{file}: {problems[0]}; use the tensors of one model")
     options = scheduler_options(original.timesteps, original.linear_start, original.linear_end)
@@ -69,7 +102,7 @@ def open_original(
         family=original.kind,
         layout=layout,
         components=components,
-        files=_files(file, layout, tokenizer),
+        files=files,
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
         defaults=original.defaults,
     )
@@ -84,28 +117,43 @@ def _layout(original: Original) -> CheckpointLayout:
 
 
 def _components(
-    file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor]
+    file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor] | None
 ) -> dict[str, Component]:
     """Every part of the layout with its config and tensors."""
     unet, autoencoder, heads = original.unet, original.autoencoder, original.heads
     pixels = original.image_size * autoencoder.factor
-    parts: dict[str, tuple[str, dict[str, Any], Mapping[str, StoredTensor]]] = {
-        "unet": (
-            unet_class(unet),
-            unet_config(unet, heads, original.image_size),
-            unet_tensors(tensors, unet, heads, original.ema),
-        ),
-        "autoencoder": (
-            autoencoder.class_name,
-            autoencoder.config(pixels, original.scale_factor),
-            autoencoder_tensors(tensors),
-        ),
+    made: dict[str, tuple[str, dict[str, Any]]] = {
+        "unet": (unet_class(unet), unet_config(unet, heads, original.image_size)),
+        "autoencoder": (autoencoder.class_name, autoencoder.config(pixels, original.scale_factor)),
     }
-    if isinstance(original.condition, Text):
-        parts["text_encoder"] = ("LDMBertModel", original.condition.config(), text_tensors(tensors))
-    elif isinstance(original.condition, Labels):
-        parts["label_encoder"] = ("ClassEmbedder", original.condition.config(), label_tensors(tensors))
-    return {name: _component(file, name, layout.parts[name], original, *parts[name]) for name in layout.parts}
+    condition = original.condition
+    if isinstance(condition, Text):
+        encoder = "layout_encoder" if original.kind == "layout_to_image" else "text_encoder"
+        made[encoder] = ("LDMBertModel", condition.config())
+    elif isinstance(condition, Labels):
+        made["label_encoder"] = ("ClassEmbedder", condition.config(original.unconditional))
+    elif isinstance(condition, Classes):
+        made["segmentation_encoder"] = ("SpatialRescaler", condition.config(autoencoder.factor))
+    weights = None if tensors is None else _weights(original, tensors)
+    return {
+        name: _component(
+            file, name, layout.parts[name], original, *made[name], None if weights is None else weights[name]
+        )
+        for name in layout.parts
+    }
+
+
+def _weights(original: Original, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, StoredTensor]]:
+    """Part -> its tensors under the names of its module."""
+    texts = text_tensors(tensors)
+    return {
+        "unet": unet_tensors(tensors, original.unet, original.heads, original.ema),
+        "autoencoder": autoencoder_tensors(tensors),
+        "text_encoder": texts,
+        "layout_encoder": texts,
+        "label_encoder": condition_tensors(tensors, "embedding."),
+        "segmentation_encoder": condition_tensors(tensors, "channel_mapper."),
+    }
 
 
 def _component(
@@ -115,17 +163,26 @@ def _component(
     original: Original,
     class_name: str,
     config: dict[str, Any],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor] | None,
 ) -> Component:
     full = full_config(f"{name}: {file}", part, class_name, config)
     depends = {"config": {key: repr(value) for key, value in full.items()}}
     if name == "unet":
         depends["unet"] = {"heads": repr(original.heads), "ema": repr(original.ema)}
-    own_tensors = {key: replace(stored, component=name) for key, stored in tensors.items()}
-    return Component(name, file, class_name, full, frozenset(), own_tensors, depends)
+    named = None if tensors is None else {key: replace(one, component=name) for key, one in tensors.items()}
+    return Component(name, file, class_name, full, frozenset(), named, depends)
 
 
-def _files(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
+def _categories(file: Path, layout: CheckpointLayout, categories: Path | None) -> dict[str, Path]:
+    if categories is None:
+        return {}
+    if "categories" not in layout.files:
+        raise CheckpointError(f"categories: got {categories}, but {file} is no model of layouts; leave it out")
+    read_categories(categories, CheckpointError)
+    return {"categories": categories}
+
+
+def _tokenizer(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
     if "tokenizer" not in layout.files:
         if tokenizer is not None:
             raise CheckpointError(f"tokenizer: got {tokenizer}, but {file} is no model of texts; leave it out")

@@ -10,7 +10,7 @@ from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.unet_shape import UNetShape, count, shape_of
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["CONDITION_PREFIX", "KINDS", "Labels", "Text", "condition_shape", "kind_of"]
+__all__ = ["CONDITION_PREFIX", "KINDS", "Classes", "Condition", "Labels", "Text", "condition_shape", "kind_of"]
 
 CONDITION_PREFIX = "cond_stage_model."
 HEAD_WIDTH = 64
@@ -18,10 +18,16 @@ HEAD_WIDTH = 64
 LAYOUT_TOKENS = 92
 """Tokens of layout2img: 30 objects of three tokens, and two of the crop."""
 KINDS = (
-    *("text_to_image", "class_conditional", "unconditional", "super_resolution", "inpainting", "semantic"),
-    "layout",
+    "text_to_image",
+    "class_conditional",
+    "unconditional",
+    "super_resolution",
+    "inpainting",
+    "semantic_synthesis",
+    "layout_to_image",
 )
-"""Kinds of models: the rows of the paper's model zoo."""
+"""Kinds of models: the rows of the paper's model zoo, and the names of their families."""
+_MAPPER = f"{CONDITION_PREFIX}channel_mapper.weight"
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,28 @@ class Labels:
     classes: int
     width: int
 
-    def config(self) -> dict[str, Any]:
-        """Arguments of the module that embeds labels."""
-        return {"num_classes": self.classes, "width": self.width}
+    def config(self, unconditional: bool) -> dict[str, Any]:
+        """Arguments of the module that embeds labels; ``unconditional``: the last class is the unconditional one."""
+        return {"num_classes": self.classes, "width": self.width, "unconditional": unconditional}
 
 
-def condition_shape(tensors: Mapping[str, StoredTensor]) -> Text | Labels | None:
-    """Derive the sizes of the encoder of texts or labels in a state dict; None if it has neither.
+@dataclass(frozen=True)
+class Classes:
+    """Sizes of a ``SpatialRescaler``: number of classes, and channels that its 1x1 convolution maps them to."""
+
+    classes: int
+    channels: int
+
+    def config(self, factor: int) -> dict[str, Any]:
+        """Arguments of the module that encodes segmentations; ``factor`` is pixels per latent."""
+        return {"num_classes": self.classes, "channels": self.channels, "factor": factor}
+
+
+Condition = Text | Labels | Classes
+
+
+def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
+    """Derive the sizes of the encoder of texts, layouts, labels or segmentations in a state dict; None without one.
 
     Raises:
         CheckpointError: The encoder is of no known form.
@@ -71,6 +92,8 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Text | Labels | None
     prefix = CONDITION_PREFIX
     if f"{prefix}embedding.weight" in tensors:
         return Labels(*shape_of(tensors, f"{prefix}embedding.weight", 2))
+    if _MAPPER in tensors:
+        return Classes(*shape_of(tensors, _MAPPER, 4)[1::-1])
     text = f"{prefix}transformer."
     if f"{text}token_emb.weight" not in tensors:
         return None
@@ -91,7 +114,7 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Text | Labels | None
     )
 
 
-def kind_of(unet: UNetShape, condition: Text | Labels | None, tensors: Mapping[str, StoredTensor]) -> str:
+def kind_of(unet: UNetShape, condition: Condition | None, tensors: Mapping[str, StoredTensor]) -> str:
     """The kind of a model, one of ``KINDS``, from its tensors alone.
 
     Raises:
@@ -101,12 +124,12 @@ def kind_of(unet: UNetShape, condition: Text | Labels | None, tensors: Mapping[s
     if unet.context_width is not None and isinstance(condition, Labels) and not extra:
         return "class_conditional"
     if unet.context_width is not None and isinstance(condition, Text) and not extra:
-        return "layout" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
+        return "layout_to_image" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
+    if unet.context_width is None and isinstance(condition, Classes) and extra == condition.channels:
+        return "semantic_synthesis"
     if unet.context_width is None and condition is None:
         if extra == channels + 1:
             return "inpainting"
-        if extra and f"{CONDITION_PREFIX}channel_mapper.weight" in tensors:
-            return "semantic"
         if not extra:
             return "unconditional"
         if extra == channels:

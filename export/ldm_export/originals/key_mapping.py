@@ -18,7 +18,15 @@ from ldm_export.originals.published import Heads
 from ldm_export.originals.unet_shape import UNET_PREFIX, UNetShape
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["autoencoder_tensors", "ema_name", "has_ema", "label_tensors", "text_tensors", "unet_name", "unet_tensors"]
+__all__ = [
+    "autoencoder_tensors",
+    "condition_tensors",
+    "ema_name",
+    "has_ema",
+    "text_tensors",
+    "unet_name",
+    "unet_tensors",
+]
 
 Tensors = Mapping[str, StoredTensor]
 EMA_PREFIX = "model_ema."
@@ -192,9 +200,9 @@ def text_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
     return converted
 
 
-def label_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
-    """The tensors of a ``ClassEmbedder``."""
-    return _below(tensors, CONDITION_PREFIX, ("embedding.",))
+def condition_tensors(tensors: Tensors, part: str) -> dict[str, StoredTensor]:
+    """The tensors of what encodes a condition, below a ``part`` of it, e.g. "embedding."."""
+    return _below(tensors, CONDITION_PREFIX, (part,))
 
 
 def _below(tensors: Tensors, prefix: str, parts: tuple[str, ...]) -> dict[str, StoredTensor]:

@@ -100,11 +100,11 @@ PUBLISHED: tuple[Published, ...] = (
         Defaults(50, 0.0, 1.0),
     ),
     Published(
-        *("semantic_synthesis", "semantic", 128, (1, 4, 8), (), Heads(8), 64, 1.0, (0.0015, 0.0205)),
+        *("semantic_synthesis", "semantic_synthesis", 128, (1, 4, 8), (), Heads(8), 64, 1.0, (0.0015, 0.0205)),
         Defaults(200, 1.0, 1.0),
     ),
     Published(
-        *("layout2img", "layout", 128, (1, 2, 3, 4), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0205)),
+        *("layout2img", "layout_to_image", 128, (1, 2, 3, 4), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0205)),
         Defaults(200, 0.0, 1.0),
     ),
 )

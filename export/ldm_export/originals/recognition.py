@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ldm_export.checkpoint.weight_choice import WEIGHTS
 from ldm_export.checkpoint.weights import StoredTensor
-from ldm_export.originals.autoencoder_shape import AUTOENCODER_PREFIX, AutoencoderShape, autoencoder_shape
-from ldm_export.originals.condition_shape import CONDITION_PREFIX, Labels, Text, condition_shape, kind_of
+from ldm_export.originals.autoencoder_shape import AutoencoderShape, autoencoder_shape
+from ldm_export.originals.condition_shape import (
+    Condition,
+    Labels,
+    condition_shape,
+    kind_of,
+)
 from ldm_export.originals.key_mapping import has_ema
 from ldm_export.originals.published import Heads, Published, published_as
 from ldm_export.originals.schedule import betas_of
-from ldm_export.originals.unet_shape import UNET_PREFIX, UNetShape, unet_shape
+from ldm_export.originals.unet_shape import UNetShape, unet_shape
 from ldm_export.originals.yaml_config import YamlConfig
+from ldm_export.originals.yaml_facts import yaml_facts
+from ldm_export.originals.yaml_shapes import yaml_shapes
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
 
-__all__ = ["Original", "recognise"]
+__all__ = ["Original", "described", "recognise"]
 
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
@@ -41,6 +47,7 @@ class Original:
         scale_factor: The latents are the encoder's times this.
         timesteps, linear_start, linear_end: Training schedule.
         ema: The UNet's weights are the moving averages.
+        unconditional: The last class of a class-conditional model is that of the unconditional branch.
         defaults: Sampling options.
     """
 
@@ -48,7 +55,7 @@ class Original:
     name: str
     unet: UNetShape
     autoencoder: AutoencoderShape
-    condition: Text | Labels | None
+    condition: Condition | None
     heads: Heads
     image_size: int
     scale_factor: float
@@ -56,6 +63,7 @@ class Original:
     linear_start: float
     linear_end: float
     ema: bool
+    unconditional: bool
     defaults: Defaults
 
 
@@ -81,7 +89,28 @@ def recognise(
             f"{autoencoder.latent_channels}; use the tensors of one model"
         )
     if config is not None:
-        config.check(_facts(config, tensors, unet, autoencoder, condition))
+        config.check(yaml_facts(config, tensors, unet, autoencoder, condition))
+    return _described((unet, autoencoder, condition), kind, tensors, config, weights)
+
+
+def described(config: YamlConfig) -> Original:
+    """Everything that a yaml says about a model without weights.
+
+    Raises:
+        CheckpointError: The model is of no known kind, or the yaml is incomplete.
+    """
+    shapes = yaml_shapes(config)
+    return _described(shapes, kind_of(shapes[0], shapes[2], {}), {}, config, None)
+
+
+def _described(
+    shapes: tuple[UNetShape, AutoencoderShape, Condition | None],
+    kind: str,
+    tensors: Mapping[str, StoredTensor],
+    config: YamlConfig | None,
+    weights: str | None,
+) -> Original:
+    unet, autoencoder, condition = shapes
     row = published_as(kind, unet)
     timesteps, start, end = _schedule(tensors, config, row)
     return Original(
@@ -97,6 +126,7 @@ def recognise(
         linear_start=start,
         linear_end=end,
         ema=_ema(tensors, config, row, weights),
+        unconditional=_unconditional(condition, row),
         defaults=row.defaults if row is not None else _DEFAULTS.get(kind, Defaults()),
     )
 
@@ -106,64 +136,6 @@ def _needs_config(what: str) -> CheckpointError:
         f"checkpoint: its tensors do not tell {what}, and no published model has these sizes; "
         "give the yaml that it was trained with (--config)"
     )
-
-
-def _facts(
-    config: YamlConfig,
-    tensors: Mapping[str, StoredTensor],
-    unet: UNetShape,
-    autoencoder: AutoencoderShape,
-    condition: Text | Labels | None,
-) -> list[tuple[str, Any, Any, str]]:
-    """Return yaml key, its value, the value derived from the state dict, and the tensor it is derived from."""
-
-    def evidence(name: str) -> str:
-        return f"{name} {list(tensors[name].shape)}" if name in tensors else f"the absence of {name}"
-
-    conv_in, block = evidence(f"{UNET_PREFIX}input_blocks.0.0.weight"), f"the blocks of {UNET_PREFIX}input_blocks"
-    cross = evidence(f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-    ae_in, ae_out = (evidence(f"{AUTOENCODER_PREFIX}{name}.weight") for name in ("encoder.conv_in", "post_quant_conv"))
-    params, conv_out = config.unet, evidence(f"{UNET_PREFIX}out.2.weight")
-    dd = ddconfig if isinstance(ddconfig := config.first_stage.get("ddconfig"), dict) else {}
-    resolutions = config.integers(params, "attention_resolutions")
-    relevant = None if resolutions is None else tuple(sorted(r for r in resolutions if r < 2 ** len(unet.widths)))
-    multiples = config.integers(dd, "ch_mult")
-    ch = config.integer(dd, "ch")
-    levels = None if ch is None or multiples is None else tuple(ch * multiple for multiple in multiples)
-    facts: list[tuple[str, Any, Any, str]] = [
-        ("unet model_channels", config.integer(params, "model_channels"), unet.model_channels, conv_in),
-        ("unet in_channels", config.integer(params, "in_channels"), unet.in_channels, conv_in),
-        ("unet out_channels", config.integer(params, "out_channels"), unet.out_channels, conv_out),
-        ("unet channel_mult", config.integers(params, "channel_mult"), unet.multiples, block),
-        ("unet num_res_blocks", config.integer(params, "num_res_blocks"), unet.res_blocks, block),
-        ("unet attention_resolutions", relevant, unet.attention_resolutions, block),
-        ("unet context_dim", config.integer(params, "context_dim"), unet.context_width, cross),
-        ("unet resblock_updown", bool(params.get("resblock_updown", False)), unet.resblock_updown, block),
-        ("unet use_scale_shift_norm", bool(params.get("use_scale_shift_norm", False)), unet.scale_shift,
-         evidence(f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight")),
-        ("autoencoder embed_dim", config.integer(config.first_stage, "embed_dim"), autoencoder.latent_channels, ae_out),
-        ("autoencoder n_embed", config.integer(config.first_stage, "n_embed"), autoencoder.codes,
-         evidence(f"{AUTOENCODER_PREFIX}quantize.embedding.weight")),
-        ("autoencoder z_channels", config.integer(dd, "z_channels"), autoencoder.z_channels, ae_out),
-        ("autoencoder num_res_blocks", config.integer(dd, "num_res_blocks"), autoencoder.res_blocks,
-         f"the blocks of {AUTOENCODER_PREFIX}encoder.down.0"),
-        ("autoencoder ch and ch_mult", levels, autoencoder.widths, ae_in),
-    ]  # fmt: skip
-    if isinstance(condition, Text):
-        tokens = evidence(f"{CONDITION_PREFIX}transformer.token_emb.weight")
-        facts += [
-            ("text n_embed", config.integer(config.condition, "n_embed"), condition.width, tokens),
-            ("text vocab_size", config.integer(config.condition, "vocab_size"), condition.vocabulary, tokens),
-            ("text n_layer", config.integer(config.condition, "n_layer"), condition.layers, "the layers of "
-             f"{CONDITION_PREFIX}transformer.attn_layers"),
-        ]  # fmt: skip
-    if isinstance(condition, Labels):
-        embedding = evidence(f"{CONDITION_PREFIX}embedding.weight")
-        facts += [
-            ("labels n_classes", config.integer(config.condition, "n_classes"), condition.classes, embedding),
-            ("labels embed_dim", config.integer(config.condition, "embed_dim"), condition.width, embedding),
-        ]
-    return facts
 
 
 def _heads(config: YamlConfig | None, row: Published | None, unet: UNetShape) -> Heads:
@@ -219,7 +191,7 @@ def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None
             return factor
         raise CheckpointError(f"{stored.file}: tensor scale_factor: got {factor:g}, expected a positive number")
     if config is not None:
-        if config.params.get("scale_by_std") is True:
+        if config.params.get("scale_by_std") is True and tensors:
             raise CheckpointError(
                 f"{config.file}: scale_by_std is set, but the checkpoint has no tensor scale_factor; use a whole one"
             )
@@ -227,6 +199,17 @@ def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None
     if row is None:
         raise _needs_config("the scale of its latents")
     return row.scale_factor
+
+
+def _unconditional(condition: Condition | None, row: Published | None) -> bool:
+    """True if the last class is the unconditional one.
+
+    A published model tells by its guidance scale. For others nothing in a checkpoint or yaml tells; the number of
+    classes decides, since data sets have even tens of classes (1000 of ImageNet) and one more is added to them.
+    """
+    if not isinstance(condition, Labels):
+        return False
+    return condition.classes % 10 == 1 if row is None else row.defaults.guidance_scale != 1
 
 
 def _ema(

@@ -78,11 +78,12 @@ def real_feeds(
     model = pipeline.model
     recorders = {name: _Recorder(backend, model.components[name]) for name, backend in pipeline.backends.items()}
     recording = LatentDiffusionPipeline(model, recorders, files)
-    example = recording.example()
     rng, rows, sources = np.random.default_rng(0), list[Feed](), list[Feed]()
     steps = max(STEPS, len(requests))
     for index, fields in enumerate(requests):
-        plan = recording.plan(Request(**{**example, **fields, "seed": index, "num_inference_steps": steps}))
+        plan = recording.plan(
+            Request(**{**recording.example(fields), **fields, "seed": index, "num_inference_steps": steps})
+        )
         conditioning = recording.condition(plan)
         encoded = [
             {name: array for one in recording.conditioners for name, array in one.rows(plan.request, branch).items()}

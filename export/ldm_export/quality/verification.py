@@ -59,7 +59,7 @@ class ImageResult:
     @property
     def label(self) -> str:
         """The request as a short text."""
-        return label(self.fields)
+        return label({name: value for name, value in self.request.items() if name not in _SHARED})
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +152,13 @@ def verify(
         for name in family.components:
             on_progress(name, len(components), total)
             components.append(_component(ours, checkpoint, family, name, feeds))
-        theirs, example = family.reference(checkpoint), ours.example()
+        theirs = family.reference(checkpoint)
         images: list[ImageResult] = []
         for seed, request in enumerate(requests):
             on_progress("images", len(components) + seed, total)
-            images.append(_image(ours, family, theirs, {**asdict(defaults), "seed": seed, **example, **request}))
+            images.append(
+                _image(ours, family, theirs, {**asdict(defaults), "seed": seed, **ours.example(request), **request})
+            )
         on_progress("images", total, total)
     return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(images))
 

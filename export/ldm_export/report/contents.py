@@ -111,6 +111,7 @@ def make_report(
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
     files = {name: bundle_json(bundle, name) for name in bundle.manifest.files if _is_report(name)}
+    requests = _completed(bundle, requests)
     seeded = [
         Request(**one, seed=options.seed + i, num_inference_steps=options.steps) for i, one in enumerate(requests)
     ]
@@ -122,6 +123,15 @@ def make_report(
 
         results[precision] = _generate(bundle, precision, seeded, options.backend, advance)
     return Report(bundle, tuple(requests), options, results, files)
+
+
+def _completed(bundle: Bundle, requests: Sequence[RequestFields]) -> Sequence[RequestFields]:
+    """The requests with the example of the model's conditioning where they have none of their own."""
+    try:
+        with LatentDiffusionPipeline.from_bundle(bundle, precision=REFERENCE) as pipeline:
+            return [{**pipeline.example(one), **one} for one in requests]
+    except BackendError:  # each precision states it in the report
+        return requests
 
 
 def precisions(bundle: Bundle) -> list[str]:
@@ -179,7 +189,7 @@ def _generate(
                     seconds.append(time.perf_counter() - begun)
                     on_progress(index * step.total + step.index + 1, len(requests) * step.total)
                     begun = time.perf_counter()
-                images += _decoded(pipeline, step.latents)
+                images += _decoded(pipeline, step.latents, request)
             if pipeline.choice:  # "auto" may have replaced it
                 ran = f"{pipeline.choice.backend}, computing in {pipeline.choice.arithmetic}"
     except BackendError as error:
@@ -187,8 +197,10 @@ def _generate(
     return PrecisionImages(tuple(images), median(seconds), ran)
 
 
-def _decoded(pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]]) -> list[Image.Image]:
+def _decoded(
+    pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]], request: Request
+) -> list[Image.Image]:
     try:
-        return pipeline.decode(latents)
+        return pipeline.decode(latents, request)
     except SpecError as error:  # NaN is a result of the precision, like an engine that fails
         raise BackendError(str(error)) from None

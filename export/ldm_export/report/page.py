@@ -24,6 +24,7 @@ from ldm_export.page.document import (
 )
 from ldm_export.page.fact_tables import fact_tables
 from ldm_export.report.contents import REFERENCE, Report
+from ldm_export.report.input_images import input_images
 from ldm_export.report.int8_section import int8_section
 from ldm_export.report.lenient_json import finite, mapping
 from ldm_export.requests import label
@@ -61,10 +62,13 @@ def _images(report: Report) -> Iterator[Markup]:
         f"{defaults.eta:g}." + (" Differences from fp32 are amplified by the factor in the heading." if others else ""),
     )
     rows = []
+    inputs = [input_images(request) for request in report.requests]
+    given = ("input",) if any(inputs) else ()
     for index, request in enumerate(report.requests):
         title = label(request)
         images = {name: report.results[name].images[index] for name in (REFERENCE, *others)}
         row = [Markup(f"{text(title)}<br><span class=note>seed {report.options.seed + index}</span>")]
+        row += [Markup("".join(inline_image(image, name) for name, image in inputs[index].items()))] if given else []
         row += [inline_image(image, f"{title}, {name}") for name, image in images.items()]
         row += [
             Markup(
@@ -74,7 +78,7 @@ def _images(report: Report) -> Iterator[Markup]:
             for name in others
         ]
         rows.append(row)
-    yield table(("request", REFERENCE, *others, *(f"|{name} − fp32| × {times[name]}" for name in others)), rows)
+    yield table(("request", *given, REFERENCE, *others, *(f"|{name} − fp32| × {times[name]}" for name in others)), rows)
 
 
 def _amplification(report: Report, precision: str) -> int:

@@ -180,7 +180,7 @@ class Connection:
                 raise ServerError(
                     f"{self.address}: model {self.model!r} has no input {name}, only {known}; choose another"
                 )
-            kind, listed = self.inputs[name], value if isinstance(value, list) else [value]
+            kind, listed = self.inputs[name], value if isinstance(value, list | np.ndarray) else [value]
             if kind != "BYTES" and triton_to_np_dtype(kind) is None:
                 raise ServerError(f"{self.address}: input {name} has the unknown data type {kind!r:.40}; check --model")
             try:

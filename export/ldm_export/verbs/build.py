@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.int8_options import add_int8_arguments, given_options, settings_of, show
+from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inputs_of, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
 from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ldm_export.demo import Model
     from ldm_export.engine.request import EngineRequest
+    from ldm_export.families import Family
+    from ldm_export.requests import RequestFields
 
 __all__ = ["add_arguments", "run"]
 
@@ -94,14 +99,16 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     _check_int8_options(args)
     checkpoint = open_given(args.checkpoint or demo_checkpoint(), args)
     family = family_named(checkpoint.family)
-    kinds = [entry.kind for entry in family.describe(checkpoint).conditioning]
+    conditioning = family.describe(checkpoint).conditioning
+    kinds = [entry.kind for entry in conditioning]
+    classes = max((entry.settings.get("classes", 0) for entry in conditioning), default=0)
     model = None if args.random_weights else checkpoint.folder
     options = BuildOptions(
         args.precision,
         engines,
-        settings_of(args, kinds, model) if args.precision == "int8" else None,
+        settings_of(args, kinds, model, classes) if args.precision == "int8" else None,
         demo_grader(model),
-        requests=family.requests(chosen_prompts(args.prompts, model))[:RANGED] if args.precision in HALF else None,
+        requests=_ranged(args, family, kinds, model) if args.precision in HALF else None,
         cuda=args.target == CUDA,
     )
     with screen.bar("reading", None) as bar:
@@ -131,13 +138,21 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.result(f"{args.output}: {human_bytes(size)}, {len(built.bundle.manifest.files)} files")
 
 
+def _ranged(args: argparse.Namespace, family: Family, kinds: Sequence[str], model: Model) -> Sequence[RequestFields]:
+    """Requests on which the ranges of half precision are measured."""
+    if args.inputs is not None:
+        return inputs_of(args.inputs, kinds)[:RANGED]
+    return family.requests(chosen_prompts(args.prompts, model))[:RANGED]
+
+
 def _check_int8_options(args: argparse.Namespace) -> None:
     """Refuse options of int8 with another precision; --prompts applies to half precision too."""
     if args.precision == "int8":
         return
-    foreign = [option for option in given_options(args) if option != "--prompts" or args.precision not in HALF]
+    shared = ("--prompts", "--inputs")
+    foreign = [option for option in given_options(args) if option not in shared or args.precision not in HALF]
     if foreign:
-        fitting = f"{', '.join(HALF)} or int8" if foreign == ["--prompts"] else "int8"
+        fitting = f"{', '.join(HALF)} or int8" if set(foreign) <= set(shared) else "int8"
         raise BuildError(f"{', '.join(foreign)}: of {fitting}; give --precision {fitting} too")
 
 

@@ -39,11 +39,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     begun = time.monotonic()
     bundle = Bundle.open(args.bundle)
     conditioning = [entry.kind for entry in bundle.manifest.conditioning]
+    classes = max((entry.settings.get("classes", 0) for entry in bundle.manifest.conditioning), default=0)
     if args.record is not None and given_options(args):
         raise SpecError(
             f"--record: got {', '.join(given_options(args))} too, but the record determines them; leave them out"
         )
-    settings = args.record or settings_of(args, conditioning, bundle)
+    settings = args.record or settings_of(args, conditioning, bundle, classes)
     with screen.bar("reading") as bar:
         built = calibrate(
             args.bundle, settings, lambda part, done, total: bar.to(done, total, part), demo_grader(bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from PIL import Image
 from ldm_export.screen import Screen
 from ldm_export.serving.address import PROTOCOLS, Address, parse_url
 from ldm_export.serving.client import Arrays, Connection
-from ldm_export.verbs.image_options import add_request, grid_columns, opened_images, write_images
+from ldm_export.verbs.image_options import (
+    add_request,
+    grid_columns,
+    opened_images,
+    read_layouts,
+    write_images,
+)
 from ldm_export.verbs.options import real_number, whole_number
 from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
@@ -82,8 +89,10 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PROMPT": args.prompts or None,
         "NEGATIVE_PROMPT": args.negative_prompt or None,
         "LABEL": args.label,
-        "INPUT_IMAGE": _pixels(args.image, "RGB"),
+        "INPUT_IMAGE": _pixels(args.image),
         "MASK": _pixels(args.mask, "L"),
+        "SEGMENTATION": _classes(args.segmentation),
+        "LAYOUT": _layouts(args.layout),
         "COUNT": args.count,
         "SEED": seed,
         "STEPS": args.steps,
@@ -101,13 +110,28 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _pixels(files: list[Path] | None, mode: str) -> NDArray[np.uint8] | None:
+def _pixels(files: list[Path] | None, mode: str = "RGB") -> NDArray[np.uint8] | None:
     """Files as uint8 [N, H, W, channels]."""
+    from ldm_runtime.input_images import rgb_image
+
     images = opened_images(files)
     if images is None:
         return None
-    arrays = np.stack([np.asarray(picture.convert(mode)) for picture in images])
+    arrays = np.stack([np.asarray(rgb_image(picture).convert(mode)) for picture in images])
     return arrays[..., None] if arrays.ndim == 3 else arrays
+
+
+def _classes(files: list[Path] | None) -> NDArray[np.int64] | None:
+    """Files as int64 [N, H, W]."""
+    from ldm_runtime.conditioning.segmentation import class_array
+
+    found = opened_images(files)
+    return None if found is None else class_array(found)
+
+
+def _layouts(files: list[Path] | None) -> list[str] | None:
+    found = read_layouts(files)
+    return None if found is None else [json.dumps(layout) for layout in found]
 
 
 def _infer(connection: Connection, inputs: dict[str, Any], screen: Screen) -> Arrays:
@@ -144,8 +168,9 @@ def _number(array: NDArray[Any], name: str, address: Address) -> int:
 def _images(array: NDArray[Any], args: argparse.Namespace, address: Address) -> list[Image.Image]:
     from ldm_runtime.images import pil_image
 
-    each = len(args.prompts) or len(args.label or ())
-    count = each * args.images_per_prompt if each else args.count or 1
+    each = len(args.prompts) or len(args.label or args.layout or ())
+    images = len(args.image or args.segmentation or ()) or args.count or 1
+    count = each * args.images_per_prompt if each else images
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != count or not array.size:
         got = f"{array.dtype} {list(array.shape)}"
         raise ServerError(f"{address}: IMAGE is {got}, expected uint8 [{count}, height, width, 3]; check --model")

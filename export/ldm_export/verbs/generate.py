@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.image_options import add_request, check_output, grid_columns, opened_images, write_images
+from ldm_export.verbs.image_options import (
+    add_request,
+    check_output,
+    grid_columns,
+    opened_images,
+    read_layouts,
+    write_images,
+)
 from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
 
@@ -78,6 +85,8 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         labels=args.label,
         image=opened_images(args.image),
         mask=opened_images(args.mask),
+        segmentation=opened_images(args.segmentation),
+        layout=read_layouts(args.layout),
         count=args.count,
         seed=seed,
         eta=args.eta,

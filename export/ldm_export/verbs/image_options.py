@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,20 @@ from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError, SpecError
+from ldm_runtime.regular_files import read_regular
 
-__all__ = ["ImageFiles", "add_request", "check_output", "grid_columns", "opened_images", "write_images"]
+__all__ = [
+    "ImageFiles",
+    "add_request",
+    "check_output",
+    "grid_columns",
+    "opened_images",
+    "read_layouts",
+    "write_images",
+]
+
+MAX_LAYOUT = 2**20
+"""Largest file of a layout in bytes."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,20 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--mask", type=Path, nargs="+", metavar="FILE", help="masks, white where an image is repainted, for inpainting"
     )
     verb.add_argument(
+        "--segmentation",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="images with the number of a class in each pixel, for semantic synthesis",
+    )
+    verb.add_argument(
+        "--layout",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="JSON files, each a list of [category, [x, y, width, height]] in shares of the image, for layout to image",
+    )
+    verb.add_argument(
         "--count", type=whole_number, metavar="N", help="number of images of a model without prompts (default 1)"
     )
 
@@ -120,20 +147,34 @@ def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
     """Read image files; None stays None.
 
     Raises:
-        SpecError: A file is no image, or too large to be one, or the images have different sizes.
+        SpecError: A file is no image, too large, animated or truncated, or the images have different sizes.
     """
+    from ldm_runtime.input_images import open_image
+
     if files is None:
         return None
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                images.append(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SpecError(f"{file}: cannot be read as an image ({error}); give a PNG or JPEG") from None
+    images = [open_image(file) for file in files]
     if len({one.size for one in images}) != 1:
         raise SpecError(f"{files[0]}: got images of different sizes, expected one size; make several calls")
     return images
+
+
+def read_layouts(files: Sequence[Path] | None) -> list[Any] | None:
+    """Read layouts, one of each JSON file; None stays None.
+
+    Raises:
+        SpecError: A file cannot be read or is not JSON.
+    """
+    if files is None:
+        return None
+    layouts = []
+    for file in files:
+        content = read_regular(file, MAX_LAYOUT, SpecError)
+        try:
+            layouts.append(json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"{file}: is not JSON ({error}), expected [[category, [x, y, width, height]], …]") from None
+    return layouts
 
 
 def grid_columns(images_per_prompt: int) -> int | None:

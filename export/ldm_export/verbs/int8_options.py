@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from ldm_calibration.settings import CalibrationSettings
     from ldm_export.demo import Model
 
-__all__ = ["add_int8_arguments", "given_options", "settings_of", "show"]
+__all__ = ["add_int8_arguments", "default_requests", "given_options", "inputs_of", "settings_of", "show"]
 
 OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
 """Maximum number of observed images, and numbers of trial images; graded trials need more images."""
-OPTIONS = ("prompts", "min_psnr", "max_accuracy_loss", "calibration_steps", "sensitivity", "trials", "trial_steps")
+OPTIONS = (
+    "prompts",
+    "inputs",
+    "min_psnr",
+    "max_accuracy_loss",
+    "calibration_steps",
+    "sensitivity",
+    "trials",
+    "trial_steps",
+)
 
 
 def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
@@ -31,6 +40,12 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="text file with one prompt per line (models conditioned on text; the demo model has its own)",
+    )
+    int8.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of images (with NAME_mask.png for inpainting), class images, layouts, or a labels.txt",
     )
     int8.add_argument("--min-psnr", type=real_number, metavar="DB", help="minimum mean PSNR against fp32 (default 35)")
     int8.add_argument(
@@ -63,21 +78,53 @@ def given_options(args: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
-def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: Model = None) -> CalibrationSettings:
+def default_requests(
+    conditioning: Collection[str], model: Model, observed: int, trials: int, classes: int = 0
+) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
+    """Default requests to observe and to generate trial images from; None if the user must give prompts or inputs.
+
+    Args:
+        conditioning: Kinds of the model's conditioning; empty for an unconditional model.
+        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
+            for random weights.
+        observed, trials: Number of requests of each.
+        classes: Number of classes of a model conditioned on labels; the requests are spread over them.
+    """
+    from ldm_export.demo import calibration_prompts
+
+    if not conditioning:
+        return ({},) * observed, ({},) * trials
+    if "label" in conditioning and classes:
+        return _spread_labels(classes, observed), _spread_labels(classes, trials)
+    if "text" not in conditioning:
+        return None
+    prompts = calibration_prompts(model, observed, trials)
+    if prompts is None:
+        return None
+    first, second = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
+    return first, second
+
+
+def _spread_labels(classes: int, count: int) -> tuple[ImageRequest, ...]:
+    return tuple({"labels": index * classes // count} for index in range(count))
+
+
+def settings_of(
+    args: argparse.Namespace, conditioning: Collection[str], model: Model = None, classes: int = 0
+) -> CalibrationSettings:
     """Make the settings of the calibration from the options.
 
     Args:
         args: Parsed options.
         conditioning: Kinds of the model's conditioning, e.g. ("text",).
-        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
-            for random weights.
+        model, classes: As for ``default_requests``.
 
     Raises:
-        SpecError: The model needs prompts and there are none, takes none and some are given, or a number is out of
-            range.
+        SpecError: The model needs prompts or inputs and there are none, takes none and some are given, or a number is
+            out of range.
     """
+    from ldm_calibration.inputs import INPUTS
     from ldm_calibration.settings import CalibrationSettings
-    from ldm_export.demo import calibration_prompts
 
     default_trials = TRIALS if args.max_accuracy_loss is None else GRADED_TRIALS
     trials = default_trials if args.trials is None else args.trials
@@ -89,10 +136,14 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
             raise SpecError(f"--prompts: got {args.prompts}, but this model {takes}; leave --prompts out")
         requests: tuple[ImageRequest, ...] = tuple({"prompts": line} for line in lines(args.prompts))
         observed, trial_requests = requests[:OBSERVED], requests[:trials]
-    elif not conditioning:
-        observed, trial_requests = ({},) * OBSERVED, ({},) * trials
-    elif prompts := calibration_prompts(model, OBSERVED, trials):
-        observed, trial_requests = (tuple({"prompts": prompt} for prompt in part) for part in prompts)
+    elif args.inputs is not None:
+        requests = inputs_of(args.inputs, conditioning)
+        observed, trial_requests = requests[:OBSERVED], requests[:trials]
+    elif defaults := default_requests(conditioning, model, OBSERVED, trials, classes):
+        observed, trial_requests = defaults
+    elif "text" not in conditioning:
+        files = "; ".join(INPUTS[kind] for kind in conditioning if kind in INPUTS)
+        raise SpecError(f"--inputs: int8 is calibrated on real inputs, got none; give a folder of {files}")
     else:
         raise SpecError("--prompts: int8 is calibrated on real prompts, got none; give a text file of them, one a line")
     bounded = args.min_psnr is not None or args.max_accuracy_loss is not None
@@ -105,6 +156,21 @@ def settings_of(args: argparse.Namespace, conditioning: Collection[str], model: 
         min_psnr=args.min_psnr if bounded else 35.0,
         max_accuracy_loss=args.max_accuracy_loss,
     )
+
+
+def inputs_of(folder: Path, conditioning: Collection[str]) -> tuple[ImageRequest, ...]:
+    """Requests of a folder of inputs.
+
+    Raises:
+        SpecError: The model takes none, or the folder cannot be used.
+    """
+    from ldm_calibration.inputs import INPUTS, read_inputs
+
+    kinds = [kind for kind in conditioning if kind in INPUTS]
+    if not kinds:
+        takes = "text, give --prompts" if conditioning else "nothing, leave it out"
+        raise SpecError(f"--inputs: got {folder}, but this model takes {takes}")
+    return read_inputs(folder, kinds[0])
 
 
 def show(report: dict[str, Any], screen: Screen) -> None:

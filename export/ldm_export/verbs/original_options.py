@@ -25,6 +25,9 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     )
     original.add_argument("--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models")
     original.add_argument(
+        "--categories", type=Path, metavar="FILE", help="names of the categories, one per line, for models of layouts"
+    )
+    original.add_argument(
         "--weights",
         choices=WEIGHTS,
         help="moving averages or plain weights of the UNet (default: the averages if there are any, unless the yaml "
@@ -41,5 +44,5 @@ def open_given(path: Path, args: argparse.Namespace) -> Checkpoint:
     from ldm_export.originals import open_model
 
     random = getattr(args, "random_weights", False)
-    options = {"config": args.config, "tokenizer": args.tokenizer, "weights": args.weights}
+    options = {name: getattr(args, name) for name in ("config", "tokenizer", "weights", "categories")}
     return open_model(path, random_weights=random, **options)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import ImageConditioner
 from ldm_runtime.conditioning.label import LabelConditioner
+from ldm_runtime.conditioning.layout import LayoutConditioner
 from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
+from ldm_runtime.conditioning.segmentation import SegmentationConditioner
 from ldm_runtime.conditioning.text import TextConditioner
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.model import ConditioningSpec
@@ -27,7 +29,9 @@ __all__ = [
     "Conditioner",
     "ImageConditioner",
     "LabelConditioner",
+    "LayoutConditioner",
     "MaskedImageConditioner",
+    "SegmentationConditioner",
     "TextConditioner",
     "open_conditioner",
 ]
@@ -51,6 +55,9 @@ class Conditioner(Protocol):
             SpecError: A field is missing or cannot be used.
         """
 
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents if an accepted request's fields of this kind decide them; else None."""
+
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Encode one guidance branch: tensor name -> array [images, …].
 
@@ -73,11 +80,23 @@ class Conditioner(Protocol):
         """Free the engine of the component that encodes; the next call loads it again."""
 
 
-KINDS: tuple[type[TextConditioner | LabelConditioner | ImageConditioner | MaskedImageConditioner], ...] = (
+KINDS: tuple[
+    type[
+        TextConditioner
+        | LabelConditioner
+        | ImageConditioner
+        | MaskedImageConditioner
+        | SegmentationConditioner
+        | LayoutConditioner
+    ],
+    ...,
+] = (
     TextConditioner,
     LabelConditioner,
     ImageConditioner,
     MaskedImageConditioner,
+    SegmentationConditioner,
+    LayoutConditioner,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image_sizes import check_size, fitted, latent_sides, report_fitted
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.input_images import rgb_image
 from ldm_runtime.model import UNET, ConditioningSpec
 from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request
 from ldm_runtime.specs import TensorSpec
 
-__all__ = ["ImageConditioner", "check_size", "example_image", "image_array"]
+__all__ = ["ImageConditioner", "example_image", "image_array"]
 
 F32 = NDArray[np.float32]
 
@@ -27,19 +29,20 @@ class ImageConditioner:
 
     Args:
         tensor: The UNet's input, float32 [N, channels, h, w] in [-1, 1].
+        multiple: Sides of PIL images are rounded down to multiples of it.
     """
 
     kind: ClassVar[str] = "image"
     fields: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    def __init__(self, tensor: TensorSpec):
-        self._tensor = tensor
+    def __init__(self, tensor: TensorSpec, multiple: int = 1):
+        self._tensor, self._multiple = tensor, multiple
 
     @classmethod
     def open(
         cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
     ) -> ImageConditioner:
-        """Construct from a manifest entry.
+        """Construct from a manifest entry with the optional setting "multiple".
 
         Raises:
             ManifestError: The UNet has no such input.
@@ -49,7 +52,7 @@ class ImageConditioner:
         ]
         if not tensors or tensors[0].dtype != "float32":
             raise ManifestError(f"conditioning: image: got {spec}, expected an input of the UNet; rebuild the bundle")
-        return cls(tensors[0])
+        return cls(tensors[0], max(1, spec.settings.get("multiple", 1)))
 
     def images(self, request: Request) -> int:
         """Check the images and return their number.
@@ -59,7 +62,13 @@ class ImageConditioner:
         """
         if request.image is None:
             raise SpecError("image: got none, expected one or more images; this model starts from images")
-        return len(self._array(request))
+        array = self._array(request)
+        report_fitted("image", request.image, array)
+        return len(array)
+
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents, those of the images."""
+        return latent_sides(self._array(request).shape[2:], self._tensor.shape[2:])
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """The images float32 [images, channels, h, w] in [-1, 1], the same for every branch."""
@@ -77,7 +86,8 @@ class ImageConditioner:
         """Nothing to free."""
 
     def _array(self, request: Request) -> F32:
-        array = image_array("image", request.image) * np.float32(2) - np.float32(1)
+        given = fitted(request.image, self._tensor.shape[2:], self._multiple, Image.Resampling.LANCZOS)
+        array = image_array("image", given) * np.float32(2) - np.float32(1)
         check_size("image", array, self._tensor)
         return array
 
@@ -88,23 +98,6 @@ def example_image(tensor: TensorSpec) -> F32:
     ramps = (np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :])
     planes = [np.broadcast_to(ramps[channel % 2], (height, width)) for channel in range(channels)]
     return np.stack(planes)[None].astype(np.float32)
-
-
-def check_size(name: str, array: F32, tensor: TensorSpec) -> None:
-    """Check channels, height and width of images [N, channels, h, w] for a tensor.
-
-    Raises:
-        SpecError: The tensor takes other sizes.
-    """
-    low, high = tensor.bounds("min")[1:], tensor.bounds("max")[1:]
-    if not all(least <= size <= most for least, size, most in zip(low, array.shape[1:], high, strict=True)):
-        got = " x ".join(map(str, array.shape[1:]))
-        expected = " x ".join(_range(*pair) for pair in zip(low, high, strict=True))
-        raise SpecError(f"{name}: got {got} (channels, height, width), expected {expected}; resize the image")
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}..{high}"
 
 
 def image_array(name: str, value: Any) -> F32:
@@ -126,7 +119,7 @@ def image_array(name: str, value: Any) -> F32:
     if isinstance(images, list | tuple) and images and all(isinstance(one, Image.Image) for one in images):
         if len({one.size for one in images}) != 1:
             raise SpecError(f"{name}: got images of different sizes, expected one size; make several calls")
-        images = np.stack([np.asarray(one.convert("RGB")) for one in images])
+        images = np.stack([np.asarray(rgb_image(one)) for one in images])
     try:
         array = np.asarray(images)
     except ValueError:

@@ -71,6 +71,10 @@ class LabelConditioner:
             integer("labels", label, 0, self.classes - 1)
         return len(labels) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
 
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """None: the request decides the size."""
+        return None
+
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Embeddings float32 [images, T, D]; every row of the "unconditional" branch is that of its own label.
 

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.conditioning.image import check_size, example_image, image_array
+from ldm_runtime.conditioning.image import example_image, image_array
+from ldm_runtime.conditioning.image_sizes import check_size, fitted, latent_sides, report_fitted
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
@@ -61,7 +63,14 @@ class MaskedImageConditioner:
         for name in ("image", "mask"):
             if getattr(request, name) is None:
                 raise SpecError(f"{name}: got none, expected an image and a mask; this model repaints parts of images")
-        return len(self._arrays(request)[0])
+        image, mask = self._arrays(request)
+        for name, array in (("image", image), ("mask", mask)):
+            report_fitted(name, getattr(request, name), array)
+        return len(image)
+
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents, from those of the images."""
+        return latent_sides(self._arrays(request)[0].shape[2:], self._backend.inputs[0].shape[2:])
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """The encoded images float32 [images, C, h, w], the same for every branch.
@@ -92,10 +101,21 @@ class MaskedImageConditioner:
 
     def _arrays(self, request: Request) -> tuple[F32, F32]:
         """Image [N, channels, H, W] in [0, 1] and mask [N, 1, H, W], 0 or 1."""
-        image, mask = image_array("image", request.image), image_array("mask", request.mask)
+        filters = {"image": Image.Resampling.LANCZOS, "mask": Image.Resampling.NEAREST}
+        sides = self._backend.inputs[0].shape[2:]
+        image, mask = (
+            image_array(name, fitted(getattr(request, name), sides, 1, resample)) for name, resample in filters.items()
+        )
         mask = (mask.mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
-        for name, array, tensor in zip(("image", "mask"), (image, mask), self._backend.inputs, strict=True):
-            check_size(name, array, tensor)
+        check_size("image", image, self._backend.inputs[0])
+        if mask.shape[2:] != image.shape[2:]:
+            got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))
+            raise SpecError(f"mask: got {got} pixels (height, width), expected the image's {expected}; resize the mask")
+        flat = mask.reshape(len(mask), -1)
+        if not flat.any(axis=1).all():
+            raise SpecError("mask: got an empty one, expected white where the image is repainted")
+        if flat.all(axis=1).any():
+            raise SpecError("mask: got a full one, which leaves nothing of the image; expected black where it is kept")
         if len(mask) not in (1, len(image)):
             raise SpecError(f"mask: got {len(mask)} masks for {len(image)} images, expected one, or one each")
         return image, np.ascontiguousarray(np.broadcast_to(mask, (len(image), *mask.shape[1:])))

@@ -81,6 +81,10 @@ class TextConditioner:
             )
         return len(prompts) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
 
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """None: the request decides the size."""
+        return None
+
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Hidden states float32 [images, T, D]; the "unconditional" branch is that of the negative prompts.
 

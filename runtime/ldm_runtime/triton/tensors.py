@@ -62,8 +62,14 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),
         TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1), optional=False),
     ),
+    "segmentation": (TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),),
+    "layout": (
+        TensorField("TOKENS", "TYPE_INT32", (-1, -1)),
+        TensorField("LAYOUT", "TYPE_STRING", (-1,)),
+        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+    ),
 }
-"""Kind of conditioning -> its inputs."""
+"""Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
 GUIDANCE_FIELDS = (
     TensorField("GUIDANCE", "TYPE_FP32"),
@@ -150,6 +156,12 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         options["image"] = tensors["INPUT_IMAGE"]
     if "MASK" in tensors:
         options["mask"] = tensors["MASK"]
+    if "SEGMENTATION" in tensors:
+        options["segmentation"] = tensors["SEGMENTATION"]
+    if "TOKENS" in tensors:
+        options["tokens"] = tensors["TOKENS"]
+    if "LAYOUT" in tensors:
+        options["layout"] = [_layout(number, text) for number, text in enumerate(_texts(tensors, "LAYOUT"))]
     if "LABEL" in tensors:
         options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
     if "IMAGES_PER_PROMPT" in tensors:
@@ -190,6 +202,13 @@ def _texts(tensors: Mapping[str, NDArray[Any]], name: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise SpecError(f"{name} {number}: is not UTF-8 (byte {error.start}); encode the text as UTF-8") from None
     return texts
+
+
+def _layout(number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise SpecError(f"LAYOUT {number}: is not JSON; send [[category, [x, y, width, height]], ...]") from None
 
 
 def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:

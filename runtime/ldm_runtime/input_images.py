@@ -1,0 +1,75 @@
+"""Images that callers give: opened from files within limits, and converted to RGB or to numbers."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldm_runtime.errors import SpecError
+
+__all__ = ["MAX_PIXELS", "open_image", "rgb_image"]
+
+MAX_PIXELS = 2**25
+"""Most pixels of an image file, 33.5 million: more than any model takes, and 100 MB decoded."""
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def open_image(file: Path) -> Image.Image:
+    """Read an image file, turned upright as its EXIF orientation says; its mode stays the file's.
+
+    Its size is checked before it is decoded.
+
+    Raises:
+        SpecError: The file is missing, no image, too large, animated, or truncated.
+    """
+    try:
+        with warnings.catch_warnings(), _opened(file) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise _refused(file, f"{width} x {height} pixels", f"at most {MAX_PIXELS} pixels; make it smaller")
+            frames = getattr(opened, "n_frames", 1)
+            if frames != 1:
+                raise _refused(file, f"{frames} frames", "a single image; save one frame")
+            opened.load()
+            return ImageOps.exif_transpose(opened)
+    except SpecError:
+        raise
+    except Image.DecompressionBombError:
+        raise _refused(file, "more pixels than Pillow opens", f"at most {MAX_PIXELS}; make it smaller") from None
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        cause = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise SpecError(f"{file}: cannot be read as an image ({cause:.160}); give a PNG or JPEG") from None
+
+
+def _opened(file: Path) -> Image.Image:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+    return Image.open(file)
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """An image of any mode as upright RGB of 8 bits.
+
+    Palettes are looked up, 16 bits are scaled, and transparent images are laid on white.
+
+    Raises:
+        SpecError: It has more than ``MAX_PIXELS`` pixels.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise SpecError(f"image: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image, np.float64)
+        return Image.fromarray(np.rint(np.clip(values / 257, 0, 255)).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(np.rint(np.clip(np.asarray(image), 0, 255)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _refused(file: Path, got: str, expected: str) -> SpecError:
+    return SpecError(f"{file}: got {got}, expected {expected}")

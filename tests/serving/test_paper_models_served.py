@@ -1,0 +1,28 @@
+"""Models of images, masks and layouts on a real Triton server: `client` gets the image of the same request here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_export.cli import main
+from ldm_runtime import LatentDiffusionPipeline
+from tests.support.paper_bundles import files_of, paper_bundle
+from tests.support.shared import SharedFolders
+from tests.support.triton_server import served
+
+
+@pytest.mark.parametrize("name", ["inpainting_big", "semantic_synthesis", "layout2img"])
+def test_images_are_those_of_the_same_request_here(name: str, shared: SharedFolders, tmp_path: Path) -> None:
+    paper = paper_bundle(shared, name)
+    options, fields = files_of(paper.row, tmp_path)
+    with LatentDiffusionPipeline.from_bundle(paper.bundle, backend="onnxruntime", precision="fp32") as pipeline:
+        (expected,) = pipeline(seed=3, num_inference_steps=4, eta=0.5, **fields).images
+    with served(paper.folder / "bundle", tmp_path) as server:
+        request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
+        assert main(["client", *options, *request, "--url", server.http]) == 0
+    found = np.asarray(Image.open(tmp_path / "out.png"), int)
+    assert np.abs(found - np.asarray(expected, int)).max() <= 1
