@@ -63,8 +63,9 @@ def _write(stream, tensor: onnx.TensorProto, table: NDArray[np.float32]) -> None
     if dtype.kind != "f":
         return  # zeros
     fan_in = prod(shape[1:]) if len(shape) == 4 else shape[0] if len(shape) > 1 else 2500
-    start = int(place.get("offset", 0)) % len(table)
-    values = np.resize(np.roll(table, -start), shape) * np.float32(fan_in**-0.5)
+    start, count = int(place.get("offset", 0)) % len(table), prod(shape)
+    repeated = np.tile(table, -(-(start + count) // len(table)))
+    values = repeated[start : start + count].reshape(shape) * np.float32(fan_in**-0.5)
     if len(shape) == 1 and ("gamma" in tensor.name or ("norm" in tensor.name and tensor.name.endswith("weight"))):
         values += 1
     stream.seek(int(place.get("offset", 0)))

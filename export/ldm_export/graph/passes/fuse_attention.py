@@ -13,8 +13,10 @@ Rules:
    by (0, 2, 1), Reshape.
 4. Q and K may each be multiplied by a constant scalar; the node's attribute ``scale`` is the product of the scalars. V
    has no factor.
-5. Attention of any other form stays as it is, for example attention with a mask.
-6. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention". If
+5. Heads may be merged with the batch in between: Q and V become [B * heads, T, width], K becomes its Transpose by
+   (0, 2, 1), and the result is split again. Text encoders of this form exist.
+6. Attention of any other form stays as it is, for example attention with a mask.
+7. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention". If
    that name has no module, the whole name takes its place.
 
 Precondition: the values have types and shapes, as ``graph.onnx_graph`` writes them.
@@ -82,11 +84,15 @@ def fuse_attention(model: ir.Model) -> PassResult:
 
 def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     scores, weighted = producer(softmax.inputs[0], "MatMul"), only_user(softmax.outputs[0], "MatMul")
-    transposed = only_user(_result(weighted), "Transpose", BY_HEAD)
+    by_head = _result(weighted)
+    split = only_user(by_head, "Reshape")
+    if split is not None and _rank(split.outputs[0]) == 4:
+        by_head = split.outputs[0]
+    transposed = only_user(by_head, "Transpose", BY_HEAD)
     joined = only_user(_result(transposed), "Reshape")
     if scores is None or weighted is None or joined is None or weighted.inputs[0] is not softmax.outputs[0]:
         return False
-    if softmax.attributes.get_int("axis", -1) not in (-1, 3):
+    if softmax.attributes.get_int("axis", -1) not in (-1, _rank(softmax.outputs[0]) - 1):
         return False
     query, key, value = _heads(scores.inputs[0]), _keys(scores.inputs[1]), _heads(weighted.inputs[1])
     if query is None or key is None or value is None or value.scale != 1:
@@ -113,6 +119,9 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 def _heads(value: ir.Value | None) -> _Heads | None:
     """Rule 2: the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and at most a scalar factor."""
     value, scale = _without_scale(value)
+    merged = producer(value, "Reshape")
+    if merged is not None and _rank(value) == 3 and _rank(merged.inputs[0]) == 4:
+        value = merged.inputs[0]
     node = producer(value, "Transpose", BY_HEAD)
     split = producer(_data(node), "Reshape")
     if split is None or (shape := split.outputs[0].shape) is None or len(shape) != 4 or split.inputs[0] is None:
@@ -126,10 +135,10 @@ def _heads(value: ir.Value | None) -> _Heads | None:
 def _keys(value: ir.Value | None) -> _Heads | None:
     """Rule 3: the same for a tensor that is transposed to [B, heads, width, T]."""
     value, scale = _without_scale(value)
-    merged = producer(value, "Reshape")
-    turned = producer(_data(merged), "Transpose", (0, 2, 1))
-    split = producer(_data(turned), "Reshape")
-    heads = _heads(_data(split))
+    turned = producer(value, "Transpose", (0, 2, 1)) or producer(
+        _data(producer(value, "Reshape")), "Transpose", (0, 2, 1)
+    )
+    heads = _heads(_data(turned))
     return heads and replace(heads, scale=heads.scale * scale)
 
 
@@ -148,6 +157,11 @@ def _data(node: ir.Node | None) -> ir.Value | None:
 
 def _result(node: ir.Node | None) -> ir.Value | None:
     return None if node is None else node.outputs[0]
+
+
+def _rank(value: ir.Value | None) -> int:
+    """Number of dimensions; 0 if they are not known."""
+    return 0 if value is None or value.shape is None else len(value.shape)
 
 
 def _width(value: ir.Value) -> int | None:
