@@ -6,6 +6,7 @@ the tests of the runtime that need NumPy alone also run in an environment that h
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,6 +54,14 @@ def one_process(shared: SharedFolders, request: pytest.FixtureRequest) -> None:
     """Fail if another worker runs tests of the same module: its fixtures would be built twice."""
     own = os.environ.get("PYTEST_XDIST_WORKER", "")
     assert shared.first_worker(request.path, own) == own, f"{request.path}: several processes run this module"
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Restore the level of the root logger, which the command line sets for its process."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

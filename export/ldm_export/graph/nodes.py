@@ -107,13 +107,13 @@ def insert(
     name: str,
     like: ir.Value,
     shape: ir.Shape | None = None,
-    domain: str = "",
 ) -> ir.Value:
     """Insert a node with one result before another node.
 
     Args:
         before: Node of the graph.
-        op_type, inputs, attributes, domain: As of ``onnx_ir.node``.
+        op_type: Operator, with its domain if it has one, e.g. "com.microsoft.BiasAdd".
+        inputs, attributes: As of ``onnx_ir.node``.
         name: Name of the node; the result is named "<name>/out".
         like: Value whose type, and without ``shape`` whose shape, the result has. Its measured magnitude is taken as
             the result's.
@@ -122,7 +122,8 @@ def insert(
     Returns:
         The result.
     """
-    node = ir.node(op_type, inputs, dict(attributes or {}), domain=domain, name=name)
+    domain, _, operator = op_type.rpartition(".")
+    node = ir.node(operator, inputs, dict(attributes or {}), domain=domain, name=name)
     result = node.outputs[0]
     result.name, result.type, result.shape = f"{name}/out", like.type, like.shape if shape is None else shape
     set_range_names(result, range_names(like))

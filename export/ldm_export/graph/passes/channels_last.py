@@ -69,7 +69,7 @@ def _convolution(graph: ir.Graph, node: ir.Node) -> bool:
         )
         computed = insert(
             node,
-            "NhwcConv",
+            f"{CONTRIB}.NhwcConv",
             [moved, last, *([bias] if bias is not None else [])],
             {
                 "kernel_shape": kernel,
@@ -81,7 +81,6 @@ def _convolution(graph: ir.Graph, node: ir.Node) -> bool:
             name=f"{name}/NhwcConv",
             like=result,
             shape=shape,
-            domain=CONTRIB,
         )
     back = insert(node, "Transpose", [computed], {"perm": TO_NCHW}, name=f"{name}/to_nchw", like=result)
     replace(result, back)

@@ -105,12 +105,11 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     name = softmax.name or ""
     attended = insert(
         joined,
-        "MultiHeadAttention",
+        f"{CONTRIB}.MultiHeadAttention",
         [query.value, key.value, value.value],
         {"num_heads": query.heads, "scale": query.scale * key.scale},
         name=f"{name.rpartition('/')[0] or name}/MultiHeadAttention",
         like=result,
-        domain=CONTRIB,
     )
     result.replace_all_uses_with(attended)
     return True

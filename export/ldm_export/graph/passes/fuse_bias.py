@@ -58,7 +58,7 @@ def _split_gelu(split: ir.Node) -> bool:
         return False
     result = product.outputs[0]
     name = f"{gelu.name}/BiasSplitGelu"
-    fused = insert(product, "BiasSplitGelu", [data, bias], name=name, like=result, domain=CONTRIB)
+    fused = insert(product, f"{CONTRIB}.BiasSplitGelu", [data, bias], name=name, like=result)
     replace(result, fused)
     return True
 
@@ -83,7 +83,7 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
         return False
     name = f"{add.name}/BiasAdd"
     if len(result.shape) == 3:
-        fused = insert(add, "BiasAdd", [data, bias, skip], name=name, like=result, domain=CONTRIB)
+        fused = insert(add, f"{CONTRIB}.BiasAdd", [data, bias, skip], name=name, like=result)
     else:
         channels = result.shape[3]
         target = initializer(graph, f"tokens_{channels}", np.array([0, -1, int(str(channels))], np.int64))
@@ -92,9 +92,7 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
             insert(add, "Reshape", [value, target], name=f"{name}/tokens_{index}", like=value, shape=shape)
             for index, value in enumerate((data, skip))
         ]
-        added = insert(
-            add, "BiasAdd", [tokens[0], bias, tokens[1]], name=name, like=result, shape=shape, domain=CONTRIB
-        )
+        added = insert(add, f"{CONTRIB}.BiasAdd", [tokens[0], bias, tokens[1]], name=name, like=result, shape=shape)
         sizes = insert(add, "Shape", [skip], name=f"{name}/sizes", like=target, shape=ir.Shape([4]))
         fused = insert(add, "Reshape", [added, sizes], name=f"{name}/image", like=result)
     replace(result, fused)

@@ -123,13 +123,12 @@ def _rewrite(graph: ir.Graph, match: _GroupNorm) -> None:
         moved = insert(last, "Unsqueeze", [moved, axis], name=f"{name}/unsqueeze", like=data, shape=shape)
     normal = insert(
         last,
-        "GroupNorm",
+        f"{CONTRIB}.GroupNorm",
         [moved, gamma, beta],
         attributes,
         name=f"{name}/GroupNorm",
         like=result,
         shape=shape,
-        domain=CONTRIB,
     )
     if len(sides) == 2:
         back = insert(last, "Transpose", [normal], {"perm": TO_NCHW}, name=f"{name}/to_nchw", like=result)
