@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, FileFolder, ModuleSource
+from ldm_export.checkpoint.layout import FileFolder, ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.reference import Reference, open_reference, pil_image, reference_latents
@@ -116,18 +116,13 @@ def _reference_image(reference: Reference, request: RequestFields, generator: to
 LAYOUT_TO_IMAGE = Family(
     name="layout_to_image",
     pipelines=(),
-    layout=CheckpointLayout(
-        kind="layout-to-image",
-        parts={ENCODER: BERT, "unet": parts.UNET_CONDITION, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
+    layout=parts.layout(
+        "layout-to-image",
+        _problems,
+        unet=parts.UNET_CONDITION,
+        parts={ENCODER: BERT},
+        modules={ENCODER: ModuleSource(ENCODER, {"to_logits": nn.Identity})},
         files={CATEGORIES: FileFolder((CATEGORIES,), (CATEGORIES_FILE,))},
-        modules={
-            ENCODER: ModuleSource(ENCODER, {"to_logits": nn.Identity}),
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
     ),
     components={
         ENCODER: TracedComponent(ENCODER, TextEncoder),

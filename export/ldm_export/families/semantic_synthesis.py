@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import CheckpointLayout, ModuleSource, Part
+from ldm_export.checkpoint.layout import ModuleSource, Part
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
@@ -131,18 +131,8 @@ def _reference_image(reference: Reference, request: RequestFields, generator: to
 SEMANTIC_SYNTHESIS = Family(
     name="semantic_synthesis",
     pipelines=(),
-    layout=CheckpointLayout(
-        kind="semantic synthesis",
-        parts={ENCODER: CLASSES, "unet": parts.UNET, "autoencoder": parts.AUTOENCODER},
-        scheduler=parts.SCHEDULER,
-        files={},
-        modules={
-            ENCODER: ModuleSource(ENCODER),
-            "unet": ModuleSource("unet"),
-            "autoencoder": ModuleSource("autoencoder"),
-            "decoder": parts.DECODER_MODULE,
-        },
-        problems=_problems,
+    layout=parts.layout(
+        "semantic synthesis", _problems, parts={ENCODER: CLASSES}, modules={ENCODER: ModuleSource(ENCODER)}
     ),
     components={
         ENCODER: TracedComponent(ENCODER, lambda module: module),
