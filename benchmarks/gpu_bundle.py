@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.bundle_layout import MANIFEST, graph_file, weights_file
-from ldm_runtime.manifest import read_manifest
+from ldm_runtime.manifest_reader import read_manifest
 
 __all__ = ["copy_without_weights", "fill_with_random_weights"]
 

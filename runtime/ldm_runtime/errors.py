@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "MAX_BACKEND_MESSAGE",
     "MAX_MESSAGE",
     "AnsweredError",
     "BackendError",
@@ -19,30 +20,33 @@ __all__ = [
     "interrupted",
 ]
 
-MAX_MESSAGE = 300
-"""Characters of the longest error message; the values and names in it come from untrusted input."""
+MAX_MESSAGE, MAX_BACKEND_MESSAGE = 300, 1200
+"""Characters of the longest error message, whose values and names come from untrusted input; and of the longest one
+about engines, which may give the reason of each."""
 _MIN_WORD = 24
 
 
 class LdmError(Exception):
-    """Root of all errors of ldm-export. Its message is one line of at most ``MAX_MESSAGE`` characters.
+    """Root of all errors of ldm-export. Its message is one line of at most ``max_message`` characters.
 
     Args:
         message: Line breaks in it become spaces, and its longest words lose their middle if it is too long.
     """
 
+    max_message = MAX_MESSAGE
+
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
+        super().__init__(_one_line(message, self.max_message))
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, most: int) -> str:
     words = message.split()
-    while (excess := len(" ".join(words)) - MAX_MESSAGE) > 0:
+    while (excess := len(" ".join(words)) - most) > 0:
         longest = max(range(len(words)), key=lambda index: len(words[index]))
         word = words[longest]
         if len(word) <= _MIN_WORD:  # many short words
             text = " ".join(words)
-            return f"{text[: MAX_MESSAGE // 2]}…{text[-(MAX_MESSAGE // 2 - 1) :]}"
+            return f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
         kept = max(_MIN_WORD, len(word) - excess) - 1
         words[longest] = f"{word[: kept - kept // 2]}…{word[-(kept // 2) :]}"
     return " ".join(words)
@@ -73,6 +77,8 @@ class ManifestError(LdmError):
 
 class BackendError(LdmError):
     """An engine cannot be loaded or run on this machine."""
+
+    max_message = MAX_BACKEND_MESSAGE
 
 
 class UnsupportedError(BackendError):

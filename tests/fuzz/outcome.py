@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from types import FrameType
 
-from ldm_runtime.errors import MAX_MESSAGE, LdmError
+from ldm_runtime.errors import LdmError
 
 __all__ = ["Attempt", "Counts", "Hang", "outcome", "try_inputs"]
 
@@ -54,14 +54,14 @@ def outcome(run: Callable[[], object], seconds: float = SECONDS) -> str:
     """Return "accepted", "refused", or a description of the failure.
 
     A failure is an exception other than an ``LdmError``, an ``LdmError`` whose message is not one line of at most
-    ``MAX_MESSAGE`` characters, a lack of memory, or more than ``seconds``.
+    ``max_message`` characters, a lack of memory, or more than ``seconds``.
     """
     try:
         with _limited(seconds), warnings.catch_warnings(action="ignore"):
             run()
     except LdmError as error:
         text = str(error)
-        if not text or "\n" in text or "\r" in text or len(text) > MAX_MESSAGE:
+        if not text or "\n" in text or "\r" in text or len(text) > error.max_message:
             return f"{type(error).__name__} with a message of {len(text)} characters: {text[:500]!r}"
         return REFUSED
     except BaseException as error:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend, providers
-from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.errors import BackendError, ManifestError, SpecError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
 BATCH = Axis("batch", 1, 2, 4)
@@ -71,7 +71,7 @@ def test_what_cannot_be_loaded(graph: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BackendError, match=r"torn\.onnx"):
         OnnxRuntimeBackend(tmp_path / "torn.onnx", SPEC)
     other = ComponentSpec("twice", (TensorSpec("a", "float32", (BATCH, 3)),), SPEC.outputs)
-    with pytest.raises(BackendError, match=r"inputs are \['x'\], the manifest says \['a'\]"):
+    with pytest.raises(ManifestError, match=r"inputs are \['x'\], the manifest says \['a'\]"):
         OnnxRuntimeBackend(graph, other)
     with pytest.raises(BackendError, match="expected auto, cpu or cuda"):
         OnnxRuntimeBackend(graph, SPEC, "tpu")

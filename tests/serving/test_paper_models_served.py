@@ -14,8 +14,12 @@ from tests.support.paper_bundles import files_of, paper_bundle
 from tests.support.shared import SharedFolders
 from tests.support.triton_server import served
 
+SLOW = pytest.mark.slow  # each starts a server
 
-@pytest.mark.parametrize("name", ["inpainting_big", "semantic_synthesis", "layout2img"])
+
+@pytest.mark.parametrize(
+    "name", ["inpainting_big", pytest.param("semantic_synthesis", marks=SLOW), pytest.param("layout2img", marks=SLOW)]
+)
 def test_images_are_those_of_the_same_request_here(name: str, shared: SharedFolders, tmp_path: Path) -> None:
     paper = paper_bundle(shared, name)
     options, fields = files_of(paper.row, tmp_path)
@@ -24,5 +28,5 @@ def test_images_are_those_of_the_same_request_here(name: str, shared: SharedFold
     with served(paper.folder / "bundle", tmp_path) as server:
         request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
         assert main(["client", *options, *request, "--url", server.http]) == 0
-    found = np.asarray(Image.open(tmp_path / "out.png"), int)
-    assert np.abs(found - np.asarray(expected, int)).max() <= 1
+    answer = np.asarray(Image.open(tmp_path / "out.png"), int)
+    assert np.abs(answer - np.asarray(expected, int)).max() <= 1

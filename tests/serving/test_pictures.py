@@ -166,13 +166,13 @@ def test_a_stream_reports_each_step_and_sends_previews(triton_server, grpc: Grpc
     assert distances[1] < distances[0]
 
 
-def test_a_stream_sends_png_and_says_which_image_is_final(triton_server, grpc: Grpc, drawn: Draw) -> None:
+def test_a_stream_sends_png_and_says_which_image_is_final(triton_server, grpc: Grpc, local_images: Draw) -> None:
     wish = {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 5, "PREVIEW_EVERY": 2}
     answers = list(grpc.stream(wish, ("PNG", "FINAL")))
     images = [answer for answer in answers if answer.as_numpy("PNG") is not None]
     assert [bool(answer.as_numpy("FINAL")[0]) for answer in images] == [False, False, True]
     (final,) = (np.asarray(Image.open(io.BytesIO(png))) for png in images[-1].as_numpy("PNG"))
-    assert np.array_equal(final, drawn(request(wish))[0])
+    assert np.array_equal(final, local_images(request(wish))[0])
 
 
 def test_metrics_are_up_to_date_when_the_last_response_is_out(triton_server, grpc: Grpc) -> None:

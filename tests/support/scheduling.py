@@ -1,4 +1,4 @@
-"""Which tests run in one process: those of a module, and all tests of the shared Triton server."""
+"""Which tests run in one process: those of a module, and all that share a Triton server or exported graphs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["SERVING", "ModuleScheduling"]
 
-SERVING = "tests/serving/"
-"""Folder of the tests that share a Triton server."""
+SERVING, GRAPHS = "tests/serving/", "tests/export/graph/"
+"""Folders of the tests that share a Triton server, and whole graphs that take long to export."""
 
 
 class ModuleScheduling(LoadScopeScheduling):
@@ -18,4 +18,4 @@ class ModuleScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
-        return SERVING if module.startswith(SERVING) else module
+        return next((folder for folder in (SERVING, GRAPHS) if module.startswith(folder)), module)

@@ -36,7 +36,8 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
         place = f"line {error.lineno}, column {error.colno}"
         raise CheckpointError(f"{where}: {file}: {place}: not JSON: {error.msg}; download the file again") from error
     except (ValueError, RecursionError, OSError) as error:  # not UTF-8, a number with thousands of digits, …
-        raise CheckpointError(f"{where}: {file} is not JSON: {first_line(error)}; download the file again") from error
+        reason = first_line(error, 100)
+        raise CheckpointError(f"{where}: {file} is not JSON: {reason}; download the file again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: {file} holds a JSON {type(content).__name__}, expected an object {{…}}")
     return content

@@ -66,7 +66,7 @@ def _constructed(part: Part, component: Component) -> nn.Module:
         return part.module(component.class_name, component.config)
     except Exception as error:  # diffusers and torch raise any exception for an odd config
         file = component.folder / part.config_file
-        message = f"{file} describes no {component.class_name}: {first_line(error)}; correct the config"
+        message = f"{file} describes no {component.class_name}: {first_line(error, 100)}; correct the config"
         raise CheckpointError(f"{component.name}: {message}") from error
 
 

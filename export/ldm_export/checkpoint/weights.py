@@ -61,7 +61,8 @@ class StoredTensor:
             tensor = self.load().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             finite = not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{where} cannot be read: {first_line(error)}; download the file again") from error
+            reason = first_line(error, 100)
+            raise CheckpointError(f"{where} cannot be read: {reason}; download the file again") from error
         if not finite:
             raise CheckpointError(f"{where} holds NaN or infinite values, expected finite ones; use another checkpoint")
         return tensor
@@ -127,7 +128,7 @@ def read_safetensors(file: Path, component: str) -> dict[str, StoredTensor]:
                 load = partial(_load_safetensors, file, name)
                 weights[name] = StoredTensor(component, name, file, tuple(entry.get_shape()), dtype, load)
     except (SafetensorError, OSError) as error:
-        message = f"damaged or truncated ({first_line(error)}), expected safetensors; download it again"
+        message = f"damaged or truncated ({first_line(error, 100)}), expected safetensors; download it again"
         raise CheckpointError(f"{component}: {file}: {message}") from error
     return weights
 
@@ -148,7 +149,7 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
         if "global" in str(error).lower():
             message = "holds objects other than tensors, which loading would run as code; get its safetensors version"
             raise CheckpointError(f"{where} {message}") from error
-        message = f"damaged or truncated ({first_line(error)}), expected a state dict; download it again"
+        message = f"damaged or truncated ({first_line(error, 100)}), expected a state dict; download it again"
         raise CheckpointError(f"{where}: {message}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where} holds a {type(content).__name__}, expected a dict from names to tensors")
@@ -180,7 +181,7 @@ def _check_archive(file: Path, where: str) -> None:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        message = f"damaged or truncated ({first_line(error)}), expected a state dict; download it again"
+        message = f"damaged or truncated ({first_line(error, 100)}), expected a state dict; download it again"
         raise CheckpointError(f"{where}: {message}") from error
     if size > file.stat().st_size:
         raise CheckpointError(

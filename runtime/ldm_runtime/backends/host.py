@@ -76,11 +76,11 @@ def import_engine(module: str, extra: str) -> ModuleType:
         raise BackendError(f"{module} cannot be loaded: {first_line(error)}; install it again: `{install}`") from None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an engine's error that says what is wrong, at most 300 characters.
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Return the first line of an error that says what is wrong, at most ``most`` characters of it.
 
     Empty lines and lines that name a place in the engine's C++ code are skipped.
     """
     lines = [line.strip() for line in str(error).splitlines()]
     messages = [line for line in lines if line and not line.startswith(_ENGINE_NOISE)]
-    return (messages or [line for line in lines if line] or [type(error).__name__])[0][:300]
+    return (messages or [line for line in lines if line] or [type(error).__name__])[0][:most]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.specs import TensorSpec
 
 __all__ = ["Port", "check_ports"]
@@ -24,13 +24,13 @@ def check_ports(graph: Path, side: str, ports: Mapping[str, Port], tensors: Sequ
         tensors: What the manifest says.
 
     Raises:
-        BackendError: They differ.
+        ManifestError: They differ.
     """
     expected = {tensor.name: tensor for tensor in tensors}
     if set(ports) != set(expected):
-        raise BackendError(f"{graph}: {side} are {sorted(ports)}, the manifest says {sorted(expected)}; rebuild")
+        raise ManifestError(f"{graph}: {side} are {sorted(ports)}, the manifest says {sorted(expected)}; rebuild")
     for name, (dtype, rank) in ports.items():
         tensor = expected[name]
         if dtype != tensor.dtype or rank not in (None, len(tensor.shape)):
             actual = dtype if rank is None else f"{dtype} of {rank} dimensions"
-            raise BackendError(f"{graph}: {side}: {name} is {actual}, the manifest says {tensor}; rebuild the bundle")
+            raise ManifestError(f"{graph}: {side}: {name} is {actual}, the manifest says {tensor}; rebuild the bundle")

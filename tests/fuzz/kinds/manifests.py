@@ -10,7 +10,7 @@ from ldm_export.bundle.inspection import inspect_bundle
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
-from ldm_runtime.manifest import read_manifest
+from ldm_runtime.manifest_reader import read_manifest
 from tests.fuzz.mutation import changed_bytes, changed_document
 from tests.fuzz.outcome import Attempt
 from tests.support.small_bundle import write_small_bundle
