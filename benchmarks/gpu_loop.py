@@ -25,7 +25,8 @@ from ldm_runtime.backends.onnxruntime import OnnxRuntimeEngine
 from ldm_runtime.backends.onnxruntime_launcher import Mode, OnnxRuntimeLauncher
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device import Call, Workspace
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import LdmError
 from ldm_runtime.images import psnr
 from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET

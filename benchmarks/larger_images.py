@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm_runtime import Bundle, LatentDiffusionPipeline
-from ldm_runtime.memory import required_bytes
+from ldm_runtime.required_memory import required_bytes
 
 
 def main() -> int:

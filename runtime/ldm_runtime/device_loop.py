@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
@@ -12,40 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.denoiser import Denoiser
-from ldm_runtime.device import Launcher, Memory, WorkspaceCache
-from ldm_runtime.device_run import COEFFICIENTS, HISTORY, DeviceRun
+from ldm_runtime.device_run import COEFFICIENTS, HISTORY, DeviceRun, LoopDevice
 from ldm_runtime.errors import DisplacedError, SpecError
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import SAMPLE
 from ldm_runtime.request import Plan
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "LoopDevice", "slots_of"]
+__all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "slots_of"]
 
 F32 = NDArray[np.float32]
 STEP, GUIDED_STEP = "step", "guided_step"
 """Components that compute the next latents from a prediction, without and with guidance; always fp32."""
 TABLE_CALLS = 64
 """Most UNet calls whose coefficients, schedule inputs and noise are on the device together."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoopDevice:
-    """A device with the components of a denoising loop.
-
-    Attributes:
-        memory: Its memory and stream.
-        launchers: The UNet, the step components, and those of ``derived``.
-        derived: Names of the components that derive UNet inputs and that the device runs too.
-        close: Frees the components that only the loop uses.
-        workspaces: The tensors of the shapes used last.
-    """
-
-    memory: Memory
-    launchers: Mapping[str, Launcher]
-    derived: frozenset[str] = frozenset()
-    close: Callable[[], None] = lambda: None
-    workspaces: WorkspaceCache = field(default_factory=WorkspaceCache)
 
 
 class DeviceLoop:

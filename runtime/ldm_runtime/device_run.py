@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.denoiser import Denoiser
-from ldm_runtime.device import Call, Tensor, Workspace
+from ldm_runtime.device import Call, Launcher, Memory, Tensor, Workspace, WorkspaceCache
 from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET
 from ldm_runtime.request import Plan
 from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.specs import ComponentSpec, sizes_of
-
-if TYPE_CHECKING:
-    from ldm_runtime.device_loop import LoopDevice
 
 __all__ = [
     "COEFFICIENTS",
@@ -26,6 +24,7 @@ __all__ = [
     "NEXT_SAMPLE",
     "NOISE",
     "DeviceRun",
+    "LoopDevice",
     "coefficients",
     "state_tensors",
 ]
@@ -35,6 +34,25 @@ NOISE, COEFFICIENTS, HISTORY = "noise", "coefficients", "history"
 NEXT_SAMPLE, NEXT_HISTORY = "next_sample", "next_history"
 TABLE_BYTES = 2**27
 """Most bytes of the tables of one shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoopDevice:
+    """A device with the components of a denoising loop.
+
+    Attributes:
+        memory: Its memory and stream.
+        launchers: The UNet, the step components, and those of ``derived``.
+        derived: Names of the components that derive UNet inputs and that the device runs too.
+        close: Frees the components that only the loop uses.
+        workspaces: The tensors of the shapes used last.
+    """
+
+    memory: Memory
+    launchers: Mapping[str, Launcher]
+    derived: frozenset[str] = frozenset()
+    close: Callable[[], None] = lambda: None
+    workspaces: WorkspaceCache = field(default_factory=WorkspaceCache)
 
 
 class DeviceRun:

@@ -11,10 +11,10 @@ from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
 from ldm_runtime.errors import SpecError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
-from ldm_runtime.memory import report_memory
 from ldm_runtime.model import ModelDescription
 from ldm_runtime.number_checks import integer, number
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
+from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
 
 __all__ = ["Planner"]

@@ -21,9 +21,9 @@ from ldm_runtime.conditioning import (
 )
 from ldm_runtime.conditioning.layout_tokens import LayoutVocabulary
 from ldm_runtime.errors import SpecError
-from ldm_runtime.memory import PAIRS, report_memory, required_bytes
 from ldm_runtime.model import ConditioningSpec, Latents, ModelDescription
 from ldm_runtime.request import Request
+from ldm_runtime.required_memory import PAIRS, report_memory, required_bytes
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
 BATCH, HEIGHT, WIDTH = Axis("batch", 1, 1, 32), Axis("height", 2, 8, 16), Axis("width", 2, 8, 16)

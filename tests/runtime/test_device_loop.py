@@ -18,7 +18,8 @@ from ldm_runtime.backends.memory import HostMemory
 from ldm_runtime.backends.onnxruntime_launcher import OnnxRuntimeLauncher
 from ldm_runtime.backends.onnxruntime_session import Opening, open_session
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec

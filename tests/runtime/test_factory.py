@@ -24,7 +24,8 @@ from ldm_runtime.backends.registry import BACKENDS
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import file_facts
 from ldm_runtime.bundle_layout import graph_file, weights_file
-from ldm_runtime.device_loop import DeviceLoop, LoopDevice
+from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, ManifestError
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm_runtime.backends.memory import HostMemory
 from ldm_runtime.backends.onnxruntime_launcher import OnnxRuntimeLauncher
-from ldm_runtime.device_loop import LoopDevice
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["host_device"]

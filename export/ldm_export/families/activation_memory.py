@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_runtime.memory import PAIRS
+from ldm_runtime.required_memory import PAIRS
 
 __all__ = ["activation_memory"]
 
@@ -15,7 +15,7 @@ LIVE = 3
 
 
 def activation_memory(unet: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> dict[str, int]:
-    """Settings of a conditioning for ``ldm_runtime.memory.required_bytes``.
+    """Settings of a conditioning for ``ldm_runtime.required_memory.required_bytes``.
 
     The largest of two components counts: the decoder, whose first width has the size of the image, and the UNet, whose
     up blocks hold the skip connections. Attention holds its scores and their softmax, for each head.

@@ -27,7 +27,8 @@ from ldm_runtime.backends.onnxruntime_session import (
 )
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph
-from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.device_loop import DeviceLoop, slots_of
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed

@@ -20,7 +20,8 @@ from ldm_runtime.backends.memory import cuda_memory
 from ldm_runtime.backends.tensorrt_device import TensorRtLauncher
 from ldm_runtime.backends.tensorrt_engine import LoadedEngine
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.device_loop import DeviceLoop, LoopDevice, slots_of
+from ldm_runtime.device_loop import DeviceLoop, slots_of
+from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import check_feed, sizes_of
