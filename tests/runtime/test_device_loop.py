@@ -20,7 +20,7 @@ from ldm_runtime.backends.onnxruntime_session import Opening, open_session
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
-from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.errors import BackendError, ManifestError, SpecError
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
 from tests.support.host_device import host_device
@@ -120,7 +120,7 @@ def test_keys_values_and_embeddings_may_be_half_precision(tmp_path: Path) -> Non
     graphs = write_graphs(tmp_path / "graphs", 1)
     graph, spec = graphs["unet"]
     take_half(graph, ("kv.0", "time_embedding"))
-    with pytest.raises(BackendError, match=r"kv\.0 is float16"):
+    with pytest.raises(ManifestError, match=r"kv\.0 is float16"):
         OnnxRuntimeLauncher(graph, spec, HostMemory())
     launcher = OnnxRuntimeLauncher(graph, spec, HostMemory(), half=True)
     dtypes = {tensor.name: tensor.dtype for tensor in (*launcher.spec.inputs, *launcher.spec.outputs)}
