@@ -40,10 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(SERVING))
 
 
+def worker_of(config: pytest.Config) -> str:
+    """Id of this process as a worker of pytest-xdist, "" if it is none; processes started by tests are none."""
+    return str(getattr(config, "workerinput", {}).get("workerid", ""))
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFolders]:
+def shared(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[SharedFolders]:
     """Folders that the workers of a run share; the run fails if a test has changed one."""
-    folders = SharedFolders.of_run(tmp_path_factory)
+    folders = SharedFolders.of_run(tmp_path_factory, worker_of(pytestconfig))
     yield folders
     changed = folders.changed()
     assert not changed, f"shared folders were changed by a test: {', '.join(changed)}; let it change a copy"
@@ -52,7 +57,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFolders]:
 @pytest.fixture(scope="module", autouse=True)
 def one_process(shared: SharedFolders, request: pytest.FixtureRequest) -> None:
     """Fail if another worker runs tests of the same module: its fixtures would be built twice."""
-    own = os.environ.get("PYTEST_XDIST_WORKER", "")
+    own = worker_of(request.config)
     assert shared.first_worker(request.path, own) == own, f"{request.path}: several processes run this module"
 
 

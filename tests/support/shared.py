@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ class SharedFolders:
     base: Path
 
     @classmethod
-    def of_run(cls, factory: pytest.TempPathFactory) -> SharedFolders:
-        """The shared folders of the current run, with pytest-xdist or without."""
+    def of_run(cls, factory: pytest.TempPathFactory, worker: str) -> SharedFolders:
+        """The shared folders of the current run; ``worker`` is the id of pytest-xdist's worker, "" without one."""
         own = factory.getbasetemp()
-        base = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+        base = (own.parent if worker else own) / "shared"
         base.mkdir(exist_ok=True)
         return cls(base)
 
