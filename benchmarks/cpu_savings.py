@@ -21,8 +21,9 @@ import numpy as np
 
 from ldm_runtime import Bundle
 from ldm_runtime.backends import openvino_shapes
-from ldm_runtime.backends.onnxruntime import CPU_VARIANT, OnnxRuntimeBackend
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend
+from ldm_runtime.bundle_layout import CPU_VARIANT
 from ldm_runtime.specs import dummy_inputs
 
 Run = Callable[[], np.ndarray]

@@ -18,8 +18,8 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
-from ldm_export.graph.passes import CUDA
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import CUDA_VARIANT
 from ldm_runtime.errors import LdmError
 
 SHAPES = frozenset(("Shape", "Reshape", "Unsqueeze", "Squeeze", "Gather", "Slice", "Concat", "Identity"))
@@ -54,8 +54,8 @@ def counts(bundle: Bundle) -> dict[str, dict[str, dict[str, int]]]:
     """Component -> "portable" or "cuda" -> operator -> number of nodes, the most frequent first."""
     figures = {}
     for name, component in bundle.manifest.components.items():
-        if CUDA in component.variants:
-            files = {"portable": component.graphs["fp16"], "cuda": component.variants[CUDA]["fp16"]}
+        if CUDA_VARIANT in component.variants:
+            files = {"portable": component.graphs["fp16"], "cuda": component.variants[CUDA_VARIANT]["fp16"]}
             figures[name] = {kind: operators(bundle.folder / file) for kind, file in files.items()}
     return figures
 

@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from gpu_bundle import copy_without_weights, fill_with_random_weights, unet_config
+from gpu_bundle import copy_without_weights, fill_with_random_weights
 from gpu_loop import Alone, compared, mode_of, request, timed
 
 from ldm_runtime import LatentDiffusionPipeline
@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace) -> None:
     demo = args.folder / "demo"
     build(open_checkpoint(demo_checkpoint()), demo, options=BuildOptions("fp16", cuda=True))
     copy_without_weights(Bundle.open(args.full), args.folder / "full")
-    (args.folder / "unet.json").write_text(unet_config(args.configs))
+    shutil.copy(args.configs / "unet" / "config.json", args.folder / "unet.json")
     shutil.rmtree(args.folder / "cpu", ignore_errors=True)
     (args.folder / "cpu").mkdir()
     with LatentDiffusionPipeline.from_bundle(demo, backend="onnxruntime", precision="fp32", device="cpu") as pipeline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from math import prod
@@ -13,12 +12,10 @@ import onnx
 from numpy.typing import NDArray
 
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.bundle_layout import MANIFEST, graph_file, weights_file
+from ldm_runtime.bundle_layout import CUDA_VARIANT, MANIFEST, graph_file, weights_file
 from ldm_runtime.manifest_reader import read_manifest
 
 __all__ = ["copy_without_weights", "fill_with_random_weights"]
-
-VARIANT = "onnxruntime-cuda"
 
 
 def copy_without_weights(bundle: Bundle, target: Path) -> None:
@@ -29,7 +26,7 @@ def copy_without_weights(bundle: Bundle, target: Path) -> None:
     (target / MANIFEST).write_text(bundle.manifest.to_json())
     needed = [file for entry in bundle.manifest.conditioning for file in entry.files.values()]
     for name, component in bundle.manifest.components.items():
-        needed.append(component.variants.get(VARIANT, {}).get("fp16", graph_file(name, "fp32")))
+        needed.append(component.variants.get(CUDA_VARIANT, {}).get("fp16", graph_file(name, "fp32")))
     for file in needed:
         (target / file).parent.mkdir(exist_ok=True)
         shutil.copy(bundle.folder / file, target / file)
@@ -42,7 +39,7 @@ def fill_with_random_weights(folder: Path) -> None:
     weights are parts of one table of random numbers, because drawing each would take longer than the measurements.
     """
     manifest = read_manifest(folder)
-    graphs = [graph for part in manifest.components.values() for graph in part.variants.get(VARIANT, {}).values()]
+    graphs = [graph for part in manifest.components.values() for graph in part.variants.get(CUDA_VARIANT, {}).values()]
     table, files = np.random.default_rng(0).standard_normal(2**24 + 1, np.float32), dict(manifest.files)
     for graph in graphs:
         weights = folder / weights_file(graph)
@@ -70,8 +67,3 @@ def _write(stream, tensor: onnx.TensorProto, table: NDArray[np.float32]) -> None
         values += 1
     stream.seek(int(place.get("offset", 0)))
     stream.write(values.astype(dtype).tobytes())
-
-
-def unet_config(checkpoint: Path) -> str:
-    """Text of the UNet's ``config.json``."""
-    return json.dumps(json.loads((checkpoint / "unet" / "config.json").read_text()))

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ldm_export.bench.figures import machine, versions
-from ldm_runtime.backends.onnxruntime import CPU_VARIANT
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import CPU_VARIANT
 from ldm_runtime.specs import dummy_inputs
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 __all__ = [
     "BUILD_LOG",
     "CALIBRATION_RECORD",
+    "CPU_VARIANT",
+    "CUDA_VARIANT",
     "INT8_REPORT",
     "MANIFEST",
     "RANGES_REPORT",
@@ -26,6 +28,8 @@ MANIFEST, BUILD_LOG, TOKENIZER = "manifest.json", "build-log.json", "tokenizer.j
 CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
 
+CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
+"""Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""
 _VARIANT = re.compile(r"([^./]+)\.[^./]+\.onnx$")
 
 

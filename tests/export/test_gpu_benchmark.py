@@ -11,9 +11,8 @@ import onnx
 import pytest
 
 from ldm_runtime.backends.cuda import Cuda
-from ldm_runtime.backends.onnxruntime import CUDA_VARIANT
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import weights_file
+from ldm_runtime.bundle_layout import CUDA_VARIANT, weights_file
 from ldm_runtime.errors import BackendError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"

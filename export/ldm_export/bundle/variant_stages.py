@@ -16,9 +16,9 @@ from ldm_export.bundle.stages import Stage
 from ldm_export.graph.islands import MARGIN
 from ldm_export.graph.nodes import clear_range_names
 from ldm_export.graph.onnx_graph import load_graph, save_graph
-from ldm_export.graph.passes import CPU, CUDA, ENGINE_PASSES, apply
+from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.passes.half_precision import half_precision
-from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, weights_beside
+from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, RANGES_REPORT, graph_file, weights_beside
 from ldm_runtime.model import UNET, ModelDescription
 
 __all__ = ["CUDA_PRECISION", "Variant", "cpu_variant", "cuda_variants"]
@@ -58,8 +58,8 @@ def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
     """
 
     def run(folder: Path) -> list[str]:
-        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", CPU)
-        result = apply(ir.load(source), ENGINE_PASSES[CPU])
+        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", CPU_VARIANT)
+        result = apply(ir.load(source), ENGINE_PASSES[CPU_VARIANT])
         if not result.changes:
             return []
         target.parent.mkdir()
@@ -69,11 +69,13 @@ def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
         ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
         return relative([target], folder)
 
-    return Variant(UNET, "fp32", CPU, Stage(f"{UNET}.fp32.{CPU}", _depends(CPU, UNET, sources), run))
+    return Variant(
+        UNET, "fp32", CPU_VARIANT, Stage(f"{UNET}.fp32.{CPU_VARIANT}", _depends(CPU_VARIANT, UNET, sources), run)
+    )
 
 
 def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:
-    """Every component's graph as rewritten for ONNX Runtime on CUDA, in fp16 and with weights of its own.
+    """Every component's graph as rewritten for ONNX Runtime on CUDA_VARIANT, in fp16 and with weights of its own.
 
     Tensors that one component computes for the UNet, such as keys and values, are fp16 at both ends.
 
@@ -89,15 +91,15 @@ def _cuda_variant(plan: BuildPlan, name: str, sources: Mapping[str, str], ranges
 
     def run(folder: Path) -> list[str]:
         measured = json.loads((plan.work / RANGES_REPORT).read_text())[name]
-        model = apply(load_graph(plan.graph(name, "fp32")), ENGINE_PASSES[CUDA]).model
+        model = apply(load_graph(plan.graph(name, "fp32")), ENGINE_PASSES[CUDA_VARIANT]).model
         half = half_precision(CUDA_PRECISION, measured, fp32_inside=FP32_INSIDE, half_values=shared)
         model = half(model).model
         clear_range_names(model.graph)
         (folder / name).mkdir()
-        return relative(save_graph(model, folder / graph_file(name, CUDA_PRECISION, CUDA)), folder)
+        return relative(save_graph(model, folder / graph_file(name, CUDA_PRECISION, CUDA_VARIANT)), folder)
 
-    depends = _depends(CUDA, name, sources) | {"ranges": ranges.key, "margin": MARGIN, "half": list(shared)}
-    return Variant(name, CUDA_PRECISION, CUDA, Stage(f"{name}.{CUDA_PRECISION}.{CUDA}", depends, run))
+    depends = _depends(CUDA_VARIANT, name, sources) | {"ranges": ranges.key, "margin": MARGIN, "half": list(shared)}
+    return Variant(name, CUDA_PRECISION, CUDA_VARIANT, Stage(f"{name}.{CUDA_PRECISION}.{CUDA_VARIANT}", depends, run))
 
 
 def _depends(engine: str, component: str, sources: Mapping[str, str]) -> dict[str, object]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from ldm_export.serving.config import Serving, component_config, plan_name, stream_config, unary_config
 from ldm_runtime.backends.engine import pipeline_components
-from ldm_runtime.backends.onnxruntime import CUDA_VARIANT
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import MANIFEST
+from ldm_runtime.bundle_layout import CUDA_VARIANT, MANIFEST
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import ComponentSpec
 from ldm_runtime.triton.parameters import BUNDLE

@@ -13,6 +13,7 @@ from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inp
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
 from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
+from ldm_runtime.bundle_layout import CUDA_VARIANT
 from ldm_runtime.errors import BuildError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 HALF = ("fp16", "bf16")
-CUDA = "onnxruntime-cuda"
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""
 
@@ -47,8 +47,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     engines = verb.add_argument_group("engines")
     engines.add_argument(
         "--target",
-        choices=(*PACKAGES, CUDA),
-        help=f"also build TensorRT engines for this package, or fp16 graphs for ONNX Runtime on CUDA ({CUDA})",
+        choices=(*PACKAGES, CUDA_VARIANT),
+        help=f"also build TensorRT engines for this package, or fp16 graphs for ONNX Runtime on CUDA ({CUDA_VARIANT})",
     )
     engines.add_argument(
         "--compute-capability",
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         settings_of(args, kinds, model, classes) if args.precision == "int8" else None,
         demo_grader(model),
         requests=_ranged(args, family, kinds, model) if args.precision in HALF else None,
-        cuda=args.target == CUDA,
+        cuda=args.target == CUDA_VARIANT,
     )
     with screen.bar("reading", None) as bar:
         built = build(
@@ -163,7 +163,7 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     texts = {name: getattr(args, name) for name in ("batch", "height", "width")}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
-    if args.target in (None, CUDA):
+    if args.target in (None, CUDA_VARIANT):
         if bounds or capabilities != ("",) or args.refittable or args.version_compatible or args.timing_cache:
             raise BuildError(
                 "batch, height, width, compute capability, refittable, version-compatible and timing cache apply to "

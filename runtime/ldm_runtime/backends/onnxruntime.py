@@ -26,7 +26,7 @@ from ldm_runtime.backends.onnxruntime_session import (
     session_options,
 )
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import files_of_graph
+from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, files_of_graph
 from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
@@ -35,8 +35,6 @@ from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
 __all__ = [
-    "CPU_VARIANT",
-    "CUDA_VARIANT",
     "OnnxRuntimeBackend",
     "OnnxRuntimeEngine",
     "OnnxRuntimeLoader",
@@ -45,10 +43,6 @@ __all__ = [
     "session_options",
 ]
 
-CPU_VARIANT = "onnxruntime-cpu"
-"""Variant of a graph with ONNX Runtime's own operators for the CPU, e.g. its fused attention."""
-CUDA_VARIANT = "onnxruntime-cuda"
-"""Variant of a graph with ONNX Runtime's own operators for CUDA. It may have float16 where the spec says float32."""
 SMALL_UNET = 100 * 10**6
 """Bytes of an fp32 UNet below which ONNX Runtime generates a single image sooner than OpenVINO. OpenVINO samples
 faster, but its compilation takes longer than that saves: 0.6 s against 1.4 s in total for a UNet of 22 MB. Larger

@@ -17,9 +17,10 @@ from onnx import TensorProto, helper
 from ldm_export.bundle.variant_stages import FP32_INSIDE
 from ldm_export.graph.nodes import range_names
 from ldm_export.graph.onnx_graph import load_graph, save_graph
-from ldm_export.graph.passes import CUDA, ENGINE_PASSES, apply
+from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import CUDA_VARIANT
 from tests.export.graph.whole import KINDS, Whole, run
 from tests.support.contrib_operators import evaluate
 
@@ -28,8 +29,8 @@ RNG = np.random.default_rng(0)
 
 
 def rewritten(path: Path, folder: Path) -> tuple[ir.Model, Path]:
-    """The graph after the passes for CUDA, and its file."""
-    model = apply(load_graph(path), ENGINE_PASSES[CUDA]).model
+    """The graph after the passes for CUDA_VARIANT, and its file."""
+    model = apply(load_graph(path), ENGINE_PASSES[CUDA_VARIANT]).model
     save_graph(model, folder / "cuda.onnx")
     return model, folder / "cuda.onnx"
 
@@ -82,7 +83,7 @@ def constant_ranges(model: ir.Model, **magnitudes: float) -> dict[str, float]:
 
 def half(path: Path, half_values: tuple[str, ...] = (), **magnitudes: float) -> ir.Model:
     ranges = constant_ranges(load_graph(path), **magnitudes)
-    model = apply(load_graph(path), ENGINE_PASSES[CUDA]).model
+    model = apply(load_graph(path), ENGINE_PASSES[CUDA_VARIANT]).model
     return half_precision("fp16", ranges, fp32_inside=FP32_INSIDE, half_values=half_values)(model).model
 
 
@@ -121,10 +122,10 @@ def test_shared_tensors_are_fp16_at_both_ends(tiny_bundle: Path) -> None:
 
 def test_the_bundle_lists_the_graphs(cuda_bundle: Bundle) -> None:
     for name, component in cuda_bundle.manifest.components.items():
-        graphs = component.variants.get(CUDA, {})
-        assert graphs == ({} if "step" in name else {"fp16": f"{name}/fp16.{CUDA}.onnx"})
+        graphs = component.variants.get(CUDA_VARIANT, {})
+        assert graphs == ({} if "step" in name else {"fp16": f"{name}/fp16.{CUDA_VARIANT}.onnx"})
     cuda_bundle.check()
-    graph = onnx.load(cuda_bundle.file(f"unet/fp16.{CUDA}.onnx"), load_external_data=False).graph
+    graph = onnx.load(cuda_bundle.file(f"unet/fp16.{CUDA_VARIANT}.onnx"), load_external_data=False).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     assert types.pop("sample") == TensorProto.FLOAT
     assert set(types.values()) == {TensorProto.FLOAT16}

@@ -22,16 +22,14 @@ from ldm_export.graph.passes.fuse_skip_group_norm import fuse_skip_group_norm
 from ldm_export.graph.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from ldm_export.graph.passes.move_transposes import move_transposes
 from ldm_export.graph.passes.result import Pass, PassResult
+from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT
 from ldm_runtime.errors import BuildError
 
-__all__ = ["CPU", "CUDA", "ENGINE_PASSES", "Pass", "PassResult", "apply"]
-
-CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
-"""Engine variants: ONNX Runtime on the CPU, and on CUDA, where the graph is in fp16."""
+__all__ = ["ENGINE_PASSES", "Pass", "PassResult", "apply"]
 
 ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {
-    CPU: (fuse_attention,),
-    CUDA: (
+    CPU_VARIANT: (fuse_attention,),
+    CUDA_VARIANT: (
         fuse_attention,
         fuse_group_norm,
         channels_last,
