@@ -75,7 +75,7 @@ def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
 
 
 def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:
-    """Every component's graph as rewritten for ONNX Runtime on CUDA_VARIANT, in fp16 and with weights of its own.
+    """Every component's graph as rewritten for ONNX Runtime on CUDA, in fp16 and with weights of its own.
 
     Tensors that one component computes for the UNet, such as keys and values, are fp16 at both ends.
 

@@ -31,6 +31,7 @@ __all__ = [
     "latents_of",
     "layout",
     "pixels_per_latent",
+    "width_problems",
 ]
 
 MAX_LEVELS = 32
@@ -211,6 +212,12 @@ SCHEDULER = Part(
     config_file="scheduler_config.json",
 )
 """Schedulers that the runtime supports."""
+
+
+def width_problems(unet: Config, width: int, encoder: str) -> list[str]:
+    """Problem of a UNet whose cross-attention takes another width than an encoder gives; empty if they agree."""
+    taken = unet["cross_attention_dim"]
+    return [] if taken == width else [f"the unet's cross_attention_dim is {taken}, not the {encoder}'s {width}"]
 
 
 def layout(

@@ -61,11 +61,10 @@ LABELS = Part(folders=(LABEL_ENCODER,), classes={"ClassEmbedder": ClassEmbedder}
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other."""
     unet, labels = configs["unet"], configs[LABEL_ENCODER]
-    problems = parts.latent_problems(unet, configs["autoencoder"])
-    if unet["cross_attention_dim"] != labels["width"]:
-        width = unet["cross_attention_dim"]
-        problems.append(f"the unet's cross_attention_dim is {width}, not the label encoder's {labels['width']}")
-    return problems
+    return [
+        *parts.latent_problems(unet, configs["autoencoder"]),
+        *parts.width_problems(unet, labels["width"], "label encoder"),
+    ]
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:

@@ -43,9 +43,7 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other."""
     unet, layouts = configs["unet"], configs[ENCODER]
     problems = parts.latent_problems(unet, configs["autoencoder"])
-    if unet["cross_attention_dim"] != layouts["d_model"]:
-        width = unet["cross_attention_dim"]
-        problems.append(f"the unet's cross_attention_dim is {width}, not the layout encoder's {layouts['d_model']}")
+    problems += parts.width_problems(unet, layouts["d_model"], "layout encoder")
     if layouts["max_position_embeddings"] % 3 != 2:
         tokens = layouts["max_position_embeddings"]
         problems.append(f"the layout encoder takes {tokens} tokens, three for each object and two are others")

@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 def rewritten(path: Path, folder: Path) -> tuple[ir.Model, Path]:
-    """The graph after the passes for CUDA_VARIANT, and its file."""
+    """The graph after the passes for CUDA, and its file."""
     model = apply(load_graph(path), ENGINE_PASSES[CUDA_VARIANT]).model
     save_graph(model, folder / "cuda.onnx")
     return model, folder / "cuda.onnx"
