@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
 from ldm_runtime.noise import TorchGenerator
+from ldm_runtime.number_checks import integer
 from ldm_runtime.schedulers.trajectory import Trajectory
 
 __all__ = ["Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
 
 F32 = NDArray[np.float32]
+MAX_REPEATS = 4096
 
 
 class RequestOptions(TypedDict, total=False):
@@ -57,7 +59,7 @@ class Request:
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
         num_inference_steps: Denoising steps.
         height, width: Pixels, multiples of the model's factor.
-        images_per_prompt: Images for each prompt, label or layout.
+        images_per_prompt: Images for each prompt, label, image, segmentation or layout.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
         labels: Classes to draw, one number or several; for models conditioned on class labels.
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
@@ -90,6 +92,14 @@ class Request:
     layout: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
+
+    def repeats(self) -> int:
+        """Checked ``images_per_prompt``.
+
+        Raises:
+            SpecError: No whole number from 1 to ``MAX_REPEATS``.
+        """
+        return integer("images_per_prompt", self.images_per_prompt, 1, MAX_REPEATS)
 
     def given(self) -> set[str]:
         """Names of the fields that differ from their defaults."""

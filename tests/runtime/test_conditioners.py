@@ -114,6 +114,26 @@ def test_a_mask_is_encoded_and_decides_what_is_kept() -> None:
     np.testing.assert_allclose(result[0, :, :, 24:], array.transpose(2, 0, 1)[..., 24:] / 255, atol=1e-6)
 
 
+def test_each_input_gives_several_images() -> None:
+    pictures, mask = noise(2, 32, 32, 3), half_mask()
+    classes = np.arange(2 * 32 * 32).reshape(2, 32, 32) % 7
+    cases: list[tuple[Any, Request]] = [
+        (images(), Request(image=pictures[:, :16, :16], images_per_prompt=3)),
+        (masked(), Request(image=pictures, mask=mask, images_per_prompt=3)),
+        (segmentations(), Request(segmentation=classes, images_per_prompt=3)),
+    ]
+    for conditioner, request in cases:
+        assert conditioner.images(request) == 6 and "images_per_prompt" in conditioner.fields
+        (rows,) = conditioner.rows(request, "conditional").values()
+        (once,) = conditioner.rows(replace(request, images_per_prompt=1), "conditional").values()
+        assert not np.array_equal(once[0], once[1])
+        assert np.array_equal(rows, once[[0, 0, 0, 1, 1, 1]])
+    grey = np.full((6, 3, 32, 32), 0.5, np.float32)
+    finished = masked().finish(cases[1][1], grey)
+    assert (finished[..., :16] == 0.5).all()
+    np.testing.assert_allclose(finished[3, ..., 16:], pictures[1].transpose(2, 0, 1)[..., 16:] / 255, atol=1e-6)
+
+
 def test_palette_indices_are_classes() -> None:
     classes = (np.arange(32 * 32).reshape(32, 32) % 7).astype(np.uint8)
     image = Image.fromarray(classes)

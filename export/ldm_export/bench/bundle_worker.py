@@ -68,8 +68,11 @@ class _Parts:
 
     def _images(self, number: int) -> dict[str, Any]:
         """Return the fields of ``Request`` that ask for a number of images, with prompts that no call had before."""
-        if not any("prompts" in conditioner.fields for conditioner in self._pipeline.conditioners):
+        conditioners = self._pipeline.conditioners
+        if not conditioners:
             return {"count": number}
+        if not any("prompts" in conditioner.fields for conditioner in conditioners):
+            return {**self._pipeline.example(), "images_per_prompt": number}
         return {"prompts": [f"{PROMPTS[i % len(PROMPTS)]}, number {next(self._number)}" for i in range(number)]}
 
 

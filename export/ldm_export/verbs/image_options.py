@@ -96,7 +96,11 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--height", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )
     verb.add_argument(
-        "--images-per-prompt", type=whole_number, default=1, metavar="N", help="images per prompt or label (default 1)"
+        "--images-per-prompt",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="images per prompt, label or input (default 1)",
     )
     verb.add_argument(
         "--label", type=whole_number, nargs="+", metavar="N", help="classes, for a model conditioned on class labels"

@@ -33,7 +33,7 @@ class ImageConditioner:
     """
 
     kind: ClassVar[str] = "image"
-    fields: ClassVar[frozenset[str]] = frozenset({"image"})
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "images_per_prompt"})
 
     def __init__(self, tensor: TensorSpec, multiple: int = 1):
         self._tensor, self._multiple = tensor, multiple
@@ -55,7 +55,7 @@ class ImageConditioner:
         return cls(tensors[0], max(1, spec.settings.get("multiple", 1)))
 
     def images(self, request: Request) -> int:
-        """Check the images and return their number.
+        """Check the images and return their number, times ``images_per_prompt``.
 
         Raises:
             SpecError: No images, another form, or another size than the model's.
@@ -64,7 +64,7 @@ class ImageConditioner:
             raise SpecError("image: got none, expected one or more images; this model starts from images")
         array = self._array(request)
         report_fitted("image", request.image, array)
-        return len(array)
+        return len(array) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """Height and width of the latents, those of the images."""
@@ -72,7 +72,7 @@ class ImageConditioner:
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """The images float32 [images, channels, h, w] in [-1, 1], the same for every branch."""
-        return {self._tensor.name: self._array(request)}
+        return {self._tensor.name: np.repeat(self._array(request), request.images_per_prompt, axis=0)}
 
     def example(self) -> dict[str, Any]:
         """A colour gradient of the model's size."""

@@ -18,7 +18,6 @@ from ldm_runtime.request import Request
 __all__ = ["LabelConditioner"]
 
 F32 = NDArray[np.float32]
-MAX_IMAGES = 4096
 
 
 class LabelConditioner:
@@ -69,7 +68,7 @@ class LabelConditioner:
         labels = _labels(request.labels)
         for label in labels:
             integer("labels", label, 0, self.classes - 1)
-        return len(labels) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
+        return len(labels) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """None: the request decides the size."""

@@ -13,7 +13,7 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.layout_tokens import LayoutVocabulary
 from ldm_runtime.errors import LdmError, ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
-from ldm_runtime.number_checks import integer, shown
+from ldm_runtime.number_checks import shown
 from ldm_runtime.regular_files import read_regular
 from ldm_runtime.request import Request
 
@@ -21,7 +21,6 @@ __all__ = ["LayoutConditioner", "read_categories"]
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-MAX_IMAGES = 4096
 MAX_BYTES = 2**20
 """Largest file of category names."""
 
@@ -69,7 +68,7 @@ class LayoutConditioner:
         Raises:
             SpecError: Neither or both are given, or one of them cannot be used.
         """
-        return len(self._tokens(request)) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
+        return len(self._tokens(request)) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """None: the request decides the size."""

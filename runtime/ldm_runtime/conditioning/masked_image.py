@@ -32,7 +32,7 @@ class MaskedImageConditioner:
     """
 
     kind: ClassVar[str] = "masked_image"
-    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask"})
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "images_per_prompt"})
 
     def __init__(self, backend: Backend, output: str):
         self._backend, self._output = backend, output
@@ -55,7 +55,7 @@ class MaskedImageConditioner:
         return cls(backend, spec.inputs[0])
 
     def images(self, request: Request) -> int:
-        """Check images and masks and return their number.
+        """Check images and masks and return their number, times ``images_per_prompt``.
 
         Raises:
             SpecError: One of them is missing, has another form or another size than the model's.
@@ -66,7 +66,7 @@ class MaskedImageConditioner:
         image, mask = self._arrays(request)
         for name, array in (("image", image), ("mask", mask)):
             report_fitted(name, getattr(request, name), array)
-        return len(image)
+        return len(image) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """Height and width of the latents, from those of the images."""
@@ -80,11 +80,12 @@ class MaskedImageConditioner:
         """
         image, mask = self._arrays(request)
         feeds = [{"image": image[i : i + 1] * 2 - 1, "mask": mask[i : i + 1]} for i in range(len(image))]
-        return {self._output: np.concatenate([self._backend.run(feed)[self._output] for feed in feeds])}
+        encoded = np.concatenate([self._backend.run(feed)[self._output] for feed in feeds])
+        return {self._output: np.repeat(encoded, request.images_per_prompt, axis=0)}
 
     def finish(self, request: Request, images: F32) -> F32:
         """Decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, else the request's."""
-        image, mask = self._arrays(request)
+        image, mask = (np.repeat(array, request.images_per_prompt, axis=0) for array in self._arrays(request))
         return (1 - mask) * image + mask * images
 
     def example(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class SegmentationConditioner:
     """
 
     kind: ClassVar[str] = "segmentation"
-    fields: ClassVar[frozenset[str]] = frozenset({"segmentation"})
+    fields: ClassVar[frozenset[str]] = frozenset({"segmentation", "images_per_prompt"})
 
     def __init__(self, backend: Backend, output: str, classes: int):
         self._backend, self._output, self.classes = backend, output, classes
@@ -60,7 +60,7 @@ class SegmentationConditioner:
         return cls(backend, spec.inputs[0], spec.settings["classes"])
 
     def images(self, request: Request) -> int:
-        """Check the class images and return their number.
+        """Check the class images and return their number, times ``images_per_prompt``.
 
         Raises:
             SpecError: None are given, or they have another form, another size, or a class the model does not know.
@@ -72,7 +72,7 @@ class SegmentationConditioner:
             )
         array = self._array(request)
         report_fitted("segmentation", request.segmentation, array)
-        return len(array)
+        return len(array) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """Height and width of the latents, from those of the class images."""
@@ -86,7 +86,7 @@ class SegmentationConditioner:
         """
         array = self._array(request)
         found = [self._backend.run({"segmentation": array[i : i + 1]})[self._output] for i in range(len(array))]
-        return {self._output: np.concatenate(found)}
+        return {self._output: np.repeat(np.concatenate(found), request.images_per_prompt, axis=0)}
 
     def finish(self, request: Request, images: F32) -> F32:
         """Decoded images, as they are."""

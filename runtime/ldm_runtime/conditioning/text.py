@@ -15,7 +15,7 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
-from ldm_runtime.number_checks import integer, shown
+from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request
 from ldm_runtime.specs import Axis
 
@@ -24,7 +24,6 @@ __all__ = ["CACHE_SIZE", "TextConditioner"]
 F32 = NDArray[np.float32]
 CACHE_SIZE = 64
 """Encoded prompts kept for later requests, 0.4 MB each at full size. Most requests share the empty negative prompt."""
-MAX_IMAGES = 4096
 
 
 class TextConditioner:
@@ -79,7 +78,7 @@ class TextConditioner:
             raise SpecError(
                 f"negative_prompt: got {len(negative)} for {len(prompts)} prompts, expected one, or one each"
             )
-        return len(prompts) * integer("images_per_prompt", request.images_per_prompt, 1, MAX_IMAGES)
+        return len(prompts) * request.repeats()
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """None: the request decides the size."""
