@@ -32,7 +32,7 @@ ENGINES = {
     "tensorrt-lean": "",
 }
 """Extra of an engine -> requirements beside it."""
-DEV = ("export", "openvino", "tensorrt-rtx", "tensorrt-lean", "polygraphy", "client")
+DEV = ("export", "openvino", "tensorrt-rtx", "tensorrt-lean", "polygraphy", "client", "serve")
 
 
 def main() -> None:

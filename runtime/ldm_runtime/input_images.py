@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,34 +18,39 @@ MAX_PIXELS = 2**25
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-def open_image(file: Path) -> Image.Image:
+def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file, turned upright as its EXIF orientation says; its mode stays the file's.
 
     Its size is checked before it is decoded.
 
+    Args:
+        file: Path, or an open file.
+        name: Name for messages; the default is the path.
+
     Raises:
         SpecError: The file is missing, no image, too large, animated, or truncated.
     """
+    shown_as = str(file) if name is None else name
     try:
         with warnings.catch_warnings(), _opened(file) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
-                raise _refused(file, f"{width} x {height} pixels", f"at most {MAX_PIXELS} pixels; make it smaller")
+                raise _refused(shown_as, f"{width} x {height} pixels", f"at most {MAX_PIXELS} pixels; make it smaller")
             frames = getattr(opened, "n_frames", 1)
             if frames != 1:
-                raise _refused(file, f"{frames} frames", "a single image; save one frame")
+                raise _refused(shown_as, f"{frames} frames", "a single image; save one frame")
             opened.load()
             return ImageOps.exif_transpose(opened)
     except SpecError:
         raise
     except Image.DecompressionBombError:
-        raise _refused(file, "more pixels than Pillow opens", f"at most {MAX_PIXELS}; make it smaller") from None
+        raise _refused(shown_as, "more pixels than Pillow opens", f"at most {MAX_PIXELS}; make it smaller") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         cause = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise SpecError(f"{file}: cannot be read as an image ({cause:.160}); give a PNG or JPEG") from None
+        raise SpecError(f"{shown_as}: cannot be read as an image ({cause:.160}); give a PNG or JPEG") from None
 
 
-def _opened(file: Path) -> Image.Image:
+def _opened(file: Path | BinaryIO) -> Image.Image:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
     return Image.open(file)
 
@@ -71,5 +77,5 @@ def rgb_image(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _refused(file: Path, got: str, expected: str) -> SpecError:
-    return SpecError(f"{file}: got {got}, expected {expected}")
+def _refused(name: str, got: str, expected: str) -> SpecError:
+    return SpecError(f"{name}: got {got}, expected {expected}")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ldm_export.cli import main, make_parser
-from ldm_runtime.triton.prometheus import COUNTERS, GAUGES
+from ldm_runtime.batching.metrics import COUNTERS, GAUGES
 from ldm_runtime.triton.tensors import input_fields, output_fields
 from tests.support.dockerfile import ROOT, stages
 from tests.support.numpy_model import description

@@ -7,23 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm_runtime.batching.counters import Snapshot
+from ldm_runtime.batching.metrics import COUNTERS, GAUGES, samples
 
 __all__ = ["MetricsExporter"]
 
 PERIOD_SECONDS = 0.5
-GAUGES = {
-    "ldm_ready": "1 if images can be generated",
-    "ldm_queue_length": "waiting requests",
-    "ldm_running_requests": "requests in the running batches",
-    "ldm_batch_fill": "used share of the maximum rows of a UNet call, mean over the last ten seconds",
-    "ldm_steps_per_second": "UNet calls per second over the last ten seconds",
-}
-COUNTERS = {
-    "ldm_unet_calls_total": "UNet calls",
-    "ldm_unet_rows_total": "rows of all UNet calls",
-    "ldm_requests_total": "requests by outcome",
-    "ldm_stage_seconds_total": "seconds by stage",
-}
 
 
 class MetricsExporter:
@@ -63,21 +51,8 @@ class MetricsExporter:
                 self._write(self._snapshot())
 
     def _write(self, snapshot: Snapshot) -> None:
-        single = {
-            "ldm_ready": snapshot.ready,
-            "ldm_queue_length": snapshot.waiting,
-            "ldm_running_requests": snapshot.running,
-            "ldm_batch_fill": snapshot.batch_fill,
-            "ldm_steps_per_second": snapshot.steps_per_second,
-            "ldm_unet_calls_total": snapshot.steps,
-            "ldm_unet_rows_total": snapshot.rows,
-        }
-        for name, value in single.items():
-            self._set(name, {}, value)
-        for outcome, count in snapshot.outcomes.items():
-            self._set("ldm_requests_total", {"outcome": outcome}, count)
-        for stage, seconds in snapshot.seconds.items():
-            self._set("ldm_stage_seconds_total", {"stage": stage}, seconds)
+        for name, labels, value in samples(snapshot):
+            self._set(name, labels, value)
 
     def _set(self, family: str, labels: dict[str, str], value: float) -> None:
         key = (family, "".join(labels.values()))

@@ -1,0 +1,96 @@
+"""``ldm-export serve``: serve bundles over HTTP with OpenAI's images API and a web page, without torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm_export.extras import needs
+from ldm_export.screen import Screen
+from ldm_export.verbs.options import PRECISIONS, real_number, whole_number
+from ldm_runtime.backends.registry import BACKEND_NAMES
+from ldm_runtime.errors import SpecError
+from ldm_runtime.regular_files import read_regular
+
+__all__ = ["add_arguments", "run"]
+
+MAX_KEY_FILE = 4096
+"""Largest file of a key in bytes."""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    verb.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="the first is the default model")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    verb.add_argument("--port", type=whole_number, default=8000, help="port, 0 for a free one (default 8000)")
+    verb.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must carry")
+    engine = verb.add_argument_group("engine")
+    engine.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default auto)")
+    engine.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
+    )
+    engine.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
+    engine.add_argument("--threads", type=whole_number, help="CPU threads of each model (default: all cores)")
+    limits = verb.add_argument_group("limits")
+    limits.add_argument("--max-rows", type=whole_number, help="rows of one UNet call; a guided image takes two")
+    limits.add_argument("--max-queue", type=whole_number, default=256, help="waiting requests (default 256)")
+    limits.add_argument("--max-images", type=whole_number, default=10, help="images of a request (default 10)")
+    limits.add_argument(
+        "--max-pixels", type=whole_number, default=2**23, help="pixels of all images of a request (default 8388608)"
+    )
+    limits.add_argument(
+        "--max-client-requests",
+        type=whole_number,
+        default=16,
+        help="requests of one client address at a time (default 16)",
+    )
+    limits.add_argument(
+        "--timeout", type=real_number, default=300.0, metavar="SECONDS", help="time of a request (default 300)"
+    )
+    limits.add_argument(
+        "--grace",
+        type=real_number,
+        default=30.0,
+        metavar="SECONDS",
+        help="time that running requests get when the server stops (default 30)",
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> None:
+    """Run the command."""
+    with needs("serve"):
+        from ldm_runtime.http.served_model import EngineOptions, open_models
+        from ldm_runtime.http.server import serve
+        from ldm_runtime.http.server_options import ServerOptions
+    options = ServerOptions(
+        host=args.host,
+        port=args.port,
+        api_key=None if args.api_key_file is None else _key(args.api_key_file),
+        max_images=args.max_images,
+        max_pixels=args.max_pixels,
+        max_client_requests=args.max_client_requests,
+        timeout=args.timeout,
+        grace=args.grace,
+    )
+    with screen.bar("loading"):
+        models = open_models(
+            args.bundles,
+            EngineOptions(args.precision, args.backend, args.device, args.threads, args.max_rows, args.max_queue),
+        )
+    for model in models.values():
+        if model.pipeline.choice is not None:
+            screen.note(f"{model.name}: {model.pipeline.choice.reason}")
+    serve(
+        models,
+        options,
+        log=lambda line: print(line, flush=True),
+        on_ready=lambda url: screen.note(f"open {url} in a browser; Control-C stops the server"),
+    )
+
+
+def _key(file: Path) -> str:
+    data = read_regular(file, MAX_KEY_FILE, SpecError)
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError:
+        raise SpecError(f"{file}: expected a key in ASCII; create one with `openssl rand -hex 24`") from None

@@ -1,0 +1,269 @@
+"""OpenAI's images API: ``/v1/images/generations``, ``/v1/images/edits`` and ``/v1/models``.
+
+Fields and events are those of https://platform.openai.com/docs/api-reference/images (read in 2026-11); fields of latent
+diffusion models (seed, steps, guidance, …) are added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ldm_runtime.batching.job import Job, JobResult, Progress
+from ldm_runtime.errors import LdmError
+from ldm_runtime.http.api_error import ApiError, api_error
+from ldm_runtime.http.image_request import ImageRequest, parse
+from ldm_runtime.http.image_store import ImageStore
+from ldm_runtime.http.request_body import form_fields, json_fields
+from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.server_options import ServerOptions
+
+__all__ = ["ImagesApi"]
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Of event streams: no cache or proxy may hold events back."""
+KEEP_ALIVE = 15.0
+"""Seconds after which a silent stream sends a comment, so that no proxy closes it."""
+
+
+class ImagesApi:
+    """The endpoints.
+
+    Args:
+        models: Loaded models by name; the first is the default.
+        options: Limits.
+        store: Keeps images that answers refer to by URL.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions, store: ImageStore):
+        self._models, self._options, self._store = models, options, store
+
+    def routes(self) -> list[Route]:
+        """The routes of the API."""
+        return [
+            Route("/v1/models", self._list),
+            Route("/v1/models/{name}", self._one),
+            Route("/v1/images/generations", self._generations, methods=["POST"]),
+            Route("/v1/images/edits", self._edits, methods=["POST"]),
+            Route("/v1/images/files/{name}", self._file, name="file"),
+        ]
+
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model.facts() for model in self._models.values()]})
+
+    async def _one(self, request: Request) -> Response:
+        return JSONResponse(self._model(request.path_params["name"]).facts())
+
+    async def _file(self, request: Request) -> Response:
+        name = request.path_params["name"].partition(".")[0]
+        if (found := self._store.get(name)) is None:
+            raise ApiError(404, "file: there is no image of this name (any more)", code="not_found")
+        return Response(found[0], media_type=found[1], headers={"X-Content-Type-Options": "nosniff"})
+
+    async def _generations(self, request: Request) -> Response:
+        fields = await json_fields(request)
+        for name in ("image", "mask"):
+            if name in fields:
+                raise ApiError(400, f"{name}: send images to /v1/images/edits", code="invalid_value", param=name)
+        return await self._images(request, fields, "image_generation")
+
+    async def _edits(self, request: Request) -> Response:
+        fields = await form_fields(request)
+        if "image" not in fields:
+            raise ApiError(400, "image: got none, expected an image file", code="invalid_value", param="image")
+        return await self._images(request, fields, "image_edit")
+
+    def _model(self, name: Any) -> ServedModel:
+        if name is None:
+            return next(iter(self._models.values()))
+        if not isinstance(name, str) or name not in self._models:
+            raise ApiError(
+                404,
+                f"model: got {name!r:.60}, expected one of {', '.join(self._models)}",
+                code="model_not_found",
+                param="model",
+            )
+        return self._models[name]
+
+    async def _images(self, request: Request, fields: Mapping[str, Any], event: str) -> Response:
+        model = self._model(fields.get("model"))
+        wanted = parse(fields, model, self._options)
+        listener = _Listener(asyncio.get_running_loop())
+        try:
+            job = await run_in_threadpool(self._submit, model, wanted, listener)
+        except LdmError as error:
+            raise api_error(error) from None
+        job.future.add_done_callback(lambda future: listener.end())
+        request.state.model, request.state.images = model.name, job.plan.images
+        if wanted.stream:
+            events = _Events(event, wanted, job)
+            return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=STREAM_HEADERS)
+        async with _cancelled_on_disconnect(request, job):
+            result = await _result(job)
+        return JSONResponse(await run_in_threadpool(self._answer, result, wanted, str(request.base_url)))
+
+    def _submit(self, model: ServedModel, wanted: ImageRequest, listener: _Listener) -> Job:
+        """Add a request to the model's queue, after checking the limits of this server."""
+        plan = model.pipeline.plan(wanted.request)
+        pixels = plan.images * math.prod(plan.shape[2:]) * model.pipeline.geometry.factor**2
+        limits = (
+            ("n", plan.images, self._options.max_images, "images"),
+            ("size", pixels, self._options.max_pixels, "pixels in all images"),
+        )
+        for name, got, most, what in limits:
+            if got > most:
+                message = f"{name}: got {got} {what}, expected at most {most}"
+                raise ApiError(400, message, code="invalid_value", param=name)
+        every = max(1, len(plan.trajectory) // (wanted.partial_images + 1)) if wanted.partial_images else 0
+        return model.scheduler.submit(
+            wanted.request,
+            timeout=self._options.timeout,
+            on_progress=listener.add if wanted.stream else None,
+            preview_every=every if wanted.stream else 0,
+        )
+
+    def _answer(self, result: JobResult, wanted: ImageRequest, base_url: str) -> dict[str, Any]:
+        data = []
+        for index, image in enumerate(result.images):
+            encoded = wanted.format.encode(image)
+            if wanted.as_url:
+                name = self._store.add(encoded, wanted.format.media_type)
+                entry = {"url": f"{base_url}v1/images/files/{name}.{wanted.format.name}"}
+            else:
+                entry = {"b64_json": base64.b64encode(encoded).decode()}
+            data.append({**entry, "seed": _seed(result, index)})
+        return {"created": int(time.time()), "data": data, **_described(result.images.shape, wanted)}
+
+
+class _Listener:
+    """Carries steps from the scheduler's notifier thread to the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self.steps = loop, asyncio.Queue[Progress | None]()
+
+    def add(self, step: Progress) -> None:
+        self._send(step)
+
+    def end(self) -> None:
+        self._send(None)
+
+    def _send(self, step: Progress | None) -> None:
+        with suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self.steps.put_nowait, step)
+
+
+class _Events:
+    """Writes a request as server-sent events.
+
+    Args:
+        name: "image_generation" or "image_edit", the first part of the events' types.
+        wanted: The request.
+        job: Its job.
+    """
+
+    def __init__(self, name: str, wanted: ImageRequest, job: Job):
+        self._name, self._wanted, self._job = name, wanted, job
+
+    async def stream(self, listener: _Listener) -> AsyncIterator[bytes]:
+        """Yield the events; the request is cancelled if the client goes away."""
+        partial = 0
+        try:
+            if self._wanted.progress:
+                yield _event("progress", {"step": 0, "total": len(self._job.plan.trajectory)})
+            while True:
+                try:
+                    step = await asyncio.wait_for(listener.steps.get(), KEEP_ALIVE)
+                except TimeoutError:
+                    yield b": waiting\n\n"
+                    continue
+                if step is None:
+                    break
+                if self._wanted.progress:
+                    yield _event("progress", {"step": step.index + 1, "total": step.total})
+                if step.preview is not None and partial < self._wanted.partial_images and step.index + 1 < step.total:
+                    yield await run_in_threadpool(self._partial, step, partial)
+                    partial += 1
+            result = await _result(self._job)
+            for index in range(len(result.images)):
+                yield await run_in_threadpool(self._completed, result, index)
+        except ApiError as error:
+            yield _event("error", error.body())
+        finally:
+            self._job.cancel()
+
+    def _partial(self, step: Progress, index: int) -> bytes:
+        assert step.preview is not None
+        facts = self._image(step.preview, 0)
+        return _event(f"{self._name}.partial_image", {**facts, "partial_image_index": index})
+
+    def _completed(self, result: JobResult, index: int) -> bytes:
+        facts = self._image(result.images, index)
+        return _event(
+            f"{self._name}.completed", {**facts, "usage": _USAGE, "index": index, "seed": _seed(result, index)}
+        )
+
+    def _image(self, images: Any, index: int) -> dict[str, Any]:
+        encoded = base64.b64encode(self._wanted.format.encode(images[index])).decode()
+        return {"b64_json": encoded, "created_at": int(time.time()), **_described(images.shape, self._wanted)}
+
+
+_USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+"""Nothing is billed."""
+
+
+def _described(shape: tuple[int, ...], wanted: ImageRequest) -> dict[str, str]:
+    size = f"{shape[2]}x{shape[1]}"
+    return {"size": size, "output_format": wanted.format.name, "quality": "auto", "background": "opaque"}
+
+
+def _seed(result: JobResult, index: int) -> int:
+    """The seed with which a request of one image, or the same request, gives an image again."""
+    return result.seeds[index] if len(result.seeds) == len(result.images) else result.seeds[0]
+
+
+def _event(kind: str, facts: Mapping[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n".encode()
+
+
+async def _result(job: Job) -> JobResult:
+    try:
+        return await asyncio.wrap_future(job.future)
+    except LdmError as error:
+        raise api_error(error) from None
+
+
+class _cancelled_on_disconnect:
+    """Cancels a job if the client closes its connection while the block runs."""
+
+    def __init__(self, request: Request, job: Job):
+        self._request, self._job = request, job
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._job.cancel()
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        self._job.cancel()

@@ -1,0 +1,62 @@
+"""Runs the web application with uvicorn until the process is told to stop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from ldm_runtime.errors import BackendError
+from ldm_runtime.http.app import make_app
+from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.server_options import ServerOptions
+
+__all__ = ["serve"]
+
+BACKLOG = 256
+
+
+def serve(
+    models: Mapping[str, ServedModel],
+    options: ServerOptions,
+    *,
+    log: Callable[[str], None],
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve models until SIGINT or SIGTERM; running requests then get ``options.grace`` seconds.
+
+    Args:
+        models: Loaded models by name. They are closed at the end.
+        options: Address, limits and access control.
+        log: Takes the lines of the access log.
+        on_ready: Called with the server's URL once it accepts connections.
+
+    Raises:
+        BackendError: The address cannot be used.
+    """
+    try:
+        with _listening(options) as listener:
+            host, port = listener.getsockname()[:2]
+            config = uvicorn.Config(
+                make_app(models, options, log),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(options.grace)),
+            )
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            uvicorn.Server(config).run([listener])
+    finally:
+        for model in models.values():
+            model.close()
+
+
+def _listening(options: ServerOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise BackendError(
+            f"{options.host}:{options.port}: cannot listen ({error.strerror or error}); use another --host or --port"
+        ) from None
