@@ -92,15 +92,15 @@ build/wheel/.wheel: $(SOURCES) | $(VENV)/.backend
 	touch $@
 
 # Environments of an inference server: the wheel without torch, diffusers, transformers and onnx; NumPy 2 and 1.26.
-$(THIN)/.thin: requirements/onnxruntime.txt build/wheel/.wheel
+$(THIN)/.thin: requirements/serve.txt build/wheel/.wheel
 	$(PYTHON) -m venv --clear $(THIN)
-	$(INSTALL) $(THIN)/bin/python onnxruntime
+	$(INSTALL) $(THIN)/bin/python serve
 	$(THIN)/bin/$(PIP) --no-deps build/wheel/*.whl
 	touch $@
 
-$(THIN)-numpy1/.thin: requirements/onnxruntime-numpy1.txt build/wheel/.wheel
+$(THIN)-numpy1/.thin: requirements/serve-numpy1.txt build/wheel/.wheel
 	$(PYTHON) -m venv --clear $(THIN)-numpy1
-	$(INSTALL) $(THIN)-numpy1/bin/python onnxruntime-numpy1
+	$(INSTALL) $(THIN)-numpy1/bin/python serve-numpy1
 	$(THIN)-numpy1/bin/$(PIP) --no-deps build/wheel/*.whl
 	touch $@
 

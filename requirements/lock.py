@@ -41,6 +41,8 @@ def main() -> None:
     for engine, more in ENGINES.items():
         write(engine, extras=(engine,), requirements=more)
         write(f"{engine}-numpy1", extras=(engine,), requirements=more, numpy=NUMPY_1)
+    write("serve", extras=("onnxruntime", "serve"))
+    write("serve-numpy1", extras=("onnxruntime", "serve"), numpy=NUMPY_1)
     write("triton", extras=("onnxruntime",), requirements="nvidia-pytriton\n", numpy=NUMPY_1)
     write("kserve", requirements="kserve==0.21.0\n", alone=True)
     write("trained-unet", requirements="adaptive-terrain-diffusion==0.4.2\n", alone=True)  # asks for onnxruntime-gpu

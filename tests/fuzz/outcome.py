@@ -15,7 +15,7 @@ from ldm_runtime.errors import LdmError
 
 __all__ = ["Attempt", "Counts", "Hang", "outcome", "try_inputs"]
 
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest time for one input; beyond it, it counts as a hang."""
 ACCEPTED, REFUSED = "accepted", "refused"
 

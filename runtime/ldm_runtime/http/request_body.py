@@ -45,7 +45,7 @@ async def json_fields(request: Request) -> dict[str, Any]:
 async def form_fields(request: Request) -> dict[str, Any]:
     """Read a form: texts, numbers, and the files "image" (or "image[]", several) and "mask" as PIL images.
 
-    A mask with opacity marks what is repainted by transparency, as in OpenAI's API; any other one by white.
+    A mask with transparent pixels marks by them what is repainted, as in OpenAI's API; any other one by white.
 
     Raises:
         ApiError: The body is no form, or a file is no image.
@@ -80,8 +80,9 @@ def _image(data: bytes, name: str) -> Image.Image:
 
 def _mask(data: bytes) -> Image.Image:
     image = open_image(io.BytesIO(data), "mask")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        return image.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
+    opacity = image.convert("RGBA").getchannel("A")
+    if opacity.getextrema()[0] < 255:
+        return opacity.point(lambda alpha: 255 if alpha < 128 else 0)
     return image.convert("L")
 
 

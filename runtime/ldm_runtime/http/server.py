@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -46,10 +49,27 @@ def serve(
                 timeout_graceful_shutdown=max(1, round(options.grace)),
             )
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            uvicorn.Server(config).run([listener])
+            _Server(config).run([listener])
     finally:
         for model in models.values():
             model.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends normally after SIGINT or SIGTERM: uvicorn would raise the signal again, before the models are closed."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop gracefully at a signal while the block runs; at a second SIGINT, at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _listening(options: ServerOptions) -> socket.socket:

@@ -1,0 +1,76 @@
+"""A real server in this process, with two small models: one conditioned on text, and one without conditioning."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from ldm_runtime.http.app import make_app
+from ldm_runtime.http.served_model import EngineOptions, ServedModel, open_models
+from ldm_runtime.http.server_options import ServerOptions
+from tests.support.small_bundle import write_small_bundle
+from tests.support.small_models import bundle_of, text_model
+from tests.support.waiting import wait_until
+
+ENGINE = EngineOptions(backend="onnxruntime", precision="fp32", threads=1)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server: its address, its models, and the lines of its access log."""
+
+    url: str
+    models: dict[str, ServedModel]
+    log: list[str]
+
+
+@contextmanager
+def running(models: dict[str, ServedModel], options: ServerOptions | None = None) -> Iterator[Served]:
+    """Serve models on a free port while the block runs."""
+    log: list[str] = []
+    config = uvicorn.Config(
+        make_app(models, options or ServerOptions(), log.append), log_level="warning", access_log=False
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            assert wait_until(lambda: server.started)
+            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", models, log)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of the bundles "text" and "plain"."""
+    folder = tmp_path_factory.mktemp("http")
+    bundle_of(text_model(folder / "model"), folder / "text", ())
+    write_small_bundle(folder / "plain")
+    return [folder / "text", folder / "plain"]
+
+
+@pytest.fixture(scope="session")
+def models(bundles: list[Path]) -> Iterator[dict[str, ServedModel]]:
+    """The models "text" and "plain", loaded."""
+    opened = open_models(bundles, ENGINE)
+    yield opened
+    for model in opened.values():
+        model.close()
+
+
+@pytest.fixture(scope="session")
+def served(models: dict[str, ServedModel]) -> Iterator[Served]:
+    """A server of both models without a key."""
+    with running(models) as server:
+        yield server
