@@ -19,7 +19,7 @@ PROMPT := a small red circle left of a large blue square on a yellow background
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
-	@echo "The image is in $(CURDIR)/build/demo.png"
+	@echo "The image is in $(CURDIR)/build/demo.png. To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE)"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"

@@ -22,6 +22,13 @@ VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, se
 """One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
 
 
+EXAMPLES = """examples:
+  ldm-export build path/to/checkpoint -o bundle      export a checkpoint
+  ldm-export verify bundle --against path/to/checkpoint
+  ldm-export generate bundle "a red circle" --seed 42 -o image.png
+  ldm-export serve bundle                            a web page and OpenAI's images API
+  ldm-export VERB --help                             the options of a verb
+"""
 KEEP_WORK = (build.run, calibrate.run, inspect.run)
 """Commands that leave the work folder of a killed build: two continue it, and one reports it."""
 
@@ -39,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     screen = Screen(quiet=args.quiet)
     try:
         with warnings_on(screen, shown=not args.verbose):
-            if (bundle := getattr(args, "bundle", None)) is not None and args.command not in KEEP_WORK:
-                _remove_abandoned(bundle, screen)
+            if args.command not in KEEP_WORK:
+                for bundle in _bundles(args):
+                    _remove_abandoned(bundle, screen)
             return int(args.command(args, screen) or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe, e.g. `| head`
@@ -58,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
+def _bundles(args: argparse.Namespace) -> list[Path]:
+    """The bundles that a command names."""
+    one: Path | None = getattr(args, "bundle", None)
+    several: list[Path] = getattr(args, "bundles", [])
+    return several if one is None else [one]
+
+
 def _remove_abandoned(bundle: Path, screen: Screen) -> None:
     from ldm_export.bundle.abandoned import remove_abandoned
 
@@ -67,6 +82,9 @@ def _remove_abandoned(bundle: Path, screen: Screen) -> None:
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse arguments; prompts may also follow the options, which argparse does not allow for optional positionals."""
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        parser.exit(0)
     args, extra = parser.parse_known_args(arguments)
     if extra and (
         not isinstance(getattr(args, "prompts", None), list) or any(argument.startswith("-") for argument in extra)
@@ -87,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ldm-export",
         description="Export latent diffusion models to ONNX and TensorRT, and run them without torch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ldm-export {version('ldm-export')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")

@@ -47,26 +47,34 @@ class TensorField:
     optional: bool = True
 
 
+IMAGES_PER_PROMPT = TensorField("IMAGES_PER_PROMPT", "TYPE_INT32")
 KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     "text": (
         TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
         TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
-        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+        IMAGES_PER_PROMPT,
     ),
     "label": (
         TensorField("LABEL", "TYPE_INT32", (-1,), optional=False),
-        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+        IMAGES_PER_PROMPT,
     ),
-    "image": (TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),),
+    "image": (
+        TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),
+        IMAGES_PER_PROMPT,
+    ),
     "masked_image": (
         TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3), optional=False),
         TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1), optional=False),
+        IMAGES_PER_PROMPT,
     ),
-    "segmentation": (TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),),
+    "segmentation": (
+        TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),
+        IMAGES_PER_PROMPT,
+    ),
     "layout": (
         TensorField("TOKENS", "TYPE_INT32", (-1, -1)),
         TensorField("LAYOUT", "TYPE_STRING", (-1,)),
-        TensorField("IMAGES_PER_PROMPT", "TYPE_INT32"),
+        IMAGES_PER_PROMPT,
     ),
 }
 """Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
