@@ -38,6 +38,11 @@ class Bundle:
         path = Path(folder)
         return cls(path, read_manifest(path))
 
+    def __repr__(self) -> str:
+        """Folder, family, precision and size."""
+        size = sum(fact.size for fact in self.manifest.files.values()) / 1e6
+        return f"<Bundle {str(self.folder)!r}: {self.manifest.family}, {self.precision}, {size:.1f} MB>"
+
     @property
     def precision(self) -> str:
         """The precision the bundle was built for: of which every component has a graph; else "fp32"."""

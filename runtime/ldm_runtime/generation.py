@@ -50,6 +50,11 @@ class Generation:
     arrays: F32
     latents: F32
 
+    def __repr__(self) -> str:
+        """Number, size and channels of the images."""
+        images, channels, height, width = self.arrays.shape
+        return f"<Generation: {images} x {width}x{height} pixels, {channels} channels>"
+
     @cached_property
     def images(self) -> list[Image.Image]:
         """PIL images of mode L, RGB or RGBA.

@@ -26,6 +26,7 @@ from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
+from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
 from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
@@ -140,6 +141,11 @@ class LatentDiffusionPipeline:
         pipeline._opened, opened.on_change = opened, pipeline._follow
         return pipeline
 
+    def __repr__(self) -> str:
+        """Family, components and engine."""
+        chosen = "" if self.choice is None else f", {self.choice.backend} {self.choice.graph} on {self.choice.device}"
+        return f"<LatentDiffusionPipeline {self.model.family}: {', '.join(self.model.components)}{chosen}>"
+
     def _follow(self) -> None:
         """Take over the choice and the loop after the engine was replaced; the old loop is freed with the denoiser."""
         assert self._opened is not None
@@ -166,6 +172,7 @@ class LatentDiffusionPipeline:
             BackendError: The engine failed.
         """
         last = None
+        check_names(options)
         request = Request(prompts, **options)
         for last in self.steps(request):
             on_progress(last)
