@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     command = [sys.executable, "-m", "ldm_export.cli", "serve", str(args.bundle), "--port", "0"]
-    command += ["--backend", args.backend, "--max-client-requests", str(args.clients)]
+    command += ["--backend", args.backend, "--max-client-requests", str(2 * args.clients)]  # a cancelled one ends later
     server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         url = _address(server)

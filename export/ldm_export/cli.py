@@ -13,12 +13,25 @@ from pathlib import Path
 from types import ModuleType
 
 from ldm_export.screen import Screen, printable, warnings_on
-from ldm_export.verbs import bench, build, calibrate, client, convert, generate, inspect, report, serve, triton, verify
+from ldm_export.verbs import (
+    bench,
+    build,
+    calibrate,
+    client,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    report,
+    serve,
+    triton,
+    verify,
+)
 from ldm_runtime.errors import LdmError, interrupted
 
 __all__ = ["VERBS", "main", "make_parser"]
 
-VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, serve, triton, client)
+VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, serve, triton, client, doctor)
 """One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
 
 
