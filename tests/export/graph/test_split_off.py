@@ -246,7 +246,7 @@ def test_the_order_of_the_splits_makes_no_difference(wholes: dict[str, Whole], t
 
 
 def test_an_input_that_is_missing_or_needs_no_work_gives_none(wholes: dict[str, Whole]) -> None:
-    assert split_cross_attention_kv(wholes["unconditional"].model) is None
+    assert split_cross_attention_kv(wholes["scale_shift"].model) is None
     assert split_off(wholes["conditional"].model, "mask", "mask") is None
 
 

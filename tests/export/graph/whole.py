@@ -24,7 +24,7 @@ from ldm_runtime.model import Latents
 
 Arrays = Mapping[str, NDArray[Any]]
 TOKENS, WIDTH = 5, 24
-KINDS = ("conditional", "conditional_scale_shift", "unconditional", "scale_shift", "class_conditional")
+KINDS = ("conditional", "scale_shift", "class_conditional")
 SIZES = ((1, 4, 4), (2, 8, 8), (3, 6, 10), (4, 12, 2))
 """Rows, height and width that every graph accepts."""
 ODD_SIZES = ((2, 9, 11), (3, 7, 5), (1, 3, 8))
