@@ -14,16 +14,26 @@ from PIL import Image
 from ldm_calibration.inputs import InputFile, read_inputs
 from ldm_export.bundle.build import build
 from ldm_export.cli import main
+from ldm_export.engine.request import EngineRequest
 from ldm_export.verbs.int8_options import default_requests
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.errors import SpecError
-from tests.support.paper_bundles import PaperBundle, files_of, paper_bundle
+from tests.support.paper_bundles import BUILT, PaperBundle, files_of, paper_bundle
 from tests.support.shared import SharedFolders
 
+FILES = {"bsr_sr": 1, "inpainting_big": 2, "semantic_synthesis": 1, "cin256-v2": 0, "layout2img": 0}
+"""Files of an input, whose digests the record of a calibration names."""
 QUICK = ["--calibration-steps", "2", "--trials", "1", "--trial-steps", "2", "--sensitivity", "results"]
 
 
-@pytest.fixture(scope="module", params=["bsr_sr", "inpainting_big"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "bsr_sr",
+        "inpainting_big",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cin256-v2", "semantic_synthesis", "layout2img")),
+    ],
+)
 def paper(request: pytest.FixtureRequest, shared: SharedFolders) -> PaperBundle:
     return paper_bundle(shared, request.param)
 
@@ -32,6 +42,8 @@ def inputs_folder(paper: PaperBundle, folder: Path) -> Path:
     """The row's inputs as ``--inputs`` takes them."""
     folder.mkdir()
     files_of(paper.row, folder)
+    if paper.row.name == "cin256-v2":
+        (folder / "labels.txt").write_text("7\n")
     if (folder / "mask.png").exists():
         (folder / "mask.png").rename(folder / "picture_mask.png")
     return folder
@@ -45,7 +57,7 @@ def test_int8_is_calibrated_on_inputs_and_reported(
     assert main(["calibrate", str(folder), "--inputs", str(inputs), *QUICK, "--min-psnr", "5", "--json"]) == 0
     request = json.loads((folder / "calibration.json").read_text())["settings"]["requests"][0]
     files = [value["sha256"] for value in request.values() if isinstance(value, dict)]
-    assert len(files) == {"bsr_sr": 1, "inpainting_big": 2}[paper.row.name]
+    assert len(files) == FILES[paper.row.name]
     assert str(tmp_path) not in (folder / "calibration.json").read_text()
     bundle = Bundle.open(folder)
     _, fields = files_of(paper.row, tmp_path)
@@ -54,7 +66,8 @@ def test_int8_is_calibrated_on_inputs_and_reported(
     assert np.asarray(image).std() > 1
     capsys.readouterr()
     assert main(["report", str(folder), "-o", str(tmp_path / "page.html"), "--steps", "2"]) == 0
-    assert "<th>input</th>" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert ("<th>input</th>" in page) == (FILES[paper.row.name] > 0)
 
 
 @pytest.mark.parametrize("name", ["inpainting_big", "layout2img"])
@@ -68,6 +81,18 @@ def test_half_precision(name: str, shared: SharedFolders, tmp_path: Path) -> Non
         with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend="onnxruntime") as pipeline:
             images[precision] = pipeline(**options).arrays
     assert 0 < np.abs(images["fp16"] - images["fp32"]).mean() < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT)
+def test_engines(name: str, shared: SharedFolders, tmp_path: Path) -> None:
+    paper = paper_bundle(shared, name)
+    folder = Path(shutil.copytree(paper.folder / "bundle", tmp_path / "bundle"))
+    built = build(paper.checkpoint(), folder, "fp16", EngineRequest("tensorrt-rtx", ("8.9",))).bundle
+    for component in built.manifest.components.values():
+        (engine,) = component.engines
+        assert engine.compute_capabilities == ("8.9",)
+    assert built.manifest.components["unet"].engines[0].precision == "fp16"
 
 
 def test_int8_without_inputs_is_refused(shared: SharedFolders, refused: Any) -> None:
