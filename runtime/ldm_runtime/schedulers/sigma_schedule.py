@@ -87,10 +87,17 @@ class SigmaSchedule(NoiseSchedule):
         if np.count_nonzero(timesteps == timesteps[0]) > 1:
             where = f"steps: got {count}: the first two have the same timestep {timesteps[0]:g}, with which"
             raise SpecError(f"{where} pipelines of diffusers fail; expected fewer steps or other sigmas")
+        return SigmaSteps(timesteps, sigmas, self._noise_sigma(sigmas))
+
+    @property
+    def trained_noise_sigma(self) -> float:
+        """Scale of the initial noise before the number of steps is known: diffusers' before ``set_timesteps``."""
+        alphas = self.alphas_cumprod
+        return self._noise_sigma(np.sqrt((1 - alphas) / alphas))
+
+    def _noise_sigma(self, sigmas: F32) -> float:
         highest = sigmas.max()
-        if self.timestep_spacing == "leading":
-            highest = np.sqrt(highest**2 + np.float32(1))
-        return SigmaSteps(timesteps, sigmas, float(highest))
+        return float(np.sqrt(highest**2 + np.float32(1)) if self.timestep_spacing == "leading" else highest)
 
     def _spaced(self, count: int) -> F32:
         if self.timestep_spacing == "linspace":
