@@ -15,7 +15,7 @@ from ldm_export.families import family_named, family_of, open_checkpoint
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE, ModelShape, TextEncoder, model_shape
 from ldm_export.graph.wrappers import Decoder, UNet
 from ldm_export.quality.verification import verify
-from ldm_runtime.errors import CheckpointError
+from ldm_runtime.errors import CheckpointError, SpecError
 from ldm_runtime.model import Latents, check_model
 from ldm_runtime.specs import Axis, dummy_inputs
 from tests.support.checkpoints import VOCABULARY, edit_json, random_checkpoint, tiny_modules
@@ -129,6 +129,10 @@ def test_the_smallest_inputs_of_every_spec_run() -> None:
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"skip_prk_steps": True},
     "DPMSolverMultistepScheduler": {"solver_order": 2},
+    "DDPMScheduler": {"clip_sample": False},
+    "UniPCMultistepScheduler": {"disable_corrector": [], "sigma_min": None},
+    "LCMScheduler": {},
+    "TCDScheduler": {},
 }
 
 
@@ -136,7 +140,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, bundle_copy: Path) -> None:
     edit_json(tiny / "model_index.json", scheduler=["diffusers", scheduler])
-    changes = {"_class_name": scheduler, "clip_sample": ..., **SCHEDULERS[scheduler]}
+    changes = {"_class_name": scheduler, "clip_sample": ...} | SCHEDULERS[scheduler]
     edit_json(tiny / "scheduler/scheduler_config.json", **changes)
     checkpoint = open_checkpoint(tiny)
     bundle = build(checkpoint, bundle_copy).bundle  # the graphs are kept
@@ -144,3 +148,16 @@ def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, 
     result = verify(bundle, checkpoint, [{"prompts": "a red circle"}], steps=7)
     assert result.failures == []
     assert np.asarray(result.images[0].ours).std() > 1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"],
+)
+def test_schedulers_that_scale_the_latents_are_refused(scheduler: str, tiny: Path, tmp_path: Path) -> None:
+    edit_json(tiny / "model_index.json", scheduler=["diffusers", scheduler])
+    edit_json(tiny / "scheduler/scheduler_config.json", _class_name=scheduler, clip_sample=...)
+    with pytest.raises(
+        SpecError, match=rf"^scheduler: got {scheduler}, but diffusers' LDMTextToImagePipeline does not"
+    ):
+        build(open_checkpoint(tiny), tmp_path / "bundle")
