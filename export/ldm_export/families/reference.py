@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers.utils import is_scipy_available
 from PIL import Image
 from torch import nn
 
@@ -39,7 +39,7 @@ def torch_scheduler(checkpoint: Checkpoint) -> Any:
     """
     config = dict(checkpoint.scheduler_config)
     name = config.pop("class")
-    if (name == "LMSDiscreteScheduler" or config.get("use_beta_sigmas")) and not is_scipy_available():
+    if (name == "LMSDiscreteScheduler" or config.get("use_beta_sigmas")) and find_spec("scipy") is None:
         what = name if name == "LMSDiscreteScheduler" else f"{name} with use_beta_sigmas"
         raise CheckpointError(f"scheduler: diffusers needs SciPy for {what}, to compare with; pip install scipy")
     return checkpoint.layout.scheduler.classes[name](**config)

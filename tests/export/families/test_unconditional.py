@@ -220,37 +220,3 @@ def test_checkpoints_that_do_not_fit(
     edit_json(folder / file, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
-
-
-IN_SIGMAS: dict[str, dict[str, Any]] = {
-    "EulerDiscreteScheduler": {"use_karras_sigmas": True},
-    "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": {},
-}
-
-
-def test_schedulers_in_sigmas_equal_diffusers(tmp_path: Path) -> None:
-    """Their timesteps are fractional, so the UNet takes float32 ones; in fp16 the embedding stays in fp32."""
-    folder = unconditional_checkpoint(tmp_path / "checkpoint", vq=False)
-    for scheduler, options in IN_SIGMAS.items():
-        edit_json(folder / "model_index.json", scheduler=["diffusers", scheduler])
-        edit_json(
-            folder / "scheduler/scheduler_config.json", _class_name=scheduler, timestep_spacing="linspace", **options
-        )
-        opened = open_checkpoint(folder)
-        bundle = build(opened, tmp_path / "bundle", "fp16").bundle  # the second and third keep the graphs
-        embedding = bundle.manifest.components["time_embedding"].spec
-        assert [str(tensor) for tensor in embedding.inputs] == ["timestep: float32 [batch]"]
-        for precision in ("fp32", "fp16") if options else ("fp32",):
-            result = verify(bundle, opened, [{}], 6, precision, TOLERANCES[precision])
-            assert result.failures == []
-            assert np.asarray(result.images[0].ours).std() > 1
-
-
-def test_noise_that_ldm_pipeline_scales_otherwise_is_refused(tmp_path: Path) -> None:
-    folder = unconditional_checkpoint(tmp_path / "checkpoint", vq=False)
-    name = "EulerDiscreteScheduler"
-    edit_json(folder / "model_index.json", scheduler=["diffusers", name])
-    edit_json(folder / "scheduler/scheduler_config.json", _class_name=name, timestep_spacing="leading")
-    with pytest.raises(SpecError, match=rf"^scheduler: {name} begins with noise of sigma .* LDMPipeline takes"):
-        build(open_checkpoint(folder), tmp_path / "bundle")

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
+from ldm_runtime.request import Plan, Request
 from ldm_runtime.schedulers import SCHEDULERS, Trajectory, scheduler_from_config
 from tests.runtime.schedulers.scheduler_cases import CASES, RESAMPLED
 from tests.runtime.schedulers.scheduler_oracle import (
@@ -62,6 +64,27 @@ def test_calls_that_follow_one_another(name: str, steps: int) -> None:
         assert_same_trajectory(name, config, steps, case.etas[-1], tolerance=case.drift)
 
 
+@pytest.mark.parametrize(
+    "name", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler", "sde-dpmsolver++"]
+)
+def test_a_generator_for_each_image(name: str) -> None:
+    """diffusers draws the noise of each image from its own generator, at every step."""
+    config: dict[str, Any] = LATENT_DIFFUSION | {"clip_sample": False}
+    if name == "sde-dpmsolver++":
+        name, config = "DPMSolverMultistepScheduler", LATENT_DIFFUSION | {"algorithm_type": name}
+    scheduler, trajectory = theirs(name, config, 6), scheduler_from_config({"class": name, **config}).trajectory(6, 0.5)
+    plan = Plan(Request(), (4, 5), (2, 4, 6, 8), None, 1.0, ("conditional",), (), trajectory)
+    generators, noise = [torch.Generator().manual_seed(seed) for seed in plan.seeds], plan.noise()
+    state = plan.start(noise)
+    x = randn_tensor(plan.shape, generator=generators) * scheduler.init_noise_sigma
+    options = {"eta": 0.5} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    for i, timestep in enumerate(scheduler.timesteps.tolist()):
+        scheduler.scale_model_input(x, timestep)
+        x = scheduler.step(0.1 * x, timestep, x, generator=generators, **options).prev_sample
+        state = trajectory.step(state, np.float32(0.1) * state[0], i, next(noise) if trajectory.needs_noise else None)
+        np.testing.assert_allclose(state[0], x.numpy(), rtol=0, atol=3e-5 * max(1, float(x.abs().max())))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_defaults_are_those_of_diffusers(name: str) -> None:
     scheduler, expected = SCHEDULERS[name](), dict(diffusers_class(name)().config)
@@ -81,7 +104,7 @@ def test_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_runs_what_diffusers_runs(name: str, data: st.DataObject) -> None:
     config = data.draw(st.fixed_dictionaries(CASES[name].combined))
