@@ -11,6 +11,7 @@ from ldm_export.families.family import Family
 from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.model import TIMESTEP, UNET, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.schedulers.replacement import GIVEN, options_given
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["described"]
@@ -18,6 +19,8 @@ __all__ = ["described"]
 
 def described(family: Family, checkpoint: Checkpoint) -> ModelDescription:
     """Describe the model of a checkpoint; its UNet takes float32 timesteps if the scheduler has fractional ones.
+
+    The scheduler's options that the checkpoint gives are recorded, so that another scheduler can take them.
 
     Raises:
         SpecError: The runtime does not have the scheduler with these options, or the family's pipeline in diffusers
@@ -27,7 +30,8 @@ def described(family: Family, checkpoint: Checkpoint) -> ModelDescription:
     scheduler = scheduler_from_config(model.scheduler)
     trajectory = scheduler.trajectory(model.defaults.num_inference_steps)
     check_family_scheduler(model.family, scheduler, trajectory)
-    if np.issubdtype(trajectory.timesteps.dtype, np.integer):
+    model = replace(model, scheduler={**model.scheduler, GIVEN: options_given(checkpoint.scheduler_given)})
+    if np.issubdtype(trajectory.timesteps.dtype, np.integer) and not family.fractional_timesteps:
         return model
     return replace(model, components={**model.components, UNET: _with_float_timestep(model.components[UNET])})
 
