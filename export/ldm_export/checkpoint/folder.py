@@ -32,9 +32,9 @@ class Component:
         class_name: Its class.
         config: Every argument of that class, defaults filled in.
         defaulted: Arguments that the checkpoint leaves out.
-        ignored: Entries of the checkpoint's config that are no arguments.
         tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
         depends: What the weights depend on beside the files of ``folder``, JSON-able.
+        ignored: Entries of the checkpoint's config that are no arguments.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Component:
     class_name: str
     config: Mapping[str, Any]
     defaulted: frozenset[str] = frozenset()
-    ignored: Mapping[str, Any] = field(default_factory=dict, repr=False)
     tensors: Mapping[str, StoredTensor] | None = field(default=None, repr=False)
     depends: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def weights(self) -> Mapping[str, StoredTensor]:
         """Return name -> tensor; values are read from disk when they are used. Errors as ``read_weights``."""
@@ -149,7 +149,7 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
     ignored = {key: config[key] for key in unknown}
-    return Component(name, place, today, full, frozenset(set(full) - set(config)), ignored)
+    return Component(name, place, today, full, frozenset(set(full) - set(config)), ignored=ignored)
 
 
 def _current_class(part: Part, name: Any) -> Any:
