@@ -209,7 +209,7 @@ class LatentDiffusionPipeline:
         reads = self._device_steps(plan, encoded)
         if reads is not None:
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
-                yield Step(index, total, int(timestep), read)
+                yield Step(index, total, timestep.item(), read)
             return
         conditioning = self.denoiser.condition(encoded)
         schedule = self.denoiser.embed(trajectory.timesteps)
@@ -230,7 +230,7 @@ class LatentDiffusionPipeline:
             elif branches is StepBranches.REUSED:
                 predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
             state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
-            yield Step(index, total, int(timestep), _reader(state[0]))
+            yield Step(index, total, timestep.item(), _reader(state[0]))
 
     def _device_steps(self, plan: Plan, encoded: Tensors) -> Iterator[Callable[[], F32]] | None:
         """Start the loop on the device and return its steps; None if there is no loop that runs the plan.

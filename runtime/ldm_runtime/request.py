@@ -42,6 +42,7 @@ class RequestOptions(TypedDict, total=False):
     layout: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
+    scheduler: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,8 @@ class Request:
             of such layouts. See ``conditioning.layout_tokens.LayoutVocabulary.encode``.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
+        scheduler: Class name of another scheduler of diffusers than the model's. It takes the options that the model's
+            checkpoint gives, as ``from_config`` of diffusers does.
     """
 
     prompts: str | Sequence[str] | None = None
@@ -92,6 +95,7 @@ class Request:
     layout: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
+    scheduler: str | None = None
 
     def repeats(self) -> int:
         """Checked ``images_per_prompt``.

@@ -176,7 +176,7 @@ def test_missing_vocabulary(tiny: Path) -> None:
         ("unet", "UNet2DModel"),
         ("unet", "UNetLDMModel"),
         ("vqvae", "AutoencoderTiny"),
-        ("scheduler", "EulerDiscreteScheduler"),
+        ("scheduler", "IPNDMScheduler"),
     ],
 )
 def test_other_classes(tiny: Path, component: str, name: str) -> None:

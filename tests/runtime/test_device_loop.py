@@ -26,6 +26,7 @@ from ldm_runtime.specs import ComponentSpec
 from tests.support.host_device import host_device
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline, write_unet
 
+NEW = ("euler_ancestral", "heun", "unipc")
 OPTIONS: dict[str, Any] = {"seed": 3, "num_inference_steps": 5}
 Graphs = dict[str, tuple[Path, ComponentSpec]]
 
@@ -58,7 +59,7 @@ def ddim(tmp_path: Path) -> Iterator[tuple[LatentDiffusionPipeline, LatentDiffus
         yield plain, looped
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3"])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3", *NEW])
 @pytest.mark.parametrize(
     "options",
     [

@@ -25,6 +25,7 @@ _SIZES = (
 )
 _LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # maximum of a number; lengths of a list, of trained_betas
 _LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or a list with one per level
+_INDICES = ("disable_corrector",)  # lists of any length, also empty
 _NULLABLE = ("pad_token_id",)  # numbers without an annotation that may be null
 
 
@@ -96,9 +97,10 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
         fits, expected = _is_number, f"a number from -{_LARGEST} to {_LARGEST}"
     if isinstance(value, list):
         longest = _MOST_STEPS if key == "trained_betas" else _LONGEST
-        fine = default is None or isinstance(default, tuple) or key in _LISTS
+        fine = default is None or isinstance(default, tuple) or key in (*_LISTS, *_INDICES)
         flat = [each for one in value for each in (one if key in _COUNTS and isinstance(one, list) else [one])]
-        fine = fine and 1 <= len(value) <= longest and len(flat) <= longest**2 and all(map(fits, flat))
+        shortest = 0 if key in _INDICES else 1
+        fine = fine and shortest <= len(value) <= longest and len(flat) <= longest**2 and all(map(fits, flat))
     else:
         fine = (value is None and default is None) or (not isinstance(default, tuple) and fits(value))
     if not fine:

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
 from ldm_export.checkpoint.layout import CheckpointLayout, Config, FileFolder, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
@@ -207,7 +208,8 @@ DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": Non
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),
-    classes={name: getattr(diffusers, name) for name in SCHEDULERS},
+    classes={name: getattr(diffusers, name) for name in SCHEDULERS}
+    | {"LMSDiscreteScheduler": LMSDiscreteScheduler},  # which diffusers itself exports only if SciPy is installed
     older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
     config_file="scheduler_config.json",
 )

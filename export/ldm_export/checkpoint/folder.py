@@ -34,6 +34,7 @@ class Component:
         defaulted: Arguments that the checkpoint leaves out.
         tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
         depends: What the weights depend on beside the files of ``folder``, JSON-able.
+        ignored: Entries of the checkpoint's config that are no arguments.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Component:
     defaulted: frozenset[str] = frozenset()
     tensors: Mapping[str, StoredTensor] | None = field(default=None, repr=False)
     depends: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def weights(self) -> Mapping[str, StoredTensor]:
         """Return name -> tensor; values are read from disk when they are used. Errors as ``read_weights``."""
@@ -62,6 +64,7 @@ class Checkpoint:
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
         defaults: Sampling options that the checkpoint's authors use; None for those of the family.
+        scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
     """
 
     folder: Path
@@ -72,6 +75,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     random_seed: int | None = None
     defaults: Defaults | None = None
+    scheduler_given: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""
@@ -112,7 +116,9 @@ def read_folder(
             if not any((files[name] / file).is_file() for file in entry.one_of):
                 raise CheckpointError(f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole")
     config = {**scheduler.config, "class": scheduler.class_name}
-    return Checkpoint(folder, family, layout, components, files, config, random_seed)
+    given = {key: value for key, value in scheduler.config.items() if key not in scheduler.defaulted}
+    given |= scheduler.ignored
+    return Checkpoint(folder, family, layout, components, files, config, random_seed, scheduler_given=given)
 
 
 def _entry(folder: Path, index: dict[str, Any], name: str, keys: tuple[str, ...]) -> tuple[Path, str]:
@@ -142,7 +148,8 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     full = full_config(f"{name}: {file}", part, today, config)
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
-    return Component(name, place, today, full, frozenset(set(full) - set(config)))
+    ignored = {key: config[key] for key in unknown}
+    return Component(name, place, today, full, frozenset(set(full) - set(config)), ignored=ignored)
 
 
 def _current_class(part: Part, name: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph import wrappers
 from ldm_export.requests import RequestFields
+from ldm_runtime.errors import CheckpointError
 from ldm_runtime.images import to_pil
 
 __all__ = [
@@ -29,9 +32,17 @@ __all__ = [
 
 
 def torch_scheduler(checkpoint: Checkpoint) -> Any:
-    """The scheduler of a checkpoint, of diffusers."""
+    """The scheduler of a checkpoint, of diffusers.
+
+    Raises:
+        CheckpointError: diffusers needs SciPy for the scheduler or its options, and SciPy is not installed.
+    """
     config = dict(checkpoint.scheduler_config)
-    return checkpoint.layout.scheduler.classes[config.pop("class")](**config)
+    name = config.pop("class")
+    if (name == "LMSDiscreteScheduler" or config.get("use_beta_sigmas")) and find_spec("scipy") is None:
+        what = name if name == "LMSDiscreteScheduler" else f"{name} with use_beta_sigmas"
+        raise CheckpointError(f"scheduler: diffusers needs SciPy for {what}, to compare with; pip install scipy")
+    return checkpoint.layout.scheduler.classes[name](**config)
 
 
 def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, **others: Any) -> Any:
@@ -99,9 +110,12 @@ def sampled(
     """
     scheduler.set_timesteps(request["num_inference_steps"])
     latents: torch.Tensor = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    options = {"eta": request["eta"], "generator": generator}
+    options = {name: value for name, value in options.items() if name in known}
     for timestep in scheduler.timesteps:
         noise = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        latents = scheduler.step(noise, timestep, latents, eta=request["eta"], generator=generator).prev_sample
+        latents = scheduler.step(noise, timestep, latents, **options).prev_sample
     return latents
 
 

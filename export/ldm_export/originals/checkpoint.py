@@ -104,6 +104,7 @@ def _checkpoint(
         components=components,
         files=files,
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
+        scheduler_given=options,
         defaults=original.defaults,
     )
 
