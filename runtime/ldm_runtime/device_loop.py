@@ -59,11 +59,12 @@ class DeviceLoop:
     def takes(self, plan: Plan) -> bool:
         """True if the device can run a plan; otherwise the pipeline runs it in NumPy.
 
-        The step components have no clipping of x0, no scaling of the UNet's input and no reuse of guidance, and a fixed
-        number of state slots.
+        The step components have no clipping of x0, no scaling of the UNet's input, no reuse and no rescaling of
+        guidance, and a fixed number of state slots.
         """
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
+        uniform = uniform and not plan.guidance_rescale
         unscaled = bool((trajectory.input_scale == 1).all())
         return trajectory.affine and trajectory.slots <= self.slots and uniform and unscaled
 
@@ -81,7 +82,7 @@ class DeviceLoop:
         """
         if not self.takes(plan):
             raise SpecError(
-                "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
+                "device loop: got a plan with clipping, other guidance or too many slots; use the pipeline"
             )
         noise = plan.noise()
         latents = plan.start(noise)[0]

@@ -62,7 +62,8 @@ class Planner:
         steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
         trajectory = self.scheduler.trajectory(steps, eta)
         branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
-        guided = bool(self.model.guidance) and scale != 1.0
+        guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
+        rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
         return Plan(
             request=request,
             seeds=seeds_of(request.seed, images),
@@ -72,6 +73,7 @@ class Planner:
             branches=self.model.guidance if guided else ("conditional",),
             steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
             trajectory=trajectory,
+            guidance_rescale=rescale if guided else 0.0,
         )
 
     def _refuse_foreign_fields(self, request: Request) -> None:

@@ -12,6 +12,7 @@ from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.inpainting import INPAINTING
 from ldm_export.families.layout_to_image import LAYOUT_TO_IMAGE
 from ldm_export.families.semantic_synthesis import SEMANTIC_SYNTHESIS
+from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
 from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
@@ -29,6 +30,7 @@ __all__ = [
 
 FAMILIES: tuple[Family, ...] = (
     TEXT_TO_IMAGE,
+    STABLE_DIFFUSION,
     UNCONDITIONAL,
     CLASS_CONDITIONAL,
     SUPER_RESOLUTION,

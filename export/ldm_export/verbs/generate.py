@@ -97,4 +97,6 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         images_per_prompt=args.images_per_prompt,
         guidance_interval=FULL_INTERVAL if args.guidance_interval is None else tuple(args.guidance_interval),
         guidance_every=1 if args.guidance_every is None else args.guidance_every,
+        guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
+        clip_skip=0 if args.clip_skip is None else args.clip_skip,
     )
