@@ -59,7 +59,8 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
     full = {name: parameter.default for name, parameter in known.items()}
     for key, value in config.items():
         if key in known:
-            if value is not None or not _may_be_null(key, known[key]):
+            stated = type(value) is type(full[key]) and value == full[key]  # a default may be infinite
+            if not stated and (value is not None or not _may_be_null(key, known[key])):
                 _check_value(f"{where}: {key}", key, value, full[key])
             full[key] = _converted(value, full[key])
     return full
