@@ -81,9 +81,7 @@ class DeviceLoop:
             BackendError: The device failed, or another request has started on it since.
         """
         if not self.takes(plan):
-            raise SpecError(
-                "device loop: got a plan with clipping, other guidance or too many slots; use the pipeline"
-            )
+            raise SpecError("device loop: got a plan with clipping, other guidance or too many slots; use the pipeline")
         noise = plan.noise()
         latents = plan.start(noise)[0]
         current = object()

@@ -83,4 +83,5 @@ def rescale(guided: F32, conditional: F32, share: np.float32 | F32) -> F32:
     wanted, given = (
         array.std(axes, dtype=np.float64, ddof=1, keepdims=True).astype(np.float32) for array in (conditional, guided)
     )
-    return share * (guided * (wanted / given)) + (1 - share) * guided
+    result: F32 = share * (guided * (wanted / given)) + (1 - share) * guided
+    return result

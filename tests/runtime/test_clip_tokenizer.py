@@ -23,7 +23,23 @@ from tests.support.clip_vocabulary import END, START, WORDS, clip_tokenizer, pub
 LENGTHS = (2, 9, 77)
 ODD = (
     *(START, END, "<|ENDOFTEXT|>", "<|startoftext|", "'s", "'S", "'re", "n't", "</w>", "Ġ", "  ", "\r\n", "!", "!!"),
-    *("👩\u200d🎨", "🏳️\u200d🌈", "𠀀", "ﬁ", "İ", "ǅ", "ς", "e\u0301", "한국어", "مرحبا", "&amp;", "Ã©", "½", "１２", "Ⅻ"),
+    *(
+        "👩\u200d🎨",
+        "🏳️\u200d🌈",
+        "𠀀",
+        "ﬁ",
+        "İ",
+        "ǅ",
+        "ς",
+        "e\u0301",
+        "한국어",
+        "مرحبا",
+        "&amp;",
+        "Ã©",
+        "½",
+        "１２",
+        "Ⅻ",
+    ),
     *" \t\n\x00\x07\x1c\x7f\x85\xa0\u2003\u2028\u3000\u200b\u200d\u2060\ufeff\ufffd\xad\u202e\u0301\u0e33",
 )
 CASES = {

@@ -27,8 +27,7 @@ def merges_of(words: Sequence[str]) -> list[Merge]:
         first, *rest = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(word)[0][0]
         letters = [first, *rest]
         letters[-1] += "</w>"
-        for place in range(1, len(letters)):
-            merges.append(("".join(letters[:place]), letters[place]))
+        merges += [("".join(letters[:place]), letters[place]) for place in range(1, len(letters))]
     return list(dict.fromkeys(merges))
 
 
@@ -39,9 +38,7 @@ def published_merges() -> list[Merge]:
     return [(left, right) for left, right in (line.split() for line in lines[1 : LAST + 1])]
 
 
-def clip_tokenizer(
-    folder: Path, merges: Sequence[Merge] | None = None, *, pad_token: str = END, **config: Any
-) -> Path:
+def clip_tokenizer(folder: Path, merges: Sequence[Merge] | None = None, *, pad_token: str = END, **config: Any) -> Path:
     """Write vocab.json, merges.txt and tokenizer_config.json of a tokenizer, as published checkpoints have them.
 
     Ids are those of CLIP: the printable bytes in their order, the others, both again as ends of words, the merges, and
@@ -51,7 +48,11 @@ def clip_tokenizer(
     alphabet = set(ByteLevel.alphabet())
     letters = [letter for letter in map(chr, range(256)) if letter in alphabet]
     letters += sorted(alphabet - set(letters))
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *dict.fromkeys(left + right for left, right in merges)]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *dict.fromkeys(left + right for left, right in merges),
+    ]
     vocabulary = {token: index for index, token in enumerate((*tokens, START, END))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")

@@ -39,14 +39,16 @@ def clip_length(folder: Path) -> int:
 
 
 def read_clip_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a folder; nothing is downloaded.
+    """Read the tokenizer of a folder with transformers; nothing is downloaded.
 
     Raises:
         CheckpointError: A file is missing, too large or damaged, or the tokenizer is another one.
     """
     for path in (folder / name for name in _FILES):
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
-            raise CheckpointError(f"{path}: expected a file of at most {MAX_BYTES} bytes; download the checkpoint again")
+            raise CheckpointError(
+                f"{path}: expected a file of at most {MAX_BYTES} bytes; download the checkpoint again"
+            )
     if not (folder / "tokenizer.json").exists():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).exists():

@@ -103,6 +103,7 @@ class CheckpointLayout:
         scheduler: Part of the scheduler.
         files: Folders of files by name.
         modules: Torch modules by name.
+        not_exported: Key of a further part in model_index.json -> notice for checkpoints that have it.
         problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.
     """
 
@@ -112,3 +113,4 @@ class CheckpointLayout:
     files: Mapping[str, FileFolder]
     modules: Mapping[str, ModuleSource]
     problems: Callable[[Mapping[str, Config]], list[str]]
+    not_exported: Mapping[str, str] = field(default_factory=dict)

@@ -34,7 +34,9 @@ def torch_scheduler(checkpoint: Checkpoint) -> Any:
     return checkpoint.layout.scheduler.classes[config.pop("class")](**config)
 
 
-def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, *, first_stage: str = "vqvae", **others: Any) -> Any:
+def diffusers_pipeline(
+    pipeline_class: Any, checkpoint: Checkpoint, *, first_stage: str = "vqvae", **others: Any
+) -> Any:
     """A checkpoint's pipeline in float32 on the CPU, without a progress bar.
 
     Args:

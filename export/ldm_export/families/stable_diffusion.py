@@ -56,6 +56,11 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
 """As StableDiffusionPipeline's."""
 CORRECTED = {"steps_offset": 1, "clip_sample": False}
 """Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
+NOT_EXPORTED = {
+    "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
+    "image_encoder": "it is not exported; image prompts are not supported",
+}
+"""Parts of a checkpoint that a bundle does not have, and what this means."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ class ClipTextConfig:
 
 
 def _clip_text_model(config: Mapping[str, Any]) -> nn.Module:
-    ids = {name: None for name in ("pad_token_id", "bos_token_id")}  # of pooled states, which nothing here reads
-    return CLIPTextModel(CLIPTextConfig(**config, **ids, eos_token_id=2))
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 2}  # of pooled states, which nothing here reads
+    options: dict[str, Any] = {**config, **ids}
+    return CLIPTextModel(CLIPTextConfig(**options))
 
 
 CLIP_TEXT = Part(
@@ -210,17 +216,18 @@ def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Gen
     return image
 
 
+_LAYOUT = parts.layout(
+    "Stable Diffusion",
+    _problems,
+    unet=parts.UNET_CONDITION,
+    parts={TEXT_ENCODER: CLIP_TEXT},
+    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
+    files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES)},
+)
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
     pipelines=("StableDiffusionPipeline",),
-    layout=parts.layout(
-        "Stable Diffusion",
-        _problems,
-        unet=parts.UNET_CONDITION,
-        parts={TEXT_ENCODER: CLIP_TEXT},
-        modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
-        files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES)},
-    ),
+    layout=replace(_LAYOUT, not_exported=NOT_EXPORTED),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
         UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),

@@ -49,7 +49,29 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["CONTEXT", "GUIDANCE", "TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape", "tokenizer_folder"]
+__all__ = [
+    "CONTEXT",
+    "GUIDANCE",
+    "TEXT_ENCODER",
+    "TEXT_TO_IMAGE",
+    "ModelShape",
+    "TextEncoder",
+    "describe",
+    "model_shape",
+    "tokenizer_folder",
+]
+
+__all__ = [
+    "CONTEXT",
+    "GUIDANCE",
+    "TEXT_ENCODER",
+    "TEXT_TO_IMAGE",
+    "ModelShape",
+    "TextEncoder",
+    "describe",
+    "model_shape",
+    "tokenizer_folder",
+]
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77

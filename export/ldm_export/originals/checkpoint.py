@@ -14,7 +14,7 @@ from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import family_named
 from ldm_export.originals.checkpoint_file import read_state_dict
-from ldm_export.originals.condition_shape import Classes, Labels, Text
+from ldm_export.originals.condition_shape import KINDS, Classes, Labels, Text
 from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
 from ldm_export.originals.key_mapping import (
     autoencoder_tensors,
@@ -22,6 +22,7 @@ from ldm_export.originals.key_mapping import (
     text_tensors,
     unet_tensors,
 )
+from ldm_export.originals.other_files import other_file
 from ldm_export.originals.recognition import Original, described, recognise
 from ldm_export.originals.schedule import scheduler_options
 from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
@@ -57,6 +58,10 @@ def open_original(
             tokenizer is missing.
     """
     tensors = read_state_dict(file)
+    if (other := other_file(tensors)) is not None:
+        raise CheckpointError(
+            f"{file} holds {other}, expected a whole model of {', '.join(KINDS)}; give its checkpoint file or folder"
+        )
     try:
         original = recognise(tensors, None if config is None else read_yaml(config), weights)
         if original.kind == "super_resolution" and original.scale_factor != 1:

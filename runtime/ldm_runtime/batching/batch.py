@@ -165,7 +165,9 @@ class Batch:
         scales = [member.plan.guidance_scale for member in self.members]
         self._scales = self._of_images(np.array(scales, np.float32))
         self._extra_scales = self._of_images(np.array([scale - 1 for scale in scales], np.float32))
-        self._rescales = self._of_images(np.array([member.plan.guidance_rescale for member in self.members], np.float32))
+        self._rescales = self._of_images(
+            np.array([member.plan.guidance_rescale for member in self.members], np.float32)
+        )
         self._noisy = [member for member in self.members if member.trajectory.needs_noise]
         self._reusing = any(StepBranches.REUSED in member.plan.steps for member in self.members)
         self._affine = all(member.trajectory.affine for member in self.members)

@@ -83,8 +83,8 @@ class Tokenizer:
             raise ManifestError(f"{path}: not a tokenizer ({cause:.200}); rebuild the bundle") from None
         if pad is None or fast is None:
             raise ManifestError(
-                f"{path}: not a tokenizer of BERT or CLIP as `ldm-export build` writes it (WordPiece or byte-level BPE, "
-                "special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
+                f"{path}: not a tokenizer of BERT or CLIP as `ldm-export build` writes it (WordPiece or byte-level "
+                "BPE, special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
             )
         return cls(fast, length, pad, *sides)
 
