@@ -31,15 +31,14 @@ _VERSION_2: dict[str, Any] = {
     "attention_head_dim": (2, 4),
     "use_linear_projection": True,
     "upcast_attention": True,
-    "dual_cross_attention": False,
 }
 
 
 def _modules(vocabulary: int, version: int) -> dict[str, Any]:
     text = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=24,
-        intermediate_size=48,
+        hidden_size=128,
+        intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=2,
         hidden_act="quick_gelu" if version == 1 else "gelu",
@@ -48,20 +47,18 @@ def _modules(vocabulary: int, version: int) -> dict[str, Any]:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        **(_VERSION_2 if version == 2 else {"attention_head_dim": 2}),
+        cross_attention_dim=128,
+        **(_VERSION_2 if version == 2 else {"attention_head_dim": 8}),
     )
     vae = AutoencoderKL(
-        block_out_channels=(16, 32),
+        block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * LEVELS,
         up_block_types=("UpDecoderBlock2D",) * LEVELS,
         latent_channels=4,
-        norm_num_groups=8,
         sample_size=16,
     )
     text_encoder = CLIPTextModel(text)

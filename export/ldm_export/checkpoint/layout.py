@@ -87,10 +87,14 @@ class FileFolder:
     Attributes:
         folders: As in ``Part``.
         one_of: File names of which at least one must exist, unless weights are random.
+        published: Where users of a checkpoint without the folder get it, as the object of "give".
+        or_file: A file may take the place of the folder.
     """
 
     folders: tuple[str, ...]
     one_of: tuple[str, ...]
+    published: str = "the checkpoint's own"
+    or_file: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
 """As StableDiffusionPipeline's."""
 CORRECTED = {"steps_offset": 1, "clip_sample": False}
 """Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
+TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
 NOT_EXPORTED = {
     "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
     "image_encoder": "it is not exported; image prompts are not supported",
@@ -222,12 +223,16 @@ _LAYOUT = parts.layout(
     unet=parts.UNET_CONDITION,
     parts={TEXT_ENCODER: CLIP_TEXT},
     modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
-    files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES)},
+    files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER)},
 )
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
     pipelines=("StableDiffusionPipeline",),
-    layout=replace(_LAYOUT, not_exported=NOT_EXPORTED),
+    layout=replace(
+        _LAYOUT,
+        parts={**_LAYOUT.parts, "autoencoder": replace(parts.AUTOENCODER, folders=("vae",))},
+        not_exported=NOT_EXPORTED,
+    ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
         UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),

@@ -82,6 +82,7 @@ PIPELINE_FACTOR = 8
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.3, guidance_scale=6.0)
 """As in the example of LDMTextToImagePipeline."""
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
+VOCABULARY = "the vocab.txt of bert-base-uncased, or the vocabulary it was trained with"
 
 BERT = Part(
     folders=("bert", "text_encoder"),
@@ -243,7 +244,7 @@ TEXT_TO_IMAGE = Family(
         unet=UNET_CONDITION,
         parts={TEXT_ENCODER: BERT},
         modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER, {"to_logits": nn.Identity})},
-        files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES)},
+        files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES, VOCABULARY, or_file=True)},
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, TextEncoder),

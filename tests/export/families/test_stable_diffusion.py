@@ -157,8 +157,8 @@ def test_the_bundle(bundle: Bundle) -> None:
     assert model.scheduler["prediction_type"] == "v_prediction"
     encoder = model.components["text_encoder"]
     assert [str(tensor) for tensor in encoder.outputs] == [
-        "context: float32 [batch, 77, 24]",
-        "skipped_context: float32 [batch, 3, 77, 24]",
+        "context: float32 [batch, 77, 128]",
+        "skipped_context: float32 [batch, 3, 77, 128]",
     ]
     assert family_of({"_class_name": "StableDiffusionPipeline"}) is STABLE_DIFFUSION
 
@@ -210,7 +210,7 @@ def test_random_weights(checkpoints: dict[int, Path], tmp_path: Path) -> None:
     ("file", "changes", "message"),
     [
         ("unet/config.json", {"in_channels": 9}, r"in and out channels are \(9, 4\), the latents' 4"),
-        ("unet/config.json", {"cross_attention_dim": 32}, "cross_attention_dim is 32, not the text encoder's 24"),
+        ("unet/config.json", {"cross_attention_dim": 32}, "cross_attention_dim is 32, not the text encoder's 128"),
         ("unet/config.json", {"time_cond_proj_dim": 16}, "the unet's time_cond_proj_dim asks for inputs"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "the unet's addition_embed_type asks for inputs"),
         ("text_encoder/config.json", {"hidden_size": -1}, "hidden_size: got -1, expected a whole number"),
