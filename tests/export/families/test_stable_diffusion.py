@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 
-from ldm_export.bundle.build import build
 from ldm_export.cli import main
 from ldm_export.families import family_of, open_checkpoint
 from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
@@ -36,18 +35,15 @@ def version(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(shared: SharedFolders) -> dict[int, Path]:
+def checkpoints(sd2_checkpoint: Path, shared: SharedFolders) -> dict[int, Path]:
     """Version -> checkpoint; read-only."""
-    return {
-        number: shared.once(f"sd{number}", lambda folder, number=number: stable_diffusion_checkpoint(folder, number))
-        for number in (1, 2)
-    }
+    return {1: shared.once("sd1", lambda folder: stable_diffusion_checkpoint(folder, 1)), 2: sd2_checkpoint}
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoints: dict[int, Path], shared: SharedFolders) -> Bundle:
+def bundle(sd2_bundle: Bundle) -> Bundle:
     """Bundle of version 2 in fp32 and fp16; read-only."""
-    return Bundle.open(shared.once("sd2_bundle", lambda folder: build(open_checkpoint(checkpoints[2]), folder, "fp16")))
+    return sd2_bundle
 
 
 def reference(folder: Path) -> Any:
