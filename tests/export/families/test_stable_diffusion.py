@@ -17,7 +17,9 @@ from ldm_export.families import family_of, open_checkpoint
 from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
 from ldm_export.quality.measures import TOLERANCES
 from ldm_export.quality.verification import verify
-from ldm_runtime import Bundle, LatentDiffusionPipeline
+from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
+from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import CheckpointError, SpecError
 from ldm_runtime.model import check_model
 from tests.support.checkpoints import edit_json
@@ -122,6 +124,20 @@ def test_images_of_the_bundle_equal_diffusers(checkpoints: dict[int, Path], bund
         for seed, options in enumerate(OPTIONS.values()):
             options = options | {"num_inference_steps": 4}
             assert_same(ours(pipe, seed, **options), theirs(expected, seed, **options))
+
+
+def test_requests_in_one_batch(bundle: Bundle) -> None:
+    requests = [
+        Request(PROMPTS, negative_prompt=NEGATIVE, seed=1, num_inference_steps=4, clip_skip=2),
+        Request(PROMPTS[0], seed=2, num_inference_steps=5, guidance_rescale=0.7, eta=0.5),
+        Request(PROMPTS[0], seed=3, num_inference_steps=3, guidance_scale=0.0),
+    ]
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime") as pipe:
+        alone = [pipe.decode([*pipe.steps(request)][-1].latents) for request in requests]
+        with BatchScheduler(pipe, Limits(max_rows=12)) as scheduler:
+            results = [job.result(60).images for job in [scheduler.submit(request) for request in requests]]
+    for together, images in zip(results, alone, strict=True):
+        assert_same(together.astype(np.int64), np.stack([np.asarray(image, np.int64) for image in images]))
 
 
 def test_zero_terminal_snr(checkpoints: dict[int, Path], tmp_path: Path) -> None:
