@@ -158,8 +158,10 @@ def test_padding_and_length(tmp_path: Path) -> None:
     [
         ("vocab.json", None, "has no vocab.json"),
         ("merges.txt", None, "has no merges.txt"),
-        ("vocab.json", "{", "not a CLIP tokenizer"),
-        ("vocab.json", "[]", "not a CLIP tokenizer"),
+        ("vocab.json", "{", "not JSON"),
+        ("vocab.json", "[]", "holds a JSON list, expected an object"),
+        ("vocab.json", '{"a": 4294967295}', "token 'a' has id 4294967295, expected 0 to 1048575"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": -1}}}', "token 'a' has id -1, expected 0 to 1048575"),
         ("vocab.json", '{"a": 0}', "not a CLIP tokenizer|not in the vocabulary|not CLIP's byte-level BPE"),
         ("merges.txt", "#version: 0.2\nx yz\n", "not a CLIP tokenizer"),
         ("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}', "got class 'T5Tokenizer', expected CLIPTok"),

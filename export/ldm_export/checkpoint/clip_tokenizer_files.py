@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
 from ldm_export.checkpoint.json_files import read_json
+from ldm_export.checkpoint.tokenizer_files import MAX_TOKENS
 from ldm_runtime.conditioning.tokenizer import MAX_BYTES, MAX_LENGTH
 from ldm_runtime.conditioning.tokenizer_form import pad_token
 from ldm_runtime.errors import CheckpointError
@@ -53,6 +54,7 @@ def read_clip_tokenizer(folder: Path) -> Any:
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).exists():
                 raise CheckpointError(f"tokenizer: {folder} has no {name}; download the checkpoint whole")
+    _check_ids(folder)
     if (folder / _CONFIG).exists():
         name = read_json(folder / _CONFIG, "tokenizer").get("tokenizer_class", "CLIPTokenizer")
         if name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
@@ -64,6 +66,22 @@ def read_clip_tokenizer(folder: Path) -> Any:
     except BaseException as error:  # transformers raises anything, and tokenizers a PanicException
         cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise CheckpointError(f"tokenizer: {folder}: not a CLIP tokenizer ({cause}); download it again") from None
+
+
+def _check_ids(folder: Path) -> None:
+    """Refuse ids for which tokenizers would take memory and minutes: it fills the gaps between them."""
+    for name in CLIP_FILES:
+        if not (folder / name).exists():
+            continue
+        content: Any = read_json(folder / name, "tokenizer")
+        model = content.get("model") if name == "tokenizer.json" else {"vocab": content}
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        for token, index in vocabulary.items() if isinstance(vocabulary, dict) else ():
+            if type(index) is not int or not 0 <= index < MAX_TOKENS:
+                raise CheckpointError(
+                    f"tokenizer: {folder / name}: token {token!r:.40} has id {index!r:.40}, expected 0 to "
+                    f"{MAX_TOKENS - 1}; download it again"
+                )
 
 
 def write_clip_tokenizer_json(folder: Path, target: Path) -> None:
