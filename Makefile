@@ -80,9 +80,10 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml requirements/export.txt | $(VE
 	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@
 
-$(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt | $(VENV)/.backend
+$(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt requirements/clip-vocabulary.txt | $(VENV)/.backend
 	$(INSTALL) $(BIN)/python dev
 	$(INSTALL) $(BIN)/python trained-unet
+	$(INSTALL) $(BIN)/python clip-vocabulary
 	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@ $(VENV)/.demo
 

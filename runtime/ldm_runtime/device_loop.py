@@ -61,10 +61,12 @@ class DeviceLoop:
     def takes(self, plan: Plan) -> bool:
         """True if the device can run a plan; otherwise the pipeline runs it in NumPy.
 
-        The step components have no clipping of x0 and no reuse of guidance, and a fixed number of state slots.
+        The step components have no clipping of x0, no reuse and no rescaling of guidance, and a fixed number of state
+        slots.
         """
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
+        uniform = uniform and not plan.guidance_rescale
         return trajectory.affine and trajectory.slots <= self.slots and uniform
 
     def steps(self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser) -> Iterator[Callable[[], F32]]:
@@ -80,9 +82,7 @@ class DeviceLoop:
             BackendError: The device failed, or another request has started on it since.
         """
         if not self.takes(plan):
-            raise SpecError(
-                "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
-            )
+            raise SpecError("device loop: got a plan with clipping, other guidance or too many slots; use the pipeline")
         noise = plan.noise()
         trajectory = plan.trajectory
         latents = scaled(plan.start(noise)[0], scale_after(trajectory, 0))

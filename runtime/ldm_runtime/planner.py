@@ -70,7 +70,8 @@ class Planner:
         check_family_scheduler(self.model.family, scheduler, trajectory)
         model_timesteps(trajectory.timesteps, timestep_dtype(self.model))
         branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
-        guided = bool(self.model.guidance) and scale != 1.0
+        guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
+        rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
         return Plan(
             request=request,
             seeds=seeds_of(request.seed, images),
@@ -80,6 +81,7 @@ class Planner:
             branches=self.model.guidance if guided else ("conditional",),
             steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
             trajectory=trajectory,
+            guidance_rescale=rescale if guided else 0.0,
         )
 
     def _refuse_foreign_fields(self, request: Request) -> None:

@@ -57,6 +57,7 @@ requests = st.builds(
     guidance_scale=st.sampled_from([1.0, 2.5, 6.0]),
     num_inference_steps=st.integers(4, 9),
     guidance_every=st.integers(1, 3),
+    guidance_rescale=st.sampled_from([0.0, 0.7]),
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.8), (0.5, 0.5)]),
 )
 visits = st.builds(

@@ -83,6 +83,15 @@ def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, o
     assert not looped.backends["unet"].calls  # type: ignore[attr-defined]
 
 
+def test_rescaled_guidance_runs_in_numpy(tmp_path: Path) -> None:
+    plain, looped = with_loop(tmp_path, "ddim")
+    request = Request("a", guidance_scale=6.0, guidance_rescale=0.7, **OPTIONS)
+    with looped:
+        assert looped.loop is not None and not looped.loop.takes(looped.plan(request))
+        for one, other in zip(plain.steps(request), looped.steps(request), strict=True):
+            assert np.array_equal(one.latents, other.latents)
+
+
 DERIVED = ("cross_attention_kv", "time_embedding")
 
 

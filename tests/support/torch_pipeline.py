@@ -28,7 +28,9 @@ class TorchBackend(SpecBackend):
     def run(self, feed: Feed) -> dict[str, NDArray[np.float32]]:
         with torch.inference_mode():
             tensors = [torch.from_numpy(np.array(feed[tensor.name])) for tensor in self._spec.inputs]
-            return {self._spec.outputs[0].name: self._module(*tensors).numpy()}
+            result = self._module(*tensors)
+            results = result if isinstance(result, tuple) else (result,)
+            return {tensor.name: one.numpy() for tensor, one in zip(self._spec.outputs, results, strict=True)}
 
     def close(self) -> None:
         """Keep the module."""

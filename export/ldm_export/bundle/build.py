@@ -140,6 +140,7 @@ def build(
             components=_components(plan, options, latents, variants, outcomes),
             conditioning=plan.model.conditioning,
             guidance=plan.model.guidance,
+            guidance_above_one=plan.model.guidance_above_one,
             latents=plan.model.latents,
             scheduler=plan.model.scheduler,
             defaults=plan.model.defaults,

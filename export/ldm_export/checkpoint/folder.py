@@ -11,6 +11,7 @@ from typing import Any
 from ldm_export.checkpoint.config_values import full_config, with_current_names
 from ldm_export.checkpoint.json_files import read_json, shortened
 from ldm_export.checkpoint.layout import CheckpointLayout, Part
+from ldm_export.checkpoint.lone_parts import lone_part
 from ldm_export.checkpoint.weights import StoredTensor, read_weights, weight_file
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
@@ -92,6 +93,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is {'a file' if folder.exists() else 'missing'}, expected a checkpoint folder")
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty, expected a checkpoint with {INDEX} and its components")
+    if not (folder / INDEX).exists() and (found := lone_part(folder)) is not None:
+        raise CheckpointError(f"{folder} holds {found}, expected a whole checkpoint with {INDEX}; give its folder")
     return read_json(folder / INDEX, "checkpoint")
 
 
@@ -115,6 +118,9 @@ def read_folder(
         for name, entry in layout.files.items():
             if not any((files[name] / file).is_file() for file in entry.one_of):
                 raise CheckpointError(f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole")
+    for key, notice in layout.not_exported.items():
+        if isinstance(index.get(key), list) and None not in index[key]:
+            log.warning("%s: %s: %s", folder, key, notice)
     config = {**scheduler.config, "class": scheduler.class_name}
     given = {key: value for key, value in scheduler.config.items() if key not in scheduler.defaulted}
     given |= scheduler.ignored

@@ -45,18 +45,21 @@ def torch_scheduler(checkpoint: Checkpoint) -> Any:
     return checkpoint.layout.scheduler.classes[name](**config)
 
 
-def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, **others: Any) -> Any:
+def diffusers_pipeline(
+    pipeline_class: Any, checkpoint: Checkpoint, *, first_stage: str = "vqvae", **others: Any
+) -> Any:
     """A checkpoint's pipeline in float32 on the CPU, without a progress bar.
 
     Args:
-        pipeline_class: Of diffusers; takes ``vqvae``, ``unet`` and ``scheduler``.
+        pipeline_class: Of diffusers; takes ``first_stage``, ``unet`` and ``scheduler``.
         checkpoint: With the modules "autoencoder" and "unet".
+        first_stage: The class's name of the autoencoder.
         others: Further components that the class takes.
     """
     pipeline = pipeline_class(
-        vqvae=load_module(checkpoint, "autoencoder"),
         unet=load_module(checkpoint, "unet"),
         scheduler=torch_scheduler(checkpoint),
+        **{first_stage: load_module(checkpoint, "autoencoder")},
         **others,
     )
     pipeline.set_progress_bar_config(disable=True)

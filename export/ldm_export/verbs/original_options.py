@@ -16,14 +16,21 @@ __all__ = ["add_original_arguments", "open_given"]
 
 def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
-    original = verb.add_argument_group("original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis)")
+    original = verb.add_argument_group(
+        "original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis or Stability AI)"
+    )
     original.add_argument(
         "--config",
         type=Path,
         metavar="YAML",
         help="the yaml it was trained with (not needed for the sizes of a published model)",
     )
-    original.add_argument("--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models")
+    original.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="vocab.txt of BERT for text-to-image models, a folder with vocab.json and merges.txt for Stable Diffusion",
+    )
     original.add_argument(
         "--categories", type=Path, metavar="FILE", help="names of the categories, one per line, for models of layouts"
     )
