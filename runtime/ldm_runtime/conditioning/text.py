@@ -15,7 +15,7 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
-from ldm_runtime.number_checks import shown
+from ldm_runtime.number_checks import integer, shown
 from ldm_runtime.request import Request
 from ldm_runtime.specs import Axis
 
