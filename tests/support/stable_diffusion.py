@@ -9,23 +9,38 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tests.support.clip_vocabulary import END, clip_tokenizer
 
-__all__ = ["LEVELS", "SCHEDULERS", "stable_diffusion_checkpoint"]
+__all__ = ["COMMON", "LEVELS", "SCHEDULERS", "stable_diffusion_checkpoint"]
 
 LEVELS = 2  # of the autoencoder
-_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+COMMON = ("DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+"""Schedulers of most checkpoints."""
 SCHEDULERS: dict[str, Any] = {
-    "DDIMScheduler": DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-    "PNDMScheduler": PNDMScheduler(**_NOISE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
-    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler(**_NOISE, steps_offset=1),
+    "DDIMScheduler": DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False),
+    "PNDMScheduler": PNDMScheduler(**_NOISE, skip_prk_steps=True, set_alpha_to_one=False),
+    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler(**_NOISE),
+    "DPM-Solver++ SDE, Karras": DPMSolverMultistepScheduler(
+        **_NOISE, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
+    ),
+    "EulerDiscreteScheduler": EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading"),
+    "EulerAncestralDiscreteScheduler": EulerAncestralDiscreteScheduler(**_NOISE, timestep_spacing="trailing"),
+    "HeunDiscreteScheduler": HeunDiscreteScheduler(**_NOISE, use_karras_sigmas=True),
+    "UniPCMultistepScheduler": UniPCMultistepScheduler(**_NOISE),
+    "DDPMScheduler": DDPMScheduler(**_NOISE, clip_sample=False),
 }
 _VERSION_2: dict[str, Any] = {
     "attention_head_dim": (2, 4),

@@ -241,6 +241,7 @@ STABLE_DIFFUSION = Family(
     files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", _write_tokenizer)},
     describe=describe,
     quantize=(UNET, DECODER, TEXT_ENCODER),
+    fractional_timesteps=True,
     requests=text_requests,
     reference=_reference,
     reference_image=_reference_image,

@@ -24,16 +24,14 @@ from ldm_runtime.errors import CheckpointError, SpecError
 from ldm_runtime.model import check_model
 from tests.support.checkpoints import edit_json
 from tests.support.shared import SharedFolders
-from tests.support.stable_diffusion import SCHEDULERS, stable_diffusion_checkpoint
+from tests.support.stable_diffusion import COMMON, SCHEDULERS, stable_diffusion_checkpoint
 from tests.support.torch_pipeline import torch_pipeline
 
 PROMPTS, NEGATIVE = ["a red circle!", "the photo, green"], ["", "a square"]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def version(request: pytest.FixtureRequest) -> int:
-    """1 or 2, as the checkpoint."""
-    return int(request.param)
+CASES = [(version, name) for name in SCHEDULERS for version in ((1, 2) if name in COMMON else (2,))]
+"""Version of the checkpoint and scheduler."""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def with_scheduler(source: Path, target: Path, scheduler: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' DPM-Solver
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("version", "name"), CASES)
 def test_images_equal_diffusers(checkpoints: dict[int, Path], version: int, name: str, tmp_path: Path) -> None:
     scheduler = SCHEDULERS[name]
     if version == 2:
