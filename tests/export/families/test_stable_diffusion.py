@@ -12,7 +12,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 
+from ldm_calibration.settings import CalibrationSettings
+from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.cli import main
+from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_of, open_checkpoint
 from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
 from ldm_export.quality.measures import TOLERANCES
@@ -237,6 +240,22 @@ def test_checkpoints_that_do_not_fit(
     edit_json(folder / file, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
+
+
+@pytest.mark.slow
+def test_engines_and_int8(bundle: Bundle, checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    checkpoint = open_checkpoint(checkpoints[2])
+    built = build(checkpoint, folder, "fp16", EngineRequest("tensorrt-rtx", ("8.9",))).bundle
+    for name, component in built.manifest.components.items():
+        (engine,) = component.engines
+        assert engine.precision == ("fp32" if name in ("step", "guided_step") else "fp16")
+    requests = ({"prompts": "a red circle"}, {"prompts": "the photo"})
+    settings = CalibrationSettings(requests, requests, steps=4, samples=2, trial_steps=4, min_psnr=15.0)
+    built = build(checkpoint, folder, options=BuildOptions("int8", calibration=settings)).bundle
+    assert built.precision == "int8" and built.manifest.components["unet"].graphs["int8"] == "unet/int8.onnx"
+    with LatentDiffusionPipeline.from_bundle(built, precision="int8", backend="onnxruntime") as pipe:
+        assert ours(pipe, 0, PROMPTS, num_inference_steps=4).std() > 10
 
 
 def test_the_command_line(
