@@ -154,7 +154,7 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     full = full_config(f"{name}: {file}", part, today, config)
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
-    ignored = {key: config[key] for key in unknown}
+    ignored = {key: value for key, value in config.items() if key not in full}
     return Component(name, place, today, full, frozenset(set(full) - set(config)), ignored=ignored)
 
 
