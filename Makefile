@@ -12,14 +12,26 @@ INSTALL := requirements/install.sh
 OURS   := --no-deps --no-build-isolation
 SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
+SMALL  := build/samples/super-resolution
+MASKED := build/samples/inpainting
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser strace bench fuzz kill model lock clean
+.PHONY: demo test lint browser strace bench fuzz kill model text-model image-models lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
-	@echo "The image is in $(CURDIR)/build/demo.png"
+	$(BIN)/python -m ldm_export_demo.samples build/samples
+	$(BIN)/ldm-export build --demo super-resolution -o build/super-resolution
+	$(BIN)/ldm-export generate build/super-resolution --image $(SMALL)/0.png $(SMALL)/1.png --seed 42 --each \
+		-o build/enlarged.png
+	$(BIN)/python -m ldm_export_demo.row $(SMALL) build/enlarged-0.png build/enlarged-1.png \
+		-o build/demo-super-resolution.png
+	$(BIN)/ldm-export build --demo inpainting -o build/inpainting
+	$(BIN)/ldm-export generate build/inpainting --image $(MASKED)/0.png $(MASKED)/1.png \
+		--mask $(MASKED)/0_mask.png $(MASKED)/1_mask.png --seed 42 --each -o build/redrawn.png
+	$(BIN)/python -m ldm_export_demo.row $(MASKED) build/redrawn-0.png build/redrawn-1.png -o build/demo-inpainting.png
+	@echo "The images are in $(CURDIR)/build: demo.png, demo-super-resolution.png and demo-inpainting.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
@@ -55,8 +67,10 @@ fuzz: $(VENV)/.dev $(TRITON)/.triton
 kill: $(VENV)/.dev
 	$(BIN)/python -m tests.kill.campaign --json benchmarks/results/kill.json
 
-# Trains the demo model from a fixed seed; an interrupted run continues where it stopped.
-model: $(VENV)/.dev
+# Trains the demo models from a fixed seed; an interrupted run continues where it stopped.
+model: text-model image-models
+
+text-model: $(VENV)/.dev
 	$(BIN)/python demo/training/train_autoencoder.py
 	$(BIN)/python demo/training/train_decoder.py
 	$(BIN)/python demo/training/train_text.py
@@ -65,6 +79,16 @@ model: $(VENV)/.dev
 	$(BIN)/python demo/training/assemble.py
 	$(BIN)/python demo/training/evaluate.py demo/ldm_export_demo/checkpoint \
 		--json demo/figures/accuracy.json --grid demo/figures/samples.png
+
+image-models: $(VENV)/.dev
+	$(BIN)/python demo/training/train_quantized.py
+	$(BIN)/python demo/training/train_quantized_decoder.py
+	$(BIN)/python demo/training/train_super_resolution.py
+	$(BIN)/python demo/training/train_inpainting.py
+	$(BIN)/python demo/training/assemble_inputs.py
+	for task in super-resolution inpainting; do \
+		$(BIN)/ldm-export build --demo $$task -o build/$$task && \
+		$(BIN)/python demo/training/evaluate_inputs.py $$task build/$$task --json demo/figures/$$task.json || exit; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

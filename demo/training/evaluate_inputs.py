@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +18,40 @@ from PIL import Image
 from ldm_export_demo.inputs import MASKS, low_resolution, masked_trials, trial_images
 from ldm_export_demo.restoration import InpaintingGrade, filled, grade_inpainting, psnr, shows_the_same
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.bundle import Bundle
 
 Pixels = NDArray[np.uint8]
 PROPERTIES = ("correct", "unchanged", "continued", "redrawn")
 DIGITS = 4
 
 
-def enlarged(pipeline: LatentDiffusionPipeline, originals: list[Pixels], seed: int, steps: int | None) -> list[Pixels]:
-    """Images, each uint8 [64, 64, 3], from the small versions of ``originals``; one seed for all."""
-    small = np.stack([low_resolution(image) for image in originals])
-    images = pipeline(image=small, seed=seed, num_inference_steps=steps).images
-    return [np.asarray(image) for image in images]
+@dataclass(frozen=True)
+class Settings:
+    """Sampling settings of one measurement; batch ``i`` has the seed ``seed + i``."""
+
+    steps: int
+    eta: float
+    seed: int
+    batch: int
+
+    def images(self, pipeline: LatentDiffusionPipeline, **inputs: NDArray[np.uint8]) -> list[Pixels]:
+        """One image, uint8 [64, 64, 3], for each input; ``inputs`` are the fields of a request, [N, ...] each."""
+        images: list[Pixels] = []
+        for index, start in enumerate(range(0, len(next(iter(inputs.values()))), self.batch)):
+            part = {name: values[start : start + self.batch] for name, values in inputs.items()}
+            done = pipeline(**part, seed=self.seed + index, eta=self.eta, num_inference_steps=self.steps)
+            images += [np.asarray(image) for image in done.images]
+        return images
 
 
-def super_resolution(pipeline: LatentDiffusionPipeline, count: int, seed: int, steps: int | None) -> dict[str, object]:
+def super_resolution(pipeline: LatentDiffusionPipeline, count: int, settings: Settings) -> dict[str, object]:
     """PSNR in dB, and the share of images that show the same as the original, for the model and bicubic enlargement."""
     originals = trial_images(count)
     bicubic = [
         np.asarray(Image.fromarray(low_resolution(image)).resize(image.shape[1::-1], Image.Resampling.BICUBIC))
         for image in originals
     ]
-    images = enlarged(pipeline, originals, seed, steps)
+    images = settings.images(pipeline, image=np.stack([low_resolution(image) for image in originals]))
     triples = zip(images, bicubic, originals, strict=True)
     return {
         "images": count,
@@ -47,13 +61,13 @@ def super_resolution(pipeline: LatentDiffusionPipeline, count: int, seed: int, s
     }
 
 
-def inpainting(pipeline: LatentDiffusionPipeline, count: int, seed: int, steps: int | None) -> dict[str, object]:
+def inpainting(pipeline: LatentDiffusionPipeline, count: int, settings: Settings) -> dict[str, object]:
     """Shares of images with each property of ``InpaintingGrade`` by kind of mask, for the model and the plain fill."""
     trials = masked_trials(count)
     image, mask = (np.stack([getattr(one, name) for one in trials]) for name in ("image", "mask"))
-    images = pipeline(image=image, mask=mask[..., None], seed=seed, num_inference_steps=steps).images
+    images = settings.images(pipeline, image=image, mask=mask[..., None])
     results = {
-        "model": [grade_inpainting(np.asarray(one), trial) for one, trial in zip(images, trials, strict=True)],
+        "model": [grade_inpainting(one, trial) for one, trial in zip(images, trials, strict=True)],
         "background_fill": [grade_inpainting(filled(trial), trial) for trial in trials],
     }
     figures: dict[str, object] = {"images": count}
@@ -92,20 +106,20 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="bundle of the demo model of this task")
     parser.add_argument("--count", type=int, default=200, help="number of images")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--eta", type=float, help="noise added at each step (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--json", type=Path, help="file to write the figures and settings to")
     args = parser.parse_args()
     if args.count < len(MASKS):
         parser.error(f"--count: got {args.count}, expected at least {len(MASKS)}")
-    with LatentDiffusionPipeline.from_bundle(args.bundle, precision="fp32") as pipeline:
-        measured = TASKS[args.task](pipeline, args.count, args.seed, args.steps)
-        default = pipeline.defaults
-    settings = {
-        "steps": args.steps or default.num_inference_steps,
-        "eta": default.eta,
-        "seed": args.seed,
-    }
-    figures = {"settings": settings, **measured}
+    bundle = Bundle.open(args.bundle)
+    defaults = bundle.manifest.defaults
+    steps = defaults.num_inference_steps if args.steps is None else args.steps
+    settings = Settings(steps, defaults.eta if args.eta is None else args.eta, args.seed, args.batch)
+    with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", precision="fp32") as pipeline:
+        measured = TASKS[args.task](pipeline, args.count, settings)
+    figures = {"settings": asdict(settings), **measured}
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

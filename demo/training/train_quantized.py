@@ -95,7 +95,8 @@ def fit_codebook(model: VQModel, latents: torch.Tensor, seed: int) -> None:
         sums = torch.zeros_like(codes).index_add_(0, nearest, points)
         codes = torch.where(counts > 0, sums / counts.clamp(min=1), codes)
     model.quantize.embedding.weight.copy_(codes)
-    error = (model.quantize(latents.T.reshape(1, CHANNELS, -1, 1))[0][0, :, :, 0].T - latents).square().mean().sqrt()
+    some = latents[:: len(latents) // 16_384]
+    error = (codes[torch.cdist(some, codes).argmin(1)] - some).square().mean().sqrt()
     print(f"{len(points)} distinct latents, root mean square of the quantization error {error:.3f}")
 
 
