@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/quantized/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/quantized-decoder"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=14)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
