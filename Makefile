@@ -85,7 +85,7 @@ image-models: $(VENV)/.dev
 	$(BIN)/python demo/training/train_quantized_decoder.py
 	$(BIN)/python demo/training/train_super_resolution.py
 	$(BIN)/python demo/training/train_inpainting.py
-	$(BIN)/python demo/training/assemble_inputs.py
+	$(BIN)/python demo/training/assemble_inputs.py super-resolution inpainting
 	for task in super-resolution inpainting; do \
 		$(BIN)/ldm-export build --demo $$task -o build/$$task && \
 		$(BIN)/python demo/training/evaluate_inputs.py $$task build/$$task --json demo/figures/$$task.json || exit; done

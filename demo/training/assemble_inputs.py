@@ -16,13 +16,16 @@ import train_super_resolution
 from compvis_names import inpainting_state
 from concatenated import ATTENTION, UNET
 
-RUNS = ("quantized", "quantized-decoder", "super-resolution", "inpainting")
+GIVEN = {"super-resolution": 3, "inpainting": 4}
+"""Task, which is also the name of its run -> channels that are concatenated to the latents."""
 
 
 def trained_unet(folder: Path, given: int) -> UNet2DModel:
     """The moving average of a run; ``given`` is the number of channels that are concatenated to the latents."""
     unet = UNet2DModel(in_channels=3 + given, **UNET)
-    unet.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["average"])
+    state = torch.load(folder / "state.pt", weights_only=True)
+    print(folder, state["step"], "steps")
+    unet.load_state_dict(state["average"])
     return unet.eval()
 
 
@@ -90,24 +93,27 @@ def write_inpainting(unet: UNet2DModel, autoencoder: VQModel, folder: Path) -> N
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"params": params}}, sort_keys=False))
 
 
+WRITERS = {"super-resolution": write_super_resolution, "inpainting": write_inpainting}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="+", choices=GIVEN, help="models to assemble")
     parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the runs")
     parser.add_argument("--output", type=Path, default=Path("demo/ldm_export_demo"))
     parser.add_argument("--figures", type=Path, default=Path("demo/figures"), help="folder of the loss curves")
-    parser.add_argument("--decoder", choices=RUNS[:2], default=RUNS[1], help="run of the autoencoder")
     args = parser.parse_args()
-    autoencoder = VQModel.from_pretrained(args.runs / args.decoder / "model").eval()
+    autoencoder = VQModel.from_pretrained(args.runs / "quantized-decoder/model").eval()
     autoencoder.register_to_config(_name_or_path="")
-    write_super_resolution(trained_unet(args.runs / RUNS[2], 3), autoencoder, args.output / "super_resolution")
-    write_inpainting(trained_unet(args.runs / RUNS[3], 4), autoencoder, args.output / "inpainting")
+    for task in args.tasks:
+        folder = args.output / task.replace("-", "_")
+        WRITERS[task](trained_unet(args.runs / task, GIVEN[task]), autoencoder, folder)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        print(folder, sum(path.stat().st_size for path in files), "bytes")
     args.figures.mkdir(parents=True, exist_ok=True)
-    for name in RUNS:
+    for name in ("quantized", "quantized-decoder", *args.tasks):
         if (args.runs / name / "loss.png").exists():
             shutil.copyfile(args.runs / name / "loss.png", args.figures / f"loss-{name}.png")
-    for folder in ("super_resolution", "inpainting"):
-        files = [path for path in (args.output / folder).rglob("*") if path.is_file()]
-        print(args.output / folder, sum(path.stat().st_size for path in files), "bytes")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from run import Run
 
-BATCH, IMAGES, AT_ONCE = 32, 24_576, 256
+BATCH, IMAGES, AT_ONCE = 16, 24_576, 256
 """Batch size, number of training images, and number of images that are encoded at once."""
 ATTENTION = ("", "Attn", "Attn")
 UNET = {
@@ -71,7 +71,7 @@ def train(
     *,
     steps: int,
     seed: int,
-    weight: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Train the UNet of one model.
 
@@ -80,11 +80,12 @@ def train(
         tensors: "latents" float32 [N, 3, 16, 16] to denoise, and "given" float32 [N, K, 16, 16], which is concatenated.
         noise_scheduler: Says how noisy latents are made, and what is predicted.
         steps, seed: As in ``Run``.
-        weight: Weight of each latent in the loss, float32 [B, 1, 16, 16], from the given channels.
+        weight: Weight of each latent in the loss, float32 [B, 1, 16, 16], from the given channels and alpha_bar [B].
     """
     torch.manual_seed(seed)
     model = UNet2DModel(in_channels=3 + tensors["given"].shape[1], **UNET)
     run = Run(folder, model, deepcopy(model), steps=steps, lr=1e-3, seed=seed, decay=0.998)
+    levels = noise_scheduler.alphas_cumprod
     velocity = noise_scheduler.config.prediction_type == "v_prediction"
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -97,6 +98,6 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(torch.cat([noisy, given], 1), timestep).sample.float()
         error = (predicted - target).square()
-        return error.mean() if weight is None else (weight(given) * error).mean()
+        return error.mean() if weight is None else (weight(given, levels[timestep]) * error).mean()
 
     run.train(loss_of_step)

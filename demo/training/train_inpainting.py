@@ -12,22 +12,30 @@ from concatenated import AT_ONCE, encoded, latents_of, scheduler, train
 from data import masked_scenes
 
 FACTOR = 4
-SCHEDULER = scheduler((0.0015, 0.0205), "epsilon")
-"""The betas of inpainting_big."""
-OUTSIDE = 0.25
-"""Weight of latents outside of the mask; there the result is the given image."""
+SCHEDULER = scheduler((0.0015, 0.008), "epsilon")
+"""Less noise at the end than of inpainting_big (0.0205): the first steps multiply errors of predictions by less."""
+OUTSIDE, MOST = 0.25, 20.0
+"""Weight of latents outside of the mask, where the result is the given image, and maximum weight of a timestep."""
 
 
-def weight(given: torch.Tensor) -> torch.Tensor:
-    """1 where the mask, the last channel, is 1, else OUTSIDE; float32 [B, 1, 16, 16]."""
-    return torch.where(given[:, -1:] > 0, 1.0, OUTSIDE)
+def weight(given: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Weights of the errors of the predicted noise, float32 [B, 1, 16, 16].
+
+    A timestep counts as with velocity prediction: 1 / alpha_bar, at most MOST.
+
+    Args:
+        given: Its last channel is the mask.
+        level: alpha_bar of each image, [B].
+    """
+    place = torch.where(given[:, -1:] > 0, 1.0, OUTSIDE)
+    return place * (1 / level).clamp(max=MOST)[:, None, None, None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/quantized/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/inpainting"))
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=13)
     args = parser.parse_args()
     autoencoder = VQModel.from_pretrained(args.autoencoder).eval()

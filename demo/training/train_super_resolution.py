@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/quantized/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/super-resolution"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=12)
     args = parser.parse_args()
     autoencoder = VQModel.from_pretrained(args.autoencoder).eval()
