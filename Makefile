@@ -13,7 +13,6 @@ OURS   := --no-deps --no-build-isolation
 SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
 SMALL  := build/samples/super-resolution
-MASKED := build/samples/inpainting
 PROMPT := a small red circle left of a large blue square on a yellow background
 
 .PHONY: demo test lint browser strace bench fuzz kill model text-model image-models lock clean
@@ -27,11 +26,7 @@ demo: $(VENV)/.demo
 		-o build/enlarged.png
 	$(BIN)/python -m ldm_export_demo.row $(SMALL) build/enlarged-0.png build/enlarged-1.png \
 		-o build/demo-super-resolution.png
-	$(BIN)/ldm-export build --demo inpainting -o build/inpainting
-	$(BIN)/ldm-export generate build/inpainting --image $(MASKED)/0.png $(MASKED)/1.png \
-		--mask $(MASKED)/0_mask.png $(MASKED)/1_mask.png --seed 42 --each -o build/redrawn.png
-	$(BIN)/python -m ldm_export_demo.row $(MASKED) build/redrawn-0.png build/redrawn-1.png -o build/demo-inpainting.png
-	@echo "The images are in $(CURDIR)/build: demo.png, demo-super-resolution.png and demo-inpainting.png"
+	@echo "The images are in $(CURDIR)/build: demo.png and demo-super-resolution.png"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
@@ -84,9 +79,8 @@ image-models: $(VENV)/.dev
 	$(BIN)/python demo/training/train_quantized.py
 	$(BIN)/python demo/training/train_quantized_decoder.py
 	$(BIN)/python demo/training/train_super_resolution.py
-	$(BIN)/python demo/training/train_inpainting.py
-	$(BIN)/python demo/training/assemble_inputs.py super-resolution inpainting
-	for task in super-resolution inpainting; do \
+	$(BIN)/python demo/training/assemble_inputs.py super-resolution
+	for task in super-resolution; do \
 		$(BIN)/ldm-export build --demo $$task -o build/$$task && \
 		$(BIN)/python demo/training/evaluate_inputs.py $$task build/$$task --json demo/figures/$$task.json || exit; done
 

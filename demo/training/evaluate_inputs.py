@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("bundle", type=Path, help="bundle of the demo model of this task")
-    parser.add_argument("--count", type=int, default=200, help="number of images")
+    parser.add_argument("--count", type=int, default=120, help="number of images")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--eta", type=float, help="noise added at each step (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)

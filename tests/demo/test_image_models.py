@@ -1,4 +1,4 @@
-"""The checkpoints for super-resolution and inpainting: their size and form, and that their images are right."""
+"""The checkpoint for super-resolution: its size and form, and that its images are right."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, LDMSuperResolutionPipeline, UNet2DModel
 from PIL import Image
 
 from ldm_export.demo import TASKS, demo_checkpoint, demo_config, demo_task, is_demo
-from ldm_export_demo.inputs import MASKS, low_resolution, masked_trials, trial_images
-from ldm_export_demo.restoration import grade_inpainting, psnr, shows_the_same
+from ldm_export_demo.inputs import low_resolution, trial_images
+from ldm_export_demo.restoration import psnr, shows_the_same
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 
@@ -38,11 +38,10 @@ def test_super_resolution_loads_unchanged_in_diffusers() -> None:
     assert demo_config("super-resolution") is None
 
 
-def test_bundles_are_recognised(enlarging_bundle: Path, redrawing_bundle: Path) -> None:
-    for bundle, task in ((enlarging_bundle, "super-resolution"), (redrawing_bundle, "inpainting")):
-        assert Bundle.open(bundle).manifest.family == task.replace("-", "_")
-        assert demo_task(Bundle.open(bundle)) == task
-        assert not is_demo(Bundle.open(bundle)) and not is_demo(demo_checkpoint(task))
+def test_its_bundle_is_recognised(enlarging_bundle: Path) -> None:
+    bundle, task = Bundle.open(enlarging_bundle), "super-resolution"
+    assert bundle.manifest.family == "super_resolution" and demo_task(bundle) == task
+    assert not is_demo(bundle) and not is_demo(demo_checkpoint(task))
 
 
 def test_enlarged_images_are_better_than_bicubic(enlarging_bundle: Path) -> None:
@@ -52,19 +51,13 @@ def test_enlarged_images_are_better_than_bicubic(enlarging_bundle: Path) -> None
     with LatentDiffusionPipeline.from_bundle(enlarging_bundle, precision="fp32") as pipeline:
         images = [np.asarray(one) for one in pipeline(image=np.stack(small), seed=0, num_inference_steps=50).images]
     gains = [psnr(a, o) - psnr(b, o) for a, b, o in zip(images, smooth, originals, strict=True)]
-    assert np.mean(gains) >= LEAST_GAIN
+    assert np.mean(gains) >= 2.5
     assert np.mean([shows_the_same(a, o) for a, o in zip(images, originals, strict=True)]) >= 0.7
     assert not any(shows_the_same(b, o) for b, o in zip(smooth, originals, strict=True))
 
 
-def test_masked_objects_are_redrawn(redrawing_bundle: Path) -> None:
-    trials = masked_trials(24)
-    image, mask = (np.stack([getattr(one, name) for one in trials]) for name in ("image", "mask"))
-    with LatentDiffusionPipeline.from_bundle(redrawing_bundle, precision="fp32") as pipeline:
-        images = pipeline(image=image, mask=mask[..., None], seed=0).images
-    grades = [grade_inpainting(np.asarray(one), trial) for one, trial in zip(images, trials, strict=True)]
-    assert all(grade.unchanged for grade in grades)
-    for kind in MASKS:
-        assert (
-            np.mean([g.correct for g, trial in zip(grades, trials, strict=True) if trial.kind == kind]) >= LEAST[kind]
-        )
+def test_the_measured_figures_meet_their_bars() -> None:
+    figures = json.loads((FIGURES / "super-resolution.json").read_text())
+    assert figures["images"] >= 100
+    assert figures["model"]["psnr"] - figures["bicubic"]["psnr"] >= 3
+    assert figures["model"]["same"] >= 0.8 and figures["bicubic"]["same"] <= 0.1
