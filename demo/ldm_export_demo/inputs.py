@@ -49,7 +49,8 @@ def low_resolution(image: Pixels) -> Pixels:
     """Make an image, uint8 [64, 64, 3], smaller by ``FACTOR``: the rounded mean of each block, uint8 [16, 16, 3]."""
     side = PIXELS // FACTOR
     blocks = image.reshape(side, FACTOR, side, FACTOR, 3).astype(np.float32)
-    return np.rint(blocks.mean((1, 3))).astype(np.uint8)
+    small: Pixels = np.rint(blocks.mean((1, 3))).astype(np.uint8)
+    return small
 
 
 def figure_mask(figure: Figure, kind: str, rng: np.random.Generator) -> Pixels:
