@@ -80,9 +80,9 @@ image-models: $(VENV)/.dev
 	$(BIN)/python demo/training/train_quantized_decoder.py
 	$(BIN)/python demo/training/train_super_resolution.py
 	$(BIN)/python demo/training/assemble_inputs.py super-resolution
-	for task in super-resolution; do \
-		$(BIN)/ldm-export build --demo $$task -o build/$$task && \
-		$(BIN)/python demo/training/evaluate_inputs.py $$task build/$$task --json demo/figures/$$task.json || exit; done
+	$(BIN)/ldm-export build --demo super-resolution -o build/super-resolution
+	$(BIN)/python demo/training/evaluate_inputs.py super-resolution build/super-resolution \
+		--json demo/figures/super-resolution.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
