@@ -12,14 +12,22 @@ INSTALL := requirements/install.sh
 OURS   := --no-deps --no-build-isolation
 SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
+SMALL  := build/samples/super-resolution
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser strace bench fuzz kill model lock clean
+.PHONY: demo test lint browser strace bench fuzz kill model text-model image-models lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
 	$(BIN)/ldm-export generate $(BUNDLE) "$(PROMPT)" --images-per-prompt 4 --seed 42 -o build/demo.png
-	@echo "The image is in $(CURDIR)/build/demo.png. To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE)"
+	$(BIN)/python -m ldm_export_demo.samples build/samples
+	$(BIN)/ldm-export build --demo super-resolution -o build/super-resolution
+	$(BIN)/ldm-export generate build/super-resolution --image $(SMALL)/0.png $(SMALL)/1.png --seed 42 --each \
+		-o build/enlarged.png
+	$(BIN)/python -m ldm_export_demo.row $(SMALL) build/enlarged-0.png build/enlarged-1.png \
+		-o build/demo-super-resolution.png
+	@echo "The images are in $(CURDIR)/build: demo.png and demo-super-resolution.png"
+	@echo "To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE) build/super-resolution"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
@@ -55,8 +63,10 @@ fuzz: $(VENV)/.dev $(TRITON)/.triton
 kill: $(VENV)/.dev
 	$(BIN)/python -m tests.kill.campaign --json benchmarks/results/kill.json
 
-# Trains the demo model from a fixed seed; an interrupted run continues where it stopped.
-model: $(VENV)/.dev
+# Trains the demo models from a fixed seed; an interrupted run continues where it stopped.
+model: text-model image-models
+
+text-model: $(VENV)/.dev
 	$(BIN)/python demo/training/train_autoencoder.py
 	$(BIN)/python demo/training/train_decoder.py
 	$(BIN)/python demo/training/train_text.py
@@ -65,6 +75,15 @@ model: $(VENV)/.dev
 	$(BIN)/python demo/training/assemble.py
 	$(BIN)/python demo/training/evaluate.py demo/ldm_export_demo/checkpoint \
 		--json demo/figures/accuracy.json --grid demo/figures/samples.png
+
+image-models: $(VENV)/.dev
+	$(BIN)/python demo/training/train_quantized.py
+	$(BIN)/python demo/training/train_quantized_decoder.py
+	$(BIN)/python demo/training/train_super_resolution.py
+	$(BIN)/python demo/training/assemble_inputs.py super-resolution
+	$(BIN)/ldm-export build --demo super-resolution -o build/super-resolution
+	$(BIN)/python demo/training/evaluate_inputs.py super-resolution build/super-resolution \
+		--json demo/figures/super-resolution.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -80,9 +99,10 @@ $(VENV)/.demo: pyproject.toml demo/pyproject.toml requirements/export.txt | $(VE
 	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@
 
-$(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt | $(VENV)/.backend
+$(VENV)/.dev: pyproject.toml demo/pyproject.toml requirements/dev.txt requirements/clip-vocabulary.txt | $(VENV)/.backend
 	$(INSTALL) $(BIN)/python dev
 	$(INSTALL) $(BIN)/python trained-unet
+	$(INSTALL) $(BIN)/python clip-vocabulary
 	$(BIN)/$(PIP) $(OURS) -e . -e ./demo
 	touch $@ $(VENV)/.demo
 

@@ -46,6 +46,7 @@ def main() -> None:
     write("triton", extras=("onnxruntime",), requirements="nvidia-pytriton\n", numpy=NUMPY_1)
     write("kserve", requirements="kserve==0.21.0\n", alone=True)
     write("trained-unet", requirements="adaptive-terrain-diffusion==0.4.2\n", alone=True)  # asks for onnxruntime-gpu
+    write("clip-vocabulary", requirements="open-clip-torch==3.3.0\n", alone=True)  # only its vocabulary is read
     cuda = write("export", extras=("export", "serve"))
     write("dev", extras=DEV, requirements=f"--group {ROOT / 'pyproject.toml'}:dev")
     (FOLDER / "torch-cpu.txt").write_text(HEADER + CPU_TORCH)

@@ -113,6 +113,24 @@ def shapes_cuda(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
     return Bundle.open(folder)
 
 
+@pytest.fixture(scope="session")
+def sd2_checkpoint(shared: SharedFolders) -> Path:
+    """A small random checkpoint like Stable Diffusion 2; read-only."""
+    from tests.support.stable_diffusion import stable_diffusion_checkpoint
+
+    return shared.once("sd2", lambda folder: stable_diffusion_checkpoint(folder, 2))
+
+
+@pytest.fixture(scope="session")
+def sd2_bundle(sd2_checkpoint: Path, shared: SharedFolders) -> Bundle:
+    """The bundle of ``sd2_checkpoint`` in fp32 and fp16; read-only."""
+    from ldm_export.bundle.build import build
+    from ldm_export.families import open_checkpoint
+    from ldm_runtime.bundle import Bundle
+
+    return Bundle.open(shared.once("sd2_bundle", lambda folder: build(open_checkpoint(sd2_checkpoint), folder, "fp16")))
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of ``tiny_bundle`` in the test's own folder, to be changed at will."""

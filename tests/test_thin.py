@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm_export import cli
+from ldm_runtime.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "safetensors")
@@ -66,6 +67,18 @@ def test_verbs_that_need_torch_name_the_extra_to_install(
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert 'pip install "ldm-export[export]"' in done.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_same_image_of_stable_diffusion(thin: Path, sd2_bundle: Bundle, tmp_path: Path) -> None:
+    images = tmp_path / "thin.png", tmp_path / "full.png"
+    options = ["--seed", "3", "--steps", "4", "--negative-prompt", "red!", "--clip-skip", "1", "--precision", "fp32"]
+    options += ["--guidance-rescale", "0.7", "--backend", "onnxruntime"]
+    done = run(thin / "ldm-export", "generate", sd2_bundle.folder, "A café, 日!", *options, "-o", images[0])
+    assert done.returncode == 0, done.stderr
+    command = ["generate", str(sd2_bundle.folder), "A café, 日!", *options, "-o", str(images[1]), "--quiet"]
+    assert cli.main(command) == 0
+    one, other = (np.asarray(Image.open(image), np.int64) for image in images)
+    assert np.abs(one - other).max() <= 1 and one.std() > 5
 
 
 def test_a_image_from_a_bundle_built_beforehand(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:

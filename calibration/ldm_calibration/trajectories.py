@@ -34,14 +34,14 @@ class Trajectories:
     """Inputs and ranges recorded along trajectories.
 
     Attributes:
-        timesteps: Of the steps, int64 [steps].
+        timesteps: Of the steps, int64 or, if fractional, float64 [steps].
         feeds: Component -> its feeds in the order of its calls. The denoiser has one feed for each step of each batch,
             the steps of one batch after the other.
         largest: Largest magnitude of each source at each step over all batches, float32 [steps, sources].
         sources: Names of the denoiser's tensors that its layers read, except inputs of the graph.
     """
 
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[Any]
     feeds: Mapping[str, Sequence[Feed]]
     largest: F32
     sources: tuple[str, ...]
@@ -158,7 +158,7 @@ def run_trajectories(
     observed = _ObservedDenoiser(model.graphs[denoiser], model.spec(denoiser))
     recorded = {name: _Recorded(model.backend(name)) for name in others if name != DECODER}
     batches = model.batches(settings.requests)
-    largest, latents, timesteps = [], [], np.zeros(0, np.int64)
+    largest, latents, timesteps = [], [], np.zeros(0)
     with model.pipeline({denoiser: observed, **recorded}) as pipeline:
         for number, batch in enumerate(batches):
             request = batch.request(
@@ -172,7 +172,7 @@ def run_trajectories(
                     last = step
             except SpecError as error:
                 raise BuildError(f"calibration: {error}") from None
-            timesteps, step_largest, observed.largest = np.array(step_timesteps, np.int64), observed.largest, []
+            timesteps, step_largest, observed.largest = np.array(step_timesteps), observed.largest, []
             latents.append(last.latents)
             largest.append(np.stack(step_largest))
     feeds: dict[str, Sequence[Feed]] = {denoiser: observed.feeds}

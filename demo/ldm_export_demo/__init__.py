@@ -1,4 +1,4 @@
-"""The demo model of ldm-export: a checkpoint for 64×64 images of coloured shapes, its prompts and its grader.
+"""The demo models of ldm-export: checkpoints for 64×64 images of coloured shapes, prompts and graders.
 
 Example:
     >>> from ldm_export_demo import checkpoint_folder, grade, trial_prompts
@@ -19,7 +19,16 @@ from ldm_export_demo.drawing import PIXELS
 from ldm_export_demo.grader import grade as _grade
 from ldm_export_demo.grammar import calibration_prompts, parse, trial_prompts
 
-__all__ = ["PROMPTS", "calibration_prompts", "checkpoint_folder", "grade", "trial_prompts"]
+__all__ = [
+    "CHECKPOINTS",
+    "PROMPTS",
+    "calibration_prompts",
+    "checkpoint_config",
+    "checkpoint_folder",
+    "checkpoint_path",
+    "grade",
+    "trial_prompts",
+]
 
 try:
     __version__ = version("ldm-export-demo")
@@ -35,9 +44,31 @@ PROMPTS = (
 """Default prompts for measuring the demo model."""
 
 
+CHECKPOINTS = {
+    "text-to-image": "checkpoint",
+    "super-resolution": "super_resolution",
+}
+"""Task -> its checkpoint in this package: a folder of diffusers, or a file with the tensor names of CompVis."""
+
+
+def checkpoint_path(task: str) -> Path:
+    """The checkpoint of a task, one of ``CHECKPOINTS``: a diffusers folder or a file.
+
+    Raises:
+        KeyError: There is no demo model of this task.
+    """
+    return Path(__file__).parent / CHECKPOINTS[task]
+
+
+def checkpoint_config(task: str) -> Path | None:
+    """The yaml that belongs to a task's checkpoint file; None for a diffusers folder, which has its own configs."""
+    path = checkpoint_path(task)
+    return path.with_suffix(".yaml") if path.suffix else None
+
+
 def checkpoint_folder() -> Path:
-    """The folder of the checkpoint, in the layout of diffusers: ``DiffusionPipeline.from_pretrained`` loads it."""
-    return Path(__file__).parent / "checkpoint"
+    """The folder of the text-to-image model: ``DiffusionPipeline.from_pretrained`` of diffusers loads it."""
+    return checkpoint_path("text-to-image")
 
 
 def grade(images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[bool]:

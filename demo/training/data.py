@@ -10,6 +10,7 @@ import torch
 
 from ldm_export_demo.drawing import Figure, Scene, arrange, draw
 from ldm_export_demo.grammar import BACKGROUNDS, COLOURS, SHAPES, Sentence, is_held_out, random_sentence
+from ldm_export_demo.inputs import figure_mask, rectangle_mask
 
 
 def training_sentence(rng: np.random.Generator) -> Sentence:
@@ -45,6 +46,22 @@ def scene_images(seed: int, index: int, count: int) -> tuple[torch.Tensor, list[
     rng = np.random.default_rng([seed, index])
     sentences = [training_sentence(rng) for _ in range(count)]
     return _normalised([draw(arrange(sentence, rng)) for sentence in sentences]), sentences
+
+
+def masked_scenes(seed: int, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch ``index`` of a seed: images as in ``scene_images``, and masks float32 [count, 1, 64, 64], 1 where redrawn.
+
+    Half of the masks hide an object, four in ten a part of one, and one in ten is anywhere.
+    """
+    rng = np.random.default_rng([seed, index, 6])
+    pixels, masks = [], []
+    for _ in range(count):
+        scene = arrange(training_sentence(rng), rng)
+        figure, chance = scene.figures[rng.integers(len(scene.figures))], rng.random()
+        kind = "object" if chance < 0.5 else "part"
+        pixels.append(draw(scene))
+        masks.append(rectangle_mask(rng) if chance >= 0.9 else figure_mask(figure, kind, rng))
+    return _normalised(pixels), torch.from_numpy(np.stack(masks))[:, None].float() / 255
 
 
 def loosen(sentence: Sentence, rng: np.random.Generator, share: float = 0.1) -> Sentence:

@@ -1,7 +1,7 @@
-"""The optional demo model, distribution ``ldm-export-demo``: its checkpoint, its prompts and its grader.
+"""The optional demo models, distribution ``ldm-export-demo``: their checkpoints, and prompts and a grader of one.
 
-Only this module of the product knows the demo model. The model is recognised by the digest of its weights, never by
-the name of a folder.
+Only this module of the product knows the demo models. A model is recognised by the digest of its weights, never by the
+name of a folder. "The demo model" is the text-to-image model; there is one for super-resolution too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,30 @@ if TYPE_CHECKING:
     from ldm_calibration.model import ImageRequest
     from ldm_calibration.settings import Grade
 
-__all__ = ["Model", "calibration_prompts", "default_prompts", "demo_checkpoint", "demo_grader", "is_demo"]
+__all__ = [
+    "TASKS",
+    "Model",
+    "calibration_prompts",
+    "default_prompts",
+    "demo_checkpoint",
+    "demo_config",
+    "demo_grader",
+    "demo_task",
+    "is_demo",
+]
+
+TASKS = ("text-to-image", "super-resolution")
+"""Tasks that have a demo model; the first is the default."""
 
 Model = Bundle | Path | None
 """A bundle, a checkpoint folder, or None for a model with random weights, which is never the demo model."""
 
 
-def demo_checkpoint() -> Path:
-    """The checkpoint folder of the installed demo model.
+def demo_checkpoint(task: str = TASKS[0]) -> Path:
+    """The checkpoint of an installed demo model: a diffusers folder or a file.
+
+    Args:
+        task: One of ``TASKS``.
 
     Raises:
         BuildError: The package ldm_export_demo is not installed.
@@ -42,12 +58,30 @@ def demo_checkpoint() -> Path:
             "checkpoint: got none, and the demo model is not installed; give a diffusers folder, or install the demo "
             "model from a checkout of ldm-export with `pip install ./demo` or `make demo`"
         )
-    folder: Path = package.checkpoint_folder()
-    return folder
+    path: Path = package.checkpoint_path(task)
+    return path
+
+
+def demo_config(task: str) -> Path | None:
+    """The yaml of a demo model whose checkpoint is a file; None for a folder, and if no demo model is installed."""
+    package = _package()
+    config: Path | None = None if package is None else package.checkpoint_config(task)
+    return config
+
+
+def demo_task(bundle: Bundle) -> str | None:
+    """The task of the demo model that a bundle was built from; None if it was built from another model.
+
+    Raises:
+        CheckpointError: A weight file of a demo model cannot be read.
+    """
+    digest = bundle.manifest.request.get(CHECKPOINT_SHA256)
+    tasks = () if _package() is None else TASKS
+    return next((task for task in tasks if digest == _demo_sha256(task)), None)
 
 
 def is_demo(model: Model) -> bool:
-    """True if a model's weights are those of the installed demo model; False if the demo model is not installed.
+    """True if a model's weights are those of the installed text-to-image demo model; False if none is installed.
 
     A bundle is compared by the digest that its build recorded, a checkpoint folder by the digest of its weight files.
 
@@ -124,6 +158,5 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 @cache
-def _demo_sha256() -> str | None:
-    package = _package()
-    return None if package is None else weights_sha256(package.checkpoint_folder())
+def _demo_sha256(task: str = TASKS[0]) -> str | None:
+    return None if _package() is None else weights_sha256(demo_checkpoint(task))

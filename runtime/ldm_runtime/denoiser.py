@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
 from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET, ModelDescription
+from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 
 __all__ = ["Denoiser", "Tensors"]
 
@@ -34,6 +35,7 @@ class Denoiser:
         self.unet = backends[UNET]
         self.request_components, self.schedule_components = model.once_per("request"), model.once_per("schedule")
         """Specs of the components that derive UNet inputs, once per request and once per schedule, in their order."""
+        self._timestep_dtype = timestep_dtype(model)
         self._inputs = tuple(tensor.name for tensor in model.components[UNET].inputs)
         self._per_request = [(spec, backends[spec.name]) for spec in self.request_components]
         self._per_schedule = [(spec, backends[spec.name]) for spec in self.schedule_components]
@@ -55,15 +57,23 @@ class Denoiser:
             known |= backend.run({tensor.name: known[tensor.name] for tensor in spec.inputs})
         return {name: known[name] for name in self.conditioning_inputs}
 
-    def embed(self, timesteps: NDArray[np.int64]) -> Tensors:
-        """Derive the UNet's schedule inputs for each timestep int64 [N]; every array is [N, …].
+    def timesteps(self, timesteps: NDArray[Any]) -> NDArray[Any]:
+        """Convert timesteps to the dtype that the model takes.
+
+        Raises:
+            SpecError: A timestep is fractional, and the model takes whole ones.
+        """
+        return model_timesteps(timesteps, self._timestep_dtype)
+
+    def embed(self, timesteps: NDArray[Any]) -> Tensors:
+        """Derive the UNet's schedule inputs for each timestep of [N]; every array is [N, …].
 
         Equal timesteps are computed once, in calls that the components' batch allows.
 
         Raises:
-            SpecError, BackendError: As ``condition``.
+            SpecError, BackendError: As ``condition``; SpecError as ``timesteps``.
         """
-        distinct, place = np.unique(timesteps, return_inverse=True)
+        distinct, place = np.unique(self.timesteps(timesteps), return_inverse=True)
         known: Tensors = {TIMESTEP: distinct}
         for spec, backend in self._per_schedule:
             most = min(tensor.bounds("max")[0] for tensor in spec.inputs)

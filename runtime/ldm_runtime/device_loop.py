@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -16,6 +17,7 @@ from ldm_runtime.errors import DisplacedError, SpecError
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import SAMPLE
 from ldm_runtime.request import Plan
+from ldm_runtime.schedulers.scaled_rows import scale_after, scaled
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "slots_of"]
@@ -59,13 +61,13 @@ class DeviceLoop:
     def takes(self, plan: Plan) -> bool:
         """True if the device can run a plan; otherwise the pipeline runs it in NumPy.
 
-        The step components have no clipping of x0, no scaling of the UNet's input and no reuse of guidance, and a fixed
-        number of state slots.
+        The step components have no clipping of x0, no reuse and no rescaling of guidance, and a fixed number of state
+        slots.
         """
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
-        unscaled = bool((trajectory.input_scale == 1).all())
-        return trajectory.affine and trajectory.slots <= self.slots and uniform and unscaled
+        uniform = uniform and not plan.guidance_rescale
+        return trajectory.affine and trajectory.slots <= self.slots and uniform
 
     def steps(self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser) -> Iterator[Callable[[], F32]]:
         """Run one step for each item that is asked for; the item reads the latents, until the next step.
@@ -80,11 +82,10 @@ class DeviceLoop:
             BackendError: The device failed, or another request has started on it since.
         """
         if not self.takes(plan):
-            raise SpecError(
-                "device loop: got a plan with clipping, reused guidance or too many slots; use the pipeline"
-            )
+            raise SpecError("device loop: got a plan with clipping, other guidance or too many slots; use the pipeline")
         noise = plan.noise()
-        latents = plan.start(noise)[0]
+        trajectory = plan.trajectory
+        latents = scaled(plan.start(noise)[0], scale_after(trajectory, 0))
         current = object()
         with self._lock:
             device, self._running = self.open(), current
@@ -93,16 +94,16 @@ class DeviceLoop:
                 run = DeviceRun(device, step, self.slots, self._calls, plan, denoiser)
                 run.start(latents, encoded)
 
-        def read() -> F32:
+        def read(calls: int) -> F32:
             with self._running_alone(current):
                 latents: F32 = run.space.read(SAMPLE, 0, plan.images)
-                return latents
+                return scaled(latents, 1 / scale_after(trajectory, calls))
 
-        for index in range(len(plan.trajectory)):
-            step_noise = next(noise) if plan.trajectory.needs_noise else None
+        for index in range(len(trajectory)):
+            step_noise = next(noise) if trajectory.needs_noise else None
             with self._running_alone(current):
                 run.step(index, step_noise)
-            yield read
+            yield partial(read, index + 1)
 
     def open(self) -> LoopDevice:
         """Return the device, which is opened at the first use."""

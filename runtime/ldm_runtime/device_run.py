@@ -14,6 +14,7 @@ from ldm_runtime.denoiser import Denoiser
 from ldm_runtime.device import Call, Launcher, Memory, Tensor, Workspace, WorkspaceCache
 from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET
 from ldm_runtime.request import Plan
+from ldm_runtime.schedulers.scaled_rows import scaled_rows
 from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.specs import ComponentSpec, sizes_of
 
@@ -74,7 +75,7 @@ class DeviceRun:
     def __init__(self, device: LoopDevice, step: str, slots: int, calls: int, plan: Plan, denoiser: Denoiser):
         self._memory, self._plan, self._slots, self._denoiser = device.memory, plan, slots, denoiser
         self._step, self._device = step, device
-        self._scalars = coefficients(plan.trajectory.rows, slots, plan.guidance_scale)
+        self._scalars = coefficients(scaled_rows(plan.trajectory), slots, plan.guidance_scale)
         unet = device.launchers[UNET].spec
         self._dtypes = {tensor.name: tensor.dtype for tensor in unet.inputs}
         self._request = self._on_device(denoiser.request_components)
@@ -105,7 +106,7 @@ class DeviceRun:
         """Put the plan on the device.
 
         Args:
-            latents: Initial latents, float32 [images, C, h, w].
+            latents: Initial latents times the first input scale, float32 [images, C, h, w].
             encoded: What the conditioners encoded, [rows, …].
         """
         plan, known = self._plan, self._dtypes
@@ -178,7 +179,7 @@ class DeviceRun:
         space.write(f"{COEFFICIENTS}.calls", np.repeat(scalars[:, None], plan.images, 1))
         timesteps = plan.trajectory.timesteps[index : index + self.calls]
         if self._schedule:
-            space.write(f"{TIMESTEP}.timesteps", np.resize(timesteps, self.calls))
+            space.write(f"{TIMESTEP}.timesteps", np.resize(self._denoiser.timesteps(timesteps), self.calls))
             for spec in self._schedule:
                 space.run(spec.name)
         else:
@@ -216,7 +217,7 @@ def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
     """The input "coefficients" of a step component, for each call.
 
     Args:
-        rows: ``Trajectory.rows``, float32 [calls, own, own + 3], with at most ``slots`` slots.
+        rows: ``scaled_rows`` of a trajectory, float32 [calls, own, own + 3], with at most ``slots`` slots.
         slots: Slots of the component.
         guidance_scale: Guidance scale.
 

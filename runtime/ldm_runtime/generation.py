@@ -23,13 +23,13 @@ class Step:
 
     Attributes:
         index, total: Index from 0, and the number of steps.
-        timestep: Training timestep.
+        timestep: Training timestep; a whole number unless the scheduler has fractional ones.
         read: Reads the latents; only valid until the next step when they are on a device.
     """
 
     index: int
     total: int
-    timestep: int
+    timestep: float
     read: Callable[[], F32]
 
     @cached_property

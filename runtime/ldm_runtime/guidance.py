@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import integer, number, shown
 
-__all__ = ["FULL_INTERVAL", "StepBranches", "guide", "step_branches"]
+__all__ = ["FULL_INTERVAL", "StepBranches", "guide", "rescale", "step_branches"]
 
 F32 = NDArray[np.float32]
 FULL_INTERVAL = (0.0, 1.0)
@@ -67,3 +67,21 @@ def guide(unconditional: F32, conditional: F32, scale: np.float32 | F32) -> tupl
     """
     direction = conditional - unconditional
     return unconditional + scale * direction, direction
+
+
+def rescale(guided: F32, conditional: F32, share: np.float32 | F32) -> F32:
+    """Bring guided predictions back to the standard deviation of the conditional branch.
+
+    Section 3.4 of Lin et al. 2023, arXiv:2305.08891, against overexposed images.
+
+    Args:
+        guided: Predictions after guidance, float32 [images, C, h, w].
+        conditional: Predictions of the conditional branch, of the same shape.
+        share: Share of the rescaled prediction in the result, one number or float32 [images, 1, 1, 1].
+    """
+    axes = tuple(range(1, guided.ndim))
+    wanted, given = (
+        array.std(axes, dtype=np.float64, ddof=1, keepdims=True).astype(np.float32) for array in (conditional, guided)
+    )
+    result: F32 = share * (guided * (wanted / given)) + (1 - share) * guided
+    return result

@@ -61,7 +61,7 @@ class Manifest:
     Attributes:
         family: Pipeline family, e.g. "text_to_image".
         components: By name.
-        conditioning, guidance, latents, scheduler, defaults: As in ``ModelDescription``.
+        conditioning, guidance, latents, scheduler, defaults, guidance_above_one: As in ``ModelDescription``.
         files: Every file of the bundle except the manifest itself and the build log.
         stages: What each stage of the build depended on and wrote.
         tools: Versions of the packages that built the bundle.
@@ -81,12 +81,13 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    guidance_above_one: bool = False
 
     @property
     def model(self) -> ModelDescription:
         """The model as the runtime sees it."""
         specs = {name: component.spec for name, component in self.components.items()}
-        parts = (self.conditioning, self.guidance, self.latents, self.scheduler, self.defaults)
+        parts = (self.conditioning, self.guidance, self.latents, self.scheduler, self.defaults, self.guidance_above_one)
         return ModelDescription(self.family, specs, *parts)
 
     def to_json(self) -> str:
@@ -107,6 +108,7 @@ class Manifest:
             "order": list(self.components),
             "conditioning": [asdict(entry) for entry in self.conditioning],
             "guidance": list(self.guidance),
+            "guidance_above_one": self.guidance_above_one,
             "latents": asdict(self.latents),
             "scheduler": dict(self.scheduler),
             "defaults": asdict(self.defaults),

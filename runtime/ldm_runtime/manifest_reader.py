@@ -83,6 +83,7 @@ def _parse(document: Any) -> Manifest:
             for index, entry in enumerate(require_list("conditioning", top.get("conditioning"), MAX_CONDITIONING))
         ),
         guidance=_names("guidance", top.get("guidance")),
+        guidance_above_one=_flag("guidance_above_one", top.get("guidance_above_one", False)),
         latents=_latents(require_object("latents", top.get("latents"))),
         scheduler=require_object("scheduler", top.get("scheduler")),
         defaults=_defaults(require_object("defaults", top.get("defaults"))),
@@ -146,6 +147,12 @@ def _components(top: dict[str, Any]) -> dict[str, Component]:
     if sorted(order) != sorted(components):
         raise ManifestError(f"order: got {', '.join(order)!r:.200}, expected each component once; rebuild the bundle")
     return {name: components[name] for name in order}
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ManifestError(f"{where}: got {value!r:.40}, expected true or false; rebuild the bundle")
+    return value
 
 
 def _names(where: str, value: Any) -> tuple[str, ...]:

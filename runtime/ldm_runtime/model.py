@@ -66,6 +66,8 @@ class ModelDescription:
         latents: Channels and factor.
         scheduler: diffusers' scheduler options, with the class name under "class".
         defaults: Sampling options of the model.
+        guidance_above_one: Only guidance scales above 1 turn guidance on, as in StableDiffusionPipeline. Otherwise all
+            except 1 do, as in LDMTextToImagePipeline.
     """
 
     family: str
@@ -75,6 +77,7 @@ class ModelDescription:
     latents: Latents
     scheduler: Mapping[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
+    guidance_above_one: bool = False
 
     def once_per(self, runs: str) -> tuple[ComponentSpec, ...]:
         """Components that run once per "request" or "schedule" and derive UNet inputs, in the manifest's order.

@@ -23,7 +23,7 @@ from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
 from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
-from ldm_runtime.guidance import StepBranches, guide
+from ldm_runtime.guidance import StepBranches, guide, rescale
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
 from ldm_runtime.option_names import check_names
@@ -209,7 +209,7 @@ class LatentDiffusionPipeline:
         reads = self._device_steps(plan, encoded)
         if reads is not None:
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
-                yield Step(index, total, int(timestep), read)
+                yield Step(index, total, timestep.item(), read)
             return
         conditioning = self.denoiser.condition(encoded)
         schedule = self.denoiser.embed(trajectory.timesteps)
@@ -224,13 +224,15 @@ class LatentDiffusionPipeline:
             rows = np.concatenate([sample, sample]) if both else sample
             embedded = {name: np.repeat(array[index : index + 1], len(rows), 0) for name, array in schedule.items()}
             predicted = self.denoiser(rows, embedded, conditioning if both else conditional)
+            asked = predicted[-plan.images :]
             if both:
-                unconditional, guided = np.split(predicted, 2)
-                predicted, direction = guide(unconditional, guided, np.float32(plan.guidance_scale))
+                predicted, direction = guide(predicted[: plan.images], asked, np.float32(plan.guidance_scale))
             elif branches is StepBranches.REUSED:
                 predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
+            if plan.guidance_rescale and branches is not StepBranches.CONDITIONAL:
+                predicted = rescale(predicted, asked, np.float32(plan.guidance_rescale))
             state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
-            yield Step(index, total, int(timestep), _reader(state[0]))
+            yield Step(index, total, timestep.item(), _reader(state[0]))
 
     def _device_steps(self, plan: Plan, encoded: Tensors) -> Iterator[Callable[[], F32]] | None:
         """Start the loop on the device and return its steps; None if there is no loop that runs the plan.

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
 from ldm_runtime.errors import SpecError
+from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
 from ldm_runtime.model import ModelDescription
@@ -16,6 +17,8 @@ from ldm_runtime.number_checks import integer, number
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
 from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
+from ldm_runtime.schedulers.replacement import replacement
+from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 
 __all__ = ["Planner"]
 
@@ -60,9 +63,15 @@ class Planner:
         report_memory(self.model, shape, geometry.height.opt * geometry.width.opt)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
         steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
-        trajectory = self.scheduler.trajectory(steps, eta)
+        scheduler = self.scheduler
+        if request.scheduler is not None:
+            scheduler = replacement(request.scheduler, self.model.scheduler)
+        trajectory = scheduler.trajectory(steps, eta)
+        check_family_scheduler(self.model.family, scheduler, trajectory)
+        model_timesteps(trajectory.timesteps, timestep_dtype(self.model))
         branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
-        guided = bool(self.model.guidance) and scale != 1.0
+        guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
+        rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
         return Plan(
             request=request,
             seeds=seeds_of(request.seed, images),
@@ -72,6 +81,7 @@ class Planner:
             branches=self.model.guidance if guided else ("conditional",),
             steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
             trajectory=trajectory,
+            guidance_rescale=rescale if guided else 0.0,
         )
 
     def _refuse_foreign_fields(self, request: Request) -> None:

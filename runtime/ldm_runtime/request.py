@@ -42,6 +42,9 @@ class RequestOptions(TypedDict, total=False):
     layout: Any
     guidance_interval: tuple[float, float]
     guidance_every: int
+    scheduler: str | None
+    guidance_rescale: float
+    clip_skip: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,11 @@ class Request:
             of such layouts. See ``conditioning.layout_tokens.LayoutVocabulary.encode``.
         guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
             the work and change the image slightly.
+        scheduler: Class name of another scheduler of diffusers than the model's. It takes the options that the model's
+            checkpoint gives, as ``from_config`` of diffusers does.
+        guidance_rescale: Share, 0 to 1, of guided predictions that is rescaled; see ``guidance.rescale``.
+        clip_skip: Layers at the end of a CLIP text encoder that the prompts skip, 0 for none; negative prompts never
+            skip any, as in diffusers.
     """
 
     prompts: str | Sequence[str] | None = None
@@ -92,6 +100,9 @@ class Request:
     layout: Any = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_every: int = 1
+    scheduler: str | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int = 0
 
     def repeats(self) -> int:
         """Checked ``images_per_prompt``.
@@ -123,6 +134,7 @@ class Plan:
         branches: Guidance branches whose rows are computed, in the order of their rows; the last is the conditional.
         steps: What each UNet call evaluates.
         trajectory: Timesteps and coefficients.
+        guidance_rescale: As asked; 0 without guidance.
     """
 
     request: Request
@@ -133,6 +145,7 @@ class Plan:
     branches: tuple[str, ...]
     steps: tuple[StepBranches, ...]
     trajectory: Trajectory
+    guidance_rescale: float = 0.0
 
     @property
     def images(self) -> int:

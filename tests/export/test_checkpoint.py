@@ -122,7 +122,7 @@ def test_no_checkpoint(tmp_path: Path, tiny: Path) -> None:
         open_checkpoint(tiny)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiTPipeline", None, ["LDMTextToImagePipeline"]])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "DiTPipeline", None, ["LDMTextToImagePipeline"]])
 def test_other_pipelines(tiny: Path, name: object) -> None:
     edit_json(tiny / "model_index.json", _class_name=name)
     with pytest.raises(CheckpointError, match=r"model_index.json is of a .*expected LDMTextToImagePipeline") as caught:
@@ -176,7 +176,7 @@ def test_missing_vocabulary(tiny: Path) -> None:
         ("unet", "UNet2DModel"),
         ("unet", "UNetLDMModel"),
         ("vqvae", "AutoencoderTiny"),
-        ("scheduler", "EulerDiscreteScheduler"),
+        ("scheduler", "IPNDMScheduler"),
     ],
 )
 def test_other_classes(tiny: Path, component: str, name: str) -> None:

@@ -30,8 +30,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "none": (shutil.rmtree, "checkpoint is missing, expected a checkpoint folder"),
     "a file": (lambda c: (shutil.rmtree(c), c.write_text("")), "checkpoint is a file, expected a checkpoint folder"),
     "another pipeline": (
-        lambda c: edit_json(c / "model_index.json", _class_name="StableDiffusionPipeline"),
-        "model_index.json is of a 'StableDiffusionPipeline', expected LDMTextToImagePipeline",
+        lambda c: edit_json(c / "model_index.json", _class_name="StableDiffusion3Pipeline"),
+        "model_index.json is of a 'StableDiffusion3Pipeline' (Stable Diffusion 3, a transformer), expected LDMText",
     ),
     "no index": (lambda c: (c / "model_index.json").unlink(), "model_index.json is missing"),
     "corrupt index": (lambda c: truncate(c / "model_index.json"), "model_index.json: line "),

@@ -18,9 +18,19 @@ from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.checkpoint.digest import weights_sha256
-from ldm_export.demo import calibration_prompts, default_prompts, demo_checkpoint, demo_grader, is_demo
+from ldm_export.demo import (
+    TASKS,
+    calibration_prompts,
+    default_prompts,
+    demo_checkpoint,
+    demo_config,
+    demo_grader,
+    demo_task,
+    is_demo,
+)
 from ldm_export.families import open_checkpoint
 from ldm_export.prompts import PROMPTS
+from ldm_export_demo import CHECKPOINTS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError, SpecError
@@ -74,7 +84,9 @@ def test_its_grader_returns_none_for_what_it_cannot_grade(demo_copy: Path) -> No
     assert grade([image[:32]], [circle]) is None
 
 
-@pytest.mark.parametrize("verb", [("build", "-o", "new"), ("verify",)])
+@pytest.mark.parametrize(
+    "verb", [("build", "-o", "new"), ("build", "--demo", "super-resolution", "-o", "new"), ("verify",)]
+)
 def test_without_it_one_line_says_how_to_install_it(verb: tuple[str, ...], tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = [*verb, *([str(tiny_bundle)] if verb == ("verify",) else [])]
     done = subprocess.run(
@@ -114,3 +126,17 @@ def test_prompt_accuracy_is_bounded_by_the_callers_grader(bundle_copy: Path) -> 
     assert [(one["correct_fp32"], one["correct_int8"]) for one in images] == [(True, True), (False, False)]
     summary = write_report(built.bundle)[1]["summary"]
     assert (summary["correct_fp32"], summary["correct_int8"]) == (0.5, 0.5)
+
+
+def test_a_checkpoint_beside_a_demo_model_is_refused(tiny_checkpoint: Path, refused: Callable[..., None]) -> None:
+    refused(
+        *("build", tiny_checkpoint, "--demo", "super-resolution", "-o", "new"),
+        message=f"--demo: got super-resolution beside the checkpoint {tiny_checkpoint}; give one of them",
+    )
+
+
+def test_the_demo_package_has_a_checkpoint_for_every_task(tiny_bundle: Path, shapes_bundle: Path) -> None:
+    assert tuple(CHECKPOINTS) == TASKS
+    assert all(demo_checkpoint(task).exists() for task in TASKS)
+    assert all(demo_config(task) is None for task in TASKS)
+    assert demo_task(Bundle.open(shapes_bundle)) == TASKS[0] and demo_task(Bundle.open(tiny_bundle)) is None

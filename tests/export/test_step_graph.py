@@ -41,7 +41,20 @@ class Step:
     ("scheduler", "options"),
     [
         *(("ddim", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction", "sample")),
-        *((name, {}) for name in ("pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3")),
+        *(
+            (name, {})
+            for name in (
+                "pndm",
+                "pndm_runge_kutta",
+                "dpm",
+                "dpm_sde",
+                "dpm_3",
+                "euler_ancestral",
+                "lms",
+                "heun",
+                "unipc",
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("eta", [0.0, 0.3])

@@ -144,8 +144,8 @@ def test_the_tensors_follow_the_model() -> None:
     text, free = description(), description(text=False, image_channels=1)
     names = [{field.name for field in input_fields(model)} for model in (text, free)]
     assert names[0] - names[1] == {
-        *("PROMPT", "NEGATIVE_PROMPT", "IMAGES_PER_PROMPT"),
-        *("GUIDANCE", "GUIDANCE_EVERY", "GUIDANCE_INTERVAL"),
+        *("PROMPT", "NEGATIVE_PROMPT", "IMAGES_PER_PROMPT", "CLIP_SKIP"),
+        *("GUIDANCE", "GUIDANCE_EVERY", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE"),
     }
     assert names[1] - names[0] == {"COUNT"} and all(field.optional for field in input_fields(free))
     assert [output_fields(model)[0].dims[-1] for model in (text, free)] == [3, 1]

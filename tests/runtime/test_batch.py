@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,32 +17,16 @@ from ldm_runtime.batching.batch import Batch, Member
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
-from ldm_runtime.schedulers import Trajectory
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline
 
 MAX_ROWS = 16
-
-
-class ScaledInput:
-    """DDIM whose UNet takes scaled latents, as those of sigma-based schedulers do, from scaled noise."""
-
-    def __init__(self, scheduler: Any):
-        self._scheduler = scheduler
-
-    def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
-        result = self._scheduler.trajectory(num_inference_steps, eta)
-        scales = np.linspace(0.5, 1, len(result), dtype=np.float32)
-        return replace(result, input_scale=scales, init_noise_sigma=3.0)
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LatentDiffusionPipeline]:
     """Scheduler -> pipeline of the same model."""
     folder = tmp_path_factory.mktemp("model")
-    result = {name: numpy_pipeline(folder, scheduler=config) for name, config in SCHEDULERS.items()}
-    result["scaled"] = numpy_pipeline(folder)
-    result["scaled"].scheduler = ScaledInput(result["scaled"].scheduler)
-    return result
+    return {name: numpy_pipeline(folder, scheduler=config) for name, config in SCHEDULERS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +57,12 @@ requests = st.builds(
     guidance_scale=st.sampled_from([1.0, 2.5, 6.0]),
     num_inference_steps=st.integers(4, 9),
     guidance_every=st.integers(1, 3),
+    guidance_rescale=st.sampled_from([0.0, 0.7]),
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.8), (0.5, 0.5)]),
 )
 visits = st.builds(
     Visit,
-    st.sampled_from([*SCHEDULERS, "scaled"]),
+    st.sampled_from([*SCHEDULERS]),
     requests,
     st.integers(0, 6),
     st.sampled_from([2, 100, 100, 100]),
@@ -119,7 +103,7 @@ def test_every_member_gets_the_latents_it_has_alone(
     assert done == len(stays) and batch.rows == 0 and not batch.members
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm_sde"])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm_sde", "euler", "heun"])
 def test_an_unconditional_model_keeps_its_members(tmp_path: Path, executor: ThreadPoolExecutor, scheduler: str) -> None:
     """Without conditioning tensors, a member that joins leaves the latents of the others alone."""
     pipeline = numpy_pipeline(tmp_path, text=False, scheduler=SCHEDULERS[scheduler])

@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 FOR_NUMPY = [request for request in MIXED if request.guidance_every > 1 or request.guidance_interval != (0.0, 1.0)]
 
 
-@pytest.fixture(params=["ddim", "dpm_3"])
+@pytest.fixture(params=["ddim", "dpm_3", "euler_ancestral", "lms"])
 def pipelines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[LatentDiffusionPipeline, ...]]:
     plain, looped = with_loop(tmp_path, request.param)
     with looped:  # closing the device fails if a tensor is left

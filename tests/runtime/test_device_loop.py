@@ -26,6 +26,7 @@ from ldm_runtime.specs import ComponentSpec
 from tests.support.host_device import host_device
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline, write_unet
 
+NEW = ("euler_ancestral", "heun", "unipc")
 OPTIONS: dict[str, Any] = {"seed": 3, "num_inference_steps": 5}
 Graphs = dict[str, tuple[Path, ComponentSpec]]
 
@@ -58,7 +59,7 @@ def ddim(tmp_path: Path) -> Iterator[tuple[LatentDiffusionPipeline, LatentDiffus
         yield plain, looped
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3"])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "pndm_runge_kutta", "dpm", "dpm_sde", "dpm_3", *NEW])
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,6 +81,15 @@ def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, o
             np.testing.assert_allclose(other.latents, one.latents, atol=1e-5 * np.abs(one.latents).max(), rtol=0)
             assert other.latents is other.latents
     assert not looped.backends["unet"].calls  # type: ignore[attr-defined]
+
+
+def test_rescaled_guidance_runs_in_numpy(tmp_path: Path) -> None:
+    plain, looped = with_loop(tmp_path, "ddim")
+    request = Request("a", guidance_scale=6.0, guidance_rescale=0.7, **OPTIONS)
+    with looped:
+        assert looped.loop is not None and not looped.loop.takes(looped.plan(request))
+        for one, other in zip(plain.steps(request), looped.steps(request), strict=True):
+            assert np.array_equal(one.latents, other.latents)
 
 
 DERIVED = ("cross_attention_kv", "time_embedding")

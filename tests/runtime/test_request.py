@@ -97,11 +97,21 @@ def test_guidance_on_a_part_of_the_steps(plan: Callable[..., Plan]) -> None:
     assert planned.steps == (both, reused, both, off, off, off)
 
 
+def test_only_scales_above_one_are_guided_where_the_model_says_so(pipeline: LatentDiffusionPipeline) -> None:
+    planner = replace(pipeline._planner, model=replace(pipeline.model, guidance_above_one=True))
+    for scale, guided in ((0.0, False), (0.5, False), (1.0, False), (1.01, True)):
+        planned = planner.plan(Request("a", guidance_scale=scale, guidance_rescale=0.5))
+        assert (planned.guided, planned.guidance_rescale) == (guided, 0.5 if guided else 0.0)
+
+
 ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, what it expects
     ("prompts", [[], ()], "got an empty list, expected a text or a list of texts"),
     ("prompts", [None], "got none, expected a text or a list of texts"),
     ("prompts", [5, b"a", {"a"}, ["a", 1], (p for p in "ab")], "expected a text or a list of texts"),
     ("negative_prompt", [None, 5, ["a", None], {"a": "b"}], "expected a text or a list of texts"),
+    ("guidance_rescale", [-0.1, 1.5, float("nan"), "1", None, True], "expected a number from 0 to 1"),
+    ("clip_skip", [-1, 1.0, "1", None, True, 10**6], "expected a whole number from 0 to 4096"),
+    ("clip_skip", [1, 12], "but this text encoder can skip 0 layers"),
     ("negative_prompt", [[]], "got 0 for 1 prompts, expected one, or one each"),
     ("images_per_prompt", [0, -1, 1.0, True, "2", None], "expected a whole number from 1 to 4096"),
     ("guidance_scale", [np.nan, np.inf, -np.inf, 1e39, 10**400, "6", True, 1j], "expected a finite number"),

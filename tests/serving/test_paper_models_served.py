@@ -1,4 +1,4 @@
-"""Models of images, masks and layouts on a real Triton server: `client` gets the image of the same request here."""
+"""Models of images, masks, layouts and CLIP's texts on a real Triton server: `client` gets the image made here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from ldm_export.cli import main
 from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.bundle import Bundle
 from tests.support.paper_bundles import files_of, paper_bundle
 from tests.support.shared import SharedFolders
 from tests.support.triton_server import served
@@ -28,5 +29,18 @@ def test_images_are_those_of_the_same_request_here(name: str, shared: SharedFold
     with served(paper.folder / "bundle", tmp_path) as server:
         request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
         assert main(["client", *options, *request, "--url", server.http]) == 0
+    answer = np.asarray(Image.open(tmp_path / "out.png"), int)
+    assert np.abs(answer - np.asarray(expected, int)).max() <= 1
+
+
+@SLOW
+def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
+    fields = {"negative_prompt": "red!", "clip_skip": 1, "guidance_rescale": 0.7, "guidance_scale": 7.5, "eta": 0.5}
+    with LatentDiffusionPipeline.from_bundle(sd2_bundle, backend="onnxruntime", precision="fp32") as pipeline:
+        (expected,) = pipeline("A café, 日!", seed=3, num_inference_steps=4, **fields).images
+    with served(sd2_bundle.folder, tmp_path) as server:
+        options = ["--negative-prompt", "red!", "--clip-skip", "1", "--guidance-rescale", "0.7", "--guidance", "7.5"]
+        request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
+        assert main(["client", "A café, 日!", *options, *request, "--url", server.http]) == 0
     answer = np.asarray(Image.open(tmp_path / "out.png"), int)
     assert np.abs(answer - np.asarray(expected, int)).max() <= 1

@@ -33,6 +33,7 @@ NAMES = {
     "GUIDANCE": "guidance_scale",
     "GUIDANCE_EVERY": "guidance_every",
     "GUIDANCE_INTERVAL": "guidance_interval",
+    "GUIDANCE_RESCALE": "guidance_rescale",
     "HEIGHT": "height",
     "WIDTH": "width",
     "NEGATIVE_PROMPT": "negative_prompt",
@@ -44,6 +45,7 @@ WISHES = [
     {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9, "GUIDANCE": 5.0, "GUIDANCE_EVERY": 2},
     {"PROMPT": PROMPTS[0], "SEED": 6, "STEPS": 8, "GUIDANCE": 5.0, "GUIDANCE_INTERVAL": [0.25, 0.75]},
     {"PROMPT": PROMPTS, "SEED": [3, 4, 5], "STEPS": 4, "GUIDANCE": 3.0, "NEGATIVE_PROMPT": "a circle"},
+    {"PROMPT": PROMPTS[1], "SEED": 9, "STEPS": 4, "GUIDANCE": 5.0, "GUIDANCE_RESCALE": 0.7},
     {"PROMPT": PROMPTS[2], "SEED": 2**40, "STEPS": 6, "HEIGHT": 96, "WIDTH": 64, "ETA": 1.0},
     {"PROMPT": PROMPTS[:2], "SEED": -7, "STEPS": 3, "IMAGES_PER_PROMPT": 2, "NEGATIVE_PROMPT": ["red", "blue"]},
 ]

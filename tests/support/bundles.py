@@ -9,11 +9,22 @@ from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
-from ldm_export.demo import demo_checkpoint
+from ldm_export.demo import demo_checkpoint, demo_config
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
+from ldm_export.originals import open_model
 
-__all__ = ["CAPABILITIES", "ENGINES", "add_cuda", "add_engines", "add_fp16", "add_int8", "build_bundle", "build_shapes"]
+__all__ = [
+    "CAPABILITIES",
+    "ENGINES",
+    "add_cuda",
+    "add_engines",
+    "add_fp16",
+    "add_int8",
+    "build_bundle",
+    "build_demo",
+    "build_shapes",
+]
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities of the shared engines: Ampere, Ada and Blackwell."""
@@ -28,6 +39,11 @@ def build_bundle(checkpoint: Path, folder: Path) -> None:
 def build_shapes(folder: Path) -> None:
     """Build the bundle of the checkpoint that ships, in fp32."""
     build(open_checkpoint(demo_checkpoint()), folder)
+
+
+def build_demo(task: str, folder: Path) -> None:
+    """Build the bundle of the demo model of a task, in fp32."""
+    build(open_model(demo_checkpoint(task), config=demo_config(task)), folder)
 
 
 def add_fp16(checkpoint: Path, bundle: Path, folder: Path) -> None:

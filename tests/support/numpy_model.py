@@ -15,7 +15,16 @@ from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, check_feed
 
-__all__ = ["FACTOR", "SCHEDULERS", "FunctionBackend", "description", "numpy_pipeline", "write_tokenizer", "write_unet"]
+__all__ = [
+    "FACTOR",
+    "IN_SIGMAS",
+    "SCHEDULERS",
+    "FunctionBackend",
+    "description",
+    "numpy_pipeline",
+    "write_tokenizer",
+    "write_unet",
+]
 
 TOKENS, WIDTH, CHANNELS, FACTOR = 6, 4, 4, 2
 BATCH = Axis("batch", 1, 2, 64)
@@ -29,7 +38,17 @@ SCHEDULERS: Mapping[str, dict[str, Any]] = {
     "dpm": {"class": "DPMSolverMultistepScheduler"},
     "dpm_sde": {"class": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
     "dpm_3": {"class": "DPMSolverMultistepScheduler", "solver_order": 3},
+    "ddpm": {"class": "DDPMScheduler", "clip_sample": False},
+    "euler": {"class": "EulerDiscreteScheduler"},
+    "euler_ancestral": {"class": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+    "lms": {"class": "LMSDiscreteScheduler", "use_karras_sigmas": True},
+    "heun": {"class": "HeunDiscreteScheduler"},
+    "unipc": {"class": "UniPCMultistepScheduler"},
+    "lcm": {"class": "LCMScheduler"},
+    "tcd": {"class": "TCDScheduler"},
 }
+IN_SIGMAS = ("euler", "euler_ancestral", "lms", "heun")
+"""Schedulers that scale the noise and the UNet's input; "text_to_image" takes none of them, other families do."""
 
 
 class FunctionBackend(SpecBackend):
@@ -61,7 +80,7 @@ def description(
     kv = [f32("kv.0", BATCH, TOKENS, WIDTH)] if text else []
     sample, embedding = f32("sample", BATCH, CHANNELS, HEIGHT, SIDE), f32("time_embedding", BATCH, 3)
     components = [
-        ComponentSpec("time_embedding", (TensorSpec("timestep", "int64", (BATCH,)),), (embedding,), "schedule"),
+        ComponentSpec("time_embedding", (TensorSpec("timestep", "float32", (BATCH,)),), (embedding,), "schedule"),
         ComponentSpec("unet", (sample, *kv, embedding), (f32("noise_pred", *sample.shape),), "step"),
         ComponentSpec(
             "decoder",
@@ -74,9 +93,10 @@ def description(
         ids, context = TensorSpec("input_ids", "int64", (BATCH, TOKENS)), f32("context", BATCH, TOKENS, WIDTH)
         components.insert(0, ComponentSpec("text_encoder", (ids,), (context,), "request"))
         components.insert(1, ComponentSpec("cross_attention_kv", (context,), tuple(kv), "request"))
+    scaled = scheduler["class"] in [SCHEDULERS[name]["class"] for name in IN_SIGMAS]
     entry = ConditioningSpec("text", "text_encoder", {"tokenizer": "tokenizer.json"}, ("context",))
     return ModelDescription(
-        family="text_to_image" if text else "unconditional",
+        family=("stable_diffusion" if scaled else "text_to_image") if text else "unconditional",
         components={spec.name: spec for spec in components},
         conditioning=(entry,) if text else (),
         guidance=("unconditional", "conditional") if text else (),

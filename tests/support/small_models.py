@@ -141,6 +141,7 @@ def bundle_of(model: CalibrationModel, folder: Path, quantize: tuple[str, ...]) 
         },
         conditioning=description.conditioning,
         guidance=description.guidance,
+        guidance_above_one=description.guidance_above_one,
         latents=description.latents,
         scheduler=description.scheduler,
         defaults=description.defaults,

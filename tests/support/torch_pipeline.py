@@ -12,6 +12,7 @@ from torch import nn
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import family_named
+from ldm_export.families.description import described
 from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.specs import ComponentSpec
@@ -28,7 +29,9 @@ class TorchBackend(SpecBackend):
     def run(self, feed: Feed) -> dict[str, NDArray[np.float32]]:
         with torch.inference_mode():
             tensors = [torch.from_numpy(np.array(feed[tensor.name])) for tensor in self._spec.inputs]
-            return {self._spec.outputs[0].name: self._module(*tensors).numpy()}
+            result = self._module(*tensors)
+            results = result if isinstance(result, tuple) else (result,)
+            return {tensor.name: one.numpy() for tensor, one in zip(self._spec.outputs, results, strict=True)}
 
     def close(self) -> None:
         """Keep the module."""
@@ -37,7 +40,7 @@ class TorchBackend(SpecBackend):
 def torch_pipeline(checkpoint: Checkpoint, folder: Path) -> LatentDiffusionPipeline:
     """A pipeline of the modules that a build would trace; files of the conditioning are written to ``folder``."""
     family = family_named(checkpoint.family)
-    model = family.describe(checkpoint)
+    model = described(family, checkpoint)
     folder.mkdir()
     for file in family.files.values():
         if file.source in checkpoint.files:

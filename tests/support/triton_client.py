@@ -18,8 +18,8 @@ KINDS = {
     "NEGATIVE_PROMPT": "BYTES",
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
-    **dict.fromkeys(("COUNT", "GUIDANCE_EVERY"), "INT32"),
-    **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "TIMEOUT"), "FP32"),
+    **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP"), "INT32"),
+    **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE", "TIMEOUT"), "FP32"),
 }
 DTYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 WAIT = 120

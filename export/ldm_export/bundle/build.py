@@ -30,6 +30,7 @@ from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import family_named
+from ldm_export.families.description import described
 from ldm_export.requests import RequestFields
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
@@ -117,7 +118,7 @@ def build(
     options = BuildOptions(precision, engines) if options is None else options
     target = target.resolve()  # replaces the folder that a link points to
     family = family_named(checkpoint.family)
-    model, previous = family.describe(checkpoint), previous_bundle(target)
+    model, previous = described(family, checkpoint), previous_bundle(target)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
     request = _request(checkpoint, options, family.quantize)
@@ -139,6 +140,7 @@ def build(
             components=_components(plan, options, latents, variants, outcomes),
             conditioning=plan.model.conditioning,
             guidance=plan.model.guidance,
+            guidance_above_one=plan.model.guidance_above_one,
             latents=plan.model.latents,
             scheduler=plan.model.scheduler,
             defaults=plan.model.defaults,

@@ -13,6 +13,7 @@ __all__ = ["full_config", "with_current_names"]
 
 _COUNTS = {  # key -> maximum
     "encoder_layers": 512,
+    "num_hidden_layers": 512,
     "layers_per_block": 32,
     "transformer_layers_per_block": 32,
     "reverse_transformer_layers_per_block": 32,
@@ -21,10 +22,11 @@ _SIZES = (
     *("sample_size", "in_channels", "out_channels", "block_out_channels", "norm_num_groups", "latent_channels"),
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "num_vq_embeddings", "vq_embed_dim"),
     *("vocab_size", "max_position_embeddings", "d_model", "encoder_ffn_dim", "encoder_attention_heads", "head_dim"),
-    "num_train_timesteps",
+    *("hidden_size", "intermediate_size", "num_train_timesteps"),
 )
 _LARGEST, _LONGEST, _MOST_STEPS = 2**24, 32, 2**16  # maximum of a number; lengths of a list, of trained_betas
 _LISTS = {*_COUNTS, *_SIZES, "only_cross_attention"}  # one value, or a list with one per level
+_INDICES = ("disable_corrector",)  # lists of any length, also empty
 _NULLABLE = ("pad_token_id",)  # numbers without an annotation that may be null
 
 
@@ -58,7 +60,8 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
     full = {name: parameter.default for name, parameter in known.items()}
     for key, value in config.items():
         if key in known:
-            if value is not None or not _may_be_null(key, known[key]):
+            stated = type(value) is type(full[key]) and value == full[key]  # a default may be infinite
+            if not stated and (value is not None or not _may_be_null(key, known[key])):
                 _check_value(f"{where}: {key}", key, value, full[key])
             full[key] = _converted(value, full[key])
     return full
@@ -96,9 +99,10 @@ def _check_value(where: str, key: str, value: Any, default: Any) -> None:
         fits, expected = _is_number, f"a number from -{_LARGEST} to {_LARGEST}"
     if isinstance(value, list):
         longest = _MOST_STEPS if key == "trained_betas" else _LONGEST
-        fine = default is None or isinstance(default, tuple) or key in _LISTS
+        fine = default is None or isinstance(default, tuple) or key in (*_LISTS, *_INDICES)
         flat = [each for one in value for each in (one if key in _COUNTS and isinstance(one, list) else [one])]
-        fine = fine and 1 <= len(value) <= longest and len(flat) <= longest**2 and all(map(fits, flat))
+        shortest = 0 if key in _INDICES else 1
+        fine = fine and shortest <= len(value) <= longest and len(flat) <= longest**2 and all(map(fits, flat))
     else:
         fine = (value is None and default is None) or (not isinstance(default, tuple) and fits(value))
     if not fine:

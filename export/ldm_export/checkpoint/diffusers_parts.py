@@ -12,7 +12,9 @@ from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
+from ldm_export.checkpoint.json_files import shortened
 from ldm_export.checkpoint.layout import CheckpointLayout, Config, FileFolder, ModuleSource, Part, WeightNames
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Latents
@@ -31,10 +33,18 @@ __all__ = [
     "latents_of",
     "layout",
     "pixels_per_latent",
+    "text_problems",
     "width_problems",
 ]
 
 MAX_LEVELS = 32
+_TEXT_INPUTS = {  # of the UNet, and their kinds that the text encoder's states suffice for
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "time_cond_proj_dim": (None,),
+}
 _UNET_KEYS = {
     "image_size": "sample_size",
     "num_res_blocks": "layers_per_block",
@@ -207,11 +217,23 @@ DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": Non
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),
-    classes={name: getattr(diffusers, name) for name in SCHEDULERS},
+    classes={name: getattr(diffusers, name) for name in SCHEDULERS}
+    | {"LMSDiscreteScheduler": LMSDiscreteScheduler},  # which diffusers itself exports only if SciPy is installed
     older_keys={"timesteps": "num_train_timesteps", "clip_predicted_image": "clip_sample"},
     config_file="scheduler_config.json",
 )
 """Schedulers that the runtime supports."""
+
+
+def text_problems(unet: Config, width: int) -> list[str]:
+    """Check that a text encoder's states of a width are all that a UNet takes besides latents and timestep."""
+    problems = []
+    if wrong := sorted(context_widths(unet) - {width}):
+        key = "cross_attention_dim" if unet["encoder_hid_dim"] is None else "encoder_hid_dim"
+        problems.append(f"the unet's {key} is {wrong[0]}, not the text encoder's {width}")
+    if other := [key for key, kinds in _TEXT_INPUTS.items() if unet[key] not in kinds]:
+        problems.append(f"the unet's {shortened(other)} asks for inputs that a text-to-image pipeline does not give")
+    return problems
 
 
 def width_problems(unet: Config, width: int, encoder: str) -> list[str]:

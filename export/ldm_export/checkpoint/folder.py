@@ -11,6 +11,7 @@ from typing import Any
 from ldm_export.checkpoint.config_values import full_config, with_current_names
 from ldm_export.checkpoint.json_files import read_json, shortened
 from ldm_export.checkpoint.layout import CheckpointLayout, Part
+from ldm_export.checkpoint.lone_parts import lone_part
 from ldm_export.checkpoint.weights import StoredTensor, read_weights, weight_file
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
@@ -34,6 +35,7 @@ class Component:
         defaulted: Arguments that the checkpoint leaves out.
         tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
         depends: What the weights depend on beside the files of ``folder``, JSON-able.
+        ignored: Entries of the checkpoint's config that are no arguments.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Component:
     defaulted: frozenset[str] = frozenset()
     tensors: Mapping[str, StoredTensor] | None = field(default=None, repr=False)
     depends: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def weights(self) -> Mapping[str, StoredTensor]:
         """Return name -> tensor; values are read from disk when they are used. Errors as ``read_weights``."""
@@ -62,6 +65,7 @@ class Checkpoint:
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
         defaults: Sampling options that the checkpoint's authors use; None for those of the family.
+        scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
     """
 
     folder: Path
@@ -72,6 +76,7 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     random_seed: int | None = None
     defaults: Defaults | None = None
+    scheduler_given: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""
@@ -88,6 +93,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is {'a file' if folder.exists() else 'missing'}, expected a checkpoint folder")
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder} is empty, expected a checkpoint with {INDEX} and its components")
+    if not (folder / INDEX).exists() and (found := lone_part(folder)) is not None:
+        raise CheckpointError(f"{folder} holds {found}, expected a whole checkpoint with {INDEX}; give its folder")
     return read_json(folder / INDEX, "checkpoint")
 
 
@@ -111,8 +118,13 @@ def read_folder(
         for name, entry in layout.files.items():
             if not any((files[name] / file).is_file() for file in entry.one_of):
                 raise CheckpointError(f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole")
+    for key, notice in layout.not_exported.items():
+        if isinstance(index.get(key), list) and None not in index[key]:
+            log.warning("%s: %s: %s", folder, key, notice)
     config = {**scheduler.config, "class": scheduler.class_name}
-    return Checkpoint(folder, family, layout, components, files, config, random_seed)
+    given = {key: value for key, value in scheduler.config.items() if key not in scheduler.defaulted}
+    given |= scheduler.ignored
+    return Checkpoint(folder, family, layout, components, files, config, random_seed, scheduler_given=given)
 
 
 def _entry(folder: Path, index: dict[str, Any], name: str, keys: tuple[str, ...]) -> tuple[Path, str]:
@@ -142,7 +154,8 @@ def _component(folder: Path, index: dict[str, Any], name: str, part: Part) -> Co
     full = full_config(f"{name}: {file}", part, today, config)
     if unknown := set(config) - set(full):
         log.info("%s: %s: ignored %s", name, file, shortened(unknown))
-    return Component(name, place, today, full, frozenset(set(full) - set(config)))
+    ignored = {key: value for key, value in config.items() if key not in full}
+    return Component(name, place, today, full, frozenset(set(full) - set(config)), ignored=ignored)
 
 
 def _current_class(part: Part, name: Any) -> Any:

@@ -87,10 +87,14 @@ class FileFolder:
     Attributes:
         folders: As in ``Part``.
         one_of: File names of which at least one must exist, unless weights are random.
+        published: Where users of a checkpoint without the folder get it, as the object of "give".
+        or_file: A file may take the place of the folder.
     """
 
     folders: tuple[str, ...]
     one_of: tuple[str, ...]
+    published: str = "the checkpoint's own"
+    or_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class CheckpointLayout:
         scheduler: Part of the scheduler.
         files: Folders of files by name.
         modules: Torch modules by name.
+        not_exported: Key of a further part in model_index.json -> notice for checkpoints that have it.
         problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.
     """
 
@@ -112,3 +117,4 @@ class CheckpointLayout:
     files: Mapping[str, FileFolder]
     modules: Mapping[str, ModuleSource]
     problems: Callable[[Mapping[str, Config]], list[str]]
+    not_exported: Mapping[str, str] = field(default_factory=dict)

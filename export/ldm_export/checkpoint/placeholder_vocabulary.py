@@ -1,12 +1,15 @@
-"""Placeholder vocabulary for checkpoints without weights: its tokens are single characters."""
+"""Placeholder vocabularies for checkpoints without weights: their tokens are single characters or bytes."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import string
 from pathlib import Path
 
-__all__ = ["placeholder_tokenizer"]
+from tokenizers.pre_tokenizers import ByteLevel
+
+__all__ = ["placeholder_clip_tokenizer", "placeholder_tokenizer"]
 
 
 def placeholder_tokenizer(source: Path, target: Path) -> Path:
@@ -23,4 +26,20 @@ def placeholder_tokenizer(source: Path, target: Path) -> Path:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = [*special, *characters, *string.punctuation, *(f"##{character}" for character in characters)]
     (target / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    return target
+
+
+def placeholder_clip_tokenizer(source: Path, target: Path) -> Path:
+    """Write a CLIP vocabulary of single bytes and the configs of ``source`` to the folder ``target``.
+
+    Returns:
+        ``target``.
+    """
+    for config in source.glob("*.json"):
+        shutil.copyfile(config, target / config.name)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["!", *(letter for letter in letters if letter != "!"), *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: index for index, token in enumerate((*tokens, "<|startoftext|>", "<|endoftext|>"))}
+    (target / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (target / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     return target

@@ -21,7 +21,7 @@ from tokenizers.models import WordPiece
 from ldm_runtime.conditioning.tokenizer import MAX_BYTES, MAX_LENGTH
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["write_tokenizer_json"]
+__all__ = ["MAX_TOKENS", "write_tokenizer_json"]
 
 log = logging.getLogger(__name__)
 

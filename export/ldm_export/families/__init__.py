@@ -11,7 +11,9 @@ from ldm_export.families.class_conditional import CLASS_CONDITIONAL
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.inpainting import INPAINTING
 from ldm_export.families.layout_to_image import LAYOUT_TO_IMAGE
+from ldm_export.families.other_pipelines import pipeline_kind
 from ldm_export.families.semantic_synthesis import SEMANTIC_SYNTHESIS
+from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
 from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
@@ -29,6 +31,7 @@ __all__ = [
 
 FAMILIES: tuple[Family, ...] = (
     TEXT_TO_IMAGE,
+    STABLE_DIFFUSION,
     UNCONDITIONAL,
     CLASS_CONDITIONAL,
     SUPER_RESOLUTION,
@@ -52,11 +55,9 @@ def family_of(index: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if isinstance(name, str) and name in family.pipelines:
             return family
-    supported = "; ".join(
-        f"{today} (older names {', '.join(older)})" if older else today
-        for today, *older in (family.pipelines for family in FAMILIES if family.pipelines)
-    )
-    raise CheckpointError(f"{INDEX} is of a {name!r:.80}, expected {supported}; use a checkpoint of such a pipeline")
+    supported = ", ".join(family.pipelines[0] for family in FAMILIES if family.pipelines)
+    what = f" ({known})" if isinstance(name, str) and (known := pipeline_kind(name)) else ""
+    raise CheckpointError(f"{INDEX} is of a {name!r:.80}{what}, expected {supported}; use such a checkpoint")
 
 
 def family_named(name: str) -> Family:

@@ -68,6 +68,8 @@ class Family:
         reference: diffusers' own pipeline of a checkpoint, or the modules that replace one; float32 on the CPU.
         reference_image: Runs it for one request with every option filled in, height and width in pixels of
             our image among them, noise from the generator.
+        fractional_timesteps: Export the UNet with float32 timesteps whatever the checkpoint's scheduler is, so that
+            requests can select any other.
     """
 
     name: str
@@ -80,3 +82,4 @@ class Family:
     requests: Callable[[Sequence[str] | None], tuple[RequestFields, ...]]
     reference: Callable[[Checkpoint], Any]
     reference_image: Callable[[Any, RequestFields, torch.Generator], Image.Image]
+    fractional_timesteps: bool = False

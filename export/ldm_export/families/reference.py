@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph import wrappers
 from ldm_export.requests import RequestFields
+from ldm_runtime.errors import CheckpointError
 from ldm_runtime.images import to_pil
 
 __all__ = [
@@ -29,23 +32,34 @@ __all__ = [
 
 
 def torch_scheduler(checkpoint: Checkpoint) -> Any:
-    """The scheduler of a checkpoint, of diffusers."""
+    """The scheduler of a checkpoint, of diffusers.
+
+    Raises:
+        CheckpointError: diffusers needs SciPy for the scheduler or its options, and SciPy is not installed.
+    """
     config = dict(checkpoint.scheduler_config)
-    return checkpoint.layout.scheduler.classes[config.pop("class")](**config)
+    name = config.pop("class")
+    if (name == "LMSDiscreteScheduler" or config.get("use_beta_sigmas")) and find_spec("scipy") is None:
+        what = name if name == "LMSDiscreteScheduler" else f"{name} with use_beta_sigmas"
+        raise CheckpointError(f"scheduler: diffusers needs SciPy for {what}, to compare with; pip install scipy")
+    return checkpoint.layout.scheduler.classes[name](**config)
 
 
-def diffusers_pipeline(pipeline_class: Any, checkpoint: Checkpoint, **others: Any) -> Any:
+def diffusers_pipeline(
+    pipeline_class: Any, checkpoint: Checkpoint, *, first_stage: str = "vqvae", **others: Any
+) -> Any:
     """A checkpoint's pipeline in float32 on the CPU, without a progress bar.
 
     Args:
-        pipeline_class: Of diffusers; takes ``vqvae``, ``unet`` and ``scheduler``.
+        pipeline_class: Of diffusers; takes ``first_stage``, ``unet`` and ``scheduler``.
         checkpoint: With the modules "autoencoder" and "unet".
+        first_stage: The class's name of the autoencoder.
         others: Further components that the class takes.
     """
     pipeline = pipeline_class(
-        vqvae=load_module(checkpoint, "autoencoder"),
         unet=load_module(checkpoint, "unet"),
         scheduler=torch_scheduler(checkpoint),
+        **{first_stage: load_module(checkpoint, "autoencoder")},
         **others,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -99,9 +113,12 @@ def sampled(
     """
     scheduler.set_timesteps(request["num_inference_steps"])
     latents: torch.Tensor = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    options = {"eta": request["eta"], "generator": generator}
+    options = {name: value for name, value in options.items() if name in known}
     for timestep in scheduler.timesteps:
         noise = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        latents = scheduler.step(noise, timestep, latents, eta=request["eta"], generator=generator).prev_sample
+        latents = scheduler.step(noise, timestep, latents, **options).prev_sample
     return latents
 
 

@@ -25,15 +25,14 @@ from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from ldm_export.checkpoint.diffusers_parts import (
     UNET_CONDITION,
-    context_widths,
     latent_problems,
     latent_size,
     latents_of,
     layout,
     pixels_per_latent,
+    text_problems,
 )
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.json_files import shortened
 from ldm_export.checkpoint.layout import FileFolder, ModuleSource, Part, WeightNames
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
@@ -50,7 +49,29 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, Latents
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["TEXT_ENCODER", "TEXT_TO_IMAGE", "ModelShape", "TextEncoder", "describe", "model_shape", "tokenizer_folder"]
+__all__ = [
+    "CONTEXT",
+    "GUIDANCE",
+    "TEXT_ENCODER",
+    "TEXT_TO_IMAGE",
+    "ModelShape",
+    "TextEncoder",
+    "describe",
+    "model_shape",
+    "tokenizer_folder",
+]
+
+__all__ = [
+    "CONTEXT",
+    "GUIDANCE",
+    "TEXT_ENCODER",
+    "TEXT_TO_IMAGE",
+    "ModelShape",
+    "TextEncoder",
+    "describe",
+    "model_shape",
+    "tokenizer_folder",
+]
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
@@ -61,12 +82,7 @@ PIPELINE_FACTOR = 8
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.3, guidance_scale=6.0)
 """As in the example of LDMTextToImagePipeline."""
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
-_EMBEDDINGS = {  # of the UNet, and their kinds that the text encoder's states suffice for
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "addition_embed_type": (None, "text"),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-}
+VOCABULARY = "the vocab.txt of bert-base-uncased, or the vocabulary it was trained with"
 
 BERT = Part(
     folders=("bert", "text_encoder"),
@@ -98,14 +114,7 @@ class TextEncoder(nn.Module):
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
-    problems = []
-    if wrong := sorted(context_widths(unet) - {text["d_model"]}):
-        key = "cross_attention_dim" if unet["encoder_hid_dim"] is None else "encoder_hid_dim"
-        problems.append(f"the unet's {key} is {wrong[0]}, not the text encoder's {text['d_model']}")
-    problems += latent_problems(unet, autoencoder)
-    if other := [key for key, kinds in _EMBEDDINGS.items() if unet[key] not in kinds]:
-        problems.append(f"the unet's {shortened(other)} asks for inputs that a text-to-image pipeline does not give")
-    return problems
+    return [*text_problems(unet, text["d_model"]), *latent_problems(unet, autoencoder)]
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ TEXT_TO_IMAGE = Family(
         unet=UNET_CONDITION,
         parts={TEXT_ENCODER: BERT},
         modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER, {"to_logits": nn.Identity})},
-        files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES)},
+        files={"tokenizer": FileFolder(("tokenizer",), VOCABULARY_FILES, VOCABULARY, or_file=True)},
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, TextEncoder),

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ldm_export.graph.nodes import range_names
+from ldm_runtime.model import TIMESTEP
 
 __all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
 
@@ -94,16 +95,20 @@ def _before_selections(graph: ir.Graph) -> set[ir.Node]:
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     """Return nodes that compute floats from integers alone, up to the first matrix product or table, with their reason.
 
-    Half precision would round such integers. The reason is "timestep embedding" for nodes that depend on the graph's
-    integer inputs, and "sizes" for those that depend on shapes only.
+    Half precision would round such integers, and a timestep that is not whole. The reason is "timestep embedding" for
+    nodes that depend on the graph's integer inputs or its timestep, and "sizes" for those that depend on shapes only.
     """
-    reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT}
+    reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT or value.name == TIMESTEP}
     reasons: dict[ir.Node, str] = {}
     for node in graph:
         sources = [value for value in node.inputs if value is not None and not value.is_initializer()]
         if not sources or node.op_type in (*MATRIX, "Gather", "Shape"):
             continue
-        if all(value.dtype != ir.DataType.FLOAT or value.producer() in reasons for value in sources):
+        exact = (
+            value.dtype != ir.DataType.FLOAT or value.producer() in reasons or value.name == TIMESTEP
+            for value in sources
+        )
+        if all(exact):
             if timestep := any(value in reached for value in sources):
                 reached.update(node.outputs)
             if computes(node):

@@ -16,8 +16,8 @@ __all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
 class UNet(nn.Module):
     """A UNet of diffusers with positional inputs and one output.
 
-    sample float32 [R, C, h, w], timestep int64 [R] and, for a UNet with cross-attention, context float32 [R, T, D] ->
-    predicted noise float32 [R, C, h, w].
+    sample float32 [R, C, h, w], timestep int64 or float32 [R] and, for a UNet with cross-attention, context float32
+    [R, T, D] -> predicted noise float32 [R, C, h, w].
     """
 
     def __init__(self, unet: nn.Module):
@@ -36,7 +36,8 @@ class UNet(nn.Module):
 class ConcatenatedUNet(UNet):
     """A UNet2DModel that gets its conditioning as further channels, for any height and width.
 
-    sample float32 [R, C, h, w], timestep int64 [R], conditioning float32 [R, K, h, w] -> predicted noise as sample.
+    sample float32 [R, C, h, w], timestep int64 or float32 [R], conditioning float32 [R, K, h, w] -> predicted noise as
+    sample.
     """
 
     def __init__(self, unet: nn.Module):

@@ -14,7 +14,8 @@ from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import family_named
 from ldm_export.originals.checkpoint_file import read_state_dict
-from ldm_export.originals.condition_shape import Classes, Labels, Text
+from ldm_export.originals.clip_shape import Clip, clip_tensors
+from ldm_export.originals.condition_shape import KINDS, Classes, Labels, Text
 from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
 from ldm_export.originals.key_mapping import (
     autoencoder_tensors,
@@ -22,6 +23,7 @@ from ldm_export.originals.key_mapping import (
     text_tensors,
     unet_tensors,
 )
+from ldm_export.originals.other_files import other_file
 from ldm_export.originals.recognition import Original, described, recognise
 from ldm_export.originals.schedule import scheduler_options
 from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
@@ -57,6 +59,10 @@ def open_original(
             tokenizer is missing.
     """
     tensors = read_state_dict(file)
+    if (other := other_file(tensors)) is not None:
+        raise CheckpointError(
+            f"{file} holds {other}, expected a whole model of {', '.join(KINDS)}; give its checkpoint file or folder"
+        )
     try:
         original = recognise(tensors, None if config is None else read_yaml(config), weights)
         if original.kind == "super_resolution" and original.scale_factor != 1:
@@ -96,6 +102,7 @@ def _checkpoint(
     if problems := layout.problems({name: component.config for name, component in components.items()}):
         raise CheckpointError(f"{file}: {problems[0]}; use the tensors of one model")
     options = scheduler_options(original.timesteps, original.linear_start, original.linear_end)
+    options["prediction_type"] = original.prediction_type
     scheduler = full_config(f"scheduler: {file}", layout.scheduler, "DDIMScheduler", options)
     return Checkpoint(
         folder=file,
@@ -104,6 +111,7 @@ def _checkpoint(
         components=components,
         files=files,
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
+        scheduler_given=options,
         defaults=original.defaults,
     )
 
@@ -130,6 +138,8 @@ def _components(
     if isinstance(condition, Text):
         encoder = "layout_encoder" if original.kind == "layout_to_image" else "text_encoder"
         made[encoder] = ("LDMBertModel", condition.config())
+    elif isinstance(condition, Clip):
+        made["text_encoder"] = ("CLIPTextModel", condition.config())
     elif isinstance(condition, Labels):
         made["label_encoder"] = ("ClassEmbedder", condition.config(original.unconditional))
     elif isinstance(condition, Classes):
@@ -145,7 +155,8 @@ def _components(
 
 def _weights(original: Original, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, StoredTensor]]:
     """Part -> its tensors under the names of its module."""
-    texts = text_tensors(tensors)
+    clip = original.condition if isinstance(original.condition, Clip) else None
+    texts = text_tensors(tensors) if clip is None else clip_tensors(tensors, clip)
     return {
         "unet": unet_tensors(tensors, original.unet, original.heads, original.ema),
         "autoencoder": autoencoder_tensors(tensors),
@@ -187,12 +198,11 @@ def _tokenizer(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> 
         if tokenizer is not None:
             raise CheckpointError(f"tokenizer: got {tokenizer}, but {file} is no model of texts; leave it out")
         return {}
-    names = layout.files["tokenizer"].one_of
+    entry = layout.files["tokenizer"]
     if tokenizer is None:
-        raise CheckpointError(
-            f"{file}: a checkpoint of CompVis holds no tokenizer; give the vocab.txt of bert-base-uncased, or the "
-            "vocabulary it was trained with (--tokenizer)"
-        )
-    if not tokenizer.is_file() and not any((tokenizer / name).is_file() for name in names):
-        raise CheckpointError(f"tokenizer: {tokenizer}: no {' or '.join(names)}, expected a vocabulary; check the path")
+        raise CheckpointError(f"{file}: the file holds no tokenizer; give {entry.published} (--tokenizer)")
+    alone = entry.or_file and tokenizer.is_file()
+    if not alone and not any((tokenizer / name).is_file() for name in entry.one_of):
+        names = " or ".join(entry.one_of)
+        raise CheckpointError(f"tokenizer: {tokenizer}: no {names}, expected {entry.published}; check the path")
     return {"tokenizer": tokenizer}

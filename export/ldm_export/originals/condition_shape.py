@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_export.checkpoint.weights import StoredTensor
+from ldm_export.originals.clip_shape import Clip, clip_shape
 from ldm_export.originals.unet_shape import UNetShape, count, shape_of
 from ldm_runtime.errors import CheckpointError
 
@@ -19,6 +20,7 @@ LAYOUT_TOKENS = 92
 """Tokens of layout2img: 30 objects of three tokens, and two of the crop."""
 KINDS = (
     "text_to_image",
+    "stable_diffusion",
     "class_conditional",
     "unconditional",
     "super_resolution",
@@ -26,7 +28,7 @@ KINDS = (
     "semantic_synthesis",
     "layout_to_image",
 )
-"""Kinds of models: the rows of the paper's model zoo, and the names of their families."""
+"""Kinds of models: the rows of the paper's model zoo and Stable Diffusion, and the names of their families."""
 _MAPPER = f"{CONDITION_PREFIX}channel_mapper.weight"
 
 
@@ -80,7 +82,7 @@ class Classes:
         return {"num_classes": self.classes, "channels": self.channels, "factor": factor}
 
 
-Condition = Text | Labels | Classes
+Condition = Text | Labels | Classes | Clip
 
 
 def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
@@ -96,7 +98,7 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
         return Classes(*shape_of(tensors, _MAPPER, 4)[1::-1])
     text = f"{prefix}transformer."
     if f"{text}token_emb.weight" not in tensors:
-        return None
+        return clip_shape(tensors)
     vocabulary, width = shape_of(tensors, f"{text}token_emb.weight", 2)
     inner = shape_of(tensors, f"{text}attn_layers.layers.0.1.to_q.weight", 2)[0]
     layers = count(tensors, f"{text}attn_layers.layers.{{}}")
@@ -114,7 +116,7 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
     )
 
 
-def kind_of(unet: UNetShape, condition: Condition | None, tensors: Mapping[str, StoredTensor]) -> str:
+def kind_of(unet: UNetShape, condition: Condition | None) -> str:
     """The kind of a model, one of ``KINDS``, from its tensors alone.
 
     Raises:
@@ -125,6 +127,8 @@ def kind_of(unet: UNetShape, condition: Condition | None, tensors: Mapping[str, 
         return "class_conditional"
     if unet.context_width is not None and isinstance(condition, Text) and not extra:
         return "layout_to_image" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
+    if isinstance(condition, Clip) and unet.context_width == condition.width and not extra:
+        return "stable_diffusion"
     if unet.context_width is None and isinstance(condition, Classes) and extra == condition.channels:
         return "semantic_synthesis"
     if unet.context_width is None and condition is None:
@@ -134,7 +138,6 @@ def kind_of(unet: UNetShape, condition: Condition | None, tensors: Mapping[str, 
             return "unconditional"
         if extra == channels:
             return "super_resolution"
-    clip = any(name.startswith((f"{CONDITION_PREFIX}transformer.text_model.", "conditioner.")) for name in tensors)
-    hint = ", with CLIP: Stable Diffusion is not read from one file" if clip else ""
+    hint = f", with a text encoder of {condition.width} channels" if isinstance(condition, Clip) else ""
     got = f"{unet.in_channels} to {channels} channels, context {unet.context_width}{hint}"
     raise CheckpointError(f"checkpoint: got a UNet of {got}, expected one of {', '.join(KINDS)}")

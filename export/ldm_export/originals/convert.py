@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from diffusers import __version__ as diffusers_version
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
+from ldm_export.checkpoint.clip_tokenizer_files import read_clip_tokenizer
 from ldm_export.checkpoint.folder import INDEX, Checkpoint
 from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
@@ -22,7 +23,7 @@ from ldm_runtime.schedulers.noise_schedule import COMPVIS_SPACING
 
 __all__ = ["convert"]
 
-_LIBRARIES = {"LDMBertModel": "latent_diffusion"}
+_LIBRARIES = {"LDMBertModel": "latent_diffusion", "CLIPTextModel": "transformers"}
 
 
 def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
@@ -88,10 +89,18 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
     scheduler(**options).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     if "tokenizer" in checkpoint.files:
-        with tokenizer_folder(checkpoint) as source_folder:
-            tokens = checkpoint.components["text_encoder"].config["max_position_embeddings"]
-            tokenizer = BertTokenizerFast.from_pretrained(str(source_folder), model_max_length=tokens)
-            tokenizer.save_pretrained(folder / "tokenizer")
+        tokenizer = _tokenizer(checkpoint)
+        tokenizer.save_pretrained(folder / "tokenizer")
         index["tokenizer"] = ["transformers", type(tokenizer).__name__]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint, of transformers."""
+    text_encoder = checkpoint.components["text_encoder"]
+    if text_encoder.class_name == "CLIPTextModel":
+        return read_clip_tokenizer(checkpoint.files["tokenizer"])
+    with tokenizer_folder(checkpoint) as folder:
+        tokens = text_encoder.config["max_position_embeddings"]
+        return BertTokenizerFast.from_pretrained(str(folder), model_max_length=tokens)

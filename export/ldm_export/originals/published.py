@@ -48,6 +48,7 @@ class Published:
         betas: linear_start and linear_end.
         defaults: Steps, eta and guidance scale of the paper or the repository's examples.
         use_ema: The EMA weights are the model, if there are any.
+        context: Channels of the cross-attention's context, where other models have the same UNet otherwise.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Published:
     betas: tuple[float, float]
     defaults: Defaults
     use_ema: bool = True
+    context: int | None = None
 
 
 _TEXT, _CLASS = "text_to_image", "class_conditional"
@@ -69,6 +71,11 @@ PUBLISHED: tuple[Published, ...] = (
         *("txt2img-f8-large", _TEXT, 320, (1, 2, 4, 4), (1, 2, 4), Heads(8), 32, 0.18215, (0.00085, 0.012)),
         Defaults(50, 0.0, 5.0),
         use_ema=False,
+    ),
+    Published(
+        *("stable-diffusion-v1", "stable_diffusion", 320, (1, 2, 4, 4), (1, 2, 4), Heads(8), 64, 0.18215),
+        *((0.00085, 0.012), Defaults(50, 0.0, 7.5)),
+        context=768,
     ),
     Published(
         *("text2img256", _TEXT, 192, (1, 2, 3, 5), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0195)),
@@ -114,6 +121,6 @@ def published_as(kind: str, unet: UNetShape) -> Published | None:
     """The published model with these sizes; None if there is none."""
     sizes = (kind, unet.model_channels, unet.multiples, unet.attention_resolutions)
     for row in PUBLISHED:
-        if sizes == (row.kind, row.width, row.multiples, row.attention):
+        if row.context in (None, unet.context_width) and sizes == (row.kind, row.width, row.multiples, row.attention):
             return row
     return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ldm_export.checkpoint.weight_choice import WEIGHTS
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.autoencoder_shape import AutoencoderShape, autoencoder_shape
+from ldm_export.originals.clip_shape import Clip
 from ldm_export.originals.condition_shape import (
     Condition,
     Labels,
@@ -28,6 +29,7 @@ __all__ = ["Original", "described", "recognise"]
 
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
+    "stable_diffusion": Defaults(50, 0.0, 7.5),
     "class_conditional": Defaults(20, 0.0, 3.0),
     "super_resolution": Defaults(100, 1.0, 1.0),
     "unconditional": Defaults(200, 0.0, 1.0),
@@ -49,6 +51,7 @@ class Original:
         ema: The UNet's weights are the moving averages.
         unconditional: The last class of a class-conditional model is that of the unconditional branch.
         defaults: Sampling options.
+        prediction_type: What the UNet predicts, as an option of diffusers' schedulers.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Original:
     ema: bool
     unconditional: bool
     defaults: Defaults
+    prediction_type: str = "epsilon"
 
 
 def recognise(
@@ -82,7 +86,7 @@ def recognise(
         CheckpointError: The model is of no known kind, its yaml is another model's, or a yaml is needed.
     """
     unet, autoencoder, condition = unet_shape(tensors), autoencoder_shape(tensors), condition_shape(tensors)
-    kind = kind_of(unet, condition, tensors)
+    kind = kind_of(unet, condition)
     if unet.out_channels != autoencoder.latent_channels:
         raise CheckpointError(
             f"checkpoint: the UNet predicts {unet.out_channels} channels, the autoencoder has "
@@ -100,7 +104,7 @@ def described(config: YamlConfig) -> Original:
         CheckpointError: The model is of no known kind, or the yaml is incomplete.
     """
     shapes = yaml_shapes(config)
-    return _described(shapes, kind_of(shapes[0], shapes[2], {}), {}, config, None)
+    return _described(shapes, kind_of(shapes[0], shapes[2]), {}, config, None)
 
 
 def _described(
@@ -112,6 +116,7 @@ def _described(
 ) -> Original:
     unet, autoencoder, condition = shapes
     row = published_as(kind, unet)
+    prediction_type = _prediction_type(condition, config)
     timesteps, start, end = _schedule(tensors, config, row)
     return Original(
         kind=kind,
@@ -128,6 +133,7 @@ def _described(
         ema=_ema(tensors, config, row, weights),
         unconditional=_unconditional(condition, row),
         defaults=row.defaults if row is not None else _DEFAULTS.get(kind, Defaults()),
+        prediction_type=prediction_type,
     )
 
 
@@ -199,6 +205,21 @@ def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None
     if row is None:
         raise _needs_config("the scale of its latents")
     return row.scale_factor
+
+
+def _prediction_type(condition: Condition | None, config: YamlConfig | None) -> str:
+    if config is None:
+        if isinstance(condition, Clip) and condition.open_clip:
+            raise CheckpointError(
+                "checkpoint: Stable Diffusion 2, whose tensors do not tell whether it predicts noise or velocity; give "
+                "its yaml, v2-inference.yaml or v2-inference-v.yaml (--config)"
+            )
+        return "epsilon"
+    kinds = {"eps": "epsilon", "v": "v_prediction"}
+    stated = config.params.get("parameterization", "eps")
+    if not isinstance(stated, str) or stated not in kinds:
+        raise CheckpointError(f"{config.file}: parameterization: got {stated!r:.40}, expected {' or '.join(kinds)}")
+    return kinds[stated]
 
 
 def _unconditional(condition: Condition | None, row: Published | None) -> bool:

@@ -75,6 +75,7 @@ def unet_config(shape: UNetShape, heads: Heads, sample_size: int) -> dict[str, A
         "cross_attention_dim": shape.context_width,
         "transformer_layers_per_block": shape.depth,
         "attention_head_dim": number,
+        "use_linear_projection": shape.linear,
     }
 
 

@@ -29,6 +29,7 @@ class UNetShape:
         depth: Transformer blocks of each attention; 1 without cross-attention.
         resblock_updown: Levels are connected by residual blocks instead of convolutions.
         scale_shift: The timestep embedding scales and shifts instead of being added.
+        linear: Linear layers, instead of 1x1 convolutions, surround the transformer blocks.
     """
 
     in_channels: int
@@ -41,6 +42,7 @@ class UNetShape:
     depth: int
     resblock_updown: bool
     scale_shift: bool
+    linear: bool = False
 
     @property
     def multiples(self) -> tuple[int, ...]:
@@ -99,6 +101,8 @@ def unet_shape(tensors: Tensors) -> UNetShape:
     middle = f"{prefix}middle_block.1."
     cross = f"{middle}transformer_blocks.0.attn2.to_k.weight"
     embedding = shape_of(tensors, f"{prefix}input_blocks.1.0.emb_layers.1.weight", 2)[0]
+    if cross in tensors and f"{middle}proj_in.weight" not in tensors:
+        raise CheckpointError(f"checkpoint: tensor {middle}proj_in.weight is missing; download the file again")
     if any(width % conv_in[0] for width in widths):
         raise CheckpointError(f"checkpoint: {prefix}: got widths {list(widths)}, expected multiples of {conv_in[0]}")
     return UNetShape(
@@ -112,6 +116,7 @@ def unet_shape(tensors: Tensors) -> UNetShape:
         depth=count(tensors, f"{middle}transformer_blocks.{{}}") if cross in tensors else 1,
         resblock_updown=f"{prefix}input_blocks.{per_level}.0.in_layers.0.weight" in tensors,
         scale_shift=embedding == 2 * widths[0],
+        linear=cross in tensors and len(tensors[f"{middle}proj_in.weight"].shape) == 2,
     )
 
 

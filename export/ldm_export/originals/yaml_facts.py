@@ -47,6 +47,7 @@ def yaml_facts(
         ("unet resblock_updown", bool(given.get("resblock_updown", False)), unet.resblock_updown, block),
         ("unet use_scale_shift_norm", bool(given.get("use_scale_shift_norm", False)), unet.scale_shift,
          seen(f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight")),
+        ("unet use_linear_in_transformer", bool(given.get("use_linear_in_transformer", False)), unet.linear, cross),
         ("autoencoder embed_dim", config.integer(config.first_stage, "embed_dim"), autoencoder.latent_channels, ae_out),
         ("autoencoder n_embed", config.integer(config.first_stage, "n_embed"), autoencoder.codes,
          seen(f"{AUTOENCODER_PREFIX}quantize.embedding.weight")),

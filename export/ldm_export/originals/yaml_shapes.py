@@ -57,6 +57,7 @@ def _unet(config: YamlConfig) -> UNetShape:
         depth=1 if context is None else config.integer(values, "transformer_depth") or 1,
         resblock_updown=values.get("resblock_updown") is True,
         scale_shift=values.get("use_scale_shift_norm") is True,
+        linear=values.get("use_linear_in_transformer") is True,
     )
 
 

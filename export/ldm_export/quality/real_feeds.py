@@ -90,7 +90,7 @@ def real_feeds(
             for branch in plan.branches
         ]
         place = index * (len(plan.trajectory) - 1) // max(1, len(requests) - 1)
-        timestep = plan.trajectory.timesteps[place : place + 1]
+        timestep = recording.denoiser.timesteps(plan.trajectory.timesteps[place : place + 1])
         schedule = recording.denoiser.embed(timestep)
         latents = rng.standard_normal(plan.shape).astype(np.float32)
         sample = np.concatenate([latents] * len(plan.branches))

@@ -15,6 +15,7 @@ from ldm_export.bundle.stages import OnProgress
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import Family, family_named
+from ldm_export.families.description import described
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared
 from ldm_export.quality.real_feeds import RealFeeds, real_feeds
 from ldm_export.requests import RequestFields, label
@@ -179,7 +180,7 @@ def _component(
     ours: LatentDiffusionPipeline, checkpoint: Checkpoint, family: Family, name: str, feeds: RealFeeds
 ) -> ComponentResult:
     """Compare a traced component with its torch module; the UNet together with the components split off from it."""
-    spec, traced = family.describe(checkpoint).components[name], family.components[name]
+    spec, traced = described(family, checkpoint).components[name], family.components[name]
     module = traced.wrap(load_module(checkpoint, traced.module)).eval()
     with torch.inference_mode():
         result = module(*(torch.from_numpy(feeds.sources[tensor.name]) for tensor in spec.inputs))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_export.demo import TASKS
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inputs_of, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
@@ -38,6 +39,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         help="diffusers folder or original checkpoint file (default: the demo model)",
+    )
+    verb.add_argument(
+        "--demo",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"build the demo model of this task instead of a checkpoint: {', '.join(TASKS)} (default {TASKS[0]})",
     )
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
     verb.add_argument(
@@ -91,13 +98,15 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     with needs("export"):
         from ldm_export.bundle.build import BuildOptions, build
         from ldm_export.bundle.int8_report import write_report
-        from ldm_export.demo import demo_checkpoint, demo_grader
+        from ldm_export.demo import demo_grader
         from ldm_export.families import family_named
     quieten(args.verbose)
     begun = time.monotonic()
     engines = _engines(args)
     _check_int8_options(args)
-    checkpoint = open_given(args.checkpoint or demo_checkpoint(), args)
+    if args.demo and args.checkpoint:
+        raise BuildError(f"--demo: got {args.demo} beside the checkpoint {args.checkpoint}; give one of them")
+    checkpoint = open_given(args.checkpoint, args, args.demo)
     family = family_named(checkpoint.family)
     conditioning = family.describe(checkpoint).conditioning
     kinds = [entry.kind for entry in conditioning]

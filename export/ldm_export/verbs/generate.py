@@ -39,6 +39,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
     )
+    verb.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="another scheduler, by its class name in diffusers, e.g. UniPCMultistepScheduler; it takes the options "
+        "that the model's checkpoint gives (default: the model's)",
+    )
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="cache of OpenVINO's compiled models, for faster starts"
@@ -96,5 +102,8 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         width=args.width,
         images_per_prompt=args.images_per_prompt,
         guidance_interval=FULL_INTERVAL if args.guidance_interval is None else tuple(args.guidance_interval),
+        scheduler=args.scheduler,
         guidance_every=1 if args.guidance_every is None else args.guidance_every,
+        guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
+        clip_skip=0 if args.clip_skip is None else args.clip_skip,
     )

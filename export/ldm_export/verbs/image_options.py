@@ -87,6 +87,18 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "3 a third, with nearly the same image (default 1, exact)",
     )
     verb.add_argument(
+        "--guidance-rescale",
+        type=real_number,
+        metavar="SHARE",
+        help="share of guided predictions that is rescaled against overexposure, e.g. 0.7 (default 0)",
+    )
+    verb.add_argument(
+        "--clip-skip",
+        type=whole_number,
+        metavar="N",
+        help="last layers of a CLIP text encoder that the prompts skip (default 0)",
+    )
+    verb.add_argument(
         "--negative-prompt", default="", metavar="TEXT", help="text that describes what the image must not show"
     )
     verb.add_argument(

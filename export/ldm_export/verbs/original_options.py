@@ -16,14 +16,21 @@ __all__ = ["add_original_arguments", "open_given"]
 
 def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
-    original = verb.add_argument_group("original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis)")
+    original = verb.add_argument_group(
+        "original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis or Stability AI)"
+    )
     original.add_argument(
         "--config",
         type=Path,
         metavar="YAML",
         help="the yaml it was trained with (not needed for the sizes of a published model)",
     )
-    original.add_argument("--tokenizer", type=Path, metavar="VOCAB", help="vocab.txt of BERT, for text-to-image models")
+    original.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="vocab.txt of BERT for text-to-image models, a folder with vocab.json and merges.txt for Stable Diffusion",
+    )
     original.add_argument(
         "--categories", type=Path, metavar="FILE", help="names of the categories, one per line, for models of layouts"
     )
@@ -35,14 +42,24 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def open_given(path: Path, args: argparse.Namespace) -> Checkpoint:
-    """Open the diffusers folder or the checkpoint file that a command names.
+def open_given(path: Path | None, args: argparse.Namespace, task: str | None = None) -> Checkpoint:
+    """Open the diffusers folder or the checkpoint file that a command names, or a demo model if it names none.
+
+    Args:
+        path: What the command names.
+        args: With the options of ``add_original_arguments``.
+        task: Task of the demo model; None for text to image.
 
     Raises:
+        BuildError: The command names no checkpoint, and no demo model is installed.
         CheckpointError: It cannot be opened; see ``originals.open_model``.
     """
+    from ldm_export.demo import TASKS, demo_checkpoint, demo_config
     from ldm_export.originals import open_model
 
     random = getattr(args, "random_weights", False)
     options = {name: getattr(args, name) for name in ("config", "tokenizer", "weights", "categories")}
+    if path is None:
+        path = demo_checkpoint(task or TASKS[0])
+        options["config"] = options["config"] or demo_config(task or TASKS[0])
     return open_model(path, random_weights=random, **options)

@@ -25,7 +25,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
     verb.add_argument("bundle", type=Path)
     verb.add_argument(
-        "--against", type=Path, metavar="CHECKPOINT", help="checkpoint to compare with (default: the demo model)"
+        "--against",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint to compare with (default: its demo model)",
     )
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line (default: four)")
     verb.add_argument("--steps", type=whole_number, help="denoising steps of the images (default: the model's)")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     from ldm_export.extras import needs
 
     with needs("export"):
-        from ldm_export.demo import demo_checkpoint
+        from ldm_export.demo import demo_task
         from ldm_export.families import family_named
         from ldm_export.quality.measures import TOLERANCES
         from ldm_export.quality.verification import verify
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     quieten(args.verbose)
     bundle = Bundle.open(args.bundle)
     requests = family_named(bundle.manifest.family).requests(chosen_prompts(args.prompts, bundle))
-    checkpoint = open_given(args.against or demo_checkpoint(), args)
+    checkpoint = open_given(args.against, args, demo_task(bundle))
     precision = args.precision or bundle.precision
     bounds = {"component": args.tolerance, "pixel": args.max_pixel, "psnr": args.min_psnr}
     for option, value in zip(("tolerance", "max-pixel", "min-psnr"), bounds.values(), strict=True):

@@ -15,7 +15,7 @@ from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.state import BatchState
 from ldm_runtime.denoiser import Denoiser, Tensors
-from ldm_runtime.guidance import StepBranches, guide
+from ldm_runtime.guidance import StepBranches, guide, rescale
 from ldm_runtime.request import Plan
 from ldm_runtime.schedulers.trajectory import Trajectory, padded_rows
 
@@ -165,6 +165,9 @@ class Batch:
         scales = [member.plan.guidance_scale for member in self.members]
         self._scales = self._of_images(np.array(scales, np.float32))
         self._extra_scales = self._of_images(np.array([scale - 1 for scale in scales], np.float32))
+        self._rescales = self._of_images(
+            np.array([member.plan.guidance_rescale for member in self.members], np.float32)
+        )
         self._noisy = [member for member in self.members if member.trajectory.needs_noise]
         self._reusing = any(StepBranches.REUSED in member.plan.steps for member in self.members)
         self._affine = all(member.trajectory.affine for member in self.members)
@@ -236,6 +239,12 @@ class Batch:
             self._direction[call.guided] = direction
         if len(call.reused):
             output[call.reused] += self._extra_scales[call.reused] * self._direction[call.reused]
+        if self._rescales.any():
+            guided = np.concatenate([call.guided, call.reused])
+            chosen = guided[self._rescales[guided].ravel() != 0]
+            if len(chosen):
+                conditional = predicted[call.conditional[chosen]]
+                output[chosen] = rescale(output[chosen], conditional, self._rescales[chosen])
         return output
 
     def _advance(self, state: BatchState, output: F32) -> None:

@@ -27,6 +27,7 @@ from ldm_runtime.device_run import (
 )
 from ldm_runtime.guidance import guide
 from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET
+from ldm_runtime.schedulers.scaled_rows import scale_after, scaled, scaled_rows
 
 __all__ = ["TABLE_CALLS", "DeviceBatch"]
 
@@ -91,8 +92,8 @@ class DeviceBatch:
         """Add a job that fits, as ``Batch.join``; its tensors are copied to the device."""
         plan, place = job.plan, self._images
         noise = plan.noise()
-        latents = plan.start(noise)[0]
-        scalars = coefficients(plan.trajectory.rows, self._slots, plan.guidance_scale)
+        latents = scaled(plan.start(noise)[0], scale_after(plan.trajectory, 0))
+        scalars = coefficients(scaled_rows(plan.trajectory), self._slots, plan.guidance_scale)
         with self._memory.lock:
             self._resize(place + plan.images, plan.shape[1:], conditioning, schedule)
             for branch in range(self._branches):
@@ -153,6 +154,7 @@ class DeviceBatch:
         with self._memory.lock:
             start, images = member.span.image, member.span.images
             latents: F32 = self.space.read(SAMPLE, start, start + images)
+            latents = scaled(latents, 1 / scale_after(member.trajectory, member.index))
             end = self._images
             for name, first in self._rows_of_images(self.space, self._capacity):
                 region = self.space.regions[name]
@@ -233,6 +235,7 @@ class DeviceBatch:
         if self._branches == 2:
             conditional = self.space.read(NOISE_PRED, self._capacity + start, self._capacity + stop)
             prediction, _ = guide(prediction, conditional, np.float32(member.plan.guidance_scale))
+        latents = scaled(latents, 1 / scale_after(member.trajectory, member.index))
         return member.trajectory.predict_x0(latents, prediction, member.index)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as transformers' BertTokenizer gives them, with the ``tokenizers`` package alone."""
+"""Prompts to token ids, as transformers' BertTokenizer and CLIPTokenizer give them, with ``tokenizers`` alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from ldm_runtime.conditioning.tokenizer_form import pad_token
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.number_checks import integer
 from ldm_runtime.regular_files import read_regular
@@ -21,20 +22,21 @@ __all__ = ["MAX_BYTES", "MAX_CHARACTERS", "MAX_LENGTH", "Tokenizer"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**20
-"""Largest tokenizer.json that is read; BERT's largest published ones are under 10 MiB."""
+"""Largest tokenizer.json that is read; the largest published ones are under 10 MiB."""
 
 MAX_CHARACTERS = 50_000
 """Longest prompt taken. 77 tokens are some 400 characters of prose; the tokens after them are cut off unread."""
 
 MAX_LENGTH = 2**16
-"""Most tokens per prompt; the least is 2, for [CLS] and [SEP]."""
+"""Most tokens per prompt; the least is 2, for the first and the last token."""
 
 
 class Tokenizer:
-    """Prompts → ids [N, length], as ``BertTokenizer(..., padding="max_length", truncation=True)`` gives them.
+    """Prompts → ids [N, length], as transformers gives them with ``padding="max_length", truncation=True``.
 
-    Text is cleaned, split and lower-cased as the file says (Devlin et al. 2019, WordPiece); special tokens typed in a
-    prompt become their ids, as they do in transformers. One tokenizer may serve several threads.
+    Text is cleaned, split and lower-cased as the file says: BERT's WordPiece (Devlin et al. 2019) or CLIP's byte-level
+    BPE (Radford et al. 2021). Special tokens typed in a prompt become their ids, as they do in transformers. One
+    tokenizer may serve several threads.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Tokenizer:
 
         Raises:
             SpecError: ``length`` is no integer from 2 to MAX_LENGTH.
-            ManifestError: no such file, damaged, or not a BERT tokenizer as ``ldm-export build`` writes it.
+            ManifestError: no such file, damaged, or not a tokenizer as ``ldm-export build`` writes it.
         """
         length = integer("tokenizer: length", length, 2, MAX_LENGTH)
         path = Path(path)
@@ -73,7 +75,7 @@ class Tokenizer:
         try:
             text = read_regular(path, MAX_BYTES, ManifestError).decode()
             document = json.loads(text)
-            pad = _pad_token(document)
+            pad = pad_token(document)
             sides = [_side(document, section) for section in ("padding", "truncation")] if pad else []
             fast = tokenizers.Tokenizer.from_str(text) if pad else None
         except Exception as error:  # tokenizers raises no narrower class
@@ -81,15 +83,15 @@ class Tokenizer:
             raise ManifestError(f"{path}: not a tokenizer ({cause:.200}); rebuild the bundle") from None
         if pad is None or fast is None:
             raise ManifestError(
-                f"{path}: not a BERT tokenizer as `ldm-export build` writes it (BertNormalizer, BertPreTokenizer, "
-                "WordPiece, special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
+                f"{path}: not a tokenizer of BERT or CLIP as `ldm-export build` writes it (WordPiece or byte-level "
+                "BPE, special tokens in the vocabulary, one before and one after a prompt); rebuild the bundle"
             )
         return cls(fast, length, pad, *sides)
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids int64 [N, length]: [CLS], the prompt's tokens, [SEP] and [PAD]; what does not fit is cut off.
+        """Ids int64 [N, length]: the first token, the prompt's, the last and padding; what does not fit is cut off.
 
-        A prompt that is cut off is logged as a warning. The empty prompt is the unguided one: [CLS] [SEP] and padding.
+        A prompt that is cut off is logged as a warning. The empty prompt is the unguided one.
 
         Raises:
             SpecError: no sequence of texts, or a prompt that is no text, has more than MAX_CHARACTERS
@@ -140,31 +142,3 @@ def _side(document: dict[str, Any], section: str) -> str:
     if direction not in ("Left", "Right"):
         raise ValueError(f"{section}: got direction {direction!r:.40}, expected Left or Right")
     return str(direction).lower()
-
-
-def _pad_token(document: Any) -> str | None:
-    """The padding token, or None where the file is not of the form expected.
-
-    Looked at before the library loads it: a template that names a token it does not define ends in a Rust panic.
-    """
-    match document:
-        case {
-            "model": {"type": "WordPiece", "unk_token": str(unknown), "vocab": {} as vocabulary},
-            "normalizer": {"type": "BertNormalizer"},
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [
-                    {"SpecialToken": {"id": str(first)}},
-                    {"Sequence": {"id": "A"}},
-                    {"SpecialToken": {"id": str(last)}},
-                ],
-                "special_tokens": {} as special,
-            },
-        }:
-            padding = document.get("padding")
-            pad = padding["pad_token"] if padding else "[PAD]"
-            ids = [entry["ids"] for entry in (special.get(first), special.get(last)) if len(entry["tokens"]) == 1]
-            if ids == [[vocabulary.get(first)], [vocabulary.get(last)]] and {pad, unknown} <= vocabulary.keys():
-                return str(pad)
-    return None

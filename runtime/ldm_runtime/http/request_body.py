@@ -81,7 +81,7 @@ def _image(data: bytes, name: str) -> Image.Image:
 def _mask(data: bytes) -> Image.Image:
     image = open_image(io.BytesIO(data), "mask")
     opacity = image.convert("RGBA").getchannel("A")
-    if opacity.getextrema()[0] < 255:
+    if any(opacity.histogram()[:255]):
         return opacity.point(lambda alpha: 255 if alpha < 128 else 0)
     return image.convert("L")
 

@@ -11,19 +11,35 @@ from typing import Any, Protocol, Self
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import shown
 from ldm_runtime.schedulers.ddim import DDIM
+from ldm_runtime.schedulers.ddpm import DDPM
 from ldm_runtime.schedulers.dpm_solver import DPMSolverMultistep
+from ldm_runtime.schedulers.euler import Euler
+from ldm_runtime.schedulers.euler_ancestral import EulerAncestral
+from ldm_runtime.schedulers.heun import Heun
+from ldm_runtime.schedulers.lcm import LCM
+from ldm_runtime.schedulers.lms import LMS
 from ldm_runtime.schedulers.pndm import PNDM
+from ldm_runtime.schedulers.tcd import TCD
 from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory
+from ldm_runtime.schedulers.unipc import UniPC
 
 __all__ = [
     "DDIM",
+    "DDPM",
+    "LCM",
+    "LMS",
     "PNDM",
     "SCHEDULERS",
+    "TCD",
     "Clip",
     "DPMSolverMultistep",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
     "Scheduler",
     "Threshold",
     "Trajectory",
+    "UniPC",
     "scheduler_from_config",
 ]
 
@@ -62,6 +78,14 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     DDIM.CLASS: DDIM,
     PNDM.CLASS: PNDM,
     DPMSolverMultistep.CLASS: DPMSolverMultistep,
+    Euler.CLASS: Euler,
+    EulerAncestral.CLASS: EulerAncestral,
+    DDPM.CLASS: DDPM,
+    LMS.CLASS: LMS,
+    Heun.CLASS: Heun,
+    UniPC.CLASS: UniPC,
+    LCM.CLASS: LCM,
+    TCD.CLASS: TCD,
 }
 
 

@@ -14,20 +14,20 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers.noise_schedule import (
     COMPVIS_SPACING,
     EARLY_KEYS,
+    PREDICTION_TYPES,
     SIGMA_KEYS,
     TIMESTEP_SPACINGS,
     NoiseSchedule,
     spaced_timesteps,
 )
 from ldm_runtime.schedulers.options import choice, eta_value, integer, positive, real, step_count, switch
+from ldm_runtime.schedulers.predictions import x0_weights
 from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory
 
 __all__ = ["DDIM", "FOREIGN"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 FOREIGN: Mapping[str, tuple[Any, ...] | None] = {
     "skip_prk_steps": None,  # PNDM's warm-up
@@ -116,7 +116,7 @@ class DDIM(NoiseSchedule):
             weights = (np.sqrt(alpha), np.sqrt(beta), np.sqrt(alpha_prev), np.sqrt(np.maximum(direction, 0)))
             sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight = (values.astype(np.float64) for values in weights)
             rows = _rows(self.prediction_type, sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight)
-            x0_weights = _x0_weights(self.prediction_type, sqrt_alpha, sqrt_beta)
+            of_x0 = x0_weights(self.prediction_type, sqrt_alpha, sqrt_beta)
             finite = np.isfinite(variance) & np.isfinite(rows).all(axis=1)
             limit = np.sqrt(beta_prev / variance)
         if not finite.all():
@@ -145,7 +145,7 @@ class DDIM(NoiseSchedule):
             input_scale=np.ones(len(timesteps), np.float32),
             needs_noise=eta > 0,
             rows=np.concatenate([rows, sigma[:, None]], axis=1)[:, None, :].astype(np.float32),
-            x0_weights=x0_weights.astype(np.float32),
+            x0_weights=of_x0.astype(np.float32),
             limit_x0=limit_x0,
         )
 
@@ -174,12 +174,3 @@ def _rows_with_x0(prediction: str, sqrt_alpha: F64, sqrt_beta: F64, sqrt_alpha_p
     else:
         a, b = eps_weight * sqrt_beta, eps_weight * sqrt_alpha
     return np.stack([a, b, sqrt_alpha_prev], axis=1)
-
-
-def _x0_weights(prediction: str, sqrt_alpha: F64, sqrt_beta: F64) -> F64:
-    """Weights of x and prediction in x0; float64 [calls, 2]."""
-    if prediction == "epsilon":
-        return np.stack([1 / sqrt_alpha, -sqrt_beta / sqrt_alpha], axis=1)
-    if prediction == "sample":
-        return np.stack([np.zeros_like(sqrt_alpha), np.ones_like(sqrt_alpha)], axis=1)
-    return np.stack([sqrt_alpha, -sqrt_beta], axis=1)

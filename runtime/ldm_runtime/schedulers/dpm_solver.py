@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers.dpm_solver_options import CHOICES, FOREIGN, RENAMED, SWITCHES
 from ldm_runtime.schedulers.dpm_solver_rows import model_value, noise_levels, update, x0_weights
-from ldm_runtime.schedulers.noise_schedule import NoiseSchedule
+from ldm_runtime.schedulers.noise_schedule import SMALLEST_ALPHA, NoiseSchedule
 from ldm_runtime.schedulers.options import among, choice, fail, integer, positive, real, step_count, switch
 from ldm_runtime.schedulers.sigmas import (
     beta_sigmas,
@@ -31,7 +31,6 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 MAX_STEPS = 10_000
-SMALLEST_ALPHA = np.float32(2**-24)  # the last ᾱ with rescale_betas_zero_snr: not 0, so that sigma is finite
 
 
 @dataclass(frozen=True)

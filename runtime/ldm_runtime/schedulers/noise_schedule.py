@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +21,9 @@ __all__ = [
     "COMPVIS_SPACING",
     "EARLY_KEYS",
     "MAX_TRAIN_TIMESTEPS",
+    "PREDICTION_TYPES",
     "SIGMA_KEYS",
+    "SMALLEST_ALPHA",
     "TIMESTEP_SPACINGS",
     "NoiseSchedule",
     "spaced_timesteps",
@@ -32,6 +34,9 @@ F32 = NDArray[np.float32]
 MAX_TRAIN_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+SMALLEST_ALPHA = np.float32(2**-24)
+"""The last ᾱ of schedulers in sigmas with rescale_betas_zero_snr: not 0, so that sigma is finite."""
 COMPVIS_SPACING = "compvis"
 """Spacing of DDIM that diffusers does not have; see ``spaced_timesteps``."""
 
@@ -65,6 +70,7 @@ class NoiseSchedule:
 
     CLASS: ClassVar[str]
     FOREIGN: ClassVar[Mapping[str, tuple[Any, ...] | None]]
+    BETA_SCHEDULES: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -76,7 +82,7 @@ class NoiseSchedule:
         self._set("num_train_timesteps", integer, 1, MAX_TRAIN_TIMESTEPS)
         self._set("beta_start", beta)
         self._set("beta_end", beta)
-        self._set("beta_schedule", choice, BETA_SCHEDULES)
+        self._set("beta_schedule", choice, self.BETA_SCHEDULES)
         if self.trained_betas is not None:
             self._set("trained_betas", _trained, self.num_train_timesteps)
 
@@ -140,8 +146,24 @@ class NoiseSchedule:
             return _linspace(self.beta_start, self.beta_end, count)
         if self.beta_schedule == "scaled_linear":
             return _linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
-        bars = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        if self.beta_schedule == "sigmoid":
+            return _sigmoid(_linspace(-6, 6, count)) * np.float32(self.beta_end - self.beta_start) + np.float32(
+                self.beta_start
+            )
+        bars = [_ALPHA_BARS[self.beta_schedule](i / count) for i in range(count + 1)]
         return np.array([min(1 - bars[i + 1] / bars[i], 0.999) for i in range(count)], np.float32)
+
+
+def _laplace(time: float) -> float:
+    log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
+    return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
+
+
+_ALPHA_BARS: Mapping[str, Callable[[float], float]] = {  # beta_schedule -> ᾱ at a time from 0 to 1
+    "squaredcos_cap_v2": lambda time: math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2,
+    "exp": lambda time: math.exp(time * -12.0),
+    "laplace": _laplace,
+}
 
 
 def spaced_timesteps(spacing: str, count: int, steps: int, offset: int) -> NDArray[np.int64]:
@@ -192,6 +214,10 @@ def _linspace(start: float, end: float, count: int) -> F32:
     first, last, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
     step = (last - first) / np.float32(max(count - 1, 1))
     return np.where(index < count // 2, first + step * index, last - step * index[::-1]) if count > 1 else index + first
+
+
+def _sigmoid(x: F32) -> F32:
+    return np.asarray(1 / (1 + np.exp(-x)), np.float32)
 
 
 def _cumprod(alphas: F32) -> F32:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import shown
 
-__all__ = ["Clip", "Threshold", "Trajectory", "padded_rows"]
+__all__ = ["Clip", "Threshold", "Trajectory", "finite_trajectory", "padded_rows"]
 
 F32 = NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class Trajectory:
     Arrays are read-only.
 
     Args:
-        timesteps: int64 [calls], one entry per UNet call.
+        timesteps: int64 or, where they can be fractional, float32 [calls], one entry per UNet call.
         init_noise_sigma: The initial latents are standard normal noise times this.
         input_scale: float32 [calls]. The latents are multiplied by this before the UNet call.
         needs_noise: True if every call, the last included, draws standard normal noise in the shape of the latents.
@@ -78,7 +78,7 @@ class Trajectory:
         limit_x0: Clipping or thresholding of x0. If None, the x0 column of ``rows`` is zero.
     """
 
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[np.int64] | NDArray[np.float32]
     init_noise_sigma: float
     input_scale: F32
     needs_noise: bool
@@ -209,3 +209,37 @@ def _combined(weights: F32, arrays: Sequence[F32 | None]) -> F32:
     if total is None:
         total = np.zeros_like(arrays[0])
     return np.asarray(total, np.float32)
+
+
+def finite_trajectory(
+    timesteps: NDArray[np.int64],
+    rows: NDArray[np.float64],
+    x0_weights: NDArray[np.float64],
+    limit_x0: Clip | Threshold | None = None,
+    draws: bool | None = None,
+) -> Trajectory:
+    """Build a trajectory without scaling of the noise and of the model's input, after a check of its coefficients.
+
+    Args:
+        timesteps, rows, x0_weights, limit_x0: As of ``Trajectory``.
+        draws: ``needs_noise``. None: True if a call adds noise.
+
+    Raises:
+        SpecError: A coefficient is not finite.
+    """
+    finite = np.isfinite(rows).all(axis=(1, 2)) & np.isfinite(x0_weights).all(axis=1)
+    if not finite.all():
+        raise SpecError(
+            f"scheduler: timestep {timesteps[int(np.argmin(finite))]}: alpha_cumprod is 0 or 1, and this scheduler or "
+            "prediction_type divides by it or by 1 - it; expected other betas, and with rescale_betas_zero_snr a model "
+            "of prediction_type 'v_prediction'"
+        )
+    return Trajectory(
+        timesteps=timesteps,
+        init_noise_sigma=1.0,
+        input_scale=np.ones(len(timesteps), np.float32),
+        needs_noise=bool(rows[..., -1].any()) if draws is None else draws,
+        rows=rows.astype(np.float32),
+        x0_weights=x0_weights.astype(np.float32),
+        limit_x0=limit_x0,
+    )

@@ -53,6 +53,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
         TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
         IMAGES_PER_PROMPT,
+        TensorField("CLIP_SKIP", "TYPE_INT32"),
     ),
     "label": (
         TensorField("LABEL", "TYPE_INT32", (-1,), optional=False),
@@ -83,6 +84,7 @@ GUIDANCE_FIELDS = (
     TensorField("GUIDANCE", "TYPE_FP32"),
     TensorField("GUIDANCE_EVERY", "TYPE_INT32"),
     TensorField("GUIDANCE_INTERVAL", "TYPE_FP32", (2,)),
+    TensorField("GUIDANCE_RESCALE", "TYPE_FP32"),
 )
 COMMON_FIELDS = (
     TensorField("SEED", "TYPE_INT64", (-1,)),
@@ -174,6 +176,10 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
     if "IMAGES_PER_PROMPT" in tensors:
         options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
+    if "CLIP_SKIP" in tensors:
+        options["clip_skip"] = _one(tensors, "CLIP_SKIP", int)
+    if "GUIDANCE_RESCALE" in tensors:
+        options["guidance_rescale"] = _one(tensors, "GUIDANCE_RESCALE", float)
     if "GUIDANCE_EVERY" in tensors:
         options["guidance_every"] = _one(tensors, "GUIDANCE_EVERY", int)
     if "GUIDANCE_INTERVAL" in tensors:

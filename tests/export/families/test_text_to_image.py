@@ -6,16 +6,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from ldm_export.bundle.build import build
+from ldm_export.cli import main
 from ldm_export.families import family_named, family_of, open_checkpoint
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE, ModelShape, TextEncoder, model_shape
 from ldm_export.graph.wrappers import Decoder, UNet
 from ldm_export.quality.verification import verify
-from ldm_runtime.errors import CheckpointError
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.errors import CheckpointError, SpecError
 from ldm_runtime.model import Latents, check_model
 from ldm_runtime.specs import Axis, dummy_inputs
 from tests.support.checkpoints import VOCABULARY, edit_json, random_checkpoint, tiny_modules
@@ -29,7 +32,7 @@ def test_the_family_is_recognised_by_todays_and_older_pipeline_names() -> None:
         assert family_of({"_class_name": name}) is TEXT_TO_IMAGE
     assert family_named("text_to_image") is TEXT_TO_IMAGE
     for index in ({}, {"_class_name": None}, {"_class_name": ["LDMTextToImagePipeline"]}, {"_class_name": "Flux"}):
-        with pytest.raises(CheckpointError, match=r"expected .*LDMTextToImagePipeline \(older names LatentDiff"):
+        with pytest.raises(CheckpointError, match=r"expected LDMTextToImagePipeline, StableDiff"):
             family_of(index)
     with pytest.raises(CheckpointError, match=r"family: got 'video', expected one of text_to_image"):
         family_named("video")
@@ -129,6 +132,10 @@ def test_the_smallest_inputs_of_every_spec_run() -> None:
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"skip_prk_steps": True},
     "DPMSolverMultistepScheduler": {"solver_order": 2},
+    "DDPMScheduler": {"clip_sample": False},
+    "UniPCMultistepScheduler": {"disable_corrector": [], "sigma_min": None},
+    "LCMScheduler": {},
+    "TCDScheduler": {},
 }
 
 
@@ -136,7 +143,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, bundle_copy: Path) -> None:
     edit_json(tiny / "model_index.json", scheduler=["diffusers", scheduler])
-    changes = {"_class_name": scheduler, "clip_sample": ..., **SCHEDULERS[scheduler]}
+    changes = {"_class_name": scheduler, "clip_sample": ...} | SCHEDULERS[scheduler]
     edit_json(tiny / "scheduler/scheduler_config.json", **changes)
     checkpoint = open_checkpoint(tiny)
     bundle = build(checkpoint, bundle_copy).bundle  # the graphs are kept
@@ -144,3 +151,55 @@ def test_images_of_other_schedulers_equal_diffusers(scheduler: str, tiny: Path, 
     result = verify(bundle, checkpoint, [{"prompts": "a red circle"}], steps=7)
     assert result.failures == []
     assert np.asarray(result.images[0].ours).std() > 1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"],
+)
+def test_schedulers_that_scale_the_latents_are_refused(scheduler: str, tiny: Path, tmp_path: Path) -> None:
+    edit_json(tiny / "model_index.json", scheduler=["diffusers", scheduler])
+    edit_json(tiny / "scheduler/scheduler_config.json", _class_name=scheduler, clip_sample=...)
+    with pytest.raises(
+        SpecError, match=rf"^scheduler: got {scheduler}, but diffusers' LDMTextToImagePipeline does not"
+    ):
+        build(open_checkpoint(tiny), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "LCMScheduler"])
+def test_a_requested_scheduler_equals_from_config(scheduler: str, tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    theirs = TEXT_TO_IMAGE.reference(open_checkpoint(tiny_checkpoint))
+    own = diffusers.DDIMScheduler.from_pretrained(tiny_checkpoint / "scheduler")
+    theirs.scheduler = getattr(diffusers, scheduler).from_config(own.config)
+    options: dict[str, Any] = {"num_inference_steps": 5, "eta": 0.3, "guidance_scale": 6.0}
+    with LatentDiffusionPipeline.from_bundle(tiny_bundle, backend="onnxruntime", device="cpu") as pipeline:
+        ours = pipeline("a red circle", seed=3, scheduler=scheduler, **options).images[0]
+    size = {"prompts": "a red circle", "height": ours.height, "width": ours.width}
+    with torch.random.fork_rng(devices=[]):
+        expected = TEXT_TO_IMAGE.reference_image(theirs, {**size, **options}, torch.manual_seed(3))
+    assert np.abs(np.asarray(ours, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+
+
+def test_the_command_line_selects_a_scheduler(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "generate",
+        str(tiny_bundle),
+        "a red circle",
+        "--seed",
+        "1",
+        "--steps",
+        "4",
+        "--backend",
+        "onnxruntime",
+    ]
+    images = []
+    for name in ("DDIMScheduler", "TCDScheduler"):
+        output = tmp_path / f"{name}.png"
+        assert main([*arguments, "--scheduler", name, "-o", str(output)]) == 0
+        images.append(output.read_bytes())
+    assert main([*arguments, "-o", str(tmp_path / "own.png")]) == 0
+    assert (tmp_path / "own.png").read_bytes() == images[0] != images[1]
+    assert main([*arguments, "--scheduler", "EulerDiscreteScheduler", "-o", str(tmp_path / "no.png")]) != 0
+    assert "diffusers' LDMTextToImagePipeline does not scale the latents" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers import SCHEDULERS, DPMSolverMultistep, scheduler_from_config
 from ldm_runtime.schedulers.dpm_solver import FOREIGN
-from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION
+from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION, diffusers_class
 
 HUGE = [[["x" * 99] * 99] * 99, 10**5000, np.zeros((50, 50)), "y" * 9999, {1: "z" * 999}, object(), "a\nb"]
 
@@ -28,11 +28,11 @@ def test_by_class_name(name: str) -> None:
     assert (scheduler.to_config()["class"], scheduler.num_train_timesteps) == (name, 1000)
     text = json.dumps(scheduler.to_config(), allow_nan=False)
     assert scheduler_from_config(json.loads(text)) == scheduler
-    theirs = getattr(diffusers, name).from_config({k: v for k, v in json.loads(text).items() if k != "class"})
+    theirs = diffusers_class(name).from_config({k: v for k, v in json.loads(text).items() if k != "class"})
     assert all(theirs.config[k] == v for k, v in scheduler.to_config().items() if k != "class")
 
 
-@pytest.mark.parametrize("name", [None, 3, "EulerDiscreteScheduler", "ddim", *HUGE], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("name", [None, 3, "DEISMultistepScheduler", "ddim", *HUGE], ids=lambda n: type(n).__name__)
 def test_unknown_classes_are_refused(name: Any) -> None:
     with pytest.raises(SpecError, match=r"^scheduler: class: got .*DDIMScheduler, PNDMScheduler, DPM") as caught:
         scheduler_from_config({"class": name})
@@ -118,6 +118,54 @@ def test_dpm_solver_steps_refused() -> None:
         DPMSolverMultistep(lambda_min_clipped=100, timestep_spacing="trailing").trajectory(5)
     with pytest.raises(SpecError, match=r"sigmas of training are not distinct"):
         DPMSolverMultistep(beta_start=1e-12, beta_end=1e-12, use_lu_lambdas=True).trajectory(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EulerDiscreteScheduler", {"prediction_type": "flow"}),
+        ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}),
+        ("EulerDiscreteScheduler", {"timestep_type": "float"}),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "one"}),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"thresholding": True}),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}),
+        ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}),
+        ("LMSDiscreteScheduler", {"rescale_betas_zero_snr": True}),
+        ("LMSDiscreteScheduler", {"beta_schedule": "exp"}),
+        ("HeunDiscreteScheduler", {"clip_sample_range": 0}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+        ("UniPCMultistepScheduler", {"solver_p": {}}),
+        ("UniPCMultistepScheduler", {"solver_order": 5}),
+        ("UniPCMultistepScheduler", {"disable_corrector": [-1]}),
+        ("UniPCMultistepScheduler", {"disable_corrector": 3}),
+        ("LCMScheduler", {"original_inference_steps": 1001}),
+        ("TCDScheduler", {"original_inference_steps": 0}),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused_by_name(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=rf"^scheduler: .*{next(iter(options))}.*expected "):
+        scheduler_from_config({"class": name, **options})
+
+
+def test_steps_and_eta_refused() -> None:
+    with pytest.raises(SpecError, match=r"^steps: got 51, expected 1\.\.50, the original_inference_steps"):
+        scheduler_from_config({"class": "LCMScheduler"}).trajectory(51)
+    with pytest.raises(SpecError, match=r"^eta: got 1\.5, expected a number in \[0, 1\]"):
+        scheduler_from_config({"class": "TCDScheduler"}).trajectory(4, 1.5)
+    with pytest.raises(SpecError, match=r"^steps: got 100: the first two have the same timestep 998"):
+        scheduler_from_config({"class": "UniPCMultistepScheduler", "use_beta_sigmas": True}).trajectory(100)
+    with pytest.raises(SpecError, match=r"^steps: got 5: call 4 at timestep .*has no finite coefficients"):
+        scheduler_from_config({"class": "UniPCMultistepScheduler", "solver_type": "bh1"}).trajectory(5)
+    for name in ("LMSDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"):
+        config = {"class": name, "beta_start": 1e-12, "beta_end": 1e-12}
+        with pytest.raises(SpecError, match=r"has no finite coefficients"):
+            scheduler_from_config(config).trajectory(5)
+        with pytest.raises(SpecError, match=r"sigmas from 0 to 0, expected positive"):
+            scheduler_from_config(config | {"use_karras_sigmas": True}).trajectory(5)
 
 
 def test_no_torch_is_imported() -> None:

@@ -12,6 +12,8 @@ from diffusers import DDIMScheduler
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import DDIM, PNDM, Clip, DPMSolverMultistep, Scheduler, Threshold, Trajectory
+from ldm_runtime.schedulers import SCHEDULERS as SCHEDULERS_BY_CLASS
+from tests.runtime.schedulers.scheduler_cases import CASES
 
 SCHEDULERS: list[Scheduler] = [
     DDIM(),
@@ -22,6 +24,7 @@ SCHEDULERS: list[Scheduler] = [
     DPMSolverMultistep(),
     DPMSolverMultistep(solver_order=3, thresholding=True),
     DPMSolverMultistep(algorithm_type="sde-dpmsolver++"),
+    *(SCHEDULERS_BY_CLASS[name]() for name in CASES),
 ]
 
 

@@ -19,8 +19,8 @@ Rules of the islands (``graph.islands.find_islands``); the first that applies is
 
 1. "sizes": float values computed from integers, such as shapes and positions, up to the first matrix product or table
    lookup, and the generators ConstantOfShape and Range. Half precision would round large integers (fp16 above 2048).
-2. "timestep embedding": the same for values computed from the graph's integer inputs, that is the sines and cosines of
-   the timestep.
+2. "timestep embedding": the same for values computed from the graph's integer inputs and from its timestep, which can
+   be float32; that is the sines and cosines of the timestep.
 3. "softmax": Softmax and LogSoftmax.
 4. "statistics": normalization operators, means, Pow and Sqrt, and of a decomposed normalization every operator from the
    first mean to the division by the root of the variance. Operators in ``fp32_inside`` are left out.

@@ -78,8 +78,8 @@ def split_cross_attention_kv(model: ir.Model, source: str = "context") -> Split 
 def split_time_embedding(model: ir.Model, source: str = "timestep") -> Split | None:
     """Split off the time embedding and its projections for every residual block.
 
-    The prefix ``time_embedding`` takes ``source`` int64 [batch] and gives one output ``time_embedding`` float32
-    [batch, S]. None and errors are as in ``split_off``.
+    The prefix ``time_embedding`` takes ``source`` int64 or float32 [batch] and gives one output ``time_embedding``
+    float32 [batch, S]. None and errors are as in ``split_off``.
     """
     return split_off(model, source, "time_embedding", pack="time_embedding")
 

@@ -1,0 +1,41 @@
+"""Pipelines of diffusers that no family exports, described for the message that refuses them."""
+
+from __future__ import annotations
+
+__all__ = ["pipeline_kind"]
+
+_KINDS = (
+    ("ControlNet", "with a ControlNet"),
+    ("StableDiffusionXLImg2Img", "Stable Diffusion XL from images, such as its refiner"),
+    ("StableDiffusionXL", "Stable Diffusion XL"),
+    ("StableDiffusion3", "Stable Diffusion 3, a transformer"),
+    ("StableDiffusionUpscale", "Stable Diffusion's upscaler, which also takes a low-resolution image"),
+    ("StableDiffusionLatentUpscale", "Stable Diffusion's latent upscaler"),
+    ("StableDiffusionDepth2Img", "Stable Diffusion with a depth map"),
+    ("StableUnCLIP", "Stable Diffusion from image embeddings"),
+    ("StableDiffusionInpaint", "Stable Diffusion for inpainting"),
+    ("StableDiffusionImg2Img", "Stable Diffusion from images"),
+    ("StableDiffusion", "another pipeline of Stable Diffusion"),
+    ("LatentConsistency", "a latent consistency model"),
+    ("Flux", "FLUX, a transformer"),
+    ("PixArt", "PixArt, a transformer"),
+    ("DiT", "DiT, a transformer"),
+    ("AuraFlow", "AuraFlow, a transformer"),
+    ("Sana", "Sana, a transformer"),
+    ("QwenImage", "Qwen-Image, a transformer"),
+    ("HunyuanDiT", "Hunyuan-DiT, a transformer"),
+    ("Kandinsky", "Kandinsky"),
+    ("StableCascade", "Stable Cascade"),
+    ("Wuerstchen", "Würstchen"),
+    ("AnimateDiff", "a model of videos"),
+    ("Video", "a model of videos"),
+    ("Audio", "a model of sounds"),
+    ("DDPM", "diffusion of pixels, not of latents"),
+    ("DDIM", "diffusion of pixels, not of latents"),
+)
+"""Part of a class name -> what such a pipeline is; the first that fits applies."""
+
+
+def pipeline_kind(name: str) -> str | None:
+    """What a pipeline class of diffusers is, as a phrase; None if it is not known."""
+    return next((kind for part, kind in _KINDS if part in name), None)

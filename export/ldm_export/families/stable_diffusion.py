@@ -1,0 +1,249 @@
+"""Stable Diffusion 1.x and 2.x, text to image: diffusers' StableDiffusionPipeline.
+
+The text encoder is CLIP's (OpenAI's in 1.x, OpenCLIP's without its last layer in 2.x); its hidden states condition the
+UNet by cross-attention. Prompts are tokenized by CLIP's byte-level BPE. Unlike LDMTextToImagePipeline, the pipeline
+turns guidance off for every scale up to 1, corrects two options of old schedulers, and divides the latents by the
+autoencoder's scaling factor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ldm_export.checkpoint import diffusers_parts as parts
+from ldm_export.checkpoint.clip_tokenizer_files import (
+    CLIP_FILES,
+    clip_length,
+    read_clip_tokenizer,
+    write_clip_tokenizer_json,
+)
+from ldm_export.checkpoint.folder import Checkpoint
+from ldm_export.checkpoint.layout import FileFolder, ModuleSource, Part, WeightNames
+from ldm_export.checkpoint.modules import load_module
+from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer
+from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.reference import diffusers_pipeline
+from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape
+from ldm_export.graph import wrappers
+from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
+from ldm_export.graph.model_specs import IMAGES
+from ldm_export.requests import RequestFields, text_requests
+from ldm_runtime.bundle_layout import TOKENIZER
+from ldm_runtime.conditioning.text import SKIPPED
+from ldm_runtime.errors import CheckpointError
+from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
+from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.specs import TensorSpec
+
+__all__ = ["CLIP_TEXT", "STABLE_DIFFUSION", "ClipTextConfig", "ClipTextEncoder", "describe"]
+
+log = logging.getLogger(__name__)
+
+DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
+"""As StableDiffusionPipeline's."""
+CORRECTED = {"steps_offset": 1, "clip_sample": False}
+"""Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
+TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
+NOT_EXPORTED = {
+    "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
+    "image_encoder": "it is not exported; image prompts are not supported",
+}
+"""Parts of a checkpoint that a bundle does not have, and what this means."""
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """The options of transformers' CLIPTextConfig that a text encoder's hidden states depend on, with its defaults."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+def _clip_text_model(config: Mapping[str, Any]) -> nn.Module:
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 2}  # of pooled states, which nothing here reads
+    options: dict[str, Any] = {**config, **ids}
+    return CLIPTextModel(CLIPTextConfig(**options))
+
+
+CLIP_TEXT = Part(
+    folders=("text_encoder",),
+    classes={"CLIPTextModel": ClipTextConfig},
+    weights=WeightNames(((r"^text_model\.", ""),)),  # the prefix of transformers before 5
+    construct=_clip_text_model,
+)
+
+
+class ClipTextEncoder(nn.Module):
+    """Hidden states of CLIP's text encoder after its final layer norm.
+
+    input_ids int64 [B, T] -> those of the last layer, float32 [B, T, D], and those without the last 1, 2, … layers,
+    float32 [B, layers, T, D].
+    """
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode the token ids of prompts."""
+        states = self.clip(input_ids=input_ids, output_hidden_states=True).hidden_states
+        norm: Any = getattr(self.clip, "text_model", self.clip).final_layer_norm
+        last, *skipped = (norm(state) for state in reversed(states))
+        return last, torch.stack(skipped, 1)
+
+
+def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
+    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    return [*parts.text_problems(unet, text["hidden_size"]), *parts.latent_problems(unet, autoencoder)]
+
+
+def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The scheduler's options with those that StableDiffusionPipeline replaces."""
+    config = checkpoint.scheduler_config
+    changed = {name: value for name, value in CORRECTED.items() if config.get(name, value) != value}
+    for name, value in changed.items():
+        log.info("scheduler: %s: got %s, sampled with %s as by StableDiffusionPipeline", name, config[name], value)
+    return {**config, **changed}
+
+
+def describe(checkpoint: Checkpoint) -> ModelDescription:
+    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
+
+    Raises:
+        SpecError: The runtime does not have the scheduler with these options.
+        CheckpointError: The tokenizer's config cannot be read.
+    """
+    configs = checkpoint.configs()
+    text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    shape = ModelShape(
+        tokens=min(clip_length(checkpoint.files["tokenizer"]), text["max_position_embeddings"]),
+        context_width=text["hidden_size"],
+        latents=parts.latents_of(autoencoder),
+        latent_size=parts.latent_size(unet, autoencoder),
+        image_channels=autoencoder["out_channels"],
+    )
+    specs = shape.specs()
+    encoder = specs[TEXT_ENCODER]
+    skipped = (IMAGES, text["num_hidden_layers"], shape.tokens, shape.context_width)
+    outputs = (*encoder.outputs, TensorSpec(SKIPPED, "float32", skipped))
+    return ModelDescription(
+        family=STABLE_DIFFUSION.name,
+        components={**specs, TEXT_ENCODER: replace(encoder, outputs=outputs)},
+        conditioning=(ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),),
+        guidance=GUIDANCE,
+        latents=shape.latents,
+        scheduler=scheduler_from_config(_scheduler_config(checkpoint)).to_config(),
+        defaults=checkpoint.defaults or DEFAULTS,
+        guidance_above_one=True,
+    )
+
+
+@contextmanager
+def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+    source = checkpoint.files["tokenizer"]
+    if checkpoint.random_seed is None or any((source / name).exists() for name in CLIP_FILES):
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        yield placeholder_clip_tokenizer(source, Path(folder))
+
+
+def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
+    with _tokenizer_folder(checkpoint) as folder:
+        write_clip_tokenizer_json(folder, target)
+    token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
+    known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
+    if highest >= known:
+        raise CheckpointError(
+            f"tokenizer: {checkpoint.files['tokenizer']}: token {token!r:.40} has id {highest}, but the text encoder "
+            f"embeds {known} tokens; use the tokenizer and the text encoder of one checkpoint"
+        )
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    with _tokenizer_folder(checkpoint) as folder:
+        tokenizer = read_clip_tokenizer(folder)
+    positions = checkpoint.components[TEXT_ENCODER].config["max_position_embeddings"]
+    tokenizer.model_max_length = min(clip_length(checkpoint.files["tokenizer"]), positions)
+    text_encoder = load_module(checkpoint, TEXT_ENCODER)
+    if not hasattr(text_encoder, "text_model"):  # of transformers before 5, which diffusers asks for with clip_skip
+        object.__setattr__(text_encoder, "text_model", text_encoder)
+    return diffusers_pipeline(
+        StableDiffusionPipeline,
+        replace(checkpoint, scheduler_config=_scheduler_config(checkpoint)),
+        first_stage="vae",
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    image: Image.Image = pipeline(
+        [request["prompts"]],
+        generator=generator,
+        height=request["height"],
+        width=request["width"],
+        eta=request["eta"],
+        guidance_scale=request["guidance_scale"],
+        num_inference_steps=request["num_inference_steps"],
+        negative_prompt=[request.get("negative_prompt", "")],
+        guidance_rescale=request.get("guidance_rescale", 0.0),
+        clip_skip=request.get("clip_skip"),
+    ).images[0]
+    return image
+
+
+_LAYOUT = parts.layout(
+    "Stable Diffusion",
+    _problems,
+    unet=parts.UNET_CONDITION,
+    parts={TEXT_ENCODER: CLIP_TEXT},
+    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
+    files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER)},
+)
+STABLE_DIFFUSION = Family(
+    name="stable_diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    layout=replace(
+        _LAYOUT,
+        parts={**_LAYOUT.parts, "autoencoder": replace(parts.AUTOENCODER, folders=("vae",))},
+        not_exported=NOT_EXPORTED,
+    ),
+    components={
+        TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
+        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
+    },
+    files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", _write_tokenizer)},
+    describe=describe,
+    quantize=(UNET, DECODER, TEXT_ENCODER),
+    fractional_timesteps=True,
+    requests=text_requests,
+    reference=_reference,
+    reference_image=_reference_image,
+)
+"""Parts: text_encoder (CLIPTextModel), unet (UNet2DConditionModel) and autoencoder (AutoencoderKL)."""
