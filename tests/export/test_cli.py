@@ -194,7 +194,7 @@ def test_verify_against_another_checkpoint_fails_with_figures(bundle_copy, place
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["paint"], ["build"], ["build", "x"], ["build", "x", "-o", "y", "--precision", "fp7"]),
+        *(["paint"], ["build"], ["build", "x"], ["build", "x", "-o", "y", "--precision", "fp7"]),
         *(
             ["generate"],
             ["generate", "x", "--count", "few"],

@@ -196,7 +196,7 @@ def test_a_stream_over_plain_http(triton_server) -> None:
 
 def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, local_images: Draw) -> None:
     singles = [wish for wish in WISHES if not isinstance(wish["PROMPT"], list)]
-    wishes = [wish | {"SEED": number // 6} for number in range(12) for wish in singles]
+    wishes = [wish | {"SEED": number // 5} for number in range(10) for wish in singles]
     wishes += [wish for _ in range(2) for wish in WISHES if wish not in singles]
     assert len(wishes) == 64
     before = triton_server.figures()

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
@@ -182,6 +181,8 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
+    from diffusers import StableDiffusionPipeline  # its import takes long and reports packages that are missing
+
     with _tokenizer_folder(checkpoint) as folder:
         tokenizer = read_clip_tokenizer(folder)
     positions = checkpoint.components[TEXT_ENCODER].config["max_position_embeddings"]

@@ -10,12 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ldm_export.bench.figures import machine
 from ldm_export.screen import Screen, human_bytes
-from ldm_runtime.backends.driver import installed_gpu
-from ldm_runtime.backends.selection import select_backend
-from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import BackendError
 
 __all__ = ["add_arguments", "run"]
 
@@ -57,9 +52,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
+    from ldm_export.bench.figures import machine
+
     facts: dict[str, Any] = {"machine": machine(), "gpu": _gpu(), "parts": [_found(part) for part in PARTS]}
     if args.bundle is not None:
-        facts["bundle"] = _choice(Bundle.open(args.bundle))
+        facts["bundle"] = _choice(args.bundle)
     if args.json:
         screen.json(facts)
         return
@@ -89,6 +86,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _gpu() -> str:
+    from ldm_runtime.backends.driver import installed_gpu
+
     gpu = installed_gpu()
     if isinstance(gpu, str):
         return gpu
@@ -119,7 +118,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _choice(bundle: Bundle) -> dict[str, str]:
+def _choice(folder: Path) -> dict[str, str]:
+    from ldm_runtime.backends.selection import select_backend
+    from ldm_runtime.bundle import Bundle
+    from ldm_runtime.errors import BackendError
+
+    bundle = Bundle.open(folder)
     try:
         selected = select_backend(bundle)
     except BackendError as error:

@@ -80,5 +80,5 @@ class Euler(ResampledSigmas):
 
     def _for_model(self, timesteps: F32, sigmas: F32) -> F32:
         if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
-            return np.float32(0.25) * np.log(sigmas[: len(timesteps)])
+            return np.float32(0.25) * np.log(sigmas[:-1])  # with log_linear interpolation one more than asked for
         return timesteps
