@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -35,14 +34,13 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
-from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape
+from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape, check_token_ids
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.conditioning.text import SKIPPED
-from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import TensorSpec
@@ -171,13 +169,7 @@ def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     with _tokenizer_folder(checkpoint) as folder:
         write_clip_tokenizer_json(folder, target)
-    token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
-    known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
-    if highest >= known:
-        raise CheckpointError(
-            f"tokenizer: {checkpoint.files['tokenizer']}: token {token!r:.40} has id {highest}, but the text encoder "
-            f"embeds {known} tokens; use the tokenizer and the text encoder of one checkpoint"
-        )
+    check_token_ids(checkpoint, target)
 
 
 def _reference(checkpoint: Checkpoint) -> Any:

@@ -56,18 +56,7 @@ __all__ = [
     "TEXT_TO_IMAGE",
     "ModelShape",
     "TextEncoder",
-    "describe",
-    "model_shape",
-    "tokenizer_folder",
-]
-
-__all__ = [
-    "CONTEXT",
-    "GUIDANCE",
-    "TEXT_ENCODER",
-    "TEXT_TO_IMAGE",
-    "ModelShape",
-    "TextEncoder",
+    "check_token_ids",
     "describe",
     "model_shape",
     "tokenizer_folder",
@@ -204,7 +193,16 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     with tokenizer_folder(checkpoint) as folder:
         write_tokenizer_json(folder, target)
-    token, highest = max(Tokenizer.from_file(str(target)).get_vocab().items(), key=lambda item: item[1])
+    check_token_ids(checkpoint, target)
+
+
+def check_token_ids(checkpoint: Checkpoint, tokenizer: Path) -> None:
+    """Check that the text encoder embeds every token of a tokenizer.json.
+
+    Raises:
+        CheckpointError: The tokenizer has more tokens.
+    """
+    token, highest = max(Tokenizer.from_file(str(tokenizer)).get_vocab().items(), key=lambda item: item[1])
     known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
     if highest >= known:
         raise CheckpointError(
