@@ -34,13 +34,14 @@ NAMES = {
     "GUIDANCE_EVERY": "guidance_every",
     "GUIDANCE_INTERVAL": "guidance_interval",
     "GUIDANCE_RESCALE": "guidance_rescale",
+    "SCHEDULER": "scheduler",
     "HEIGHT": "height",
     "WIDTH": "width",
     "NEGATIVE_PROMPT": "negative_prompt",
     "IMAGES_PER_PROMPT": "images_per_prompt",
 }
 WISHES = [
-    {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 5, "ETA": 0.0, "GUIDANCE": 1.0},
+    {"PROMPT": PROMPTS[0], "SEED": 1, "STEPS": 5, "SCHEDULER": "UniPCMultistepScheduler", "GUIDANCE": 1.0},
     {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9},
     {"PROMPT": PROMPTS[1], "SEED": 2, "STEPS": 9, "GUIDANCE": 5.0, "GUIDANCE_EVERY": 2},
     {"PROMPT": PROMPTS[0], "SEED": 6, "STEPS": 8, "GUIDANCE": 5.0, "GUIDANCE_INTERVAL": [0.25, 0.75]},

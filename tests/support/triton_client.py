@@ -16,6 +16,7 @@ import tritonclient.http
 KINDS = {
     "PROMPT": "BYTES",
     "NEGATIVE_PROMPT": "BYTES",
+    "SCHEDULER": "BYTES",
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
     **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP"), "INT32"),

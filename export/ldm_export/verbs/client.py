@@ -102,6 +102,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "GUIDANCE_INTERVAL": args.guidance_interval,
         "GUIDANCE_RESCALE": args.guidance_rescale,
         "CLIP_SKIP": args.clip_skip,
+        "SCHEDULER": args.scheduler,
         "HEIGHT": args.height,
         "WIDTH": args.width,
         "IMAGES_PER_PROMPT": args.images_per_prompt if args.images_per_prompt != 1 else None,

@@ -39,12 +39,6 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on (default auto)"
     )
-    verb.add_argument(
-        "--scheduler",
-        metavar="NAME",
-        help="another scheduler, by its class name in diffusers, e.g. UniPCMultistepScheduler; it takes the options "
-        "that the model's checkpoint gives (default: the model's)",
-    )
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="cache of OpenVINO's compiled models, for faster starts"

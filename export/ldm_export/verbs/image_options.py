@@ -70,6 +70,12 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
     )
     verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
+    verb.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="another scheduler, by its class name in diffusers, e.g. UniPCMultistepScheduler; it takes the options "
+        "that the model's checkpoint gives (default: the model's)",
+    )
     verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
     verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
     verb.add_argument(

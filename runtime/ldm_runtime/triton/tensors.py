@@ -89,6 +89,7 @@ GUIDANCE_FIELDS = (
 COMMON_FIELDS = (
     TensorField("SEED", "TYPE_INT64", (-1,)),
     TensorField("STEPS", "TYPE_INT32"),
+    TensorField("SCHEDULER", "TYPE_STRING"),
     TensorField("ETA", "TYPE_FP32"),
     TensorField("HEIGHT", "TYPE_INT32"),
     TensorField("WIDTH", "TYPE_INT32"),
@@ -176,6 +177,9 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
     if "IMAGES_PER_PROMPT" in tensors:
         options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
+    if "SCHEDULER" in tensors:
+        _values(tensors, "SCHEDULER", 1)
+        options["scheduler"] = _texts(tensors, "SCHEDULER")[0]
     if "CLIP_SKIP" in tensors:
         options["clip_skip"] = _one(tensors, "CLIP_SKIP", int)
     if "GUIDANCE_RESCALE" in tensors:
