@@ -15,6 +15,8 @@ from ldm_runtime.number_checks import integer, shown
 
 __all__ = ["FORMATS", "check_latents", "grid", "pil_image", "psnr", "to_bytes", "to_pil", "to_png", "to_uint8"]
 
+QUALITY = 95
+"""Quality of JPEG and WebP images."""
 CHANNELS = (1, 3, 4)
 """Channels of the images that PIL writes: L, RGB and RGBA."""
 FORMATS = {
@@ -94,15 +96,16 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     return sheet
 
 
-def to_bytes(image: Image.Image, suffix: str) -> bytes:
+def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY) -> bytes:
     """Encode an image in the format of a file name's suffix.
 
-    JPEG and WebP are written with quality 95, as JPEG has no lossless mode and WebP's is slow. JPEG has no opacity and
-    BMP's is rarely read, so RGBA images are laid on white for these.
+    JPEG and WebP lose detail, as JPEG has no lossless mode and WebP's is slow. JPEG has no opacity and BMP's is rarely
+    read, so RGBA images are laid on white for these.
 
     Args:
         image: Of mode L, RGB or RGBA.
         suffix: A key of ``FORMATS``, in upper or lower case.
+        quality: 0 to 100, for JPEG and WebP.
 
     Raises:
         SpecError: The suffix is of another format, or the format does not take images of this size.
@@ -114,7 +117,7 @@ def to_bytes(image: Image.Image, suffix: str) -> bytes:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     try:
-        image.save(buffer, name, quality=95)
+        image.save(buffer, name, quality=quality)
     except (OSError, ValueError) as error:  # Pillow's, e.g. for a side beyond 65535 pixels
         raise SpecError(f"image: {name} does not take {image.mode} {image.size} ({error}); use .png") from None
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,12 @@ def _gpu() -> str:
 
 def _found(part: _Part) -> dict[str, Any]:
     """The packages of a part: complete, versions of those that are there, and the argument of pip for the others."""
+    from ldm_export.bench.figures import versions as installed_versions
+
     versions: dict[str, str] = {}
     complete = True
     for module, distributions in part.packages.items():
-        installed = {name: number for name in distributions if (number := _version(name))}
+        installed = installed_versions(distributions)
         complete &= bool(installed) and importlib.util.find_spec(module) is not None
         versions |= installed
     return {
@@ -109,13 +111,6 @@ def _found(part: _Part) -> dict[str, Any]:
         "versions": versions,
         "install": f'".[{part.extra}]"',
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _choice(folder: Path) -> dict[str, str]:

@@ -12,17 +12,14 @@ from ldm_export.serving.models import STREAM, UNARY, make_model, model_names
 from ldm_export.serving.repository import write_models
 from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
-from ldm_runtime.batching.limits import MAX_COUNT
+from ldm_runtime.batching.limits import MAX_COUNT, rows_of_call
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import UNET
-from ldm_runtime.number_checks import integer, shown, threads
+from ldm_runtime.number_checks import integer, threads
 from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, ModelParameters
 
 __all__ = ["add_arguments", "row_buckets", "run"]
-
-MAX_ROWS = 32
-"""Rows of one UNet call if the UNet takes as many."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -95,10 +92,7 @@ def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) 
 
 def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
     threads(args.threads)
-    most = min(tensor.bounds("max")[0] for tensor in bundle.manifest.components[UNET].spec.inputs)
-    max_rows = min(MAX_ROWS, most) if args.max_rows is None else args.max_rows
-    if not 1 <= max_rows <= most:
-        raise SpecError(f"max-rows: got {shown(max_rows)}, expected 1..{most}, which this bundle's UNet takes")
+    max_rows = rows_of_call(bundle.manifest.components[UNET].spec, args.max_rows, "this bundle's UNet")
     integer("max-queue", args.max_queue, 1, MAX_COUNT)
     precision = bundle.precision if args.target != "python" and args.precision is None else args.precision
     backend = args.backend if args.target == "python" or args.backend != "auto" else args.target

@@ -9,10 +9,13 @@ import numpy as np
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import integer, seconds, shown
+from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["MAX_COUNT", "Limits"]
+__all__ = ["MAX_COUNT", "Limits", "rows_of_call"]
 
 MAX_COUNT = 2**31 - 1
+MAX_ROWS = 32
+"""Rows of one UNet call if the UNet takes as many."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,21 @@ class Limits:
     def padded(self, rows: int) -> int:
         """Rows of a UNet call in which ``rows`` rows (1..max_rows) are in use."""
         return rows if self.row_buckets is None else next(size for size in self.row_buckets if size >= rows)
+
+
+def rows_of_call(unet: ComponentSpec, wanted: int | None, whose: str) -> int:
+    """Return the maximum rows of one UNet call.
+
+    Args:
+        unet: Spec of the UNet.
+        wanted: What the user asks for; None takes ``MAX_ROWS``, or what the UNet takes.
+        whose: The UNet in words, for the message.
+
+    Raises:
+        SpecError: The UNet does not take as many.
+    """
+    most = min(tensor.bounds("max")[0] for tensor in unet.inputs)
+    rows = min(MAX_ROWS, most) if wanted is None else wanted
+    if not 1 <= rows <= most:
+        raise SpecError(f"max-rows: got {shown(rows)}, expected 1..{most}, which {whose} takes")
+    return rows

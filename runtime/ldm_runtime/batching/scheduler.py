@@ -19,7 +19,7 @@ from ldm_runtime.batching.self_test import self_test_request
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
 from ldm_runtime.number_checks import MAX_SECONDS, as_integer, number, seconds, shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
-from ldm_runtime.request import Request
+from ldm_runtime.request import Plan, Request
 
 __all__ = ["BatchScheduler"]
 
@@ -79,7 +79,7 @@ class BatchScheduler:
 
     def submit(
         self,
-        request: Request,
+        request: Request | Plan,
         *,
         priority: int = 2,
         timeout: float | None = None,
@@ -89,7 +89,8 @@ class BatchScheduler:
         """Add a request to the queue; returns at once.
 
         Args:
-            request: Its conditioning is encoded later; a text that cannot be tokenized fails the job.
+            request: A request, or what ``pipeline.plan`` made of one. Its conditioning is encoded later; a text that
+                cannot be tokenized fails the job.
             priority: 0 (most urgent) to 4.
             timeout: Seconds until the request expires, in the queue or while it runs; None for no deadline.
             on_progress: Called after each step, on the notifier thread.
@@ -100,7 +101,7 @@ class BatchScheduler:
             QueueFullError: The queue is full, or the engine fails.
             CancelledError: The scheduler is closing.
         """
-        plan = self._pipeline.plan(request)
+        plan = request if isinstance(request, Plan) else self._pipeline.plan(request)
         priority, timeout, preview_every = _checked(priority, timeout, preview_every)
         if plan.rows > self._limits.max_rows:
             raise SpecError(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ldm_runtime.images import pil_image
+from ldm_runtime.images import QUALITY, pil_image, to_bytes
 
 __all__ = ["FORMATS", "ImageFormat"]
 
 FORMATS = ("png", "jpeg", "webp")
-DEFAULT_QUALITY = 95
 
 
 class ImageFormat:
@@ -24,7 +20,7 @@ class ImageFormat:
         quality: 0 to 100, for JPEG and WebP.
     """
 
-    def __init__(self, name: str = "png", quality: int = DEFAULT_QUALITY):
+    def __init__(self, name: str = "png", quality: int = QUALITY):
         self.name, self.quality = name, quality
 
     @property
@@ -38,9 +34,4 @@ class ImageFormat:
         Raises:
             SpecError: It has neither one, three nor four channels.
         """
-        picture = pil_image(image)
-        if self.name == "jpeg" and picture.mode == "RGBA":
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        buffer = io.BytesIO()
-        picture.save(buffer, self.name.upper(), **({} if self.name == "png" else {"quality": self.quality}))
-        return buffer.getvalue()
+        return to_bytes(pil_image(image), f".{self.name}", self.quality)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm_runtime.http.api_error import FIELD_NAMES, ApiError
-from ldm_runtime.http.image_format import DEFAULT_QUALITY, FORMATS, ImageFormat
+from ldm_runtime.http.image_format import FORMATS, ImageFormat
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
+from ldm_runtime.images import QUALITY
 from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request
 
@@ -102,7 +103,7 @@ def parse(fields: Mapping[str, Any], model: ServedModel, options: ServerOptions)
         Request(**request),
         ImageFormat(
             _choice(fields, "output_format", FORMATS),
-            _whole(fields, "output_compression", DEFAULT_QUALITY, 0, 100),
+            _whole(fields, "output_compression", QUALITY, 0, 100),
         ),
         response_format == "url",
         stream,

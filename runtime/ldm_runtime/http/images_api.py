@@ -127,7 +127,7 @@ class ImagesApi:
                 raise ApiError(400, message, code="invalid_value", param=name)
         every = max(1, len(plan.trajectory) // (wanted.partial_images + 1)) if wanted.partial_images else 0
         return model.scheduler.submit(
-            wanted.request,
+            plan,
             timeout=self._options.timeout,
             on_progress=listener.add if wanted.stream else None,
             preview_every=every if wanted.stream else 0,

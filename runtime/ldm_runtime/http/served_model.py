@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.limits import Limits, rows_of_call
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
@@ -16,9 +16,6 @@ from ldm_runtime.model import UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 __all__ = ["EngineOptions", "ServedModel", "open_models"]
-
-MAX_ROWS = 32
-"""Rows of one UNet call if the UNet takes as many."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,7 @@ class ServedModel:
             LdmError: The bundle is damaged, or it does not run here.
         """
         bundle = Bundle.open(path)
-        tensors = bundle.manifest.components[UNET].spec.inputs
-        most = min(tensor.bounds("max")[0] for tensor in tensors)
-        rows = min(MAX_ROWS, most) if options.max_rows is None else options.max_rows
-        if not 1 <= rows <= most:
-            raise SpecError(f"max-rows: got {rows}, expected 1..{most}, which the UNet of {name} takes")
+        rows = rows_of_call(bundle.manifest.components[UNET].spec, options.max_rows, f"the UNet of {name}")
         pipeline = LatentDiffusionPipeline.from_bundle(
             bundle,
             precision=options.precision,

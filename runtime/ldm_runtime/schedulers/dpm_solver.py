@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.schedulers.dpm_solver_options import CHOICES, FOREIGN, RENAMED, SWITCHES
 from ldm_runtime.schedulers.dpm_solver_rows import model_value, noise_levels, update, x0_weights
-from ldm_runtime.schedulers.noise_schedule import SMALLEST_ALPHA, NoiseSchedule
+from ldm_runtime.schedulers.noise_schedule import NoiseSchedule
 from ldm_runtime.schedulers.options import among, choice, fail, integer, positive, real, step_count, switch
 from ldm_runtime.schedulers.sigmas import (
     beta_sigmas,
@@ -111,10 +111,7 @@ class DPMSolverMultistep(NoiseSchedule):
     @property
     def alphas_cumprod(self) -> F32:
         """ᾱ of every training timestep, float32 [num_train_timesteps]; the last is 2**-24 if rescaled to zero SNR."""
-        alphas = self._cumulative(self.rescale_betas_zero_snr)
-        if self.rescale_betas_zero_snr:
-            alphas[-1] = SMALLEST_ALPHA
-        return alphas
+        return self._cumulative_above_zero(self.rescale_betas_zero_snr)
 
     def timesteps(self, num_inference_steps: int) -> I64:
         """Return the timestep of every UNet call, int64 [calls].

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.schedulers.noise_schedule import SMALLEST_ALPHA
 from ldm_runtime.schedulers.options import fail, switch
 from ldm_runtime.schedulers.sigma_schedule import SigmaSchedule
 from ldm_runtime.schedulers.trajectory import Trajectory
@@ -41,10 +40,7 @@ class EulerAncestral(SigmaSchedule):
     @property
     def alphas_cumprod(self) -> F32:
         """ᾱ of every training timestep, float32 [num_train_timesteps]; the last is 2**-24 if rescaled to zero SNR."""
-        alphas = self._cumulative(self.rescale_betas_zero_snr)
-        if self.rescale_betas_zero_snr:
-            alphas[-1] = SMALLEST_ALPHA
-        return alphas
+        return self._cumulative_above_zero(self.rescale_betas_zero_snr)
 
     def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
         """Compute the trajectory. Its state is x alone; every call draws noise, the last with weight zero.

@@ -138,6 +138,13 @@ class NoiseSchedule:
         betas = self._betas()
         return _cumprod(1 - (_rescale_zero_terminal_snr(betas) if rescale_zero_snr else betas))
 
+    def _cumulative_above_zero(self, rescale_zero_snr: bool) -> F32:
+        """As ``_cumulative``; the last is ``SMALLEST_ALPHA`` if rescaled, so that its sigma is finite."""
+        alphas = self._cumulative(rescale_zero_snr)
+        if rescale_zero_snr:
+            alphas[-1] = SMALLEST_ALPHA
+        return alphas
+
     def _betas(self) -> F32:
         count = self.num_train_timesteps
         if self.trained_betas is not None:

@@ -13,7 +13,7 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import as_integer
 from ldm_runtime.schedulers.dpm_solver_rows import noise_levels
 from ldm_runtime.schedulers.foreign_options import OTHERS
-from ldm_runtime.schedulers.noise_schedule import PREDICTION_TYPES, SMALLEST_ALPHA, TIMESTEP_SPACINGS, NoiseSchedule
+from ldm_runtime.schedulers.noise_schedule import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
 from ldm_runtime.schedulers.options import among, choice, fail, integer, positive, real, step_count, switch
 from ldm_runtime.schedulers.predictions import noise_weights, x0_weights
 from ldm_runtime.schedulers.sigmas import (
@@ -109,10 +109,7 @@ class UniPC(NoiseSchedule):
     @property
     def alphas_cumprod(self) -> F32:
         """ᾱ of every training timestep, float32 [num_train_timesteps]; the last is 2**-24 if rescaled to zero SNR."""
-        alphas = self._cumulative(self.rescale_betas_zero_snr)
-        if self.rescale_betas_zero_snr:
-            alphas[-1] = SMALLEST_ALPHA
-        return alphas
+        return self._cumulative_above_zero(self.rescale_betas_zero_snr)
 
     def timesteps(self, num_inference_steps: int) -> I64:
         """Return the timestep of every UNet call, int64; with "trailing", some numbers of steps give one more, -1.
