@@ -7,26 +7,22 @@ import math
 
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["PAIRS", "report_memory", "required_bytes"]
+__all__ = ["report_memory", "required_bytes"]
 
 log = logging.getLogger(__name__)
-PAIRS = 4096
-"""Pairs of latents that "bytes_per_pairs" counts together: attention compares every latent with each other."""
 
 
 def required_bytes(model: ModelDescription, shape: tuple[int, int, int, int]) -> int | None:
     """Estimated bytes of activations; None if the bundle does not tell.
 
     Args:
-        model: Its conditioning has the settings "bytes_per_latent" and "bytes_per_pairs".
+        model: Its conditioning has the setting "bytes_per_latent".
         shape: Of the latents: images, channels, height, width.
     """
     settings = {name: value for entry in model.conditioning for name, value in entry.settings.items()}
-    if not {"bytes_per_latent", "bytes_per_pairs"} <= settings.keys():
+    if "bytes_per_latent" not in settings:
         return None
-    latents = math.prod(shape[2:])
-    one = settings["bytes_per_latent"] * latents + settings["bytes_per_pairs"] * latents**2 // PAIRS
-    return shape[0] * one
+    return shape[0] * settings["bytes_per_latent"] * math.prod(shape[2:])
 
 
 def report_memory(model: ModelDescription, shape: tuple[int, int, int, int], own: int) -> None:

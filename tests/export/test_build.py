@@ -26,8 +26,8 @@ from tests.support.configs_only import write_configs
 
 TRACED = ("text_encoder", "unet", "decoder", "step", "guided_step")
 SPLIT = ("cross_attention_kv", "time_embedding")
-VARIANT = "unet/fp32.onnxruntime-cpu.onnx"
-STAGES = {"tokenizer", "unet.fp32.onnxruntime-cpu", *(f"{name}.fp32" for name in TRACED)}
+VARIANTS = {name: f"{name}/fp32.onnxruntime-cpu.onnx" for name in ("unet", "decoder")}
+STAGES = {"tokenizer", *(f"{name}.fp32.onnxruntime-cpu" for name in VARIANTS), *(f"{name}.fp32" for name in TRACED)}
 NOTES = {"manifest.json", "build-log.json"}
 
 
@@ -73,7 +73,7 @@ def texts(value: Any) -> Iterator[str]:
 def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
-    graphs = {f"{name}/fp32.onnx" for name in (*TRACED, *SPLIT)} | {VARIANT}
+    graphs = {f"{name}/fp32.onnx" for name in (*TRACED, *SPLIT)} | set(VARIANTS.values())
     assert set(bundle.manifest.files) == graphs | {"decoder/fp32.onnx.data", "tokenizer.json"}
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
@@ -105,7 +105,8 @@ def test_the_manifest_describes_the_model(tiny_bundle: Path) -> None:
         "decoder": "image",
     }
     assert manifest.scheduler["class"] == "DDIMScheduler"
-    assert manifest.components["unet"].variants == {"onnxruntime-cpu": {"fp32": VARIANT}}
+    for name, component in manifest.components.items():
+        assert component.variants == ({"onnxruntime-cpu": {"fp32": VARIANTS[name]}} if name in VARIANTS else {})
     assert (manifest.latents.channels, manifest.latents.factor) == (4, 8)
     assert manifest.guidance == ("unconditional", "conditional")
     assert manifest.defaults == Defaults(50, 0.3, 6.0)
@@ -152,7 +153,7 @@ def change_word(tokenizer: Path, old: str, new: str) -> None:
             change_weight,
             ("conv_in.bias",),
             {"unet.fp32", "unet.fp32.onnxruntime-cpu"},
-            {"unet/fp32.onnx", VARIANT},
+            {"unet/fp32.onnx", VARIANTS["unet"]},
         ),
     ],
     ids=["tokenizer", "text_encoder", "unet"],

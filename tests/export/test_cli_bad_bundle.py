@@ -16,9 +16,10 @@ from tests.support.checkpoints import edit_json
 
 Refused = Callable[..., None]
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+REWRITTEN = ("unet", "decoder")
 FILES = (
-    *("tokenizer.json", "unet/fp32.onnxruntime-cpu.onnx"),
-    *(f"{name}/fp32.onnx" for name in COMPONENTS if name != "unet"),
+    "tokenizer.json",
+    *(f"{name}/fp32{'.onnxruntime-cpu' if name in REWRITTEN else ''}.onnx" for name in COMPONENTS),
 )
 """What ONNX Runtime opens on a CPU."""
 READERS: dict[str, tuple[str, ...]] = {

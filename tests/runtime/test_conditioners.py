@@ -23,7 +23,7 @@ from ldm_runtime.conditioning.layout_tokens import LayoutVocabulary
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import ConditioningSpec, Latents, ModelDescription
 from ldm_runtime.request import Request
-from ldm_runtime.required_memory import PAIRS, report_memory, required_bytes
+from ldm_runtime.required_memory import report_memory, required_bytes
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
 BATCH, HEIGHT, WIDTH = Axis("batch", 1, 1, 32), Axis("height", 2, 8, 16), Axis("width", 2, 8, 16)
@@ -244,13 +244,13 @@ def test_refusals_are_one_line(case: str) -> None:
 
 
 def test_the_memory_of_larger_images_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    settings = {"bytes_per_latent": 1000, "bytes_per_pairs": 4 * PAIRS}
+    settings = {"bytes_per_latent": 1000}
     entry = ConditioningSpec("image", "", {}, ("low",), settings)
     model = ModelDescription("super_resolution", {}, (entry,), (), Latents(3, 4), {})
-    assert required_bytes(model, (2, 3, 64, 64)) == 2 * (1000 * 64**2 + 4 * 64**4)
+    assert required_bytes(model, (2, 3, 64, 64)) == 2 * 1000 * 64**2
     with caplog.at_level(logging.WARNING):
         report_memory(model, (1, 3, 64, 64), 64**2)
         assert not caplog.records
-        report_memory(model, (1, 3, 128, 128), 64**2)
-    assert "memory: about 1.1 GB beside the weights, as the image is larger than the model's own" in caplog.text
+        report_memory(model, (1, 3, 1024, 1024), 64**2)
+    assert "memory: about 1.0 GB beside the weights, as the image is larger than the model's own" in caplog.text
     assert required_bytes(replace(model, conditioning=()), (1, 3, 64, 64)) is None

@@ -25,7 +25,7 @@ from ldm_export.bundle.precision_stages import calibration_model, half_stages, r
 from ldm_export.bundle.previous import describes, previous_bundle
 from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
-from ldm_export.bundle.variant_stages import CUDA_PRECISION, Variant, cpu_variant, cuda_variants
+from ldm_export.bundle.variant_stages import CUDA_PRECISION, Variant, cpu_variants, cuda_variants
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.engine.request import EngineRequest
@@ -130,7 +130,7 @@ def build(
         precise = _precision_stages(plan, options, outcomes)
         _run(precise, plan, outcomes)
         sources = _sources(outcomes)
-        variants = [cpu_variant(plan, sources), *(cuda_variants(plan, sources, precise[0]) if options.cuda else ())]
+        variants = [*cpu_variants(plan, sources), *(cuda_variants(plan, sources, precise[0]) if options.cuda else ())]
         _run([*step_stages(plan), *(variant.stage for variant in variants)], plan, outcomes)
         if latents is not None:
             _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)

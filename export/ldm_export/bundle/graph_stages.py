@@ -19,7 +19,7 @@ from ldm_runtime.specs import Axis, ComponentSpec
 
 __all__ = ["FORM", "file_stages", "graph_stages", "model_steps", "split_model", "step_stages"]
 
-FORM = 2
+FORM = 3
 """Version of the graphs; increases when the same module leads to other graphs."""
 
 

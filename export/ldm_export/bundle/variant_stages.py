@@ -19,9 +19,10 @@ from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, RANGES_REPORT, graph_file, weights_beside
-from ldm_runtime.model import UNET, ModelDescription
+from ldm_runtime.model import ModelDescription
+from ldm_runtime.specs import Axis, ComponentSpec
 
-__all__ = ["CUDA_PRECISION", "Variant", "cpu_variant", "cuda_variants"]
+__all__ = ["CUDA_PRECISION", "Variant", "cpu_variants", "cuda_variants"]
 
 CUDA_PRECISION = "fp16"
 """Precision of the graphs for CUDA."""
@@ -49,16 +50,26 @@ class Variant:
         return graph_file(self.component, self.precision, self.engine)
 
 
-def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
-    """The UNet's fp32 graph as rewritten for ONNX Runtime on the CPU. It shares the weights of the portable graph.
+def cpu_variants(plan: BuildPlan, sources: Mapping[str, str]) -> list[Variant]:
+    """fp32 graphs as rewritten for ONNX Runtime on the CPU, of each component whose input grows with the image.
+
+    They share the weights of the portable graphs.
 
     Args:
         plan: Plan of the build; the fp32 graphs are in the work folder.
         sources: Graph file -> key of the stage that wrote it.
     """
+    grows = [name for name, spec in plan.model.components.items() if _has_height(spec)]
+    return [_cpu_variant(plan, name, sources) for name in grows]
 
+
+def _has_height(spec: ComponentSpec) -> bool:
+    return any(isinstance(dim, Axis) and dim.name == "height" for tensor in spec.inputs for dim in tensor.shape)
+
+
+def _cpu_variant(plan: BuildPlan, name: str, sources: Mapping[str, str]) -> Variant:
     def run(folder: Path) -> list[str]:
-        source, target = plan.graph(UNET, "fp32"), folder / graph_file(UNET, "fp32", CPU_VARIANT)
+        source, target = plan.graph(name, "fp32"), folder / graph_file(name, "fp32", CPU_VARIANT)
         result = apply(ir.load(source), ENGINE_PASSES[CPU_VARIANT])
         if not result.changes:
             return []
@@ -69,9 +80,8 @@ def cpu_variant(plan: BuildPlan, sources: Mapping[str, str]) -> Variant:
         ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
         return relative([target], folder)
 
-    return Variant(
-        UNET, "fp32", CPU_VARIANT, Stage(f"{UNET}.fp32.{CPU_VARIANT}", _depends(CPU_VARIANT, UNET, sources), run)
-    )
+    stage = Stage(f"{name}.fp32.{CPU_VARIANT}", _depends(CPU_VARIANT, name, sources), run)
+    return Variant(name, "fp32", CPU_VARIANT, stage)
 
 
 def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:
@@ -80,7 +90,7 @@ def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) ->
     Tensors that one component computes for the UNet, such as keys and values, are fp16 at both ends.
 
     Args:
-        plan, sources: As of ``cpu_variant``.
+        plan, sources: As of ``cpu_variants``.
         ranges: Stage that measures the ranges of all tensors.
     """
     return [_cuda_variant(plan, name, sources, ranges) for name in plan.model.components]

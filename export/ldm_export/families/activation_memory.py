@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_runtime.required_memory import PAIRS
+from ldm_export.graph.quantizer import CODES_AT_ONCE
 
 __all__ = ["activation_memory"]
 
 FLOAT = 4
-LIVE = 3
-"""Tensors of a residual block that are alive at once: its input, its output, and the one between."""
+LIVE = 10
+"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block with its
+normalization, and blocks that are kept for the next operator."""
+
+DISTANCES = 3
+"""Tensors of distances that are alive at once: the products, their roots, and one that is kept."""
 
 
 def activation_memory(unet: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> dict[str, int]:
     """Settings of a conditioning for ``ldm_runtime.required_memory.required_bytes``.
 
-    The largest of two components counts: the decoder, whose first width has the size of the image, and the UNet, whose
-    up blocks hold the skip connections. Attention holds its scores and their softmax, for each head.
+    The largest of three counts: the decoder, whose first width has the size of the image; the UNet, whose up blocks hold
+    the skip connections; and the distances of a quantized latent to a part of the codes. Attention is computed block by
+    block and needs no memory of its own.
 
     Args:
         unet, autoencoder: Full configs of UNet2DModel and of VQModel or AutoencoderKL.
 
     Returns:
-        "bytes_per_latent", and "bytes_per_pairs" for each ``PAIRS`` pairs of latents.
+        "bytes_per_latent".
     """
     factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
     decoder = LIVE * FLOAT * autoencoder["block_out_channels"][0] * factor**2
@@ -32,8 +37,5 @@ def activation_memory(unet: Mapping[str, Any], autoencoder: Mapping[str, Any]) -
         width * (unet["layers_per_block"] + 1) / 4**level for level, width in enumerate(unet["block_out_channels"])
     )
     network = FLOAT * (skips + LIVE * 2 * unet["block_out_channels"][0])
-    attended = [level for level, kind in enumerate(unet["down_block_types"]) if "Attn" in kind]
-    last = len(unet["block_out_channels"]) - 1
-    heads = [unet["block_out_channels"][level] // unet["attention_head_dim"] / 16**level for level in (*attended, last)]
-    pairs = max(2 * FLOAT * max(heads), 2 * FLOAT * autoencoder["mid_block_add_attention"])
-    return {"bytes_per_latent": round(max(decoder, network)), "bytes_per_pairs": round(pairs * PAIRS)}
+    codes = DISTANCES * FLOAT * min(autoencoder.get("num_vq_embeddings", 0), CODES_AT_ONCE)
+    return {"bytes_per_latent": round(max(decoder, network, codes))}

@@ -10,6 +10,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import interpolate
 
+from ldm_export.graph.quantizer import Quantizer
+
 __all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
 
 
@@ -64,6 +66,8 @@ class Decoder(nn.Module):
         super().__init__()
         config: Any = autoencoder.config
         self.autoencoder: Any = free_upsampling(autoencoder)
+        if hasattr(autoencoder, "quantize"):
+            self.autoencoder.quantize = Quantizer(self.autoencoder.quantize)
         self.scaling_factor = float(config.scaling_factor)
         self.divide = divide
 
