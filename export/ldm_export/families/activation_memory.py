@@ -11,8 +11,8 @@ __all__ = ["activation_memory"]
 
 FLOAT = 4
 LIVE = 10
-"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block with its
-normalization, and blocks that are kept for the next operator."""
+"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block, of its
+normalization, and memory that is kept for the next operator."""
 
 DISTANCES = 3
 """Tensors of distances that are alive at once: the products, their roots, and one that is kept."""
@@ -21,9 +21,9 @@ DISTANCES = 3
 def activation_memory(unet: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> dict[str, int]:
     """Settings of a conditioning for ``ldm_runtime.required_memory.required_bytes``.
 
-    The largest of three counts: the decoder, whose first width has the size of the image; the UNet, whose up blocks hold
-    the skip connections; and the distances of a quantized latent to a part of the codes. Attention is computed block by
-    block and needs no memory of its own.
+    The largest of three counts: the decoder, whose first width has the size of the image; the UNet, whose up blocks
+    hold the skip connections; and the distances of a quantized latent to a part of the codes. Attention is computed
+    block by block and needs no memory of its own.
 
     Args:
         unet, autoencoder: Full configs of UNet2DModel and of VQModel or AutoencoderKL.

@@ -16,8 +16,8 @@ CODES_AT_ONCE = 1024
 class Quantizer(nn.Module):
     """Replaces every latent by its nearest code, as diffusers' VectorQuantizer.
 
-    z float32 [B, D, h, w] -> (codes float32 [B, D, h, w], None, (None, None, None)), the form of VectorQuantizer. Of codes
-    with the same distance the first is taken.
+    z float32 [B, D, h, w] -> (codes float32 [B, D, h, w], None, (None, None, None)), the form of VectorQuantizer. Of
+    codes with the same distance the first is taken.
 
     Args:
         original: A VectorQuantizer of diffusers, whose codes are shared.

@@ -18,8 +18,8 @@ from ldm_export.graph.quantizer import CODES_AT_ONCE, Quantizer
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 from tests.export.graph.whole import run
 
-LATENTS = (Axis("batch", 1, 1, 4), 3, Axis("height", 2, 8, 64), Axis("width", 2, 8, 64))
-SPEC = ComponentSpec("decoder", (TensorSpec("latents", "float32", LATENTS),), (TensorSpec("codes", "float32", LATENTS),))
+SIZES = (Axis("batch", 1, 1, 4), 3, Axis("height", 2, 8, 64), Axis("width", 2, 8, 64))
+SPEC = ComponentSpec("decoder", (TensorSpec("latents", "float32", SIZES),), (TensorSpec("codes", "float32", SIZES),))
 PARTS = 3
 
 
