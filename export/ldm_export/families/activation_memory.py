@@ -11,8 +11,8 @@ __all__ = ["activation_memory"]
 
 FLOAT = 4
 LIVE = 10
-"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block, of its
-normalization, and memory that is kept for the next operator."""
+"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block and of
+its normalization, and memory that is kept for the next operator."""
 
 DISTANCES = 3
 """Tensors of distances that are alive at once: the products, their roots, and one that is kept."""
