@@ -58,7 +58,7 @@ def test_a_lock_has_what_its_extra_needs(lock: Path) -> None:
 
 
 def test_the_locks_are_those_that_images_and_environments_install() -> None:
-    page = (ROOT / "docs/serving.md").read_text()
+    page = (ROOT / "docs/guides/triton.md").read_text()
     choices = re.findall(r"`([\w-]+)`", re.search(r"`--build-arg EXTRA=…` selects the engine:\n(.*)", page)[1])
     assert len(choices) == 6
     for extra in choices:

@@ -20,7 +20,7 @@ from tests.support.dockerfile import ROOT, stages
 from tests.support.numpy_model import description
 from tests.support.triton_server import TritonServer
 
-PAGE, EXAMPLES = ((ROOT / "docs" / name).read_text() for name in ("serving.md", "serving-examples.md"))
+PAGE, EXAMPLES = ((ROOT / "docs" / "guides" / name).read_text() for name in ("triton.md", "triton-requests.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", EXAMPLES, re.MULTILINE | re.DOTALL)
 PROMPT = "a large red circle in the center on a white background"
 
@@ -48,7 +48,7 @@ def test_every_example_of_the_page_works(triton_server: TritonServer, shapes_bun
     assert (tmp_path / "events.txt").read_text().count('"STEP":') == 5
 
 
-@pytest.mark.parametrize("text", [PAGE, EXAMPLES], ids=["serving.md", "serving-examples.md"])
+@pytest.mark.parametrize("text", [PAGE, EXAMPLES], ids=["triton.md", "triton-requests.md"])
 def test_every_command_is_one_that_the_command_line_takes(text: str) -> None:
     lines = re.findall(r"^ldm-export (.*)$", text.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) > 2

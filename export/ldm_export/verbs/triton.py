@@ -58,7 +58,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--per-step",
         action="store_true",
-        help="have ldm_stream call the model unet at each step, so that it is loaded once; slower, see docs/serving.md",
+        help="have ldm_stream call the model unet at each step, so that it is loaded once; slower, see "
+        "docs/guides/triton.md",
     )
 
 

@@ -86,7 +86,9 @@ def parse(fields: Mapping[str, Any], model: ServedModel, options: ServerOptions)
     """
     known = {*OPTIONS, *WITHOUT_EFFECT, *DELIVERY, "image", "mask"}
     if unknown := sorted(set(fields) - known):
-        raise _invalid(unknown[0][:60], "is unknown; see docs/http.md for the fields of this API", "unknown_parameter")
+        raise _invalid(
+            unknown[0][:60], "is unknown; see docs/guides/http.md for the fields of this API", "unknown_parameter"
+        )
     number = _whole(fields, "n", 1, 1, options.max_images)
     taken = [name for name in (*OPTIONS, "image", "mask") if fields.get(name) is not None]
     request: dict[str, Any] = {FIELD_NAMES.get(name, name): fields[name] for name in taken}
