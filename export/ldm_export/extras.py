@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ldm_runtime.errors import BuildError
+from ldm_runtime.installation import install_command
 
 __all__ = ["needs"]
 
@@ -20,4 +21,4 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise BuildError(f'{error.name} is not installed; `pip install "ldm-export[{extra}]"`') from None
+        raise BuildError(f"{error.name} is not installed; `{install_command(extra)}`") from None

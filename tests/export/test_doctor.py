@@ -12,6 +12,7 @@ import pytest
 
 from ldm_export.bench.figures import machine
 from ldm_export.cli import VERBS, main
+from ldm_runtime.installation import install_command
 from tests.support.small_bundle import write_small_bundle
 
 THIN = Path(__file__).parents[2] / ".venv-thin/bin/ldm-export"
@@ -30,7 +31,7 @@ def test_everything_is_installed_here(tmp_path: Path, capsys: pytest.CaptureFixt
         "extra": "gpu",
         "complete": False,
         "versions": {},
-        "install": '".[gpu]"',
+        "install": install_command("gpu"),
     }
     assert facts["bundle"]["backend"] in ("openvino", "onnxruntime") and facts["bundle"]["reason"]
 
@@ -38,12 +39,8 @@ def test_everything_is_installed_here(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_inference_server_is_told_how_to_install_the_rest() -> None:
     done = subprocess.run([THIN, "doctor"], capture_output=True, text=True, timeout=60, env={"COLUMNS": "160"})
     assert done.returncode == 0 and done.stderr == ""
-    for line in (
-        'not installed: pip install ".[export]"',
-        'not installed: pip install ".[openvino]"',
-        "onnxruntime 1.",
-    ):
-        assert line in done.stdout
+    for line in (r'not installed: pip install "\S+\.whl\[export\]"', r"\.whl\[openvino\]", r"onnxruntime 1\."):
+        assert re.search(line, done.stdout)
 
 
 def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

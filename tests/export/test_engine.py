@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
+from ldm_runtime.installation import install_command
 from tests.support.bundles import CAPABILITIES, ENGINES
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
@@ -160,7 +162,8 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
             EngineRequest("tensorrt-rtx", ("9.0",)),
             "fp16",
             r"^compute capability: got '9\.0', expected some of .*; for a GPU of 9\.0 build with --target "
-            r'onnxruntime-cuda, which `pip install "ldm-export\[gpu\]"` runs, or on such a GPU with --target tensorrt$',
+            rf"onnxruntime-cuda, which `{re.escape(install_command('gpu'))}` runs, or on such a GPU with --target "
+            r"tensorrt$",
         ),
         (EngineRequest("tensorrt-rtx", ("ada",)), "fp16", r"^compute capability: got 'ada', expected .*\)$"),
         (
@@ -169,7 +172,7 @@ def test_building_again_keeps_the_engines_and_progress_is_reported(shapes_engine
             r"TensorRT for RTX has no fp32 matrix product for 7\.5; use --precision fp16",
         ),
         (EngineRequest("tensorflow", ("8.9",)), "fp16", r"target: got 'tensorflow', expected one of tensorrt-rtx, "),
-        (EngineRequest("tensorrt"), "fp16", r'tensorrt is not installed; `pip install "ldm-export\[tensorrt\]"`'),
+        (EngineRequest("tensorrt"), "fp16", f"tensorrt is not installed; `{re.escape(install_command('tensorrt'))}`"),
         (
             EngineRequest("tensorrt-rtx", ("8.9",), timings="timings"),
             "fp16",

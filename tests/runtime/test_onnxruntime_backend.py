@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend, providers
 from ldm_runtime.errors import BackendError, ManifestError, SpecError
+from ldm_runtime.installation import install_command
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
 BATCH = Axis("batch", 1, 2, 4)
@@ -76,14 +78,14 @@ def test_what_cannot_be_loaded(graph: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BackendError, match="expected auto, cpu or cuda"):
         OnnxRuntimeBackend(graph, SPEC, "tpu")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r'pip install "ldm-export\[onnxruntime\]"'):
+    with pytest.raises(BackendError, match=re.escape(install_command("onnxruntime"))):
         OnnxRuntimeBackend(graph, SPEC)
 
 
 def test_cuda_is_refused_where_there_is_no_provider() -> None:
     assert providers("auto", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
     assert providers("auto", ["CUDAExecutionProvider", "CPUExecutionProvider"])[0] == "CUDAExecutionProvider"
-    with pytest.raises(BackendError, match=r"no CUDA provider.*ldm-export\[gpu\]"):
+    with pytest.raises(BackendError, match=re.escape(f"no CUDA provider; `{install_command('gpu')}`")):
         providers("cuda", ["CPUExecutionProvider"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ldm_runtime import Bundle, LatentDiffusionPipeline, LdmError
 from ldm_runtime.backends import openvino as module
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend, has_bf16
+from ldm_runtime.installation import install_command
 from ldm_runtime.specs import dummy_inputs
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
@@ -121,5 +123,5 @@ def test_what_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monkeypatch: p
         OpenVinoBackend(graph, spec, "fp8")
     module.core.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(LdmError, match=r'pip install "ldm-export\[openvino\]"'):
+    with pytest.raises(LdmError, match=re.escape(install_command("openvino"))):
         OpenVinoBackend(graph, spec)

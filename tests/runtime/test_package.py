@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ldm_export.verbs import inspect
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.backends.host import first_line, import_engine, is_installed
 from ldm_runtime.errors import BackendError
+from ldm_runtime.installation import install_command
 
 EXTRA = "engine"
 CAUSES = {
@@ -56,7 +58,8 @@ def test_the_line_of_an_error_that_says_what_is_wrong(message: str, line: str) -
 
 
 def test_an_absent_package_says_what_to_install() -> None:
-    with pytest.raises(BackendError, match=r'^ldm_test_engine is not installed; `pip install "ldm-export\[engine\]"`$'):
+    command = re.escape(install_command("engine"))
+    with pytest.raises(BackendError, match=f"^ldm_test_engine is not installed; `{command}`$"):
         import_engine("ldm_test_engine", EXTRA)
 
 

@@ -21,6 +21,7 @@ from ldm_runtime.backends.tensorrt_log import error_log
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError
+from ldm_runtime.installation import install_command
 from ldm_runtime.specs import profile, sizes_of
 from tests.support.small_bundle import SPECS, write_small_bundle
 
@@ -93,7 +94,7 @@ def test_another_version_is_refused_with_both(bundle: Bundle) -> None:
         (
             RTX,
             "9.0",
-            r"does not support 9\.0: use --backend onnxruntime with `pip install .ldm-export\[gpu\].`, "
+            rf"does not support 9\.0: use --backend onnxruntime with `{re.escape(install_command('gpu'))}`, "
             "or build plans of TensorRT on this machine with `ldm-export build --precision fp32 --target tensorrt`$",
         ),
         (RTX, "7.5", r"TensorRT for RTX has no fp32 matrix product for 7\.5: use --backend onnxruntime with "),
@@ -204,7 +205,7 @@ def test_the_lean_runtime_runs_version_compatible_plans_where_tensorrt_is_missin
     newer = replace(plan, version=f"{major}.99.0")
     with pytest.raises(BackendError, match=rf"built by tensorrt {major}\.99\.0, here is .*--version-compatible`$"):
         find_engine(with_engines_of(bundle, newer), "unet", "fp32", Gpu("8.9", CUDA))
-    with pytest.raises(BackendError, match=r'^tensorrt is not installed; `pip install "ldm-export\[tensorrt\]"`$'):
+    with pytest.raises(BackendError, match=f"^tensorrt is not installed; `{re.escape(install_command('tensorrt'))}`$"):
         find_engine(with_engines_of(bundle, PLAN), "unet", "fp32", Gpu("8.9", CUDA))
 
 

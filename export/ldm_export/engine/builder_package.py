@@ -12,14 +12,10 @@ from ldm_runtime.backends.engine_advice import rtx_refusal
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.backends.host import import_engine
 from ldm_runtime.errors import BackendError, BuildError
+from ldm_runtime.installation import install_command
 
 __all__ = ["check_capabilities", "check_request", "engine_capabilities", "known_capabilities", "open_package"]
 
-_ELSEWHERE = (
-    '; for a GPU of {} build with --target onnxruntime-cuda, which `pip install "ldm-export[gpu]"` runs, or on such a '
-    "GPU with --target tensorrt"
-)
-"""What to do for a GPU that TensorRT for RTX does not support."""
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
@@ -86,7 +82,7 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
         raise BuildError(f"compute capability: got none, expected some of {', '.join(known)}")
     for capability in capabilities:
         if capability not in known:
-            advice = _ELSEWHERE.format(capability) if _CAPABILITY.fullmatch(capability) else ""
+            advice = _elsewhere(capability) if _CAPABILITY.fullmatch(capability) else ""
             raise BuildError(
                 f"compute capability: got {capability!r:.20}, expected some of {', '.join(known)} "
                 f"({package.__name__} {package.__version__}){advice}"
@@ -126,3 +122,11 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
             f"timing cache: {package.__name__} times no kernels while it builds; leave --timing-cache out, it is for "
             "--target tensorrt"
         )
+
+
+def _elsewhere(capability: str) -> str:
+    """What to do for a GPU that TensorRT for RTX does not support."""
+    return (
+        f"; for a GPU of {capability} build with --target onnxruntime-cuda, which `{install_command('gpu')}` runs, "
+        "or on such a GPU with --target tensorrt"
+    )

@@ -26,6 +26,7 @@ from ldm_runtime.backends.tensorrt_log import error_log, one_line
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError
+from ldm_runtime.installation import install_command
 from ldm_runtime.specs import ComponentSpec, check_feed
 
 __all__ = ["POLYGRAPHY", "PolygraphyBackend", "PolygraphyOnnxRuntime", "PolygraphyTensorRt"]
@@ -191,7 +192,7 @@ def _polygraphy_trt(package: ModuleType) -> ModuleType:
 
 
 def _available(extra: str) -> str | None:
-    return None if is_installed("polygraphy") else f'not installed; `pip install "ldm-export[{extra}]"`'
+    return None if is_installed("polygraphy") else f"not installed; `{install_command(extra)}`"
 
 
 POLYGRAPHY: Mapping[str, Engine] = {engine.name: engine for engine in (PolygraphyOnnxRuntime(), PolygraphyTensorRt())}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.screen import Screen, human_bytes
+from ldm_runtime.installation import install_command
 
 __all__ = ["add_arguments", "run"]
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         [
             [part["purpose"], ", ".join(f"{name} {number}" for name, number in part["versions"].items())]
             if part["complete"]
-            else [part["purpose"], f"not installed: pip install {part['install']}"]
+            else [part["purpose"], f"not installed: {part['install']}"]
             for part in facts["parts"]
         ],
     )
@@ -95,7 +96,7 @@ def _gpu() -> str:
 
 
 def _found(part: _Part) -> dict[str, Any]:
-    """The packages of a part: complete, versions of those that are there, and the argument of pip for the others."""
+    """The packages of a part: complete, versions of those that are there, and the command that installs the others."""
     from ldm_export.bench.figures import versions as installed_versions
 
     versions: dict[str, str] = {}
@@ -109,7 +110,7 @@ def _found(part: _Part) -> dict[str, Any]:
         "extra": part.extra,
         "complete": complete,
         "versions": versions,
-        "install": f'".[{part.extra}]"',
+        "install": install_command(part.extra),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ldm_runtime.backends.driver import Gpu
 from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError
+from ldm_runtime.installation import install_command
 
 __all__ = ["HALF_ONLY", "RTX_CAPABILITIES", "build_command", "other_gpu", "rebuild_command", "rtx_refusal"]
 
@@ -15,7 +16,6 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 HALF_ONLY = ("7.5",)
 """Compute capabilities for which TensorRT for RTX has no fp32 matrix product."""
 _HALF = ("fp16", "bf16")
-_GRAPHS = '--backend onnxruntime with `pip install "ldm-export[gpu]"`'
 
 
 def rtx_refusal(capability: str, precision: str | None) -> str | None:
@@ -67,7 +67,8 @@ def other_gpu(component: str, engines: Sequence[EngineFacts], gpu: Gpu) -> Backe
     precision = engines[0].precision
     if engines[0].package == "tensorrt-rtx" and (refusal := rtx_refusal(gpu.capability, precision)):
         here = build_command(precision, gpu)
-        return BackendError(f"{what}; {refusal}: use {_GRAPHS}, or build plans of TensorRT on this machine with {here}")
+        graphs = f"--backend onnxruntime with `{install_command('gpu')}`"
+        return BackendError(f"{what}; {refusal}: use {graphs}, or build plans of TensorRT on this machine with {here}")
     if engines[0].package == "tensorrt-rtx":
         return BackendError(f"{what}; rebuild with {build_command(precision, gpu)}")
     return BackendError(f"{what}; {rebuild_command(engines[0])}")

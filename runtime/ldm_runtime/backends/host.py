@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ldm_runtime.errors import BackendError, interrupted
+from ldm_runtime.installation import install_command
 from ldm_runtime.telemetry import hidden_reporter, quieten_engine
 
 __all__ = ["first_line", "import_engine", "is_installed", "usable_cores"]
@@ -62,7 +63,6 @@ def import_engine(module: str, extra: str) -> ModuleType:
         BackendError: The package is not installed, or its libraries cannot be loaded on this machine.
         KeyboardInterrupt: The user interrupted the import. Compiled modules turn an interrupt into an ``ImportError``.
     """
-    install = f'pip install "ldm-export[{extra}]"'
     try:
         with hidden_reporter():
             imported = importlib.import_module(module)
@@ -71,9 +71,10 @@ def import_engine(module: str, extra: str) -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         if interrupted(error):
             raise KeyboardInterrupt from None
+        install = f"`{install_command(extra)}`"
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or " "):
-            raise BackendError(f"{module} is not installed; `{install}`") from None
-        raise BackendError(f"{module} cannot be loaded: {first_line(error)}; install it again: `{install}`") from None
+            raise BackendError(f"{module} is not installed; {install}") from None
+        raise BackendError(f"{module} cannot be loaded: {first_line(error)}; install it again: {install}") from None
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -30,6 +30,7 @@ from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, files_of_graph
 from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
+from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
@@ -132,7 +133,7 @@ class OnnxRuntimeEngine:
 
     def available(self) -> str | None:
         """None if onnxruntime is installed, otherwise why it cannot be used."""
-        return None if is_installed("onnxruntime") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
+        return None if is_installed("onnxruntime") else f"not installed; `{install_command(self.extra)}`"
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield CUDA if it can be used, then the CPU, on the graphs of the precision asked for.

@@ -12,6 +12,7 @@ from typing import Any
 from ldm_runtime.backends.host import first_line, import_engine, usable_cores
 from ldm_runtime.backends.ports import check_ports
 from ldm_runtime.errors import BackendError
+from ldm_runtime.installation import install_command
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
@@ -191,8 +192,6 @@ def providers(device: str, available: Sequence[str]) -> list[str]:
     if device not in ("auto", *PROVIDERS):
         raise BackendError(f"device: got {device!r:.40}, expected auto, {' or '.join(PROVIDERS)}")
     if device == "cuda" and PROVIDERS["cuda"] not in available:
-        raise BackendError(
-            'this onnxruntime has no CUDA provider; `pip install "ldm-export[gpu]"`, or use device="cpu"'
-        )
+        raise BackendError(f'this onnxruntime has no CUDA provider; `{install_command("gpu")}`, or use device="cpu"')
     requested = ["cpu"] if device == "cpu" else ["cuda", "cpu"]
     return [PROVIDERS[name] for name in requested if PROVIDERS[name] in available]

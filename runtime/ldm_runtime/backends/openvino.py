@@ -22,6 +22,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
+from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
 from ldm_runtime.onnx_nodes import check_nodes
 from ldm_runtime.specs import ComponentSpec, check_feed
@@ -132,7 +133,7 @@ class OpenVinoEngine:
 
     def available(self) -> str | None:
         """None if openvino is installed, otherwise why it cannot be used."""
-        return None if is_installed("openvino") else f'not installed; `pip install "ldm-export[{self.extra}]"`'
+        return None if is_installed("openvino") else f"not installed; `{install_command(self.extra)}`"
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the CPU. OpenVINO rounds fp32 graphs, and what int8 graphs leave in fp32, to bf16 by itself.

@@ -9,6 +9,7 @@ from ldm_runtime.backends.engine import Choice, Engine, Wish
 from ldm_runtime.backends.registry import AUTO, BACKEND_NAMES, BACKENDS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, UnsupportedError
+from ldm_runtime.installation import install_command
 
 __all__ = ["DEVICES", "Choice", "Failure", "Selected", "Wish", "select_backend"]
 
@@ -90,5 +91,5 @@ def _auto(bundle: Bundle, wish: Wish, failures: Sequence[Failure]) -> Selected:
         engine, choice = best
         return Selected(engine, replace(choice, reason="; ".join((choice.reason, *refusals))), tuple(refusals))
     if missing == len(BACKENDS):
-        raise BackendError('no engine is installed; `pip install "ldm-export[openvino]"` (or [onnxruntime], [gpu])')
+        raise BackendError(f"no engine is installed; `{install_command('openvino')}` (or [onnxruntime], [gpu])")
     raise BackendError(f"no engine can run {bundle.folder} as asked: {'; '.join((*refusals, *unsupported))}")

@@ -23,6 +23,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
+from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
 from ldm_runtime.specs import check_feed, sizes_of
 
@@ -99,7 +100,7 @@ class TensorRtEngine:
         """None if one of the packages is installed, otherwise how to install one."""
         if any(map(is_installed, RUNTIMES.values())):
             return None
-        return f'not installed; `pip install "ldm-export[{self.extra}]"`'
+        return f"not installed; `{install_command(self.extra)}`"
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
         """Yield the bundle's engines of the precision asked for.

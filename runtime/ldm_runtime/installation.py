@@ -1,0 +1,74 @@
+"""The command that installs an extra of ldm-export, taken from where this copy of ldm-export was installed.
+
+The package is not on an index. ``direct_url.json`` (PEP 610) in the metadata of the installed distribution says whether
+pip took it from a checkout, a wheel or a repository, and an extra has to come from the same place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
+__all__ = ["NAME", "install_command"]
+
+NAME = "ldm-export"
+"""Name of the distribution."""
+_EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
+_PLAIN = re.compile(r"[\w/.+-]+")
+
+
+def install_command(extra: str) -> str:
+    """Return a command that adds the packages of an extra to an environment with this copy of ldm-export.
+
+    1. A checkout or a wheel that still exists: ``pip install`` of its path, with ``-e`` if it was installed so.
+    2. A repository or a wheel on a server: ``pip install 'ldm-export[extra] @ URL'``.
+    3. A file that has been deleted since, e.g. the wheel of a container image: ``pip install`` of the packages that the
+       extra asks for.
+    4. Without a URL it was installed by name from an index: ``pip install "ldm-export[extra]"``.
+
+    Args:
+        extra: Name of an extra, e.g. "openvino".
+    """
+    from importlib.metadata import PackageNotFoundError, distribution  # not when ldm_runtime is imported: it is slow
+
+    try:
+        found = distribution(NAME)
+    except PackageNotFoundError:  # the source folders are on the path, and nothing is installed
+        return f"pip install -e {_quoted(str(_shortened(Path(__file__).parents[2])), extra)}"
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    url = str(origin.get("url", ""))
+    if not url:
+        return f"pip install {_quoted(NAME, extra)}"
+    if "vcs_info" in origin:
+        vcs = origin["vcs_info"]
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    if urlsplit(url).scheme != "file":
+        return f"pip install {shlex.quote(f'{NAME}[{extra}] @ {url}')}"
+    source = Path(unquote(urlsplit(url).path))
+    if not source.exists():
+        return f"pip install {shlex.join(_requirements(found, extra))}"
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"pip install {editable}{_quoted(str(_shortened(source)), extra)}"
+
+
+def _shortened(path: Path) -> Path:
+    """A path relative to the current folder, if it lies inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _quoted(source: str, extra: str) -> str:
+    text = f"{source}[{extra}]"
+    return f'"{text}"' if _PLAIN.fullmatch(source) else shlex.quote(text)
+
+
+def _requirements(found: Distribution, extra: str) -> list[str]:
+    """The requirements of an extra in the metadata of a distribution."""
+    parts = [line.partition(";") for line in found.requires or ()]
+    return [name.strip() for name, _, marker in parts if (match := _EXTRA.search(marker)) and match[1] == extra]
