@@ -6,6 +6,7 @@ JOBS   ?= 2
 THIN   := .venv-thin
 TRITON := .venv-triton
 KSERVE := .venv-kserve
+DOCS   := .venv-docs
 BIN    := $(VENV)/bin
 PIP    := python -m pip install --disable-pip-version-check -q
 INSTALL := requirements/install.sh
@@ -15,7 +16,7 @@ BUNDLE := build/shapes
 SMALL  := build/samples/super-resolution
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser strace bench fuzz kill model text-model image-models lock clean
+.PHONY: demo test lint browser strace docs bench fuzz kill model text-model image-models lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
@@ -51,6 +52,11 @@ strace:
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -y -q --no-install-recommends strace && exit; fi; \
 	echo "No strace here, and it cannot be installed: tests that trace network calls will fail"
+
+# The documentation site in build/site; a broken link, an unknown anchor or an unknown name is an error.
+docs: $(DOCS)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@echo "The documentation is in $(CURDIR)/build/site/index.html"
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
@@ -140,6 +146,13 @@ $(KSERVE)/.types: requirements/kserve.txt | $(VENV)/bin/python
 	$(INSTALL) $(BIN)/python kserve --upgrade --target $(KSERVE)
 	touch $@
 
+$(DOCS)/.docs: pyproject.toml requirements/docs.txt requirements/build.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(INSTALL) $(DOCS)/bin/python build
+	$(INSTALL) $(DOCS)/bin/python docs
+	$(DOCS)/bin/$(PIP) $(OURS) -e .
+	touch $@
+
 # Writes the lock files of requirements/ anew, with the versions of constraints.txt.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -147,4 +160,4 @@ lock:
 	.venv-lock/bin/python requirements/lock.py
 
 clean:
-	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE) .venv-lock
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE) $(DOCS) .venv-lock

@@ -48,6 +48,7 @@ def main() -> None:
     write("trained-unet", requirements="adaptive-terrain-diffusion==0.4.2\n", alone=True)  # asks for onnxruntime-gpu
     write("clip-vocabulary", requirements="open-clip-torch==3.3.0\n", alone=True)  # only its vocabulary is read
     cuda = write("export", extras=("export", "serve"))
+    write("docs", extras=("serve",), requirements=f"--group {ROOT / 'pyproject.toml'}:docs")
     write("dev", extras=DEV, requirements=f"--group {ROOT / 'pyproject.toml'}:dev")
     (FOLDER / "torch-cpu.txt").write_text(HEADER + CPU_TORCH)
     (FOLDER / "torch-cuda.txt").write_text(HEADER + "".join(cuda))

@@ -52,7 +52,7 @@ class LatentDiffusionPipeline:
         choice: What was selected to run it, if ``from_bundle`` did.
         loop: Runs the denoising loop on a device, if there is one; otherwise NumPy does.
 
-    Example:
+    Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
         >>> pipe("a red circle", seed=42, num_inference_steps=20).images[0].save("circle.png")
     """

@@ -47,7 +47,7 @@ class BatchScheduler:
     Raises:
         LdmError: The test image cannot be generated.
 
-    Example:
+    Examples:
         >>> with BatchScheduler(pipe) as scheduler:
         ...     images = scheduler.submit(Request("a red circle"), timeout=60).result().images
     """
