@@ -7,6 +7,7 @@ THIN   := .venv-thin
 TRITON := .venv-triton
 KSERVE := .venv-kserve
 DOCS   := .venv-docs
+RELEASE := .venv-release
 BIN    := $(VENV)/bin
 PIP    := python -m pip install --disable-pip-version-check -q
 INSTALL := requirements/install.sh
@@ -16,7 +17,7 @@ BUNDLE := build/shapes
 SMALL  := build/samples/super-resolution
 PROMPT := a small red circle left of a large blue square on a yellow background
 
-.PHONY: demo test lint browser strace docs bench fuzz kill model text-model image-models lock clean
+.PHONY: demo test lint browser strace docs release bench fuzz kill model text-model image-models lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ldm-export build -o $(BUNDLE)
@@ -57,6 +58,10 @@ strace:
 docs: $(DOCS)/.docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 	@echo "The documentation is in $(CURDIR)/build/site/index.html"
+
+# Source archive and wheel in dist/, built twice to see that both are equal, with their digests.
+release: $(RELEASE)/.release
+	$(RELEASE)/bin/python release/build.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/same_image.py --bundle $(BUNDLE)
@@ -153,6 +158,12 @@ $(DOCS)/.docs: pyproject.toml requirements/docs.txt requirements/build.txt
 	$(DOCS)/bin/$(PIP) $(OURS) -e .
 	touch $@
 
+$(RELEASE)/.release: requirements/release.txt requirements/build.txt
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(INSTALL) $(RELEASE)/bin/python build
+	$(INSTALL) $(RELEASE)/bin/python release
+	touch $@
+
 # Writes the lock files of requirements/ anew, with the versions of constraints.txt.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -160,4 +171,4 @@ lock:
 	.venv-lock/bin/python requirements/lock.py
 
 clean:
-	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE) $(DOCS) .venv-lock
+	rm -rf build $(VENV) $(THIN) $(THIN)-numpy1 $(TRITON) $(KSERVE) $(DOCS) $(RELEASE) .venv-lock

@@ -49,6 +49,7 @@ def main() -> None:
     write("clip-vocabulary", requirements="open-clip-torch==3.3.0\n", alone=True)  # only its vocabulary is read
     cuda = write("export", extras=("export", "serve"))
     write("docs", extras=("serve",), requirements=f"--group {ROOT / 'pyproject.toml'}:docs")
+    write("release", requirements=f"--group {ROOT / 'pyproject.toml'}:release")
     write("dev", extras=DEV, requirements=f"--group {ROOT / 'pyproject.toml'}:dev")
     (FOLDER / "torch-cpu.txt").write_text(HEADER + CPU_TORCH)
     (FOLDER / "torch-cuda.txt").write_text(HEADER + "".join(cuda))
