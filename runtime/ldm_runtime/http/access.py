@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import json
 import time
@@ -26,7 +27,8 @@ class Access:
 
     1. Without a key, ``Host`` must name this machine: a web page whose name resolves to 127.0.0.1 is refused.
     2. ``Origin``, which browsers send, must be the server's: other web pages cannot use it.
-    3. With a key, ``Authorization: Bearer KEY`` must carry it, except for the page and health checks.
+    3. With a key, ``Authorization`` must carry it, except for the page and health checks: as ``Bearer KEY``, or as the
+       password of HTTP's basic authentication, whose user name is not read.
     4. A body may have ``max_body_bytes``, and a client address ``max_client_requests`` requests at a time.
 
     Args:
@@ -87,7 +89,7 @@ class Access:
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError(403, f"origin: got {origin!r:.60}, expected this server's own page", code="forbidden")
         if options.api_key is not None and scope["path"] not in OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+            given = _key(headers.get("authorization", ""))
             if not hmac.compare_digest(given, options.api_key.encode()):
                 raise ApiError(401, "authorization: expected `Authorization: Bearer KEY`", code="invalid_api_key")
         length = headers.get("content-length", "")
@@ -100,6 +102,17 @@ class Access:
                 kind="rate_limit_error",
                 code="too_many_requests",
             )
+
+
+def _key(authorization: str) -> bytes:
+    """The key in the header ``Authorization``; nothing matches what cannot be read."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return authorization.removeprefix("Bearer ").encode()
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 class _Limited:

@@ -19,6 +19,7 @@ from ldm_runtime.http.images_api import ImagesApi
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.web_page import PAGE_HEADERS, page_html
+from ldm_runtime.http.webui_api import WebuiApi
 
 __all__ = ["make_app"]
 
@@ -58,6 +59,7 @@ def make_app(
             Route("/readyz", ready),
             Route("/metrics", metrics),
             *ImagesApi(models, options, ImageStore()).routes(),
+            *WebuiApi(models, options).routes(),
         ],
         middleware=[Middleware(Access, options=options, log=log)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected},

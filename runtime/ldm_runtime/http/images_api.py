@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -21,13 +20,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ldm_runtime.batching.job import Job, JobResult, Progress
-from ldm_runtime.errors import LdmError
-from ldm_runtime.http.api_error import ApiError, api_error
+from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.image_request import ImageRequest, parse
 from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.request_body import form_fields, json_fields
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
+from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
 
 __all__ = ["ImagesApi"]
 
@@ -100,38 +99,16 @@ class ImagesApi:
         model = self._model(fields.get("model"))
         wanted = parse(fields, model, self._options)
         listener = _Listener(asyncio.get_running_loop())
-        try:
-            job = await run_in_threadpool(self._submit, model, wanted, listener)
-        except LdmError as error:
-            raise api_error(error) from None
+        on_progress = listener.add if wanted.stream else None
+        job = await run_in_threadpool(submit, model, wanted, self._options, on_progress)
         job.future.add_done_callback(lambda future: listener.end())
         request.state.model, request.state.images = model.name, job.plan.images
         if wanted.stream:
             events = _Events(event, wanted, job)
             return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=STREAM_HEADERS)
-        async with _cancelled_on_disconnect(request, job):
-            result = await _result(job)
+        async with cancelled_on_disconnect(request, job):
+            result = await result_of(job)
         return JSONResponse(await run_in_threadpool(self._answer, result, wanted, str(request.base_url)))
-
-    def _submit(self, model: ServedModel, wanted: ImageRequest, listener: _Listener) -> Job:
-        """Add a request to the model's queue, after checking the limits of this server."""
-        plan = model.pipeline.plan(wanted.request)
-        pixels = plan.images * math.prod(plan.shape[2:]) * model.pipeline.geometry.factor**2
-        limits = (
-            ("n", plan.images, self._options.max_images, "images"),
-            ("size", pixels, self._options.max_pixels, "pixels in all images"),
-        )
-        for name, got, most, what in limits:
-            if got > most:
-                message = f"{name}: got {got} {what}, expected at most {most}"
-                raise ApiError(400, message, code="invalid_value", param=name)
-        every = max(1, len(plan.trajectory) // (wanted.partial_images + 1)) if wanted.partial_images else 0
-        return model.scheduler.submit(
-            plan,
-            timeout=self._options.timeout,
-            on_progress=listener.add if wanted.stream else None,
-            preview_every=every if wanted.stream else 0,
-        )
 
     def _answer(self, result: JobResult, wanted: ImageRequest, base_url: str) -> dict[str, Any]:
         data = []
@@ -142,7 +119,7 @@ class ImagesApi:
                 entry = {"url": f"{base_url}v1/images/files/{name}.{wanted.format.name}"}
             else:
                 entry = {"b64_json": base64.b64encode(encoded).decode()}
-            data.append({**entry, "seed": _seed(result, index)})
+            data.append({**entry, "seed": seed_of(result, index)})
         return {"created": int(time.time()), "data": data, **_described(result.images.shape, wanted)}
 
 
@@ -194,7 +171,7 @@ class _Events:
                 if step.preview is not None and partial < self._wanted.partial_images and step.index + 1 < step.total:
                     yield await run_in_threadpool(self._partial, step, partial)
                     partial += 1
-            result = await _result(self._job)
+            result = await result_of(self._job)
             for index in range(len(result.images)):
                 yield await run_in_threadpool(self._completed, result, index)
         except ApiError as error:
@@ -210,7 +187,7 @@ class _Events:
     def _completed(self, result: JobResult, index: int) -> bytes:
         facts = self._image(result.images, index)
         return _event(
-            f"{self._name}.completed", {**facts, "usage": _USAGE, "index": index, "seed": _seed(result, index)}
+            f"{self._name}.completed", {**facts, "usage": _USAGE, "index": index, "seed": seed_of(result, index)}
         )
 
     def _image(self, images: Any, index: int) -> dict[str, Any]:
@@ -232,38 +209,5 @@ def _described(shape: tuple[int, ...], wanted: ImageRequest) -> dict[str, str]:
     return {"size": size, "output_format": wanted.format.name, "quality": "auto", "background": "opaque"}
 
 
-def _seed(result: JobResult, index: int) -> int:
-    """The seed with which a request of one image, or the same request, gives an image again."""
-    return result.seeds[index] if len(result.seeds) == len(result.images) else result.seeds[0]
-
-
 def _event(kind: str, facts: Mapping[str, Any]) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n".encode()
-
-
-async def _result(job: Job) -> JobResult:
-    try:
-        return await asyncio.wrap_future(job.future)
-    except LdmError as error:
-        raise api_error(error) from None
-
-
-class _cancelled_on_disconnect:
-    """Cancels a job if the client closes its connection while the block runs."""
-
-    def __init__(self, request: Request, job: Job):
-        self._request, self._job = request, job
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self._job.cancel()
-
-    async def __aexit__(self, *exception: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        self._job.cancel()

@@ -1,0 +1,100 @@
+"""Requests on their way through the batch scheduler: limits of the server, cancellation, and results."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from starlette.requests import Request as HttpRequest
+
+from ldm_runtime.batching.job import Job, JobResult, Progress
+from ldm_runtime.errors import LdmError
+from ldm_runtime.http.api_error import ApiError, api_error
+from ldm_runtime.http.image_request import ImageRequest
+from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.server_options import ServerOptions
+
+__all__ = ["cancelled_on_disconnect", "result_of", "seed_of", "submit"]
+
+
+def submit(
+    model: ServedModel,
+    wanted: ImageRequest,
+    options: ServerOptions,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Job:
+    """Add a request to the model's queue, after checking the limits of this server.
+
+    Args:
+        model: The model.
+        wanted: The request; a stream gets previews.
+        options: Limits.
+        on_progress: Called after each step.
+
+    Raises:
+        ApiError: The request is beyond a limit, or the pipeline or the queue refuses it.
+    """
+    try:
+        plan = model.pipeline.plan(wanted.request)
+        pixels = plan.images * math.prod(plan.shape[2:]) * model.pipeline.geometry.factor**2
+        limits = (
+            ("n", plan.images, options.max_images, "images"),
+            ("size", pixels, options.max_pixels, "pixels in all images"),
+        )
+        for name, got, most, what in limits:
+            if got > most:
+                message = f"{name}: got {got} {what}, expected at most {most}"
+                raise ApiError(400, message, code="invalid_value", param=name)
+        every = max(1, len(plan.trajectory) // (wanted.partial_images + 1)) if wanted.partial_images else 0
+        return model.scheduler.submit(
+            plan,
+            timeout=options.timeout,
+            on_progress=on_progress,
+            preview_every=every if wanted.stream else 0,
+        )
+    except LdmError as error:
+        raise api_error(error) from None
+
+
+async def result_of(job: Job) -> JobResult:
+    """Wait for the images of a job.
+
+    Raises:
+        ApiError: It has failed.
+    """
+    try:
+        return await asyncio.wrap_future(job.future)
+    except LdmError as error:
+        raise api_error(error) from None
+
+
+def seed_of(result: JobResult, index: int) -> int:
+    """The seed with which a request of one image, or the same request, gives an image again."""
+    return result.seeds[index] if len(result.seeds) == len(result.images) else result.seeds[0]
+
+
+class cancelled_on_disconnect:
+    """Cancels a job if the client closes its connection while the block runs.
+
+    Args:
+        request: The request, whose body has been read.
+        job: Its job.
+    """
+
+    def __init__(self, request: HttpRequest, job: Job):
+        self._request, self._job = request, job
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._job.cancel()
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        self._job.cancel()

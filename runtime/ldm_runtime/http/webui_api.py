@@ -1,0 +1,207 @@
+"""AUTOMATIC1111's API, as far as front ends need it to generate images from texts: ``/sdapi/v1/…``."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ldm_runtime import request as sampling
+from ldm_runtime.batching.job import Job, JobResult, Progress
+from ldm_runtime.errors import SpecError
+from ldm_runtime.http.api_error import ApiError
+from ldm_runtime.http.image_request import ImageRequest, parse
+from ldm_runtime.http.request_body import json_fields
+from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.server_options import ServerOptions
+from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
+from ldm_runtime.http.webui_request import AUTOMATIC, SAMPLERS, image_fields, invalid, renamed
+from ldm_runtime.number_checks import shown
+
+__all__ = ["WebuiApi"]
+
+CHECKPOINT = "sd_model_checkpoint"
+"""The option that names a model."""
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _Steps:
+    """Counts the finished steps of a request."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def add(self, step: Progress) -> None:
+        """Note a step; called by the scheduler's notifier thread."""
+        self.done = step.index + 1
+
+
+class WebuiApi:
+    """The endpoints.
+
+    The model that ``POST /sdapi/v1/options`` selects is that of all clients of this API, as in the original; the images
+    API is not affected. A request can name another one in ``override_settings``.
+
+    Args:
+        models: Loaded models by name; the first is selected.
+        options: Limits.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions):
+        self._models, self._options = models, options
+        self._selected = next(iter(models))
+        self._running: dict[Job, _Steps] = {}
+
+    def routes(self) -> list[Route]:
+        """The routes of the API."""
+        return [
+            Route("/sdapi/v1/txt2img", _answered(self._txt2img), methods=["POST"]),
+            Route("/sdapi/v1/options", _answered(self._get_options)),
+            Route("/sdapi/v1/options", _answered(self._set_options), methods=["POST"]),
+            Route("/sdapi/v1/sd-models", _answered(self._list)),
+            Route("/sdapi/v1/samplers", _answered(self._samplers)),
+            Route("/sdapi/v1/schedulers", _answered(self._schedulers)),
+            Route("/sdapi/v1/scripts", _answered(self._scripts)),
+            Route("/sdapi/v1/progress", _answered(self._progress)),
+        ]
+
+    async def _txt2img(self, request: Request) -> Response:
+        fields = await json_fields(request)
+        settings = fields.get("override_settings") or {}
+        model = self._model(settings.get(CHECKPOINT) if isinstance(settings, dict) else settings)
+        translated, steps = image_fields(fields, model), _Steps()
+        with renamed():
+            wanted = parse(translated, model, self._options)
+            job = await run_in_threadpool(submit, model, wanted, self._options, steps.add)
+        request.state.model, request.state.images = model.name, job.plan.images
+        self._running[job] = steps
+        try:
+            async with cancelled_on_disconnect(request, job):
+                result = await result_of(job)
+        finally:
+            del self._running[job]
+        return JSONResponse(await run_in_threadpool(_answer, fields, model, wanted, job, result))
+
+    async def _get_options(self, request: Request) -> Response:
+        return JSONResponse({CHECKPOINT: self._selected, "sd_checkpoint_hash": ""})
+
+    async def _set_options(self, request: Request) -> Response:
+        """Select a model; other options have no meaning here and are ignored."""
+        self._selected = self._model((await json_fields(request)).get(CHECKPOINT)).name
+        return JSONResponse(None)
+
+    async def _list(self, request: Request) -> Response:
+        facts = {"hash": None, "sha256": None, "config": None}
+        return JSONResponse([{"title": name, "model_name": name, "filename": name, **facts} for name in self._models])
+
+    async def _samplers(self, request: Request) -> Response:
+        names = await run_in_threadpool(_possible, self._models[self._selected])
+        return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in names])
+
+    async def _schedulers(self, request: Request) -> Response:
+        return JSONResponse([{"name": AUTOMATIC.lower(), "label": AUTOMATIC, "aliases": None}])
+
+    async def _scripts(self, request: Request) -> Response:
+        return JSONResponse({"txt2img": [], "img2img": []})
+
+    async def _progress(self, request: Request) -> Response:
+        """The progress of the oldest request that is not done."""
+        running = dict(self._running)
+        job = min(running, key=lambda one: one.submitted, default=None)
+        done, total = (running[job].done, len(job.plan.trajectory)) if job else (0, 0)
+        begun = job.started if job else None
+        left = (time.monotonic() - begun) * (total - done) / done if begun is not None and done else 0.0
+        state = {
+            "skipped": False,
+            "interrupted": False,
+            "job": "txt2img" if job else "",
+            "job_count": len(running),
+            "job_timestamp": "0",
+            "job_no": 0,
+            "sampling_step": done,
+            "sampling_steps": total,
+        }
+        share = done / total if total else 0.0
+        facts = {"progress": share, "eta_relative": left, "state": state, "current_image": None, "textinfo": None}
+        return JSONResponse(facts)
+
+    def _model(self, name: Any) -> ServedModel:
+        """A model by its name; null means the selected one. Front ends append a hash in brackets."""
+        if name is None:
+            return self._models[self._selected]
+        known = name.partition(" [")[0] if isinstance(name, str) else None
+        if known not in self._models:
+            raise invalid(CHECKPOINT, f"got {shown(name)}, expected one of {', '.join(self._models)}")
+        return self._models[known]
+
+
+def _answered(handler: Handler) -> Handler:
+    """A handler whose errors have this API's form, with the message where its clients look for it."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            response = error.response()
+            body = {"error": error.code, "detail": str(error), "errors": str(error)}
+            headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
+            return JSONResponse(body, error.status, headers)
+
+    return answered
+
+
+def _possible(model: ServedModel) -> tuple[str, ...]:
+    """Names of the samplers with which a model generates images, its own first."""
+    example = model.pipeline.example()
+
+    def possible(name: str) -> bool:
+        try:
+            model.pipeline.plan(sampling.Request(**example, scheduler=SAMPLERS[name]))
+        except SpecError:
+            return False
+        return True
+
+    return (AUTOMATIC, *filter(possible, SAMPLERS))
+
+
+def _answer(
+    fields: Mapping[str, Any], model: ServedModel, wanted: ImageRequest, job: Job, result: JobResult
+) -> dict[str, Any]:
+    """The answer: images in base64, the request, and what is needed to generate each image again, as JSON in a text."""
+    images = [base64.b64encode(wanted.format.encode(image)).decode() for image in result.images]
+    plan, height, width = job.plan, *result.images.shape[1:3]
+    seeds = [seed_of(result, index) for index in range(len(images))]
+    prompt, negative = str(fields.get("prompt", "")), str(fields.get("negative_prompt") or "")
+    sampler = fields.get("sampler_name") or fields.get("sampler_index") or AUTOMATIC
+    steps = len(plan.steps) if wanted.request.num_inference_steps is None else wanted.request.num_inference_steps
+    facts = {
+        "sampler_name": sampler,
+        "cfg_scale": plan.guidance_scale,
+        "steps": steps,
+        "width": width,
+        "height": height,
+        "sd_model_name": model.name,
+    }
+    settings = f"Steps: {steps}, Sampler: {sampler}, CFG scale: {plan.guidance_scale:g}, Size: {width}x{height}"
+    unwanted = f"\nNegative prompt: {negative}" if negative else ""
+    info = {
+        **facts,
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(images),
+        "negative_prompt": negative,
+        "all_negative_prompts": [negative] * len(images),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "batch_size": fields.get("batch_size", 1),
+        "index_of_first_image": 0,
+        "infotexts": [f"{prompt}{unwanted}\n{settings}, Seed: {seed}" for seed in seeds],
+    }
+    sent = images if fields.get("send_images", True) else []
+    return {"images": sent, "parameters": dict(fields), "info": json.dumps(info)}
