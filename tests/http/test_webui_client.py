@@ -6,16 +6,19 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import webuiapi
+from PIL import Image
 
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 from tests.http.conftest import Served, running
+from tests.support.documentation import blocks
 from tests.support.waiting import wait_until
 
 KEY = "a key of the tests"
@@ -164,3 +167,16 @@ def test_a_key_is_the_password_of_basic_authentication(models: dict[str, ServedM
             request = urllib.request.Request(f"{server.url}/sdapi/v1/options", headers={"Authorization": broken})
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(request)
+
+
+@pytest.mark.parametrize("page", ["docs/guides/http.md", "docs/guides/http-clients.md"])
+def test_the_programs_of_the_documentation_run(
+    served: Served, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks(page) if block.language == "python")
+    port = str(urlsplit(served.url).port)
+    program = block.text.replace("8000", port).replace("width=64, height=64", "width=16, height=16")
+    exec(compile(program, page, "exec"), {})
+    with Image.open("image.png") as image:
+        assert image.size == (16, 16)

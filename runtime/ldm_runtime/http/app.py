@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +24,8 @@ from ldm_runtime.http.webui_api import WebuiApi
 
 __all__ = ["make_app"]
 
+OPENAPI = Path(__file__).parent / "openapi.json"
+"""The description of all endpoints, OpenAPI 3.1."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -52,12 +55,16 @@ def make_app(
         text = exposition({name: model.scheduler.snapshot() for name, model in models.items()})
         return Response(text, media_type=METRICS_TYPE)
 
+    async def description(request: Request) -> Response:
+        return Response(OPENAPI.read_bytes(), media_type="application/json")
+
     return Starlette(
         routes=[
             Route("/", page),
             Route("/healthz", alive),
             Route("/readyz", ready),
             Route("/metrics", metrics),
+            Route("/openapi.json", description),
             *ImagesApi(models, options, ImageStore()).routes(),
             *WebuiApi(models, options).routes(),
         ],
