@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ldm_export.cli import make_parser
+from ldm_export.verbs import serve
 from tests.support.dockerfile import ROOT, stages
 from tests.support.kserve_types import MODELS, faults
 
@@ -91,6 +93,20 @@ def test_the_same_server_is_started_everywhere() -> None:
     service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["serve"]
     assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_the_http_server_is_started_with_options_that_it_has() -> None:
+    service = yaml.safe_load((DOCKER / "compose.http.yaml").read_text())["services"]["http"]
+    args = make_parser().parse_args(service["command"])
+    assert args.command is serve.run and args.host == "0.0.0.0"
+    assert str(args.api_key_file) == f"/run/secrets/{service['secrets'][0]}"
+    assert [str(bundle) for bundle in args.bundles] == [service["volumes"][0]["target"]]
+    build = service["build"]
+    assert build["target"] in stages() and (ROOT / f"requirements/{build['args']['EXTRA']}.txt").exists()
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    seconds = int(service["stop_grace_period"].removesuffix("s"))
+    assert seconds > args.grace, "running requests get their time before the container is killed"
 
 
 def test_selectors_find_the_pods_and_the_scaler_its_deployment() -> None:

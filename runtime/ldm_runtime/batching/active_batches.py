@@ -92,6 +92,7 @@ class ActiveBatches:
         try:
             with self._counters.time("encode"):
                 conditioning, schedule = self._pipeline.condition(job.plan), self._embed(job)
+            job.encoded = time.monotonic()
             with self._counters.time("step"):
                 while not self._enter(job, conditioning, schedule):
                     pass
@@ -155,6 +156,8 @@ class ActiveBatches:
         for member in (*(member for member, _ in done), *batch.members):
             if member.job.on_progress is not None:
                 self._report(member)
+        for member, _ in done:
+            member.job.sampled = time.monotonic()
         self._finish([(member.job, latents) for member, latents in done])
 
     def _give_up(self, batch: Batch | DeviceBatch, jobs: Sequence[Job], error: BaseException) -> None:

@@ -76,6 +76,11 @@ class Job:
         self.submitted = time.monotonic()
         self.deadline = None if timeout is None else self.submitted + timeout
         self.started: float | None = None
+        self.encoded: float | None = None
+        self.sampled: float | None = None
+        """``time.monotonic()`` when it left the queue, when its conditioning was encoded, and after its last step."""
+        self.trace_context: object = None
+        """``tracing.current_context()`` when it was submitted."""
         self.cancelled = False
         self.future: Future[JobResult] = Future()
 

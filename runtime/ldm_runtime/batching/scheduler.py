@@ -16,10 +16,12 @@ from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.notifier import Notifier
 from ldm_runtime.batching.request_queue import PRIORITIES, RequestQueue
 from ldm_runtime.batching.self_test import self_test_request
+from ldm_runtime.batching.spans import record_spans
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
 from ldm_runtime.number_checks import MAX_SECONDS, as_integer, number, seconds, shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Plan, Request
+from ldm_runtime.tracing import current_context
 
 __all__ = ["BatchScheduler"]
 
@@ -109,6 +111,7 @@ class BatchScheduler:
                 f"at most {self._limits.max_rows}; make several requests"
             )
         job = Job(plan, priority=priority, timeout=timeout, on_progress=on_progress, preview_every=preview_every)
+        job.trace_context = current_context()
         with self._changed:
             if self._closing:
                 raise CancelledError("batch scheduler: closing, no more requests are accepted")
@@ -231,7 +234,9 @@ class BatchScheduler:
 
     def _notify(self, job: Job, message: Progress | JobResult | LdmError) -> None:
         if not isinstance(message, Progress):
-            self._counters.outcomes[_outcome(message)] += 1
+            outcome = _outcome(message)
+            self._counters.outcomes[outcome] += 1
+            record_spans(job, outcome)
         self._notifier.notify(job, message)
 
 

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.server_options import LOOPBACK, ServerOptions
+from ldm_runtime.tracing import remote_context
 
 __all__ = ["Access"]
 
@@ -61,7 +62,8 @@ class Access:
         self._running[client] += 1
         try:
             self._check(scope, client)
-            await self._app(scope, _Limited(receive, self._options.max_body_bytes), counted)
+            with remote_context(Headers(scope=scope)):
+                await self._app(scope, _Limited(receive, self._options.max_body_bytes), counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
         finally:

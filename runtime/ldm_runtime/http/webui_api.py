@@ -136,7 +136,7 @@ class WebuiApi:
         """A model by its name; null means the selected one. Front ends append a hash in brackets."""
         if name is None:
             return self._models[self._selected]
-        known = name.partition(" [")[0] if isinstance(name, str) else None
+        known = name.partition(" [")[0] if isinstance(name, str) else ""
         if known not in self._models:
             raise invalid(CHECKPOINT, f"got {shown(name)}, expected one of {', '.join(self._models)}")
         return self._models[known]
