@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -21,14 +20,15 @@ __all__ = ["NAME", "install_command"]
 NAME = "ldm-export"
 """Name of the distribution."""
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
-_PLAIN = re.compile(r"[\w/.+-]+")
+_SPECIAL = re.compile(r"""(["$`\\])""")
+"""Characters that a shell reads inside double quotes."""
 
 
 def install_command(extra: str) -> str:
     """Return a command that adds the packages of an extra to an environment with this copy of ldm-export.
 
     1. A checkout or a wheel that still exists: ``pip install`` of its path, with ``-e`` if it was installed so.
-    2. A repository or a wheel on a server: ``pip install 'ldm-export[extra] @ URL'``.
+    2. A repository or a wheel on a server: ``pip install "ldm-export[extra] @ URL"``.
     3. A file that has been deleted since, e.g. the wheel of a container image: ``pip install`` of the packages that the
        extra asks for.
     4. Without a URL it was installed by name from an index: ``pip install "ldm-export[extra]"``.
@@ -41,31 +41,35 @@ def install_command(extra: str) -> str:
     try:
         found = distribution(NAME)
     except PackageNotFoundError:  # the source folders are on the path, and nothing is installed
-        return f"pip install -e {_quoted(str(_shortened(Path(__file__).parents[2])), extra)}"
+        return f"pip install -e {_quoted(f'{_shortened(Path(__file__).parents[2])}[{extra}]')}"
     origin = json.loads(found.read_text("direct_url.json") or "{}")
     url = str(origin.get("url", ""))
     if not url:
-        return f"pip install {_quoted(NAME, extra)}"
+        return f"pip install {_quoted(f'{NAME}[{extra}]')}"
     if "vcs_info" in origin:
         vcs = origin["vcs_info"]
         url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     if urlsplit(url).scheme != "file":
-        return f"pip install {shlex.quote(f'{NAME}[{extra}] @ {url}')}"
+        return f"pip install {_quoted(f'{NAME}[{extra}] @ {url}')}"
     source = Path(unquote(urlsplit(url).path))
     if not source.exists():
-        return f"pip install {shlex.join(_requirements(found, extra))}"
+        return f"pip install {' '.join(map(_quoted, _requirements(found, extra)))}"
     editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
-    return f"pip install {editable}{_quoted(str(_shortened(source)), extra)}"
+    return f"pip install {editable}{_quoted(f'{_shortened(source)}[{extra}]')}"
 
 
 def _shortened(path: Path) -> Path:
     """A path relative to the current folder, if it lies inside."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    try:
+        here = Path.cwd()
+    except OSError:  # it has been deleted
+        return path
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _quoted(source: str, extra: str) -> str:
-    text = f"{source}[{extra}]"
-    return f'"{text}"' if _PLAIN.fullmatch(source) else shlex.quote(text)
+def _quoted(text: str) -> str:
+    """A word for a shell."""
+    return '"' + _SPECIAL.sub(r"\\\1", text) + '"'
 
 
 def _requirements(found: Distribution, extra: str) -> list[str]:

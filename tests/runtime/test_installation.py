@@ -27,7 +27,7 @@ Requires-Dist: onnxruntime>=1.20; extra == 'onnxruntime'
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is the current one, with files to install from."""
-    for folder in ("checkout", "a checkout", "site"):
+    for folder in ("checkout", "a $1 checkout", "site"):
         (tmp_path / folder).mkdir()
     (tmp_path / "x.whl").touch()
     monkeypatch.chdir(tmp_path / "site")
@@ -52,17 +52,17 @@ def installed_from(here: Path, monkeypatch: pytest.MonkeyPatch, origin: dict[str
             'pip install -e "{}/checkout[gpu]"',
         ),
         ({"url": "file://{}/checkout", "dir_info": {}}, 'pip install "{}/checkout[gpu]"'),
-        ({"url": "file://{}/a%20checkout", "dir_info": {}}, "pip install '{}/a checkout[gpu]'"),
+        ({"url": "file://{}/a%20$1%20checkout", "dir_info": {}}, r'pip install "{}/a \$1 checkout[gpu]"'),
         ({"url": "file://{}/site", "dir_info": {"editable": True}}, 'pip install -e ".[gpu]"'),
         ({"url": "file://{}/x.whl", "archive_info": {}}, 'pip install "{}/x.whl[gpu]"'),
         (
             {"url": "file://{}/deleted.whl", "archive_info": {}},
-            "pip install 'cuda-python>=12.6' 'onnxruntime-gpu[cuda,cudnn]>=1.31'",
+            'pip install "cuda-python>=12.6" "onnxruntime-gpu[cuda,cudnn]>=1.31"',
         ),
-        ({"url": "https://host/x.whl", "archive_info": {}}, "pip install 'ldm-export[gpu] @ https://host/x.whl'"),
+        ({"url": "https://host/x.whl", "archive_info": {}}, 'pip install "ldm-export[gpu] @ https://host/x.whl"'),
         (
             {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "1a2b"}},
-            "pip install 'ldm-export[gpu] @ git+https://host/x.git@1a2b'",
+            'pip install "ldm-export[gpu] @ git+https://host/x.git@1a2b"',
         ),
         (None, 'pip install "ldm-export[gpu]"'),
     ],
