@@ -125,6 +125,20 @@ def test_progress_while_an_image_is_generated(client: webuiapi.WebUIApi, served:
     assert client.get_progress()["state"]["job_count"] == 0
 
 
+STRANGE: dict[str, Any] = {
+    "unknown": {"alpha": float("nan"), "beta": "\ud800", "gamma": [[]]},
+    "settings": {"override_settings": {"a": float("inf"), "b": "\ud800"}},
+    "no images": {"send_images": 0},
+    "scripts": {"alwayson_scripts": {"a": {}, "b": {"args": [False]}, "c": None}},
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_fields_without_a_meaning_are_ignored(served: Served, case: str) -> None:
+    answer = post(served, "txt2img", {"prompt": "a circle", **FAST, **STRANGE[case]})
+    assert answer["parameters"] == {"prompt": "a circle", **FAST}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 0}, "steps: got 0, expected"),
     "cfg_scale": ({"cfg_scale": "much"}, "cfg_scale: got 'much'"),
@@ -141,6 +155,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"override_settings": {"sd_model_checkpoint": "sdxl"}},
         "sd_model_checkpoint: got 'sdxl', expected one of",
     ),
+    "settings": ({"override_settings": ["text"]}, "sd_model_checkpoint: got ['text'], expected"),
+    "surrogate": ({"prompt": "\ud800"}, "prompt"),
+    "large seed": ({"seed": 10**30}, "seed: got 1"),
+    "not a number": ({"eta": float("nan")}, "eta: got nan"),
+    "wide": ({"width": "x" * 100_000}, "size: got 'x"),
     "prompt": ({"prompt": ["a", "b"]}, "prompt: got ['a', 'b'], expected a text"),
 }
 

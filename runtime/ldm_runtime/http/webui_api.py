@@ -22,7 +22,7 @@ from ldm_runtime.http.request_body import json_fields
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
-from ldm_runtime.http.webui_request import AUTOMATIC, SAMPLERS, image_fields, invalid, renamed
+from ldm_runtime.http.webui_request import AUTOMATIC, CHECKED, SAMPLERS, image_fields, invalid, renamed
 from ldm_runtime.number_checks import shown
 
 __all__ = ["WebuiApi"]
@@ -204,4 +204,8 @@ def _answer(
         "infotexts": [f"{prompt}{unwanted}\n{settings}, Seed: {seed}" for seed in seeds],
     }
     sent = images if fields.get("send_images", True) else []
-    return {"images": sent, "parameters": dict(fields), "info": json.dumps(info)}
+    return {
+        "images": sent,
+        "parameters": {name: fields[name] for name in CHECKED if name in fields},
+        "info": json.dumps(info),
+    }

@@ -26,7 +26,7 @@ from ldm_runtime.schedulers import (
     UniPC,
 )
 
-__all__ = ["AUTOMATIC", "SAMPLERS", "image_fields", "invalid", "renamed"]
+__all__ = ["AUTOMATIC", "CHECKED", "SAMPLERS", "image_fields", "invalid", "renamed"]
 
 AUTOMATIC = "Automatic"
 """Name of the model's own scheduler."""
@@ -43,6 +43,22 @@ SAMPLERS: Mapping[str, str] = {
     "TCD": TCD.CLASS,
 }
 """Name of a sampler in the API -> class of the scheduler. Their options are the model's."""
+CHECKED = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "steps",
+    "cfg_scale",
+    "eta",
+    "width",
+    "height",
+    "batch_size",
+    "n_iter",
+    "sampler_name",
+    "sampler_index",
+    "scheduler",
+)
+"""Fields whose values are checked, so that an answer can repeat them."""
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
