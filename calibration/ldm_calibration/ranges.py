@@ -139,7 +139,7 @@ def _run_constant(pipeline: LatentDiffusionPipeline, requests: Sequence[Request]
                 conditioner.rows(plan.request, branch)
         conditioner.close()
     for plan in plans:
-        pipeline.condition(plan)
+        pipeline.condition(plan, pipeline.begin(plan))
     pipeline.denoiser.close()
     for plan in plans:
         pipeline.denoiser.embed(plan.trajectory.timesteps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -23,6 +24,8 @@ from ldm_runtime.schedulers import SCHEDULERS
 __all__ = [
     "AUTOENCODER",
     "DECODER_MODULE",
+    "ENCODER_MODULE",
+    "KL_AUTOENCODER",
     "SCHEDULER",
     "UNET",
     "UNET_CONDITION",
@@ -212,8 +215,14 @@ AUTOENCODER = Part(
 )
 """The first stage: an autoencoder with continuous or quantized latents."""
 
+KL_AUTOENCODER = replace(AUTOENCODER, folders=("vae",), classes={"AutoencoderKL": AutoencoderKL})
+"""The autoencoder of Stable Diffusion's pipelines."""
+
 DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": None})
 """An autoencoder with only the modules that ``decode`` uses."""
+
+ENCODER_MODULE = ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None})
+"""An autoencoder with only the modules that ``encode`` uses."""
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),

@@ -17,7 +17,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
@@ -132,7 +131,7 @@ INPAINTING = Family(
     layout=parts.layout(
         "inpainting",
         _problems,
-        modules={"encoder": ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None})},
+        modules={"encoder": parts.ENCODER_MODULE},
     ),
     components={
         ENCODER: TracedComponent("encoder", MaskedImageEncoder),

@@ -37,7 +37,7 @@ from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape, check_token_ids
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES
+from ldm_export.graph.model_specs import ENCODER, IMAGES, encoder_spec, latent_axes
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.conditioning.text import SKIPPED
@@ -145,8 +145,15 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     outputs = (*encoder.outputs, TensorSpec(SKIPPED, "float32", skipped))
     return ModelDescription(
         family=STABLE_DIFFUSION.name,
-        components={**specs, TEXT_ENCODER: replace(encoder, outputs=outputs)},
-        conditioning=(ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),),
+        components={
+            TEXT_ENCODER: replace(encoder, outputs=outputs),
+            ENCODER: encoder_spec(shape.latents, latent_axes(shape.latent_size), autoencoder["in_channels"]),
+            **{name: spec for name, spec in specs.items() if name != TEXT_ENCODER},
+        },
+        conditioning=(
+            ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),
+            ConditioningSpec("start_image", ENCODER, {}, ()),
+        ),
         guidance=GUIDANCE,
         latents=shape.latents,
         scheduler=scheduler_from_config(_scheduler_config(checkpoint)).to_config(),
@@ -215,7 +222,7 @@ _LAYOUT = parts.layout(
     _problems,
     unet=parts.UNET_CONDITION,
     parts={TEXT_ENCODER: CLIP_TEXT},
-    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
+    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER), ENCODER: parts.ENCODER_MODULE},
     files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER)},
 )
 STABLE_DIFFUSION = Family(
@@ -223,11 +230,12 @@ STABLE_DIFFUSION = Family(
     pipelines=("StableDiffusionPipeline",),
     layout=replace(
         _LAYOUT,
-        parts={**_LAYOUT.parts, "autoencoder": replace(parts.AUTOENCODER, folders=("vae",))},
+        parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
         not_exported=NOT_EXPORTED,
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
+        ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
         UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
     },

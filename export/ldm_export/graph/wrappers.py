@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from ldm_export.graph.quantizer import Quantizer
 
-__all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
+__all__ = ["ConcatenatedUNet", "Decoder", "Encoder", "UNet", "free_upsampling"]
 
 
 class UNet(nn.Module):
@@ -76,6 +76,27 @@ class Decoder(nn.Module):
         scaled = latents / self.scaling_factor if self.divide else 1 / self.scaling_factor * latents
         image: torch.Tensor = self.autoencoder.decode(scaled, return_dict=False)[0]
         return (image / 2 + 0.5).clamp(0, 1)
+
+
+class Encoder(nn.Module):
+    """image float32 [B, channels, factor * h, factor * w] in [-1, 1] -> mean and deviation, float32 [B, C, h, w].
+
+    They are those of the normal distribution of the image's latents, with the scaling factor in them.
+
+    Args:
+        autoencoder: An AutoencoderKL of diffusers.
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        config: Any = autoencoder.config
+        self.autoencoder: Any = autoencoder
+        self.scaling_factor = float(config.scaling_factor)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the outputs of the class's docstring."""
+        distribution = self.autoencoder.encode(image, return_dict=False)[0]
+        return self.scaling_factor * distribution.mean, self.scaling_factor * distribution.std
 
 
 class _Upsample(nn.Module):

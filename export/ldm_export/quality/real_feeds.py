@@ -84,11 +84,8 @@ def real_feeds(
         plan = recording.plan(
             Request(**{**recording.example(fields), **fields, "seed": index, "num_inference_steps": steps})
         )
-        conditioning = recording.condition(plan)
-        encoded = [
-            {name: array for one in recording.conditioners for name, array in one.rows(plan.request, branch).items()}
-            for branch in plan.branches
-        ]
+        encoded = recording.encode(plan, recording.begin(plan))
+        conditioning = recording.denoiser.condition(encoded)
         place = index * (len(plan.trajectory) - 1) // max(1, len(requests) - 1)
         timestep = recording.denoiser.timesteps(plan.trajectory.timesteps[place : place + 1])
         schedule = recording.denoiser.embed(timestep)
@@ -96,8 +93,7 @@ def real_feeds(
         sample = np.concatenate([latents] * len(plan.branches))
         embedded = {name: np.repeat(array, plan.rows, axis=0) for name, array in schedule.items()}
         rows.append({SAMPLE: sample, **embedded, **conditioning})
-        joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
-        sources.append({SAMPLE: sample, TIMESTEP: np.repeat(timestep, plan.rows), **joined, LATENTS: latents})
+        sources.append({SAMPLE: sample, TIMESTEP: np.repeat(timestep, plan.rows), **encoded, LATENTS: latents})
     feeds = {name: _joined(one.feeds) for name, one in recorders.items() if one.feeds}
     encoders = [feeds[entry.component] for entry in model.conditioning if entry.component in feeds]
     whole = {name: array for feed in (*encoders, _joined(sources)) for name, array in feed.items()}
