@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, NOISE_PRED, SAMPLE, TIMESTEP, UNET, Latents
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
-__all__ = ["ENCODER", "IMAGES", "MAX_LATENT", "conditioned", "decoder_spec", "encoder_spec", "latent_axes", "rows", "unet_spec"]
+__all__ = [
+    "ENCODER",
+    "IMAGES",
+    "MAX_LATENT",
+    "conditioned",
+    "decoder_spec",
+    "encoder_spec",
+    "latent_axes",
+    "rows",
+    "unet_spec",
+]
 
 ENCODER = "encoder"
 """The component that encodes images to latents, of families that can start from an image."""

@@ -19,7 +19,8 @@ class UNet(nn.Module):
     """A UNet of diffusers with positional inputs and one output.
 
     sample float32 [R, C, h, w], timestep int64 or float32 [R] and, for a UNet with cross-attention, context float32
-    [R, T, D] -> predicted noise float32 [R, C, h, w].
+    [R, T, D] and, for one that takes further channels, these float32 [R, K, h, w] -> predicted noise float32
+    [R, C, h, w].
     """
 
     def __init__(self, unet: nn.Module):
@@ -27,9 +28,15 @@ class UNet(nn.Module):
         self.unet = free_upsampling(unet)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor | None = None,
+        channels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the outputs of the class's docstring."""
+        if channels is not None:
+            sample = torch.cat([sample, channels], dim=1)
         states = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **states, return_dict=False)[0]
         return noise

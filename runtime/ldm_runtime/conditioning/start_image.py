@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,11 @@ from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
 from ldm_runtime.conditioning.masks import check_mask
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.images import CHANNELS, pil_image
 from ldm_runtime.input_images import rgb_image
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.noise_stream import NoiseStream
-from ldm_runtime.number_checks import number
+from ldm_runtime.number_checks import as_integer, number
 from ldm_runtime.request import Plan, Request
 from ldm_runtime.specs import Axis
 from ldm_runtime.start import Kept, Start, StartImage
@@ -33,8 +34,6 @@ __all__ = ["IMAGE_STRENGTH", "MASK_STRENGTH", "StartImageConditioner", "skipped_
 F32 = NDArray[np.float32]
 IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
 """Default strength without and with a mask, those of diffusers' pipelines."""
-EXAMPLE_STRENGTH = 0.75
-"""Of example requests: some steps are left out, and the self-test's four are three."""
 
 MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 """Modes of masks that are resized as they are, as diffusers does."""
@@ -96,13 +95,20 @@ class StartImageConditioner:
         return 1
 
     def size(self, request: Request) -> tuple[int, int] | None:
-        """Height and width of the latents, those of the image; None if images are resized to what is asked for."""
-        if request.image is None or (request.mask is not None and _pil(request.image)):
+        """Height and width of the latents, those of the image unless others are asked for.
+
+        None with a mask: the request or the model decides the size, as in StableDiffusionInpaintPipeline.
+        """
+        pictures = _pictures(request.image)
+        if request.image is None or (request.mask is not None and pictures):
             return None
         dims, sides = self._tensor.shape[2:], _sides("image", request.image)
-        if _pil(request.image):
+        if pictures:
+            asked = (as_integer(request.height), as_integer(request.width))
             scales = [dim.scale if isinstance(dim, Axis) else 1 for dim in dims]
-            sides = tuple(side // scale * scale or side for side, scale in zip(sides, scales, strict=True))
+            sides = tuple(
+                other or side // scale * scale or side for other, side, scale in zip(asked, sides, scales, strict=True)
+            )
         check_sides("image", sides, dims)
         return latent_sides(sides, dims)
 
@@ -124,8 +130,8 @@ class StartImageConditioner:
         height, width = image.shape[2:]
         mask = np.zeros((1, 1, height, width), np.float32)
         mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-        masked = {"image": image, "mask": mask, "strength": EXAMPLE_STRENGTH}
-        return (masked,) if self.needs_mask else ({"image": image, "strength": EXAMPLE_STRENGTH}, masked)
+        masked = {"image": image, "mask": mask}
+        return (masked,) if self.needs_mask else ({"image": image}, masked)
 
     def read(self, request: Request, images: int, sides: tuple[int, int]) -> StartImage | None:
         """Read the images of a request that ``images`` has accepted; None if it has none.
@@ -145,8 +151,8 @@ class StartImageConditioner:
             strength = number("strength", request.strength, 0.0, 1.0)
         image = image_array("image", _resized(request.image, sides))
         check_size("image", image, self._tensor)
-        report_fitted("image", request.image, image)
         mask = None if request.mask is None else self._mask(request, image, sides)
+        report_fitted("image", request.image, image)
         for name, array in (("image", image), ("mask", image if mask is None else mask)):
             if images % len(array):
                 raise SpecError(f"{name}: got {len(array)} for {images} images to generate, expected one, or one each")
@@ -158,8 +164,8 @@ class StartImageConditioner:
             shown = [f"{height} x {width}" for height, width in (got, expected)]
             raise SpecError(f"mask: got {shown[0]} pixels (height, width), expected the image's {shown[1]}; resize it")
         masks = _resized(request.mask, sides, convert=False)
-        if _pil(masks):
-            masks = np.stack([np.asarray(one.convert("L")) for one in _listed(masks)])[..., None]
+        if pictures := _pictures(masks):
+            masks = np.stack([np.asarray(one.convert("L")) for one in pictures])[..., None]
         mask = (image_array("mask", masks).mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
         check_mask(mask, image)
         return mask
@@ -180,10 +186,10 @@ class StartImageConditioner:
         encoded = None if pure and not given.puts_back else self._encode(image, noise, count)
         drawn = noise.draw(count)
         if pure or encoded is None:
-            latents = plan.trajectory.start(plan.scaled(drawn))[0]
+            latents = plan.scaled(drawn)
         else:
             of_image, of_noise = plan.trajectory.noisy_weights[0]
-            latents = of_image * encoded + of_noise * drawn
+            latents = np.asarray(of_image * encoded + of_noise * drawn, np.float32)
         if mask is None:
             return Start(latents, noise)
         factor = mask.shape[3] // plan.shape[3]
@@ -195,10 +201,20 @@ class StartImageConditioner:
         masked = self._encode(image * (mask < 0.5), noise, count)
         return Start(latents, noise, None, {self._output: np.concatenate([small, masked], axis=1)})
 
-    def _encode(self, image: F32, noise: NoiseStream, count: int) -> F32:
-        """Latents float32 [count, C, h, w], drawn from the encoder's distribution of each image."""
+    def distribution(self, image: F32) -> tuple[F32, F32]:
+        """Mean and deviation, float32 [N, C, h, w], of the latents of images float32 [N, channels, H, W] in [-1, 1].
+
+        Raises:
+            SpecError: The encoder does not take the images.
+            BackendError: The engine failed.
+        """
         parts = [self._backend.run({"image": image[i : i + 1]}) for i in range(len(image))]
         mean, deviation = (np.concatenate([part[name] for part in parts]) for name in ("mean", "deviation"))
+        return mean, deviation
+
+    def _encode(self, image: F32, noise: NoiseStream, count: int) -> F32:
+        """Latents float32 [count, C, h, w], drawn from the encoder's distribution of each image."""
+        mean, deviation = self.distribution(image)
         if noise.separate:
             mean, deviation = _tiled(mean, count), _tiled(deviation, count)
         latents: F32 = mean + deviation * noise.draw(len(mean))
@@ -229,28 +245,29 @@ def skipped_steps(strength: float, steps: int) -> int:
     return steps - left
 
 
-def _pil(given: Any) -> TypeGuard[Image.Image | list[Image.Image]]:
-    images = _listed(given)
-    return isinstance(images, list | tuple) and bool(images) and all(isinstance(one, Image.Image) for one in images)
-
-
-def _listed(given: Any) -> Any:
-    return [given] if isinstance(given, Image.Image) else given
+def _pictures(given: Any) -> list[Image.Image]:
+    """PIL images, and uint8 arrays [H, W, channels] or [N, H, W, channels] as such; [] for anything else."""
+    images = [given] if isinstance(given, Image.Image) else given
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
+        arrays = images[None] if images.ndim == 3 else images
+        images = [pil_image(one) for one in arrays] if arrays.shape[3] in CHANNELS else []
+    is_list = isinstance(images, list | tuple) and all(isinstance(one, Image.Image) for one in images)
+    return list(images) if is_list else []
 
 
 def _sides(name: str, given: Any) -> tuple[int, ...]:
     """Height and width in pixels."""
-    if _pil(given):
-        first = ImageOps.exif_transpose(_listed(given)[0])
+    if pictures := _pictures(given):
+        first = ImageOps.exif_transpose(pictures[0])
         return first.height, first.width
     return image_array(name, given).shape[2:]
 
 
 def _resized(given: Any, sides: tuple[int, int], convert: bool = True) -> Any:
-    """PIL images resized to height and width as by diffusers' VaeImageProcessor; arrays as they are."""
-    if not _pil(given):
+    """Pictures resized to height and width as by diffusers' VaeImageProcessor; other arrays as they are."""
+    if not (pictures := _pictures(given)):
         return given
-    images = [rgb_image(one) if convert or one.mode not in MASK_MODES else one for one in _listed(given)]
+    images = [rgb_image(one) if convert or one.mode not in MASK_MODES else one for one in pictures]
     images = [ImageOps.exif_transpose(one) for one in images]
     return [one.resize((sides[1], sides[0]), Image.Resampling.LANCZOS) for one in images]
 
