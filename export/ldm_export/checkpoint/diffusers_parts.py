@@ -36,6 +36,7 @@ __all__ = [
     "latents_of",
     "layout",
     "pixels_per_latent",
+    "takes_mask",
     "text_problems",
     "width_problems",
 ]
@@ -145,6 +146,11 @@ def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
         (scale > 0, f"the autoencoder's scaling_factor is {scale}, expected a positive number"),
     )
     return [problem for fine, problem in checks if not fine]
+
+
+def takes_mask(unet: Config) -> bool:
+    """True for the UNet of an inpainting model: it takes a mask and the latents of the masked image, too."""
+    return bool(unet["in_channels"] == 2 * unet["out_channels"] + 1)
 
 
 def _without_unet_res(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:

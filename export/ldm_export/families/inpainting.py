@@ -41,7 +41,7 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other: the UNet's inputs are two latents and a mask."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
-    if unet["in_channels"] != 2 * unet["out_channels"] + 1:
+    if not parts.takes_mask(unet):
         problems.append(f"the unet takes {unet['in_channels']} channels, two latents and a mask are others")
     if autoencoder.get("vq_embed_dim") is None:
         problems.append("the autoencoder has no codebook, which an inpainting model's has")

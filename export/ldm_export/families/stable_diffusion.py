@@ -113,14 +113,9 @@ class ClipTextEncoder(nn.Module):
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
-    if _repaints(unet):
+    if parts.takes_mask(unet):
         unet = {**unet, "in_channels": unet["out_channels"]}
     return [*parts.text_problems(unet, text["hidden_size"]), *parts.latent_problems(unet, autoencoder)]
-
-
-def _repaints(unet: Mapping[str, Any]) -> bool:
-    """True for the UNet of an inpainting model: it takes a mask and the latents of the masked image, too."""
-    return bool(unet["in_channels"] == 2 * unet["out_channels"] + 1)
 
 
 def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -149,7 +144,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         image_channels=autoencoder["out_channels"],
     )
     specs, sides = shape.specs(), latent_axes(shape.latent_size)
-    inputs = (MASKED_IMAGE,) if _repaints(unet) else ()
+    inputs = (MASKED_IMAGE,) if parts.takes_mask(unet) else ()
     if inputs:
         channels = (1 + shape.latents.channels, *sides)
         taken = (*specs[UNET].inputs, conditioned(MASKED_IMAGE, len(GUIDANCE), channels))
