@@ -51,7 +51,8 @@ BAR, STEP_BAR = 0.90, 1.0
 def raw(pipeline: LatentDiffusionPipeline, prompts: int, steps: int) -> float:
     """Seconds of ``steps`` UNet calls alone, for guided prompts; what the steps share is computed before."""
     plan = pipeline.plan(Request(["a"] * prompts, seed=0, guidance_scale=GUIDANCE, num_inference_steps=1))
-    conditioning, embedded = pipeline.condition(plan), pipeline.denoiser.embed(plan.trajectory.timesteps)
+    conditioning = pipeline.condition(plan, pipeline.begin(plan))
+    embedded = pipeline.denoiser.embed(plan.trajectory.timesteps)
     schedule = {name: array.repeat(plan.rows, 0) for name, array in embedded.items()}
     sample = np.random.default_rng(0).standard_normal((plan.rows, *plan.shape[1:]), np.float32)
     begun = time.perf_counter()

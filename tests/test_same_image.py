@@ -122,7 +122,7 @@ def test_guidance_between_two_shares_of_the_steps(ours, monkeypatch: pytest.Monk
 
 def reused_by_hand(ours, every: int, steps: int) -> np.ndarray:
     plan = ours.plan(Request(PROMPTS[:1], seed=0, guidance_scale=6.0, eta=0.0, num_inference_steps=steps))
-    conditioning = ours.condition(plan)
+    conditioning = ours.condition(plan, ours.begin(plan))
     prompted_only = {name: rows[1:] for name, rows in conditioning.items()}
     state = plan.start(plan.noise())
     for index, timestep in enumerate(plan.trajectory.timesteps):

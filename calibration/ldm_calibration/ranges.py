@@ -16,6 +16,7 @@ from ldm_calibration.model import CalibrationModel, ImageRequest
 from ldm_calibration.probes import HIGHEST, LOWEST, add_extremes
 from ldm_calibration.sessions import Session
 from ldm_runtime.backends import Feed, SpecBackend
+from ldm_runtime.conditioning import StartImageConditioner
 from ldm_runtime.errors import BuildError
 from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -95,6 +96,8 @@ def measure_ranges(
     All requests pass through one component before the next component is loaded, so that the largest component alone
     determines the memory. Image ``i`` has seed ``i``; eta and guidance scale are the model's defaults.
 
+    The encoder of a model that can start from images is measured on the images that the trajectories give.
+
     Args:
         model: The model.
         requests: Fields of ``Request`` for one image each.
@@ -125,8 +128,11 @@ def measure_ranges(
                 last = step
             latents.append(last.latents)
         pipeline.denoiser.close()
-        for array in latents:
-            pipeline.decode_array(array)
+        images = [pipeline.decode_array(array) for array in latents]
+        pipeline.backends[DECODER].close()
+        for encoder in (one for one in pipeline.conditioners if isinstance(one, StartImageConditioner)):
+            for image in images:
+                encoder.distribution(image * 2 - 1)
     return {name: backend.ranges for name, backend in backends.items()}
 
 
@@ -139,7 +145,7 @@ def _run_constant(pipeline: LatentDiffusionPipeline, requests: Sequence[Request]
                 conditioner.rows(plan.request, branch)
         conditioner.close()
     for plan in plans:
-        pipeline.condition(plan)
+        pipeline.condition(plan, pipeline.begin(plan))
     pipeline.denoiser.close()
     for plan in plans:
         pipeline.denoiser.embed(plan.trajectory.timesteps)

@@ -67,6 +67,7 @@ layout_requests = _examples("is conditioned on layouts")
 REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
     (): plain_requests,
     ("text",): text_requests,
+    ("text", "start_image"): text_requests,
     ("label",): label_requests,
     ("image",): image_requests,
     ("masked_image",): image_requests,

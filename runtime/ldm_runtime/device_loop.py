@@ -19,6 +19,7 @@ from ldm_runtime.model import SAMPLE
 from ldm_runtime.request import Plan
 from ldm_runtime.schedulers.scaled_rows import scale_after, scaled
 from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.start import Start
 
 __all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "slots_of"]
 
@@ -66,16 +67,19 @@ class DeviceLoop:
         """
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
-        uniform = uniform and not plan.guidance_rescale
+        uniform = uniform and not plan.guidance_rescale and not plan.puts_back
         return trajectory.affine and trajectory.slots <= self.slots and uniform
 
-    def steps(self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser) -> Iterator[Callable[[], F32]]:
+    def steps(
+        self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser, start: Start
+    ) -> Iterator[Callable[[], F32]]:
         """Run one step for each item that is asked for; the item reads the latents, until the next step.
 
         Args:
             plan: A plan that ``takes`` accepts.
             encoded: What the conditioners encoded, [plan.rows, …].
             denoiser: Derives the UNet's inputs from it, where the device has no component for that.
+            start: Initial latents and noise.
 
         Raises:
             SpecError: The plan cannot run on the device.
@@ -83,9 +87,8 @@ class DeviceLoop:
         """
         if not self.takes(plan):
             raise SpecError("device loop: got a plan with clipping, other guidance or too many slots; use the pipeline")
-        noise = plan.noise()
         trajectory = plan.trajectory
-        latents = scaled(plan.start(noise)[0], scale_after(trajectory, 0))
+        latents = scaled(start.latents, scale_after(trajectory, 0))
         current = object()
         with self._lock:
             device, self._running = self.open(), current
@@ -100,7 +103,7 @@ class DeviceLoop:
                 return scaled(latents, 1 / scale_after(trajectory, calls))
 
         for index in range(len(trajectory)):
-            step_noise = next(noise) if trajectory.needs_noise else None
+            step_noise = next(start.noise) if trajectory.needs_noise else None
             with self._running_alone(current):
                 run.step(index, step_noise)
             yield partial(read, index + 1)

@@ -17,7 +17,7 @@ from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.conditioning import open_conditioner
+from ldm_runtime.conditioning import StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
@@ -30,6 +30,7 @@ from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
 from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
+from ldm_runtime.start import Start
 from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = ["LatentDiffusionPipeline"]
@@ -205,8 +206,9 @@ class LatentDiffusionPipeline:
 
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         trajectory, total = plan.trajectory, len(plan.trajectory)
-        encoded = self._encode(plan)
-        reads = self._device_steps(plan, encoded)
+        start = self.begin(plan)
+        encoded = self.encode(plan, start)
+        reads, start = self._device_steps(plan, encoded, start)
         if reads is not None:
             for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
                 yield Step(index, total, timestep.item(), read)
@@ -214,8 +216,7 @@ class LatentDiffusionPipeline:
         conditioning = self.denoiser.condition(encoded)
         schedule = self.denoiser.embed(trajectory.timesteps)
         conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
-        noise = plan.noise()
-        state = plan.start(noise)
+        state = trajectory.start(start.latents)
         direction = np.zeros_like(state[0])
         for index, (timestep, branches) in enumerate(zip(trajectory.timesteps, plan.steps, strict=True)):
             scale = trajectory.input_scale[index]
@@ -231,24 +232,29 @@ class LatentDiffusionPipeline:
                 predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
             if plan.guidance_rescale and branches is not StepBranches.CONDITIONAL:
                 predicted = rescale(predicted, asked, np.float32(plan.guidance_rescale))
-            state = trajectory.step(state, predicted, index, next(noise) if trajectory.needs_noise else None)
+            state = trajectory.step(state, predicted, index, next(start.noise) if trajectory.needs_noise else None)
+            if start.kept is not None:
+                state[0] = start.kept.blend(state[0], trajectory, index + 1)
             yield Step(index, total, timestep.item(), _reader(state[0]))
 
-    def _device_steps(self, plan: Plan, encoded: Tensors) -> Iterator[Callable[[], F32]] | None:
-        """Start the loop on the device and return its steps; None if there is no loop that runs the plan.
+    def _device_steps(
+        self, plan: Plan, encoded: Tensors, start: Start
+    ) -> tuple[Iterator[Callable[[], F32]] | None, Start]:
+        """Start the loop on the device and return its steps; None and the start if there is no loop that runs the plan.
 
         A loop that cannot start on this machine is replaced, as ``OpenModel`` replaces engines.
         """
         while (loop := self.loop) is not None and loop.takes(plan):
-            reads = loop.steps(plan, encoded, self.denoiser)
+            reads = loop.steps(plan, encoded, self.denoiser, start)
             try:
                 first = next(reads)
             except BackendError as error:
                 self.loop_failed(loop, error)
+                start = self.begin(plan)  # the loop has drawn some of the noise
             else:
                 self.loop_started(loop)
-                return chain([first], reads)
-        return None
+                return chain([first], reads), start
+        return None, start
 
     def loop_started(self, loop: DeviceLoop) -> None:
         """Note that a loop runs on this machine, so that a later failure does not replace the engine."""
@@ -266,14 +272,27 @@ class LatentDiffusionPipeline:
             loop.close()
         self._opened.loop_failed(loop, error)
 
-    def condition(self, plan: Plan) -> Tensors:
-        """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
-        return self.denoiser.condition(self._encode(plan))
+    def begin(self, plan: Plan) -> Start:
+        """Draw the noise of a plan's initial latents and, if it starts from an image, encode this.
 
-    def _encode(self, plan: Plan) -> Tensors:
+        Raises:
+            BackendError: The engine failed.
+        """
+        noise = plan.noise()
+        if plan.start_image is None:
+            return Start(plan.start(noise)[0], noise)
+        (conditioner,) = (one for one in self.conditioners if isinstance(one, StartImageConditioner))
+        return conditioner.begin(plan, plan.start_image, noise)
+
+    def condition(self, plan: Plan, start: Start) -> Tensors:
+        """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
+        return self.denoiser.condition(self.encode(plan, start))
+
+    def encode(self, plan: Plan, start: Start) -> Tensors:
         """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
         parts = [
             {name: rows for one in self.conditioners for name, rows in one.rows(plan.request, branch).items()}
+            | dict(start.conditioning)
             for branch in plan.branches
         ]
         if not self._keep_loaded:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner
+from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner
+from ldm_runtime.conditioning.start_image import skipped_steps
 from ldm_runtime.errors import SpecError
 from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.geometry import Geometry
@@ -18,6 +19,7 @@ from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
 from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
 from ldm_runtime.schedulers.replacement import replacement
+from ldm_runtime.start import StartImage
 from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 
 __all__ = ["Planner"]
@@ -68,6 +70,9 @@ class Planner:
             scheduler = replacement(request.scheduler, self.model.scheduler)
         trajectory = scheduler.trajectory(steps, eta)
         check_family_scheduler(self.model.family, scheduler, trajectory)
+        given = self._start_image(request, shape)
+        if given is not None and (skipped := skipped_steps(given.strength, int(steps))):
+            trajectory = scheduler.trajectory_after(skipped, steps, eta)
         model_timesteps(trajectory.timesteps, timestep_dtype(self.model))
         branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
         guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
@@ -82,7 +87,13 @@ class Planner:
             steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
             trajectory=trajectory,
             guidance_rescale=rescale if guided else 0.0,
+            start_image=given,
         )
+
+    def _start_image(self, request: Request, shape: tuple[int, int, int, int]) -> StartImage | None:
+        sides = (shape[2] * self.geometry.factor, shape[3] * self.geometry.factor)
+        starts = (one for one in self.conditioners if isinstance(one, StartImageConditioner))
+        return next((given for one in starts if (given := one.read(request, shape[0], sides)) is not None), None)
 
     def _refuse_foreign_fields(self, request: Request) -> None:
         """Refuse a field that belongs to a kind of conditioning this model lacks."""

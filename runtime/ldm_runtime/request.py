@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
 from ldm_runtime.noise import TorchGenerator
+from ldm_runtime.noise_stream import NoiseStream
 from ldm_runtime.number_checks import integer
 from ldm_runtime.schedulers.trajectory import Trajectory
+from ldm_runtime.start import StartImage
 
 __all__ = ["Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
 
@@ -37,6 +39,7 @@ class RequestOptions(TypedDict, total=False):
     labels: int | Sequence[int] | None
     image: Any
     mask: Any
+    strength: float | None
     segmentation: Any
     tokens: Any
     layout: Any
@@ -67,6 +70,9 @@ class Request:
         labels: Classes to draw, one number or several; for models conditioned on class labels.
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
         mask: One mask or one for each image, white where the image is repainted; for inpainting models.
+        strength: Share of the steps that run on an image with as much noise as the first of them expects, above 0 and
+            at most 1: low values stay close to the image. For models that can start from an image or from noise; the
+            defaults are those of diffusers, 0.8, and 1 with a mask.
         segmentation: A class number for each pixel, as ``conditioning.segmentation.class_array`` takes them; for
             models conditioned on segmentations.
         tokens: Tokens of a layout [T] or of several [N, T]; for models conditioned on layouts.
@@ -95,6 +101,7 @@ class Request:
     labels: int | Sequence[int] | None = None
     image: Any = None
     mask: Any = None
+    strength: float | None = None
     segmentation: Any = None
     tokens: Any = None
     layout: Any = None
@@ -135,6 +142,7 @@ class Plan:
         steps: What each UNet call evaluates.
         trajectory: Timesteps and coefficients.
         guidance_rescale: As asked; 0 without guidance.
+        start_image: Images that denoising starts from; None starts from noise.
     """
 
     request: Request
@@ -146,6 +154,7 @@ class Plan:
     steps: tuple[StepBranches, ...]
     trajectory: Trajectory
     guidance_rescale: float = 0.0
+    start_image: StartImage | None = None
 
     @property
     def images(self) -> int:
@@ -158,23 +167,27 @@ class Plan:
         return len(self.branches) > 1
 
     @property
+    def puts_back(self) -> bool:
+        """True if a part of an image is put back after each step."""
+        return self.start_image is not None and self.start_image.puts_back
+
+    @property
     def rows(self) -> int:
         """Rows of a UNet call that evaluates all branches."""
         return self.images * len(self.branches)
 
-    def noise(self) -> Iterator[F32]:
+    def noise(self) -> NoiseStream:
         """Standard normal noise float32 of ``shape`` without end: initial latents unless given, then each step's."""
-        generators = [TorchGenerator(seed) for seed in self.seeds]
-        shape = self.shape if len(generators) == 1 else (1, *self.shape[1:])
-        streams = [generator.endless(shape) for generator in generators]
-        while True:
-            yield np.concatenate([next(stream) for stream in streams])
+        return NoiseStream(self.seeds, self.shape)
+
+    def scaled(self, noise: F32) -> F32:
+        """Noise of ``shape`` times the scale of initial latents."""
+        sigma = self.trajectory.init_noise_sigma
+        return noise if sigma == 1 else noise * np.float32(sigma)
 
     def start(self, noise: Iterator[F32]) -> list[F32]:
         """The initial state of the trajectory, from the caller's latents or else drawn from ``noise``."""
-        latents = next(noise) if self.latents is None else self.latents
-        sigma = self.trajectory.init_noise_sigma
-        return self.trajectory.start(latents if sigma == 1 else latents * np.float32(sigma))
+        return self.trajectory.start(self.scaled(next(noise) if self.latents is None else self.latents))
 
 
 def fresh_seed() -> int:

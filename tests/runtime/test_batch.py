@@ -73,6 +73,12 @@ def alone(pipeline: LatentDiffusionPipeline, request: Request) -> list[np.ndarra
     return [step.latents for step in pipeline.steps(request)]
 
 
+def join(pipeline: LatentDiffusionPipeline, batch: Batch, job: Job) -> None:
+    start = pipeline.begin(job.plan)
+    schedule = pipeline.denoiser.embed(job.plan.trajectory.timesteps)
+    batch.join(job, pipeline.condition(job.plan, start), schedule, start)
+
+
 @settings(max_examples=60)
 @given(stays=st.lists(visits, min_size=1, max_size=7), padding=st.booleans())
 def test_every_member_gets_the_latents_it_has_alone(
@@ -89,7 +95,7 @@ def test_every_member_gets_the_latents_it_has_alone(
             job = Job(pipeline.plan(visit.request))
             if not batch.fits(job):
                 break
-            batch.join(job, pipeline.condition(job.plan), pipeline.denoiser.embed(job.plan.trajectory.timesteps))
+            join(pipeline, batch, job)
             running.append((waiting.pop(0), batch.members[-1]))
         if running:
             batch.step(counters)
@@ -111,7 +117,7 @@ def test_an_unconditional_model_keeps_its_members(tmp_path: Path, executor: Thre
     requests = [Request(count=2, seed=1, num_inference_steps=6), Request(seed=2, num_inference_steps=4)]
     for request in requests:
         job = Job(pipeline.plan(request))
-        batch.join(job, pipeline.condition(job.plan), pipeline.denoiser.embed(job.plan.trajectory.timesteps))
+        join(pipeline, batch, job)
         batch.step(counters)
     members = list(batch.members)
     while batch.members:
@@ -135,7 +141,7 @@ def test_steps_that_evaluate_one_branch_take_only_its_rows(
         Request("c", seed=2, num_inference_steps=6, guidance_scale=1.0),
     ):
         job = Job(pipeline.plan(request))
-        batch.join(job, pipeline.condition(job.plan), pipeline.denoiser.embed(job.plan.trajectory.timesteps))
+        join(pipeline, batch, job)
     assert batch.rows == 5
     for _ in range(6):
         batch.step(counters)

@@ -211,7 +211,7 @@ def test_a_plan_the_device_cannot_run_is_run_in_numpy(
     assert len(pipeline("a", **OPTIONS, **options).images) == 1
     plan = pipeline.plan(Request("a", **OPTIONS, **options))
     with pytest.raises(SpecError, match="device loop: got a plan"):
-        next(pipeline.loop.steps(plan, {}, pipeline.denoiser))
+        next(pipeline.loop.steps(plan, {}, pipeline.denoiser, pipeline.begin(plan)))
 
 
 def test_fewer_slots_than_the_device_has_are_enough(tmp_path: Path) -> None:

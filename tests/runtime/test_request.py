@@ -204,7 +204,7 @@ def test_with_latents_given_the_first_noise_is_the_first_steps(pipeline: LatentD
     copy = latents.copy()
     request = Request("a circle", latents=latents, seed=7, eta=1.0, guidance_scale=1.0, num_inference_steps=2)
     plan, denoiser = pipeline.plan(request), pipeline.denoiser
-    conditioning, embedded = pipeline.condition(plan), denoiser.embed(plan.trajectory.timesteps)
+    conditioning, embedded = pipeline.condition(plan, pipeline.begin(plan)), denoiser.embed(plan.trajectory.timesteps)
     state = plan.trajectory.start(latents)
     for step, noise in zip(pipeline.steps(request), torch_noise(7, latents.shape, 2), strict=True):
         row = {name: array[step.index : step.index + 1] for name, array in embedded.items()}

@@ -36,11 +36,27 @@ def test_images_are_those_of_the_same_request_here(name: str, shared: SharedFold
 @SLOW
 def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
     fields = {"negative_prompt": "red!", "clip_skip": 1, "guidance_rescale": 0.7, "guidance_scale": 7.5, "eta": 0.5}
+    image = np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8)
+    mask = np.zeros((24, 16), np.uint8)
+    mask[6:20, 4:12] = 255
+    options = ["--negative-prompt", "red!", "--clip-skip", "1", "--guidance-rescale", "0.7", "--guidance", "7.5"]
+    files = {"image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
+    for file, array in zip(files.values(), (image, mask), strict=True):
+        Image.fromarray(array).save(file)
+    starts = {"strength": 0.8, "image": Image.fromarray(image)}
+    started = ["--image", str(files["image"]), "--strength", "0.8"]
+    cases = (
+        ({}, []),
+        (starts, started),
+        ({**starts, "mask": Image.fromarray(mask)}, [*started, "--mask", str(files["mask"])]),
+    )
     with LatentDiffusionPipeline.from_bundle(sd2_bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        (expected,) = pipeline("A café, 日!", seed=3, num_inference_steps=4, **fields).images
+        expected = [
+            pipeline("A café, 日!", seed=3, num_inference_steps=4, **fields, **more).images[0] for more, _ in cases
+        ]
     with served(sd2_bundle.folder, tmp_path) as server:
-        options = ["--negative-prompt", "red!", "--clip-skip", "1", "--guidance-rescale", "0.7", "--guidance", "7.5"]
         request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
-        assert main(["client", "A café, 日!", *options, *request, "--url", server.http]) == 0
-    answer = np.asarray(Image.open(tmp_path / "out.png"), int)
-    assert np.abs(answer - np.asarray(expected, int)).max() <= 1
+        for (_, more), image_here in zip(cases, expected, strict=True):
+            assert main(["client", "A café, 日!", *options, *more, *request, "--url", server.http]) == 0
+            answer = np.asarray(Image.open(tmp_path / "out.png"), int)
+            assert np.abs(answer - np.asarray(image_here, int)).max() <= 1

@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -49,7 +50,7 @@ _VERSION_2: dict[str, Any] = {
 }
 
 
-def _modules(vocabulary: int, version: int) -> dict[str, Any]:
+def _modules(vocabulary: int, version: int, channels: int) -> dict[str, Any]:
     text = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=128,
@@ -62,6 +63,7 @@ def _modules(vocabulary: int, version: int) -> dict[str, Any]:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=channels,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -83,18 +85,24 @@ def _modules(vocabulary: int, version: int) -> dict[str, Any]:
     return {"text_encoder": text_encoder.eval(), "unet": unet.eval(), "vae": vae.eval()}
 
 
-def stable_diffusion_checkpoint(folder: Path, version: int = 1, *, variant: str | None = None) -> Path:
-    """Write a checkpoint; ``version`` 2 has 2.x' kinds of attention, padding and prediction."""
+def stable_diffusion_checkpoint(
+    folder: Path, version: int = 1, *, variant: str | None = None, inpainting: bool = False
+) -> Path:
+    """Write a checkpoint; ``version`` 2 has 2.x' kinds of attention, padding and prediction.
+
+    The UNet of an ``inpainting`` model takes nine channels.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(
         clip_tokenizer(folder / "tokenizer", pad_token=END if version == 1 else "!")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(version)
-        modules = _modules(len(tokenizer), version)
+        modules = _modules(len(tokenizer), version, 9 if inpainting else 4)
     scheduler = SCHEDULERS["PNDMScheduler" if version == 1 else "DDIMScheduler"]
     if version == 2:
         scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="v_prediction")
-    pipeline = StableDiffusionPipeline(
+    pipeline_class = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+    pipeline = pipeline_class(
         **modules,
         tokenizer=tokenizer,
         scheduler=scheduler,

@@ -73,7 +73,8 @@ class _Parts:
             return {"count": number}
         if not any("prompts" in conditioner.fields for conditioner in conditioners):
             return {**self._pipeline.example(), "images_per_prompt": number}
-        return {"prompts": [f"{PROMPTS[i % len(PROMPTS)]}, number {next(self._number)}" for i in range(number)]}
+        prompts = [f"{PROMPTS[i % len(PROMPTS)]}, number {next(self._number)}" for i in range(number)]
+        return {**self._pipeline.example(("prompts",)), "prompts": prompts}
 
 
 if __name__ == "__main__":

@@ -164,11 +164,12 @@ def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _first_feed(pipeline: LatentDiffusionPipeline, request: Request) -> dict[str, NDArray[Any]]:
     """The UNet's inputs at the first step of a request, with the rows of all guidance branches; frees the encoders."""
     plan = pipeline.plan(request)
-    conditioning = pipeline.condition(plan)
+    start = pipeline.begin(plan)
+    conditioning = pipeline.condition(plan, start)
     for conditioner in pipeline.conditioners:
         conditioner.close()
     schedule = pipeline.denoiser.embed(plan.trajectory.timesteps)
-    sample = plan.start(plan.noise())[0] * plan.trajectory.input_scale[0]
+    sample = start.latents * plan.trajectory.input_scale[0]
     rows = np.concatenate([sample.astype(np.float32)] * len(plan.branches))
     return {
         SAMPLE: rows,

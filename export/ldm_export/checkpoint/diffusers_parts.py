@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -23,6 +24,8 @@ from ldm_runtime.schedulers import SCHEDULERS
 __all__ = [
     "AUTOENCODER",
     "DECODER_MODULE",
+    "ENCODER_MODULE",
+    "KL_AUTOENCODER",
     "SCHEDULER",
     "UNET",
     "UNET_CONDITION",
@@ -33,6 +36,7 @@ __all__ = [
     "latents_of",
     "layout",
     "pixels_per_latent",
+    "takes_mask",
     "text_problems",
     "width_problems",
 ]
@@ -144,6 +148,11 @@ def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
     return [problem for fine, problem in checks if not fine]
 
 
+def takes_mask(unet: Config) -> bool:
+    """True for the UNet of an inpainting model: it takes a mask and the latents of the masked image, too."""
+    return bool(unet["in_channels"] == 2 * unet["out_channels"] + 1)
+
+
 def _without_unet_res(renamed: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """Rename block types, which had the prefix "UNetRes"."""
     for key in ("down_block_types", "up_block_types"):
@@ -212,8 +221,14 @@ AUTOENCODER = Part(
 )
 """The first stage: an autoencoder with continuous or quantized latents."""
 
+KL_AUTOENCODER = replace(AUTOENCODER, folders=("vae",), classes={"AutoencoderKL": AutoencoderKL})
+"""The autoencoder of Stable Diffusion's pipelines."""
+
 DECODER_MODULE = ModuleSource("autoencoder", {"encoder": None, "quant_conv": None})
 """An autoencoder with only the modules that ``decode`` uses."""
+
+ENCODER_MODULE = ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None})
+"""An autoencoder with only the modules that ``encode`` uses."""
 
 SCHEDULER = Part(
     folders=("scheduler", "noise_scheduler"),

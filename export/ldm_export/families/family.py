@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ldm_export.checkpoint.diffusers_parts import takes_mask
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import CheckpointLayout
 from ldm_export.graph.component_split import SplitRule
@@ -83,3 +84,9 @@ class Family:
     reference: Callable[[Checkpoint], Any]
     reference_image: Callable[[Any, RequestFields, torch.Generator], Image.Image]
     fractional_timesteps: bool = False
+
+    def pipeline_of(self, checkpoint: Checkpoint) -> str:
+        """Class name in the model_index.json of a checkpoint: the inpainting pipeline if its UNet takes a mask."""
+        unet = checkpoint.components["unet"].config
+        inpaints = [name for name in self.pipelines if "Inpaint" in name]
+        return inpaints[0] if inpaints and takes_mask(unet) else self.pipelines[0]

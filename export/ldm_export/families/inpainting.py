@@ -17,7 +17,6 @@ from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.activation_memory import activation_memory
 from ldm_export.families.family import Family, TracedComponent
@@ -42,7 +41,7 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other: the UNet's inputs are two latents and a mask."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
-    if unet["in_channels"] != 2 * unet["out_channels"] + 1:
+    if not parts.takes_mask(unet):
         problems.append(f"the unet takes {unet['in_channels']} channels, two latents and a mask are others")
     if autoencoder.get("vq_embed_dim") is None:
         problems.append("the autoencoder has no codebook, which an inpainting model's has")
@@ -132,7 +131,7 @@ INPAINTING = Family(
     layout=parts.layout(
         "inpainting",
         _problems,
-        modules={"encoder": ModuleSource("autoencoder", {"decoder": None, "post_quant_conv": None, "quantize": None})},
+        modules={"encoder": parts.ENCODER_MODULE},
     ),
     components={
         ENCODER: TracedComponent("encoder", MaskedImageEncoder),

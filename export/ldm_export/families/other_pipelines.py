@@ -13,8 +13,6 @@ _KINDS = (
     ("StableDiffusionLatentUpscale", "Stable Diffusion's latent upscaler"),
     ("StableDiffusionDepth2Img", "Stable Diffusion with a depth map"),
     ("StableUnCLIP", "Stable Diffusion from image embeddings"),
-    ("StableDiffusionInpaint", "Stable Diffusion for inpainting"),
-    ("StableDiffusionImg2Img", "Stable Diffusion from images"),
     ("StableDiffusion", "another pipeline of Stable Diffusion"),
     ("LatentConsistency", "a latent consistency model"),
     ("Flux", "FLUX, a transformer"),

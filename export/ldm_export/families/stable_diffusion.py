@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, text to image: diffusers' StableDiffusionPipeline.
+"""Stable Diffusion 1.x and 2.x: text to image, image to image and inpainting, as diffusers' three pipelines.
 
 The text encoder is CLIP's (OpenAI's in 1.x, OpenCLIP's without its last layer in 2.x); its hidden states condition the
 UNet by cross-attention. Prompts are tokenized by CLIP's byte-level BPE. Unlike LDMTextToImagePipeline, the pipeline
@@ -33,11 +33,12 @@ from ldm_export.checkpoint.layout import FileFolder, ModuleSource, Part, WeightN
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.image_reference import reference_call
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape, check_token_ids
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES
+from ldm_export.graph.model_specs import ENCODER, IMAGES, conditioned, encoder_spec, latent_axes
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.conditioning.text import SKIPPED
@@ -53,6 +54,7 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
 """As StableDiffusionPipeline's."""
 CORRECTED = {"steps_offset": 1, "clip_sample": False}
 """Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
+MASKED_IMAGE = "masked_image"
 TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
 NOT_EXPORTED = {
     "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
@@ -111,6 +113,8 @@ class ClipTextEncoder(nn.Module):
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
+    if parts.takes_mask(unet):
+        unet = {**unet, "in_channels": unet["out_channels"]}
     return [*parts.text_problems(unet, text["hidden_size"]), *parts.latent_problems(unet, autoencoder)]
 
 
@@ -124,7 +128,7 @@ def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
+    """The model of a checkpoint; "unet" takes ``sample``, ``timestep``, ``context`` and, to inpaint, ``masked_image``.
 
     Raises:
         SpecError: The runtime does not have the scheduler with these options.
@@ -139,14 +143,26 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         latent_size=parts.latent_size(unet, autoencoder),
         image_channels=autoencoder["out_channels"],
     )
-    specs = shape.specs()
+    specs, sides = shape.specs(), latent_axes(shape.latent_size)
+    inputs = (MASKED_IMAGE,) if parts.takes_mask(unet) else ()
+    if inputs:
+        channels = (1 + shape.latents.channels, *sides)
+        taken = (*specs[UNET].inputs, conditioned(MASKED_IMAGE, len(GUIDANCE), channels))
+        specs[UNET] = replace(specs[UNET], inputs=taken)
     encoder = specs[TEXT_ENCODER]
     skipped = (IMAGES, text["num_hidden_layers"], shape.tokens, shape.context_width)
     outputs = (*encoder.outputs, TensorSpec(SKIPPED, "float32", skipped))
     return ModelDescription(
         family=STABLE_DIFFUSION.name,
-        components={**specs, TEXT_ENCODER: replace(encoder, outputs=outputs)},
-        conditioning=(ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),),
+        components={
+            TEXT_ENCODER: replace(encoder, outputs=outputs),
+            ENCODER: encoder_spec(shape.latents, sides, autoencoder["in_channels"]),
+            **{name: spec for name, spec in specs.items() if name != TEXT_ENCODER},
+        },
+        conditioning=(
+            ConditioningSpec("text", TEXT_ENCODER, {"tokenizer": TOKENIZER}, (CONTEXT,)),
+            ConditioningSpec("start_image", ENCODER, {}, inputs),
+        ),
         guidance=GUIDANCE,
         latents=shape.latents,
         scheduler=scheduler_from_config(_scheduler_config(checkpoint)).to_config(),
@@ -195,16 +211,13 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    image: Image.Image = pipeline(
+    image: Image.Image = reference_call(pipeline, request)(
         [request["prompts"]],
         generator=generator,
-        height=request["height"],
-        width=request["width"],
         eta=request["eta"],
         guidance_scale=request["guidance_scale"],
         num_inference_steps=request["num_inference_steps"],
         negative_prompt=[request.get("negative_prompt", "")],
-        guidance_rescale=request.get("guidance_rescale", 0.0),
         clip_skip=request.get("clip_skip"),
     ).images[0]
     return image
@@ -215,19 +228,20 @@ _LAYOUT = parts.layout(
     _problems,
     unet=parts.UNET_CONDITION,
     parts={TEXT_ENCODER: CLIP_TEXT},
-    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER)},
+    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER), ENCODER: parts.ENCODER_MODULE},
     files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER)},
 )
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
-    pipelines=("StableDiffusionPipeline",),
+    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     layout=replace(
         _LAYOUT,
-        parts={**_LAYOUT.parts, "autoencoder": replace(parts.AUTOENCODER, folders=("vae",))},
+        parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
         not_exported=NOT_EXPORTED,
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
+        ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
         UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
     },

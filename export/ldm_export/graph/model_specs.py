@@ -7,8 +7,20 @@ from collections.abc import Sequence
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, NOISE_PRED, SAMPLE, TIMESTEP, UNET, Latents
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
-__all__ = ["IMAGES", "MAX_LATENT", "conditioned", "decoder_spec", "latent_axes", "rows", "unet_spec"]
+__all__ = [
+    "ENCODER",
+    "IMAGES",
+    "MAX_LATENT",
+    "conditioned",
+    "decoder_spec",
+    "encoder_spec",
+    "latent_axes",
+    "rows",
+    "unet_spec",
+]
 
+ENCODER = "encoder"
+"""The component that encodes images to latents, of families that can start from an image."""
 IMAGES = Axis("batch", 1, 1, 32)
 """Images of one call."""
 MAX_LATENT = 128
@@ -53,6 +65,18 @@ def unet_spec(
 def conditioned(name: str, branches: int, shape: tuple[Dim, ...]) -> TensorSpec:
     """A float32 conditioning input of the UNet, [rows, *shape]."""
     return TensorSpec(name, "float32", (rows(branches), *shape))
+
+
+def encoder_spec(latents: Latents, sides: tuple[Dim, Dim], image_channels: int) -> ComponentSpec:
+    """Spec of the encoder of start images."""
+    height, width = (side * latents.factor for side in sides)
+    encoded = (IMAGES, latents.channels, *sides)
+    return ComponentSpec(
+        ENCODER,
+        (TensorSpec(IMAGE, "float32", (IMAGES, image_channels, height, width)),),
+        tuple(TensorSpec(name, "float32", encoded) for name in ("mean", "deviation")),
+        "request",
+    )
 
 
 def decoder_spec(latents: Latents, sides: tuple[Dim, Dim], image_channels: int) -> ComponentSpec:

@@ -12,14 +12,15 @@ from torch.nn.functional import interpolate
 
 from ldm_export.graph.quantizer import Quantizer
 
-__all__ = ["ConcatenatedUNet", "Decoder", "UNet", "free_upsampling"]
+__all__ = ["ConcatenatedUNet", "Decoder", "Encoder", "UNet", "free_upsampling"]
 
 
 class UNet(nn.Module):
     """A UNet of diffusers with positional inputs and one output.
 
     sample float32 [R, C, h, w], timestep int64 or float32 [R] and, for a UNet with cross-attention, context float32
-    [R, T, D] -> predicted noise float32 [R, C, h, w].
+    [R, T, D] and, for one that takes further channels, these float32 [R, K, h, w] -> predicted noise float32
+    [R, C, h, w].
     """
 
     def __init__(self, unet: nn.Module):
@@ -27,9 +28,15 @@ class UNet(nn.Module):
         self.unet = free_upsampling(unet)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor | None = None,
+        channels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the outputs of the class's docstring."""
+        if channels is not None:
+            sample = torch.cat([sample, channels], dim=1)
         states = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **states, return_dict=False)[0]
         return noise
@@ -76,6 +83,27 @@ class Decoder(nn.Module):
         scaled = latents / self.scaling_factor if self.divide else 1 / self.scaling_factor * latents
         image: torch.Tensor = self.autoencoder.decode(scaled, return_dict=False)[0]
         return (image / 2 + 0.5).clamp(0, 1)
+
+
+class Encoder(nn.Module):
+    """image float32 [B, channels, factor * h, factor * w] in [-1, 1] -> mean and deviation, float32 [B, C, h, w].
+
+    They are those of the normal distribution of the image's latents, with the scaling factor in them.
+
+    Args:
+        autoencoder: An AutoencoderKL of diffusers.
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        config: Any = autoencoder.config
+        self.autoencoder: Any = autoencoder
+        self.scaling_factor = float(config.scaling_factor)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the outputs of the class's docstring."""
+        distribution = self.autoencoder.encode(image, return_dict=False)[0]
+        return self.scaling_factor * distribution.mean, self.scaling_factor * distribution.std
 
 
 class _Upsample(nn.Module):

@@ -127,7 +127,7 @@ def kind_of(unet: UNetShape, condition: Condition | None) -> str:
         return "class_conditional"
     if unet.context_width is not None and isinstance(condition, Text) and not extra:
         return "layout_to_image" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
-    if isinstance(condition, Clip) and unet.context_width == condition.width and not extra:
+    if isinstance(condition, Clip) and unet.context_width == condition.width and extra in (0, channels + 1):
         return "stable_diffusion"
     if unet.context_width is None and isinstance(condition, Classes) and extra == condition.channels:
         return "semantic_synthesis"

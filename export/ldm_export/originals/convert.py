@@ -60,7 +60,7 @@ def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
             shutil.rmtree(work)  # left by a process that was killed
         work.mkdir(mode=0o700)
         try:
-            index = _write(checkpoint, family.pipelines[0], work)
+            index = _write(checkpoint, family.pipeline_of(checkpoint), work)
             work.chmod(0o755)
             work.rename(target)
         finally:

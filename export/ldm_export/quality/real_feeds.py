@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 
 from ldm_export.requests import RequestFields
 from ldm_runtime.backends import Backend, Feed, SpecBackend
+from ldm_runtime.conditioning import StartImageConditioner
 from ldm_runtime.errors import SpecError
 from ldm_runtime.model import DECODER, LATENTS, SAMPLE, TIMESTEP, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["MAX_REQUESTS", "RealFeeds", "real_feeds"]
+__all__ = ["MAX_REQUESTS", "RealFeeds", "real_feeds", "with_start_images"]
 
 MAX_REQUESTS = 8
 """Maximum number of requests that feeds are made from."""
 STEPS = 4
 """Minimum number of denoising steps of the schedule that timesteps are taken from."""
+
+START_STRENGTH = 0.75
+"""Of requests that start from an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,7 @@ def real_feeds(
     requests = requests[:MAX_REQUESTS]
     if not requests:
         raise SpecError("requests: got none, expected at least one to measure with")
+    requests = with_start_images(pipeline, requests, max(STEPS, len(requests)))
     model = pipeline.model
     recorders = {name: _Recorder(backend, model.components[name]) for name, backend in pipeline.backends.items()}
     recording = LatentDiffusionPipeline(model, recorders, files)
@@ -84,11 +89,8 @@ def real_feeds(
         plan = recording.plan(
             Request(**{**recording.example(fields), **fields, "seed": index, "num_inference_steps": steps})
         )
-        conditioning = recording.condition(plan)
-        encoded = [
-            {name: array for one in recording.conditioners for name, array in one.rows(plan.request, branch).items()}
-            for branch in plan.branches
-        ]
+        encoded = recording.encode(plan, recording.begin(plan))
+        conditioning = recording.denoiser.condition(encoded)
         place = index * (len(plan.trajectory) - 1) // max(1, len(requests) - 1)
         timestep = recording.denoiser.timesteps(plan.trajectory.timesteps[place : place + 1])
         schedule = recording.denoiser.embed(timestep)
@@ -96,13 +98,30 @@ def real_feeds(
         sample = np.concatenate([latents] * len(plan.branches))
         embedded = {name: np.repeat(array, plan.rows, axis=0) for name, array in schedule.items()}
         rows.append({SAMPLE: sample, **embedded, **conditioning})
-        joined = {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
-        sources.append({SAMPLE: sample, TIMESTEP: np.repeat(timestep, plan.rows), **joined, LATENTS: latents})
+        sources.append({SAMPLE: sample, TIMESTEP: np.repeat(timestep, plan.rows), **encoded, LATENTS: latents})
     feeds = {name: _joined(one.feeds) for name, one in recorders.items() if one.feeds}
     encoders = [feeds[entry.component] for entry in model.conditioning if entry.component in feeds]
     whole = {name: array for feed in (*encoders, _joined(sources)) for name, array in feed.items()}
     feeds |= {UNET: _joined(rows), DECODER: {LATENTS: whole[LATENTS]}}
     return RealFeeds({name: feeds[name] for name in model.components if name in feeds}, whole)
+
+
+def with_start_images(
+    pipeline: LatentDiffusionPipeline, requests: Sequence[RequestFields], steps: int
+) -> tuple[RequestFields, ...]:
+    """Add requests that start from an image, without and with a mask, for a model that can but none of whose do.
+
+    Args:
+        pipeline: The model.
+        requests: At least one.
+        steps: Denoising steps, of which the added requests skip some.
+    """
+    starts = [one for one in pipeline.conditioners if isinstance(one, StartImageConditioner) and not one.needs_mask]
+    if any("image" in request for request in requests):
+        return tuple(requests)
+    strength = START_STRENGTH if steps > 1 else 1.0
+    added = [fields for one in starts for fields in one.examples()]
+    return (*requests, *({**requests[0], **fields, "strength": strength} for fields in added))
 
 
 def _joined(feeds: Sequence[Feed]) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,7 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import Family, family_named
 from ldm_export.families.description import described
 from ldm_export.quality.measures import TOLERANCES, ComponentResult, Tolerance, compared
-from ldm_export.quality.real_feeds import RealFeeds, real_feeds
+from ldm_export.quality.real_feeds import RealFeeds, real_feeds, with_start_images
 from ldm_export.requests import RequestFields, label
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, CheckpointError, SpecError
@@ -143,11 +143,12 @@ def verify(
     requests = family.requests(None) if requests is None else requests
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
-    total = len(family.components) + len(requests)
     defaults = bundle.manifest.defaults
     if steps is not None:
         defaults = Defaults(steps, defaults.eta, defaults.guidance_scale)
     with _open(bundle, precision) as ours:
+        requests = with_start_images(ours, requests, defaults.num_inference_steps)
+        total = len(family.components) + len(requests)
         feeds = real_feeds(ours, bundle.file, requests)
         components: list[ComponentResult] = []
         for name in family.components:

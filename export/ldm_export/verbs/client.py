@@ -91,6 +91,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "LABEL": args.label,
         "INPUT_IMAGE": _pixels(args.image),
         "MASK": _pixels(args.mask, "L"),
+        "STRENGTH": args.strength,
         "SEGMENTATION": _classes(args.segmentation),
         "LAYOUT": _layouts(args.layout),
         "COUNT": args.count,

@@ -85,6 +85,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         labels=args.label,
         image=opened_images(args.image),
         mask=opened_images(args.mask),
+        strength=args.strength,
         segmentation=opened_images(args.segmentation),
         layout=read_layouts(args.layout),
         count=args.count,

@@ -128,10 +128,17 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="images to start from, for super-resolution and inpainting",
+        help="images to start from: to change as a prompt says, to enlarge, or to repaint in part",
     )
     verb.add_argument(
         "--mask", type=Path, nargs="+", metavar="FILE", help="masks, white where an image is repainted, for inpainting"
+    )
+    verb.add_argument(
+        "--strength",
+        type=real_number,
+        metavar="SHARE",
+        help="share of the steps that run on the image, above 0 and at most 1; low values stay close to it, for image "
+        "to image (default 0.8, with a mask 1)",
     )
     verb.add_argument(
         "--segmentation",

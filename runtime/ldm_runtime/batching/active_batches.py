@@ -23,6 +23,7 @@ from ldm_runtime.device import WorkspaceCache
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.images import to_uint8
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.start import Start
 
 __all__ = ["ActiveBatches", "Notify"]
 
@@ -91,21 +92,22 @@ class ActiveBatches:
         job.started = time.monotonic()
         try:
             with self._counters.time("encode"):
-                conditioning, schedule = self._pipeline.condition(job.plan), self._embed(job)
+                start = self._pipeline.begin(job.plan)
+                conditioning, schedule = self._pipeline.condition(job.plan, start), self._embed(job)
             job.encoded = time.monotonic()
             with self._counters.time("step"):
-                while not self._enter(job, conditioning, schedule):
+                while not self._enter(job, conditioning, schedule, start):
                     pass
         except BaseException as error:
             self._fail([job], error)
 
-    def _enter(self, job: Job, conditioning: Tensors, schedule: Tensors) -> bool:
+    def _enter(self, job: Job, conditioning: Tensors, schedule: Tensors, start: Start) -> bool:
         """Add a job to its batch; False if the loop on the device cannot start and the pipeline has replaced it."""
         key, loop = self._key(job), self._pipeline.loop
         try:
             if key not in self._batches:
                 self._batches[key] = self._new_batch(key[1])
-            self._batches[key].join(job, conditioning, schedule)
+            self._batches[key].join(job, conditioning, schedule, start)
         except BackendError as error:
             if key[1] is None or loop is None:
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.guidance import StepBranches, guide, rescale
 from ldm_runtime.request import Plan
 from ldm_runtime.schedulers.trajectory import Trajectory, padded_rows
+from ldm_runtime.start import Start
 
 __all__ = ["Batch", "Member"]
 
@@ -32,7 +32,7 @@ class Member:
 
     Attributes:
         job: The request.
-        noise: Its noise, as ``Plan.noise``.
+        start: Its initial latents, noise, and what its mask keeps.
         schedule: The UNet's schedule inputs at each step, [calls, …].
         rows: Coefficients of its trajectory for the slots of the batch, float32 [calls, slots, slots + 3].
         index: Index of the next step.
@@ -41,7 +41,7 @@ class Member:
     """
 
     job: Job
-    noise: Iterator[F32]
+    start: Start
     schedule: Tensors
     rows: F32
     index: int = 0
@@ -101,23 +101,22 @@ class Batch:
         """True if enough rows are free for the job."""
         return self.rows + job.plan.rows <= self._limits.max_rows
 
-    def join(self, job: Job, conditioning: Tensors, schedule: Tensors) -> None:
+    def join(self, job: Job, conditioning: Tensors, schedule: Tensors, start: Start) -> None:
         """Add a job that fits; it takes part in the next step.
 
         Args:
             job: The request.
             conditioning: The UNet's conditioning inputs, [plan.rows, …], as ``LatentDiffusionPipeline.condition``.
             schedule: The UNet's schedule inputs, [calls, …], as ``Denoiser.embed``.
+            start: As ``LatentDiffusionPipeline.begin``.
         """
-        noise = job.plan.noise()
-        start = job.plan.start(noise)
         if self._state is None:
             self._state = self._allocate(job.plan, conditioning)
-        self.members.append(member := Member(job, noise, schedule, job.plan.trajectory.rows))
+        self.members.append(member := Member(job, start, schedule, job.plan.trajectory.rows))
         self._arrange()
         for name, array in conditioning.items():
             self._conditioning[name][member.span.row_slice] = array
-        self._state.put(member.span.image_slice, start)
+        self._state.put(member.span.image_slice, job.plan.trajectory.start(start.latents))
         self._direction[member.span.image_slice] = 0
         for other in self.members:
             other.rows = padded_rows(other.trajectory.rows, self._state.slots)
@@ -225,7 +224,7 @@ class Batch:
 
     def _draw(self) -> None:
         for member in self._noisy:
-            self._noise[member.span.image_slice] = next(member.noise)
+            self._noise[member.span.image_slice] = next(member.start.noise)
 
     def _guide(self, predicted: F32, call: CallRows) -> F32:
         """Combine the branches; returns the prediction of each image, float32 [images, C, h, w]."""
@@ -259,3 +258,6 @@ class Batch:
                 state.put(images, trajectory.step(own, output[images], member.index, noise))
         for member in self.members:
             member.index += 1
+            if member.start.kept is not None:
+                images, trajectory = member.span.image_slice, member.trajectory
+                state.latents[images] = member.start.kept.blend(state.latents[images], trajectory, member.index)

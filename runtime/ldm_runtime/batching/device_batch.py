@@ -28,6 +28,7 @@ from ldm_runtime.device_run import (
 from ldm_runtime.guidance import guide
 from ldm_runtime.model import NOISE_PRED, SAMPLE, UNET
 from ldm_runtime.schedulers.scaled_rows import scale_after, scaled, scaled_rows
+from ldm_runtime.start import Start
 
 __all__ = ["TABLE_CALLS", "DeviceBatch"]
 
@@ -88,11 +89,10 @@ class DeviceBatch:
         """True if enough rows are free for the job."""
         return self.rows + job.plan.rows <= self._limits.max_rows
 
-    def join(self, job: Job, conditioning: Tensors, schedule: Tensors) -> None:
+    def join(self, job: Job, conditioning: Tensors, schedule: Tensors, start: Start) -> None:
         """Add a job that fits, as ``Batch.join``; its tensors are copied to the device."""
         plan, place = job.plan, self._images
-        noise = plan.noise()
-        latents = scaled(plan.start(noise)[0], scale_after(plan.trajectory, 0))
+        latents = scaled(start.latents, scale_after(plan.trajectory, 0))
         scalars = coefficients(scaled_rows(plan.trajectory), self._slots, plan.guidance_scale)
         with self._memory.lock:
             self._resize(place + plan.images, plan.shape[1:], conditioning, schedule)
@@ -104,7 +104,8 @@ class DeviceBatch:
             if self._slots > 1:
                 shape = self.space.regions[HISTORY].shape[1:]
                 self.space.write(HISTORY, np.zeros((plan.images, *shape), np.float32), place)
-        self.members.append(Member(job, noise, schedule, scalars, span=Span(place, plan.images, place, plan.images)))
+        span = Span(place, plan.images, place, plan.images)
+        self.members.append(Member(job, start, schedule, scalars, span=span))
 
     def _resize(self, images: int, shape: Sequence[int], conditioning: Tensors, schedule: Tensors) -> None:
         """Move all images to tensors with room for so many."""
@@ -252,5 +253,5 @@ def _draw(members: Sequence[Member], capacity: int) -> F32:
     """Noise of each image, float32 [capacity, C, h, w]; zero for those that need none."""
     noise = np.zeros((capacity, *members[0].plan.shape[1:]), np.float32)
     for member in members:
-        noise[member.span.image_slice] = next(member.noise)
+        noise[member.span.image_slice] = next(member.start.noise)
     return noise

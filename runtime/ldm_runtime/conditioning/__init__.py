@@ -18,6 +18,7 @@ from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.layout import LayoutConditioner
 from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
 from ldm_runtime.conditioning.segmentation import SegmentationConditioner
+from ldm_runtime.conditioning.start_image import StartImageConditioner
 from ldm_runtime.conditioning.text import TextConditioner
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.model import ConditioningSpec
@@ -32,6 +33,7 @@ __all__ = [
     "LayoutConditioner",
     "MaskedImageConditioner",
     "SegmentationConditioner",
+    "StartImageConditioner",
     "TextConditioner",
     "open_conditioner",
 ]
@@ -88,6 +90,7 @@ KINDS: tuple[
         | MaskedImageConditioner
         | SegmentationConditioner
         | LayoutConditioner
+        | StartImageConditioner
     ],
     ...,
 ] = (
@@ -97,6 +100,7 @@ KINDS: tuple[
     MaskedImageConditioner,
     SegmentationConditioner,
     LayoutConditioner,
+    StartImageConditioner,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)

@@ -13,6 +13,7 @@ from PIL import Image
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_size, fitted, latent_sides, report_fitted
+from ldm_runtime.conditioning.masks import check_mask
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
@@ -109,14 +110,5 @@ class MaskedImageConditioner:
         )
         mask = (mask.mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
         check_size("image", image, self._backend.inputs[0])
-        if mask.shape[2:] != image.shape[2:]:
-            got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))
-            raise SpecError(f"mask: got {got} pixels (height, width), expected the image's {expected}; resize the mask")
-        flat = mask.reshape(len(mask), -1)
-        if not flat.any(axis=1).all():
-            raise SpecError("mask: got an empty one, expected white where the image is repainted")
-        if flat.all(axis=1).any():
-            raise SpecError("mask: got a full one, which leaves nothing of the image; expected black where it is kept")
-        if len(mask) not in (1, len(image)):
-            raise SpecError(f"mask: got {len(mask)} masks for {len(image)} images, expected one, or one each")
+        check_mask(mask, image)
         return image, np.ascontiguousarray(np.broadcast_to(mask, (len(image), *mask.shape[1:])))

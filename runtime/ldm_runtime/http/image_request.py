@@ -26,6 +26,7 @@ OPTIONS = (
     "guidance_rescale",
     "clip_skip",
     "scheduler",
+    "strength",
     "labels",
     "segmentation",
     "tokens",

@@ -73,6 +73,14 @@ class Scheduler(Protocol):
         """
         ...
 
+    def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the trajectory without its first ``steps`` steps, for latents that begin with an image.
+
+        Raises:
+            SpecError: As ``trajectory``.
+        """
+        ...
+
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     DDIM.CLASS: DDIM,

@@ -22,7 +22,7 @@ from ldm_runtime.schedulers.noise_schedule import (
 )
 from ldm_runtime.schedulers.options import choice, eta_value, integer, positive, real, step_count, switch
 from ldm_runtime.schedulers.predictions import x0_weights
-from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory
+from ldm_runtime.schedulers.trajectory import Clip, Threshold, Trajectory, noisy_weights
 
 __all__ = ["DDIM", "FOREIGN"]
 
@@ -146,6 +146,7 @@ class DDIM(NoiseSchedule):
             needs_noise=eta > 0,
             rows=np.concatenate([rows, sigma[:, None]], axis=1)[:, None, :].astype(np.float32),
             x0_weights=of_x0.astype(np.float32),
+            noisy_weights=noisy_weights(np.sqrt(alpha), np.sqrt(beta)),
             limit_x0=limit_x0,
         )
 

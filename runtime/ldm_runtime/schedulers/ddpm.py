@@ -122,4 +122,4 @@ class DDPM(NoiseSchedule):
             rows[:, 0, 2] = of_x0
         rows[:, 0, 0] += of_x
         rows[:, 0, 3] = np.where(timesteps > 0, noise, 0)
-        return finite_trajectory(timesteps, rows, weights, limit)
+        return finite_trajectory(timesteps, rows, weights, alpha, limit)

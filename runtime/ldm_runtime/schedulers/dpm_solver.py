@@ -22,7 +22,7 @@ from ldm_runtime.schedulers.sigmas import (
     sigma_timesteps,
     solver_timesteps,
 )
-from ldm_runtime.schedulers.trajectory import Threshold, Trajectory
+from ldm_runtime.schedulers.trajectory import Threshold, Trajectory, noisy_weights
 
 __all__ = ["FOREIGN", "MAX_STEPS", "DPMSolverMultistep"]
 
@@ -140,6 +140,10 @@ class DPMSolverMultistep(NoiseSchedule):
             SpecError: The number of steps is out of range, or so large that two calls have the same sigma where the
                 solver divides by their distance; the betas leave a timestep no signal.
         """
+        return self.trajectory_after(0, num_inference_steps, eta)
+
+    def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the trajectory without its first ``steps`` steps; arguments and errors as in ``NoiseSchedule``."""
         timesteps, sigmas = self._timesteps_and_sigmas(num_inference_steps)
         calls, order = len(timesteps), self.solver_order
         levels = noise_levels(sigmas)
@@ -147,7 +151,7 @@ class DPMSolverMultistep(NoiseSchedule):
         with np.errstate(all="ignore"):  # non-finite values are refused below
             weights = x0_weights(self.prediction_type, levels, calls)
             for i in range(calls):
-                rows[i] = self._rows(levels, i, calls, weights[i])
+                rows[i] = self._rows(levels, i, calls, weights[i], max(0, i - steps) + 1)
             float_rows, x0 = rows.astype(np.float32), weights.astype(np.float32)
         finite = np.isfinite(float_rows).all(axis=(1, 2)) & np.isfinite(x0).all(axis=1)
         if not finite.all():
@@ -162,13 +166,14 @@ class DPMSolverMultistep(NoiseSchedule):
             needs_noise=self.algorithm_type.startswith("sde"),
             rows=float_rows,
             x0_weights=x0,
+            noisy_weights=noisy_weights(*levels[:2, :calls]),
             limit_x0=limit,
-        )
+        ).after(steps)
 
-    def _rows(self, levels: F64, i: int, calls: int, x0_weights: F64) -> F64:
-        """Rows of call ``i``, float64 [slots, slots + 3]."""
+    def _rows(self, levels: F64, i: int, calls: int, x0_weights: F64, known: int) -> F64:
+        """Rows of call ``i``, float64 [slots, slots + 3]; ``known`` is the number of predictions there are."""
         short, last = self.lower_order_final and calls < 15, i == calls - 1
-        order = min(self.solver_order, i + 1)
+        order = min(self.solver_order, known)
         if last and (self.euler_at_final or short or self.final_sigmas_type == "zero"):
             order = 1
         elif i == calls - 2 and short:

@@ -25,6 +25,7 @@ class Heun(ResampledSigmas):
     """
 
     CLASS: ClassVar[str] = "HeunDiscreteScheduler"
+    CALLS_PER_STEP: ClassVar[int] = 2
     BETA_SCHEDULES: ClassVar[tuple[str, ...]] = (*BETA_SCHEDULES, "exp")
 
     beta_start: float = 0.00085

@@ -59,4 +59,4 @@ class LCM(ConsistencySchedule):
             rows[:, 0, 2] = signal * of_x0
         rows[:, 0, 0] += signal * of_x
         rows[:, 0, 3] = noise
-        return finite_trajectory(timesteps, rows, weights, limit)
+        return finite_trajectory(timesteps, rows, weights, alpha, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import shown
 from ldm_runtime.schedulers.options import among, beta, choice, fail, integer
+from ldm_runtime.schedulers.trajectory import Trajectory
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -60,7 +62,7 @@ SIGMA_KEYS: Mapping[str, tuple[Any, ...] | None] = {
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(ABC):
     """Base of the schedulers: the options that define the betas, with the names and defaults of diffusers 0.42.
 
     Raises:
@@ -71,6 +73,8 @@ class NoiseSchedule:
     CLASS: ClassVar[str]
     FOREIGN: ClassVar[Mapping[str, tuple[Any, ...] | None]]
     BETA_SCHEDULES: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
+    CALLS_PER_STEP: ClassVar[int] = 1
+    """UNet calls of every step but the last: ``order`` of diffusers' schedulers."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -128,6 +132,24 @@ class NoiseSchedule:
         if self.trained_betas is not None:
             config["trained_betas"] = list(self.trained_betas)
         return {"class": self.CLASS, **config}
+
+    @abstractmethod
+    def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the calls of ``num_inference_steps`` steps; see ``Scheduler``."""
+
+    def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the trajectory without its first ``steps`` steps, as diffusers' pipelines that start from an image.
+
+        Multistep methods begin with an empty history.
+
+        Args:
+            steps: Steps that are left out, below ``num_inference_steps``.
+            num_inference_steps, eta: As of ``trajectory``.
+
+        Raises:
+            SpecError: As ``trajectory``.
+        """
+        return self.trajectory(num_inference_steps, eta).after(steps * self.CALLS_PER_STEP)
 
     @property
     def alphas_cumprod(self) -> F32:

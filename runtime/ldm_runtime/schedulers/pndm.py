@@ -18,7 +18,7 @@ from ldm_runtime.schedulers.noise_schedule import (
     spaced_timesteps,
 )
 from ldm_runtime.schedulers.options import choice, integer, step_count, switch
-from ldm_runtime.schedulers.trajectory import Trajectory
+from ldm_runtime.schedulers.trajectory import Trajectory, noisy_weights
 
 __all__ = ["FOREIGN", "MAX_STEPS", "PNDM"]
 
@@ -112,7 +112,22 @@ class PNDM(NoiseSchedule):
             SpecError: An argument is out of range; a timestep lies beyond the training timesteps; the betas leave a
                 timestep no signal.
         """
-        timesteps = self.timesteps(num_inference_steps)
+        return self.trajectory_after(0, num_inference_steps, eta)
+
+    def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the trajectory without its first ``steps`` steps; arguments and errors as in ``NoiseSchedule``.
+
+        Linear multistep begins anew, so the second of the calls that are left repeats the first step.
+
+        Raises:
+            SpecError: As ``trajectory``; Runge-Kutta steps would be left out, which diffusers takes for the next ones.
+        """
+        timesteps = self.timesteps(num_inference_steps)[steps:]
+        if steps and not self.skip_prk_steps:
+            raise SpecError(
+                "scheduler: PNDMScheduler with skip_prk_steps false cannot start from an image; diffusers' Runge-Kutta "
+                "steps are wrong there; use another scheduler"
+            )
         steps = int(num_inference_steps)
         stride = self.num_train_timesteps // steps
         calls = _multistep_calls(timesteps, stride) if self.skip_prk_steps else _runge_kutta_calls(timesteps, stride)
@@ -132,6 +147,7 @@ class PNDM(NoiseSchedule):
                     for column, weight in weights.items():
                         rows[i, slot, column if column >= 0 else slots] = weight
             float_rows, x0_weights = rows.astype(np.float32), self._x0_weights(timesteps)
+            alphas = self.alphas_cumprod[timesteps]
         finite = np.isfinite(float_rows).all(axis=(1, 2)) & np.isfinite(x0_weights).all(axis=1)
         if not finite.all():
             at = timesteps[int(np.argmin(finite))]
@@ -146,6 +162,7 @@ class PNDM(NoiseSchedule):
             needs_noise=False,
             rows=float_rows,
             x0_weights=x0_weights,
+            noisy_weights=noisy_weights(np.sqrt(alphas), np.sqrt(1 - alphas)),
         )
 
     def _weights(self, calls: list[_Call]) -> tuple[F64, F64]:

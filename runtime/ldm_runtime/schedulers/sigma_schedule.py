@@ -19,7 +19,7 @@ from ldm_runtime.schedulers.noise_schedule import (
 )
 from ldm_runtime.schedulers.options import choice, fail, integer, positive, step_count, switch
 from ldm_runtime.schedulers.sigmas import beta_sigmas, exponential_sigmas, karras_sigmas, sigma_timesteps
-from ldm_runtime.schedulers.trajectory import Clip, Trajectory
+from ldm_runtime.schedulers.trajectory import Clip, Trajectory, noisy_weights
 
 __all__ = ["ResampledSigmas", "SigmaSchedule", "SigmaSteps"]
 
@@ -155,6 +155,7 @@ class SigmaSchedule(NoiseSchedule):
             needs_noise=noise,
             rows=float_rows,
             x0_weights=weights,
+            noisy_weights=noisy_weights(np.ones_like(sigmas), sigmas),
             limit_x0=clip,
         )
 

@@ -55,4 +55,4 @@ class TCD(ConsistencySchedule):
         rows = np.zeros((len(timesteps), 1, 4))
         rows[:, 0, :2] = np.sqrt(ratio)[:, None] * denoised
         rows[:, 0, 3] = np.sqrt(1 - ratio)
-        return finite_trajectory(timesteps, rows, weights, draws=eta > 0 and len(timesteps) > 1)
+        return finite_trajectory(timesteps, rows, weights, alpha, draws=eta > 0 and len(timesteps) > 1)

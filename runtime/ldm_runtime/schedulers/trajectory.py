@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import SpecError
 from ldm_runtime.number_checks import shown
 
-__all__ = ["Clip", "Threshold", "Trajectory", "finite_trajectory", "padded_rows"]
+__all__ = ["Clip", "Threshold", "Trajectory", "finite_trajectory", "noisy_weights", "padded_rows"]
 
 F32 = NDArray[np.float32]
 
@@ -75,6 +75,8 @@ class Trajectory:
         needs_noise: True if every call, the last included, draws standard normal noise in the shape of the latents.
         rows: float32 [calls, slots, slots + 3].
         x0_weights: float32 [calls, 2]. The predicted x0 before clipping is ``w[0] * x + w[1] * prediction``.
+        noisy_weights: float32 [calls + 1, 2]. The latents of an image with the noise that x has before each call are
+            ``w[0] * image + w[1] * noise``; the last row, after all calls, is 1 and 0.
         limit_x0: Clipping or thresholding of x0. If None, the x0 column of ``rows`` is zero.
     """
 
@@ -84,10 +86,11 @@ class Trajectory:
     needs_noise: bool
     rows: F32
     x0_weights: F32
+    noisy_weights: F32
     limit_x0: Clip | Threshold | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.timesteps, self.input_scale, self.rows, self.x0_weights):
+        for array in (self.timesteps, self.input_scale, self.rows, self.x0_weights, self.noisy_weights):
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -103,6 +106,17 @@ class Trajectory:
     def affine(self) -> bool:
         """True if a step is affine in state, prediction and noise, because x0 is neither clipped nor thresholded."""
         return self.limit_x0 is None
+
+    def after(self, calls: int) -> Trajectory:
+        """Return the rest of this trajectory after so many calls, with an empty history."""
+        return replace(
+            self,
+            timesteps=self.timesteps[calls:],
+            input_scale=self.input_scale[calls:],
+            rows=self.rows[calls:],
+            x0_weights=self.x0_weights[calls:],
+            noisy_weights=self.noisy_weights[calls:],
+        )
 
     def start(self, latents: F32) -> list[F32]:
         """Return the initial state: the latents, already multiplied by ``init_noise_sigma``, and zeros as history.
@@ -211,10 +225,21 @@ def _combined(weights: F32, arrays: Sequence[F32 | None]) -> F32:
     return np.asarray(total, np.float32)
 
 
+def noisy_weights(signal: NDArray[np.floating], noise: NDArray[np.floating]) -> F32:
+    """Return ``Trajectory.noisy_weights``, float32 [calls + 1, 2].
+
+    Args:
+        signal: Weight of the image before each call, [calls].
+        noise: Weight of the noise, [calls].
+    """
+    return np.stack([np.append(signal, 1), np.append(noise, 0)], axis=1).astype(np.float32)
+
+
 def finite_trajectory(
     timesteps: NDArray[np.int64],
     rows: NDArray[np.float64],
     x0_weights: NDArray[np.float64],
+    alphas: F32,
     limit_x0: Clip | Threshold | None = None,
     draws: bool | None = None,
 ) -> Trajectory:
@@ -222,6 +247,7 @@ def finite_trajectory(
 
     Args:
         timesteps, rows, x0_weights, limit_x0: As of ``Trajectory``.
+        alphas: ᾱ of the timesteps, float32 [calls].
         draws: ``needs_noise``. None: True if a call adds noise.
 
     Raises:
@@ -241,5 +267,6 @@ def finite_trajectory(
         needs_noise=bool(rows[..., -1].any()) if draws is None else draws,
         rows=rows.astype(np.float32),
         x0_weights=x0_weights.astype(np.float32),
+        noisy_weights=noisy_weights(np.sqrt(alphas), np.sqrt(1 - alphas)),
         limit_x0=limit_x0,
     )

@@ -23,7 +23,7 @@ from ldm_runtime.schedulers.sigmas import (
     sigma_timesteps,
     solver_timesteps,
 )
-from ldm_runtime.schedulers.trajectory import Threshold, Trajectory
+from ldm_runtime.schedulers.trajectory import Threshold, Trajectory, noisy_weights
 from ldm_runtime.schedulers.unipc_rows import UniPCStep, corrector, predictor
 
 __all__ = ["UniPC"]
@@ -136,6 +136,10 @@ class UniPC(NoiseSchedule):
             SpecError: The number of steps is out of range, or so large that two calls have the same sigma; the options
                 divide by a sigma that is zero.
         """
+        return self.trajectory_after(0, num_inference_steps, eta)
+
+    def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
+        """Compute the trajectory without its first ``steps`` steps; arguments and errors as in ``NoiseSchedule``."""
         timesteps, sigmas = self._timesteps_and_sigmas(num_inference_steps)
         levels, calls, slots = noise_levels(sigmas), len(timesteps), self.solver_order + 2
         rows, order = np.zeros((calls, slots, slots + 3)), 0
@@ -144,7 +148,7 @@ class UniPC(NoiseSchedule):
             weights = x0_weights(self.prediction_type, alpha, sigma)
             values = weights if self.predict_x0 else noise_weights(self.prediction_type, alpha, sigma)
             for i in range(calls):
-                rows[i], order = self._rows(levels, i, calls, values[i], order)
+                rows[i], order = self._rows(levels, i, calls, values[i], (order, max(0, i - steps)))
             float_rows, of_x0 = rows.astype(np.float32), weights.astype(np.float32)
         finite = np.isfinite(float_rows).all(axis=(1, 2)) & np.isfinite(of_x0).all(axis=1)
         if not finite.all():
@@ -159,21 +163,26 @@ class UniPC(NoiseSchedule):
             needs_noise=False,
             rows=float_rows,
             x0_weights=of_x0,
+            noisy_weights=noisy_weights(alpha, sigma),
             limit_x0=limit if self.thresholding and self.predict_x0 else None,
-        )
+        ).after(steps)
 
-    def _rows(self, levels: F64, i: int, calls: int, value: F64, before: int) -> tuple[F64, int]:
-        """Rows of call ``i``, float64 [slots, slots + 3], and the order of its step; ``before`` is the last step's."""
+    def _rows(self, levels: F64, i: int, calls: int, value: F64, history: tuple[int, int]) -> tuple[F64, int]:
+        """Rows of call ``i``, float64 [slots, slots + 3], and the order of its step.
+
+        ``history`` is the order of the last step and the number of calls before this one.
+        """
+        before, done = history
         slots = self.solver_order + 2
         unit = np.eye(slots + 3)
         current = value[0] * unit[0] + value[1] * unit[slots]
         if self.thresholding and self.predict_x0:
             current = unit[slots + 1]
         x = unit[0]
-        if i > 0 and i - 1 not in self.disable_corrector:
+        if done and i - 1 not in self.disable_corrector:
             of_x, of_values, of_current = corrector(self._step(levels, i, before))
             x = of_x * unit[1] + of_values @ unit[2 : 2 + before] + of_current * current
-        order = min(self.solver_order, calls - i if self.lower_order_final else self.solver_order, i + 1)
+        order = min(self.solver_order, calls - i if self.lower_order_final else self.solver_order, done + 1)
         of_x, of_values = predictor(self._step(levels, i + 1, order))
         earlier = np.vstack([current, unit[2 : 1 + self.solver_order]])
         return np.vstack([of_x * x + of_values @ earlier[:order], x, earlier]), order

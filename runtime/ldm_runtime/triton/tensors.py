@@ -68,6 +68,11 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1), optional=False),
         IMAGES_PER_PROMPT,
     ),
+    "start_image": (
+        TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3)),
+        TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1)),
+        TensorField("STRENGTH", "TYPE_FP32"),
+    ),
     "segmentation": (
         TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),
         IMAGES_PER_PROMPT,
@@ -155,6 +160,7 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         "eta": _one(tensors, "ETA", float),
         "guidance_scale": _one(tensors, "GUIDANCE", float),
         "num_inference_steps": _one(tensors, "STEPS", int),
+        "strength": _one(tensors, "STRENGTH", float),
         "height": _one(tensors, "HEIGHT", int),
         "width": _one(tensors, "WIDTH", int),
     }

@@ -197,7 +197,7 @@ def test_verification(bundle: Bundle, checkpoints: dict[int, Path], precision: s
     requests = [{"prompts": "a red circle"}, {"prompts": "green", "negative_prompt": "red", "clip_skip": 1}]
     result = verify(bundle, open_checkpoint(checkpoints[2]), requests, 5, precision, TOLERANCES[precision])
     assert result.failures == []
-    assert [component.name for component in result.components] == ["text_encoder", "unet", "decoder"]
+    assert [component.name for component in result.components] == ["text_encoder", "encoder", "unet", "decoder"]
 
 
 def test_weights_in_half_precision_alone(checkpoints: dict[int, Path], tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_random_weights(checkpoints: dict[int, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("unet/config.json", {"in_channels": 9}, r"in and out channels are \(9, 4\), the latents' 4"),
+        ("unet/config.json", {"in_channels": 5}, r"in and out channels are \(5, 4\), the latents' 4"),
         ("unet/config.json", {"cross_attention_dim": 32}, "cross_attention_dim is 32, not the text encoder's 128"),
         ("unet/config.json", {"time_cond_proj_dim": 16}, "the unet's time_cond_proj_dim asks for inputs"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "the unet's addition_embed_type asks for inputs"),

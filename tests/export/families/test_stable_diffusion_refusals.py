@@ -21,7 +21,7 @@ PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "Stable Diffusion XL from images, such as its refiner",
     "StableDiffusion3Pipeline": "Stable Diffusion 3, a transformer",
     "StableDiffusionControlNetPipeline": "with a ControlNet",
-    "StableDiffusionInpaintPipeline": "Stable Diffusion for inpainting",
+    "StableDiffusionDepth2ImgPipeline": "Stable Diffusion with a depth map",
     "FluxPipeline": "FLUX, a transformer",
     "DDPMPipeline": "diffusion of pixels, not of latents",
 }

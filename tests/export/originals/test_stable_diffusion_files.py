@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,6 +128,21 @@ def test_images_equal_diffusers(folders: dict[int, Path], version: int, tmp_path
         (ours,) = pipe(["a red circle"], seed=4, **request).images
     difference = np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64))
     assert difference.max() <= 1 and np.asarray(theirs).std() > 10
+
+
+def test_an_inpainting_model(shared: SharedFolders, folders: dict[int, Path], tmp_path: Path) -> None:
+    folder = shared.once("sd9", lambda folder: stable_diffusion_checkpoint(folder, 1, inpainting=True))
+    opened = open_original(original(folder, 1).save(tmp_path), tmp_path / "model.yaml", folder / "tokenizer")
+    assert opened.family == "stable_diffusion" and opened.configs()["unet"]["in_channels"] == 9
+    convert(opened, tmp_path / "converted")
+    assert json.loads((tmp_path / "converted/model_index.json").read_text())["_class_name"].endswith("InpaintPipeline")
+    converted = open_checkpoint(tmp_path / "converted")
+    ours, theirs = (load_module(one, "unet").state_dict() for one in (converted, open_checkpoint(folder)))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    shapes = published(folders[1], 1)
+    shapes |= stored({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)})
+    found = recognise(shapes)
+    assert (found.kind, found.name, found.scale_factor) == ("stable_diffusion", "stable-diffusion-v1", 0.18215)
 
 
 def test_moving_averages(folders: dict[int, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from diffusers.schedulers import scheduling_lms_discrete
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.schedulers import SCHEDULERS, Trajectory, scheduler_from_config
 from ldm_runtime.schedulers.sigmas import beta_quantile
+from ldm_runtime.start import Kept
 
 SHAPE = (2, 4, 6, 8)
 LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -64,9 +65,9 @@ def model(x: np.ndarray, timestep: float) -> np.ndarray:
     return (0.8 * np.sin(1.3 * x + 0.01 * timestep) + 0.1 * x).astype(np.float32)
 
 
-def assert_same_timesteps(trajectory: Trajectory, scheduler: Any) -> None:
+def assert_same_timesteps(trajectory: Trajectory, scheduler: Any, timesteps: torch.Tensor | None = None) -> None:
     """Compare timesteps, exactly where they are whole, and the scale of the initial noise."""
-    expected = scheduler.timesteps.numpy()
+    expected = (scheduler.timesteps if timesteps is None else timesteps).numpy()
     if trajectory.timesteps.dtype == np.int64:
         assert trajectory.timesteps.tolist() == expected.tolist()
     else:
@@ -76,7 +77,13 @@ def assert_same_timesteps(trajectory: Trajectory, scheduler: Any) -> None:
 
 
 def assert_same_trajectory(
-    name: str, config: dict[str, Any], steps: int, eta: float = 0.0, forced: bool = False, tolerance: float = 1e-5
+    name: str,
+    config: dict[str, Any],
+    steps: int,
+    eta: float = 0.0,
+    forced: bool = False,
+    tolerance: float = 1e-5,
+    skipped: int = 0,
 ) -> None:
     """Compare x after every call, relative to the largest magnitude of x or, if larger, 1.
 
@@ -84,18 +91,30 @@ def assert_same_trajectory(
     have weight zero.
 
     forced: Before every call, ours takes the x of diffusers; its history remains its own.
+    skipped: Steps that are left out; x is then an image with noise, and what a mask keeps is compared, too.
     """
     scheduler = theirs(name, config, steps)
-    trajectory = scheduler_from_config({"class": name, **config}).trajectory(steps, eta)
-    assert_same_timesteps(trajectory, scheduler)
+    ours = scheduler_from_config({"class": name, **config})
+    trajectory = ours.trajectory_after(skipped, steps, eta) if skipped else ours.trajectory(steps, eta)
+    timesteps = scheduler.timesteps[skipped * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped * scheduler.order)
+    assert_same_timesteps(trajectory, scheduler, timesteps)
     torch_generator, generator = torch.Generator().manual_seed(3), TorchGenerator(3)
     accepted = inspect.signature(scheduler.step).parameters
     options = {k: v for k, v in {"eta": eta, "generator": torch_generator}.items() if k in accepted}
     x = torch.randn(SHAPE, generator=torch_generator) * scheduler.init_noise_sigma
     state = trajectory.start(generator.randn(SHAPE) * np.float32(trajectory.init_noise_sigma))
+    image = torch.linspace(-2, 2, x.numel()).reshape(SHAPE)
+    kept = Kept(np.zeros((1,), np.float32), image.numpy(), state[0] / np.float32(trajectory.init_noise_sigma))
+    noise = torch.from_numpy(kept.noise)
+    if skipped:
+        x = scheduler.add_noise(image, noise, timesteps[:1])
+        state = trajectory.start(kept.blend(state[0], trajectory, 0))
+        np.testing.assert_allclose(state[0], x.numpy(), rtol=1e-5, atol=1e-5)
     assert len(state) == trajectory.slots
     drawn = True
-    for i, timestep in enumerate(scheduler.timesteps.tolist()):
+    for i, timestep in enumerate(timesteps.tolist()):
         if forced:
             state[0] = x.numpy()
         x_in, before = scheduler.scale_model_input(x, timestep), torch_generator.get_state()
@@ -111,6 +130,9 @@ def assert_same_trajectory(
         if i == len(trajectory) - 1 and x.isnan().all():
             np.testing.assert_allclose(state[0], x_in.numpy(), rtol=0, atol=tolerance)
             return
+        if skipped and i + 1 < len(trajectory):
+            expected = scheduler.add_noise(image, noise, timesteps[i + 1 : i + 2]).numpy()
+            np.testing.assert_allclose(kept.blend(state[0], trajectory, i + 1), expected, rtol=1e-5, atol=1e-5)
         size = max(1.0, float(x.abs().max()))
         where = f"call {i} of {len(trajectory)}, {steps} steps, eta {eta}"
         np.testing.assert_allclose(state[0], x.numpy(), rtol=0, atol=tolerance * size, err_msg=where)

@@ -64,6 +64,23 @@ def test_calls_that_follow_one_another(name: str, steps: int) -> None:
         assert_same_trajectory(name, config, steps, case.etas[-1], tolerance=case.drift)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_runs_that_start_from_an_image(name: str) -> None:
+    """The calls that a strength leaves, and the noise that is added to the image before each of them."""
+    case = CASES[name]
+    options = [{}, {"solver_order": 3}] if name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") else [{}]
+    for option in options:
+        config = LATENT_DIFFUSION | {"clip_sample": False, "skip_prk_steps": True, "steps_offset": 1} | option
+        for skipped in (1, 2, 5, 11):
+            assert_same_trajectory(name, config, 12, case.etas[-1], tolerance=case.drift, skipped=skipped)
+
+
+def test_runge_kutta_steps_cannot_be_left_out() -> None:
+    scheduler = scheduler_from_config({"class": "PNDMScheduler"})
+    with pytest.raises(SpecError, match="skip_prk_steps false cannot start from an image"):
+        scheduler.trajectory_after(1, 12)
+
+
 @pytest.mark.parametrize(
     "name", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler", "sde-dpmsolver++"]
 )

@@ -1,0 +1,30 @@
+"""Masks of images to repaint: 1 where the image is repainted, 0 where it is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm_runtime.errors import SpecError
+
+__all__ = ["check_mask"]
+
+F32 = NDArray[np.float32]
+
+
+def check_mask(mask: F32, image: F32) -> None:
+    """Check masks float32 [M, 1, H, W] for images float32 [N, channels, H, W].
+
+    Raises:
+        SpecError: They have another size than the images, or are empty or full; M is neither 1 nor N.
+    """
+    if mask.shape[2:] != image.shape[2:]:
+        got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))
+        raise SpecError(f"mask: got {got} pixels (height, width), expected the image's {expected}; resize the mask")
+    flat = mask.reshape(len(mask), -1)
+    if not flat.any(axis=1).all():
+        raise SpecError("mask: got an empty one, expected white where the image is repainted")
+    if flat.all(axis=1).any():
+        raise SpecError("mask: got a full one, which leaves nothing of the image; expected black where it is kept")
+    if len(mask) not in (1, len(image)):
+        raise SpecError(f"mask: got {len(mask)} masks for {len(image)} images, expected one, or one each")

@@ -1,0 +1,277 @@
+"""Start image conditioning: denoising starts from an image with noise instead of from noise alone.
+
+Without a mask this is image to image (SDEdit, Meng et al. 2021, arXiv:2108.01073), with one it is inpainting. Images,
+masks and noise are those of diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.image import example_image, image_array
+from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
+from ldm_runtime.conditioning.masks import check_mask
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.images import CHANNELS, pil_image
+from ldm_runtime.input_images import rgb_image
+from ldm_runtime.model import ConditioningSpec
+from ldm_runtime.noise_stream import NoiseStream
+from ldm_runtime.number_checks import as_integer, number
+from ldm_runtime.request import Plan, Request
+from ldm_runtime.specs import Axis
+from ldm_runtime.start import Kept, Start, StartImage
+
+__all__ = ["IMAGE_STRENGTH", "MASK_STRENGTH", "StartImageConditioner", "skipped_steps"]
+
+F32 = NDArray[np.float32]
+IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
+"""Default strength without and with a mask, those of diffusers' pipelines."""
+
+MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""Modes of masks that are resized as they are, as diffusers does."""
+
+
+class StartImageConditioner:
+    """Encodes images to latents, from which denoising starts after noise is added.
+
+    Args:
+        backend: The autoencoder's encoder: ``image`` float32 [N, channels, H, W] in [-1, 1] -> ``mean`` and
+            ``deviation`` float32 [N, C, h, w] of the latents.
+        output: The UNet's input for masks and latents of the image without its masked part, float32 [N, 1 + C, h, w];
+            None if the UNet has none, so that the kept part is put back after each step.
+    """
+
+    kind: ClassVar[str] = "start_image"
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength"})
+
+    def __init__(self, backend: Backend, output: str | None = None):
+        self._backend, self._output = backend, output
+        self._tensor = backend.inputs[0]
+
+    @classmethod
+    def open(
+        cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]
+    ) -> StartImageConditioner:
+        """Construct from a manifest entry.
+
+        Raises:
+            ManifestError: The encoder is missing or of another form.
+        """
+        if spec.component not in backends or len(spec.inputs) > 1:
+            raise ManifestError(f"conditioning: start_image: got {spec}, expected an encoder; rebuild the bundle")
+        backend = backends[spec.component]
+        got = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in (*backend.inputs, *backend.outputs)]
+        if got != [(name, "float32", 4) for name in ("image", "mean", "deviation")]:
+            raise ManifestError(f"{spec.component}: tensors are {got}, expected image, mean and deviation; rebuild it")
+        return cls(backend, *spec.inputs)
+
+    @property
+    def needs_mask(self) -> bool:
+        """True if the UNet was trained to inpaint, and takes nothing but an image and a mask."""
+        return self._output is not None
+
+    def images(self, request: Request) -> int:
+        """Check which fields are given; other conditioning decides how many images there are.
+
+        Raises:
+            SpecError: A field needs another one.
+        """
+        if self.needs_mask and (request.image is None or request.mask is None):
+            missing = "image" if request.image is None else "mask"
+            raise SpecError(f"{missing}: got none, expected an image and a mask; this model repaints parts of images")
+        for name in ("mask", "strength"):
+            if request.image is None and getattr(request, name) is not None:
+                raise SpecError(f"{name}: got a value without an image; give the image that it applies to, or none")
+        if request.image is not None and request.latents is not None:
+            raise SpecError("latents: got a value beside an image, which decides the latents; leave one of them out")
+        return 1
+
+    def size(self, request: Request) -> tuple[int, int] | None:
+        """Height and width of the latents, those of the image unless others are asked for.
+
+        None with a mask: the request or the model decides the size, as in StableDiffusionInpaintPipeline.
+        """
+        pictures = _pictures(request.image)
+        if request.image is None or (request.mask is not None and pictures):
+            return None
+        dims, sides = self._tensor.shape[2:], _sides("image", request.image)
+        if pictures:
+            asked = (as_integer(request.height), as_integer(request.width))
+            scales = [dim.scale if isinstance(dim, Axis) else 1 for dim in dims]
+            sides = tuple(
+                other or side // scale * scale or side for other, side, scale in zip(asked, sides, scales, strict=True)
+            )
+        check_sides("image", sides, dims)
+        return latent_sides(sides, dims)
+
+    def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
+        """Nothing: the UNet's input depends on the noise, so ``begin`` returns it."""
+        return {}
+
+    def finish(self, request: Request, images: F32) -> F32:
+        """Decoded images, as they are."""
+        return images
+
+    def example(self) -> dict[str, Any]:
+        """Nothing, or an image and a mask for a UNet that needs them."""
+        return self.examples()[-1] if self.needs_mask else {}
+
+    def examples(self) -> tuple[dict[str, Any], ...]:
+        """Fields of a request for each way of running: a colour gradient, and one whose middle is repainted."""
+        image = example_image(self._tensor)
+        height, width = image.shape[2:]
+        mask = np.zeros((1, 1, height, width), np.float32)
+        mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+        masked = {"image": image, "mask": mask}
+        return (masked,) if self.needs_mask else ({"image": image}, masked)
+
+    def read(self, request: Request, images: int, sides: tuple[int, int]) -> StartImage | None:
+        """Read the images of a request that ``images`` has accepted; None if it has none.
+
+        Args:
+            request: The request.
+            images: Number of images to generate.
+            sides: Their height and width in pixels.
+
+        Raises:
+            SpecError: An image, a mask or the strength cannot be used, or their numbers do not fit.
+        """
+        if request.image is None:
+            return None
+        strength = MASK_STRENGTH if request.mask is not None else IMAGE_STRENGTH
+        if request.strength is not None:
+            strength = number("strength", request.strength, 0.0, 1.0)
+        image = image_array("image", _resized(request.image, sides))
+        check_size("image", image, self._tensor)
+        mask = None if request.mask is None else self._mask(request, image, sides)
+        report_fitted("image", request.image, image)
+        for name, array in (("image", image), ("mask", image if mask is None else mask)):
+            if images % len(array):
+                raise SpecError(f"{name}: got {len(array)} for {images} images to generate, expected one, or one each")
+        return StartImage(image, mask, strength, mask is not None and not self.needs_mask)
+
+    def _mask(self, request: Request, image: F32, sides: tuple[int, int]) -> F32:
+        got, expected = (_sides(name, getattr(request, name)) for name in ("mask", "image"))
+        if got != expected:
+            shown = [f"{height} x {width}" for height, width in (got, expected)]
+            raise SpecError(f"mask: got {shown[0]} pixels (height, width), expected the image's {shown[1]}; resize it")
+        masks = _resized(request.mask, sides, convert=False)
+        if pictures := _pictures(masks):
+            masks = np.stack([np.asarray(one.convert("L")) for one in pictures])[..., None]
+        mask = (image_array("mask", masks).mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
+        check_mask(mask, image)
+        return mask
+
+    def begin(self, plan: Plan, given: StartImage, noise: NoiseStream) -> Start:
+        """Draw the noise of the start, in the order of diffusers' pipelines, and encode the images.
+
+        Args:
+            plan: The plan.
+            given: Its images.
+            noise: Its noise, from the beginning.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+        image, mask, count = given.image * 2 - 1, given.mask, plan.images
+        pure = mask is not None and given.strength == 1
+        encoded = None if pure and not given.puts_back else self._encode(image, noise, count)
+        drawn = noise.draw(count)
+        if pure or encoded is None:
+            latents = plan.scaled(drawn)
+        else:
+            of_image, of_noise = plan.trajectory.noisy_weights[0]
+            latents = np.asarray(of_image * encoded + of_noise * drawn, np.float32)
+        if mask is None:
+            return Start(latents, noise)
+        factor = mask.shape[3] // plan.shape[3]
+        small = _tiled(mask[:, :, ::factor, ::factor], count)
+        if self._output is None:
+            assert encoded is not None
+            noise.draw(count if noise.separate else max(len(image), len(mask)))  # of the masked image, as in diffusers
+            return Start(latents, noise, Kept(small, encoded, drawn))
+        masked = self._encode(image * (mask < 0.5), noise, count)
+        return Start(latents, noise, None, {self._output: np.concatenate([small, masked], axis=1)})
+
+    def distribution(self, image: F32) -> tuple[F32, F32]:
+        """Mean and deviation, float32 [N, C, h, w], of the latents of images float32 [N, channels, H, W] in [-1, 1].
+
+        Raises:
+            SpecError: The encoder does not take the images.
+            BackendError: The engine failed.
+        """
+        parts = [self._backend.run({"image": image[i : i + 1]}) for i in range(len(image))]
+        mean, deviation = (np.concatenate([part[name] for part in parts]) for name in ("mean", "deviation"))
+        return mean, deviation
+
+    def _encode(self, image: F32, noise: NoiseStream, count: int) -> F32:
+        """Latents float32 [count, C, h, w], drawn from the encoder's distribution of each image."""
+        mean, deviation = self.distribution(image)
+        if noise.separate:
+            mean, deviation = _tiled(mean, count), _tiled(deviation, count)
+        latents: F32 = mean + deviation * noise.draw(len(mean))
+        return _tiled(latents, count)
+
+    def close(self) -> None:
+        """Free the encoder."""
+        self._backend.close()
+
+
+def skipped_steps(strength: float, steps: int) -> int:
+    """Steps that are left out at the start, as in diffusers.
+
+    Args:
+        strength: Share of the steps that run.
+        steps: All steps.
+
+    Raises:
+        SpecError: No step would run.
+    """
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        least = math.ceil(1e4 / steps) / 1e4
+        raise SpecError(
+            f"strength: got {strength:g} with {steps} steps, which leaves none, expected at least {least:g}; "
+            "take a higher strength or more steps"
+        )
+    return steps - left
+
+
+def _pictures(given: Any) -> list[Image.Image]:
+    """PIL images, and uint8 arrays [H, W, channels] or [N, H, W, channels] as such; [] for anything else."""
+    images = [given] if isinstance(given, Image.Image) else given
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
+        arrays = images[None] if images.ndim == 3 else images
+        images = [pil_image(one) for one in arrays] if arrays.shape[3] in CHANNELS else []
+    is_list = isinstance(images, list | tuple) and all(isinstance(one, Image.Image) for one in images)
+    return list(images) if is_list else []
+
+
+def _sides(name: str, given: Any) -> tuple[int, ...]:
+    """Height and width in pixels."""
+    if pictures := _pictures(given):
+        first = ImageOps.exif_transpose(pictures[0])
+        return first.height, first.width
+    return image_array(name, given).shape[2:]
+
+
+def _resized(given: Any, sides: tuple[int, int], convert: bool = True) -> Any:
+    """Pictures resized to height and width as by diffusers' VaeImageProcessor; other arrays as they are."""
+    if not (pictures := _pictures(given)):
+        return given
+    images = [rgb_image(one) if convert or one.mode not in MASK_MODES else one for one in pictures]
+    images = [ImageOps.exif_transpose(one) for one in images]
+    return [one.resize((sides[1], sides[0]), Image.Resampling.LANCZOS) for one in images]
+
+
+def _tiled(array: F32, count: int) -> F32:
+    """An array [n, …] repeated as a whole to [count, …]: the order in which diffusers repeats images."""
+    return np.ascontiguousarray(np.concatenate([array] * (count // len(array))))
