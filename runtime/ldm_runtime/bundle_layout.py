@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from ldm_runtime.model import SHALLOW_UNET, UNET
+
 __all__ = [
     "BUILD_LOG",
     "CALIBRATION_RECORD",
@@ -30,11 +32,17 @@ RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.jso
 
 CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
 """Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""
+_SHALLOW = "shallow"
 _VARIANT = re.compile(r"([^./]+)\.[^./]+\.onnx$")
 
 
 def graph_file(component: str, precision: str, variant: str = "") -> str:
-    """Path of a component's ONNX graph; ``variant`` names the engine whose passes rewrote it."""
+    """Path of a component's ONNX graph; ``variant`` names the engine whose passes rewrote it.
+
+    The graphs of the shallow UNet lie beside those of the UNet, whose weights they read.
+    """
+    if component == SHALLOW_UNET:
+        component, variant = UNET, f"{_SHALLOW}-{variant}" if variant else _SHALLOW
     return f"{component}/{precision}.{variant}.onnx" if variant else f"{component}/{precision}.onnx"
 
 
@@ -49,10 +57,13 @@ def weights_beside(graph: Path) -> Path:
 
 
 def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
-    """A graph and, if it is among ``files``, the file of its external weights: its own or the portable graph's."""
-    own, shared = weights_file(graph), weights_file(_VARIANT.sub(r"\1.onnx", graph))
-    weights = own if own in files else shared
-    return [graph, weights] if weights in files else [graph]
+    """A graph and, if it is among ``files``, the file of its external weights.
+
+    These are its own, of a shallow graph those of the whole graph, or else those of the portable graph.
+    """
+    sources = (graph, graph.replace(f".{_SHALLOW}-", "."), _VARIANT.sub(r"\1.onnx", graph))
+    weights = [file for file in map(weights_file, sources) if file in files]
+    return [graph, *weights[:1]]
 
 
 def engine_file(component: str, precision: str, request: str) -> str:

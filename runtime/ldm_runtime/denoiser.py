@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET, ModelDescription
+from ldm_runtime.errors import BackendError
+from ldm_runtime.model import DEEP_FEATURES, NOISE_PRED, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET, ModelDescription
 from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 
 __all__ = ["Denoiser", "Tensors"]
@@ -32,7 +33,7 @@ class Denoiser:
     """
 
     def __init__(self, model: ModelDescription, backends: Mapping[str, Backend]):
-        self.unet = backends[UNET]
+        self.unet, self._shallow = backends[UNET], backends.get(SHALLOW_UNET)
         self.request_components, self.schedule_components = model.once_per("request"), model.once_per("schedule")
         """Specs of the components that derive UNet inputs, once per request and once per schedule, in their order."""
         self._timestep_dtype = timestep_dtype(model)
@@ -100,8 +101,33 @@ class Denoiser:
         predicted: F32 = self.unet.run({SAMPLE: sample, **schedule, **conditioning})[NOISE_PRED]
         return predicted
 
+    def whole(
+        self, sample: F32, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, Any]
+    ) -> tuple[F32, F32]:
+        """Predict noise as ``__call__``, and return the deep features float32 [R, F, h, w] for ``shallow`` too."""
+        results = self.unet.run({SAMPLE: sample, **schedule, **conditioning})
+        return results[NOISE_PRED], results[DEEP_FEATURES]
+
+    def shallow(
+        self, sample: F32, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, Any], features: F32
+    ) -> F32:
+        """Predict noise as ``__call__``, with the deep features float32 [R, F, h, w] that ``whole`` has returned.
+
+        Raises:
+            BackendError: The pipeline has no shallow UNet.
+        """
+        if self._shallow is None:
+            raise BackendError(f"pipeline: no backend for {SHALLOW_UNET}; give one, or leave cache_every out")
+        known = {SAMPLE: sample, **schedule, **conditioning, DEEP_FEATURES: features}
+        predicted: F32 = self._shallow.run({tensor.name: known[tensor.name] for tensor in self._shallow.inputs})[
+            NOISE_PRED
+        ]
+        return predicted
+
     def close(self) -> None:
         """Free the engines of the UNet and of the components that derive its inputs."""
         for _, backend in (*self._per_request, *self._per_schedule):
             backend.close()
         self.unet.close()
+        if self._shallow is not None:
+            self._shallow.close()

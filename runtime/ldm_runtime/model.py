@@ -9,12 +9,28 @@ from typing import Any
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 
-__all__ = ["DECODER", "UNET", "ConditioningSpec", "Defaults", "Latents", "ModelDescription", "check_model"]
+__all__ = [
+    "DECODER",
+    "DENOISERS",
+    "SHALLOW_UNET",
+    "UNET",
+    "ConditioningSpec",
+    "Defaults",
+    "Latents",
+    "ModelDescription",
+    "check_model",
+]
 
 UNET, DECODER = "unet", "decoder"
 """The two components every model has: the denoiser, and what turns latents into an image. Other names are free."""
+SHALLOW_UNET = "shallow_unet"
+"""Component with the layers of the UNet that a step with cached features computes; not every bundle has it."""
+DENOISERS = (UNET, SHALLOW_UNET)
+"""Components that predict noise, one of them at each step."""
 SAMPLE, TIMESTEP, NOISE_PRED, LATENTS, IMAGE = "sample", "timestep", "noise_pred", "latents", "image"
 """Tensors with a fixed meaning: input and output of the UNet, the timestep, input and output of the decoder."""
+DEEP_FEATURES = "deep_features"
+"""Second output of a UNet that has a shallow one, and an input of the shallow one: what the other layers computed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ def check_model(model: ModelDescription) -> None:
     unet, decoder = model.components[UNET], model.components[DECODER]
     for spec, side, tensors, names in (
         (unet, "inputs", unet.inputs[:1], (SAMPLE,)),
-        (unet, "outputs", unet.outputs, (NOISE_PRED,)),
+        (unet, "outputs", unet.outputs, (NOISE_PRED, DEEP_FEATURES)[: 1 + (SHALLOW_UNET in model.components)]),
         (decoder, "inputs", decoder.inputs, (LATENTS,)),
         (decoder, "outputs", decoder.outputs, (IMAGE,)),
     ):
@@ -108,6 +124,7 @@ def check_model(model: ModelDescription) -> None:
         if got != tuple((name, "float32", 4) for name in names):
             raise ManifestError(f"{spec.name}: {side}: got {got}, expected {', '.join(names)} as float32 of 4 axes")
     _check_sources(model)
+    _check_shallow(model)
     channels = {model.latents.channels, decoder.inputs[0].shape[1], unet.outputs[0].shape[1]}
     if len(channels) != 1:
         raise ManifestError(f"latents: got channels {sorted(map(str, channels))}, expected one number; rebuild it")
@@ -122,10 +139,25 @@ def _check_sources(model: ModelDescription) -> None:
     for entry in model.conditioning:
         if entry.component and entry.component not in model.components:
             raise ManifestError(f"conditioning: {entry.kind}: component {entry.component!r:.60} is missing; rebuild it")
-    for spec in (*model.once_per("request"), *model.once_per("schedule"), model.components[UNET]):
+    denoisers = [model.components[name] for name in DENOISERS if name in model.components]
+    for spec in (*model.once_per("request"), *model.once_per("schedule"), *denoisers):
         if unknown := [tensor.name for tensor in spec.inputs if tensor.name not in known]:
             raise ManifestError(f"{spec.name}: input {unknown[0]!r:.60} comes from nowhere; rebuild the bundle")
         known |= {tensor.name for tensor in spec.outputs}
+
+
+def _check_shallow(model: ModelDescription) -> None:
+    """Check that the shallow UNet takes what the UNet takes and returns, and predicts the same noise."""
+    shallow, unet = model.components.get(SHALLOW_UNET), model.components[UNET]
+    if shallow is None:
+        return
+    if shallow.outputs != unet.outputs[:1] or unet.outputs[1] not in shallow.inputs or shallow.runs != unet.runs:
+        raise ManifestError(
+            f"{SHALLOW_UNET}: got {', '.join(map(str, (*shallow.inputs, *shallow.outputs)))}, expected "
+            f"{unet.outputs[1]} among the inputs and {unet.outputs[0]} as the output; rebuild the bundle"
+        )
+    if foreign := [tensor for tensor in shallow.inputs if tensor not in (*unet.inputs, unet.outputs[1])]:
+        raise ManifestError(f"{SHALLOW_UNET}: input {foreign[0]} is none of the UNet's; rebuild the bundle")
 
 
 def _check_factor(latents: TensorSpec, image: TensorSpec, side: int, which: str, factor: int) -> None:

@@ -21,6 +21,7 @@ from ldm_runtime.conditioning import StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
+from ldm_runtime.feature_cache import DeepFeatures
 from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, guide, rescale
@@ -218,13 +219,21 @@ class LatentDiffusionPipeline:
         conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
         state = trajectory.start(start.latents)
         direction = np.zeros_like(state[0])
+        features = DeepFeatures(self.denoiser, plan.rows)
         for index, (timestep, branches) in enumerate(zip(trajectory.timesteps, plan.steps, strict=True)):
             scale = trajectory.input_scale[index]
             sample = state[0] if scale == 1 else state[0] * scale
             both = branches is StepBranches.BOTH
             rows = np.concatenate([sample, sample]) if both else sample
             embedded = {name: np.repeat(array[index : index + 1], len(rows), 0) for name, array in schedule.items()}
-            predicted = self.denoiser(rows, embedded, conditioning if both else conditional)
+            predicted = features.predict(
+                rows,
+                embedded,
+                conditioning if both else conditional,
+                slice(plan.rows - len(rows), plan.rows),
+                shallow=plan.shallow[index],
+                keep=plan.caches,
+            )
             asked = predicted[-plan.images :]
             if both:
                 predicted, direction = guide(predicted[: plan.images], asked, np.float32(plan.guidance_scale))

@@ -11,10 +11,11 @@ from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageCondit
 from ldm_runtime.conditioning.start_image import skipped_steps
 from ldm_runtime.errors import SpecError
 from ldm_runtime.family_schedulers import check_family_scheduler
+from ldm_runtime.feature_cache import shallow_calls
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
-from ldm_runtime.model import ModelDescription
-from ldm_runtime.number_checks import integer, number
+from ldm_runtime.model import SHALLOW_UNET, ModelDescription
+from ldm_runtime.number_checks import integer, number, shown
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
 from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
@@ -25,6 +26,7 @@ from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 __all__ = ["Planner"]
 
 MAX_COUNT = 4096
+INITIAL = 5
 MAX_VALUES = 2**30
 """Most values of the images or the latents of one call, 4 GiB as float32. Sizes come from callers and from a bundle's
 axes, and a typing error or a hostile bundle must not exhaust the memory."""
@@ -77,6 +79,7 @@ class Planner:
         branches = step_branches(request.guidance_interval, request.guidance_every, len(trajectory))
         guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
         rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
+        evaluated = branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory)
         return Plan(
             request=request,
             seeds=seeds_of(request.seed, images),
@@ -84,16 +87,28 @@ class Planner:
             latents=check_latents_given(request.latents, shape),
             guidance_scale=scale,
             branches=self.model.guidance if guided else ("conditional",),
-            steps=branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory),
+            steps=evaluated,
             trajectory=trajectory,
             guidance_rescale=rescale if guided else 0.0,
             start_image=given,
+            shallow=self._shallow(request, evaluated),
         )
 
     def _start_image(self, request: Request, shape: tuple[int, int, int, int]) -> StartImage | None:
         sides = (shape[2] * self.geometry.factor, shape[3] * self.geometry.factor)
         starts = (one for one in self.conditioners if isinstance(one, StartImageConditioner))
         return next((given for one in starts if (given := one.read(request, shape[0], sides)) is not None), None)
+
+    def _shallow(self, request: Request, evaluated: Sequence[StepBranches]) -> tuple[bool, ...]:
+        """The UNet calls that reuse deep features; SpecError if the bundle has no graph for them."""
+        shallow = shallow_calls(request.cache_every, request.full_steps, INITIAL, evaluated)
+        if any(shallow) and SHALLOW_UNET not in self.model.components:
+            name = "full_steps" if request.cache_every == 1 else "cache_every"
+            raise SpecError(
+                f"{name}: got {shown(getattr(request, name))}, but this bundle has no {SHALLOW_UNET}, which computes "
+                "steps with cached features; build it with `ldm-export build CHECKPOINT -o BUNDLE --feature-cache 1`"
+            )
+        return shallow
 
     def _refuse_foreign_fields(self, request: Request) -> None:
         """Refuse a field that belongs to a kind of conditioning this model lacks."""

@@ -48,6 +48,8 @@ class RequestOptions(TypedDict, total=False):
     scheduler: str | None
     guidance_rescale: float
     clip_skip: int
+    cache_every: int
+    full_steps: int | Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ class Request:
         guidance_rescale: Share, 0 to 1, of guided predictions that is rescaled; see ``guidance.rescale``.
         clip_skip: Layers at the end of a CLIP text encoder that the prompts skip, 0 for none; negative prompts never
             skip any, as in diffusers.
+        cache_every, full_steps: As in ``feature_cache.shallow_calls``; UNet calls that reuse features are a fraction of
+            the work and change the image slightly.
     """
 
     prompts: str | Sequence[str] | None = None
@@ -110,6 +114,8 @@ class Request:
     scheduler: str | None = None
     guidance_rescale: float = 0.0
     clip_skip: int = 0
+    cache_every: int = 1
+    full_steps: int | Sequence[int] | None = None
 
     def repeats(self) -> int:
         """Checked ``images_per_prompt``.
@@ -143,6 +149,7 @@ class Plan:
         trajectory: Timesteps and coefficients.
         guidance_rescale: As asked; 0 without guidance.
         start_image: Images that denoising starts from; None starts from noise.
+        shallow: For each UNet call, True if it reuses deep features of an earlier one.
     """
 
     request: Request
@@ -155,6 +162,12 @@ class Plan:
     trajectory: Trajectory
     guidance_rescale: float = 0.0
     start_image: StartImage | None = None
+    shallow: tuple[bool, ...] = ()
+
+    @property
+    def caches(self) -> bool:
+        """True if some UNet call reuses deep features."""
+        return any(self.shallow)
 
     @property
     def images(self) -> int:

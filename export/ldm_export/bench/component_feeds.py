@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.model import UNET, ModelDescription
+from ldm_runtime.model import DENOISERS, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec
 
 __all__ = ["component_rows", "feed_at", "rows_axis"]
@@ -35,7 +35,7 @@ def component_rows(model: ModelDescription, component: str, images: int, branche
     if spec.runs == "schedule":
         axis = rows_axis(spec)
         return min(steps, axis.max) if axis else steps
-    return images * branches if component == UNET or spec.runs == "request" else images
+    return images * branches if component in DENOISERS or spec.runs == "request" else images
 
 
 def rows_axis(spec: ComponentSpec) -> Axis | None:

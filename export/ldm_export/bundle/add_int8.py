@@ -13,12 +13,14 @@ from ldm_export.bundle.assemble import assemble
 from ldm_export.bundle.build import Built
 from ldm_export.bundle.int8_stages import PRECISION, REFERENCE, graph_files, int8_stages, is_int8_stage
 from ldm_export.bundle.publish import work_folder
-from ldm_export.bundle.stages import Outcome, link_files, run_stage
+from ldm_export.bundle.shallow_stages import shallow_stages
+from ldm_export.bundle.stages import Outcome, Stage, link_files, run_stage
 from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import INT8_REPORT
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import Manifest, StageFact
+from ldm_runtime.model import SHALLOW_UNET
 
 __all__ = ["calibrate", "quantized_components"]
 
@@ -58,11 +60,18 @@ def calibrate(
             outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
         graphs = {name: work / graph for name, graph in _fp32_graphs(folder, manifest).items()}
         model = CalibrationModel(manifest.model, graphs, lambda name: work / name)
-        for stage in int8_stages(work, model, settings, quantize, before, on_progress, grade):
-            on_progress(stage.name, 0, 1)
-            outcomes[stage.name] = run_stage(stage, work, bundle)
-            on_progress(stage.name, 1, 1)
-            files |= outcomes[stage.name].files
+
+        def finish(stages: list[Stage]) -> None:
+            for stage in stages:
+                on_progress(stage.name, 0, 1)
+                outcomes[stage.name] = run_stage(stage, work, bundle)
+                on_progress(stage.name, 1, 1)
+                files.update(outcomes[stage.name].files)
+
+        finish(int8_stages(work, model, settings, quantize, before, on_progress, grade))
+        if SHALLOW_UNET in manifest.components:
+            written = {file: outcome.key for outcome in outcomes.values() for file in outcome.files}
+            finish(shallow_stages(work, written, (PRECISION,)))
         if all(outcome.origin == "kept" for outcome in outcomes.values()) and bundle.precision == PRECISION:
             shutil.rmtree(work)
         else:
@@ -88,8 +97,8 @@ def quantized_components(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _fp32_graphs(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Component -> path of its fp32 graph, for every component that the pipeline runs."""
-    names = pipeline_components(manifest.model)
+    """Component -> path of its fp32 graph, for every component that the pipeline runs, except the shallow UNet."""
+    names = [name for name in pipeline_components(manifest.model) if name != SHALLOW_UNET]
     if missing := [name for name in names if REFERENCE not in manifest.components[name].graphs]:
         raise BuildError(f"{folder}: has no {REFERENCE} graph of {', '.join(missing)}; rebuild it to calibrate it")
     return {name: manifest.components[name].graphs[REFERENCE] for name in names}
@@ -110,7 +119,8 @@ def _with_int8(manifest: Manifest, quantize: tuple[str, ...], outcomes: dict[str
     components = {}
     for name in pipeline_components(manifest.model):
         part = manifest.components[name]
-        graphs = graph_files(name, (PRECISION,), outcomes) if name in quantize else {PRECISION: part.graphs[REFERENCE]}
+        own = name in (*quantize, SHALLOW_UNET)
+        graphs = graph_files(name, (PRECISION,), outcomes) if own else {PRECISION: part.graphs[REFERENCE]}
         components[name] = replace(part, graphs={**part.graphs, **graphs})
     return replace(
         manifest,

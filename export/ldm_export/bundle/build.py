@@ -24,6 +24,7 @@ from ldm_export.bundle.int8_stages import graph_files, int8_stages
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
 from ldm_export.bundle.previous import describes, previous_bundle
 from ldm_export.bundle.publish import work_folder
+from ldm_export.bundle.shallow_stages import has_deep_features, shallow_stages, shallow_variants, with_shallow_unet
 from ldm_export.bundle.stages import OnProgress, Outcome, Stage, run_stage
 from ldm_export.bundle.variant_stages import CUDA_PRECISION, Variant, cpu_variants, cuda_variants
 from ldm_export.checkpoint.digest import CHECKPOINT_SHA256, weights_sha256
@@ -54,6 +55,7 @@ class BuildOptions:
         grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
         requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
         cuda: Also write graphs for ONNX Runtime on CUDA; for fp16 only.
+        feature_cache: Layers of the UNet's last up block in the graphs for steps with cached features; 0 writes none.
 
     Raises:
         BuildError: The precision is unknown, or int8 has no settings, or an option is for another precision.
@@ -65,6 +67,7 @@ class BuildOptions:
     grade: Grade | None = None
     requests: Sequence[RequestFields] | None = None
     cuda: bool = False
+    feature_cache: int = 1
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -124,7 +127,7 @@ def build(
     request = _request(checkpoint, options, family.quantize)
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress)
+        plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress, options.feature_cache)
         _run([*file_stages(plan), *graph_stages(plan)], plan, outcomes)
         plan = replace(plan, model=split_model(plan, outcomes))
         precise = _precision_stages(plan, options, outcomes)
@@ -132,6 +135,12 @@ def build(
         sources = _sources(outcomes)
         variants = [*cpu_variants(plan, sources), *(cuda_variants(plan, sources, precise[0]) if options.cuda else ())]
         _run([*step_stages(plan), *(variant.stage for variant in variants)], plan, outcomes)
+        if has_deep_features(plan.model):
+            sources = _sources(outcomes)
+            shallow = shallow_variants(work, sources, variants)
+            stages = [*shallow_stages(work, sources, options.precisions), *(variant.stage for variant in shallow)]
+            _run(stages, plan, outcomes)
+            plan, variants = replace(plan, model=with_shallow_unet(plan.model, work)), [*variants, *shallow]
         if latents is not None:
             _run(_engine_stages(plan, latents, options.precision, _sources(outcomes)), plan, outcomes)
         on_progress("bundle", 0, 1)
@@ -219,6 +228,7 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
         "checkpoint": checkpoint.folder.resolve().name,
         "precision": options.precision,
         "quantize": list(quantize),
+        "feature_cache": options.feature_cache,
     }
     if options.engines is not None:
         engines = asdict(options.engines)

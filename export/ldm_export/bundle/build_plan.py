@@ -31,6 +31,7 @@ class BuildPlan:
         previous: The existing bundle, if any.
         tools: Package -> version.
         on_progress: Receives the progress of each stage.
+        feature_cache: Layers of the last up block in the shallow UNet, 0 for no shallow UNet.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +41,7 @@ class BuildPlan:
     previous: Bundle | None
     tools: Mapping[str, str]
     on_progress: OnProgress
+    feature_cache: int = 0
 
     def graph(self, component: str, precision: str) -> Path:
         """Path of a component's graph in the work folder."""

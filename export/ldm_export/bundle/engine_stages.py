@@ -18,7 +18,7 @@ from ldm_export.engine.profiles import latent_bounds
 from ldm_export.engine.request import EngineJob, EngineRequest
 from ldm_runtime.bundle_layout import engine_file, graph_file, precision_report
 from ldm_runtime.engine_facts import EngineFacts, engine_from_json
-from ldm_runtime.model import ModelDescription
+from ldm_runtime.model import SHALLOW_UNET, UNET, ModelDescription
 from ldm_runtime.specs import ComponentSpec
 
 __all__ = ["engine_of", "engine_stage", "in_latents"]
@@ -60,7 +60,7 @@ def engine_stage(
     name, file = f"{spec.name}.{precision}.{request.name}", engine_file(spec.name, precision, request.name)
 
     def run(folder: Path) -> list[str]:
-        report = plan.work / precision_report(spec.name, graph_precision)
+        report = plan.work / precision_report(UNET if spec.name == SHALLOW_UNET else spec.name, graph_precision)
         islands = json.loads(report.read_text())["matrix_islands"] if report.is_file() else ()
         (folder / spec.name).mkdir()
         job = EngineJob(

@@ -10,6 +10,7 @@ from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
 from ldm_export.bundle.stages import Outcome, Stage
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph.component_split import graph_spec, split_component
+from ldm_export.graph.passes.deep_features import expose_deep_features
 from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, save_graph, trace_graph
 from ldm_export.graph.step_graph import export_step, step_specs
 from ldm_runtime.bundle_layout import graph_file
@@ -52,6 +53,8 @@ def _graph_stage(plan: BuildPlan, name: str) -> Stage:
         module = traced.wrap(load_module(plan.checkpoint, traced.module)).eval()
         files = []
         for component, model in split_component(trace_graph(module, spec), traced.splits).items():
+            if component == UNET:
+                expose_deep_features(model, plan.feature_cache)
             (folder / component).mkdir()
             files += save_graph(model, folder / graph_file(component, "fp32"))
         return relative(files, folder)
@@ -61,6 +64,7 @@ def _graph_stage(plan: BuildPlan, name: str) -> Stage:
         "inputs": {**folder_digests(component.folder), **component.depends},
         "spec": repr(spec),
         "splits": [rule.component for rule in traced.splits],
+        "feature_cache": plan.feature_cache if name == UNET else 0,
         "seed": plan.checkpoint.random_seed,
         "opset": OPSET,
         "inline": INLINE_BYTES,
@@ -84,7 +88,8 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
         splits = [rule for rule in traced.splits if graph_file(rule.component, "fp32") in files]
         for component, runs in (*((rule.component, rule.runs) for rule in splits), (name, spec.runs)):
             graph = plan.graph(component, "fp32")
-            components[component] = graph_spec(graph, component, runs, axes) if splits else spec
+            changed = splits or component == UNET
+            components[component] = graph_spec(graph, component, runs, axes) if changed else spec
     return replace(plan.model, components=components)
 
 

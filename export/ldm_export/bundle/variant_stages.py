@@ -19,7 +19,7 @@ from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, RANGES_REPORT, graph_file, weights_beside
-from ldm_runtime.model import ModelDescription
+from ldm_runtime.model import DEEP_FEATURES, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec
 
 __all__ = ["CUDA_PRECISION", "Variant", "cpu_variants", "cuda_variants"]
@@ -118,5 +118,6 @@ def _depends(engine: str, component: str, sources: Mapping[str, str]) -> dict[st
 
 
 def _unet_tensors(model: ModelDescription) -> Sequence[str]:
-    """Names of the UNet's inputs that components which run once per request or schedule compute."""
-    return [tensor.name for runs in ("request", "schedule") for spec in model.once_per(runs) for tensor in spec.outputs]
+    """Names of the tensors that pass between the UNet, its shallow graph and the components that derive its inputs."""
+    derived = [spec for runs in ("request", "schedule") for spec in model.once_per(runs)]
+    return [*(tensor.name for spec in derived for tensor in spec.outputs), DEEP_FEATURES]

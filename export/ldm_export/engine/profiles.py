@@ -8,7 +8,7 @@ from dataclasses import replace
 from ldm_export.engine.request import Bounds, EngineRequest
 from ldm_runtime.engine_facts import Profile
 from ldm_runtime.errors import BuildError
-from ldm_runtime.model import UNET
+from ldm_runtime.model import DENOISERS
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec, profile
 
 __all__ = ["DEFAULT_IMAGES", "bounded", "latent_bounds", "parse_bounds", "profiles"]
@@ -87,7 +87,7 @@ def _axis_bounds(spec: ComponentSpec, axis: Axis, request: EngineRequest) -> Bou
         return images
     if spec.runs == "schedule":
         return axis.min, axis.opt, axis.max
-    if spec.name == UNET:
+    if spec.name in DENOISERS:
         return least, rows * usual, rows * most
     if spec.runs == "request":
         return least, usual, max(most, min(rows * most, axis.max))

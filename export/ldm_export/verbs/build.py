@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldm_export.demo import TASKS
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inputs_of, settings_of, show
-from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten, whole_number
 from ldm_export.verbs.original_options import add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.bundle_layout import CUDA_VARIANT
@@ -49,6 +49,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
     verb.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="precision of weights and arithmetic (default fp32)"
+    )
+    verb.add_argument(
+        "--feature-cache",
+        type=whole_number,
+        default=1,
+        metavar="LAYERS",
+        help="layers of the UNet's last up block that a step with cached features computes (--cache-every); 0 writes "
+        "no graphs for such steps (default 1)",
     )
     add_original_arguments(verb)
     engines = verb.add_argument_group("engines")
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         demo_grader(model),
         requests=_ranged(args, family, kinds, model) if args.precision in HALF else None,
         cuda=args.target == CUDA_VARIANT,
+        feature_cache=args.feature_cache,
     )
     with screen.bar("reading", None) as bar:
         built = build(

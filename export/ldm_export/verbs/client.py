@@ -102,6 +102,8 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "GUIDANCE_EVERY": args.guidance_every,
         "GUIDANCE_INTERVAL": args.guidance_interval,
         "GUIDANCE_RESCALE": args.guidance_rescale,
+        "CACHE_EVERY": args.cache_every,
+        "FULL_STEPS": args.full_steps,
         "CLIP_SKIP": args.clip_skip,
         "SCHEDULER": args.scheduler,
         "HEIGHT": args.height,

@@ -99,6 +99,8 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         guidance_interval=FULL_INTERVAL if args.guidance_interval is None else tuple(args.guidance_interval),
         scheduler=args.scheduler,
         guidance_every=1 if args.guidance_every is None else args.guidance_every,
+        cache_every=1 if args.cache_every is None else args.cache_every,
+        full_steps=args.full_steps,
         guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
         clip_skip=0 if args.clip_skip is None else args.clip_skip,
     )

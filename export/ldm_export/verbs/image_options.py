@@ -93,6 +93,19 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "3 a third, with nearly the same image (default 1, exact)",
     )
     verb.add_argument(
+        "--cache-every",
+        type=whole_number,
+        metavar="N",
+        help="after some full steps, compute the whole UNet at every N-th step and its first and last layers between: 3 "
+        "halves the work, with nearly the same image; see docs/feature-caching.md (default 1, exact)",
+    )
+    verb.add_argument(
+        "--full-steps",
+        type=whole_number,
+        metavar="N",
+        help="full steps at the start with --cache-every (default: a tenth of the steps)",
+    )
+    verb.add_argument(
         "--guidance-rescale",
         type=real_number,
         metavar="SHARE",

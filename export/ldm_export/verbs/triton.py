@@ -15,7 +15,7 @@ from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.batching.limits import MAX_COUNT, rows_of_call
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
-from ldm_runtime.model import UNET
+from ldm_runtime.model import DENOISERS, UNET
 from ldm_runtime.number_checks import integer, threads
 from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, ModelParameters
 
@@ -87,7 +87,7 @@ def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) 
     if unknown := sorted(selected - set(known)):
         raise SpecError(f"only: got {unknown[0]!r:.60}, expected one or more of {', '.join(known)}")
     selected |= {STREAM} if UNARY in selected else set()
-    selected |= {UNET} if per_step and STREAM in selected else set()
+    selected |= set(DENOISERS) & set(known) if per_step and STREAM in selected else set()
     return [name for name in known if name in selected]
 
 

@@ -11,7 +11,7 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.model import UNET, ModelDescription
+from ldm_runtime.model import DENOISERS, ModelDescription
 
 __all__ = ["Choice", "Engine", "Loader", "Placement", "Wish", "pipeline_components", "step_graphs"]
 
@@ -145,7 +145,7 @@ class Engine(Protocol):
 
 def step_graphs(model: ModelDescription) -> tuple[str, ...]:
     """Names of the components that compute a scheduler's step on a device; the pipeline itself does not run them."""
-    return tuple(name for name, spec in model.components.items() if spec.runs == "step" and name != UNET)
+    return tuple(name for name, spec in model.components.items() if spec.runs == "step" and name not in DENOISERS)
 
 
 def pipeline_components(model: ModelDescription) -> tuple[str, ...]:

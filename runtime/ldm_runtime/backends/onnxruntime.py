@@ -31,7 +31,7 @@ from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.installation import install_command
-from ldm_runtime.model import UNET
+from ldm_runtime.model import DENOISERS, UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
@@ -117,9 +117,9 @@ class OnnxRuntimeLoader:
         return DeviceBackend(launcher, self.spec, memory_of("cuda", GPU_EXTRA))
 
     def launcher(self) -> OnnxRuntimeLauncher:
-        """Load the component for memory of the device. Only the UNet is worth a session for each shape."""
+        """Load the component for memory of the device. Only the denoisers are worth a session for each shape."""
         memory = memory_of(self.placement.device, GPU_EXTRA)
-        modes = tuple(Mode) if self.spec.name == UNET else (Mode.FREE, Mode.PLAIN)
+        modes = tuple(Mode) if self.spec.name in DENOISERS else (Mode.FREE, Mode.PLAIN)
         return OnnxRuntimeLauncher(
             self.graph, self.spec, memory, half=self.half, modes=modes, threads=self.placement.threads
         )

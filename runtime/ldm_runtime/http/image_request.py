@@ -22,6 +22,8 @@ OPTIONS = (
     "guidance",
     "eta",
     "guidance_every",
+    "cache_every",
+    "full_steps",
     "guidance_interval",
     "guidance_rescale",
     "clip_skip",

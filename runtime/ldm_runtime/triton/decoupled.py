@@ -10,7 +10,7 @@ from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError, QueueFullError
-from ldm_runtime.model import UNET
+from ldm_runtime.model import DENOISERS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
 from ldm_runtime.triton.parameters import PER_STEP, ModelParameters, bundle_folder
@@ -61,8 +61,8 @@ class DecoupledModel:
 
     def _per_step(self, pipeline: LatentDiffusionPipeline, bundle: Bundle) -> LatentDiffusionPipeline:
         model = pipeline.model
-        backends = {**pipeline.backends, UNET: PerStepUNet(self.pb, model.components[UNET])}
-        return LatentDiffusionPipeline(model, backends, bundle.file)
+        called = {name: PerStepUNet(self.pb, model.components[name]) for name in DENOISERS if name in model.components}
+        return LatentDiffusionPipeline(model, {**pipeline.backends, **called}, bundle.file)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; returns at once, the responses follow."""

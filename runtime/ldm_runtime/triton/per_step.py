@@ -15,7 +15,7 @@ __all__ = ["PerStepUNet"]
 
 
 class PerStepUNet(SpecBackend):
-    """A backend that calls the model `unet` of this server (Triton's Business Logic Scripting).
+    """A backend that calls the model `unet` or `shallow_unet` of this server (Triton's Business Logic Scripting).
 
     Args:
         pb: triton_python_backend_utils.

@@ -94,6 +94,8 @@ GUIDANCE_FIELDS = (
 COMMON_FIELDS = (
     TensorField("SEED", "TYPE_INT64", (-1,)),
     TensorField("STEPS", "TYPE_INT32"),
+    TensorField("CACHE_EVERY", "TYPE_INT32"),
+    TensorField("FULL_STEPS", "TYPE_INT32"),
     TensorField("SCHEDULER", "TYPE_STRING"),
     TensorField("ETA", "TYPE_FP32"),
     TensorField("HEIGHT", "TYPE_INT32"),
@@ -192,6 +194,10 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         options["guidance_rescale"] = _one(tensors, "GUIDANCE_RESCALE", float)
     if "GUIDANCE_EVERY" in tensors:
         options["guidance_every"] = _one(tensors, "GUIDANCE_EVERY", int)
+    if "CACHE_EVERY" in tensors:
+        options["cache_every"] = _one(tensors, "CACHE_EVERY", int)
+    if "FULL_STEPS" in tensors:
+        options["full_steps"] = _one(tensors, "FULL_STEPS", int)
     if "GUIDANCE_INTERVAL" in tensors:
         start, end = (_number("GUIDANCE_INTERVAL", value, float) for value in _values(tensors, "GUIDANCE_INTERVAL", 2))
         options["guidance_interval"] = (start, end)
