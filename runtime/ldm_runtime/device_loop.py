@@ -42,6 +42,7 @@ class DeviceLoop:
         slots: State slots of the step components, see ``slots_of``.
         lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
         calls: Most UNet calls whose inputs are on the device together.
+        shallow: True if the device can load the shallow UNet, for requests with cached features.
 
     Attributes:
         slots: As given.
@@ -53,8 +54,9 @@ class DeviceLoop:
         slots: int = 1,
         lock: RLock | None = None,
         calls: int = TABLE_CALLS,
+        shallow: bool = False,
     ):
-        self._open, self.slots, self._calls = open_device, slots, calls
+        self._open, self.slots, self._calls, self._shallow = open_device, slots, calls, shallow
         self._device: LoopDevice | None = None
         self._running: object = None
         self._lock = RLock() if lock is None else lock
@@ -68,6 +70,7 @@ class DeviceLoop:
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
         uniform = uniform and not plan.guidance_rescale and not plan.puts_back
+        uniform = uniform and (self._shallow or not plan.caches)
         return trajectory.affine and trajectory.slots <= self.slots and uniform
 
     def steps(

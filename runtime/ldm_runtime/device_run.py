@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.denoiser import Denoiser
 from ldm_runtime.device import Call, Launcher, Memory, Tensor, Workspace, WorkspaceCache
-from ldm_runtime.model import NOISE_PRED, SAMPLE, TIMESTEP, UNET
+from ldm_runtime.model import NOISE_PRED, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET
 from ldm_runtime.request import Plan
 from ldm_runtime.schedulers.scaled_rows import scaled_rows
 from ldm_runtime.schedulers.trajectory import padded_rows
@@ -27,6 +27,7 @@ __all__ = [
     "DeviceRun",
     "LoopDevice",
     "coefficients",
+    "outputs_of",
     "state_tensors",
 ]
 
@@ -46,6 +47,7 @@ class LoopDevice:
         launchers: The UNet, the step components, and those of ``derived``.
         derived: Names of the components that derive UNet inputs and that the device runs too.
         close: Frees the components that only the loop uses.
+        load_shallow: Loads the shallow UNet, which only requests with cached features use. None if there is none.
         workspaces: The tensors of the shapes used last.
     """
 
@@ -53,6 +55,7 @@ class LoopDevice:
     launchers: Mapping[str, Launcher]
     derived: frozenset[str] = frozenset()
     close: Callable[[], None] = lambda: None
+    load_shallow: Callable[[], Launcher] | None = None
     workspaces: WorkspaceCache = field(default_factory=WorkspaceCache)
 
 
@@ -122,8 +125,11 @@ class DeviceRun:
             | {name: (array.shape, known[name]) for name, array in written.items()}
         )
         calls = {UNET: Call(self._device.launchers[UNET], {}), self._step: Call(self._device.launchers[self._step], {})}
+        if plan.caches:
+            assert self._device.load_shallow is not None
+            calls[SHALLOW_UNET] = Call(self._device.load_shallow(), {})
         for spec in self._request:
-            tensors |= _outputs(spec, tensors)
+            tensors |= outputs_of(spec, tensors)
             calls[spec.name] = Call(self._device.launchers[spec.name], {})
         for name, ((_, *row), dtype) in self._tables.items():
             tensors |= {f"{name}.calls": ((self.calls, *row), dtype), name: (tuple(row), dtype)}
@@ -131,11 +137,12 @@ class DeviceRun:
         for spec in self._schedule:
             names = {tensor.name: f"{tensor.name}.timesteps" for tensor in (*spec.inputs, *spec.outputs)}
             inputs = {tensor.name: ((self.calls, *tensor.bounds("opt")[1:]), tensor.dtype) for tensor in spec.inputs}
-            tensors |= {names[name]: tensor for name, tensor in (inputs | _outputs(spec, inputs)).items()}
+            tensors |= {names[name]: tensor for name, tensor in (inputs | outputs_of(spec, inputs)).items()}
             calls[spec.name] = Call(self._device.launchers[spec.name], names)
+        tensors |= outputs_of(self._device.launchers[UNET].spec, tensors)
         label = f"{plan.images} images in {plan.rows} rows of {'×'.join(map(str, plan.shape[1:]))}"
         self.space = self._device.workspaces.get(
-            (*sorted(tensors.items()), self._step), lambda: Workspace(self._memory, tensors, calls, label)
+            (*sorted(tensors.items()), *calls), lambda: Workspace(self._memory, tensors, calls, label)
         )
         self.space.write(SAMPLE, np.concatenate([latents, latents]) if plan.guided else latents)
         if self._slots > 1:
@@ -159,7 +166,7 @@ class DeviceRun:
             space.write_ahead(f"{NOISE}.calls", noise[None], slot)
         for name in (*self._tables, COEFFICIENTS):
             self._select(name, slot)
-        space.run(UNET)
+        space.run(SHALLOW_UNET if self._plan.shallow[index] else UNET)
         if noise is not None:
             self._memory.await_uploads()
             self._select(NOISE, slot)
@@ -230,7 +237,7 @@ def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
     return np.concatenate([padded.reshape(len(rows), -1), scales], axis=1)
 
 
-def _outputs(spec: ComponentSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs_of(spec: ComponentSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Shapes and dtypes of a component's outputs for its inputs among ``tensors``."""
     sizes = sizes_of(spec, {tensor.name: tensors[tensor.name][0] for tensor in spec.inputs})
     return {tensor.name: (tensor.shape_at(sizes), tensor.dtype) for tensor in spec.outputs}

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_runtime import LatentDiffusionPipeline, Request
-from ldm_runtime.batching.batch import Batch, Member
+from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.member import Member
 from tests.support.numpy_model import SCHEDULERS, numpy_pipeline
 
 MAX_ROWS = 16
@@ -59,6 +60,8 @@ requests = st.builds(
     guidance_every=st.integers(1, 3),
     guidance_rescale=st.sampled_from([0.0, 0.7]),
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.8), (0.5, 0.5)]),
+    cache_every=st.sampled_from([1, 1, 2, 3]),
+    full_steps=st.integers(0, 3),
 )
 visits = st.builds(
     Visit,

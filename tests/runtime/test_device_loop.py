@@ -34,8 +34,9 @@ Graphs = dict[str, tuple[Path, ComponentSpec]]
 def write_graphs(folder: Path, slots: int) -> Graphs:
     """The UNet of the NumPy model and its steps for a state of so many slots."""
     folder.mkdir(exist_ok=True)
-    unet = write_unet(folder / "unet.onnx")
-    graphs = {"unet": (folder / "unet.onnx", unet)}
+    names = ("unet", "shallow_unet")
+    graphs = {name: (folder / f"{name}.onnx", write_unet(folder / f"{name}.onnx", name)) for name in names}
+    unet = graphs["unet"][1]
     for name, spec in step_specs(unet, slots, branches=2).items():
         (file,) = export_step(spec, folder / f"{name}.{slots}.onnx")
         graphs[name] = (file, spec)
@@ -48,7 +49,7 @@ def with_loop(folder: Path, scheduler: str) -> tuple[LatentDiffusionPipeline, La
     slots = plain.scheduler.trajectory(8).slots
     graphs = write_graphs(folder / "graphs", slots)
     assert slots_of(graphs[STEP][1]) == slots_of(graphs[GUIDED_STEP][1]) == slots
-    looped.loop = DeviceLoop(lambda: host_device(graphs), slots)
+    looped.loop = DeviceLoop(lambda: host_device(graphs), slots, shallow=True)
     return plain, looped
 
 
@@ -67,6 +68,7 @@ def ddim(tmp_path: Path) -> Iterator[tuple[LatentDiffusionPipeline, LatentDiffus
         {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 1},
         {"eta": 0.3, "guidance_scale": 1.0, "guidance_every": 2},
         {"eta": 1.0, "guidance_scale": 2.5, "images_per_prompt": 2, "seed": [5, 6], "height": 16, "width": 20},
+        {"eta": 0.3, "guidance_scale": 6.0, "cache_every": 2, "full_steps": 2},
     ],
 )
 def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, options: dict[str, Any]) -> None:
@@ -80,7 +82,7 @@ def test_every_step_agrees_with_the_numpy_loop(tmp_path: Path, scheduler: str, o
             assert (one.index, one.total, one.timestep) == (other.index, other.total, other.timestep)
             np.testing.assert_allclose(other.latents, one.latents, atol=1e-5 * np.abs(one.latents).max(), rtol=0)
             assert other.latents is other.latents
-    assert not looped.backends["unet"].calls  # type: ignore[attr-defined]
+    assert not any(looped.backends[name].calls for name in ("unet", "shallow_unet"))  # type: ignore[attr-defined]
 
 
 def test_rescaled_guidance_runs_in_numpy(tmp_path: Path) -> None:
@@ -95,14 +97,14 @@ def test_rescaled_guidance_runs_in_numpy(tmp_path: Path) -> None:
 DERIVED = ("cross_attention_kv", "time_embedding")
 
 
-@pytest.mark.parametrize("derived", [(), DERIVED[:1], DERIVED])
-def test_the_loop_of_a_real_bundle(tiny_bundle: Path, derived: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("derived", "every"), [((), 1), (DERIVED[:1], 1), (DERIVED, 1), (DERIVED, 2)])
+def test_the_loop_of_a_real_bundle(tiny_bundle: Path, derived: tuple[str, ...], every: int) -> None:
     bundle = Bundle.open(tiny_bundle)
     components = bundle.manifest.components
-    names = ("unet", STEP, GUIDED_STEP, *DERIVED)
+    names = ("unet", "shallow_unet", STEP, GUIDED_STEP, *DERIVED)
     graphs = {name: (bundle.graph(name, "fp32"), components[name].spec) for name in names}
-    loop = DeviceLoop(lambda: host_device(graphs, derived), slots_of(components[STEP].spec))
-    request = Request("a red circle", eta=0.3, guidance_scale=6.0, **OPTIONS)
+    loop = DeviceLoop(lambda: host_device(graphs, derived), slots_of(components[STEP].spec), shallow=True)
+    request = Request("a red circle", eta=0.3, guidance_scale=6.0, cache_every=every, full_steps=1, **OPTIONS)
     with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", device="cpu") as pipeline:
         expected = [step.latents for step in pipeline.steps(request)]
         for name in DERIVED:
@@ -138,7 +140,8 @@ def test_keys_values_and_embeddings_may_be_half_precision(tmp_path: Path) -> Non
         "sample": "float32",
         "kv.0": "float16",
         "time_embedding": "float16",
-        "noise_pred": "float32",
+            "noise_pred": "float32",
+        "deep_features": "float32",
     }
     looped.loop = DeviceLoop(lambda: host_device(graphs, half=True))
     with looped:

@@ -23,4 +23,5 @@ def host_device(
     def close() -> None:
         assert memory.used() == 0
 
-    return LoopDevice(memory, launchers, frozenset(derived), close)
+    shallow = launchers.pop("shallow_unet", None)
+    return LoopDevice(memory, launchers, frozenset(derived), close, None if shallow is None else lambda: shallow)

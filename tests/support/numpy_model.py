@@ -54,7 +54,7 @@ IN_SIGMAS = ("euler", "euler_ancestral", "lms", "heun")
 class FunctionBackend(SpecBackend):
     """Runs a NumPy function as a component, and checks its inputs as an engine does."""
 
-    def __init__(self, spec: ComponentSpec, function: Callable[..., NDArray[Any]]):
+    def __init__(self, spec: ComponentSpec, function: Callable[..., Any]):
         self._spec, self._function = spec, function
         self.calls: list[dict[str, NDArray[Any]]] = []
         """Inputs of every call."""
@@ -63,7 +63,9 @@ class FunctionBackend(SpecBackend):
         """Call the function with the inputs in the order of the spec."""
         check_feed(self._spec, feed)
         self.calls.append(dict(feed))
-        return {self._spec.outputs[0].name: self._function(*(feed[tensor.name] for tensor in self._spec.inputs))}
+        results = self._function(*(feed[tensor.name] for tensor in self._spec.inputs))
+        every = results if isinstance(results, tuple) else (results,)
+        return {tensor.name: one for tensor, one in zip(self._spec.outputs, every, strict=True)}
 
     def close(self) -> None:
         """Nothing to free."""
@@ -79,9 +81,11 @@ def description(
 
     kv = [f32("kv.0", BATCH, TOKENS, WIDTH)] if text else []
     sample, embedding = f32("sample", BATCH, CHANNELS, HEIGHT, SIDE), f32("time_embedding", BATCH, 3)
+    noise, features = f32("noise_pred", *sample.shape), f32("deep_features", *sample.shape)
     components = [
         ComponentSpec("time_embedding", (TensorSpec("timestep", "float32", (BATCH,)),), (embedding,), "schedule"),
-        ComponentSpec("unet", (sample, *kv, embedding), (f32("noise_pred", *sample.shape),), "step"),
+        ComponentSpec("unet", (sample, *kv, embedding), (noise, features), "step"),
+        ComponentSpec("shallow_unet", (sample, embedding, features), (noise,), "step"),
         ComponentSpec(
             "decoder",
             (f32("latents", IMAGES, CHANNELS, HEIGHT, SIDE),),
@@ -116,11 +120,12 @@ def numpy_pipeline(
         repeated = latents.repeat(FACTOR, 2).repeat(FACTOR, 3)[:, np.arange(image_channels) % CHANNELS]
         return np.asarray(repeated * np.float32(0.2) + np.float32(0.5), np.float32)
 
-    functions: dict[str, Callable[..., NDArray[Any]]] = {
+    functions: dict[str, Callable[..., Any]] = {
         "text_encoder": lambda ids: np.asarray(ids[:, :, None] * np.linspace(-0.02, 0.03, WIDTH), np.float32),
         "cross_attention_kv": lambda context: context * np.float32(0.5),
         "time_embedding": lambda t: np.asarray(t[:, None] * np.array([1e-3, 2e-3, -1e-3]), np.float32),
         "unet": _predict,
+        "shallow_unet": _finish,
         "decoder": decode,
     }
     backends = {name: FunctionBackend(spec, functions[name]) for name, spec in model.components.items()}
@@ -129,13 +134,22 @@ def numpy_pipeline(
     return LatentDiffusionPipeline(model, backends, lambda name: folder / name)
 
 
-def _predict(sample: NDArray[Any], *rest: NDArray[Any]) -> NDArray[Any]:
-    """A rational function of sample, context and time; additions and multiplications are the same at every position."""
+def _predict(sample: NDArray[Any], *rest: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A rational function of sample, context and time; additions and multiplications are the same at every position.
+
+    The second result are its deep features, which do not depend on all of the sample's changes.
+    """
     shift = (rest[-1][:, 0] + rest[-1][:, 1]).reshape(-1, 1, 1, 1)
     if len(rest) == 2:
         shift = shift + rest[0][:, 1, :, None, None] * np.float32(4)
     x = sample + shift
-    return np.asarray(x / (1 + x * x) + np.float32(0.3) * sample, np.float32)
+    features = np.asarray(x / (1 + x * x), np.float32)
+    return _finish(sample, rest[-1], features), features
+
+
+def _finish(sample: NDArray[Any], embedding: NDArray[Any], features: NDArray[Any]) -> NDArray[Any]:
+    """The shallow layers: prediction from the sample, time and deep features."""
+    return np.asarray(features + embedding[:, 2].reshape(-1, 1, 1, 1) + np.float32(0.3) * sample, np.float32)
 
 
 def write_tokenizer(path: Path) -> None:
@@ -183,12 +197,12 @@ def write_tokenizer(path: Path) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
-def write_unet(path: Path) -> ComponentSpec:
-    """Write the text-conditioned UNet as an ONNX graph, equal to the NumPy function except for rounding."""
+def write_unet(path: Path, component: str = "unet") -> ComponentSpec:
+    """Write the text-conditioned UNet or its shallow layers as an ONNX graph, equal to NumPy except for rounding."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    spec = description().components["unet"]
+    spec = description().components[component]
     constants = {
         "four": np.array(4, np.float32),
         "one": np.array(1, np.float32),
@@ -196,8 +210,9 @@ def write_unet(path: Path) -> ComponentSpec:
         "token": np.array(1, np.int64),
         "plane": np.array([2, 3], np.int64),
         "weights": np.array([[1], [1], [0]], np.float32),
+        "last": np.array([[0], [0], [1]], np.float32),
     }
-    nodes = [
+    deep = [
         ("MatMul", ["time_embedding", "weights"], "time"),
         ("Gather", ["kv.0", "token"], "chosen"),
         ("Mul", ["chosen", "four"], "context"),
@@ -206,10 +221,16 @@ def write_unet(path: Path) -> ComponentSpec:
         ("Add", ["sample", "shift"], "x"),
         ("Mul", ["x", "x"], "square"),
         ("Add", ["one", "square"], "below"),
-        ("Div", ["x", "below"], "quotient"),
-        ("Mul", ["sample", "share"], "kept"),
-        ("Add", ["quotient", "kept"], "noise_pred"),
+        ("Div", ["x", "below"], "deep_features"),
     ]
+    finish = [
+        ("MatMul", ["time_embedding", "last"], "late_flat"),
+        ("Unsqueeze", ["late_flat", "plane"], "late"),
+        ("Add", ["deep_features", "late"], "shifted"),
+        ("Mul", ["sample", "share"], "kept"),
+        ("Add", ["shifted", "kept"], "noise_pred"),
+    ]
+    nodes = [*deep, *finish] if component == "unet" else finish
     model_nodes = [
         helper.make_node(kind, inputs, [output], name=output, **({"axis": 1} if kind == "Gather" else {}))
         for kind, inputs, output in nodes
@@ -222,7 +243,7 @@ def write_unet(path: Path) -> ComponentSpec:
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(
         model_nodes,
-        "unet",
+        component,
         [value(tensor) for tensor in spec.inputs],
         [value(tensor) for tensor in spec.outputs],
         initializers,

@@ -10,8 +10,8 @@ from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
 from ldm_export.bundle.stages import Outcome, Stage
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.graph.component_split import graph_spec, split_component
-from ldm_export.graph.passes.deep_features import expose_deep_features
 from ldm_export.graph.onnx_graph import INLINE_BYTES, OPSET, save_graph, trace_graph
+from ldm_export.graph.passes.deep_features import expose_deep_features
 from ldm_export.graph.step_graph import export_step, step_specs
 from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.model import UNET, ModelDescription

@@ -96,8 +96,8 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--cache-every",
         type=whole_number,
         metavar="N",
-        help="after some full steps, compute the whole UNet at every N-th step and its first and last layers between: 3 "
-        "halves the work, with nearly the same image; see docs/feature-caching.md (default 1, exact)",
+        help="compute the whole UNet at every N-th step and its outer layers only between: 3 halves the work, with "
+        "nearly the same image; see docs/feature-caching.md (default 1, exact)",
     )
     verb.add_argument(
         "--full-steps",

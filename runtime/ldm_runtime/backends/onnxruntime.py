@@ -31,7 +31,7 @@ from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.installation import install_command
-from ldm_runtime.model import DENOISERS, UNET
+from ldm_runtime.model import DENOISERS, SHALLOW_UNET, UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
 
@@ -198,7 +198,8 @@ class OnnxRuntimeEngine:
         loaders = {name: self.open(bundle, name, precise, placement) for name in steps}
         derived = frozenset(spec.name for runs in ("request", "schedule") for spec in model.once_per(runs))
         slots = slots_of(loaders[steps[0]].spec)
-        return DeviceLoop(lambda: _loop_device(backends, loaders, derived), slots, backends[UNET].lock)
+        lock, shallow = backends[UNET].lock, SHALLOW_UNET in backends
+        return DeviceLoop(lambda: _loop_device(backends, loaders, derived), slots, lock, shallow=shallow)
 
 
 def _loop_device(
@@ -208,16 +209,22 @@ def _loop_device(
     steps = {name: loader.launcher() for name, loader in loaders.items()}
     launchers = dict(steps)
     for name in (UNET, *derived):
-        backend = backends[name].load()
-        if not isinstance(backend, DeviceBackend):
-            raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
-        launchers[name] = backend.launcher
+        launchers[name] = _launcher(backends, name)
 
     def close() -> None:
         for one in steps.values():
             one.close()
 
-    return LoopDevice(memory_of("cuda", GPU_EXTRA), launchers, derived, close)
+    return LoopDevice(
+        memory_of("cuda", GPU_EXTRA), launchers, derived, close, lambda: _launcher(backends, SHALLOW_UNET)
+    )
+
+
+def _launcher(backends: Mapping[str, LazyBackend], name: str) -> OnnxRuntimeLauncher:
+    backend = backends[name].load()
+    if not isinstance(backend, DeviceBackend):
+        raise BackendError(f"{name}: got {type(backend).__name__}, expected a component on a device")
+    return backend.launcher
 
 
 def _is_small(bundle: Bundle) -> bool:

@@ -24,7 +24,7 @@ from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.installation import install_command
-from ldm_runtime.model import UNET
+from ldm_runtime.model import SHALLOW_UNET, UNET
 from ldm_runtime.specs import check_feed, sizes_of
 
 __all__ = ["TensorRtBackend", "TensorRtEngine", "TensorRtLoader"]
@@ -145,22 +145,26 @@ class TensorRtEngine:
         steps = step_graphs(bundle.manifest.model)
         if not steps or not all(bundle.manifest.components[name].engines for name in steps):
             return None
-        matched, unet = {name: match_engine(bundle, name, "fp32") for name in steps}, backends[UNET]
+        matched = {name: match_engine(bundle, name, "fp32") for name in steps}
+
+        def launcher(name: str) -> TensorRtLauncher:
+            backend = backends[name].load()
+            if not isinstance(backend, TensorRtBackend):
+                raise BackendError(f"{name}: got {type(backend).__name__}, expected a TensorRT engine")
+            return TensorRtLauncher(backend.engine, cuda_memory(self.extra))
 
         def open_device() -> LoopDevice:
-            backend = unet.load()
-            if not isinstance(backend, TensorRtBackend):
-                raise BackendError(f"unet: got {type(backend).__name__}, expected a TensorRT engine")
-            memory = cuda_memory(self.extra)
+            unet, memory = launcher(UNET), cuda_memory(self.extra)
             engines = {name: LoadedEngine(engine) for name, engine in matched.items()}
-            launchers = {
-                name: TensorRtLauncher(engine, memory) for name, engine in {**engines, UNET: backend.engine}.items()
-            }
+            launchers = {name: TensorRtLauncher(engine, memory) for name, engine in engines.items()}
 
             def close() -> None:
                 for engine in engines.values():
                     engine.close()
 
-            return LoopDevice(memory, launchers, close=close)
+            return LoopDevice(
+                memory, {**launchers, UNET: unet}, close=close, load_shallow=lambda: launcher(SHALLOW_UNET)
+            )
 
-        return DeviceLoop(open_device, slots_of(matched[steps[0]].spec), unet.lock)
+        slots, shallow = slots_of(matched[steps[0]].spec), SHALLOW_UNET in backends
+        return DeviceLoop(open_device, slots, backends[UNET].lock, shallow=shallow)

@@ -13,11 +13,12 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.batching.batch import Batch, Member
+from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.device_batch import DeviceBatch
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.member import Member
 from ldm_runtime.denoiser import Tensors
 from ldm_runtime.device import WorkspaceCache
 from ldm_runtime.errors import BackendError, LdmError, SpecError
@@ -74,9 +75,9 @@ class ActiveBatches:
         return batch.fits(job)
 
     def _key(self, job: Job) -> _Key:
-        """The batch that a job joins: of its size, on the device if this can run its plan."""
+        """The batch that a job joins: of its size, on the device if batches there can run its plan."""
         loop, plan = self._pipeline.loop, job.plan
-        on_device = loop is not None and loop.takes(plan)
+        on_device = loop is not None and loop.takes(plan) and not plan.caches
         return plan.shape[2:], plan.guided if on_device else None
 
     def _new_batch(self, guided: bool | None) -> Batch | DeviceBatch:

@@ -1,73 +1,33 @@
-"""A batch: the requests of one image size that are denoised together, one UNet call per step."""
+"""A batch: the requests of one image size that are denoised together, in one UNet call per step.
+
+Members whose steps reuse deep features have a call of their own beside the one of the others.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.batching.call_rows import CallRows, Span, call_rows
+from ldm_runtime.batching.call_rows import Call, CallRows, Span, call_rows
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.member import Member
 from ldm_runtime.batching.state import BatchState
 from ldm_runtime.denoiser import Denoiser, Tensors
+from ldm_runtime.feature_cache import DeepFeatures
 from ldm_runtime.guidance import StepBranches, guide, rescale
 from ldm_runtime.request import Plan
-from ldm_runtime.schedulers.trajectory import Trajectory, padded_rows
+from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.start import Start
 
-__all__ = ["Batch", "Member"]
+__all__ = ["Batch"]
 
 F32 = NDArray[np.float32]
 MAX_LAYOUTS = 64
 """Layouts of UNet calls that are kept for the same members."""
-
-
-@dataclass(eq=False)
-class Member:
-    """A running request.
-
-    Attributes:
-        job: The request.
-        start: Its initial latents, noise, and what its mask keeps.
-        schedule: The UNet's schedule inputs at each step, [calls, …].
-        rows: Coefficients of its trajectory for the slots of the batch, float32 [calls, slots, slots + 3].
-        index: Index of the next step.
-        span: Its place in the batch's arrays.
-        preview: x0 as predicted at the last step, float32 [images, C, h, w], if a preview is due.
-    """
-
-    job: Job
-    start: Start
-    schedule: Tensors
-    rows: F32
-    index: int = 0
-    span: Span = field(default_factory=lambda: Span(0, 0, 0, 0))
-    preview: F32 | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """The request's plan."""
-        return self.job.plan
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """Timesteps and coefficients."""
-        return self.job.plan.trajectory
-
-    @property
-    def done(self) -> bool:
-        """True after the last step."""
-        return self.index == len(self.trajectory)
-
-    @property
-    def preview_due(self) -> bool:
-        """True if the next step ends with a preview."""
-        every = self.job.preview_every
-        return bool(every) and (self.index + 1) % every == 0 and self.index + 1 < len(self.trajectory)
 
 
 class Batch:
@@ -87,6 +47,7 @@ class Batch:
         self.members: list[Member] = []
         self._state: BatchState | None = None
         self._conditioning: Tensors = {}
+        self._features = DeepFeatures(denoiser, limits.max_rows)
         self._sample: F32 = np.empty(0, np.float32)
         self._noise: F32 = self._sample
         self._direction: F32 = self._sample
@@ -144,6 +105,7 @@ class Batch:
         for other, old in before:
             for array in self._conditioning.values():
                 array[other.span.row_slice] = array[old.row_slice]
+            self._features.move(old.row_slice, other.span.row_slice)
             self._state.move(old.image_slice, other.span.image_slice)
             self._direction[other.span.image_slice] = self._direction[old.image_slice]
         return latents
@@ -158,7 +120,7 @@ class Batch:
             member.span = Span(row, member.plan.rows, image, member.plan.images)
             row, image = row + member.plan.rows, image + member.plan.images
         self._images = image
-        self._layouts: dict[tuple[StepBranches, ...], CallRows] = {}
+        self._layouts: dict[tuple[tuple[StepBranches, bool], ...], CallRows] = {}
         counts = [member.plan.images for member in self.members]
         self._member_of_image = np.repeat(np.arange(len(counts)), counts)
         scales = [member.plan.guidance_scale for member in self.members]
@@ -168,6 +130,7 @@ class Batch:
             np.array([member.plan.guidance_rescale for member in self.members], np.float32)
         )
         self._noisy = [member for member in self.members if member.trajectory.needs_noise]
+        self._caching = any(member.plan.caches for member in self.members)
         self._reusing = any(StepBranches.REUSED in member.plan.steps for member in self.members)
         self._affine = all(member.trajectory.affine for member in self.members)
         self._scaled = any((member.trajectory.input_scale != 1).any() for member in self.members)
@@ -184,37 +147,50 @@ class Batch:
         """
         assert self._state is not None
         with counters.time("step"):
-            call = self._layout()
+            layout = self._layout()
             latents = self._state.latents[: self._images]
-            sample = np.take(self._model_input(latents), call.image, 0, self._sample[: len(call.image)], "clip")
+            model_input = self._model_input(latents)
             schedule = {
-                name: np.stack([member.schedule[name][member.index] for member in self.members])[call.member]
+                name: np.stack([member.schedule[name][member.index] for member in self.members])
                 for name in self.members[0].schedule
             }
-            conditioning = {name: array[call.conditioning] for name, array in self._conditioning.items()}
             drawing = self._noise_executor.submit(self._draw) if self._noisy else None
-        with counters.time("unet"):
-            predicted = self._denoiser(sample, schedule, conditioning)
+        parts = [self._predict(call, model_input, schedule, counters) for call in layout.calls]
+        predicted = parts[0] if len(parts) == 1 else np.concatenate(parts)
         with counters.time("noise"):
             if drawing is not None:
                 drawing.result()
         with counters.time("step"):
-            output = self._guide(predicted, call)
+            output = self._guide(predicted, layout)
             for member in self.members:
                 if member.preview_due:
                     images = member.span.image_slice
                     member.preview = member.trajectory.predict_x0(latents[images], output[images], member.index)
             self._advance(self._state, output)
+
+    def _predict(self, call: Call, model_input: F32, schedule: Tensors, counters: Counters) -> F32:
+        """The predictions of the rows that a call uses, float32 [used, C, h, w]."""
+        with counters.time("step"):
+            sample = np.take(model_input, call.image, 0, self._sample[: len(call.image)], "clip")
+            schedule = {name: array[call.member] for name, array in schedule.items()}
+            conditioning = {name: array[call.conditioning] for name, array in self._conditioning.items()}
+        with counters.time("unet"):
+            predicted = self._features.predict(
+                sample, schedule, conditioning, call.rows, shallow=call.shallow, keep=self._caching
+            )
         counters.step(call.used)
+        return predicted[: call.used]
 
     def _layout(self) -> CallRows:
-        branches = tuple(member.plan.steps[member.index] for member in self.members)
-        if branches not in self._layouts:
+        evaluated = tuple(
+            (member.plan.steps[member.index], member.plan.shallow[member.index]) for member in self.members
+        )
+        if evaluated not in self._layouts:
             if len(self._layouts) == MAX_LAYOUTS:
                 self._layouts.clear()
             spans, limits = [member.span for member in self.members], self._limits
-            self._layouts[branches] = call_rows(spans, branches, limits.padded, limits.max_rows)
-        return self._layouts[branches]
+            self._layouts[evaluated] = call_rows(spans, evaluated, limits.padded, limits.max_rows)
+        return self._layouts[evaluated]
 
     def _model_input(self, latents: F32) -> F32:
         if not self._scaled:

@@ -1,4 +1,4 @@
-"""The rows of one UNet call of a batch: which images, members and conditioning rows they belong to."""
+"""The rows of the UNet calls of a step: which images, members and conditioning rows they belong to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.guidance import StepBranches
 
-__all__ = ["CallRows", "Span", "call_rows"]
+__all__ = ["Call", "CallRows", "Span", "call_rows"]
 
 Index = NDArray[np.intp]
 
@@ -43,23 +43,43 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
-class CallRows:
-    """Layout of one UNet call. Rows beyond ``used`` are padding and repeat image 0.
+class Call:
+    """One UNet call. Rows beyond ``used`` are padding and repeat image 0.
 
     Attributes:
+        shallow: True for a call that reuses deep features.
         used: Number of rows in use.
         conditioning: Selects the conditioning rows of the call; a slice, which copies nothing, if they are contiguous.
         image, member: Image and member of each row, intp [rows].
+    """
+
+    shallow: bool
+    used: int
+    conditioning: slice | Index
+    image: Index
+    member: Index
+
+    @property
+    def rows(self) -> slice | Index:
+        """Selects the conditioning rows without padding."""
+        if isinstance(self.conditioning, slice):
+            return slice(self.conditioning.start, self.conditioning.start + self.used)
+        return self.conditioning[: self.used]
+
+
+@dataclass(frozen=True, eq=False)
+class CallRows:
+    """Layout of the UNet calls of one step: one call, or a whole and a shallow one. Rows count over both.
+
+    Attributes:
+        calls: The calls.
         conditional: For each image, its row with the conditional prediction, intp [images].
         guided: Images that are evaluated in both branches.
         unconditional: For each of ``guided``, its row with the unconditional prediction.
         reused: Images that reuse their guidance direction.
     """
 
-    used: int
-    conditioning: slice | Index
-    image: Index
-    member: Index
+    calls: tuple[Call, ...]
     conditional: Index
     guided: Index
     unconditional: Index
@@ -67,45 +87,54 @@ class CallRows:
 
 
 def call_rows(
-    spans: Sequence[Span], branches: Sequence[StepBranches], padded: Callable[[int], int], max_rows: int
+    spans: Sequence[Span],
+    evaluated: Sequence[tuple[StepBranches, bool]],
+    padded: Callable[[int], int],
+    max_rows: int,
 ) -> CallRows:
-    """Lay out a UNet call: members side by side, each with its unconditional rows first, as a pipeline orders them.
+    """Lay out a step: members side by side, each with its unconditional rows first, as a pipeline orders them.
 
     Args:
         spans: The members.
-        branches: What each member's step evaluates; one that does not evaluate both has only its conditional rows.
+        evaluated: What each member's step evaluates, and True if it reuses deep features; a member whose step does not
+            evaluate both branches has only its conditional rows.
         padded: Number of rows of a call in which so many are used.
         max_rows: Length of the conditioning arrays.
     """
-    chosen, image, member = list[int](), list[int](), list[int]()
-    conditional, guided, unconditional, reused = list[int](), list[int](), list[int](), list[int]()
-    for number, (span, evaluated) in enumerate(zip(spans, branches, strict=True)):
-        images = range(span.image, span.image + span.images)
-        both = evaluated is StepBranches.BOTH and span.rows > span.images
-        if both:
-            unconditional += range(len(image), len(image) + span.images)
-            guided += images
+    calls = list[Call]()
+    conditional = np.zeros(spans[-1].image + spans[-1].images, np.intp)
+    guided, unconditional, reused, before = list[int](), list[int](), list[int](), 0
+    for phase in (False, True):
+        chosen, image, member = list[int](), list[int](), list[int]()
+        for number, (span, (branches, shallow)) in enumerate(zip(spans, evaluated, strict=True)):
+            if shallow is not phase:
+                continue
+            images, start = range(span.image, span.image + span.images), before + len(image)
+            both = branches is StepBranches.BOTH and span.rows > span.images
+            if both:
+                unconditional += range(start, start + span.images)
+                guided += images
+                image += images
+                start += span.images
+            elif branches is StepBranches.REUSED:
+                reused += images
+            conditional[span.image_slice] = range(start, start + span.images)
             image += images
-        elif evaluated is StepBranches.REUSED:
-            reused += images
-        conditional += range(len(image), len(image) + span.images)
-        image += images
-        own = span.rows if both else span.images
-        chosen += range(span.row + span.rows - own, span.row + span.rows)
-        member += [number] * own
+            own = span.rows if both else span.images
+            chosen += range(span.row + span.rows - own, span.row + span.rows)
+            member += [number] * own
+        if chosen:
+            calls.append(_call(phase, chosen, image, member, padded(len(chosen)), max_rows))
+            before += len(chosen)
+    return CallRows(tuple(calls), conditional, _index(guided), _index(unconditional), _index(reused))
+
+
+def _call(shallow: bool, chosen: list[int], image: list[int], member: list[int], rows: int, max_rows: int) -> Call:
     used = len(chosen)
-    padding = [0] * (padded(used) - used)
-    contiguous = chosen[-1] - chosen[0] == used - 1 and chosen[0] + used + len(padding) <= max_rows
-    return CallRows(
-        used=used,
-        conditioning=slice(chosen[0], chosen[0] + used + len(padding)) if contiguous else _index(chosen + padding),
-        image=_index(image + padding),
-        member=_index(member + padding),
-        conditional=_index(conditional),
-        guided=_index(guided),
-        unconditional=_index(unconditional),
-        reused=_index(reused),
-    )
+    padding = [0] * (rows - used)
+    contiguous = chosen[-1] - chosen[0] == used - 1 and chosen[0] + rows <= max_rows
+    conditioning = slice(chosen[0], chosen[0] + rows) if contiguous else _index(chosen + padding)
+    return Call(shallow, used, conditioning, _index(image + padding), _index(member + padding))
 
 
 def _index(values: list[int]) -> Index:

@@ -8,11 +8,11 @@ from concurrent.futures import Executor
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_runtime.batching.batch import Member
 from ldm_runtime.batching.call_rows import Span
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
+from ldm_runtime.batching.member import Member
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device import Call, Workspace, WorkspaceCache
 from ldm_runtime.device_loop import GUIDED_STEP, STEP, DeviceLoop
@@ -23,6 +23,7 @@ from ldm_runtime.device_run import (
     NEXT_SAMPLE,
     NOISE,
     coefficients,
+    outputs_of,
     state_tensors,
 )
 from ldm_runtime.guidance import guide
@@ -113,13 +114,15 @@ class DeviceBatch:
         if capacity == self._capacity:
             return
         rows = self._branches * capacity
-        dtypes = {tensor.name: tensor.dtype for tensor in self._device.launchers[UNET].spec.inputs}
+        unet = self._device.launchers[UNET].spec
+        dtypes = {tensor.name: tensor.dtype for tensor in unet.inputs}
         tensors = state_tensors((capacity, *shape), rows, self._slots)
         for name, array in conditioning.items():
             tensors[name] = (rows, *array.shape[1:]), dtypes[name]
         for name, array in schedule.items():
             tensors[name] = (rows, *array.shape[1:]), dtypes[name]
             tensors[f"{name}.calls"] = (capacity, TABLE_CALLS, *array.shape[1:]), dtypes[name]
+        tensors |= outputs_of(unet, tensors)
         calls = {name: Call(self._device.launchers[name], {}) for name in (UNET, self._step)}
         label = f"batch of {capacity} images in {rows} rows of {'×'.join(map(str, shape))}"
         key = (self._step, *sorted(tensors.items()))

@@ -66,9 +66,9 @@ def _last_joins(graph: ir.Graph) -> Iterator[ir.Node]:
         if node.op_type != "Concat" or node.attributes.get_int("axis") != 1 or len(node.inputs) != 2:
             continue
         shapes = [value.shape for value in node.inputs if value is not None and value.producer() is not None]
-        if len(shapes) == 2 and all(shape is not None and len(shape) == 4 for shape in shapes):
-            if result is not None and all(shape[2:] == result[2:] for shape in shapes if shape is not None):
-                yield node
+        known = [shape for shape in shapes if shape is not None and len(shape) == 4]
+        if len(known) == 2 and result is not None and all(shape[2:] == result[2:] for shape in known):
+            yield node
 
 
 def shallow_unet(model: ir.Model) -> ir.Model:
