@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +28,8 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
+    _weights: dict[str, VerifiedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Files of external weights that were checked; graphs may share them, and they are large."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -98,7 +101,15 @@ class Bundle:
         graph = self.verified(name)
         weights = dict.fromkeys([weights_file(name), *self._external(name)])
         files = [file for file in weights if file in self.manifest.files]
-        return replace(graph, beside=tuple(map(self.verified, files)))
+        return replace(graph, beside=tuple(map(self._verified_weights, files)))
+
+    def _verified_weights(self, name: str) -> VerifiedFile:
+        """As ``verified``; the digest is computed again only if the file has changed since."""
+        with suppress(KeyError, ManifestError):
+            self._weights[name].check()
+            return self._weights[name]
+        self._weights[name] = self.verified(name)
+        return self._weights[name]
 
     def _external(self, name: str) -> list[str]:
         """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""

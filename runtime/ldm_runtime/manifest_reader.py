@@ -181,11 +181,14 @@ def _latents(entry: dict[str, Any]) -> Latents:
 
 def _defaults(entry: dict[str, Any]) -> Defaults:
     steps = require_integer("defaults.num_inference_steps", entry.get("num_inference_steps"), 1, MAX_STEPS)
-    for name in ("eta", "guidance_scale"):
+    entry = {"full_share": Defaults.full_share, **entry}  # bundles without a shallow UNet do not say it
+    for name in ("eta", "guidance_scale", "full_share"):
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_STEPS:
             raise ManifestError(f"defaults.{name}: got {value!r:.40}, expected a number; rebuild the bundle")
-    return Defaults(steps, float(entry["eta"]), float(entry["guidance_scale"]))
+    if not 0 <= entry["full_share"] <= 1:
+        raise ManifestError(f"defaults.full_share: got {entry['full_share']}, expected 0 to 1; rebuild the bundle")
+    return Defaults(steps, float(entry["eta"]), float(entry["guidance_scale"]), float(entry["full_share"]))
 
 
 def _graphs(where: str, value: Any) -> dict[str, str]:

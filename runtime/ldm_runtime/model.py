@@ -62,11 +62,19 @@ class Latents:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Sampling options used where a request leaves them out: denoising steps, DDIM's eta, guidance scale (1: off)."""
+    """Sampling options used where a request leaves them out.
+
+    Attributes:
+        num_inference_steps: Denoising steps.
+        eta: DDIM's eta.
+        guidance_scale: Guidance scale; 1 turns guidance off.
+        full_share: Share of the UNet calls, at the start, that compute the whole UNet although features are cached.
+    """
 
     num_inference_steps: int = 50
     eta: float = 0.0
     guidance_scale: float = 1.0
+    full_share: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from ldm_runtime.timesteps import model_timesteps, timestep_dtype
 __all__ = ["Planner"]
 
 MAX_COUNT = 4096
-INITIAL = 5
 MAX_VALUES = 2**30
 """Most values of the images or the latents of one call, 4 GiB as float32. Sizes come from callers and from a bundle's
 axes, and a typing error or a hostile bundle must not exhaust the memory."""
@@ -101,7 +100,8 @@ class Planner:
 
     def _shallow(self, request: Request, evaluated: Sequence[StepBranches]) -> tuple[bool, ...]:
         """The UNet calls that reuse deep features; SpecError if the bundle has no graph for them."""
-        shallow = shallow_calls(request.cache_every, request.full_steps, INITIAL, evaluated)
+        initial = round(self.model.defaults.full_share * len(evaluated))
+        shallow = shallow_calls(request.cache_every, request.full_steps, initial, evaluated)
         if any(shallow) and SHALLOW_UNET not in self.model.components:
             name = "full_steps" if request.cache_every == 1 else "cache_every"
             raise SpecError(

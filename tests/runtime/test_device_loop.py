@@ -140,7 +140,7 @@ def test_keys_values_and_embeddings_may_be_half_precision(tmp_path: Path) -> Non
         "sample": "float32",
         "kv.0": "float16",
         "time_embedding": "float16",
-            "noise_pred": "float32",
+        "noise_pred": "float32",
         "deep_features": "float32",
     }
     looped.loop = DeviceLoop(lambda: host_device(graphs, half=True))

@@ -14,7 +14,7 @@ from ldm_export.requests import RequestFields
 from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.conditioning import StartImageConditioner
 from ldm_runtime.errors import SpecError
-from ldm_runtime.model import DECODER, LATENTS, SAMPLE, TIMESTEP, UNET
+from ldm_runtime.model import DECODER, DEEP_FEATURES, LATENTS, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
@@ -62,10 +62,10 @@ class _Recorder(SpecBackend):
 def real_feeds(
     pipeline: LatentDiffusionPipeline, files: Callable[[str], Path], requests: Sequence[RequestFields]
 ) -> RealFeeds:
-    """Run all components of a pipeline except the UNet and the decoder, and collect the inputs of all components.
+    """Run all components of a pipeline except the denoisers and the decoder, and collect the inputs of all components.
 
-    Image ``i`` has the seed ``i``. The UNet's samples and the decoder's latents are standard normal noise; timesteps
-    run from the start of a schedule to its end.
+    Image ``i`` has the seed ``i``. The UNet's samples, deep features and the decoder's latents are standard normal
+    noise; timesteps run from the start of a schedule to its end.
 
     Args:
         pipeline: The pipeline; it is not modified.
@@ -103,6 +103,12 @@ def real_feeds(
     encoders = [feeds[entry.component] for entry in model.conditioning if entry.component in feeds]
     whole = {name: array for feed in (*encoders, _joined(sources)) for name, array in feed.items()}
     feeds |= {UNET: _joined(rows), DECODER: {LATENTS: whole[LATENTS]}}
+    if SHALLOW_UNET in model.components:
+        inputs = model.components[SHALLOW_UNET].inputs
+        sample, channels = feeds[UNET][SAMPLE], {tensor.name: tensor.bounds("opt")[1] for tensor in inputs}
+        features = rng.standard_normal((len(sample), channels[DEEP_FEATURES], *sample.shape[2:])).astype(np.float32)
+        known = {**feeds[UNET], DEEP_FEATURES: features}
+        feeds[SHALLOW_UNET] = {tensor.name: known[tensor.name] for tensor in inputs}
     return RealFeeds({name: feeds[name] for name in model.components if name in feeds}, whole)
 
 

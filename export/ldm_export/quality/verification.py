@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 __all__ = ["ImageResult", "Verification", "verify"]
 
 MAX_REQUESTS = 1000
-_SHARED = ("seed", "num_inference_steps", "eta", "guidance_scale")
+_DEFAULTS = ("num_inference_steps", "eta", "guidance_scale")
+_SHARED = ("seed", *_DEFAULTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class Verification:
                 {"request": dict(p.fields), "seed": p.request["seed"], "max_pixel": p.max_pixel, "psnr": p.psnr}
                 for p in self.images
             ],
-            "settings": {"precision": self.precision, **asdict(self.defaults)},
+            "settings": {"precision": self.precision, **{name: getattr(self.defaults, name) for name in _DEFAULTS}},
             "tolerance": asdict(self.tolerance),
             "within_tolerance": not self.failures,
         }
@@ -145,7 +146,7 @@ def verify(
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
     defaults = bundle.manifest.defaults
     if steps is not None:
-        defaults = Defaults(steps, defaults.eta, defaults.guidance_scale)
+        defaults = replace(defaults, num_inference_steps=steps)
     with _open(bundle, precision) as ours:
         requests = with_start_images(ours, requests, defaults.num_inference_steps)
         total = len(family.components) + len(requests)
@@ -158,9 +159,8 @@ def verify(
         images: list[ImageResult] = []
         for seed, request in enumerate(requests):
             on_progress("images", len(components) + seed, total)
-            images.append(
-                _image(ours, family, theirs, {**asdict(defaults), "seed": seed, **ours.example(request), **request})
-            )
+            options = {name: getattr(defaults, name) for name in _DEFAULTS}
+            images.append(_image(ours, family, theirs, {**options, "seed": seed, **ours.example(request), **request}))
         on_progress("images", total, total)
     return Verification(bundle.folder.name, precision, defaults, tolerance, tuple(components), tuple(images))
 
