@@ -26,8 +26,8 @@ MAX_EVERY = 1000
 def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[StepBranches]) -> tuple[bool, ...]:
     """Decide, for each UNet call, whether it computes the shallow layers only.
 
-    A call that evaluates both branches of guidance computes the whole UNet if the last whole one did not evaluate both,
-    so that the guidance direction never mixes features of different calls.
+    Each branch of guidance has deep features of its own, those of the last whole call that has evaluated it. A call
+    that evaluates a branch for the first time computes the whole UNet.
 
     Args:
         every: Compute the whole UNet at every N-th call; 1 for each. Calls are counted, so a scheduler with two calls
@@ -52,13 +52,10 @@ def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[Ste
             raise SpecError(f"full_steps: got a list beside cache_every {every}; a list replaces it, leave one out")
         listed = {integer("full_steps", index, 0, len(steps) - 1) for index in np.asarray(full_steps, object).ravel()}
         whole = [index in listed or index == 0 for index in range(len(steps))]
-    shallow, both_cached = list[bool](), False
-    for index, evaluated in enumerate(steps):
-        both = evaluated is StepBranches.BOTH
-        shallow.append(not whole[index] and (both_cached or not both))
-        if not shallow[-1]:
-            both_cached = both
-    return tuple(shallow)
+    both = [evaluated is StepBranches.BOTH for evaluated in steps]
+    if any(both):
+        whole[both.index(True)] = True
+    return tuple(not computed for computed in whole)
 
 
 class DeepFeatures:
