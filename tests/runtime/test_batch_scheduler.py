@@ -26,6 +26,8 @@ MIXED = [
     Request("c", seed=9, num_inference_steps=8, images_per_prompt=2, height=16, width=12),
     Request("x", seed=10, guidance_scale=6.0, guidance_every=2),
     Request("y", seed=11, guidance_scale=6.0, guidance_interval=(0.3, 0.7), eta=0.5),
+    Request("z", seed=12, guidance_scale=6.0, num_inference_steps=9, cache_every=3),
+    Request("x", seed=13, guidance_scale=6.0, num_inference_steps=8, cache_every=2, full_steps=1, guidance_every=3),
 ]
 
 

@@ -74,7 +74,7 @@ class CallRows:
     Attributes:
         calls: The calls.
         conditional: For each image, its row with the conditional prediction, intp [images].
-        guided: Images that are evaluated in both branches.
+        guided: Images that are evaluated in both branches, ascending.
         unconditional: For each of ``guided``, its row with the unconditional prediction.
         reused: Images that reuse their guidance direction.
     """
@@ -126,7 +126,8 @@ def call_rows(
         if chosen:
             calls.append(_call(phase, chosen, image, member, padded(len(chosen)), max_rows))
             before += len(chosen)
-    return CallRows(tuple(calls), conditional, _index(guided), _index(unconditional), _index(reused))
+    order = np.argsort(guided, kind="stable")
+    return CallRows(tuple(calls), conditional, _index(guided)[order], _index(unconditional)[order], _index(reused))
 
 
 def _call(shallow: bool, chosen: list[int], image: list[int], member: list[int], rows: int, max_rows: int) -> Call:

@@ -37,6 +37,8 @@ FIELDS: dict[str, Callable[[Random], Any]] = {
     "mask": lambda random: random.choice((Image.new("L", (8, 8)), np.zeros((8, 8), bool))),
     "guidance_interval": lambda random: random.choice(((0, 1), (0.2, 0.4), [0.5, 0.5], (1, 0), (0,))),
     "guidance_every": lambda random: random.choice((1, 2, 5)),
+    "cache_every": lambda random: random.choice((1, 2, np.int32(5))),
+    "full_steps": lambda random: random.choice((0, 2, [0, 2], np.array([1]), [5, 0], None)),
 }
 SUBMISSIONS: dict[str, Callable[[Random], Any]] = {
     "priority": lambda random: random.choice((0, 2, 4, 5)),
@@ -45,7 +47,17 @@ SUBMISSIONS: dict[str, Callable[[Random], Any]] = {
 }
 EXTREME = (10**5000, -(10**5000), 10**400, object(), float, np.array(["a"], object), np.zeros((3, 0)), np.nan, 1j)
 TENSORS = ("COUNT", "ETA", "GUIDANCE", "STEPS", "HEIGHT", "WIDTH", "NEGATIVE_PROMPT", "SEED", "INPUT_IMAGE", "MASK")
-TENSORS += ("LABEL", "IMAGES_PER_PROMPT", "GUIDANCE_EVERY", "GUIDANCE_INTERVAL", "PROMPT", "PRIORITY", "TIMEOUT")
+TENSORS += (
+    "LABEL",
+    "IMAGES_PER_PROMPT",
+    "GUIDANCE_EVERY",
+    "GUIDANCE_INTERVAL",
+    "CACHE_EVERY",
+    "FULL_STEPS",
+    "PROMPT",
+    "PRIORITY",
+    "TIMEOUT",
+)
 DTYPES = (np.int32, np.int64, np.float32, np.uint8, np.bool_)
 
 

@@ -1,0 +1,111 @@
+"""Cached features: the time they save, and their effect on the demo model's images.
+
+Measures PSNR against the images without caching, and seconds for an image. All settings of a bundle take turns, image
+by image. Give one bundle for each number of layers in the shallow UNet (``build --feature-cache``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldm_export_demo.grader import grade
+from ldm_export_demo.grammar import held_out_prompts, parse
+from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
+from ldm_runtime.images import psnr
+from ldm_runtime.model import SHALLOW_UNET, UNET
+from ldm_runtime.specs import dummy_inputs
+
+SETTINGS = (
+    (1, 0, 1),
+    *((every, full, 1) for every in (2, 3, 5) for full in (0, 5, 10)),
+    *((every, 5, guidance) for every, guidance in ((3, 3), (3, 2), (5, 2))),
+    (1, 0, 3),
+)
+"""cache_every, full_steps and guidance_every. The first is the reference."""
+OPTIONS: dict[str, Any] = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
+CALLS = 20
+"""Calls of the UNet and of the shallow one that are timed, in turns."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, nargs="+", default=[Path("build/shapes")])
+    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    bundles = [measure(Bundle.open(path), args.images) for path in args.bundle]
+    for bundle in bundles:
+        table = Table("cache_every", "full_steps", "guidance_every", "faster", "PSNR dB: mean", "worst", "correct")
+        for row in bundle["rows"]:
+            decibels = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "worst_psnr"))
+            numbers = (str(row[name]) for name in ("cache_every", "full_steps", "guidance_every"))
+            table.add_row(*numbers, f"{row['faster']:.2f}", *decibels, f"{row['correct']:.0%}")
+        layers, cost = bundle["layers"], bundle["cost_of_shallow_call"]
+        Console().print(f"{layers} layers in the shallow UNet, whose call takes {cost:.2f} of the UNet's", table)
+    if args.json:
+        document = {"images": args.images, **OPTIONS, "tools": {"openvino": version("openvino")}, "bundles": bundles}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measure(bundle: Bundle, images: int) -> dict[str, Any]:
+    """Return the figures of a bundle."""
+    prompts = held_out_prompts(images // 2, images - images // 2)
+    seconds: list[list[float]] = [[] for _ in SETTINGS]
+    found: list[list[np.ndarray]] = [[] for _ in SETTINGS]
+    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="openvino") as pipeline:
+        cost = cost_of_shallow_call(pipeline)
+        for seed, prompt in enumerate(track(prompts, bundle.folder.name, console=Console(stderr=True))):
+            for number, (every, full, guidance) in enumerate(SETTINGS):
+                options = OPTIONS | {"cache_every": every, "full_steps": full, "guidance_every": guidance}
+                started = time.perf_counter()
+                (image,) = pipeline(prompt, seed=seed, **options).images
+                seconds[number].append(time.perf_counter() - started)
+                found[number].append(np.asarray(image))
+    rows = []
+    for (every, full, guidance), times, own in zip(SETTINGS, seconds, found, strict=True):
+        pairs = zip(own, found[0], strict=True)
+        decibels = [one for one in (psnr(a.astype(float), b.astype(float), 255.0) for a, b in pairs) if one is not None]
+        correct = [grade(image, parse(text)).correct for image, text in zip(own, prompts, strict=True)]
+        rows.append(
+            {
+                "cache_every": every,
+                "full_steps": full,
+                "guidance_every": guidance,
+                "faster": float(np.median(np.divide(seconds[0], times))),
+                "seconds": float(np.median(times)),
+                "mean_psnr": float(np.mean(decibels)) if decibels else None,
+                "worst_psnr": float(np.min(decibels)) if decibels else None,
+                "correct": float(np.mean(correct)),
+            }
+        )
+    layers = bundle.manifest.request["feature_cache"]
+    return {"bundle": bundle.folder.name, "layers": layers, "cost_of_shallow_call": cost, "rows": rows}
+
+
+def cost_of_shallow_call(pipeline: LatentDiffusionPipeline) -> float:
+    """Return the time of a call of the shallow UNet as a share of the UNet's, for one guided image."""
+    pipeline("a red circle", **OPTIONS | {"num_inference_steps": 4, "cache_every": 2, "full_steps": 0})
+    plan = pipeline.plan(Request("a red circle", **OPTIONS))
+    times: dict[str, list[float]] = {UNET: [], SHALLOW_UNET: []}
+    for call in range(CALLS):
+        for name, taken in times.items():
+            feed = dummy_inputs(pipeline.model.components[name], "opt", seed=call)
+            assert len(feed["sample"]) == plan.rows
+            started = time.perf_counter()
+            pipeline.backends[name].run(feed)
+            taken.append(time.perf_counter() - started)
+    return float(np.median(np.divide(times[SHALLOW_UNET], times[UNET])))
+
+
+if __name__ == "__main__":
+    main()
