@@ -21,7 +21,7 @@ from ldm_runtime.errors import BackendError
 from ldm_runtime.model import Latents, ModelDescription
 from tests.support.small_bundle import SPECS, write_small_bundle
 
-PER_BATCH = ("cross_attention_kv", "unet", "decoder", "image")
+PER_BATCH = ("cross_attention_kv", "unet", "shallow_unet", "decoder", "image")
 """Parts whose work depends on the batch size, in the order of the manifest."""
 FAST = ("--steps", "2", "--runs", "2", "--threads", "1")
 
@@ -42,7 +42,7 @@ def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> No
     assert list(facts["combinations"]) == names
     assert [part["choice"]["backend"] for part in facts["combinations"].values()] == ["onnxruntime", "openvino"]
     measures = facts["measures"]
-    first = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder", "image")
+    first = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder", "image")
     parts = [*((part, 1) for part in first), *((part, 2) for part in PER_BATCH)]
     assert [(m["part"], m["batch"], m["combination"]) for m in measures] == [
         (*p, name) for p in parts for name in names

@@ -26,8 +26,11 @@ from tests.support.configs_only import write_configs
 
 TRACED = ("text_encoder", "unet", "decoder", "step", "guided_step")
 SPLIT = ("cross_attention_kv", "time_embedding")
+SHALLOW = "unet/fp32.shallow.onnx"
 VARIANTS = {name: f"{name}/fp32.onnxruntime-cpu.onnx" for name in ("unet", "decoder")}
-STAGES = {"tokenizer", *(f"{name}.fp32.onnxruntime-cpu" for name in VARIANTS), *(f"{name}.fp32" for name in TRACED)}
+VARIANTS["shallow_unet"] = "unet/fp32.shallow-onnxruntime-cpu.onnx"
+STAGES = {"tokenizer", *(f"{name}.fp32.onnxruntime-cpu" for name in VARIANTS)}
+STAGES |= {f"{name}.fp32" for name in (*TRACED, "shallow_unet")}
 NOTES = {"manifest.json", "build-log.json"}
 
 
@@ -73,7 +76,7 @@ def texts(value: Any) -> Iterator[str]:
 def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     bundle.check()
-    graphs = {f"{name}/fp32.onnx" for name in (*TRACED, *SPLIT)} | set(VARIANTS.values())
+    graphs = {f"{name}/fp32.onnx" for name in (*TRACED, *SPLIT)} | {SHALLOW, *VARIANTS.values()}
     assert set(bundle.manifest.files) == graphs | {"decoder/fp32.onnx.data", "tokenizer.json"}
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
@@ -86,6 +89,7 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> Non
         "checkpoint": "tiny",
         "precision": "fp32",
         "quantize": ["unet", "decoder", "text_encoder"],
+        "feature_cache": 1,
         "checkpoint_sha256": digest,
     }
     assert re.fullmatch("[0-9a-f]{64}", digest)
@@ -95,7 +99,8 @@ def test_the_manifest_describes_the_model(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert manifest.family == "text_to_image"
     assert list(manifest.components) == [
-        *("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder", "step", "guided_step")
+        *("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder"),
+        *("step", "guided_step"),
     ]
     runs = {name: component.spec.runs for name, component in manifest.components.items()}
     assert runs == dict.fromkeys(runs, "step") | {
@@ -152,8 +157,8 @@ def change_word(tokenizer: Path, old: str, new: str) -> None:
             "unet/diffusion_pytorch_model.safetensors",
             change_weight,
             ("conv_in.bias",),
-            {"unet.fp32", "unet.fp32.onnxruntime-cpu"},
-            {"unet/fp32.onnx", VARIANTS["unet"]},
+            {f"{name}.fp32{variant}" for name in ("unet", "shallow_unet") for variant in ("", ".onnxruntime-cpu")},
+            {"unet/fp32.onnx", SHALLOW, VARIANTS["unet"], VARIANTS["shallow_unet"]},
         ),
     ],
     ids=["tokenizer", "text_encoder", "unet"],

@@ -21,7 +21,7 @@ from ldm_runtime.bundle_layout import MANIFEST as NAME
 from tests.support.checkpoints import random_checkpoint
 from tests.support.configs_only import write_configs
 
-COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
 ALL = (*COMPONENTS, "step", "guided_step")
 STEPS = ("--steps", "2", "--seed", "7", "--threads", "1")
 PROMPT = "a red circle left of the blue square"
@@ -53,8 +53,8 @@ def test_build_from_configs_alone_then_a_image(place, capfd) -> None:
     output = json.loads(out)
     assert err == "" and set(output) == {"bundle", "bytes", "made", "seconds"}
     assert output["bundle"] == "sub/bundle"
-    graphs = ("text_encoder", "unet", "decoder", "step", "guided_step")
-    rewritten = (f"{name}.fp32.onnxruntime-cpu" for name in ("unet", "decoder"))
+    graphs = ("text_encoder", "unet", "shallow_unet", "decoder", "step", "guided_step")
+    rewritten = (f"{name}.fp32.onnxruntime-cpu" for name in ("unet", "shallow_unet", "decoder"))
     assert sorted(output["made"]) == sorted(["tokenizer", *rewritten, *(f"{name}.fp32" for name in graphs)])
     built = Bundle.open(place / "sub/bundle")
     built.check()
@@ -68,7 +68,7 @@ def test_build_from_configs_alone_then_a_image(place, capfd) -> None:
 def test_build_keeps_valid_files_and_rebuilds_damaged_ones(tiny_checkpoint, bundle_copy, capfd) -> None:
     before = (bundle_copy / NAME).read_bytes()
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)
-    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 11 files\n", out)
+    assert re.fullmatch(rf"{bundle_copy}: [\d.]+ MB, 13 files\n", out)
     assert re.fullmatch(r"nothing to do, the bundle is complete; \d+ s\n", err)
     (bundle_copy / "tokenizer.json").write_bytes(b"{}")
     out, err = run(capfd, "build", tiny_checkpoint, "-o", bundle_copy)

@@ -24,7 +24,7 @@ from ldm_runtime.engine_facts import EngineFacts
 from ldm_runtime.errors import BackendError, BuildError, SpecError
 from ldm_runtime.specs import dummy_inputs
 
-COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
 
 
 @pytest.fixture(scope="module")

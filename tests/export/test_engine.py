@@ -31,7 +31,7 @@ from ldm_runtime.errors import BackendError, BuildError
 from ldm_runtime.installation import install_command
 from tests.support.bundles import CAPABILITIES, ENGINES
 
-COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
 
 
 def has_gpu() -> bool:

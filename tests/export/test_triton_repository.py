@@ -24,7 +24,7 @@ from ldm_runtime.triton.parameters import ModelParameters
 from ldm_runtime.triton.tensors import input_fields, output_fields
 from tests.support.numpy_model import description
 
-COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
+COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
 
 
 def write(bundle: Path, repository: Path, *options: object) -> int:

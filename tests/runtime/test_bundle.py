@@ -23,6 +23,7 @@ from tests.support.snapshot import contents
 
 FILES = (
     *("tokenizer.json", "decoder/fp32.onnx.data"),
+    *("unet/fp32.shallow.onnx", "unet/fp32.shallow-onnxruntime-cpu.onnx"),
     *(f"{name}/fp32.onnxruntime-cpu.onnx" for name in ("unet", "decoder")),
     *(f"{name}/fp32.onnx" for name in ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")),
     *("step/fp32.onnx", "guided_step/fp32.onnx"),
