@@ -75,7 +75,7 @@ def test_the_image_is_close_to_that_of_fp32(half_bundle: Bundle) -> None:
     assert psnr(first_image(half_bundle, "fp32"), first_image(half_bundle, "fp16")) >= 45
 
 
-@pytest.mark.parametrize("name", (*COMPONENTS, "shallow_unet"))
+@pytest.mark.parametrize("name", [*COMPONENTS, "shallow_unet"])
 def test_all_matrix_work_and_all_its_weights_are_half(half_bundle: Bundle, name: str) -> None:
     graph = ir.load(half_bundle.graph(name, "fp16")).graph
     work = [node for node in graph if node.op_type in MATRIX]
@@ -95,7 +95,7 @@ def test_statistics_and_softmax_are_fp32(half_bundle: Bundle, name: str) -> None
         assert {value.dtype for value in (*node.inputs, *node.outputs) if value} == {ir.DataType.FLOAT}, node.name
 
 
-@pytest.mark.parametrize("name", (*COMPONENTS, "shallow_unet"))
+@pytest.mark.parametrize("name", [*COMPONENTS, "shallow_unet"])
 def test_types_are_consistent_and_no_cast_stands_twice(half_bundle: Bundle, name: str) -> None:
     path = half_bundle.graph(name, "fp16")
     onnx.checker.check_model(str(path), full_check=True)
