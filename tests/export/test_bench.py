@@ -58,6 +58,19 @@ def test_two_backends_in_one_run(tiny_bundle: Path, tmp_path: Path, capfd) -> No
     assert {*names, "images a second", "unet × 2", "decoder"} <= texts
 
 
+def test_quality_names_the_fastest_setting_within_the_bound(tiny_bundle: Path, capfd) -> None:
+    options = ("--quality", "--backend", "onnxruntime", "--steps", "4", "--runs", "1", "--threads", "1", "--json")
+    out, err = run(capfd, "bench", tiny_bundle, *options, "--min-psnr", "30")
+    facts = json.loads(out)
+    settings = [(one["steps"], one["cache_every"], one["guidance_every"]) for one in facts["settings"]]
+    assert err == "" and settings == [(n, c, g) for n in (4, 2) for c in (1, 2, 3, 5) for g in (1, 3)]
+    reference, *others = facts["settings"]
+    assert reference["worst_psnr"] is None and all(one["precision"] == "fp32" for one in facts["settings"])
+    assert sum(one["worst_psnr"] is not None for one in others) > 10
+    allowed = [one for one in facts["settings"] if one["worst_psnr"] is None or one["worst_psnr"] >= 30]
+    assert facts["best"] == min(allowed, key=lambda one: one["seconds"])
+
+
 def test_an_unconditional_model_is_timed_by_its_number_of_images(tmp_path: Path) -> None:
     write_small_bundle(tmp_path / "bundle")
     calls: list[str] = []

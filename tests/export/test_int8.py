@@ -129,3 +129,21 @@ def test_weights_beside_the_graph_in_a_file_of_several_links(calibrated: Bundle,
     insert_qdq(model, calibration.tensors, calibration.chosen)
     save_graph(model, tmp_path / "int8.onnx")
     assert (tmp_path / "int8.onnx").read_bytes() == calibrated.graph("unet", "int8").read_bytes()
+
+
+def test_the_shallow_graph_computes_with_the_weights_and_scales_of_the_whole_one(calibrated: Bundle) -> None:
+    whole, shallow = (load_graph(calibrated.graph(name, "int8")).graph for name in ("unet", "shallow_unet"))
+    assert sum(node.op_type == "DequantizeLinear" for node in shallow) > 10
+    for name, value in shallow.initializers.items():
+        assert value.const_value is not None and whole.initializers[name].const_value is not None
+        assert np.array_equal(value.const_value.numpy(), whole.initializers[name].const_value.numpy())
+    specs = calibrated.manifest.components
+    feed = dummy_inputs(specs["unet"].spec)
+    sessions = [
+        onnxruntime.InferenceSession(str(calibrated.graph(name, "int8")), providers=["CPUExecutionProvider"])
+        for name in ("unet", "shallow_unet")
+    ]
+    expected, feed["deep_features"] = sessions[0].run(["noise_pred", "deep_features"], feed)
+    names = [tensor.name for tensor in specs["shallow_unet"].spec.inputs]
+    (result,) = sessions[1].run(None, {name: feed[name] for name in names})
+    assert exact(result, expected) > 30

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ldm_export.screen import Screen, human_bytes
+from ldm_export.verbs.bench_quality import add_quality_arguments, run_quality
 from ldm_export.verbs.options import PRECISIONS, real_number, unwritten, whole_number
 from ldm_runtime.atomic_files import destination, write_whole
 from ldm_runtime.backends.registry import BACKEND_NAMES
@@ -45,13 +46,18 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", choices=DEVICES, default="auto", help="device to run on (default auto)")
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument("-o", "--output", type=Path, metavar="SVG", help="file to write a chart to")
+    add_quality_arguments(verb)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export bench``."""
+    if args.quality:
+        return run_quality(args, screen)
     from ldm_export.bench.bench_results import BenchSettings, Combination
     from ldm_export.bench.benchmark import benchmark
 
+    if args.min_psnr is not None:
+        raise BuildError("--min-psnr: got it without --quality; add --quality")
     if args.output:
         _check(args.output)
     settings = BenchSettings(
