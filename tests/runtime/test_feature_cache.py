@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,8 +17,10 @@ from ldm_runtime.batching.batch import Batch
 from ldm_runtime.batching.counters import Counters
 from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
-from ldm_runtime.errors import SpecError
-from tests.support.numpy_model import SCHEDULERS, numpy_pipeline
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.model import check_model
+from ldm_runtime.specs import TensorSpec
+from tests.support.numpy_model import SCHEDULERS, description, numpy_pipeline
 
 OPTIONS: dict[str, Any] = {"seed": 0, "guidance_scale": 3.0, "num_inference_steps": 10}
 
@@ -131,3 +134,26 @@ def test_a_bundle_without_a_shallow_unet_says_how_to_build_one(pipeline: LatentD
         assert str(refused.value).startswith(f"{got}, but this bundle has no shallow_unet")
         assert "`ldm-export build CHECKPOINT -o BUNDLE --feature-cache 1`" in str(refused.value)
     assert not planner.plan(Request("a", **OPTIONS | {"cache_every": 1})).caches
+
+
+def test_a_shallow_unet_takes_what_its_unet_takes_and_returns() -> None:
+    model = description()
+    check_model(model)
+    shallow, unet = model.components["shallow_unet"], model.components["unet"]
+    other = TensorSpec("other", "float32", unet.inputs[0].shape)
+    for changed, message in (
+        ({"unet": replace(unet, outputs=unet.outputs[:1])}, "unet: outputs: got"),
+        ({"shallow_unet": replace(shallow, inputs=shallow.inputs[:-1])}, "shallow_unet: got"),
+        ({"shallow_unet": replace(shallow, outputs=(other,))}, "shallow_unet: got"),
+        ({"shallow_unet": replace(shallow, inputs=(*shallow.inputs, other))}, "input 'other' comes from nowhere"),
+        (
+            {"shallow_unet": replace(shallow, inputs=(replace(shallow.inputs[0], dtype="int32"), *shallow.inputs[1:]))},
+            "shallow_unet: input sample: int32 [batch, 4, height, width] is none of the UNet's",
+        ),
+    ):
+        with pytest.raises(ManifestError, match=re.escape(message)):
+            check_model(replace(model, components=dict(model.components) | changed))
+    without = {name: spec for name, spec in model.components.items() if name != "shallow_unet"}
+    with pytest.raises(ManifestError, match="expected noise_pred as float32"):
+        check_model(replace(model, components=without))
+    check_model(replace(model, components=without | {"unet": replace(unet, outputs=unet.outputs[:1])}))
