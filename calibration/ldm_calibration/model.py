@@ -32,8 +32,10 @@ SAMPLING_FIELDS = {
     "num_inference_steps",
     "images_per_prompt",
     "latents",
+    "cache_every",
+    "full_steps",
 }
-"""Fields of ``Request`` that the calibration sets itself, or that are not JSON-able."""
+"""Fields of ``Request`` that the calibration sets itself or does not use, or that are not JSON-able."""
 _MERGED = "prompts"
 
 
