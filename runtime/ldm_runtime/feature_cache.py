@@ -26,14 +26,17 @@ MAX_EVERY = 1000
 def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[StepBranches]) -> tuple[bool, ...]:
     """Decide, for each UNet call, whether it computes the shallow layers only.
 
-    Each branch of guidance has deep features of its own, those of the last whole call that has evaluated it. A call
-    that evaluates a branch for the first time computes the whole UNet.
+    Each branch of guidance has deep features of its own, those of the last whole call that has evaluated it. Both must
+    be of the same call, because guidance multiplies their difference. Therefore a whole call that is due where the
+    guidance direction is reused waits for the next call that evaluates both branches, and such a call is whole if the
+    last whole one has evaluated one branch.
 
     Args:
         every: Compute the whole UNet at every N-th call; 1 for each. Calls are counted, so a scheduler with two calls
             per step reuses features within a step.
         full_steps: Number of calls at the start that compute the whole UNet, because they decide on the layout of the
-            image; None for ``initial``. Or the indices of all such calls, instead of ``every``.
+            image; None for ``initial``. Or the indices of all such calls, instead of ``every``; the first call, and the
+            first that evaluates both branches, are whole too.
         initial: Number of these calls if ``full_steps`` is None.
         steps: What each UNet call evaluates.
 
@@ -44,18 +47,32 @@ def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[Ste
         SpecError: A value cannot be used.
     """
     every = integer("cache_every", every, 1, MAX_EVERY)
-    if full_steps is None or not isinstance(full_steps, list | tuple | np.ndarray):
-        first = max(1, integer("full_steps", initial if full_steps is None else full_steps, 0, MAX_EVERY))
-        whole = [index < first or (index - first + 1) % every == 0 for index in range(len(steps))]
-    else:
+    if isinstance(full_steps, list | tuple | np.ndarray):
         if every != 1:
             raise SpecError(f"full_steps: got a list beside cache_every {every}; a list replaces it, leave one out")
         listed = {integer("full_steps", index, 0, len(steps) - 1) for index in np.asarray(full_steps, object).ravel()}
-        whole = [index in listed or index == 0 for index in range(len(steps))]
-    both = [evaluated is StepBranches.BOTH for evaluated in steps]
-    if any(both):
-        whole[both.index(True)] = True
-    return tuple(not computed for computed in whole)
+        listed |= {0, *_both(steps)[:1]}
+        return tuple(index not in listed for index in range(len(steps)))
+    first = max(1, integer("full_steps", initial if full_steps is None else full_steps, 0, MAX_EVERY))
+    return (False,) * len(steps) if every == 1 else _at_intervals(every, first, steps)
+
+
+def _both(steps: Sequence[StepBranches]) -> list[int]:
+    """Indices of the calls that evaluate both branches."""
+    return [index for index, evaluated in enumerate(steps) if evaluated is StepBranches.BOTH]
+
+
+def _at_intervals(every: int, first: int, steps: Sequence[StepBranches]) -> tuple[bool, ...]:
+    last_both = max(_both(steps), default=-1)
+    shallow, last_whole, cached_both = list[bool](), 0, False
+    for index, evaluated in enumerate(steps):
+        both = evaluated is StepBranches.BOTH
+        waits = evaluated is StepBranches.REUSED and index < last_both
+        due = index < first or (index - last_whole >= every and not waits)
+        shallow.append(not due and (cached_both or not both))
+        if not shallow[-1]:
+            last_whole, cached_both = index, both
+    return tuple(shallow)
 
 
 class DeepFeatures:

@@ -41,9 +41,17 @@ def pipeline(tmp_path: Path) -> LatentDiffusionPipeline:
         ({"cache_every": 4, "num_inference_steps": 20}, [0, 1, 5, 9, 13, 17]),
         ({"full_steps": [4, 1]}, [0, 1, 4]),
         ({"full_steps": np.array([9])}, [0, 9]),
-        ({"cache_every": 5, "full_steps": 0, "guidance_interval": (0.3, 0.8)}, [0, 3, 5]),
+        ({"cache_every": 5, "full_steps": 0, "guidance_interval": (0.3, 0.8)}, [0, 3, 8]),
         ({"cache_every": 5, "full_steps": 0, "guidance_interval": (0.3, 0.8), "guidance_scale": 1.0}, [0, 5]),
         ({"cache_every": 100}, [0]),
+        ({"cache_every": 3, "full_steps": 0, "guidance_every": 3}, [0, 3, 6, 9]),
+        ({"cache_every": 3, "full_steps": 2, "guidance_every": 3}, [0, 1, 3, 6, 9]),
+        ({"cache_every": 3, "full_steps": 0, "guidance_every": 2}, [0, 4, 8]),
+        ({"cache_every": 2, "full_steps": 0, "guidance_every": 4, "num_inference_steps": 12}, [0, 4, 8, 10]),
+        ({"cache_every": 2, "full_steps": 0, "guidance_every": 2, "guidance_interval": (0, 0.5)}, [0, 2, 4, 6, 8]),
+        ({"full_steps": [1, 5], "guidance_every": 2}, [0, 1, 5]),
+        ({"full_steps": [9], "guidance_interval": (0.2, 0.5)}, [0, 2, 9]),
+        ({"cache_every": 1, "guidance_every": 3}, range(10)),
     ],
 )
 def test_calls_of_the_whole_unet(pipeline: LatentDiffusionPipeline, options: dict[str, Any], whole: Any) -> None:
@@ -75,7 +83,7 @@ def test_each_branch_gets_the_features_of_its_last_whole_call(
 
     monkeypatch.setattr(pipeline.backends["unet"], "run", remember)
     monkeypatch.setattr(pipeline.backends["shallow_unet"], "run", remember_given)
-    request = Request("a", negative_prompt="b", cache_every=3, full_steps=0, guidance_every=2, **OPTIONS)
+    request = Request("a", negative_prompt="b", full_steps=[3, 6, 9], guidance_every=2, **OPTIONS)
     (*_, cached) = pipeline.steps(request)
     # calls: 0 both, whole; 1; 2 both; 3 conditional, whole; 4 both; 5; 6 both, whole; 7; 8 both; 9 conditional, whole
     assert [len(rows) for rows in returned] == [2, 1, 2, 1] and [len(rows) for rows in given] == [1, 2, 2, 1, 1, 2]
@@ -83,7 +91,7 @@ def test_each_branch_gets_the_features_of_its_last_whole_call(
     mixed = np.concatenate([first[:1], second])
     for found, expected in zip(given, (first[1:], first, mixed, second, third[1:], third), strict=True):
         assert np.array_equal(found, expected)
-    (*_, exact) = pipeline.steps(replace(request, cache_every=1))
+    (*_, exact) = pipeline.steps(replace(request, full_steps=None))
     assert not np.array_equal(exact.latents, cached.latents)
 
 
