@@ -97,7 +97,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         type=whole_number,
         metavar="N",
         help="compute the whole UNet at every N-th step and its outer layers only between: 3 halves the work, with "
-        "nearly the same image; see docs/feature-caching.md (default 1, exact)",
+        "nearly the same image; see docs/guides/feature-caching.md (default 1, exact)",
     )
     verb.add_argument(
         "--full-steps",
