@@ -121,7 +121,9 @@ def test_a_batch_makes_one_call_of_each_kind_for_members_in_different_phases(
         {"cache_every": 5, "full_steps": 2, "guidance_scale": 1.0},
     ):
         job = Job(pipeline.plan(Request("a", **OPTIONS | options)))
-        batch.join(job, pipeline.condition(job.plan), pipeline.denoiser.embed(job.plan.trajectory.timesteps))
+        start = pipeline.begin(job.plan)
+        schedule = pipeline.denoiser.embed(job.plan.trajectory.timesteps)
+        batch.join(job, pipeline.condition(job.plan, start), schedule, start)
     for _ in range(5):
         batch.step(counters)
     assert [member.index for member in batch.members] == [5, 5, 5]
