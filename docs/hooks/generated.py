@@ -33,13 +33,14 @@ def _verb(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
         if actions:
             title = {"positional arguments": "arguments"}.get(group.title or "", group.title or "")
-            yield f"**{title}**\n\n| | |\n|---|---|"
+            yield f"**{title}**\n\n| name | meaning |\n|---|---|"
             yield from (f"| {_form(action)} | {_cell(_help(action))} |" for action in actions)
             yield ""
 
 
 def _form(action: argparse.Action) -> str:
-    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+    value = action.metavar or choices
     text = " ".join(value) if isinstance(value, tuple) else value
     more = {"+": " …", "*": " …"}.get(str(action.nargs), "")
     if not action.option_strings:
