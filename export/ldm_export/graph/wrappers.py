@@ -73,8 +73,9 @@ class Decoder(nn.Module):
         super().__init__()
         config: Any = autoencoder.config
         self.autoencoder: Any = free_upsampling(autoencoder)
-        if hasattr(autoencoder, "quantize"):
-            self.autoencoder.quantize = Quantizer(self.autoencoder.quantize)
+        quantizer: Any = getattr(autoencoder, "quantize", None)
+        if quantizer is not None:
+            self.autoencoder.quantize = Quantizer(quantizer)
         self.scaling_factor = float(config.scaling_factor)
         self.divide = divide
 

@@ -166,7 +166,7 @@ class StartImageConditioner:
         masks = _resized(request.mask, sides, convert=False)
         if pictures := _pictures(masks):
             masks = np.stack([np.asarray(one.convert("L")) for one in pictures])[..., None]
-        mask = (image_array("mask", masks).mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
+        mask: F32 = (image_array("mask", masks).mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
         check_mask(mask, image)
         return mask
 
