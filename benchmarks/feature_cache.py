@@ -91,7 +91,7 @@ def measure(bundle: Bundle, images: int) -> dict[str, Any]:
             }
         )
     layers = bundle.manifest.request["feature_cache"]
-    return {"bundle": bundle.folder.name, "layers": layers, "cost_of_shallow_call": cost, "rows": rows}
+    return {"layers": layers, "cost_of_shallow_call": cost, "rows": rows}
 
 
 def cost_of_shallow_call(pipeline: LatentDiffusionPipeline) -> float:
