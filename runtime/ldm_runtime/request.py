@@ -40,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     image: Any
     mask: Any
     strength: float | None
+    padding_mask_crop: int | None
     segmentation: Any
     tokens: Any
     layout: Any
@@ -75,6 +76,8 @@ class Request:
         strength: Share of the steps that run on an image with as much noise as the first of them expects, above 0 and
             at most 1: low values stay close to the image. For models that can start from an image or from noise; the
             defaults are those of diffusers, 0.8, and 1 with a mask.
+        padding_mask_crop: Generate only the part of the image around the mask, with so many pixels on each side, at the
+            full size of the result, and put it in its place in the whole image. None generates the whole image.
         segmentation: A class number for each pixel, as ``conditioning.segmentation.class_array`` takes them; for
             models conditioned on segmentations.
         tokens: Tokens of a layout [T] or of several [N, T]; for models conditioned on layouts.
@@ -106,6 +109,7 @@ class Request:
     image: Any = None
     mask: Any = None
     strength: float | None = None
+    padding_mask_crop: int | None = None
     segmentation: Any = None
     tokens: Any = None
     layout: Any = None

@@ -92,6 +92,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "INPUT_IMAGE": _pixels(args.image),
         "MASK": _pixels(args.mask, "L"),
         "STRENGTH": args.strength,
+        "PADDING_MASK_CROP": args.padding_mask_crop,
         "SEGMENTATION": _classes(args.segmentation),
         "LAYOUT": _layouts(args.layout),
         "COUNT": args.count,

@@ -86,6 +86,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         image=opened_images(args.image),
         mask=opened_images(args.mask),
         strength=args.strength,
+        padding_mask_crop=args.padding_mask_crop,
         segmentation=opened_images(args.segmentation),
         layout=read_layouts(args.layout),
         count=args.count,

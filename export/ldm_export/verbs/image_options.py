@@ -154,6 +154,13 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "to image (default 0.8, with a mask 1)",
     )
     verb.add_argument(
+        "--padding-mask-crop",
+        type=whole_number,
+        metavar="PIXELS",
+        help="generate only the part around the mask, with so many pixels on each side, at the full size, and put it "
+        "in its place (default: generate the whole image)",
+    )
+    verb.add_argument(
         "--segmentation",
         type=Path,
         nargs="+",

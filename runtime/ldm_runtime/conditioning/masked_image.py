@@ -110,5 +110,8 @@ class MaskedImageConditioner:
         )
         mask = (mask.mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
         check_size("image", image, self._backend.inputs[0])
+        if mask.shape[2:] != image.shape[2:]:
+            got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))
+            raise SpecError(f"mask: got {got} pixels (height, width), expected the image's {expected}; resize the mask")
         check_mask(mask, image)
         return image, np.ascontiguousarray(np.broadcast_to(mask, (len(image), *mask.shape[1:])))

@@ -13,14 +13,11 @@ F32 = NDArray[np.float32]
 
 
 def check_mask(mask: F32, image: F32) -> None:
-    """Check masks float32 [M, 1, H, W] for images float32 [N, channels, H, W].
+    """Check masks float32 [M, 1, H, W] for images float32 [N, channels, …] whose size has been compared.
 
     Raises:
-        SpecError: They have another size than the images, or are empty or full; M is neither 1 nor N.
+        SpecError: They are empty or full; M is neither 1 nor N.
     """
-    if mask.shape[2:] != image.shape[2:]:
-        got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))
-        raise SpecError(f"mask: got {got} pixels (height, width), expected the image's {expected}; resize the mask")
     flat = mask.reshape(len(mask), -1)
     if not flat.any(axis=1).all():
         raise SpecError("mask: got an empty one, expected white where the image is repainted")

@@ -13,18 +13,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
 from ldm_runtime.conditioning.masks import check_mask
+from ldm_runtime.conditioning.pictures import Box, crop_box, pasted, pictures_of, resized, sides_of
 from ldm_runtime.errors import ManifestError, SpecError
-from ldm_runtime.images import CHANNELS, pil_image
-from ldm_runtime.input_images import rgb_image
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.noise_stream import NoiseStream
-from ldm_runtime.number_checks import as_integer, number
+from ldm_runtime.number_checks import as_integer, integer, number
 from ldm_runtime.request import Plan, Request
 from ldm_runtime.specs import Axis
 from ldm_runtime.start import Kept, Start, StartImage
@@ -35,8 +33,7 @@ F32 = NDArray[np.float32]
 IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
 """Default strength without and with a mask, those of diffusers' pipelines."""
 
-MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-"""Modes of masks that are resized as they are, as diffusers does."""
+MAX_PADDING = 2**16
 
 
 class StartImageConditioner:
@@ -50,7 +47,7 @@ class StartImageConditioner:
     """
 
     kind: ClassVar[str] = "start_image"
-    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength"})
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength", "padding_mask_crop"})
 
     def __init__(self, backend: Backend, output: str | None = None):
         self._backend, self._output = backend, output
@@ -90,6 +87,8 @@ class StartImageConditioner:
         for name in ("mask", "strength"):
             if request.image is None and getattr(request, name) is not None:
                 raise SpecError(f"{name}: got a value without an image; give the image that it applies to, or none")
+        if request.mask is None and request.padding_mask_crop is not None:
+            raise SpecError("padding_mask_crop: got a value without a mask; give an image and a mask, or leave it out")
         if request.image is not None and request.latents is not None:
             raise SpecError("latents: got a value beside an image, which decides the latents; leave one of them out")
         return 1
@@ -99,10 +98,10 @@ class StartImageConditioner:
 
         None with a mask: the request or the model decides the size, as in StableDiffusionInpaintPipeline.
         """
-        pictures = _pictures(request.image)
+        pictures = pictures_of(request.image)
         if request.image is None or (request.mask is not None and pictures):
             return None
-        dims, sides = self._tensor.shape[2:], _sides("image", request.image)
+        dims, sides = self._tensor.shape[2:], sides_of("image", request.image)
         if pictures:
             asked = (as_integer(request.height), as_integer(request.width))
             scales = [dim.scale if isinstance(dim, Axis) else 1 for dim in dims]
@@ -117,8 +116,11 @@ class StartImageConditioner:
         return {}
 
     def finish(self, request: Request, images: F32) -> F32:
-        """Decoded images, as they are."""
-        return images
+        """Decoded images, as they are or, if they are a part around the mask, in their place in the whole image."""
+        box = self._box(request, images.shape[2:]) if request.image is not None else None
+        if box is None:
+            return images
+        return pasted(images, pictures_of(request.image)[0], pictures_of(request.mask)[0], box)
 
     def example(self) -> dict[str, Any]:
         """Nothing, or an image and a mask for a UNet that needs them."""
@@ -149,26 +151,37 @@ class StartImageConditioner:
         strength = MASK_STRENGTH if request.mask is not None else IMAGE_STRENGTH
         if request.strength is not None:
             strength = number("strength", request.strength, 0.0, 1.0)
-        image = image_array("image", _resized(request.image, sides))
+        box = self._box(request, sides)
+        image = image_array("image", resized(request.image, sides, box=box))
         check_size("image", image, self._tensor)
-        mask = None if request.mask is None else self._mask(request, image, sides)
-        report_fitted("image", request.image, image)
+        mask = None if request.mask is None else self._mask(request, image, sides, box)
+        if box is None:
+            report_fitted("image", request.image, image)
         for name, array in (("image", image), ("mask", image if mask is None else mask)):
             if images % len(array):
                 raise SpecError(f"{name}: got {len(array)} for {images} images to generate, expected one, or one each")
         return StartImage(image, mask, strength, mask is not None and not self.needs_mask)
 
-    def _mask(self, request: Request, image: F32, sides: tuple[int, int]) -> F32:
-        got, expected = (_sides(name, getattr(request, name)) for name in ("mask", "image"))
+    def _mask(self, request: Request, image: F32, sides: tuple[int, int], box: Box | None) -> F32:
+        got, expected = (sides_of(name, getattr(request, name)) for name in ("mask", "image"))
         if got != expected:
             shown = [f"{height} x {width}" for height, width in (got, expected)]
             raise SpecError(f"mask: got {shown[0]} pixels (height, width), expected the image's {shown[1]}; resize it")
-        masks = _resized(request.mask, sides, convert=False)
-        if pictures := _pictures(masks):
-            masks = np.stack([np.asarray(one.convert("L")) for one in pictures])[..., None]
-        mask: F32 = (image_array("mask", masks).mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
-        check_mask(mask, image)
+        mask = _binary(resized(request.mask, sides, mask=True, box=box))
+        check_mask(mask if box is None else _binary(resized(request.mask, (got[0], got[1]), mask=True)), image)
         return mask
+
+    def _box(self, request: Request, sides: tuple[int, int]) -> Box | None:
+        """The part of the image that is generated if the request asks for a crop around the mask."""
+        if request.padding_mask_crop is None:
+            return None
+        padding = integer("padding_mask_crop", request.padding_mask_crop, 0, MAX_PADDING)
+        images, masks = pictures_of(request.image), pictures_of(request.mask)
+        if len(images) != 1 or len(masks) != 1:
+            raise SpecError("padding_mask_crop: expected one image and one mask, as PIL images or uint8 arrays")
+        if not np.asarray(masks[0].convert("L")).any():
+            raise SpecError("mask: got an empty one, expected white where the image is repainted")
+        return crop_box(masks[0], sides, padding)
 
     def begin(self, plan: Plan, given: StartImage, noise: NoiseStream) -> Start:
         """Draw the noise of the start, in the order of diffusers' pipelines, and encode the images.
@@ -245,31 +258,9 @@ def skipped_steps(strength: float, steps: int) -> int:
     return steps - left
 
 
-def _pictures(given: Any) -> list[Image.Image]:
-    """PIL images, and uint8 arrays [H, W, channels] or [N, H, W, channels] as such; [] for anything else."""
-    images = [given] if isinstance(given, Image.Image) else given
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
-        arrays = images[None] if images.ndim == 3 else images
-        images = [pil_image(one) for one in arrays] if arrays.shape[3] in CHANNELS else []
-    is_list = isinstance(images, list | tuple) and all(isinstance(one, Image.Image) for one in images)
-    return list(images) if is_list else []
-
-
-def _sides(name: str, given: Any) -> tuple[int, ...]:
-    """Height and width in pixels."""
-    if pictures := _pictures(given):
-        first = ImageOps.exif_transpose(pictures[0])
-        return first.height, first.width
-    return image_array(name, given).shape[2:]
-
-
-def _resized(given: Any, sides: tuple[int, int], convert: bool = True) -> Any:
-    """Pictures resized to height and width as by diffusers' VaeImageProcessor; other arrays as they are."""
-    if not (pictures := _pictures(given)):
-        return given
-    images = [rgb_image(one) if convert or one.mode not in MASK_MODES else one for one in pictures]
-    images = [ImageOps.exif_transpose(one) for one in images]
-    return [one.resize((sides[1], sides[0]), Image.Resampling.LANCZOS) for one in images]
+def _binary(given: Any) -> F32:
+    """Masks float32 [M, 1, H, W], 1 where at least half white."""
+    return np.asarray(image_array("mask", given).mean(axis=1, keepdims=True) >= 0.5, np.float32)
 
 
 def _tiled(array: F32, count: int) -> F32:

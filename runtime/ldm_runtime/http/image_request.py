@@ -29,6 +29,7 @@ OPTIONS = (
     "clip_skip",
     "scheduler",
     "strength",
+    "padding_mask_crop",
     "labels",
     "segmentation",
     "tokens",

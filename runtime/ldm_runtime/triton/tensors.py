@@ -72,6 +72,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("INPUT_IMAGE", "TYPE_UINT8", (-1, -1, -1, 3)),
         TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1)),
         TensorField("STRENGTH", "TYPE_FP32"),
+        TensorField("PADDING_MASK_CROP", "TYPE_INT32"),
     ),
     "segmentation": (
         TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),
@@ -163,6 +164,7 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
         "guidance_scale": _one(tensors, "GUIDANCE", float),
         "num_inference_steps": _one(tensors, "STEPS", int),
         "strength": _one(tensors, "STRENGTH", float),
+        "padding_mask_crop": _one(tensors, "PADDING_MASK_CROP", int),
         "height": _one(tensors, "HEIGHT", int),
         "width": _one(tensors, "WIDTH", int),
     }

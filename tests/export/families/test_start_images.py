@@ -11,6 +11,9 @@ import openai
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers.image_processor import VaeImageProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -21,6 +24,7 @@ from ldm_export.quality.verification import verify
 from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
+from ldm_runtime.conditioning.pictures import crop_box, pasted, resized
 from ldm_runtime.errors import SpecError
 from ldm_runtime.http.served_model import ServedModel
 from tests.http.conftest import ENGINE, running
@@ -152,6 +156,45 @@ def test_sizes_and_modes_of_masks(
     assert_same(ours(pipelines[4], 1, **options), theirs(references[4], 1, **options))
 
 
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_crop_around_the_mask(
+    pipelines: dict[int, LatentDiffusionPipeline], references: dict[int, Any], channels: int
+) -> None:
+    image, mask = drawing(61, 44), drawing(61, 44, "L")
+    options = {"prompt": PROMPTS, "image": image, "mask_image": mask, "padding_mask_crop": 5, "strength": 0.7}
+    expected = theirs(references[channels], 1, **options)
+    assert expected.shape == (2, 44, 61, 3)
+    assert_same(ours(pipelines[channels], 1, **options), expected)
+
+
+@settings(max_examples=40)
+@given(
+    st.tuples(*[st.integers(16, 60)] * 2),  # diffusers fails for images that become lower than a pixel
+    st.tuples(*[st.integers(1, 4)] * 2),
+    st.tuples(*[st.floats(0, 1)] * 4),
+    st.integers(0, 20),
+)
+def test_crops_are_those_of_diffusers(
+    size: tuple[int, int], factors: tuple[int, int], corners: tuple[float, ...], padding: int
+) -> None:
+    (width, height), sides = size, (8 * factors[0], 8 * factors[1])
+    marked = np.zeros((height, width), np.uint8)
+    (left, right), (top, bottom) = sorted(corners[:2]), sorted(corners[2:])
+    marked[int(top * (height - 1)) : int(bottom * height) + 1, int(left * (width - 1)) : int(right * width) + 1] = 255
+    image, mask = drawing(width, height), Image.fromarray(marked)
+    processor = VaeImageProcessor(do_normalize=False)
+    box = crop_box(mask, sides, padding)
+    assert box == processor.get_crop_region(mask, sides[1], sides[0], pad=padding)
+    filled = processor.preprocess(image, *sides, resize_mode="fill", crops_coords=box).numpy()
+    np.testing.assert_array_equal(
+        np.asarray(resized(image, sides, box=box)[0]), np.rint(filled[0].T * 255).swapaxes(0, 1)
+    )
+    parts = np.random.default_rng(0).random((1, 3, *sides), np.float32)
+    (part,) = processor.numpy_to_pil(parts.transpose(0, 2, 3, 1))
+    whole = np.rint(pasted(parts, image, mask, box)[0].transpose(1, 2, 0) * 255)
+    np.testing.assert_array_equal(whole, np.asarray(processor.apply_overlay(mask, image, part, box)))
+
+
 def test_requests_in_one_batch(sd2_bundle: Bundle) -> None:
     common = {"image": IMAGE, "num_inference_steps": 4, "height": 16, "width": 24}
     requests = [
@@ -179,6 +222,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "images": ({"image": [IMAGE, IMAGE]}, "image: got 2 for 1 images to generate"),
     "large": ({"image": drawing(4000, 8)}, "image: got 8 x 4000 pixels"),
     "text": ({"image": "a.png"}, "image: got 'a.png', expected PIL images"),
+    "crop": ({"image": IMAGE, "padding_mask_crop": 3}, "padding_mask_crop: got a value without a mask"),
+    "padding": ({"image": IMAGE, "mask": MASK, "padding_mask_crop": -1}, "padding_mask_crop: got -1, expected"),
+    "empty, cropped": (
+        {"image": IMAGE, "mask": Image.new("L", IMAGE.size), "padding_mask_crop": 3},
+        "mask: got an emp",
+    ),
     "latents": ({"image": IMAGE, "latents": np.zeros((1, 4, 4, 4), np.float32)}, "latents: got a value beside"),
     "numbers": ({"image": np.full((1, 3, 16, 16), 2, np.float32)}, "image: got values from 2 to 2"),
 }
