@@ -68,6 +68,7 @@ REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[Reques
     (): plain_requests,
     ("text",): text_requests,
     ("text", "start_image"): text_requests,
+    ("text", "second_text", "micro_conditioning"): text_requests,
     ("label",): label_requests,
     ("image",): image_requests,
     ("masked_image",): image_requests,

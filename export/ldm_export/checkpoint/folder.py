@@ -65,6 +65,7 @@ class Checkpoint:
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
         defaults: Sampling options that the checkpoint's authors use; None for those of the family.
+        options: The layout's options, as the checkpoint has them.
         scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
     """
 
@@ -77,6 +78,7 @@ class Checkpoint:
     random_seed: int | None = None
     defaults: Defaults | None = None
     scheduler_given: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: Mapping[str, bool] = field(default_factory=dict)
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""
@@ -124,7 +126,15 @@ def read_folder(
     config = {**scheduler.config, "class": scheduler.class_name}
     given = {key: value for key, value in scheduler.config.items() if key not in scheduler.defaulted}
     given |= scheduler.ignored
-    return Checkpoint(folder, family, layout, components, files, config, random_seed, scheduler_given=given)
+    options = {key: _option(folder, index, key, default) for key, default in layout.options.items()}
+    return Checkpoint(folder, family, layout, components, files, config, random_seed, None, given, options)
+
+
+def _option(folder: Path, index: dict[str, Any], key: str, default: bool) -> bool:
+    value = index.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{folder / INDEX}: {key}: got {value!r:.40}, expected true or false; correct it")
+    return value
 
 
 def _entry(folder: Path, index: dict[str, Any], name: str, keys: tuple[str, ...]) -> tuple[Path, str]:

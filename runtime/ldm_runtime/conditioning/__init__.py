@@ -17,6 +17,8 @@ from ldm_runtime.conditioning.image import ImageConditioner
 from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.layout import LayoutConditioner
 from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
+from ldm_runtime.conditioning.micro_conditioning import MicroConditioner
+from ldm_runtime.conditioning.second_text import SecondTextConditioner
 from ldm_runtime.conditioning.segmentation import SegmentationConditioner
 from ldm_runtime.conditioning.start_image import StartImageConditioner
 from ldm_runtime.conditioning.text import TextConditioner
@@ -32,6 +34,8 @@ __all__ = [
     "LabelConditioner",
     "LayoutConditioner",
     "MaskedImageConditioner",
+    "MicroConditioner",
+    "SecondTextConditioner",
     "SegmentationConditioner",
     "StartImageConditioner",
     "TextConditioner",
@@ -61,10 +65,10 @@ class Conditioner(Protocol):
         """Height and width of the latents if an accepted request's fields of this kind decide them; else None."""
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Encode one guidance branch: tensor name -> array [images, …].
+        """Encode one guidance branch: tensor name -> array [images, …], or [1, …] if it is the same for all images.
 
         Args:
-            request: A request that ``images`` has accepted.
+            request: A request that ``images`` has accepted, with height, width and guidance scale filled in.
             branch: "conditional" or "unconditional".
 
         Raises:
@@ -91,6 +95,8 @@ KINDS: tuple[
         | SegmentationConditioner
         | LayoutConditioner
         | StartImageConditioner
+        | SecondTextConditioner
+        | MicroConditioner
     ],
     ...,
 ] = (
@@ -101,6 +107,8 @@ KINDS: tuple[
     SegmentationConditioner,
     LayoutConditioner,
     StartImageConditioner,
+    SecondTextConditioner,
+    MicroConditioner,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)
