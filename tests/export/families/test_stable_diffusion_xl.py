@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from numpy.typing import NDArray
 
 from ldm_calibration.settings import CalibrationSettings
@@ -246,3 +247,22 @@ def test_precisions_verification_and_engines(bundle: Bundle, checkpoint: Path, t
     assert built.precision == "int8" and built.manifest.components["unet"].graphs["int8"] == "unet/int8.onnx"
     with LatentDiffusionPipeline.from_bundle(built, precision="int8", backend="onnxruntime") as pipe:
         assert ours(pipe, 0, PROMPTS, num_inference_steps=4).std() > 10
+
+
+@pytest.mark.slow
+def test_a_decoder_beyond_the_range_of_fp16(bundle: Bundle, checkpoint: Path, tmp_path: Path) -> None:
+    """Published decoders overflow in fp16 (``force_upcast``); what exceeds its range stays in fp32."""
+    large = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    vae: Any = AutoencoderKL.from_pretrained(large / "vae")
+    for parameter in vae.decoder.conv_in.parameters():
+        parameter.data *= 1e6
+    vae.save_pretrained(large / "vae")
+    with torch.inference_mode():
+        plain = vae.half().decode(torch.ones(1, 4, 8, 8, dtype=torch.float16)).sample
+    assert not torch.isfinite(plain).all()
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    opened = open_checkpoint(large)
+    built = build(opened, folder, "fp16").bundle
+    report = json.loads((folder / "report/decoder.fp16.json").read_text())
+    assert any(reason.startswith("range: ") for reason in report["islands"].values())
+    assert verify(built, opened, [{"prompts": "a red circle"}], 3, "fp16", TOLERANCES["fp16"]).failures == []
