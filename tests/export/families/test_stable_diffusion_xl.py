@@ -25,8 +25,7 @@ from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import CheckpointError, SpecError
 from tests.support.checkpoints import edit_json
-from tests.support.shared import SharedFolders
-from tests.support.stable_diffusion_xl import XL_SCHEDULERS, stable_diffusion_xl_checkpoint
+from tests.support.stable_diffusion_xl import XL_SCHEDULERS
 from tests.support.torch_pipeline import torch_pipeline
 
 PROMPTS, NEGATIVE = ["a red circle!", "the photo, green"], ["", "a square"]
@@ -56,16 +55,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TURBO = {"prompt": PROMPTS, "guidance_scale": 0.0}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(shared: SharedFolders) -> Path:
+@pytest.fixture
+def checkpoint(xl_checkpoint: Path) -> Path:
     """A small checkpoint; read-only."""
-    return shared.once("sdxl", stable_diffusion_xl_checkpoint)
+    return xl_checkpoint
 
 
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, shared: SharedFolders) -> Bundle:
+@pytest.fixture
+def bundle(xl_bundle: Bundle) -> Bundle:
     """Its bundle in fp32; read-only."""
-    return Bundle.open(shared.once("sdxl_bundle", lambda folder: build(open_checkpoint(checkpoint), folder)))
+    return xl_bundle
 
 
 def reference(folder: Path) -> Any:

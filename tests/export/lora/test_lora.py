@@ -22,7 +22,6 @@ from ldm_export.lora import parse_lora, with_loras
 from ldm_runtime.errors import CheckpointError
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion import stable_diffusion_checkpoint
-from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
 from tests.support.torch_pipeline import torch_pipeline
 
 RANK, ALPHA, SCALE = 3, 6.0, 0.8
@@ -41,10 +40,10 @@ TEXT = "encoder.layers.0.self_attn.q_proj"
 Refused = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
-def xl(shared: SharedFolders) -> Path:
+@pytest.fixture
+def xl(xl_checkpoint: Path) -> Path:
     """A small checkpoint of Stable Diffusion XL; read-only."""
-    return shared.once("sdxl", stable_diffusion_xl_checkpoint)
+    return xl_checkpoint
 
 
 @pytest.fixture(scope="module")
