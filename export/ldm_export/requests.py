@@ -69,6 +69,8 @@ REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[Reques
     ("text",): text_requests,
     ("text", "start_image"): text_requests,
     ("text", "second_text", "micro_conditioning"): text_requests,
+    ("text", "start_image", "guidance_scale"): text_requests,
+    ("text", "second_text", "micro_conditioning", "guidance_scale"): text_requests,
     ("label",): label_requests,
     ("image",): image_requests,
     ("masked_image",): image_requests,

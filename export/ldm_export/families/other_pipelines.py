@@ -14,7 +14,7 @@ _KINDS = (
     ("StableDiffusionDepth2Img", "Stable Diffusion with a depth map"),
     ("StableUnCLIP", "Stable Diffusion from image embeddings"),
     ("StableDiffusion", "another pipeline of Stable Diffusion"),
-    ("LatentConsistency", "a latent consistency model"),
+    ("LatentConsistency", "another pipeline of latent consistency models"),
     ("Flux", "FLUX, a transformer"),
     ("PixArt", "PixArt, a transformer"),
     ("DiT", "DiT, a transformer"),

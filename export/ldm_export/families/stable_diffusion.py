@@ -24,6 +24,7 @@ from ldm_export.checkpoint.layout import FileFolder, ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.clip_text import CLIP_TEXT, TOKENIZER_FOLDER, clip_tokenizer, clip_tokens, write_clip_tokenizer
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
 from ldm_export.families.image_reference import reference_call
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape
@@ -77,7 +78,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     if parts.takes_mask(unet):
         unet = {**unet, "in_channels": unet["out_channels"]}
-    return [*parts.text_problems(unet, text["hidden_size"]), *parts.latent_problems(unet, autoencoder)]
+    return [
+        *parts.text_problems(unet, text["hidden_size"], embedded_guidance(unet)),
+        *parts.latent_problems(unet, autoencoder),
+    ]
 
 
 def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -114,7 +118,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     encoder = specs[TEXT_ENCODER]
     skipped = (IMAGES, text["num_hidden_layers"], shape.tokens, shape.context_width)
     outputs = (*encoder.outputs, TensorSpec(f"{SKIPPED}{CONTEXT}", "float32", skipped))
-    return ModelDescription(
+    model = ModelDescription(
         family=STABLE_DIFFUSION.name,
         components={
             TEXT_ENCODER: replace(encoder, outputs=outputs),
@@ -131,6 +135,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         defaults=checkpoint.defaults or DEFAULTS,
         guidance_above_one=True,
     )
+    return with_guidance_embedding(model, unet, checkpoint.defaults)
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
@@ -174,7 +179,12 @@ _LAYOUT = parts.layout(
 )
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
-    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    pipelines=(
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    ),
     layout=replace(
         _LAYOUT,
         parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
@@ -183,7 +193,7 @@ STABLE_DIFFUSION = Family(
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
         ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
-        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        UNET: TracedComponent("unet", wrappers.text_unet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
     },
     files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", write_clip_tokenizer)},

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from ldm_export.checkpoint import diffusers_parts as parts
 from ldm_export.checkpoint.clip_tokenizer_files import CLIP_FILES
@@ -30,12 +29,14 @@ from ldm_export.families.clip_text import (
     write_clip_tokenizer,
 )
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.families.stable_diffusion import NOT_EXPORTED
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import ADDED_EMBEDDING, CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, rows, unet_spec
+from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, XLUNet
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER, TOKENIZER_2
 from ldm_runtime.conditioning.text import INPUT_IDS, SKIPPED, ZEROS
@@ -44,7 +45,7 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDe
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 
-__all__ = ["FORCE_ZEROS", "STABLE_DIFFUSION_XL", "SecondXLTextEncoder", "XLTextEncoder", "XLUNet", "describe"]
+__all__ = ["FORCE_ZEROS", "STABLE_DIFFUSION_XL", "describe"]
 
 TEXT_ENCODER_2, CONTEXT_2, TEXT_EMBEDS, TIME_IDS = "text_encoder_2", "context_2", "text_embeds", "time_ids"
 SIZES = 6
@@ -55,66 +56,10 @@ FORCE_ZEROS = "force_zeros_for_empty_prompt"
 """Option of the pipeline: without negative prompt, the unconditional branch has states of zeros."""
 
 
-class XLTextEncoder(nn.Module):
-    """Hidden states of CLIP's text encoder before its last layer, without the final layer norm.
-
-    input_ids int64 [B, T] -> these, float32 [B, T, D], and those without 1, 2, … further layers, [B, layers - 1, T, D].
-    """
-
-    def __init__(self, clip: nn.Module):
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Encode the token ids of prompts."""
-        return _states(self.clip(input_ids=input_ids, output_hidden_states=True))
-
-
-class SecondXLTextEncoder(XLTextEncoder):
-    """As ``XLTextEncoder``, with the projected pooled state float32 [B, P] as third output."""
-
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Encode the token ids of prompts."""
-        encoded = self.clip(input_ids=input_ids, output_hidden_states=True)
-        return (*_states(encoded), encoded.text_embeds)
-
-
-def _states(encoded: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    _, last, *skipped = reversed(encoded.hidden_states)
-    return last, torch.stack(skipped, 1)
-
-
-class XLUNet(wrappers.UNet):
-    """A UNet of diffusers with the conditioning of Stable Diffusion XL.
-
-    sample float32 [R, C, h, w], timestep [R], context and context_2 float32 [R, T, D], text_embeds float32 [R, P],
-    time_ids int64 [R, 6] -> predicted noise float32 [R, C, h, w].
-    """
-
-    def forward(  # type: ignore[override]
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        context: torch.Tensor,
-        context_2: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
-    ) -> torch.Tensor:
-        """Compute the output of the class's docstring."""
-        noise: torch.Tensor = self.unet(
-            sample,
-            timestep,
-            torch.cat([context, context_2], dim=-1),
-            added_cond_kwargs={TEXT_EMBEDS: text_embeds, TIME_IDS: time_ids},
-            return_dict=False,
-        )[0]
-        return noise
-
-
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Check that the components fit each other, and that the pipeline provides every input of the UNet."""
     text, text_2, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, TEXT_ENCODER_2, "unet", "autoencoder"))
-    further = {"addition_embed_type": ("text_time",)}
+    further = {"addition_embed_type": ("text_time",), **embedded_guidance(unet)}
     problems = parts.text_problems(unet, text["hidden_size"] + text_2["hidden_size"], further)
     problems += parts.latent_problems(unet, autoencoder)
     embedded, pooled = unet["projection_class_embeddings_input_dim"], text_2["projection_dim"]
@@ -180,7 +125,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     second = ConditioningSpec(
         "second_text", TEXT_ENCODER_2, {"tokenizer": TOKENIZER_2}, (CONTEXT_2, TEXT_EMBEDS), settings
     )
-    return ModelDescription(
+    model = ModelDescription(
         family=STABLE_DIFFUSION_XL.name,
         components=_specs(checkpoint),
         conditioning=(first, second, ConditioningSpec("micro_conditioning", "", {}, (TIME_IDS,))),
@@ -190,6 +135,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         defaults=checkpoint.defaults or DEFAULTS,
         guidance_above_one=True,
     )
+    return with_guidance_embedding(model, checkpoint.components["unet"].config, checkpoint.defaults)
 
 
 def _reference(checkpoint: Checkpoint) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.guidance_scale import GuidanceScaleConditioner
 from ldm_runtime.conditioning.image import ImageConditioner
 from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.layout import LayoutConditioner
@@ -30,6 +31,7 @@ __all__ = [
     "KINDS",
     "KINDS_FIELDS",
     "Conditioner",
+    "GuidanceScaleConditioner",
     "ImageConditioner",
     "LabelConditioner",
     "LayoutConditioner",
@@ -97,6 +99,7 @@ KINDS: tuple[
         | StartImageConditioner
         | SecondTextConditioner
         | MicroConditioner
+        | GuidanceScaleConditioner
     ],
     ...,
 ] = (
@@ -109,6 +112,7 @@ KINDS: tuple[
     StartImageConditioner,
     SecondTextConditioner,
     MicroConditioner,
+    GuidanceScaleConditioner,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)

@@ -54,6 +54,7 @@ PAIRS: Mapping[str, str] = {
     for name in ("original_size", "crops_coords_top_left", "target_size")
 }
 """Field of ``Request`` with two numbers of pixels -> tensor."""
+GUIDANCE = TensorField("GUIDANCE", "TYPE_FP32")
 KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     "text": (
         TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
@@ -94,11 +95,12 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("NEGATIVE_PROMPT_2", "TYPE_STRING", (-1,)),
     ),
     "micro_conditioning": tuple(TensorField(name, "TYPE_INT32", (2,)) for name in PAIRS.values()),
+    "guidance_scale": (GUIDANCE,),
 }
 """Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
 GUIDANCE_FIELDS = (
-    TensorField("GUIDANCE", "TYPE_FP32"),
+    GUIDANCE,
     TensorField("GUIDANCE_EVERY", "TYPE_INT32"),
     TensorField("GUIDANCE_INTERVAL", "TYPE_FP32", (2,)),
     TensorField("GUIDANCE_RESCALE", "TYPE_FP32"),
