@@ -131,6 +131,24 @@ def sd2_bundle(sd2_checkpoint: Path, shared: SharedFolders) -> Bundle:
     return Bundle.open(shared.once("sd2_bundle", lambda folder: build(open_checkpoint(sd2_checkpoint), folder, "fp16")))
 
 
+@pytest.fixture(scope="session")
+def xl_checkpoint(shared: SharedFolders) -> Path:
+    """A small random checkpoint like Stable Diffusion XL; read-only."""
+    from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
+
+    return shared.once("sdxl", stable_diffusion_xl_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def xl_bundle(xl_checkpoint: Path, shared: SharedFolders) -> Bundle:
+    """The bundle of ``xl_checkpoint`` in fp32; read-only."""
+    from ldm_export.bundle.build import build
+    from ldm_export.families import open_checkpoint
+    from ldm_runtime.bundle import Bundle
+
+    return Bundle.open(shared.once("sdxl_bundle", lambda folder: build(open_checkpoint(xl_checkpoint), folder)))
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of ``tiny_bundle`` in the test's own folder, to be changed at will."""

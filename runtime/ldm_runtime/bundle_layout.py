@@ -17,6 +17,7 @@ __all__ = [
     "MANIFEST",
     "RANGES_REPORT",
     "TOKENIZER",
+    "TOKENIZER_2",
     "VERIFY_PAGE",
     "engine_file",
     "files_of_graph",
@@ -26,7 +27,9 @@ __all__ = [
     "weights_file",
 ]
 
-MANIFEST, BUILD_LOG, TOKENIZER = "manifest.json", "build-log.json", "tokenizer.json"
+MANIFEST, BUILD_LOG = "manifest.json", "build-log.json"
+TOKENIZER, TOKENIZER_2 = "tokenizer.json", "tokenizer_2.json"
+"""Tokenizers of the first and of the second text encoder."""
 CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
 

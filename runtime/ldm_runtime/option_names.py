@@ -17,6 +17,7 @@ OF_DIFFUSERS = {
     "num_images_per_prompt": "use images_per_prompt",
     "batch_size": "use count",
     "prompt": "give the prompt as the first argument",
+    "prompt_2": "use prompts_2",
     "prompt_embeds": "prompts are encoded here; give texts",
     "negative_prompt_embeds": "prompts are encoded here; give negative_prompt as text",
     "class_labels": "use labels",

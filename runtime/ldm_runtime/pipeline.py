@@ -300,7 +300,11 @@ class LatentDiffusionPipeline:
     def encode(self, plan: Plan, start: Start) -> Tensors:
         """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
         parts = [
-            {name: rows for one in self.conditioners for name, rows in one.rows(plan.request, branch).items()}
+            {
+                name: rows if len(rows) == plan.images else np.repeat(rows, plan.images, axis=0)
+                for one in self.conditioners
+                for name, rows in one.rows(plan.request, branch).items()
+            }
             | dict(start.conditioning)
             for branch in plan.branches
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner
@@ -79,8 +79,9 @@ class Planner:
         guided = bool(self.model.guidance) and (scale > 1.0 if self.model.guidance_above_one else scale != 1.0)
         rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
         evaluated = branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory)
+        height, width = (side * geometry.factor for side in shape[2:])
         return Plan(
-            request=request,
+            request=replace(request, height=height, width=width, guidance_scale=scale),
             seeds=seeds_of(request.seed, images),
             shape=shape,
             latents=check_latents_given(request.latents, shape),

@@ -26,7 +26,7 @@ MAX_REPEATS = 4096
 class RequestOptions(TypedDict, total=False):
     """The fields of ``Request`` except ``prompts``, for functions that take them as keyword arguments."""
 
-    negative_prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None
     count: int | None
     seed: int | Sequence[int] | None
     eta: float | None
@@ -51,6 +51,14 @@ class RequestOptions(TypedDict, total=False):
     clip_skip: int
     cache_every: int
     full_steps: int | Sequence[int] | None
+    prompts_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int]
+    negative_target_size: tuple[int, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +67,8 @@ class Request:
 
     Attributes:
         prompts: What to draw, one text or several; for models conditioned on text.
-        negative_prompt: What to steer away from, one for all or one per prompt; used with guidance only.
+        negative_prompt: What to steer away from, one for all or one per prompt; used with guidance only. None is the
+            empty prompt or, for models that were trained so, states of zeros.
         count: Number of images; for models without conditioning.
         seed: An int seeds one stream for the whole batch, like one torch generator. A list gives each image a stream
             of its own, so that its result does not depend on the others. None draws a fresh seed.
@@ -92,10 +101,15 @@ class Request:
             skip any, as in diffusers.
         cache_every, full_steps: As in ``feature_cache.shallow_calls``; UNet calls that reuse features are a fraction of
             the work and change the image slightly.
+        prompts_2, negative_prompt_2: Other texts for the second text encoder, one for all or one per prompt.
+        original_size, crops_coords_top_left, target_size: Height and width, or top and left, in pixels, that condition
+            models with ``conditioning.micro_conditioning``. None is the image's size.
+        negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
+            branch; None takes those of the image.
     """
 
     prompts: str | Sequence[str] | None = None
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] | None = None
     count: int | None = None
     seed: int | Sequence[int] | None = None
     eta: float | None = None
@@ -120,6 +134,14 @@ class Request:
     clip_skip: int = 0
     cache_every: int = 1
     full_steps: int | Sequence[int] | None = None
+    prompts_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_target_size: tuple[int, int] | None = None
 
     def repeats(self) -> int:
         """Checked ``images_per_prompt``.
@@ -143,7 +165,7 @@ class Plan:
     """A checked request: everything the denoising loop needs. Made by ``LatentDiffusionPipeline.plan``.
 
     Attributes:
-        request: As asked.
+        request: As asked, with height and width in pixels and the guidance scale filled in.
         seeds: One for the batch, or one per image.
         shape: Of the latents: (images, channels, height, width).
         latents: Initial noise float32 ``shape`` if the caller gave it.

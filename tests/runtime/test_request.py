@@ -80,7 +80,7 @@ def test_images_of_a_prompt_lie_side_by_side(plan: Callable[..., Plan], pipeline
     states = conditioner.encode(["a", "b", "c", ""])
     for branch, texts in (("conditional", "aabb"), ("unconditional", ["c", "c", "", ""])):
         (rows,) = conditioner.rows(planned.request, branch).values()
-        assert np.array_equal(rows, np.concatenate([states[text] for text in texts]))
+        assert np.array_equal(rows, np.concatenate([states[text]["context"] for text in texts]))
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -3, 0.999, 1e30])
@@ -108,7 +108,7 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
     ("prompts", [[], ()], "got an empty list, expected a text or a list of texts"),
     ("prompts", [None], "got none, expected a text or a list of texts"),
     ("prompts", [5, b"a", {"a"}, ["a", 1], (p for p in "ab")], "expected a text or a list of texts"),
-    ("negative_prompt", [None, 5, ["a", None], {"a": "b"}], "expected a text or a list of texts"),
+    ("negative_prompt", [5, ["a", None], {"a": "b"}], "expected a text or a list of texts"),
     ("guidance_rescale", [-0.1, 1.5, float("nan"), "1", None, True], "expected a number from 0 to 1"),
     ("clip_skip", [-1, 1.0, "1", None, True, 10**6], "expected a whole number from 0 to 4096"),
     ("clip_skip", [1, 12], "but this text encoder can skip 0 layers"),

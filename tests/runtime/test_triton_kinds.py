@@ -35,6 +35,26 @@ def test_fields_of_a_request() -> None:
     assert request.tokens is tokens and request.layout == [LAYOUT] and request.labels == [3, 4]
 
 
+def test_fields_of_stable_diffusion_xl() -> None:
+    request = parse_request(
+        {
+            "PROMPT": np.array([b"a", b"b"], object),
+            "PROMPT_2": np.array([b"c"], object),
+            "NEGATIVE_PROMPT": np.array([b""], object),
+            "NEGATIVE_PROMPT_2": np.array([b"d"], object),
+            "ORIGINAL_SIZE": np.array([[40, 24]], np.int32),
+            "NEGATIVE_CROPS_COORDS_TOP_LEFT": np.array([1, 2], np.int32),
+        }
+    ).request
+    assert (request.prompts, request.prompts_2) == (["a", "b"], ["c"])
+    assert (request.negative_prompt, request.negative_prompt_2) == ([""], ["d"])
+    assert (request.original_size, request.target_size) == ((40, 24), None)
+    assert request.negative_crops_coords_top_left == (1, 2)
+    assert parse_request({}).request.negative_prompt is None
+    with pytest.raises(SpecError, match=r"^TARGET_SIZE: got 3 values, expected 2"):
+        parse_request({"TARGET_SIZE": np.array([1, 2, 3], np.int32)})
+
+
 @pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b"NaN,"])
 def test_layouts_that_are_no_json(text: bytes) -> None:
     with pytest.raises(SpecError, match=r"^LAYOUT 0: is not JSON; send"):

@@ -60,3 +60,21 @@ def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
             assert main(["client", "A café, 日!", *options, *more, *request, "--url", server.http]) == 0
             answer = np.asarray(Image.open(tmp_path / "out.png"), int)
             assert np.abs(answer - np.asarray(image_here, int)).max() <= 1
+
+
+@SLOW
+def test_stable_diffusion_xl(xl_bundle: Bundle, tmp_path: Path) -> None:
+    fields = {
+        "prompts_2": "green",
+        "negative_prompt": "red!",
+        "original_size": (40, 24),
+        "crops_coords_top_left": (1, 2),
+    }
+    with LatentDiffusionPipeline.from_bundle(xl_bundle, backend="onnxruntime", precision="fp32") as pipeline:
+        (expected,) = pipeline("a photo", seed=3, num_inference_steps=4, **fields).images
+    with served(xl_bundle.folder, tmp_path) as server:
+        options = ["--prompt-2", "green", "--negative-prompt", "red!", "--original-size", "40", "24"]
+        request = ["--crops-coords-top-left", "1", "2", "--seed", "3", "--steps", "4", "-o", str(tmp_path / "out.png")]
+        assert main(["client", "a photo", *options, *request, "--url", server.http]) == 0
+    answer = np.asarray(Image.open(tmp_path / "out.png"), int)
+    assert np.abs(answer - np.asarray(expected, int)).max() <= 1

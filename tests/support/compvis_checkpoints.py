@@ -26,6 +26,8 @@ RESNET = {
     "conv_shortcut": "skip_connection",
 }
 ENDS = {
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
@@ -115,6 +117,23 @@ def _fused(state: State, heads: Any) -> State:
             fused = torch.cat(each, 1).reshape(3 * width, *tensor.shape[1:])
             fused_state[f"{match[1]}.qkv.{match[3]}"] = fused[..., None] if fused.ndim == 2 else fused
     return fused_state
+
+
+def open_clip_state(state: State) -> State:
+    """The tensors of CLIPTextModel under OpenCLIP's names."""
+    fused: State = {}
+    for name, tensor in state.items():
+        new = name.replace("embeddings.token_embedding.", "token_embedding.").replace("final_layer_norm.", "ln_final.")
+        new = new.replace("embeddings.position_embedding.weight", "positional_embedding")
+        new = re.sub(r"^encoder\.layers\.", "transformer.resblocks.", new)
+        new = re.sub(r"\.layer_norm([12])\.", r".ln_\1.", new).replace(".self_attn.out_proj.", ".attn.out_proj.")
+        new = new.replace(".mlp.fc1.", ".mlp.c_fc.").replace(".mlp.fc2.", ".mlp.c_proj.")
+        if (match := re.fullmatch(r"(.+)\.self_attn\.[qkv]_proj\.(weight|bias)", new)) is not None:
+            stem = name.rpartition(".self_attn.")[0]
+            parts = [state[f"{stem}.self_attn.{letter}_proj.{match[2]}"] for letter in "qkv"]
+            new, tensor = f"{match[1]}.attn.in_proj_{match[2]}", torch.cat(parts)
+        fused[new] = tensor
+    return fused
 
 
 def autoencoder_state(autoencoder: nn.Module, levels: int) -> State:

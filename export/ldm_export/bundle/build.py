@@ -241,6 +241,8 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
         }
     if options.cuda:
         request["cuda"] = True
+    if checkpoint.loras:
+        request["loras"] = [dict(lora) for lora in checkpoint.loras]
     if checkpoint.random_seed is not None:
         return {**request, "random_weights_seed": checkpoint.random_seed}
     return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}

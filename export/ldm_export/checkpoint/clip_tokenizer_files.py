@@ -39,8 +39,12 @@ def clip_length(folder: Path) -> int:
     return length if type(length) is int and 2 <= length <= MAX_LENGTH else DEFAULT_LENGTH
 
 
-def read_clip_tokenizer(folder: Path) -> Any:
+def read_clip_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
     """Read the tokenizer of a folder with transformers; nothing is downloaded.
+
+    Args:
+        folder: The folder.
+        pad_token: Token that prompts are padded with instead of the folder's.
 
     Raises:
         CheckpointError: A file is missing, too large or damaged, or the tokenizer is another one.
@@ -59,8 +63,9 @@ def read_clip_tokenizer(folder: Path) -> Any:
         name = read_json(folder / _CONFIG, "tokenizer").get("tokenizer_class", "CLIPTokenizer")
         if name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
             raise CheckpointError(f"tokenizer: {folder / _CONFIG}: got class {name!r:.60}, expected CLIPTokenizer")
+    given = {} if pad_token is None else {"pad_token": pad_token}
     try:
-        return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True, **given)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # transformers raises anything, and tokenizers a PanicException
@@ -84,13 +89,17 @@ def _check_ids(folder: Path) -> None:
                 )
 
 
-def write_clip_tokenizer_json(folder: Path, target: Path) -> None:
+def write_clip_tokenizer_json(folder: Path, target: Path, padding: str | None = None) -> None:
     """Write the tokenizer to ``target``, with its padding token; equal folders give equal bytes.
+
+    Args:
+        folder, padding: As of ``read_clip_tokenizer``.
+        target: The file.
 
     Raises:
         CheckpointError: As ``read_clip_tokenizer``, or a special token is not in the vocabulary.
     """
-    tokenizer = read_clip_tokenizer(folder)
+    tokenizer = read_clip_tokenizer(folder, padding)
     backend = tokenizer.backend_tokenizer
     first, last, pad = (str(getattr(tokenizer, f"{role}_token")) for role in ("bos", "eos", "pad"))
     ids = {token: backend.token_to_id(token) for token in (first, last, pad)}

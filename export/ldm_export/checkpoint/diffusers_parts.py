@@ -240,13 +240,19 @@ SCHEDULER = Part(
 """Schedulers that the runtime supports."""
 
 
-def text_problems(unet: Config, width: int) -> list[str]:
-    """Check that a text encoder's states of a width are all that a UNet takes besides latents and timestep."""
+def text_problems(unet: Config, width: int, further: Mapping[str, tuple[str | None, ...]] | None = None) -> list[str]:
+    """Check that a text encoder's states of a width are all that a UNet takes besides latents and timestep.
+
+    Args:
+        unet: Full config of the UNet.
+        width: Of the states.
+        further: Option of the UNet -> its values, where the pipeline gives inputs beside these.
+    """
     problems = []
     if wrong := sorted(context_widths(unet) - {width}):
         key = "cross_attention_dim" if unet["encoder_hid_dim"] is None else "encoder_hid_dim"
         problems.append(f"the unet's {key} is {wrong[0]}, not the text encoder's {width}")
-    if other := [key for key, kinds in _TEXT_INPUTS.items() if unet[key] not in kinds]:
+    if other := [key for key, kinds in {**_TEXT_INPUTS, **(further or {})}.items() if unet[key] not in kinds]:
         problems.append(f"the unet's {shortened(other)} asks for inputs that a text-to-image pipeline does not give")
     return problems
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ldm_export.checkpoint.config_values import full_config, with_current_names
 from ldm_export.checkpoint.json_files import read_json, shortened
@@ -16,11 +18,13 @@ from ldm_export.checkpoint.weights import StoredTensor, read_weights, weight_fil
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import Defaults
 
-__all__ = ["INDEX", "Checkpoint", "Component", "read_folder", "read_index"]
+__all__ = ["INDEX", "Change", "Checkpoint", "Component", "read_folder", "read_index"]
 
 log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Computes the new values float32 of a parameter from those that were read."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Component:
         tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
         depends: What the weights depend on beside the files of ``folder``, JSON-able.
         ignored: Entries of the checkpoint's config that are no arguments.
+        changes: Parameter of the module -> change to its values, in the order in which they are applied.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Component:
     tensors: Mapping[str, StoredTensor] | None = field(default=None, repr=False)
     depends: Mapping[str, Any] = field(default_factory=dict)
     ignored: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    changes: tuple[Mapping[str, Change], ...] = field(default=(), repr=False)
 
     def weights(self) -> Mapping[str, StoredTensor]:
         """Return name -> tensor; values are read from disk when they are used. Errors as ``read_weights``."""
@@ -65,6 +71,8 @@ class Checkpoint:
         scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
         defaults: Sampling options that the checkpoint's authors use; None for those of the family.
+        options: The layout's options, as the checkpoint has them.
+        loras: LoRA files that are merged into the weights: name, SHA-256 and scale of each.
         scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
     """
 
@@ -77,6 +85,8 @@ class Checkpoint:
     random_seed: int | None = None
     defaults: Defaults | None = None
     scheduler_given: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: Mapping[str, bool] = field(default_factory=dict)
+    loras: tuple[Mapping[str, Any], ...] = ()
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""
@@ -124,7 +134,15 @@ def read_folder(
     config = {**scheduler.config, "class": scheduler.class_name}
     given = {key: value for key, value in scheduler.config.items() if key not in scheduler.defaulted}
     given |= scheduler.ignored
-    return Checkpoint(folder, family, layout, components, files, config, random_seed, scheduler_given=given)
+    options = {key: _option(folder, index, key, default) for key, default in layout.options.items()}
+    return Checkpoint(folder, family, layout, components, files, config, random_seed, None, given, options)
+
+
+def _option(folder: Path, index: dict[str, Any], key: str, default: bool) -> bool:
+    value = index.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{folder / INDEX}: {key}: got {value!r:.40}, expected true or false; correct it")
+    return value
 
 
 def _entry(folder: Path, index: dict[str, Any], name: str, keys: tuple[str, ...]) -> tuple[Path, str]:

@@ -108,6 +108,7 @@ class CheckpointLayout:
         files: Folders of files by name.
         modules: Torch modules by name.
         not_exported: Key of a further part in model_index.json -> notice for checkpoints that have it.
+        options: Key of a further option in model_index.json, true or false -> its default.
         problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.
     """
 
@@ -118,3 +119,4 @@ class CheckpointLayout:
     modules: Mapping[str, ModuleSource]
     problems: Callable[[Mapping[str, Config]], list[str]]
     not_exported: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, bool] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from ldm_export.checkpoint.weights import DTYPES, FLOAT8, StoredTensor
 from ldm_runtime.backends.host import first_line
 from ldm_runtime.errors import CheckpointError, SpecError
 
-__all__ = ["MAX_BYTES", "load_module"]
+__all__ = ["MAX_BYTES", "load_module", "parameter_shapes"]
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,23 @@ def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
             module = _without(_constructed(part, component), source)
     else:
         _fill(_without(module, source), name, source, part, component)
-    return module.eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
+    for changes in component.changes:
+        for key, change in changes.items():
+            parameter = module.get_parameter(key)
+            parameter.data = change(parameter.data)
+    return module
+
+
+def parameter_shapes(checkpoint: Checkpoint, part: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a part's module; no weights are read.
+
+    Raises:
+        CheckpointError: The config describes no module.
+    """
+    with torch.device("meta"):
+        module = _constructed(checkpoint.layout.parts[part], checkpoint.components[part])
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def _constructed(part: Part, component: Component) -> nn.Module:

@@ -14,6 +14,7 @@ from ldm_export.families.layout_to_image import LAYOUT_TO_IMAGE
 from ldm_export.families.other_pipelines import pipeline_kind
 from ldm_export.families.semantic_synthesis import SEMANTIC_SYNTHESIS
 from ldm_export.families.stable_diffusion import STABLE_DIFFUSION
+from ldm_export.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from ldm_export.families.super_resolution import SUPER_RESOLUTION
 from ldm_export.families.text_to_image import TEXT_TO_IMAGE
 from ldm_export.families.unconditional import UNCONDITIONAL
@@ -32,6 +33,7 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (
     TEXT_TO_IMAGE,
     STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
     UNCONDITIONAL,
     CLASS_CONDITIONAL,
     SUPER_RESOLUTION,

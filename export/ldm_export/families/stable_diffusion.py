@@ -9,33 +9,25 @@ autoencoder's scaling factor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm_export.checkpoint import diffusers_parts as parts
-from ldm_export.checkpoint.clip_tokenizer_files import (
-    CLIP_FILES,
-    clip_length,
-    read_clip_tokenizer,
-    write_clip_tokenizer_json,
-)
+from ldm_export.checkpoint.clip_tokenizer_files import CLIP_FILES
 from ldm_export.checkpoint.folder import Checkpoint
-from ldm_export.checkpoint.layout import FileFolder, ModuleSource, Part, WeightNames
+from ldm_export.checkpoint.layout import FileFolder, ModuleSource
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer
+from ldm_export.families.clip_text import CLIP_TEXT, TOKENIZER_FOLDER, clip_tokenizer, clip_tokens, write_clip_tokenizer
 from ldm_export.families.family import BundleFile, Family, TracedComponent
+from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
 from ldm_export.families.image_reference import reference_call
 from ldm_export.families.reference import diffusers_pipeline
-from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape, check_token_ids
+from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import ENCODER, IMAGES, conditioned, encoder_spec, latent_axes
@@ -46,7 +38,7 @@ from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDe
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import TensorSpec
 
-__all__ = ["CLIP_TEXT", "STABLE_DIFFUSION", "ClipTextConfig", "ClipTextEncoder", "describe"]
+__all__ = ["NOT_EXPORTED", "STABLE_DIFFUSION", "ClipTextEncoder", "describe"]
 
 log = logging.getLogger(__name__)
 
@@ -55,40 +47,11 @@ DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
 CORRECTED = {"steps_offset": 1, "clip_sample": False}
 """Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
 MASKED_IMAGE = "masked_image"
-TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
 NOT_EXPORTED = {
     "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
     "image_encoder": "it is not exported; image prompts are not supported",
 }
 """Parts of a checkpoint that a bundle does not have, and what this means."""
-
-
-@dataclass(frozen=True)
-class ClipTextConfig:
-    """The options of transformers' CLIPTextConfig that a text encoder's hidden states depend on, with its defaults."""
-
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-
-def _clip_text_model(config: Mapping[str, Any]) -> nn.Module:
-    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 2}  # of pooled states, which nothing here reads
-    options: dict[str, Any] = {**config, **ids}
-    return CLIPTextModel(CLIPTextConfig(**options))
-
-
-CLIP_TEXT = Part(
-    folders=("text_encoder",),
-    classes={"CLIPTextModel": ClipTextConfig},
-    weights=WeightNames(((r"^text_model\.", ""),)),  # the prefix of transformers before 5
-    construct=_clip_text_model,
-)
 
 
 class ClipTextEncoder(nn.Module):
@@ -115,7 +78,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     if parts.takes_mask(unet):
         unet = {**unet, "in_channels": unet["out_channels"]}
-    return [*parts.text_problems(unet, text["hidden_size"]), *parts.latent_problems(unet, autoencoder)]
+    return [
+        *parts.text_problems(unet, text["hidden_size"], embedded_guidance(unet)),
+        *parts.latent_problems(unet, autoencoder),
+    ]
 
 
 def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -137,7 +103,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     configs = checkpoint.configs()
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     shape = ModelShape(
-        tokens=min(clip_length(checkpoint.files["tokenizer"]), text["max_position_embeddings"]),
+        tokens=clip_tokens(checkpoint),
         context_width=text["hidden_size"],
         latents=parts.latents_of(autoencoder),
         latent_size=parts.latent_size(unet, autoencoder),
@@ -151,8 +117,8 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         specs[UNET] = replace(specs[UNET], inputs=taken)
     encoder = specs[TEXT_ENCODER]
     skipped = (IMAGES, text["num_hidden_layers"], shape.tokens, shape.context_width)
-    outputs = (*encoder.outputs, TensorSpec(SKIPPED, "float32", skipped))
-    return ModelDescription(
+    outputs = (*encoder.outputs, TensorSpec(f"{SKIPPED}{CONTEXT}", "float32", skipped))
+    model = ModelDescription(
         family=STABLE_DIFFUSION.name,
         components={
             TEXT_ENCODER: replace(encoder, outputs=outputs),
@@ -169,32 +135,12 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         defaults=checkpoint.defaults or DEFAULTS,
         guidance_above_one=True,
     )
-
-
-@contextmanager
-def _tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
-    source = checkpoint.files["tokenizer"]
-    if checkpoint.random_seed is None or any((source / name).exists() for name in CLIP_FILES):
-        yield source
-        return
-    with TemporaryDirectory() as folder:
-        yield placeholder_clip_tokenizer(source, Path(folder))
-
-
-def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    with _tokenizer_folder(checkpoint) as folder:
-        write_clip_tokenizer_json(folder, target)
-    check_token_ids(checkpoint, target)
+    return with_guidance_embedding(model, unet, checkpoint.defaults)
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
     from diffusers import StableDiffusionPipeline  # its import takes long and reports packages that are missing
 
-    with _tokenizer_folder(checkpoint) as folder:
-        tokenizer = read_clip_tokenizer(folder)
-    positions = checkpoint.components[TEXT_ENCODER].config["max_position_embeddings"]
-    tokenizer.model_max_length = min(clip_length(checkpoint.files["tokenizer"]), positions)
     text_encoder = load_module(checkpoint, TEXT_ENCODER)
     if not hasattr(text_encoder, "text_model"):  # of transformers before 5, which diffusers asks for with clip_skip
         object.__setattr__(text_encoder, "text_model", text_encoder)
@@ -203,7 +149,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
         replace(checkpoint, scheduler_config=_scheduler_config(checkpoint)),
         first_stage="vae",
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=clip_tokenizer(checkpoint),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -233,7 +179,12 @@ _LAYOUT = parts.layout(
 )
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
-    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    pipelines=(
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    ),
     layout=replace(
         _LAYOUT,
         parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
@@ -242,10 +193,10 @@ STABLE_DIFFUSION = Family(
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
         ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
-        UNET: TracedComponent("unet", wrappers.UNet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
+        UNET: TracedComponent("unet", wrappers.text_unet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
     },
-    files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", _write_tokenizer)},
+    files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", write_clip_tokenizer)},
     describe=describe,
     quantize=(UNET, DECODER, TEXT_ENCODER),
     fractional_timesteps=True,

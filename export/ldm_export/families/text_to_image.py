@@ -196,17 +196,19 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     check_token_ids(checkpoint, target)
 
 
-def check_token_ids(checkpoint: Checkpoint, tokenizer: Path) -> None:
-    """Check that the text encoder embeds every token of a tokenizer.json.
+def check_token_ids(
+    checkpoint: Checkpoint, tokenizer: Path, name: str = "tokenizer", encoder: str = TEXT_ENCODER
+) -> None:
+    """Check that a text encoder embeds every token of a tokenizer.json, which was made from the files ``name``.
 
     Raises:
         CheckpointError: The tokenizer has more tokens.
     """
     token, highest = max(Tokenizer.from_file(str(tokenizer)).get_vocab().items(), key=lambda item: item[1])
-    known = checkpoint.components[TEXT_ENCODER].config["vocab_size"]
+    known = checkpoint.components[encoder].config["vocab_size"]
     if highest >= known:
         raise CheckpointError(
-            f"tokenizer: {checkpoint.files['tokenizer']}: token {token!r:.40} has id {highest}, but the text encoder "
+            f"{name}: {checkpoint.files[name]}: token {token!r:.40} has id {highest}, but the text encoder "
             f"embeds {known} tokens; use the tokenizer and the text encoder of one checkpoint"
         )
 

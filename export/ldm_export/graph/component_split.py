@@ -9,11 +9,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ldm_export.graph.passes.split_off import Split, split_cross_attention_kv, split_time_embedding
+from ldm_export.graph.passes.split_off import (
+    Split,
+    split_added_embedding,
+    split_cross_attention_kv,
+    split_time_embedding,
+)
 from ldm_runtime.errors import BuildError
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
-__all__ = ["CROSS_ATTENTION_KV", "TIME_EMBEDDING", "SplitRule", "graph_spec", "split_component"]
+__all__ = ["ADDED_EMBEDDING", "CROSS_ATTENTION_KV", "TIME_EMBEDDING", "SplitRule", "graph_spec", "split_component"]
 
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -42,6 +47,8 @@ class SplitRule:
 
 CROSS_ATTENTION_KV = SplitRule("cross_attention_kv", "request", split_cross_attention_kv)
 """Keys and values of cross-attention, which are constant over the steps of a request."""
+ADDED_EMBEDDING = SplitRule("added_embedding", "request", split_added_embedding)
+"""Embedding of pooled texts and sizes, which are constant over the steps of a request."""
 TIME_EMBEDDING = SplitRule("time_embedding", "schedule", split_time_embedding)
 """Projected timestep embeddings, which depend on the schedule alone."""
 

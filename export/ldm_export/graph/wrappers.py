@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from ldm_export.graph.quantizer import Quantizer
 
-__all__ = ["ConcatenatedUNet", "Decoder", "Encoder", "UNet", "free_upsampling"]
+__all__ = ["ConcatenatedUNet", "Decoder", "DistilledUNet", "Encoder", "UNet", "free_upsampling", "text_unet"]
 
 
 class UNet(nn.Module):
@@ -40,6 +40,22 @@ class UNet(nn.Module):
         states = {} if context is None else {"encoder_hidden_states": context}
         noise: torch.Tensor = self.unet(sample, timestep, **states, return_dict=False)[0]
         return noise
+
+
+class DistilledUNet(UNet):
+    """A UNet that embeds the guidance scale: as ``UNet``, with the embedding timestep_cond float32 [R, K] as input."""
+
+    def forward(  # type: ignore[override]
+        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, timestep_cond: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the outputs of the class's docstring."""
+        noise: torch.Tensor = self.unet(sample, timestep, context, timestep_cond=timestep_cond, return_dict=False)[0]
+        return noise
+
+
+def text_unet(unet: Any) -> UNet:
+    """Wrap a UNet2DConditionModel, whether it embeds the guidance scale or not."""
+    return UNet(unet) if unet.config.time_cond_proj_dim is None else DistilledUNet(unet)
 
 
 class ConcatenatedUNet(UNet):

@@ -14,7 +14,7 @@ from ldm_export.checkpoint.layout import CheckpointLayout, Part
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.families import family_named
 from ldm_export.originals.checkpoint_file import read_state_dict
-from ldm_export.originals.clip_shape import Clip, clip_tensors
+from ldm_export.originals.clip_shape import Clip, ClipPair, clip_tensors
 from ldm_export.originals.condition_shape import KINDS, Classes, Labels, Text
 from ldm_export.originals.ddim_scheduler import CompVisDDIMScheduler
 from ldm_export.originals.key_mapping import (
@@ -26,7 +26,7 @@ from ldm_export.originals.key_mapping import (
 from ldm_export.originals.other_files import other_file
 from ldm_export.originals.recognition import Original, described, recognise
 from ldm_export.originals.schedule import scheduler_options
-from ldm_export.originals.unet_config import unet_class, unet_config, unet_part
+from ldm_export.originals.unet_config import added_config, unet_class, unet_config, unet_part
 from ldm_export.originals.yaml_config import read_yaml
 from ldm_runtime.conditioning.layout import read_categories
 from ldm_runtime.errors import CheckpointError
@@ -113,6 +113,7 @@ def _checkpoint(
         scheduler_config={**scheduler, "class": "DDIMScheduler"},
         scheduler_given=options,
         defaults=original.defaults,
+        options=dict(layout.options),
     )
 
 
@@ -140,6 +141,11 @@ def _components(
         made[encoder] = ("LDMBertModel", condition.config())
     elif isinstance(condition, Clip):
         made["text_encoder"] = ("CLIPTextModel", condition.config())
+    elif isinstance(condition, ClipPair):
+        first, second = condition.first.config(), condition.second.config()
+        made["text_encoder"] = ("CLIPTextModel", first)
+        made["text_encoder_2"] = ("CLIPTextModelWithProjection", second)
+        made["unet"][1].update(added_config(unet, second["projection_dim"]))
     elif isinstance(condition, Labels):
         made["label_encoder"] = ("ClassEmbedder", condition.config(original.unconditional))
     elif isinstance(condition, Classes):
@@ -155,12 +161,17 @@ def _components(
 
 def _weights(original: Original, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, StoredTensor]]:
     """Part -> its tensors under the names of its module."""
-    clip = original.condition if isinstance(original.condition, Clip) else None
-    texts = text_tensors(tensors) if clip is None else clip_tensors(tensors, clip)
+    condition = original.condition
+    if isinstance(condition, ClipPair):
+        texts, texts_2 = (clip_tensors(tensors, clip) for clip in (condition.first, condition.second))
+    else:
+        texts = clip_tensors(tensors, condition) if isinstance(condition, Clip) else text_tensors(tensors)
+        texts_2 = {}
     return {
         "unet": unet_tensors(tensors, original.unet, original.heads, original.ema),
         "autoencoder": autoencoder_tensors(tensors),
         "text_encoder": texts,
+        "text_encoder_2": texts_2,
         "layout_encoder": texts,
         "label_encoder": condition_tensors(tensors, "embedding."),
         "segmentation_encoder": condition_tensors(tensors, "channel_mapper."),
@@ -205,4 +216,4 @@ def _tokenizer(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> 
     if not alone and not any((tokenizer / name).is_file() for name in entry.one_of):
         names = " or ".join(entry.one_of)
         raise CheckpointError(f"tokenizer: {tokenizer}: no {names}, expected {entry.published}; check the path")
-    return {"tokenizer": tokenizer}
+    return {name: tokenizer for name in ("tokenizer", "tokenizer_2") if name in layout.files}

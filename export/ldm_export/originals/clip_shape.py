@@ -1,21 +1,22 @@
-"""CLIP's text encoder in an original checkpoint: its sizes, and its tensors under the names of transformers."""
+"""CLIP's text encoders in an original checkpoint: their sizes, and their tensors under the names of transformers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.unet_shape import count, shape_of
 
-__all__ = ["Clip", "clip_shape", "clip_tensors"]
+__all__ = ["Clip", "ClipPair", "clip_pair", "clip_shape", "clip_tensors"]
 
 HEAD_WIDTH = 64
-"""Channels per head of the text encoders of OpenAI's ViT-L/14 and OpenCLIP's ViT-H/14."""
-_OPENAI = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
-_OPEN_CLIP = "cond_stage_model.model."
+"""Channels per head of the text encoders of OpenAI's ViT-L/14 and OpenCLIP's ViT-H/14 and ViT-bigG/14."""
+_OPENAI, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_XL_OPENAI, _XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_PROJECTION = "text_projection.weight"
 _NAMES = (
     (r"^token_embedding\.", "embeddings.token_embedding."),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
@@ -37,7 +38,8 @@ class Clip:
         prefix: Of the names of its tensors.
         vocabulary, tokens, width, layers, feed_forward: Words, longest text in tokens, channels, layers, and channels
             of the feed-forward networks.
-        open_clip: It is OpenCLIP's, whose last layer Stable Diffusion 2 leaves out, instead of OpenAI's.
+        open_clip: It is OpenCLIP's instead of OpenAI's.
+        projection: Channels of the projected pooled state; None if the model does not use it.
     """
 
     prefix: str
@@ -47,10 +49,13 @@ class Clip:
     layers: int
     feed_forward: int
     open_clip: bool
+    projection: int | None = None
 
     def config(self) -> dict[str, Any]:
         """Arguments of transformers' CLIPTextConfig."""
+        pooled = {} if self.projection is None else {"projection_dim": self.projection, "eos_token_id": 2}
         return {
+            **pooled,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": self.tokens,
             "hidden_size": self.width,
@@ -61,30 +66,66 @@ class Clip:
         }
 
 
+@dataclass(frozen=True)
+class ClipPair:
+    """The two text encoders of Stable Diffusion XL: OpenAI's, and OpenCLIP's with a pooled state."""
+
+    first: Clip
+    second: Clip
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states of both."""
+        return self.first.width + self.second.width
+
+
 def clip_shape(tensors: Mapping[str, StoredTensor]) -> Clip | None:
-    """Derive the sizes of CLIP's text encoder in a state dict; None without one.
+    """Derive the sizes of the text encoder of Stable Diffusion in a state dict; None without one.
+
+    Stable Diffusion 2 leaves out the last layer of OpenCLIP's.
 
     Raises:
         CheckpointError: A tensor is missing or has another rank.
     """
-    if f"{_OPEN_CLIP}token_embedding.weight" in tensors:
-        prefix, layer = _OPEN_CLIP, f"{_OPEN_CLIP}transformer.resblocks."
-        names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
-    else:
-        found = [one for one in _OPENAI if f"{one}embeddings.token_embedding.weight" in tensors]
-        if not found:
-            return None
-        prefix, layer = found[0], f"{found[0]}encoder.layers."
-        embeddings = [f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
-        names = (*embeddings, "encoder.layers.0.mlp.fc1.weight")  # type: ignore[assignment]
+    clip = _open_clip(tensors, _OPEN_CLIP)
+    return _openai(tensors, _OPENAI) if clip is None else replace(clip, layers=max(1, clip.layers - 1))
+
+
+def clip_pair(tensors: Mapping[str, StoredTensor]) -> ClipPair | None:
+    """Derive the sizes of the text encoders of Stable Diffusion XL in a state dict; None without them. As above."""
+    first, second = _openai(tensors, _XL_OPENAI), _open_clip(tensors, _XL_OPEN_CLIP)
+    if first is None or second is None:
+        return None
+    projection = shape_of(tensors, f"{_XL_OPEN_CLIP}text_projection", 2)[1]
+    return ClipPair(first, replace(second, projection=projection))
+
+
+def _open_clip(tensors: Mapping[str, StoredTensor], prefix: str) -> Clip | None:
+    if f"{prefix}token_embedding.weight" not in tensors:
+        return None
+    names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+    return _clip(tensors, prefix, names, "transformer.resblocks.", True)
+
+
+def _openai(tensors: Mapping[str, StoredTensor], outer: str) -> Clip | None:
+    prefixes = (f"{outer}text_model.", outer)
+    found = [one for one in prefixes if f"{one}embeddings.token_embedding.weight" in tensors]
+    embeddings = [f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
+    names = (*embeddings, "encoder.layers.0.mlp.fc1.weight")
+    return _clip(tensors, found[0], names, "encoder.layers.", False) if found else None
+
+
+def _clip(tensors: Mapping[str, StoredTensor], prefix: str, names: Sequence[str], layer: str, open_clip: bool) -> Clip:
     words, positions, feed_forward = (shape_of(tensors, f"{prefix}{name}", 2) for name in names)
-    open_clip = prefix == _OPEN_CLIP
-    layers = count(tensors, f"{layer}{{}}") - open_clip
-    return Clip(prefix, words[0], positions[0], words[1], max(1, layers), feed_forward[0], open_clip)
+    layers = max(1, count(tensors, f"{prefix}{layer}{{}}"))
+    return Clip(prefix, words[0], positions[0], words[1], layers, feed_forward[0], open_clip)
 
 
 def clip_tensors(tensors: Mapping[str, StoredTensor], clip: Clip) -> dict[str, StoredTensor]:
-    """The tensors of the text encoder under the names of transformers' CLIPTextModel, and no others."""
+    """The tensors of the text encoder under the names of transformers, and no others.
+
+    Names are those of CLIPTextModel or, with a projection, of CLIPTextModelWithProjection.
+    """
     converted: dict[str, StoredTensor] = {}
     for full, stored in tensors.items():
         if not full.startswith(clip.prefix):
@@ -102,7 +143,15 @@ def clip_tensors(tensors: Mapping[str, StoredTensor], clip: Clip) -> dict[str, S
                 converted[f"{joined[1]}.self_attn.{letter}_proj.{joined[2]}"] = _third(stored, index)
         elif name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
             converted[name] = stored
-    return converted
+    if clip.projection is None:
+        return converted
+    projection = _transposed(tensors[f"{clip.prefix}text_projection"])
+    return {**{f"text_model.{name}": stored for name, stored in converted.items()}, _PROJECTION: projection}
+
+
+def _transposed(stored: StoredTensor) -> StoredTensor:
+    load = stored.load
+    return replace(stored, shape=stored.shape[::-1], load=lambda: load().T.contiguous())
 
 
 def _third(stored: StoredTensor, index: int) -> StoredTensor:

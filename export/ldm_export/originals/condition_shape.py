@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_export.checkpoint.weights import StoredTensor
-from ldm_export.originals.clip_shape import Clip, clip_shape
+from ldm_export.originals.clip_shape import Clip, ClipPair, clip_pair, clip_shape
 from ldm_export.originals.unet_shape import UNetShape, count, shape_of
 from ldm_runtime.errors import CheckpointError
 
@@ -21,6 +21,7 @@ LAYOUT_TOKENS = 92
 KINDS = (
     "text_to_image",
     "stable_diffusion",
+    "stable_diffusion_xl",
     "class_conditional",
     "unconditional",
     "super_resolution",
@@ -82,7 +83,7 @@ class Classes:
         return {"num_classes": self.classes, "channels": self.channels, "factor": factor}
 
 
-Condition = Text | Labels | Classes | Clip
+Condition = Text | Labels | Classes | Clip | ClipPair
 
 
 def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
@@ -98,7 +99,7 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
         return Classes(*shape_of(tensors, _MAPPER, 4)[1::-1])
     text = f"{prefix}transformer."
     if f"{text}token_emb.weight" not in tensors:
-        return clip_shape(tensors)
+        return clip_shape(tensors) or clip_pair(tensors)
     vocabulary, width = shape_of(tensors, f"{text}token_emb.weight", 2)
     inner = shape_of(tensors, f"{text}attn_layers.layers.0.1.to_q.weight", 2)[0]
     layers = count(tensors, f"{text}attn_layers.layers.{{}}")
@@ -129,6 +130,8 @@ def kind_of(unet: UNetShape, condition: Condition | None) -> str:
         return "layout_to_image" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
     if isinstance(condition, Clip) and unet.context_width == condition.width and extra in (0, channels + 1):
         return "stable_diffusion"
+    if isinstance(condition, ClipPair) and unet.context_width == condition.width and unet.added_width and not extra:
+        return "stable_diffusion_xl"
     if unet.context_width is None and isinstance(condition, Classes) and extra == condition.channels:
         return "semantic_synthesis"
     if unet.context_width is None and condition is None:
@@ -138,6 +141,6 @@ def kind_of(unet: UNetShape, condition: Condition | None) -> str:
             return "unconditional"
         if extra == channels:
             return "super_resolution"
-    hint = f", with a text encoder of {condition.width} channels" if isinstance(condition, Clip) else ""
+    hint = f", with a text encoder of {condition.width} channels" if isinstance(condition, Clip | ClipPair) else ""
     got = f"{unet.in_channels} to {channels} channels, context {unet.context_width}{hint}"
     raise CheckpointError(f"checkpoint: got a UNet of {got}, expected one of {', '.join(KINDS)}")

@@ -12,18 +12,20 @@ from diffusers import DDIMScheduler
 from diffusers import __version__ as diffusers_version
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
-from ldm_export.checkpoint.clip_tokenizer_files import read_clip_tokenizer
 from ldm_export.checkpoint.folder import INDEX, Checkpoint
 from ldm_export.checkpoint.layout import ModuleSource
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.families import family_named
+from ldm_export.families.clip_text import clip_tokenizer
 from ldm_export.families.text_to_image import tokenizer_folder
 from ldm_runtime.errors import BuildError, CheckpointError
 from ldm_runtime.schedulers.noise_schedule import COMPVIS_SPACING
 
 __all__ = ["convert"]
 
-_LIBRARIES = {"LDMBertModel": "latent_diffusion", "CLIPTextModel": "transformers"}
+_LIBRARIES = {"LDMBertModel": "latent_diffusion"} | dict.fromkeys(
+    ("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers"
+)
 
 
 def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
@@ -67,11 +69,11 @@ def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"{target}: cannot be written ({error.strerror or error}); choose another -o") from None
-    return [name for name in index if not name.startswith("_")]
+    return [name for name, entry in index.items() if isinstance(entry, list)]
 
 
 def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any]:
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers_version}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers_version, **checkpoint.options}
     for name, component in checkpoint.components.items():
         part, source = checkpoint.layout.parts[name], checkpoint.layout.modules[name]
         stored_modules = {key.partition(".")[0] for key in component.tensors or ()}
@@ -88,19 +90,19 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
     scheduler: Any = DDIMScheduler
     scheduler(**options).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    if "tokenizer" in checkpoint.files:
-        tokenizer = _tokenizer(checkpoint)
-        tokenizer.save_pretrained(folder / "tokenizer")
-        index["tokenizer"] = ["transformers", type(tokenizer).__name__]
+    for name in (name for name in ("tokenizer", "tokenizer_2") if name in checkpoint.files):
+        tokenizer = _tokenizer(checkpoint, name)
+        tokenizer.save_pretrained(folder / name)
+        index[name] = ["transformers", type(tokenizer).__name__]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint, of transformers."""
+def _tokenizer(checkpoint: Checkpoint, name: str) -> Any:
+    """A tokenizer of a checkpoint, of transformers."""
     text_encoder = checkpoint.components["text_encoder"]
     if text_encoder.class_name == "CLIPTextModel":
-        return read_clip_tokenizer(checkpoint.files["tokenizer"])
+        return clip_tokenizer(checkpoint, name, name.replace("tokenizer", "text_encoder"))
     with tokenizer_folder(checkpoint) as folder:
         tokens = text_encoder.config["max_position_embeddings"]
         return BertTokenizerFast.from_pretrained(str(folder), model_max_length=tokens)

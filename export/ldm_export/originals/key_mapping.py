@@ -34,6 +34,8 @@ _AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.",
 _FIXED = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",

@@ -9,7 +9,6 @@ __all__ = ["other_file"]
 
 _MODELS = (
     (r"^control_model\.", "a ControlNet, an addition to a checkpoint"),
-    (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL"),
     (r"^conditioner\.embedders\.0\.model\.", "the refiner of Stable Diffusion XL"),
 )
 _OTHERS = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ldm_export.originals.unet_shape import UNetShape
 from ldm_runtime.model import Defaults
 
-__all__ = ["PUBLISHED", "Heads", "Published", "published_as"]
+__all__ = ["PUBLISHED", "STABLE_DIFFUSION_XL", "Heads", "Published", "published_as"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,18 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
+STABLE_DIFFUSION_XL = Published(
+    *("stable-diffusion-xl", "stable_diffusion_xl", 320, (1, 2, 4), (2, 4), Heads(channels=64), 128, 0.13025),
+    *((0.00085, 0.012), Defaults(50, 0.0, 5.0)),
+    context=2048,
+)
+"""Models of this kind have these settings whatever their sizes are."""
+
+
 def published_as(kind: str, unet: UNetShape) -> Published | None:
     """The published model with these sizes; None if there is none."""
+    if kind == STABLE_DIFFUSION_XL.kind:
+        return STABLE_DIFFUSION_XL
     sizes = (kind, unet.model_channels, unet.multiples, unet.attention_resolutions)
     for row in PUBLISHED:
         if row.context in (None, unet.context_width) and sizes == (row.kind, row.width, row.multiples, row.attention):

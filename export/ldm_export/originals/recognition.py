@@ -16,7 +16,7 @@ from ldm_export.originals.condition_shape import (
     kind_of,
 )
 from ldm_export.originals.key_mapping import has_ema
-from ldm_export.originals.published import Heads, Published, published_as
+from ldm_export.originals.published import STABLE_DIFFUSION_XL, Heads, Published, published_as
 from ldm_export.originals.schedule import betas_of
 from ldm_export.originals.unet_shape import UNetShape, unet_shape
 from ldm_export.originals.yaml_config import YamlConfig
@@ -27,9 +27,12 @@ from ldm_runtime.model import Defaults
 
 __all__ = ["Original", "described", "recognise"]
 
+V_PREDICTION, EDM = "v_pred", "edm_mean"
+"""Tensors by which files of Stable Diffusion XL tell that they predict velocity, or are in EDM's formulation."""
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
     "stable_diffusion": Defaults(50, 0.0, 7.5),
+    "stable_diffusion_xl": Defaults(50, 0.0, 5.0),
     "class_conditional": Defaults(20, 0.0, 3.0),
     "super_resolution": Defaults(100, 1.0, 1.0),
     "unconditional": Defaults(200, 0.0, 1.0),
@@ -92,6 +95,8 @@ def recognise(
             f"checkpoint: the UNet predicts {unet.out_channels} channels, the autoencoder has "
             f"{autoencoder.latent_channels}; use the tensors of one model"
         )
+    if kind == STABLE_DIFFUSION_XL.kind:
+        _check_xl(tensors, config)
     if config is not None:
         config.check(yaml_facts(config, tensors, unet, autoencoder, condition))
     return _described((unet, autoencoder, condition), kind, tensors, config, weights)
@@ -116,7 +121,7 @@ def _described(
 ) -> Original:
     unet, autoencoder, condition = shapes
     row = published_as(kind, unet)
-    prediction_type = _prediction_type(condition, config)
+    prediction_type = "v_prediction" if V_PREDICTION in tensors else _prediction_type(condition, config)
     timesteps, start, end = _schedule(tensors, config, row)
     return Original(
         kind=kind,
@@ -135,6 +140,13 @@ def _described(
         defaults=row.defaults if row is not None else _DEFAULTS.get(kind, Defaults()),
         prediction_type=prediction_type,
     )
+
+
+def _check_xl(tensors: Mapping[str, StoredTensor], config: YamlConfig | None) -> None:
+    if config is not None:
+        raise CheckpointError(f"{config.file}: Stable Diffusion XL needs no yaml; leave --config out")
+    if EDM in tensors:
+        raise CheckpointError("checkpoint: a model in EDM's formulation, whose scheduler is not supported")
 
 
 def _needs_config(what: str) -> CheckpointError:

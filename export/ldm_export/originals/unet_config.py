@@ -15,7 +15,7 @@ from ldm_export.originals.published import Heads
 from ldm_export.originals.unet_shape import UNetShape
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["unet_class", "unet_config", "unet_part"]
+__all__ = ["added_config", "unet_class", "unet_config", "unet_part"]
 
 
 def unet_class(shape: UNetShape) -> str:
@@ -73,9 +73,18 @@ def unet_config(shape: UNetShape, heads: Heads, sample_size: int) -> dict[str, A
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "cross_attention_dim": shape.context_width,
-        "transformer_layers_per_block": shape.depth,
+        "transformer_layers_per_block": shape.depth if isinstance(shape.depth, int) else list(shape.depth),
         "attention_head_dim": number,
         "use_linear_projection": shape.linear,
+    }
+
+
+def added_config(shape: UNetShape, pooled: int) -> dict[str, Any]:
+    """Arguments that describe the added embedding of Stable Diffusion XL, of ``pooled`` channels and six sizes."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": ((shape.added_width or 0) - pooled) // 6,
+        "projection_class_embeddings_input_dim": shape.added_width,
     }
 
 

@@ -26,10 +26,11 @@ class UNetShape:
         res_blocks: Residual blocks of each level on the way down.
         attention: For each level whether it has attention.
         context_width: Channels of the cross-attention's context; None without cross-attention.
-        depth: Transformer blocks of each attention; 1 without cross-attention.
+        depth: Transformer blocks of each attention; 1 without cross-attention. One number, or one for each level.
         resblock_updown: Levels are connected by residual blocks instead of convolutions.
         scale_shift: The timestep embedding scales and shifts instead of being added.
         linear: Linear layers, instead of 1x1 convolutions, surround the transformer blocks.
+        added_width: Channels of what is embedded and added to the timestep's embedding; None without it.
     """
 
     in_channels: int
@@ -39,10 +40,11 @@ class UNetShape:
     res_blocks: int
     attention: tuple[bool, ...]
     context_width: int | None
-    depth: int
+    depth: int | tuple[int, ...]
     resblock_updown: bool
     scale_shift: bool
     linear: bool = False
+    added_width: int | None = None
 
     @property
     def multiples(self) -> tuple[int, ...]:
@@ -113,11 +115,19 @@ def unet_shape(tensors: Tensors) -> UNetShape:
         res_blocks=per_level - 1,
         attention=attention,
         context_width=shape_of(tensors, cross, 2)[1] if cross in tensors else None,
-        depth=count(tensors, f"{middle}transformer_blocks.{{}}") if cross in tensors else 1,
+        depth=_depth(tensors, starts) if cross in tensors else 1,
         resblock_updown=f"{prefix}input_blocks.{per_level}.0.in_layers.0.weight" in tensors,
         scale_shift=embedding == 2 * widths[0],
         linear=cross in tensors and len(tensors[f"{middle}proj_in.weight"].shape) == 2,
+        added_width=shape_of(tensors, added, 2)[1] if (added := f"{prefix}label_emb.0.0.weight") in tensors else None,
     )
+
+
+def _depth(tensors: Tensors, starts: list[int]) -> int | tuple[int, ...]:
+    """Transformer blocks of each attention, by level if they differ; the middle has those of the last level."""
+    blocks = [f"input_blocks.{start}.1." for start in starts[:-1]] + ["middle_block.1."]
+    depths = [count(tensors, f"{UNET_PREFIX}{block}transformer_blocks.{{}}") for block in blocks]
+    return depths[-1] if {*depths} <= {0, depths[-1]} else tuple(max(1, depth) for depth in depths)
 
 
 def _upsamples(tensors: Tensors, index: int) -> bool:

@@ -141,6 +141,12 @@ def verify(
             f"{checkpoint.folder}: got a checkpoint of {checkpoint.family}, expected one of the bundle's family "
             f"{family.name}; give the checkpoint that it was built from"
         )
+    built, given = bundle.manifest.request.get("loras", []), [dict(lora) for lora in checkpoint.loras]
+    if built != given:
+        raise CheckpointError(
+            f"{bundle.folder}: was built with {_names(built)}, compared with {_names(given)}; give the files and "
+            "scales that it was built with (--lora)"
+        )
     requests = family.requests(None) if requests is None else requests
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
@@ -193,6 +199,10 @@ def _component(
     schedule = ours.denoiser.embed(feeds.sources[TIMESTEP])
     predicted = ours.denoiser(feeds.sources[SAMPLE], schedule, conditioning)
     return compared(name, {spec.outputs[0].name: predicted}, expected)
+
+
+def _names(loras: Any) -> str:
+    return ", ".join(f"{lora['file']}:{lora['scale']:g}" for lora in loras) or "no LoRA file"
 
 
 def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> ImageResult:

@@ -16,6 +16,7 @@ from ldm_export.verbs.image_options import (
     write_images,
 )
 from ldm_export.verbs.options import PRECISIONS, whole_number
+from ldm_export.verbs.xl_options import xl_fields
 from ldm_runtime.backends.registry import BACKEND_NAMES
 
 if TYPE_CHECKING:
@@ -104,4 +105,5 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         full_steps=args.full_steps,
         guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
         clip_skip=0 if args.clip_skip is None else args.clip_skip,
+        **xl_fields(args),
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, unwritten, whole_number
+from ldm_export.verbs.xl_options import add_xl_options
 from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.regular_files import read_regular
@@ -117,9 +118,8 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last layers of a CLIP text encoder that the prompts skip (default 0)",
     )
-    verb.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="text that describes what the image must not show"
-    )
+    verb.add_argument("--negative-prompt", metavar="TEXT", help="text that describes what the image must not show")
+    add_xl_options(verb)
     verb.add_argument(
         "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )

@@ -1,4 +1,4 @@
-"""Options of the verbs that read original checkpoints of CompVis/latent-diffusion."""
+"""Options of the verbs that read checkpoints: original files of CompVis/latent-diffusion, and LoRA files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ __all__ = ["add_original_arguments", "open_given"]
 
 def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options."""
+    verb.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA file to merge into the weights of UNet and text encoders (default scale 1); may be repeated",
+    )
     original = verb.add_argument_group(
         "original checkpoints (.ckpt, .pt, .pth or .safetensors of CompVis or Stability AI)"
     )
@@ -55,6 +62,7 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
         CheckpointError: It cannot be opened; see ``originals.open_model``.
     """
     from ldm_export.demo import TASKS, demo_checkpoint, demo_config
+    from ldm_export.lora import parse_lora, with_loras
     from ldm_export.originals import open_model
 
     random = getattr(args, "random_weights", False)
@@ -62,4 +70,4 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
     if path is None:
         path = demo_checkpoint(task or TASKS[0])
         options["config"] = options["config"] or demo_config(task or TASKS[0])
-    return open_model(path, random_weights=random, **options)
+    return with_loras(open_model(path, random_weights=random, **options), [parse_lora(text) for text in args.lora])

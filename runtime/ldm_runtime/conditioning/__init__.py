@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.guidance_scale import GuidanceScaleConditioner
 from ldm_runtime.conditioning.image import ImageConditioner
 from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.layout import LayoutConditioner
 from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
+from ldm_runtime.conditioning.micro_conditioning import MicroConditioner
+from ldm_runtime.conditioning.second_text import SecondTextConditioner
 from ldm_runtime.conditioning.segmentation import SegmentationConditioner
 from ldm_runtime.conditioning.start_image import StartImageConditioner
 from ldm_runtime.conditioning.text import TextConditioner
@@ -28,10 +31,13 @@ __all__ = [
     "KINDS",
     "KINDS_FIELDS",
     "Conditioner",
+    "GuidanceScaleConditioner",
     "ImageConditioner",
     "LabelConditioner",
     "LayoutConditioner",
     "MaskedImageConditioner",
+    "MicroConditioner",
+    "SecondTextConditioner",
     "SegmentationConditioner",
     "StartImageConditioner",
     "TextConditioner",
@@ -61,10 +67,10 @@ class Conditioner(Protocol):
         """Height and width of the latents if an accepted request's fields of this kind decide them; else None."""
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Encode one guidance branch: tensor name -> array [images, …].
+        """Encode one guidance branch: tensor name -> array [images, …], or [1, …] if it is the same for all images.
 
         Args:
-            request: A request that ``images`` has accepted.
+            request: A request that ``images`` has accepted, with height, width and guidance scale filled in.
             branch: "conditional" or "unconditional".
 
         Raises:
@@ -91,6 +97,9 @@ KINDS: tuple[
         | SegmentationConditioner
         | LayoutConditioner
         | StartImageConditioner
+        | SecondTextConditioner
+        | MicroConditioner
+        | GuidanceScaleConditioner
     ],
     ...,
 ] = (
@@ -101,6 +110,9 @@ KINDS: tuple[
     SegmentationConditioner,
     LayoutConditioner,
     StartImageConditioner,
+    SecondTextConditioner,
+    MicroConditioner,
+    GuidanceScaleConditioner,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)

@@ -14,6 +14,7 @@ FIELD_NAMES = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "prompt": "prompts",
+    "prompt_2": "prompts_2",
     "n": "images_per_prompt",
 }
 """Field of the API -> field of ``Request``, where the names differ."""

@@ -14,7 +14,7 @@ from ldm_runtime.images import QUALITY
 from ldm_runtime.number_checks import shown
 from ldm_runtime.request import Request
 
-__all__ = ["ImageRequest", "parse"]
+__all__ = ["PROMPTS", "ImageRequest", "parse"]
 
 OPTIONS = (
     "seed",
@@ -34,14 +34,21 @@ OPTIONS = (
     "segmentation",
     "tokens",
     "layout",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crops_coords_top_left",
+    "negative_target_size",
 )
 """Fields beyond OpenAI's that become fields of ``Request``."""
 WITHOUT_EFFECT = ("user", "quality", "style", "moderation", "input_fidelity")
 """OpenAI's fields that mean nothing for these models."""
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+"""Fields that are texts for the model."""
 DELIVERY = (
     "model",
-    "prompt",
-    "negative_prompt",
+    *PROMPTS,
     "n",
     "size",
     "response_format",
@@ -119,11 +126,12 @@ def parse(fields: Mapping[str, Any], model: ServedModel, options: ServerOptions)
 
 
 def _prompts(fields: Mapping[str, Any], model: ServedModel, options: ServerOptions) -> dict[str, Any]:
-    texts = {name: _text(fields, name, options.max_prompt_characters) for name in ("prompt", "negative_prompt")}
+    texts = {name: _text(fields, name, options.max_prompt_characters) for name in PROMPTS}
     if "text" in model.kinds:
         if not texts["prompt"].strip() and "prompt" not in fields:
             raise _invalid("prompt", "got none, expected a text; this model draws what a prompt describes")
-        return {"prompts": [texts["prompt"]], "negative_prompt": texts["negative_prompt"]}
+        asked = {FIELD_NAMES.get(name, name): texts[name] for name in PROMPTS if fields.get(name) is not None}
+        return {**asked, "prompts": [texts["prompt"]]}
     if given := [name for name, text in texts.items() if text]:
         takes = f"takes {', '.join(sorted(model.fields))}" if model.fields else "draws without conditioning"
         raise _invalid(given[0], f"got a text, but {model.name} {takes}; send an empty one")

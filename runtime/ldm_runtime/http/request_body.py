@@ -13,15 +13,14 @@ from starlette.requests import Request
 
 from ldm_runtime.errors import LdmError
 from ldm_runtime.http.api_error import ApiError, api_error
+from ldm_runtime.http.image_request import PROMPTS
 from ldm_runtime.input_images import open_image, rgb_image
 
 __all__ = ["form_fields", "json_fields"]
 
 MAX_FIELDS, MAX_FILES = 50, 20
 """Most fields and files of a form."""
-TEXTS = frozenset(
-    {"model", "prompt", "negative_prompt", "size", "response_format", "output_format", "background", "user"}
-)
+TEXTS = frozenset({*PROMPTS, "model", "size", "response_format", "output_format", "background", "user"})
 """Fields of a form that are texts; the others spell a JSON value."""
 
 

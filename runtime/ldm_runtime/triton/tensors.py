@@ -48,6 +48,13 @@ class TensorField:
 
 
 IMAGES_PER_PROMPT = TensorField("IMAGES_PER_PROMPT", "TYPE_INT32")
+PAIRS: Mapping[str, str] = {
+    f"{prefix}{name}": f"{prefix}{name}".upper()
+    for prefix in ("", "negative_")
+    for name in ("original_size", "crops_coords_top_left", "target_size")
+}
+"""Field of ``Request`` with two numbers of pixels -> tensor."""
+GUIDANCE = TensorField("GUIDANCE", "TYPE_FP32")
 KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     "text": (
         TensorField("PROMPT", "TYPE_STRING", (-1,), optional=False),
@@ -83,11 +90,17 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("LAYOUT", "TYPE_STRING", (-1,)),
         IMAGES_PER_PROMPT,
     ),
+    "second_text": (
+        TensorField("PROMPT_2", "TYPE_STRING", (-1,)),
+        TensorField("NEGATIVE_PROMPT_2", "TYPE_STRING", (-1,)),
+    ),
+    "micro_conditioning": tuple(TensorField(name, "TYPE_INT32", (2,)) for name in PAIRS.values()),
+    "guidance_scale": (GUIDANCE,),
 }
 """Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
 GUIDANCE_FIELDS = (
-    TensorField("GUIDANCE", "TYPE_FP32"),
+    GUIDANCE,
     TensorField("GUIDANCE_EVERY", "TYPE_INT32"),
     TensorField("GUIDANCE_INTERVAL", "TYPE_FP32", (2,)),
     TensorField("GUIDANCE_RESCALE", "TYPE_FP32"),
@@ -170,6 +183,10 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     }
     if "NEGATIVE_PROMPT" in tensors:
         options["negative_prompt"] = _texts(tensors, "NEGATIVE_PROMPT")
+    if "PROMPT_2" in tensors:
+        options["prompts_2"] = _texts(tensors, "PROMPT_2")
+    if "NEGATIVE_PROMPT_2" in tensors:
+        options["negative_prompt_2"] = _texts(tensors, "NEGATIVE_PROMPT_2")
     if "SEED" in tensors:
         seeds = [_number("SEED", seed, int) for seed in tensors["SEED"].ravel()]
         options["seed"] = seeds[0] if len(seeds) == 1 else seeds
@@ -203,7 +220,12 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     if "GUIDANCE_INTERVAL" in tensors:
         start, end = (_number("GUIDANCE_INTERVAL", value, float) for value in _values(tensors, "GUIDANCE_INTERVAL", 2))
         options["guidance_interval"] = (start, end)
-    request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options)
+    pairs: Any = {
+        field: tuple(_number(name, value, int) for value in _values(tensors, name, 2))
+        for field, name in PAIRS.items()
+        if name in tensors
+    }
+    request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options, **pairs)
     priority, preview_every = _one(tensors, "PRIORITY", int), _one(tensors, "PREVIEW_EVERY", int)
     return Submission(request, 2 if priority is None else priority, _one(tensors, "TIMEOUT", float), preview_every or 0)
 

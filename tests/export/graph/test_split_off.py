@@ -247,7 +247,7 @@ def test_the_order_of_the_splits_makes_no_difference(wholes: dict[str, Whole], t
 
 def test_an_input_that_is_missing_or_needs_no_work_gives_none(wholes: dict[str, Whole]) -> None:
     assert split_cross_attention_kv(wholes["scale_shift"].model) is None
-    assert split_off(wholes["conditional"].model, "mask", "mask") is None
+    assert split_off(wholes["conditional"].model, ("mask",), "mask") is None
 
 
 def test_the_model_stays_unchanged(wholes: dict[str, Whole]) -> None:
@@ -268,14 +268,14 @@ def model_of(nodes: str, shape: str = "batch, 3") -> ir.Model:
 def test_a_source_that_the_rest_needs_itself_is_refused() -> None:
     model = model_of("x = Exp(a) y = Add(x, b) out = Add(y, a)")
     with pytest.raises(BuildError, match=r"^g: pass split_off: .*'n2', which needs 'a' itself"):
-        split_off(model, "a", "part")
+        split_off(model, ("a",), "part")
 
 
 def test_a_name_in_use_is_refused() -> None:
     with pytest.raises(BuildError, match=r"pass split_off: .*tensor 'b'"):
-        split_off(model_of("x = Exp(a) out = Add(x, b)"), "a", "part", pack="b")
+        split_off(model_of("x = Exp(a) out = Add(x, b)"), ("a",), "part", pack="b")
 
 
 def test_open_sizes_at_the_cut_are_refused() -> None:
     with pytest.raises(BuildError, match=r"pass split_off: .*'x' with shape \[batch,w\]"):
-        split_off(model_of("x = Exp(a) out = Add(x, b)", "batch, w"), "a", "part")
+        split_off(model_of("x = Exp(a) out = Add(x, b)", "batch, w"), ("a",), "part")

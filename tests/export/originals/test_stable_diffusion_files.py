@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.support.compvis_checkpoints import (
     State,
     autoencoder_state,
     joined,
+    open_clip_state,
     unet_state,
     with_averages,
     with_schedule,
@@ -39,24 +39,12 @@ MODULES = ("text_encoder", "unet", "autoencoder")
 LAYERS = 3
 
 
-def open_clip_state(state: State) -> State:
-    """The tensors of CLIPTextModel under OpenCLIP's names, with a last layer that Stable Diffusion leaves out."""
-    fused: State = {}
-    for name, tensor in state.items():
-        new = name.replace("embeddings.token_embedding.", "token_embedding.").replace("final_layer_norm.", "ln_final.")
-        new = new.replace("embeddings.position_embedding.weight", "positional_embedding")
-        new = re.sub(r"^encoder\.layers\.", "transformer.resblocks.", new)
-        new = re.sub(r"\.layer_norm([12])\.", r".ln_\1.", new).replace(".self_attn.out_proj.", ".attn.out_proj.")
-        new = new.replace(".mlp.fc1.", ".mlp.c_fc.").replace(".mlp.fc2.", ".mlp.c_proj.")
-        if (match := re.fullmatch(r"(.+)\.self_attn\.[qkv]_proj\.(weight|bias)", new)) is not None:
-            stem = name.rpartition(".self_attn.")[0]
-            parts = [state[f"{stem}.self_attn.{letter}_proj.{match[2]}"] for letter in "qkv"]
-            new, tensor = f"{match[1]}.attn.in_proj_{match[2]}", torch.cat(parts)
-        fused[new] = tensor
+def with_last_layer(state: State) -> State:
+    """OpenCLIP's tensors with a last layer, which Stable Diffusion leaves out."""
     last = f"transformer.resblocks.{LAYERS - 1}."
-    more = {name.replace(last, f"transformer.resblocks.{LAYERS}."): torch.ones_like(fused[name]) for name in fused}
-    more = {name: tensor for name, tensor in more.items() if name not in fused}
-    return fused | more | {"text_projection": torch.ones(4, 4), "logit_scale": torch.tensor(1.0)}
+    more = {name.replace(last, f"transformer.resblocks.{LAYERS}."): torch.ones_like(state[name]) for name in state}
+    more = {name: tensor for name, tensor in more.items() if name not in state}
+    return state | more | {"text_projection": torch.ones(4, 4), "logit_scale": torch.tensor(1.0)}
 
 
 def original(folder: Path, version: int) -> CompVis:
@@ -69,7 +57,7 @@ def original(folder: Path, version: int) -> CompVis:
         condition["transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
         heads: dict[str, Any] = {"num_heads": 8}
     else:
-        condition = {f"model.{name}": tensor for name, tensor in open_clip_state(text).items()}
+        condition = {f"model.{name}": tensor for name, tensor in with_last_layer(open_clip_state(text)).items()}
         heads = {"num_head_channels": 16, "use_linear_in_transformer": True}
     state = joined(unet_state(modules["unet"], 1), autoencoder_state(modules["autoencoder"], LEVELS), condition)
     params: dict[str, Any] = {

@@ -1,18 +1,20 @@
-"""The cut between what depends on one graph input alone and everything else.
+"""The cut between what depends on some graph inputs alone and everything else.
 
 Rules:
 
-1. The cut runs through the float tensors that depend on the input ``source`` alone and that a node reads which depends
-   on other inputs too, or on none.
+1. The cut runs through the float tensors that depend on the inputs ``sources`` alone and that a node reads which
+   depends on other inputs too, or on none.
 2. All inputs whose first dimension has the same symbol have the same number of rows. Reading that number (Shape of such
-   an input, start 0, end 1) is no dependency: the part before the cut can read it from ``source``, the part behind from
+   an input, start 0, end 1) is no dependency: the part before the cut can read it from a source, the part behind from
    another input.
-3. The cut moves towards the input across nodes that only rearrange or scale their data (Reshape, Transpose, Unsqueeze,
+3. The cut moves towards the inputs across nodes that only rearrange or scale their data (Reshape, Transpose, Unsqueeze,
    Squeeze, Identity, and Mul by a constant scalar). Tensors therefore cross it in the form in which a layer computes
    them: keys and values as [batch, T, width], projected embeddings as [batch, C].
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -22,34 +24,35 @@ LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 """Operators that rearrange their first input."""
 
 
-def frontier(graph: ir.Graph, source: ir.Value) -> list[ir.Value]:
-    """The tensors of the cut, in the graph's order; empty if nothing else needs what ``source`` determines."""
-    alone = depend_on(graph, source, alone=True)
+def frontier(graph: ir.Graph, sources: Sequence[ir.Value]) -> list[ir.Value]:
+    """The tensors of the cut, in the graph's order; empty if nothing else needs what ``sources`` determine."""
+    alone = depend_on(graph, sources, alone=True)
     values = set()
     for value in (value for node in graph for value in node.outputs if value in alone):
         crosses = value.is_graph_output() or any(use.node.outputs[0] not in alone for use in value.uses())
         if crosses and value.dtype == ir.DataType.FLOAT:
-            values.add(_before_layout(value, alone - {source}))
+            values.add(_before_layout(value, alone - set(sources)))
     return [value for node in graph for value in node.outputs if value in values]
 
 
-def depend_on(graph: ir.Graph, source: ir.Value, alone: bool) -> set[ir.Value]:
-    """The values, ``source`` among them, that depend on ``source``, and if ``alone`` on no other input."""
+def depend_on(graph: ir.Graph, sources: Sequence[ir.Value], alone: bool) -> set[ir.Value]:
+    """The values, ``sources`` among them, that depend on a source, and if ``alone`` on no other input."""
+    searched = {value.name for value in sources}
     depends: dict[ir.Value, set[str | None]] = {value: {value.name} for value in graph.inputs}
     for node in graph:
-        inputs = [] if _counts_rows(node, source) else [value for value in node.inputs if value is not None]
-        sources = set().union(*(depends.get(value, set()) for value in inputs))
-        depends.update(dict.fromkeys(node.outputs, sources))
-    return {value for value, names in depends.items() if (names == {source.name} if alone else source.name in names)}
+        inputs = [] if _counts_rows(node, sources) else [value for value in node.inputs if value is not None]
+        found = set().union(*(depends.get(value, set()) for value in inputs))
+        depends.update(dict.fromkeys(node.outputs, found))
+    return {value for value, names in depends.items() if names & searched and not (alone and names - searched)}
 
 
-def _counts_rows(node: ir.Node, source: ir.Value) -> bool:
-    """Rule 2: the node reads the size of the first dimension of an input that has as many rows as ``source``."""
+def _counts_rows(node: ir.Node, sources: Sequence[ir.Value]) -> bool:
+    """Rule 2: the node reads the size of the first dimension of an input that has as many rows as the sources."""
     value = node.inputs[0] if node.op_type == "Shape" else None
-    if value is None or not value.is_graph_input() or not value.shape or not source.shape:
+    if value is None or not value.is_graph_input() or not value.shape or not sources[0].shape:
         return False
     part = (node.attributes.get_int("start", 0), node.attributes.get_int("end", None))
-    return part == (0, 1) and value.shape[0] == source.shape[0]
+    return part == (0, 1) and value.shape[0] == sources[0].shape[0]
 
 
 def _before_layout(value: ir.Value, alone: set[ir.Value]) -> ir.Value:
@@ -76,8 +79,8 @@ def fixed_sizes(value: ir.Value) -> tuple[int, ...] | None:
     return fixed if fixed and len(fixed) == len(sizes) else None
 
 
-def count_rows_of(graph: ir.Graph, source: ir.Value, counted: ir.Value) -> None:
-    """Rule 2: let nodes that count rows read them from the input ``counted``: all if it is ``source``, else its own."""
+def count_rows_of(graph: ir.Graph, sources: Sequence[ir.Value], counted: ir.Value) -> None:
+    """Rule 2: let nodes read the number of rows from ``counted``: all if it is a source, else those of the sources."""
     for node in graph:
-        if _counts_rows(node, source) and (counted is source or node.inputs[0] is source):
+        if _counts_rows(node, sources) and (counted in sources or node.inputs[0] in sources):
             node.replace_input_with(0, counted)

@@ -1,21 +1,21 @@
-"""Split a graph in two: the part that depends on one input alone, and the rest.
+"""Split a graph in two: the part that depends on some inputs alone, and the rest.
 
-Values that depend on the context alone are constant over the steps of a prompt, and values that depend on the timestep
+Values that depend on the contexts alone are constant over the steps of a prompt, and values that depend on the timestep
 alone are constant over requests. As components of their own they are computed once instead of at every call.
 
 Rules:
 
-1. The cut runs through the float tensors that depend on the input ``source`` alone and that other nodes need
+1. The cut runs through the float tensors that depend on the inputs ``sources`` alone and that other nodes need
    (``passes.frontier``, rules 1 to 3).
 2. A tensor at the cut is float32 with an open first dimension and fixed others.
 3. Without ``pack`` the tensors are outputs of the prefix and inputs of the rest, in the graph's order. With ``pack``
    the prefix flattens each to [batch, C_i] and concatenates them on axis 1; the rest takes the one tensor [batch, S]
    and divides it by a Split with constant sizes. It reshapes parts of a higher rank to [batch, ...].
-4. The new inputs stand where ``source`` stood. Nodes keep their names, tensors behind a Split theirs, dimensions their
-   symbols. Weights are divided: only one that both parts use is in both.
+4. The new inputs stand where the first source stood. Nodes keep their names, tensors behind a Split theirs, dimensions
+   their symbols. Weights are divided: only one that both parts use is in both.
 
 Preconditions: values have types and shapes, names are unique, no tensor has the name of a new one.
-Postcondition: no node and no output of the rest depends on ``source``.
+Postcondition: no node and no output of the rest depends on a source.
 """
 
 from __future__ import annotations
@@ -31,7 +31,18 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ldm_export.graph.passes.frontier import count_rows_of, depend_on, fixed_sizes, frontier
 from ldm_runtime.errors import BuildError
 
-__all__ = ["Split", "TensorFacts", "split_cross_attention_kv", "split_off", "split_time_embedding"]
+__all__ = [
+    "Split",
+    "TensorFacts",
+    "split_added_embedding",
+    "split_cross_attention_kv",
+    "split_off",
+    "split_time_embedding",
+]
+
+Sizes = tuple[int, ...]
+CONTEXTS = ("context", "context_2")
+"""Hidden states of a model's text encoders."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,8 @@ class Split:
     """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` computes the results of the whole graph.
 
     Attributes:
-        prefix: Graph from the source input to ``values``.
-        rest: Graph that takes ``values`` in place of the source input.
+        prefix: Graph from the sources to ``values``.
+        rest: Graph that takes ``values`` in place of the sources.
         values: The tensors between the two, in the order of the prefix's outputs.
     """
 
@@ -66,48 +77,57 @@ class Split:
     values: tuple[TensorFacts, ...]
 
 
-def split_cross_attention_kv(model: ir.Model, source: str = "context") -> Split | None:
+def split_cross_attention_kv(model: ir.Model) -> Split | None:
     """Split off the keys and values of every cross-attention.
 
-    The prefix ``cross_attention_kv`` takes ``source`` float32 [batch, T, D] and gives ``kv.0``, ``kv.1``, ..., each
-    float32 [batch, T, width]. None and errors are as in ``split_off``.
+    The prefix ``cross_attention_kv`` takes those of ``CONTEXTS`` that the model has, float32 [batch, T, D], and gives
+    ``kv.0``, ``kv.1``, ..., each float32 [batch, T, width]. None and errors are as in ``split_off``.
     """
-    return split_off(model, source, "cross_attention_kv", stem="kv")
+    return split_off(model, CONTEXTS, "cross_attention_kv", stem="kv")
 
 
-def split_time_embedding(model: ir.Model, source: str = "timestep") -> Split | None:
+def split_added_embedding(model: ir.Model) -> Split | None:
+    """Split off the embedding of pooled texts and sizes, which is added to that of the timestep.
+
+    The prefix ``added_embedding`` takes ``text_embeds`` float32 [batch, P] and ``time_ids`` int64 [batch, 6] and gives
+    ``added_embedding.0`` float32 [batch, W]. None and errors are as in ``split_off``.
+    """
+    return split_off(model, ("text_embeds", "time_ids"), "added_embedding")
+
+
+def split_time_embedding(model: ir.Model) -> Split | None:
     """Split off the time embedding and its projections for every residual block.
 
-    The prefix ``time_embedding`` takes ``source`` int64 or float32 [batch] and gives one output ``time_embedding``
+    The prefix ``time_embedding`` takes ``timestep`` int64 or float32 [batch] and gives one output ``time_embedding``
     float32 [batch, S]. None and errors are as in ``split_off``.
     """
-    return split_off(model, source, "time_embedding", pack="time_embedding")
+    return split_off(model, ("timestep",), "time_embedding", pack="time_embedding")
 
 
 def split_off(
-    model: ir.Model, source: str, name: str, pack: str | None = None, stem: str | None = None
+    model: ir.Model, sources: Sequence[str], name: str, pack: str | None = None, stem: str | None = None
 ) -> Split | None:
-    """Split a graph at the float tensors that depend on one input alone.
+    """Split a graph at the float tensors that depend on some inputs alone.
 
     Args:
         model: Any model. It stays unchanged; the parts share its weights' memory.
-        source: Name of the input.
+        sources: Names of the inputs; those that the model does not have are left out.
         name: Graph name of the prefix.
         pack: Name of one tensor [batch, S] that crosses the cut in place of many.
         stem: Without ``pack`` the tensors are called "<stem>.0", "<stem>.1", ...; ``name`` by default.
 
     Returns:
-        The parts, or None if the graph has no such input or computes nothing from it alone.
+        The parts, or None if the graph has no such input or computes nothing from them alone.
 
     Raises:
         BuildError: A tensor at the cut has an open dimension besides the first or is not float32, a new name is in use,
-            or the rest still depends on ``source``.
+            or the rest still depends on a source.
     """
-    source_input = _input(model, source)
-    values = [] if source_input is None else frontier(model.graph, source_input)
-    if source_input is None or not values:
+    inputs = _inputs(model, sources)
+    values = frontier(model.graph, inputs) if inputs else []
+    if not values:
         return None
-    rows = source_input.shape[0] if source_input.shape else None
+    rows = inputs[0].shape[0] if inputs[0].shape else None
     shapes = [_sizes(model, value) for value in values]
     symbol = rows if isinstance(rows, int) else str(rows.value if rows is not None else None)
     parts = [value.name or "" for value in values]
@@ -123,8 +143,8 @@ def split_off(
         raise _error(model, f"got a graph with a tensor {clash[0]!r}, expected that name to be free; rename the tensor")
     prefix, rest = model.clone(), model.clone()
     prefix.graph.name = name
-    _keep_prefix(prefix, source, facts, shapes, pack is not None)
-    _keep_rest(rest, source, facts, shapes, pack is not None)
+    _keep_prefix(prefix, _inputs(prefix, sources), facts, shapes, pack is not None)
+    _keep_rest(rest, _inputs(rest, sources), facts, shapes, pack is not None)
     return Split(prefix, rest, facts)
 
 
@@ -139,13 +159,11 @@ def _sizes(model: ir.Model, value: ir.Value) -> tuple[int, ...]:
 
 
 def _keep_prefix(
-    model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
+    model: ir.Model, inputs: Sequence[ir.Value], facts: Sequence[TensorFacts], shapes: Sequence[Sizes], packed: bool
 ) -> None:
     graph = model.graph
-    source_input = _input(model, source)
-    assert source_input is not None
     values = _values(graph, [part for fact in facts for part in fact.parts])
-    count_rows_of(graph, source_input, source_input)
+    count_rows_of(graph, inputs, inputs[0])
     if packed:
         (fact,) = facts
         flat = [_flatten(graph, value, sizes) for value, sizes in zip(values, shapes, strict=True)]
@@ -156,42 +174,39 @@ def _keep_prefix(
         value.name, value.type, value.shape = fact.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(fact.shape)
     graph.outputs[:] = values
     RemoveUnusedNodesPass()(model)
-    graph.inputs[:] = [source_input]
+    graph.inputs[:] = inputs
 
 
 def _keep_rest(
-    model: ir.Model, source: str, facts: Sequence[TensorFacts], shapes: Sequence[tuple[int, ...]], packed: bool
+    model: ir.Model, inputs: Sequence[ir.Value], facts: Sequence[TensorFacts], shapes: Sequence[Sizes], packed: bool
 ) -> None:
     graph = model.graph
-    source_input = _input(model, source)
-    assert source_input is not None
     parts = [part for fact in facts for part in fact.parts]
     values = _values(graph, parts)
     new_inputs = [
         ir.Value(name=fact.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(fact.shape)) for fact in facts
     ]
-    position = list(graph.inputs).index(source_input)
+    position = list(graph.inputs).index(inputs[0])
     graph.inputs[position:position] = new_inputs
     for value in values:
-        value.name = f"{source}/{value.name}"
+        value.name = f"{inputs[0].name}/{value.name}"
     replacements = _divide(graph, new_inputs[0], parts, shapes) if packed else new_inputs
     for value, replacement in zip(values, replacements, strict=True):
         value.replace_all_uses_with(replacement, replace_graph_outputs=True)
-    others = [value for value in graph.inputs if value is not source_input]
+    others = [value for value in graph.inputs if value not in inputs]
     if other := next(
-        (value for value in others if value.shape and source_input.shape and value.shape[0] == source_input.shape[0]),
-        None,
+        (value for value in others if value.shape and inputs[0].shape and value.shape[0] == inputs[0].shape[0]), None
     ):
-        count_rows_of(graph, source_input, other)
+        count_rows_of(graph, inputs, other)
     RemoveUnusedNodesPass()(model)
-    if dependent := depend_on(graph, source_input, alone=False) - {source_input}:
+    if dependent := depend_on(graph, inputs, alone=False) - set(inputs):
         name = next(node.name for node in graph if node.outputs[0] in dependent)
-        raise _error(
-            model, f"got node {name!r}, which needs {source!r} itself, expected only float tensors; do not split it"
-        )
-    if source_input.is_graph_output():
-        raise _error(model, f"got {source!r} as an output, expected computed tensors; do not split it")
-    graph.inputs.remove(source_input)
+        names = " and ".join(repr(value.name) for value in inputs)
+        raise _error(model, f"got node {name!r}, which needs {names} itself, expected only float tensors; do not split")
+    for value in inputs:
+        if value.is_graph_output():
+            raise _error(model, f"got {value.name!r} as an output, expected computed tensors; do not split it")
+        graph.inputs.remove(value)
 
 
 def _flatten(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...]) -> ir.Value:
@@ -238,8 +253,8 @@ def _constant(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
     return value
 
 
-def _input(model: ir.Model, name: str) -> ir.Value | None:
-    return next((value for value in model.graph.inputs if value.name == name), None)
+def _inputs(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
+    return [value for value in model.graph.inputs if value.name in names]
 
 
 def _values(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:

@@ -1,0 +1,57 @@
+"""Options of a request that only Stable Diffusion XL takes: texts of the second encoder, and micro-conditioning."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ldm_export.verbs.options import whole_number
+
+__all__ = ["add_xl_options", "xl_fields", "xl_inputs"]
+
+_TEXTS = {"prompts_2": "prompt", "negative_prompt_2": "negative prompt"}
+_PAIRS = {
+    "original_size": ("HEIGHT", "WIDTH", "size of the image before it was resized, as the model is told"),
+    "crops_coords_top_left": ("TOP", "LEFT", "where the image was cropped, as the model is told (default 0 0)"),
+    "target_size": ("HEIGHT", "WIDTH", "size of the image, as the model is told"),
+}
+
+
+def add_xl_options(verb: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = verb.add_argument_group("Stable Diffusion XL")
+    for name, what in _TEXTS.items():
+        group.add_argument(
+            f"--{_flag(name)}", metavar="TEXT", help=f"{what} of the second text encoder (default: the {what})"
+        )
+    for name, (first, second, text) in _PAIRS.items():
+        known = "" if "default" in text else " (default: its size)"
+        group.add_argument(
+            f"--{_flag(name)}", nargs=2, type=whole_number, metavar=(first, second), help=f"{text}{known}, in pixels"
+        )
+    for name, (first, second, _) in _PAIRS.items():
+        group.add_argument(
+            f"--negative-{_flag(name)}",
+            nargs=2,
+            type=whole_number,
+            metavar=(first, second),
+            help=f"--{_flag(name)} of what the image is steered away from (default: that of the image)",
+        )
+
+
+def xl_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``Request`` that the command line sets."""
+    pairs = [f"{prefix}{name}" for prefix in ("", "negative_") for name in _PAIRS]
+    values = {name: getattr(args, _flag(name).replace("-", "_")) for name in (*_TEXTS, *pairs)}
+    return {name: tuple(value) if name in pairs else value for name, value in values.items() if value is not None}
+
+
+def xl_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the inputs of the Triton models that the command line sets."""
+    fields = xl_fields(args)
+    names = {name: _flag(name).replace("-", "_").upper() for name in fields}
+    return {names[name]: [value] if name in _TEXTS else list(value) for name, value in fields.items()}
+
+
+def _flag(name: str) -> str:
+    return name.replace("prompts_2", "prompt_2").replace("_", "-")
