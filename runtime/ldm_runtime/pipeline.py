@@ -21,10 +21,9 @@ from ldm_runtime.conditioning import StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
-from ldm_runtime.feature_cache import DeepFeatures
 from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
-from ldm_runtime.guidance import StepBranches, guide, rescale
+from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
 from ldm_runtime.option_names import check_names
@@ -206,53 +205,17 @@ class LatentDiffusionPipeline:
         return self._denoise(self.plan(request))
 
     def _denoise(self, plan: Plan) -> Iterator[Step]:
-        trajectory, total = plan.trajectory, len(plan.trajectory)
-        start = self.begin(plan)
-        encoded = self.encode(plan, start)
-        reads, start = self._device_steps(plan, encoded, start)
-        if reads is not None:
-            for index, (timestep, read) in enumerate(zip(trajectory.timesteps, reads, strict=True)):
-                yield Step(index, total, timestep.item(), read)
-            return
-        conditioning = self.denoiser.condition(encoded)
-        schedule = self.denoiser.embed(trajectory.timesteps)
-        conditional = {name: array[-plan.images :] for name, array in conditioning.items()}
-        state = trajectory.start(start.latents)
-        direction = np.zeros_like(state[0])
-        features = DeepFeatures(self.denoiser, plan.rows)
-        for index, (timestep, branches) in enumerate(zip(trajectory.timesteps, plan.steps, strict=True)):
-            scale = trajectory.input_scale[index]
-            sample = state[0] if scale == 1 else state[0] * scale
-            both = branches is StepBranches.BOTH
-            rows = np.concatenate([sample, sample]) if both else sample
-            embedded = {name: np.repeat(array[index : index + 1], len(rows), 0) for name, array in schedule.items()}
-            predicted = features.predict(
-                rows,
-                embedded,
-                conditioning if both else conditional,
-                slice(plan.rows - len(rows), plan.rows),
-                shallow=plan.shallow[index],
-                keep=plan.caches,
-            )
-            asked = predicted[-plan.images :]
-            if both:
-                predicted, direction = guide(predicted[: plan.images], asked, np.float32(plan.guidance_scale))
-            elif branches is StepBranches.REUSED:
-                predicted = predicted + np.float32(plan.guidance_scale - 1) * direction
-            if plan.guidance_rescale and branches is not StepBranches.CONDITIONAL:
-                predicted = rescale(predicted, asked, np.float32(plan.guidance_rescale))
-            state = trajectory.step(state, predicted, index, next(start.noise) if trajectory.needs_noise else None)
-            if start.kept is not None:
-                state[0] = start.kept.blend(state[0], trajectory, index + 1)
-            yield Step(index, total, timestep.item(), _reader(state[0]))
+        timesteps = plan.trajectory.timesteps
+        for index, (timestep, read) in enumerate(zip(timesteps, self._loop_steps(plan), strict=True)):
+            yield Step(index, len(timesteps), timestep.item(), read)
 
-    def _device_steps(
-        self, plan: Plan, encoded: Tensors, start: Start
-    ) -> tuple[Iterator[Callable[[], F32]] | None, Start]:
-        """Start the loop on the device and return its steps; None and the start if there is no loop that runs the plan.
+    def _loop_steps(self, plan: Plan) -> Iterator[Callable[[], F32]]:
+        """The steps of the loop on the device if there is one that runs the plan, else those of the loop in NumPy.
 
         A loop that cannot start on this machine is replaced, as ``OpenModel`` replaces engines.
         """
+        start = self.begin(plan)
+        encoded = self.encode(plan, start)
         while (loop := self.loop) is not None and loop.takes(plan):
             reads = loop.steps(plan, encoded, self.denoiser, start)
             try:
@@ -262,8 +225,8 @@ class LatentDiffusionPipeline:
                 start = self.begin(plan)  # the loop has drawn some of the noise
             else:
                 self.loop_started(loop)
-                return chain([first], reads), start
-        return None, start
+                return chain([first], reads)
+        return host_steps(plan, encoded, self.denoiser, start)
 
     def loop_started(self, loop: DeviceLoop) -> None:
         """Note that a loop runs on this machine, so that a later failure does not replace the engine."""
@@ -376,7 +339,3 @@ class LatentDiffusionPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _reader(latents: F32) -> Callable[[], F32]:
-    return lambda: latents
