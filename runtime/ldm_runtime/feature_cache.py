@@ -50,7 +50,8 @@ def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[Ste
     if isinstance(full_steps, list | tuple | np.ndarray):
         if every != 1:
             raise SpecError(f"full_steps: got a list beside cache_every {every}; a list replaces it, leave one out")
-        listed = {integer("full_steps", index, 0, len(steps) - 1) for index in np.asarray(full_steps, object).ravel()}
+        indices = full_steps.ravel().tolist() if isinstance(full_steps, np.ndarray) else full_steps
+        listed = {integer("full_steps", index, 0, len(steps) - 1) for index in indices}
         listed |= {0, *_both(steps)[:1]}
         return tuple(index not in listed for index in range(len(steps)))
     first = max(1, integer("full_steps", initial if full_steps is None else full_steps, 0, MAX_EVERY))

@@ -133,7 +133,7 @@ def test_names_and_prompts_with_brackets_and_colons_are_not_markup(tiny_bundle, 
 def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     out, err = run(capfd, "inspect", tiny_bundle, "--check")
     assert err == ""
-    assert "checked: all 11 files have the sizes and digests of the manifest" in out
+    assert "checked: all 13 files have the sizes and digests of the manifest" in out
     for text in (*COMPONENTS, "sample: float32", "fp32", "operators", "precision", "run `ldm-export verify`"):
         assert text in out
     facts = json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])
@@ -143,7 +143,7 @@ def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision", "quantize"}
     assert (facts["request"]["checkpoint"], facts["request"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
-    assert facts["files"] == sizes and len(sizes) == 11
+    assert facts["files"] == sizes and len(sizes) == 13
 
 
 def test_verify_writes_a_page_and_inspect_shows_its_results(tiny_checkpoint, bundle_copy, place, capfd) -> None:

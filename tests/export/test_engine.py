@@ -26,9 +26,11 @@ from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
 from ldm_runtime.errors import BackendError, BuildError
 from ldm_runtime.installation import install_command
+from ldm_runtime.model import SHALLOW_UNET, UNET
 from tests.support.bundles import CAPABILITIES, ENGINES
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
@@ -48,7 +50,7 @@ def test_the_manifest_says_what_was_built(shapes_engines: Bundle, name: str) -> 
     assert shapes_engines.file(engine.file).stat().st_size > 10_000
     assert (engine.package, engine.version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
     assert engine.compute_capabilities == CAPABILITIES and engine.precision == "fp16"
-    assert engine.graph == shapes_engines.manifest.files[f"{name}/fp16.onnx"].sha256
+    assert engine.graph == shapes_engines.manifest.files[graph_file(name, "fp16")].sha256
     assert [set(profile) for profile in engine.profiles] == [
         {tensor.name for tensor in shapes_engines.manifest.components[name].spec.inputs}
     ] * 2
@@ -59,7 +61,8 @@ def test_all_matrix_work_of_the_engine_is_half(shapes_engines: Bundle, name: str
     (engine,) = shapes_engines.manifest.components[name].engines
     assert engine.proof["read_from"] == "program"
     assert set(engine.proof["matrix_work"]) == {"half"}
-    graph = json.loads(shapes_engines.file(f"report/{name}.fp16.json").read_text())
+    source = UNET if name == SHALLOW_UNET else name
+    graph = json.loads(shapes_engines.file(f"report/{source}.fp16.json").read_text())
     assert not graph["matrix_islands"] and engine.proof["matrix_work"]["half"] > 1
 
 

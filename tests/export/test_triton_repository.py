@@ -174,7 +174,7 @@ def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
     assert write(tiny_bundle, tmp_path / "one", "--only", "ldm") == 0
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["ldm", "ldm_stream"]
     assert write(tiny_bundle, tmp_path / "two", "--only", "ldm_stream", "--per-step") == 0
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["ldm_stream", "unet"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["ldm_stream", "shallow_unet", "unet"]
     assert config(tmp_path / "two", "ldm_stream").parameters["unet"].string_value == "per_step"
     (tmp_path / "two" / "mine").mkdir()
     assert write(tiny_bundle, tmp_path / "two", "--only", "unet") == 0

@@ -91,7 +91,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["text", "plain"]
     facts = client.models.retrieve("text").model_dump()["ldm"]
     assert facts["conditioning"] == ["text"] and facts["guidance"] is True
-    assert facts["defaults"] == {"num_inference_steps": 10, "eta": 0.3, "guidance_scale": 3.0}
+    assert facts["defaults"] == {"num_inference_steps": 10, "eta": 0.3, "guidance_scale": 3.0, "full_share": 0.1}
     with pytest.raises(openai.NotFoundError, match="expected one of text, plain"):
         client.models.retrieve("dall-e-3")
 

@@ -84,7 +84,7 @@ def test_server_refusals_are_one_line(refused: Refused, case: list[str]) -> None
         (["--steps", "1000", "--timeout", "0.2"], "not done in 0.2 s (request: still running after its 0.2"),
         (
             ["--model", "nowhere"],
-            "has no model 'nowhere', but cross_attention_kv, decoder, ldm, ldm_stream, text_encoder, time_",
+            "has no model 'nowhere', but cross_attention_kv, decoder, ldm, ldm_stream, shallow_unet, text_enc",
         ),
         (["--model", "unet"], "has no input PROMPT, only sample, "),
         (["--seed", str(2**63)], "SEED: "),

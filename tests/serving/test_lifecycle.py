@@ -122,11 +122,11 @@ def test_a_damaged_version_does_not_become_ready_and_the_old_one_keeps_serving(s
     """Its files are checked and a test image is generated; the previous version stays in service."""
     write(shapes_bundle, server)
     (newest,) = sorted(server.repository.glob("ldm_stream/[0-9]*"), key=lambda path: int(path.name))[-1:]
-    graph = newest / "bundle" / "decoder" / "fp32.onnx"
+    graph = newest / "bundle" / "decoder" / "fp32.onnxruntime-cpu.onnx"
     content = graph.read_bytes()
     graph.unlink()  # a link: the others keep theirs
     graph.write_bytes(content[:-1])
-    with pytest.raises(InferenceServerException, match=r"decoder/fp32\.onnx: got"):
+    with pytest.raises(InferenceServerException, match=r"decoder/fp32\.onnxruntime-cpu\.onnx: got"):
         load(server, "ldm_stream")
     over_http(server.http, WISH)
     assert not server.ready()  # so Triton tells of the version that failed, until it is started again

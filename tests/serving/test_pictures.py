@@ -198,11 +198,11 @@ def test_a_stream_over_plain_http(triton_server) -> None:
     assert [event["STEP"] for event in events] == [1, 2, 3] and len(events[-1]["IMAGE"]) == 64 * 64 * 3
 
 
-def test_64_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, local_images: Draw) -> None:
+def test_74_mixed_requests_at_once_give_what_each_gives_alone(triton_server, grpc: Grpc, local_images: Draw) -> None:
     singles = [wish for wish in WISHES if not isinstance(wish["PROMPT"], list)]
     wishes = [wish | {"SEED": number // 5} for number in range(10) for wish in singles]
     wishes += [wish for _ in range(2) for wish in WISHES if wish not in singles]
-    assert len(wishes) == 64
+    assert len(wishes) == 74
     before = triton_server.figures()
     results = [ask.result().as_numpy("IMAGE") for ask in [grpc.ask(wish) for wish in wishes]]
     expected: dict[str, np.ndarray] = {}

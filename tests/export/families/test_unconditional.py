@@ -110,7 +110,7 @@ def test_the_bundle_has_no_conditioning_and_no_guidance(bundle: Bundle) -> None:
     model = bundle.manifest.model
     check_model(model)
     assert (model.family, model.conditioning, model.guidance) == ("unconditional", (), ())
-    assert list(model.components) == ["time_embedding", "unet", "decoder", "step"]
+    assert list(model.components) == ["time_embedding", "unet", "shallow_unet", "decoder", "step"]
     assert str(model.components["unet"].inputs[0]) == "sample: float32 [batch, 3, 8, 8]"
     assert bundle.manifest.request["quantize"] == ["unet", "decoder"]
     assert "tokenizer.json" not in bundle.manifest.files

@@ -20,7 +20,7 @@ from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, apply
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import CUDA_VARIANT
+from ldm_runtime.bundle_layout import CUDA_VARIANT, graph_file
 from tests.export.graph.whole import KINDS, Whole, run
 from tests.support.contrib_operators import evaluate
 
@@ -126,7 +126,7 @@ def test_shared_tensors_are_fp16_at_both_ends(tiny_bundle: Path) -> None:
 def test_the_bundle_lists_the_graphs(cuda_bundle: Bundle) -> None:
     for name, component in cuda_bundle.manifest.components.items():
         graphs = component.variants.get(CUDA_VARIANT, {})
-        assert graphs == ({} if "step" in name else {"fp16": f"{name}/fp16.{CUDA_VARIANT}.onnx"})
+        assert graphs == ({} if "step" in name else {"fp16": graph_file(name, "fp16", CUDA_VARIANT)})
     cuda_bundle.check()
     graph = onnx.load(cuda_bundle.file(f"unet/fp16.{CUDA_VARIANT}.onnx"), load_external_data=False).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
