@@ -140,7 +140,7 @@ def test_inspect_lists_the_contents(tiny_bundle, capfd) -> None:
     assert set(facts["components"]) == set(ALL)
     assert facts["components"]["unet"]["inputs"][0] == "sample: float32 [batch, 4, height, width]"
     assert facts["components"]["unet"]["graphs"]["fp32"]["operators"]["Conv"] > 5
-    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "precision", "quantize"}
+    assert facts["request"].keys() == {"checkpoint", "checkpoint_sha256", "feature_cache", "precision", "quantize"}
     assert (facts["request"]["checkpoint"], facts["request"]["precision"]) == ("tiny", "fp32")
     sizes = {name: (tiny_bundle / name).stat().st_size for name in facts["files"]}
     assert facts["files"] == sizes and len(sizes) == 13
