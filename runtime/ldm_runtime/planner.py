@@ -57,11 +57,7 @@ class Planner:
         self._refuse_foreign_fields(request)
         images = self._images(request)
         geometry, defaults = self.geometry, self.model.defaults
-        shape = (
-            images,
-            geometry.channels,
-            *self._sides(request),
-        )
+        shape = (images, geometry.channels, *self._sides(request))
         _check_memory(shape, geometry)
         report_memory(self.model, shape, geometry.height.opt * geometry.width.opt)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
