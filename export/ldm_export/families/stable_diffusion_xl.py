@@ -39,6 +39,7 @@ from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, late
 from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, XLUNet
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER, TOKENIZER_2
+from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
 from ldm_runtime.conditioning.text import INPUT_IDS, SKIPPED, ZEROS
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
@@ -156,11 +157,10 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 _RENAMED = {"prompts_2": "prompt_2", "negative_prompt": "negative_prompt", "negative_prompt_2": "negative_prompt_2"}
 _SAME = ("height", "width", "eta", "guidance_scale", "num_inference_steps", "guidance_rescale", "clip_skip")
-_MICRO = ("original_size", "crops_coords_top_left", "target_size")
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    names = (*_SAME, *_MICRO, *(f"negative_{name}" for name in _MICRO))
+    names = (*_SAME, *MICRO_FIELDS)
     texts = {theirs: [request[ours]] for ours, theirs in _RENAMED.items() if request.get(ours) is not None}
     options = {name: request[name] for name in names if name in request}
     image: Image.Image = pipeline([request["prompts"]], generator=generator, **texts, **options).images[0]

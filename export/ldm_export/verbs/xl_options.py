@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ldm_export.verbs.options import whole_number
+from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
 
 __all__ = ["add_xl_options", "xl_fields", "xl_inputs"]
 
@@ -41,9 +42,10 @@ def add_xl_options(verb: argparse.ArgumentParser) -> None:
 
 def xl_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of ``Request`` that the command line sets."""
-    pairs = [f"{prefix}{name}" for prefix in ("", "negative_") for name in _PAIRS]
-    values = {name: getattr(args, _flag(name).replace("-", "_")) for name in (*_TEXTS, *pairs)}
-    return {name: tuple(value) if name in pairs else value for name, value in values.items() if value is not None}
+    values = {name: getattr(args, _flag(name).replace("-", "_")) for name in (*_TEXTS, *MICRO_FIELDS)}
+    return {
+        name: tuple(value) if name in MICRO_FIELDS else value for name, value in values.items() if value is not None
+    }
 
 
 def xl_inputs(args: argparse.Namespace) -> dict[str, Any]:

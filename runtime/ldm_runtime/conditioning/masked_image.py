@@ -13,7 +13,7 @@ from PIL import Image
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_size, fitted, latent_sides, report_fitted
-from ldm_runtime.conditioning.masks import check_mask
+from ldm_runtime.conditioning.masks import binary_mask, check_mask, example_mask
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.request import Request
@@ -92,10 +92,7 @@ class MaskedImageConditioner:
     def example(self) -> dict[str, Any]:
         """A colour gradient of the model's size; its middle is repainted."""
         image = example_image(self._backend.inputs[0])
-        mask = np.zeros((1, 1, *image.shape[2:]), np.float32)
-        height, width = image.shape[2:]
-        mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-        return {"image": image, "mask": mask}
+        return {"image": image, "mask": example_mask(image)}
 
     def close(self) -> None:
         """Free the encoder."""
@@ -103,12 +100,9 @@ class MaskedImageConditioner:
 
     def _arrays(self, request: Request) -> tuple[F32, F32]:
         """Image [N, channels, H, W] in [0, 1] and mask [N, 1, H, W], 0 or 1."""
-        filters = {"image": Image.Resampling.LANCZOS, "mask": Image.Resampling.NEAREST}
         sides = self._backend.inputs[0].shape[2:]
-        image, mask = (
-            image_array(name, fitted(getattr(request, name), sides, 1, resample)) for name, resample in filters.items()
-        )
-        mask = (mask.mean(axis=1, keepdims=True) >= 0.5).astype(np.float32)
+        image = image_array("image", fitted(request.image, sides, 1, Image.Resampling.LANCZOS))
+        mask = binary_mask(fitted(request.mask, sides, 1, Image.Resampling.NEAREST))
         check_size("image", image, self._backend.inputs[0])
         if mask.shape[2:] != image.shape[2:]:
             got, expected = (" x ".join(map(str, array.shape[2:])) for array in (mask, image))

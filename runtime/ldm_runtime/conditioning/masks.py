@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.errors import SpecError
 
-__all__ = ["check_mask"]
+__all__ = ["binary_mask", "check_mask", "example_mask"]
 
 F32 = NDArray[np.float32]
+
+
+def binary_mask(given: Any) -> F32:
+    """Masks float32 [M, 1, H, W], 1 where at least half white, from what ``image_array`` takes.
+
+    Raises:
+        SpecError: They are no images.
+    """
+    return np.asarray(image_array("mask", given).mean(axis=1, keepdims=True) >= 0.5, np.float32)
+
+
+def example_mask(image: F32) -> F32:
+    """A mask float32 [1, 1, H, W] whose middle is 1, for images float32 [N, channels, H, W]."""
+    height, width = image.shape[2:]
+    mask = np.zeros((1, 1, height, width), np.float32)
+    mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+    return mask
 
 
 def check_mask(mask: F32, image: F32) -> None:

@@ -19,11 +19,16 @@ from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.number_checks import integer, shown
 from ldm_runtime.request import Request
 
-__all__ = ["MicroConditioner"]
+__all__ = ["MICRO_FIELDS", "MicroConditioner"]
 
 F32 = NDArray[np.float32]
 MAX_PIXELS = 2**16
 _SIZES = ("original_size", "target_size")
+MICRO_FIELDS = (
+    *("original_size", "crops_coords_top_left", "target_size"),
+    *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
+)
+"""Fields of ``Request`` with two numbers of pixels each."""
 _ORDER = {"size": "height and width", "left": "top and left"}
 """Last word of a field -> what its two numbers are."""
 
@@ -36,9 +41,7 @@ class MicroConditioner:
     """
 
     kind: ClassVar[str] = "micro_conditioning"
-    fields: ClassVar[frozenset[str]] = frozenset(
-        f"{prefix}{name}" for prefix in ("", "negative_") for name in (*_SIZES, "crops_coords_top_left")
-    )
+    fields: ClassVar[frozenset[str]] = frozenset(MICRO_FIELDS)
 
     def __init__(self, output: str = "time_ids"):
         self._output = output

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
-from ldm_runtime.conditioning.masks import check_mask
+from ldm_runtime.conditioning.masks import binary_mask, check_mask, example_mask
 from ldm_runtime.conditioning.pictures import Box, crop_box, pasted, pictures_of, resized, sides_of
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
@@ -129,10 +129,7 @@ class StartImageConditioner:
     def examples(self) -> tuple[dict[str, Any], ...]:
         """Fields of a request for each way of running: a colour gradient, and one whose middle is repainted."""
         image = example_image(self._tensor)
-        height, width = image.shape[2:]
-        mask = np.zeros((1, 1, height, width), np.float32)
-        mask[:, :, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-        masked = {"image": image, "mask": mask}
+        masked = {"image": image, "mask": example_mask(image)}
         return (masked,) if self.needs_mask else ({"image": image}, masked)
 
     def read(self, request: Request, images: int, sides: tuple[int, int]) -> StartImage | None:
@@ -167,8 +164,8 @@ class StartImageConditioner:
         if got != expected:
             shown = [f"{height} x {width}" for height, width in (got, expected)]
             raise SpecError(f"mask: got {shown[0]} pixels (height, width), expected the image's {shown[1]}; resize it")
-        mask = _binary(resized(request.mask, sides, mask=True, box=box))
-        check_mask(mask if box is None else _binary(resized(request.mask, (got[0], got[1]), mask=True)), image)
+        mask = binary_mask(resized(request.mask, sides, mask=True, box=box))
+        check_mask(mask if box is None else binary_mask(resized(request.mask, (got[0], got[1]), mask=True)), image)
         return mask
 
     def _box(self, request: Request, sides: tuple[int, int]) -> Box | None:
@@ -256,11 +253,6 @@ def skipped_steps(strength: float, steps: int) -> int:
             "take a higher strength or more steps"
         )
     return steps - left
-
-
-def _binary(given: Any) -> F32:
-    """Masks float32 [M, 1, H, W], 1 where at least half white."""
-    return np.asarray(image_array("mask", given).mean(axis=1, keepdims=True) >= 0.5, np.float32)
 
 
 def _tiled(array: F32, count: int) -> F32:

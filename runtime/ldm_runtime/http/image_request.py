@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
 from ldm_runtime.http.api_error import FIELD_NAMES, ApiError
 from ldm_runtime.http.image_format import FORMATS, ImageFormat
 from ldm_runtime.http.served_model import ServedModel
@@ -34,12 +35,7 @@ OPTIONS = (
     "segmentation",
     "tokens",
     "layout",
-    "original_size",
-    "crops_coords_top_left",
-    "target_size",
-    "negative_original_size",
-    "negative_crops_coords_top_left",
-    "negative_target_size",
+    *MICRO_FIELDS,
 )
 """Fields beyond OpenAI's that become fields of ``Request``."""
 WITHOUT_EFFECT = ("user", "quality", "style", "moderation", "input_fidelity")

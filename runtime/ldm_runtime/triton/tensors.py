@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.batching.job import JobResult, Progress
+from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
 from ldm_runtime.errors import SpecError
 from ldm_runtime.images import pil_image, to_png
 from ldm_runtime.model import DECODER, ModelDescription
 from ldm_runtime.number_checks import shown
-from ldm_runtime.request import Request, RequestOptions
+from ldm_runtime.request import Request
 
 __all__ = [
     "CANCEL",
@@ -48,12 +49,6 @@ class TensorField:
 
 
 IMAGES_PER_PROMPT = TensorField("IMAGES_PER_PROMPT", "TYPE_INT32")
-PAIRS: Mapping[str, str] = {
-    f"{prefix}{name}": f"{prefix}{name}".upper()
-    for prefix in ("", "negative_")
-    for name in ("original_size", "crops_coords_top_left", "target_size")
-}
-"""Field of ``Request`` with two numbers of pixels -> tensor."""
 GUIDANCE = TensorField("GUIDANCE", "TYPE_FP32")
 KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     "text": (
@@ -94,7 +89,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("PROMPT_2", "TYPE_STRING", (-1,)),
         TensorField("NEGATIVE_PROMPT_2", "TYPE_STRING", (-1,)),
     ),
-    "micro_conditioning": tuple(TensorField(name, "TYPE_INT32", (2,)) for name in PAIRS.values()),
+    "micro_conditioning": tuple(TensorField(name, "TYPE_INT32", (2,)) for name in map(str.upper, MICRO_FIELDS)),
     "guidance_scale": (GUIDANCE,),
 }
 """Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
@@ -155,6 +150,34 @@ def output_fields(model: ModelDescription, stream: bool = False) -> tuple[Tensor
     )
 
 
+NUMBERS: Mapping[str, tuple[str, type[int] | type[float]]] = {
+    "count": ("COUNT", int),
+    "eta": ("ETA", float),
+    "guidance_scale": ("GUIDANCE", float),
+    "num_inference_steps": ("STEPS", int),
+    "strength": ("STRENGTH", float),
+    "padding_mask_crop": ("PADDING_MASK_CROP", int),
+    "height": ("HEIGHT", int),
+    "width": ("WIDTH", int),
+    "images_per_prompt": ("IMAGES_PER_PROMPT", int),
+    "clip_skip": ("CLIP_SKIP", int),
+    "guidance_rescale": ("GUIDANCE_RESCALE", float),
+    "guidance_every": ("GUIDANCE_EVERY", int),
+    "cache_every": ("CACHE_EVERY", int),
+    "full_steps": ("FULL_STEPS", int),
+}
+"""Field of ``Request`` -> tensor with its one number."""
+TEXTS: Mapping[str, str] = {
+    "prompts": "PROMPT",
+    "negative_prompt": "NEGATIVE_PROMPT",
+    "prompts_2": "PROMPT_2",
+    "negative_prompt_2": "NEGATIVE_PROMPT_2",
+}
+"""Field of ``Request`` -> tensor of texts."""
+ARRAYS: Mapping[str, str] = {"image": "INPUT_IMAGE", "mask": "MASK", "segmentation": "SEGMENTATION", "tokens": "TOKENS"}
+"""Field of ``Request`` -> tensor that becomes its value."""
+
+
 @dataclass(frozen=True, eq=False)
 class Submission:
     """A request and the arguments of ``BatchScheduler.submit`` that came with it."""
@@ -171,61 +194,33 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     Raises:
         SpecError: A tensor has another number of values, or a text is not UTF-8. Values are checked by the pipeline.
     """
-    options: RequestOptions = {
-        "count": _one(tensors, "COUNT", int),
-        "eta": _one(tensors, "ETA", float),
-        "guidance_scale": _one(tensors, "GUIDANCE", float),
-        "num_inference_steps": _one(tensors, "STEPS", int),
-        "strength": _one(tensors, "STRENGTH", float),
-        "padding_mask_crop": _one(tensors, "PADDING_MASK_CROP", int),
-        "height": _one(tensors, "HEIGHT", int),
-        "width": _one(tensors, "WIDTH", int),
-    }
-    if "NEGATIVE_PROMPT" in tensors:
-        options["negative_prompt"] = _texts(tensors, "NEGATIVE_PROMPT")
-    if "PROMPT_2" in tensors:
-        options["prompts_2"] = _texts(tensors, "PROMPT_2")
-    if "NEGATIVE_PROMPT_2" in tensors:
-        options["negative_prompt_2"] = _texts(tensors, "NEGATIVE_PROMPT_2")
+    options: dict[str, Any] = {}
+    for field, (name, kind) in NUMBERS.items():
+        if name in tensors:
+            options[field] = _one(tensors, name, kind)
+    for field, name in TEXTS.items():
+        if name in tensors:
+            options[field] = _texts(tensors, name)
     if "SEED" in tensors:
         seeds = [_number("SEED", seed, int) for seed in tensors["SEED"].ravel()]
         options["seed"] = seeds[0] if len(seeds) == 1 else seeds
-    if "INPUT_IMAGE" in tensors:
-        options["image"] = tensors["INPUT_IMAGE"]
-    if "MASK" in tensors:
-        options["mask"] = tensors["MASK"]
-    if "SEGMENTATION" in tensors:
-        options["segmentation"] = tensors["SEGMENTATION"]
-    if "TOKENS" in tensors:
-        options["tokens"] = tensors["TOKENS"]
+    for field, name in ARRAYS.items():
+        if name in tensors:
+            options[field] = tensors[name]
     if "LAYOUT" in tensors:
         options["layout"] = [_layout(number, text) for number, text in enumerate(_texts(tensors, "LAYOUT"))]
     if "LABEL" in tensors:
         options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
-    if "IMAGES_PER_PROMPT" in tensors:
-        options["images_per_prompt"] = _one(tensors, "IMAGES_PER_PROMPT", int)
     if "SCHEDULER" in tensors:
         _values(tensors, "SCHEDULER", 1)
         options["scheduler"] = _texts(tensors, "SCHEDULER")[0]
-    if "CLIP_SKIP" in tensors:
-        options["clip_skip"] = _one(tensors, "CLIP_SKIP", int)
-    if "GUIDANCE_RESCALE" in tensors:
-        options["guidance_rescale"] = _one(tensors, "GUIDANCE_RESCALE", float)
-    if "GUIDANCE_EVERY" in tensors:
-        options["guidance_every"] = _one(tensors, "GUIDANCE_EVERY", int)
-    if "CACHE_EVERY" in tensors:
-        options["cache_every"] = _one(tensors, "CACHE_EVERY", int)
-    if "FULL_STEPS" in tensors:
-        options["full_steps"] = _one(tensors, "FULL_STEPS", int)
     if "GUIDANCE_INTERVAL" in tensors:
         start, end = (_number("GUIDANCE_INTERVAL", value, float) for value in _values(tensors, "GUIDANCE_INTERVAL", 2))
         options["guidance_interval"] = (start, end)
-    pairs: Any = {
-        field: tuple(_number(name, value, int) for value in _values(tensors, name, 2))
-        for field, name in PAIRS.items()
-        if name in tensors
-    }
-    request = Request(_texts(tensors, "PROMPT") if "PROMPT" in tensors else None, **options, **pairs)
+    for field in MICRO_FIELDS:
+        if (name := field.upper()) in tensors:
+            options[field] = tuple(_number(name, value, int) for value in _values(tensors, name, 2))
+    request = Request(**options)
     priority, preview_every = _one(tensors, "PRIORITY", int), _one(tensors, "PREVIEW_EVERY", int)
     return Submission(request, 2 if priority is None else priority, _one(tensors, "TIMEOUT", float), preview_every or 0)
 
