@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; each worker of pytest-xdist has a core
 hypothesis.settings.register_profile("ldm", deadline=None)
 hypothesis.settings.load_profile("ldm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of the run share traces: each structure of a module is traced once."""
+    if "LDM_EXPORT_TRACE_CACHE" not in os.environ:
+        os.environ["LDM_EXPORT_TRACE_CACHE"] = tempfile.mkdtemp(prefix="ldm-export-traces-")
+        config.add_cleanup(partial(shutil.rmtree, os.environ["LDM_EXPORT_TRACE_CACHE"]))
 
 
 @pytest.hookimpl(optionalhook=True)

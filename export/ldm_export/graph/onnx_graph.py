@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
 from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from ldm_export.graph.trace_cache import cached_trace
 from ldm_runtime.backends.host import first_line
 from ldm_runtime.bundle_layout import weights_beside
 from ldm_runtime.errors import BuildError
@@ -69,11 +72,14 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
         BuildError: The module cannot be traced.
     """
     try:
-        model = _trace(module, spec)
+        model = cached_trace(module, spec, _trace)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise BuildError(
             f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
         ) from error
+    _give_weights(model, weights_of(module), inputs=len(spec.inputs))
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model)
     _name(model, spec)
     _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)
@@ -114,9 +120,15 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     return [target, data] if data else [target]
 
 
-def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name; tied ones appear once for each name."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
+    """Return the traced model, serialized; its weights are further inputs, after those of the spec."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    weights = weights_of(module)
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     dims = {name: Dim(name, min=1 if axis.min == 1 else TRACED_MIN, max=2**20) for name, axis in axes.items()}
@@ -142,10 +154,22 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> ir.Model:
             verbose=False,
         )
     assert program is not None
-    with _quiet():
-        program.apply_weights(weights)
-        program.optimize()
-    return program.model
+    graph = program.model.graph
+    for name in [name for name in graph.initializers if name in weights]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    data: bytes = ir.to_proto(program.model).SerializeToString()
+    return data
+
+
+def _give_weights(model: ir.Model, weights: dict[str, torch.Tensor], inputs: int) -> None:
+    """Turn all inputs after the first ``inputs`` into initializers."""
+    graph = model.graph
+    values = [graph.inputs.pop(inputs) for _ in range(len(graph.inputs) - inputs)]
+    for value in values:
+        value.const_value = TorchTensor(weights[value.name or ""], value.name)
+        graph.register_initializer(value)
 
 
 def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
