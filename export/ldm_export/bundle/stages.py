@@ -32,6 +32,9 @@ OnProgress = Callable[[str, int, int], None]
 A stage starts with 0 steps done and ends with all of them done; a stage without steps of its own counts as one.
 """
 
+LARGE = 64 * 2**20
+"""Bytes of a stage's files above which its memory is freed at once; the search for cycles takes up to a second."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -137,9 +140,13 @@ def _run(stage: Stage, work: Path) -> list[str]:
             (folder / name).replace(work / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    gc.collect()  # a traced module is full of cycles
-    with suppress(
-        AttributeError, OSError
-    ):  # glibc only: return freed memory to the system, so that peaks of stages do not add up
-        ctypes.CDLL(None).malloc_trim(0)
+    if sum((work / name).stat().st_size for name in names) > LARGE:
+        _free_memory()
     return names
+
+
+def _free_memory() -> None:
+    """Return memory to the system, so that peaks of stages do not add up; a traced module is full of cycles."""
+    gc.collect()
+    with suppress(AttributeError, OSError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)

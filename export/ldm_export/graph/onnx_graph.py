@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -24,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from ldm_export.graph.simplify import simplify
 from ldm_export.graph.trace_cache import cached_trace
 from ldm_runtime.backends.host import first_line
 from ldm_runtime.bundle_layout import weights_beside
@@ -79,7 +79,7 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
         ) from error
     _give_weights(model, weights_of(module), inputs=len(spec.inputs))
     with _quiet():
-        onnxscript.optimizer.optimize_ir(model)
+        simplify(model)
     _name(model, spec)
     _share_equal_weights(model.graph)
     RemoveUnusedNodesPass()(model)

@@ -1,0 +1,46 @@
+"""Simplifies a traced graph with onnxscript: constants are folded, and operators without effect are removed."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    OutputFixPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules.common import slice_split_rule
+
+__all__ = ["simplify"]
+
+RULES = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
+"""Without the rule that turns two slices into a split: diffusers' models split tensors themselves, and the search for
+pairs of slices takes a time that is quadratic in the number of nodes."""
+ROUNDS = 2
+"""Folding and rewriting make each other possible; onnxscript's optimizer has this many rounds too."""
+
+
+def simplify(model: ir.Model) -> None:
+    """Change ``model`` in place to a smaller one that computes the same, as ``onnxscript.optimizer.optimize`` does."""
+    InlinePass()(model)
+    rewrite = rewriter.RewritePass(RULES)
+    for _ in range(ROUNDS):
+        folded = optimizer.fold_constants_ir(model, onnx_shape_inference=True).modified
+        rewritten = rewrite(model).modified
+        RemoveUnusedNodesPass()(model)
+        if not (folded or rewritten):
+            break
+    for clean in (
+        RemoveUnusedOpsetsPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        OutputFixPass(),
+        NameFixPass(),
+    ):
+        clean(model)
