@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_runtime.atomic_files import sha256, written_beside
-from ldm_runtime.bundle_layout import MANIFEST, weights_file
+from ldm_runtime.bundle_layout import MANIFEST, QUALITY_REPORT, weights_file
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.json_fields import read_object
 from ldm_runtime.linked_files import stays_inside
 from ldm_runtime.manifest import FileFact, Manifest
 from ldm_runtime.manifest_reader import read_manifest
 from ldm_runtime.model import DECODER, UNET
 from ldm_runtime.onnx_external import external_locations
+from ldm_runtime.quality import QualityRecord
 from ldm_runtime.verified_file import VerifiedFile, verify
 
 __all__ = ["Bundle", "file_facts"]
+
+MAX_QUALITY_REPORT = 2**20
+"""Largest record of measured settings in bytes."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,28 @@ class Bundle:
             for graphs in (part.graphs, *part.variants.values()):
                 for graph in graphs.values():
                     self._external(graph)
+
+    def quality(self) -> QualityRecord:
+        """The settings that ``ldm-export bench --quality --save`` has measured.
+
+        Raises:
+            ManifestError: None are stored, or the file is damaged.
+
+        Examples:
+            >>> fastest = bundle.quality().fastest(min_psnr=35)
+            >>> pipe = LatentDiffusionPipeline.from_bundle(bundle, precision=fastest.setting.precision)
+            >>> pipe("a red circle", **fastest.setting.options)
+        """
+        if QUALITY_REPORT not in self.manifest.files:
+            command = f"ldm-export bench {self.folder} --quality --save"
+            raise ManifestError(f"{self.folder}: has no measured settings; measure them with `{command}`")
+        path = self.file(QUALITY_REPORT)
+        return QualityRecord.from_json(str(path), read_object(path, MAX_QUALITY_REPORT))
+
+    def with_quality(self, record: QualityRecord) -> Bundle:
+        """Write measured settings into the bundle, in place of earlier ones; errors as ``with_measured``."""
+        text = json.dumps(record.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return self.with_measured({}, {QUALITY_REPORT: text.encode()})
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
         """Write report files and measured figures into the bundle, which is valid at any time.

@@ -15,6 +15,7 @@ __all__ = [
     "CUDA_VARIANT",
     "INT8_REPORT",
     "MANIFEST",
+    "QUALITY_REPORT",
     "RANGES_REPORT",
     "TOKENIZER",
     "TOKENIZER_2",
@@ -32,6 +33,8 @@ TOKENIZER, TOKENIZER_2 = "tokenizer.json", "tokenizer_2.json"
 """Tokenizers of the first and of the second text encoder."""
 CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
+QUALITY_REPORT = "report/quality.json"
+"""Measured settings: seconds of an image against its quality."""
 
 CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
 """Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""

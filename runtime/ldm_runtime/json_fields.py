@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.regular_files import read_regular
 
-__all__ = ["read_object", "require_integer", "require_list", "require_map", "require_object", "require_str"]
+__all__ = [
+    "read_object",
+    "require_integer",
+    "require_list",
+    "require_map",
+    "require_number",
+    "require_object",
+    "require_str",
+]
 
 _T = TypeVar("_T")
 
@@ -59,6 +67,13 @@ def require_integer(where: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise ManifestError(f"{where}: got {value!r:.40}, expected a whole number from {low} to {high}; rebuild it")
     return value
+
+
+def require_number(where: str, value: Any, low: float, high: float) -> float:
+    """Return ``value`` as a float if it is a number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ManifestError(f"{where}: got {value!r:.40}, expected a number from {low:g} to {high:g}; rebuild it")
+    return float(value)
 
 
 def require_map(where: str, value: Any, read: Callable[[str, Any], _T]) -> dict[str, _T]:

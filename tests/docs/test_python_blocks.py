@@ -55,7 +55,7 @@ def test_names_and_options_exist(block: Block) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in CLASSES:
             assert any(node.attr in members(kind) for kind in CLASSES[node.value.id]), ast.unparse(node)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
-            assert {word.arg for word in node.keywords} <= CALLS[node.func.id], ast.unparse(node)
+            assert {word.arg for word in node.keywords if word.arg} <= CALLS[node.func.id], ast.unparse(node)
 
 
 def members(kind: type) -> Iterator[str]:

@@ -21,8 +21,9 @@ from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.cli import main
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import CALIBRATION_RECORD
+from ldm_runtime.bundle_layout import CALIBRATION_RECORD, QUALITY_REPORT
 from ldm_runtime.errors import BuildError
+from ldm_runtime.quality import QualityRecord, QualityResult, QualitySetting
 from tests.support.tiny_int8 import SETTINGS, model_of, part
 
 
@@ -35,9 +36,13 @@ def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
     assert set(again.origins.values()) == {"kept"}
     assert write_report(again.bundle)[0].manifest == again.bundle.manifest
     assert (folder / "manifest.json").read_bytes() == before
+    reference = QualityResult(QualitySetting("fp32", 4), 1.0, None, None)
+    with_quality = again.bundle.with_quality(QualityRecord((reference,), 1, {}))
+    assert QUALITY_REPORT in with_quality.manifest.files
     strict = calibrate(folder, replace(SETTINGS, min_psnr=18.0))
     assert strict.origins["calibration"] == "made" and strict.origins["unet.fp32"] == "kept"
     assert "int8" not in strict.bundle.manifest.measured
+    assert QUALITY_REPORT not in strict.bundle.manifest.files  # figures of the graphs before
     strict.bundle.check()
 
 

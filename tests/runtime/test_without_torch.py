@@ -19,6 +19,7 @@ MODULES = (
     "test_host",
     "test_manifest",
     "test_page_release",
+    "test_quality",
     "test_response_files",
     "test_spec_json",
     "test_specs",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,74 +16,45 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
 from ldm_runtime.images import psnr
 from ldm_runtime.model import SHALLOW_UNET
+from ldm_runtime.number_checks import integer
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.quality import QualityRecord, QualityResult, QualitySetting
 
-__all__ = ["QualityResult", "QualitySetting", "best", "measure_quality", "quality_settings"]
+if TYPE_CHECKING:
+    from ldm_calibration.settings import Grade
 
-MAX_SETTINGS = 64
+__all__ = ["measure_quality", "quality_settings"]
+
+MAX_SETTINGS, MAX_STEPS = 128, 1000
 CACHE_EVERY, GUIDANCE_EVERY = (1, 2, 3, 5), (1, 3)
 WARM_UP_STEPS = 4
 
-
-@dataclass(frozen=True)
-class QualitySetting:
-    """One way to generate an image.
-
-    Attributes:
-        precision: Precision of the graphs.
-        steps, cache_every, guidance_every: Fields of ``Request``.
-    """
-
-    precision: str
-    steps: int
-    cache_every: int = 1
-    guidance_every: int = 1
-
-    def __str__(self) -> str:
-        parts = [self.precision, f"{self.steps} steps"]
-        parts += [f"cache_every {self.cache_every}"] if self.cache_every != 1 else []
-        return ", ".join([*parts, *([f"guidance_every {self.guidance_every}"] if self.guidance_every != 1 else [])])
+Pixels = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class QualityResult:
-    """A setting, the median seconds of an image, and the PSNR in dB against the first setting; None if all are equal.
-
-    Attributes:
-        setting: The setting.
-        seconds: Median of all images.
-        mean_psnr, worst_psnr: Mean and least over the images that differ.
-    """
-
-    setting: QualitySetting
-    seconds: float
-    mean_psnr: float | None
-    worst_psnr: float | None
-
-    def facts(self) -> dict[str, Any]:
-        """JSON-able values."""
-        facts = asdict(self)
-        return {**facts.pop("setting"), **facts}
-
-
-def quality_settings(bundle: Bundle, steps: int | None, precisions: Sequence[str] | None) -> tuple[QualitySetting, ...]:
-    """Settings to compare; the first, fp32 with all steps whole, is the reference.
+def quality_settings(
+    bundle: Bundle, steps: Sequence[int] | None = None, precisions: Sequence[str] | None = None
+) -> tuple[QualitySetting, ...]:
+    """Settings to compare; the first, fp32 with the model's number of steps, all whole, is the reference.
 
     Args:
         bundle: Its graphs decide which options apply.
-        steps: Denoising steps, of which half are tried too; None takes the model's.
+        steps: Numbers of denoising steps besides the model's own; None takes half of them.
         precisions: Precisions besides fp32; None takes the bundle's own.
+
+    Raises:
+        SpecError: A number of steps out of range, or too many settings.
     """
     model = bundle.manifest.model
-    most = model.defaults.num_inference_steps if steps is None else steps
+    most = model.defaults.num_inference_steps
+    others = (max(1, most // 2),) if steps is None else tuple(integer("steps", one, 1, MAX_STEPS) for one in steps)
     caching = CACHE_EVERY if SHALLOW_UNET in model.components else (1,)
     guiding = GUIDANCE_EVERY if model.guidance and model.defaults.guidance_scale != 1 else (1,)
     every = dict.fromkeys(("fp32", *(precisions or (bundle.precision,))))
-    counts = dict.fromkeys((most, max(1, most // 2)))
-    settings = tuple(QualitySetting(*one) for one in product(every, counts, caching, guiding))
+    settings = tuple(QualitySetting(*one) for one in product(every, dict.fromkeys((most, *others)), caching, guiding))
     if len(settings) > MAX_SETTINGS:
         raise SpecError(
-            f"quality: got {len(settings)} settings, expected at most {MAX_SETTINGS}; give fewer precisions"
+            f"quality: got {len(settings)} settings, expected at most {MAX_SETTINGS}; give fewer precisions or steps"
         )
     return settings
 
@@ -93,14 +63,16 @@ def measure_quality(
     settings: Sequence[QualitySetting],
     requests: Sequence[RequestFields],
     open_pipeline: Callable[[str], LatentDiffusionPipeline],
+    grade: Grade | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> tuple[QualityResult, ...]:
+) -> QualityRecord:
     """Generate each request's image with every setting in turn, with the seeds 0, 1, ….
 
     Args:
         settings: The first is the reference.
         requests: One image each.
         open_pipeline: Opens the bundle in a precision; closed at the end.
+        grade: Decides which images are correct; None leaves that out.
         on_progress: Called with the setting, the number of images done and of all images.
 
     Raises:
@@ -108,7 +80,7 @@ def measure_quality(
         BackendError: The engine does not run a precision.
     """
     seconds: list[list[float]] = [[] for _ in settings]
-    images: list[list[NDArray[np.float64]]] = [[] for _ in settings]
+    images: list[list[Pixels]] = [[] for _ in settings]
     with ExitStack() as stack:
         pipelines = {
             precision: stack.enter_context(open_pipeline(precision))
@@ -123,35 +95,32 @@ def measure_quality(
             for number, setting in enumerate(settings):
                 on_progress(str(setting), seed * len(settings) + number, total)
                 pipeline = pipelines[setting.precision]
-                options = asdict(setting)
-                del options["precision"]
-                options["num_inference_steps"] = options.pop("steps")
                 started = time.perf_counter()
-                result = pipeline(**{**pipeline.example(request), **request, **options, "seed": seed})
-                image = np.asarray(result.images[0], np.float64)
+                result = pipeline(**{**pipeline.example(request), **request, **setting.options, "seed": seed})
+                image = np.asarray(result.images[0])
                 seconds[number].append(time.perf_counter() - started)
                 images[number].append(image)
-    return tuple(
-        _result(setting, times, own, images[0]) for setting, times, own in zip(settings, seconds, images, strict=True)
-    )
+        engines = {precision: _engine(pipeline) for precision, pipeline in pipelines.items()}
+    correct = [None if grade is None else grade(own, requests) for own in images]
+    rows = zip(settings, seconds, images, correct, strict=True)
+    results = tuple(_result(setting, times, (own, images[0]), right) for setting, times, own, right in rows)
+    return QualityRecord(results, len(requests), engines)
+
+
+def _engine(pipeline: LatentDiffusionPipeline) -> str:
+    choice = pipeline.choice
+    return "unknown engine" if choice is None else f"{choice.backend} on {choice.device}"
 
 
 def _result(
     setting: QualitySetting,
     seconds: Sequence[float],
-    images: Sequence[NDArray[np.float64]],
-    reference: Sequence[NDArray[np.float64]],
+    images: tuple[Sequence[Pixels], Sequence[Pixels]],
+    correct: list[bool] | None,
 ) -> QualityResult:
-    decibels = [psnr(one, other, 255.0) for one, other in zip(images, reference, strict=True)]
+    pairs = zip(*images, strict=True)
+    decibels = [psnr(one.astype(np.float64), other.astype(np.float64), 255.0) for one, other in pairs]
     known = [value for value in decibels if value is not None]
-    figures = (float(np.mean(known)), min(known)) if known else (None, None)
-    return QualityResult(setting, float(np.median(seconds)), *figures)
-
-
-def best(results: Sequence[QualityResult], min_psnr: float) -> QualityResult:
-    """The fastest setting whose images all have at least ``min_psnr`` dB; the reference always does."""
-    return min((one for one in results if one.worst_psnr is None or one.worst_psnr >= min_psnr), key=_seconds)
-
-
-def _seconds(result: QualityResult) -> float:
-    return result.seconds
+    mean, worst = (float(np.mean(known)), min(known)) if known else (None, None)
+    share = None if correct is None else float(np.mean(correct))
+    return QualityResult(setting, float(np.median(seconds)), mean, worst, share)

@@ -17,7 +17,7 @@ from ldm_export.bundle.shallow_stages import shallow_stages
 from ldm_export.bundle.stages import Outcome, Stage, link_files, run_stage
 from ldm_runtime.backends.engine import pipeline_components
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import INT8_REPORT
+from ldm_runtime.bundle_layout import INT8_REPORT, QUALITY_REPORT
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import Manifest, StageFact
 from ldm_runtime.model import SHALLOW_UNET
@@ -55,7 +55,8 @@ def calibrate(
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         on_progress("checking the bundle", 0, 1)
-        files = link_files([name for name in manifest.files if name not in outdated | {INT8_REPORT}], work, bundle)
+        outdated |= {INT8_REPORT, QUALITY_REPORT}  # figures of the graphs that are replaced
+        files = link_files([name for name in manifest.files if name not in outdated], work, bundle)
         for name, fact in staying.items():
             outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
         graphs = {name: work / graph for name, graph in _fp32_graphs(folder, manifest).items()}

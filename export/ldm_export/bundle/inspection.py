@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.bundle_layout import files_of_graph, precision_report
+from ldm_runtime.bundle_layout import QUALITY_REPORT, files_of_graph, precision_report
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import read_object, require_integer, require_object
 from ldm_runtime.manifest import Component
@@ -22,7 +22,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Return JSON-able facts of a bundle. Operators are counted if onnx is installed.
 
     Raises:
-        ManifestError: A graph is damaged.
+        ManifestError: A graph or a report is damaged.
     """
     manifest = bundle.manifest
     return {
@@ -33,6 +33,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "scheduler": dict(manifest.scheduler),
         "request": dict(manifest.request),
         "measured": dict(manifest.measured),
+        **({"quality": bundle.quality().to_json()} if QUALITY_REPORT in manifest.files else {}),
         "tools": dict(manifest.tools),
         "files": {name: fact.size for name, fact in manifest.files.items()},
     }

@@ -37,7 +37,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images of one call (default 1 2 4)",
     )
-    verb.add_argument("--steps", type=whole_number, help="denoising steps of a generation (default: the model's)")
+    verb.add_argument(
+        "--steps",
+        nargs="+",
+        type=whole_number,
+        metavar="N",
+        help="denoising steps of a generation (default: the model's); with --quality, numbers of steps to compare with "
+        "the model's (default: half of them)",
+    )
     verb.add_argument("--runs", type=whole_number, default=5, help="timed rounds (default 5)")
     verb.add_argument("--guidance", type=real_number, help="guidance scale, 1 for none (default: the model's)")
     verb.add_argument("--eta", type=real_number, help="noise added at each step, 0 for none (default: the model's)")
@@ -56,13 +63,15 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.bench.bench_results import BenchSettings, Combination
     from ldm_export.bench.benchmark import benchmark
 
-    if args.min_psnr is not None:
-        raise BuildError("--min-psnr: got it without --quality; add --quality")
+    if args.min_psnr is not None or args.save:
+        raise BuildError(f"{'--save' if args.save else '--min-psnr'}: got it without --quality; add --quality")
+    if args.steps is not None and len(args.steps) > 1:
+        raise BuildError("--steps: got several numbers without --quality, expected one; add --quality or give one")
     if args.output:
         _check(args.output)
     settings = BenchSettings(
         batches=tuple(dict.fromkeys(args.batch)),
-        steps=args.steps,
+        steps=args.steps[0] if args.steps else None,
         runs=args.runs,
         guidance_scale=args.guidance,
         eta=args.eta,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
+from ldm_export.verbs.budget_options import STEPS_HELP, add_budget, settled, steps_or_auto
 from ldm_export.verbs.image_options import (
     add_request,
     check_output,
@@ -28,7 +29,8 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     verb.add_argument("bundle", type=Path)
-    add_request(verb)
+    add_request(verb, steps_or_auto, STEPS_HELP)
+    add_budget(verb)
     verb.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -48,14 +50,17 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
+    from ldm_runtime.bundle import Bundle
     from ldm_runtime.pipeline import LatentDiffusionPipeline
     from ldm_runtime.request import fresh_seed
 
     check_output(args.output)
+    bundle = Bundle.open(args.bundle)
+    args, setting = settled(args, bundle, screen)
     seed = fresh_seed() if args.seed is None else args.seed
     with screen.bar("loading"):
         loaded = LatentDiffusionPipeline.from_bundle(
-            args.bundle,
+            bundle,
             precision=args.precision,
             backend=args.backend,
             device=args.device,
@@ -73,7 +78,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     image_files = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle sets it
-    image_files.show(screen, {"seed": seed, "choice": choice.facts()}, f"seed {seed}; {choice}", args.json)
+    facts = {"seed": seed, "choice": choice.facts(), **({} if setting is None else {"setting": setting.facts()})}
+    image_files.show(screen, facts, f"seed {seed}; {choice}", args.json)
 
 
 def _request(args: argparse.Namespace, seed: int) -> Request:

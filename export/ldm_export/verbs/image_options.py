@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,16 @@ class ImageFiles:
             screen.result(str(path))
 
 
-def add_request(verb: argparse.ArgumentParser) -> None:
-    """Add the options of a request and of its output."""
+def add_request(
+    verb: argparse.ArgumentParser, steps: Callable[[str], int | str] = whole_number, steps_help: str = ""
+) -> None:
+    """Add the options of a request and of its output.
+
+    Args:
+        verb: The command's parser.
+        steps: Parses ``--steps``.
+        steps_help: What ``steps`` takes besides a number.
+    """
     verb.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="text prompts; none for a model without text conditioning"
     )
@@ -70,7 +78,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
     )
-    verb.add_argument("--steps", type=whole_number, help="denoising steps (default: the model's)")
+    verb.add_argument("--steps", type=steps, help=f"denoising steps{steps_help} (default: the model's)")
     verb.add_argument(
         "--scheduler",
         metavar="NAME",

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
+from ldm_export.verbs.bench_quality import QUALITY_COLUMNS, quality_rows
 from ldm_runtime.bundle import Bundle
 
 __all__ = ["add_arguments", "run"]
@@ -56,6 +57,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+    if "quality" in facts:
+        record = bundle.quality()
+        title = f"stored settings for `generate --budget`, measured with {record.images} images"
+        screen.table(title, QUALITY_COLUMNS, quality_rows(record))
     if args.check:
         screen.result(f"checked: all {len(bundle.manifest.files)} files have the sizes and digests of the manifest")
 

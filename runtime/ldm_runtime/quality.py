@@ -1,0 +1,201 @@
+"""Measured settings of a bundle: seconds of an image against its quality.
+
+``ldm-export bench --quality --save`` writes the record, ``Bundle.quality`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.json_fields import (
+    require_integer,
+    require_list,
+    require_map,
+    require_number,
+    require_object,
+    require_str,
+)
+from ldm_runtime.number_checks import number
+
+if TYPE_CHECKING:
+    from ldm_runtime.request import RequestOptions
+
+__all__ = ["QualityRecord", "QualityResult", "QualitySetting"]
+
+MAX_SETTINGS, MAX_VALUE = 1024, 10**6
+"""Most settings of a record, and largest number in it."""
+_COUNTS = ("steps", "cache_every", "guidance_every")
+
+
+@dataclass(frozen=True)
+class QualitySetting:
+    """One way to generate an image.
+
+    Attributes:
+        precision: Precision of the graphs.
+        steps, cache_every, guidance_every: Fields of ``Request``; ``steps`` is ``num_inference_steps``.
+    """
+
+    precision: str
+    steps: int
+    cache_every: int = 1
+    guidance_every: int = 1
+
+    @property
+    def options(self) -> RequestOptions:
+        """The fields of a ``Request``; ``precision`` is an option of ``LatentDiffusionPipeline.from_bundle``."""
+        return {
+            "num_inference_steps": self.steps,
+            "cache_every": self.cache_every,
+            "guidance_every": self.guidance_every,
+        }
+
+    def __str__(self) -> str:
+        parts = [self.precision, f"{self.steps} steps"]
+        parts += [f"cache_every {self.cache_every}"] if self.cache_every != 1 else []
+        return ", ".join([*parts, *([f"guidance_every {self.guidance_every}"] if self.guidance_every != 1 else [])])
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """A setting with its time and quality.
+
+    Attributes:
+        setting: The setting.
+        seconds: Median of all images.
+        mean_psnr, worst_psnr: Mean and least PSNR in dB against the images of the reference, over the images that
+            differ; None if all are equal.
+        correct: Share of images, 0 to 1, that show what their prompts say; None without a grader.
+    """
+
+    setting: QualitySetting
+    seconds: float
+    mean_psnr: float | None
+    worst_psnr: float | None
+    correct: float | None = None
+
+    def reaches(self, min_psnr: float) -> bool:
+        """True if every image has at least this PSNR."""
+        return self.worst_psnr is None or self.worst_psnr >= min_psnr
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able values."""
+        facts = asdict(self)
+        return {**facts.pop("setting"), **facts}
+
+
+@dataclass(frozen=True)
+class QualityRecord:
+    """Settings that took turns in one run, on the same requests and seeds.
+
+    Attributes:
+        results: The first is the reference: fp32, the model's number of steps, every step whole.
+        images: Number of images for each setting.
+        engines: Precision -> the engine and device that ran it, e.g. "onnxruntime on cpu".
+        options: Fields of the requests that differ from the model's defaults, e.g. ``guidance_scale``.
+    """
+
+    results: tuple[QualityResult, ...]
+    images: int
+    engines: Mapping[str, str]
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> QualityResult:
+        """The setting with which all others are compared."""
+        return self.results[0]
+
+    def fastest(self, min_psnr: float) -> QualityResult:
+        """The fastest setting whose images all have at least ``min_psnr`` dB; the reference always does.
+
+        Raises:
+            SpecError: ``min_psnr`` is no finite number.
+        """
+        return min(self._reaching(min_psnr), key=_seconds)
+
+    def fewest_steps(self, min_psnr: float | None = None) -> QualityResult:
+        """The setting with the fewest steps, and of these the fastest, that is good enough; the reference always is.
+
+        Args:
+            min_psnr: The PSNR in dB that every image must have. None asks for as many correct images as the reference
+                has instead, because fewer steps give another image, which may be as good.
+
+        Raises:
+            SpecError: No finite number; or None, and the images were not graded.
+        """
+        if min_psnr is not None:
+            return min(self._reaching(min_psnr), key=_steps)
+        least = self.reference.correct
+        if least is None:
+            raise SpecError(
+                "steps: got auto without a PSNR, but no grader decides which images of this model are correct; give a "
+                "PSNR in dB, on the command line --budget"
+            )
+        return min((one for one in self.results if one.correct is not None and one.correct >= least), key=_steps)
+
+    def measured(self, result: QualityResult) -> str:
+        """Describe what a setting was measured at."""
+        worst, mean = result.worst_psnr, result.mean_psnr
+        images = "equal images" if worst is None or mean is None else f"worst {worst:.1f} dB, mean {mean:.1f} dB"
+        correct = "" if result.correct is None else f", {result.correct:.0%} correct"
+        faster = self.reference.seconds / result.seconds
+        how = f"{self.images} images, {self.engines.get(result.setting.precision, 'unknown engine')}"
+        return f"{faster:.2f}× as fast as {self.reference.setting}, {images}{correct} ({how})"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values, which ``from_json`` reads."""
+        facts = {"images": self.images, "engines": dict(self.engines), "options": dict(self.options)}
+        return {**facts, "settings": [one.facts() for one in self.results]}
+
+    @classmethod
+    def from_json(cls, where: str, document: Mapping[str, Any]) -> QualityRecord:
+        """Read the record of a bundle, which is untrusted.
+
+        Args:
+            where: The file, for error messages.
+            document: Its content.
+
+        Raises:
+            ManifestError: A field is missing or has another type.
+        """
+        entries = require_list(f"{where}: settings", document.get("settings"), MAX_SETTINGS)
+        results = tuple(_result(f"{where}: settings[{index}]", entry) for index, entry in enumerate(entries))
+        if not results or results[0].worst_psnr is not None:
+            raise ManifestError(f"{where}: settings: got no reference in the first place; measure the bundle again")
+        return cls(
+            results,
+            require_integer(f"{where}: images", document.get("images"), 1, MAX_VALUE),
+            require_map(f"{where}: engines", document.get("engines"), require_str),
+            require_map(f"{where}: options", document.get("options"), _number),
+        )
+
+    def _reaching(self, min_psnr: float) -> Iterable[QualityResult]:
+        least = number("min_psnr", min_psnr)
+        return (self.reference, *(one for one in self.results[1:] if one.reaches(least)))
+
+
+def _result(where: str, value: Any) -> QualityResult:
+    entry = require_object(where, value)
+    setting = QualitySetting(
+        require_str(f"{where}.precision", entry.get("precision")),
+        *(require_integer(f"{where}.{name}", entry.get(name), 1, MAX_VALUE) for name in _COUNTS),
+    )
+    seconds = require_number(f"{where}.seconds", entry.get("seconds"), 1e-9, MAX_VALUE)
+    optional = ((name, entry.get(name)) for name in ("mean_psnr", "worst_psnr", "correct"))
+    figures = (None if figure is None else _number(f"{where}.{name}", figure) for name, figure in optional)
+    return QualityResult(setting, seconds, *figures)
+
+
+def _number(where: str, value: Any) -> float:
+    return require_number(where, value, -MAX_VALUE, MAX_VALUE)
+
+
+def _seconds(result: QualityResult) -> float:
+    return result.seconds
+
+
+def _steps(result: QualityResult) -> tuple[int, float]:
+    return result.setting.steps, result.seconds
