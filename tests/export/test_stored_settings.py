@@ -13,9 +13,11 @@ import pytest
 from ldm_export.bench.speed_quality import measure_quality
 from ldm_export.cli import main
 from ldm_export.demo import demo_grader
+from ldm_export.report.quality_section import quality_rows
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.bundle_layout import QUALITY_REPORT
 from ldm_runtime.quality import QualitySetting
+from tests.support.markup import Page
 
 ENGINE = ("--backend", "onnxruntime", "--threads", "1")
 PROMPT = "a red circle left of the blue square"
@@ -105,6 +107,17 @@ def test_inspect_lists_the_stored_settings(measured: Bundle, tiny_bundle: Path, 
     facts = json.loads(run(capfd, "inspect", measured.folder, "--json")[0])
     assert facts["quality"] == measured.quality().to_json()
     assert "quality" not in json.loads(run(capfd, "inspect", tiny_bundle, "--json")[0])
+
+
+def test_the_report_shows_the_stored_settings(measured: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    page = tmp_path / "report.html"
+    options = ("--prompts", str(tmp_path / "prompts.txt"), "--steps", "1", "--backend", "onnxruntime", "--quiet")
+    assert main(["report", str(measured.folder), *options, "-o", str(page)]) == 0
+    record = measured.quality()
+    _, *rows = Page.read(page).table("graph")
+    assert rows == quality_rows(record) and len(rows) == 16
+    assert "1 images for each setting, guidance_scale 3; fp32 by onnxruntime on cpu." in page.read_text()
 
 
 REFUSED = {

@@ -27,9 +27,10 @@ from ldm_export.report.contents import REFERENCE, Report
 from ldm_export.report.input_images import input_images
 from ldm_export.report.int8_section import int8_section
 from ldm_export.report.lenient_json import finite, mapping
+from ldm_export.report.quality_section import quality_section
 from ldm_export.requests import label
 from ldm_export.screen import human_bytes, printable
-from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, RANGES_REPORT, precision_report
+from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, QUALITY_REPORT, RANGES_REPORT, precision_report
 
 __all__ = ["report_page"]
 
@@ -39,7 +40,7 @@ MAX_LISTED = 40
 
 def report_page(report: Report) -> str:
     """Render the report as HTML with inline images and plots; no network is needed to open it."""
-    sections = (_images, _precisions, _int8, _half, _engines, _measured, _origin)
+    sections = (_images, _precisions, _quality, _int8, _half, _engines, _measured, _origin)
     return document(
         f"{report.bundle.folder.resolve().name}: report", (part for section in sections for part in section(report))
     )
@@ -115,6 +116,11 @@ def _precisions(report: Report) -> Iterator[Markup]:
         "differences of a few percent in speed are noise.",
         class_="note",
     )
+
+
+def _quality(report: Report) -> Iterator[Markup]:
+    if QUALITY_REPORT in report.files:
+        yield from quality_section(report.bundle.quality())
 
 
 def _int8(report: Report) -> Iterator[Markup]:

@@ -63,8 +63,9 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.bench.bench_results import BenchSettings, Combination
     from ldm_export.bench.benchmark import benchmark
 
-    if args.min_psnr is not None or args.save:
-        raise BuildError(f"{'--save' if args.save else '--min-psnr'}: got it without --quality; add --quality")
+    for option in ("min_psnr", "save", "prompts"):
+        if getattr(args, option) not in (None, False):
+            raise BuildError(f"--{option.replace('_', '-')}: got it without --quality; add --quality")
     if args.steps is not None and len(args.steps) > 1:
         raise BuildError("--steps: got several numbers without --quality, expected one; add --quality or give one")
     if args.output:

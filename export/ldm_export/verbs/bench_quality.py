@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 from ldm_export.screen import Screen
@@ -13,18 +14,13 @@ from ldm_export.verbs.options import chosen_prompts, real_number, unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 from ldm_runtime.number_checks import integer, number
-from ldm_runtime.quality import QualityRecord
 
-__all__ = ["QUALITY_COLUMNS", "add_quality_arguments", "quality_rows", "run_quality"]
+__all__ = ["add_quality_arguments", "run_quality"]
 
 MIN_PSNR = 35.0
 MAX_IMAGES = 1000
 DEMO_PROMPTS = 96
 """Most different prompts of the demo model."""
-QUALITY_COLUMNS = [
-    *("graph", "steps", "cache every", "guidance every"),
-    *("seconds", "speed", "dB mean", "dB worst", "correct"),
-]
 
 
 def add_quality_arguments(verb: argparse.ArgumentParser) -> None:
@@ -42,6 +38,12 @@ def add_quality_arguments(verb: argparse.ArgumentParser) -> None:
         help=f"with --quality: name the fastest setting whose images all have this PSNR (default {MIN_PSNR:g})",
     )
     verb.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="with --quality: text file with one prompt per line (default: four; for the demo model held-out ones)",
+    )
+    verb.add_argument(
         "--save",
         action="store_true",
         help="with --quality: store the settings and figures in the bundle, for `generate --budget`",
@@ -56,6 +58,7 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     """
     from ldm_export.bench.speed_quality import measure_quality, quality_settings
     from ldm_export.demo import demo_grader
+    from ldm_export.report.quality_section import QUALITY_COLUMNS, quality_rows
     from ldm_runtime.pipeline import LatentDiffusionPipeline
 
     if args.output is not None or len(args.backend) > 1:
@@ -64,6 +67,7 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     bundle, count = Bundle.open(args.bundle), integer("runs", args.runs, 1, MAX_IMAGES)
     given = {"guidance_scale": args.guidance, "eta": args.eta, "height": args.height, "width": args.width}
     options = {name: value for name, value in given.items() if value is not None}
+    requests = _requests(bundle, args.prompts, count)
     settings = quality_settings(bundle, args.steps, args.precision)
 
     def opened(precision: str) -> LatentDiffusionPipeline:
@@ -74,7 +78,7 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("loading") as bar:
         record = measure_quality(
             settings,
-            [{**request, **options} for request in _requests(bundle, count)],
+            [{**request, **options} for request in requests],
             opened,
             demo_grader(bundle),
             lambda what, done, total: bar.to(done, total, what),
@@ -96,26 +100,11 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
         screen.result(f"stored: `ldm-export generate {args.bundle} --budget {least:g}` takes this setting")
 
 
-def quality_rows(record: QualityRecord) -> list[list[str]]:
-    """Rows of a table with ``QUALITY_COLUMNS``, the fastest setting first."""
-    reference = record.reference.seconds
-    return [
-        [
-            *map(str, astuple(one.setting)),
-            f"{one.seconds:.3g}",
-            f"{reference / one.seconds:.2f}×",
-            *("same" if value is None else f"{value:.1f}" for value in (one.mean_psnr, one.worst_psnr)),
-            "" if one.correct is None else f"{one.correct:.0%}",
-        ]
-        for one in sorted(record.results, key=lambda one: one.seconds)
-    ]
-
-
-def _requests(bundle: Bundle, count: int) -> Sequence[dict[str, Any]]:
-    """Requests for ``count`` images: held-out prompts of the demo model, or a model's defaults in turn."""
+def _requests(bundle: Bundle, file: Path | None, count: int) -> Sequence[dict[str, Any]]:
+    """Requests for ``count`` images, in turn: prompts of a file, held-out ones of the demo model, or the defaults."""
     from ldm_export.demo import calibration_prompts
     from ldm_export.requests import requests_for
 
-    split = calibration_prompts(bundle, 0, min(count, DEMO_PROMPTS))
-    prompts = chosen_prompts(None, bundle) if split is None else split[1]
+    split = None if file else calibration_prompts(bundle, 0, min(count, DEMO_PROMPTS))
+    prompts = chosen_prompts(file, bundle) if split is None else split[1]
     return [dict(request) for request in islice(cycle(requests_for(bundle.manifest.model, prompts)), count)]

@@ -8,7 +8,6 @@ from typing import Any
 
 from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
-from ldm_export.verbs.bench_quality import QUALITY_COLUMNS, quality_rows
 from ldm_runtime.bundle import Bundle
 
 __all__ = ["add_arguments", "run"]
@@ -58,6 +57,8 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
     if "quality" in facts:
+        from ldm_export.report.quality_section import QUALITY_COLUMNS, quality_rows
+
         record = bundle.quality()
         title = f"stored settings for `generate --budget`, measured with {record.images} images"
         screen.table(title, QUALITY_COLUMNS, quality_rows(record))
