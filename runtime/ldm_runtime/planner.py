@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner
+from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner, TextConditioner
 from ldm_runtime.conditioning.start_image import skipped_steps
 from ldm_runtime.errors import SpecError
 from ldm_runtime.family_schedulers import check_family_scheduler
@@ -76,13 +76,16 @@ class Planner:
         rescale = number("guidance_rescale", request.guidance_rescale, 0.0, 1.0)
         evaluated = branches if guided else (StepBranches.CONDITIONAL,) * len(trajectory)
         height, width = (side * geometry.factor for side in shape[2:])
+        rows = self.model.guidance if guided else ("conditional",)
+        texts = [one for one in self.conditioners if isinstance(one, TextConditioner)]
+        chunks = max((one.chunks(request, rows) for one in texts), default=1)
         return Plan(
-            request=replace(request, height=height, width=width, guidance_scale=scale),
+            request=replace(request, height=height, width=width, guidance_scale=scale, prompt_chunks=chunks),
             seeds=seeds_of(request.seed, images),
             shape=shape,
             latents=check_latents_given(request.latents, shape),
             guidance_scale=scale,
-            branches=self.model.guidance if guided else ("conditional",),
+            branches=rows,
             steps=evaluated,
             trajectory=trajectory,
             guidance_rescale=rescale if guided else 0.0,

@@ -49,6 +49,8 @@ class RequestOptions(TypedDict, total=False):
     scheduler: str | None
     guidance_rescale: float
     clip_skip: int
+    prompt_chunks: int
+    prompt_weights: bool
     cache_every: int
     full_steps: int | Sequence[int] | None
     prompts_2: str | Sequence[str] | None
@@ -99,6 +101,10 @@ class Request:
         guidance_rescale: Share, 0 to 1, of guided predictions that is rescaled; see ``guidance.rescale``.
         clip_skip: Layers at the end of a CLIP text encoder that the prompts skip, 0 for none; negative prompts never
             skip any, as in diffusers.
+        prompt_chunks: Most texts in which a prompt that is too long for the text encoder is encoded, 75 tokens each. 1
+            cuts long prompts off. A plan has the number that its longest prompt takes; shorter ones are filled up with
+            empty texts.
+        prompt_weights: Read weights in prompts, e.g. ``(word:1.3)``; see ``conditioning.prompt_weights``.
         cache_every, full_steps: As in ``feature_cache.shallow_calls``; UNet calls that reuse features are a fraction of
             the work and change the image slightly.
         prompts_2, negative_prompt_2: Other texts for the second text encoder, one for all or one per prompt.
@@ -132,6 +138,8 @@ class Request:
     scheduler: str | None = None
     guidance_rescale: float = 0.0
     clip_skip: int = 0
+    prompt_chunks: int = 1
+    prompt_weights: bool = False
     cache_every: int = 1
     full_steps: int | Sequence[int] | None = None
     prompts_2: str | Sequence[str] | None = None
@@ -165,7 +173,7 @@ class Plan:
     """A checked request: everything the denoising loop needs. Made by ``LatentDiffusionPipeline.plan``.
 
     Attributes:
-        request: As asked, with height and width in pixels and the guidance scale filled in.
+        request: As asked, with height and width in pixels, the guidance scale and the number of chunks filled in.
         seeds: One for the batch, or one per image.
         shape: Of the latents: (images, channels, height, width).
         latents: Initial noise float32 ``shape`` if the caller gave it.

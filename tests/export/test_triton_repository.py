@@ -144,7 +144,7 @@ def test_the_tensors_follow_the_model() -> None:
     text, free = description(), description(text=False, image_channels=1)
     names = [{field.name for field in input_fields(model)} for model in (text, free)]
     assert names[0] - names[1] == {
-        *("PROMPT", "NEGATIVE_PROMPT", "IMAGES_PER_PROMPT", "CLIP_SKIP"),
+        *("PROMPT", "NEGATIVE_PROMPT", "IMAGES_PER_PROMPT", "CLIP_SKIP", "PROMPT_CHUNKS", "PROMPT_WEIGHTS"),
         *("GUIDANCE", "GUIDANCE_EVERY", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE"),
     }
     assert names[1] - names[0] == {"COUNT"} and all(field.optional for field in input_fields(free))

@@ -77,7 +77,7 @@ def test_images_of_a_prompt_lie_side_by_side(plan: Callable[..., Plan], pipeline
     planned = plan(["a", "b"], negative_prompt=["c", ""], images_per_prompt=2, height=16, width=160)
     assert planned.shape == (4, 4, 2, 20) and planned.guided and planned.rows == 8
     (conditioner,) = pipeline.conditioners
-    states = conditioner.encode(["a", "b", "c", ""])
+    states = {text: conditioner.rows(plan(text).request, "conditional") for text in ("a", "b", "c", "")}
     for branch, texts in (("conditional", "aabb"), ("unconditional", ["c", "c", "", ""])):
         (rows,) = conditioner.rows(planned.request, branch).values()
         assert np.array_equal(rows, np.concatenate([states[text]["context"] for text in texts]))
@@ -112,6 +112,10 @@ ALONE: list[tuple[str, list[Any], str]] = [  # field, what it does not take, wha
     ("guidance_rescale", [-0.1, 1.5, float("nan"), "1", None, True], "expected a number from 0 to 1"),
     ("clip_skip", [-1, 1.0, "1", None, True, 10**6], "expected a whole number from 0 to 4096"),
     ("clip_skip", [1, 12], "but this text encoder can skip 0 layers"),
+    ("prompt_chunks", [0, -1, 1.0, "1", None, True, 10**6], "expected a whole number from 1 to 4096"),
+    ("prompt_chunks", [2], "but this bundle's text encoder takes no attention mask"),
+    ("prompt_weights", [0, 1, "yes", None], "expected True or False"),
+    ("prompt_weights", [True], "but this bundle's text encoder takes no attention mask"),
     ("negative_prompt", [[]], "got 0 for 1 prompts, expected one, or one each"),
     ("images_per_prompt", [0, -1, 1.0, True, "2", None], "expected a whole number from 1 to 4096"),
     ("guidance_scale", [np.nan, np.inf, -np.inf, 1e39, 10**400, "6", True, 1j], "expected a finite number"),

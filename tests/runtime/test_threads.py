@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime import LatentDiffusionPipeline
-from ldm_runtime.conditioning.text import CACHE_SIZE
+from ldm_runtime.conditioning.text_encoder import CACHE_SIZE
 from ldm_runtime.errors import BackendError
 from tests.runtime.test_device_loop import with_loop
 from tests.support.numpy_model import numpy_pipeline

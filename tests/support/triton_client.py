@@ -19,10 +19,11 @@ KINDS = {
     "SCHEDULER": "BYTES",
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
-    **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP", "CACHE_EVERY", "FULL_STEPS"), "INT32"),
+    **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP", "PROMPT_CHUNKS", "CACHE_EVERY", "FULL_STEPS"), "INT32"),
+    "PROMPT_WEIGHTS": "BOOL",
     **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE", "TIMEOUT"), "FP32"),
 }
-DTYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
+DTYPES = {"BYTES": object, "BOOL": np.bool_, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 WAIT = 120
 """Timeout of one response in seconds."""
 

@@ -16,10 +16,12 @@ from ldm_export.engine.builder_package import check_request, engine_capabilities
 from ldm_export.engine.process import build_in_subprocess
 from ldm_export.engine.profiles import latent_bounds
 from ldm_export.engine.request import EngineJob, EngineRequest
+from ldm_export.graph.model_specs import CHUNKS
 from ldm_runtime.bundle_layout import engine_file, graph_file, precision_report
 from ldm_runtime.engine_facts import EngineFacts, engine_from_json
+from ldm_runtime.errors import BuildError
 from ldm_runtime.model import SHALLOW_UNET, UNET, ModelDescription
-from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.specs import Axis, ComponentSpec
 
 __all__ = ["engine_of", "engine_stage", "in_latents"]
 
@@ -31,12 +33,16 @@ def in_latents(request: EngineRequest, model: ModelDescription, precision: str) 
 
     Raises:
         BuildError: The package is not installed or cannot serve the request, or pixels are not a multiple of the
-            model's factor.
+            model's factor, or chunks are bounded for a model that cuts long prompts off.
     """
     check_request(open_package(request.target), request, precision)
     factor = model.latents.factor
+    axes = {dim.name for tensor in model.components[UNET].inputs for dim in tensor.shape if isinstance(dim, Axis)}
+    if CHUNKS in dict(request.bounds) and CHUNKS not in axes:
+        raise BuildError(f"{CHUNKS}: got bounds, but a {model.family} model cuts long prompts off; leave them out")
     bounds = tuple(
-        (name, sizes if name == "batch" else latent_bounds(name, sizes, factor)) for name, sizes in request.bounds
+        (name, latent_bounds(name, sizes, factor) if name in ("height", "width") else sizes)
+        for name, sizes in request.bounds
     )
     return replace(request, bounds=bounds, rows_per_image=max(1, len(model.guidance)))
 

@@ -24,7 +24,8 @@ class EngineRequest:
     Attributes:
         target: "tensorrt-rtx" or "tensorrt".
         compute_capabilities: E.g. ("8.6", "8.9"). Empty for "tensorrt", which builds for the GPU of this machine.
-        bounds: (axis name, bounds) of "batch" in images, and of "height" and "width" in latents.
+        bounds: (axis name, bounds) of "batch" in images, of "height" and "width" in latents, and of "chunks" in
+            texts of a prompt.
         rows_per_image: Rows of the UNet for one image: the number of guidance branches, 1 without guidance.
         refittable: Keep what is needed to exchange the weights later without a rebuild. Needs a GPU to build.
         version_compatible: Build plans that later versions and TensorRT's lean runtime run too. For "tensorrt" only.

@@ -22,19 +22,26 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import Part, WeightNames
 from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer
 from ldm_export.families.text_to_image import check_token_ids
+from ldm_export.graph.model_specs import IMAGES
+from ldm_runtime.conditioning.text_encoder import ATTENTION_MASK, INPUT_IDS
+from ldm_runtime.specs import TensorSpec
 
 __all__ = [
     "CLIP_PROJECTION",
     "CLIP_TEXT",
+    "MAX_CHUNKS",
     "TOKENIZER_FOLDER",
     "ClipProjectionConfig",
     "ClipTextConfig",
+    "clip_inputs",
     "clip_tokenizer",
     "clip_tokens",
     "write_clip_tokenizer",
 ]
 
 TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
+MAX_CHUNKS = 8
+"""Most texts that the states of a long prompt consist of."""
 OPEN_CLIP_PADDING = "!"
 """Token 0, with which OpenCLIP pads prompts."""
 
@@ -84,6 +91,12 @@ CLIP_PROJECTION = Part(
     construct=lambda config: CLIPTextModelWithProjection(_transformers_config(config)),
 )
 """A text encoder whose hidden states and projected pooled states are used."""
+
+
+def clip_inputs(tokens: int, number: str = "") -> tuple[TensorSpec, TensorSpec]:
+    """Inputs of a text encoder: ids, and which of them others attend to; ``number`` is the end of their names."""
+    shape = (IMAGES, tokens)
+    return TensorSpec(f"{INPUT_IDS}{number}", "int64", shape), TensorSpec(f"{ATTENTION_MASK}{number}", "int64", shape)
 
 
 def clip_tokens(checkpoint: Checkpoint, tokenizer: str = "tokenizer", encoder: str = "text_encoder") -> int:

@@ -22,7 +22,15 @@ from ldm_export.checkpoint.clip_tokenizer_files import CLIP_FILES
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.layout import FileFolder, ModuleSource
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.families.clip_text import CLIP_TEXT, TOKENIZER_FOLDER, clip_tokenizer, clip_tokens, write_clip_tokenizer
+from ldm_export.families.clip_text import (
+    CLIP_TEXT,
+    MAX_CHUNKS,
+    TOKENIZER_FOLDER,
+    clip_inputs,
+    clip_tokenizer,
+    clip_tokens,
+    write_clip_tokenizer,
+)
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
 from ldm_export.families.image_reference import reference_call
@@ -33,7 +41,7 @@ from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
 from ldm_export.graph.model_specs import ENCODER, IMAGES, conditioned, encoder_spec, latent_axes
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
-from ldm_runtime.conditioning.text import SKIPPED
+from ldm_runtime.conditioning.text_encoder import SKIPPED
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import TensorSpec
@@ -57,17 +65,17 @@ NOT_EXPORTED = {
 class ClipTextEncoder(nn.Module):
     """Hidden states of CLIP's text encoder after its final layer norm.
 
-    input_ids int64 [B, T] -> those of the last layer, float32 [B, T, D], and those without the last 1, 2, … layers,
-    float32 [B, layers, T, D].
+    input_ids and attention_mask int64 [B, T] -> those of the last layer, float32 [B, T, D], and those without the last
+    1, 2, … layers, float32 [B, layers, T, D]. No token attends to one whose mask is 0.
     """
 
     def __init__(self, clip: nn.Module):
         super().__init__()
         self.clip = clip
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode the token ids of prompts."""
-        states = self.clip(input_ids=input_ids, output_hidden_states=True).hidden_states
+        states = self.clip(input_ids, attention_mask, output_hidden_states=True).hidden_states
         norm: Any = getattr(self.clip, "text_model", self.clip).final_layer_norm
         last, *skipped = (norm(state) for state in reversed(states))
         return last, torch.stack(skipped, 1)
@@ -109,7 +117,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         latent_size=parts.latent_size(unet, autoencoder),
         image_channels=autoencoder["out_channels"],
     )
-    specs, sides = shape.specs(), latent_axes(shape.latent_size)
+    specs, sides = shape.specs(chunks=MAX_CHUNKS), latent_axes(shape.latent_size)
     inputs = (MASKED_IMAGE,) if parts.takes_mask(unet) else ()
     if inputs:
         channels = (1 + shape.latents.channels, *sides)
@@ -121,7 +129,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     model = ModelDescription(
         family=STABLE_DIFFUSION.name,
         components={
-            TEXT_ENCODER: replace(encoder, outputs=outputs),
+            TEXT_ENCODER: replace(encoder, inputs=clip_inputs(shape.tokens), outputs=outputs),
             ENCODER: encoder_spec(shape.latents, sides, autoencoder["in_channels"]),
             **{name: spec for name, spec in specs.items() if name != TEXT_ENCODER},
         },

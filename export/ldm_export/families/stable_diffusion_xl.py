@@ -23,7 +23,9 @@ from ldm_export.checkpoint.modules import load_module
 from ldm_export.families.clip_text import (
     CLIP_PROJECTION,
     CLIP_TEXT,
+    MAX_CHUNKS,
     TOKENIZER_FOLDER,
+    clip_inputs,
     clip_tokenizer,
     clip_tokens,
     write_clip_tokenizer,
@@ -35,12 +37,13 @@ from ldm_export.families.stable_diffusion import NOT_EXPORTED
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import ADDED_EMBEDDING, CROSS_ATTENTION_KV, TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, rows, unet_spec
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, prompt_axis, rows, unet_spec
 from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, XLUNet
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER, TOKENIZER_2
 from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
-from ldm_runtime.conditioning.text import INPUT_IDS, SKIPPED, ZEROS
+from ldm_runtime.conditioning.text import ZEROS
+from ldm_runtime.conditioning.text_encoder import SKIPPED
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
@@ -84,7 +87,7 @@ def _encoder_spec(name: str, number: str, config: Mapping[str, Any], tokens: int
         TensorSpec(f"{CONTEXT}{number}", "float32", (IMAGES, *states)),
         TensorSpec(f"{SKIPPED}{CONTEXT}{number}", "float32", (IMAGES, config["num_hidden_layers"] - 1, *states)),
     )
-    return ComponentSpec(name, (TensorSpec(f"{INPUT_IDS}{number}", "int64", (IMAGES, tokens)),), outputs, "request")
+    return ComponentSpec(name, clip_inputs(tokens, number), outputs, "request")
 
 
 def _specs(checkpoint: Checkpoint) -> dict[str, ComponentSpec]:
@@ -97,10 +100,10 @@ def _specs(checkpoint: Checkpoint) -> dict[str, ComponentSpec]:
         )
     latents, sides = parts.latents_of(autoencoder), latent_axes(parts.latent_size(unet, autoencoder))
     second = _encoder_spec(TEXT_ENCODER_2, "_2", text_2, tokens)
-    pooled = text_2["projection_dim"]
+    pooled, prompt = text_2["projection_dim"], prompt_axis(tokens, MAX_CHUNKS)
     conditioning = (
-        conditioned(CONTEXT, len(GUIDANCE), (tokens, text["hidden_size"])),
-        conditioned(CONTEXT_2, len(GUIDANCE), (tokens, text_2["hidden_size"])),
+        conditioned(CONTEXT, len(GUIDANCE), (prompt, text["hidden_size"])),
+        conditioned(CONTEXT_2, len(GUIDANCE), (prompt, text_2["hidden_size"])),
         conditioned(TEXT_EMBEDS, len(GUIDANCE), (pooled,)),
         TensorSpec(TIME_IDS, "int64", (rows(len(GUIDANCE)), SIZES)),
     )

@@ -41,7 +41,7 @@ from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.reference import diffusers_pipeline
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, unet_spec
+from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, prompt_axis, unet_spec
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.errors import CheckpointError
@@ -124,16 +124,17 @@ class ModelShape:
     latent_size: int | tuple[int, int]
     image_channels: int
 
-    def specs(self) -> dict[str, ComponentSpec]:
-        """Component -> spec; "unet" takes ``timestep`` and ``context``."""
-        sides, context = latent_axes(self.latent_size), (self.tokens, self.context_width)
+    def specs(self, chunks: int = 1) -> dict[str, ComponentSpec]:
+        """Component -> spec; "unet" takes ``timestep`` and ``context``, the states of up to ``chunks`` texts."""
+        sides, states = latent_axes(self.latent_size), (self.tokens, self.context_width)
         encoder = ComponentSpec(
             TEXT_ENCODER,
             (TensorSpec("input_ids", "int64", (IMAGES, self.tokens)),),
-            (TensorSpec(CONTEXT, "float32", (IMAGES, *context)),),
+            (TensorSpec(CONTEXT, "float32", (IMAGES, *states)),),
             "request",
         )
-        conditioning = (conditioned(CONTEXT, len(GUIDANCE), context),)
+        prompt = (prompt_axis(self.tokens, chunks), self.context_width)
+        conditioning = (conditioned(CONTEXT, len(GUIDANCE), prompt),)
         return {
             TEXT_ENCODER: encoder,
             UNET: unet_spec(self.latents, sides, len(GUIDANCE), conditioning),

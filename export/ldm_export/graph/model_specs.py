@@ -8,6 +8,7 @@ from ldm_runtime.model import DECODER, IMAGE, LATENTS, NOISE_PRED, SAMPLE, TIMES
 from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 
 __all__ = [
+    "CHUNKS",
     "ENCODER",
     "IMAGES",
     "MAX_LATENT",
@@ -15,6 +16,7 @@ __all__ = [
     "decoder_spec",
     "encoder_spec",
     "latent_axes",
+    "prompt_axis",
     "rows",
     "unet_spec",
 ]
@@ -23,6 +25,8 @@ ENCODER = "encoder"
 """The component that encodes images to latents, of families that can start from an image."""
 IMAGES = Axis("batch", 1, 1, 32)
 """Images of one call."""
+CHUNKS = "chunks"
+"""Axis of the texts that a long prompt is encoded in."""
 MAX_LATENT = 128
 """Longest side of the latents a graph takes unless the model's own size asks for more (1024 pixels at factor 8)."""
 
@@ -43,6 +47,16 @@ def latent_axes(size: int | tuple[int, int], multiple: int = 4) -> tuple[Axis, A
     height, width = (size, size) if isinstance(size, int) else size
     longest = max(MAX_LATENT, multiple * height, multiple * width)
     return Axis("height", 2, height, longest), Axis("width", 2, width, longest)
+
+
+def prompt_axis(tokens: int, chunks: int) -> Dim:
+    """States of a prompt: those of a text of so many tokens or, for long prompts, of several texts side by side.
+
+    Args:
+        tokens: Tokens of a text, as the text encoder takes them.
+        chunks: Most texts; 1 for models that cut long prompts off.
+    """
+    return tokens if chunks == 1 else Axis(CHUNKS, 1, 1, chunks, tokens)
 
 
 def unet_spec(

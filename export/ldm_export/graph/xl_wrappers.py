@@ -15,24 +15,25 @@ __all__ = ["SecondXLTextEncoder", "XLTextEncoder", "XLUNet"]
 class XLTextEncoder(nn.Module):
     """Hidden states of CLIP's text encoder before its last layer, without the final layer norm.
 
-    input_ids int64 [B, T] -> these, float32 [B, T, D], and those without 1, 2, … further layers, [B, layers - 1, T, D].
+    input_ids and attention_mask int64 [B, T] -> these, float32 [B, T, D], and those without 1, 2, … further layers,
+    [B, layers - 1, T, D]. No token attends to one whose mask is 0.
     """
 
     def __init__(self, clip: nn.Module):
         super().__init__()
         self.clip = clip
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Encode the token ids of prompts."""
-        return _states(self.clip(input_ids=input_ids, output_hidden_states=True))
+        return _states(self.clip(input_ids, attention_mask, output_hidden_states=True))
 
 
 class SecondXLTextEncoder(XLTextEncoder):
     """As ``XLTextEncoder``, with the projected pooled state float32 [B, P] as third output."""
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Encode the token ids of prompts."""
-        encoded = self.clip(input_ids=input_ids, output_hidden_states=True)
+        encoded = self.clip(input_ids, attention_mask, output_hidden_states=True)
         return (*_states(encoded), encoded.text_embeds)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 HALF = ("fp16", "bf16")
+AXES = {"batch": "images", "height": "pixels", "width": "pixels", "chunks": "texts of a long prompt (--prompt-chunks)"}
+"""Axis of an engine that the command line bounds -> unit."""
 RANGED = 16
 """Maximum number of requests on which the ranges of half precision are measured."""
 
@@ -70,7 +72,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="compute capabilities of the GPUs to build for, e.g. 8.6,8.9 (tensorrt-rtx)",
     )
-    for name, unit in (("batch", "images"), ("height", "pixels"), ("width", "pixels")):
+    for name, unit in AXES.items():
         engines.add_argument(
             f"--{name}", metavar="MIN:OPT:MAX", help=f"{unit} of one call: minimum, optimum and maximum"
         )
@@ -178,14 +180,14 @@ def _engines(args: argparse.Namespace) -> EngineRequest | None:
     from ldm_export.engine.profiles import parse_bounds
     from ldm_export.engine.request import EngineRequest
 
-    texts = {name: getattr(args, name) for name in ("batch", "height", "width")}
+    texts = {name: getattr(args, name) for name in AXES}
     bounds = tuple((name, parse_bounds(name, text)) for name, text in texts.items() if text is not None)
     capabilities = tuple(dict.fromkeys((args.compute_capability or "").replace(" ", "").split(",")))
     if args.target in (None, CUDA_VARIANT):
         if bounds or capabilities != ("",) or args.refittable or args.version_compatible or args.timing_cache:
             raise BuildError(
-                "batch, height, width, compute capability, refittable, version-compatible and timing cache apply to "
-                f"engines only; add --target {' or '.join(PACKAGES)}"
+                "batch, height, width, chunks, compute capability, refittable, version-compatible and timing cache "
+                f"apply to engines only; add --target {' or '.join(PACKAGES)}"
             )
         return None
     return EngineRequest(

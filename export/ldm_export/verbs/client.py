@@ -23,6 +23,7 @@ from ldm_export.verbs.image_options import (
     write_images,
 )
 from ldm_export.verbs.options import real_number, whole_number
+from ldm_export.verbs.prompt_options import prompt_inputs
 from ldm_export.verbs.xl_options import xl_inputs
 from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
@@ -88,7 +89,6 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Inputs of the model by name; the server has defaults for options that are left out."""
     inputs = {
         "PROMPT": args.prompts or None,
-        "NEGATIVE_PROMPT": args.negative_prompt,
         "LABEL": args.label,
         "INPUT_IMAGE": _pixels(args.image),
         "MASK": _pixels(args.mask, "L"),
@@ -106,7 +106,6 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "GUIDANCE_RESCALE": args.guidance_rescale,
         "CACHE_EVERY": args.cache_every,
         "FULL_STEPS": args.full_steps,
-        "CLIP_SKIP": args.clip_skip,
         "SCHEDULER": args.scheduler,
         "HEIGHT": args.height,
         "WIDTH": args.width,
@@ -114,6 +113,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PRIORITY": args.priority,
         "TIMEOUT": args.timeout,
         "PREVIEW_EVERY": args.preview_every or None,
+        **prompt_inputs(args),
         **xl_inputs(args),
     }
     return {name: value for name, value in inputs.items() if value is not None}

@@ -17,6 +17,7 @@ from ldm_export.verbs.image_options import (
     write_images,
 )
 from ldm_export.verbs.options import PRECISIONS, whole_number
+from ldm_export.verbs.prompt_options import prompt_fields
 from ldm_export.verbs.xl_options import xl_fields
 from ldm_runtime.backends.registry import BACKEND_NAMES
 
@@ -88,7 +89,6 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
 
     return Request(
         args.prompts or None,
-        negative_prompt=args.negative_prompt,
         labels=args.label,
         image=opened_images(args.image),
         mask=opened_images(args.mask),
@@ -110,6 +110,6 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         cache_every=1 if args.cache_every is None else args.cache_every,
         full_steps=args.full_steps,
         guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
-        clip_skip=0 if args.clip_skip is None else args.clip_skip,
+        **prompt_fields(args),
         **xl_fields(args),
     )

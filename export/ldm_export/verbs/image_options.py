@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, unwritten, whole_number
+from ldm_export.verbs.prompt_options import add_prompt_options
 from ldm_export.verbs.xl_options import add_xl_options
 from ldm_runtime.atomic_files import destination, write_together
 from ldm_runtime.errors import BuildError, SpecError
@@ -120,13 +121,7 @@ def add_request(
         metavar="SHARE",
         help="share of guided predictions that is rescaled against overexposure, e.g. 0.7 (default 0)",
     )
-    verb.add_argument(
-        "--clip-skip",
-        type=whole_number,
-        metavar="N",
-        help="last layers of a CLIP text encoder that the prompts skip (default 0)",
-    )
-    verb.add_argument("--negative-prompt", metavar="TEXT", help="text that describes what the image must not show")
+    add_prompt_options(verb)
     add_xl_options(verb)
     verb.add_argument(
         "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"

@@ -63,7 +63,7 @@ class LoadedEngine:
         if index is None:
             raise BackendError(
                 f"{self.spec.name}: the engine takes no inputs of shapes {dict(shapes)}; build it with wider --batch, "
-                "--height or --width"
+                "--height, --width or --chunks"
             )
         key = (index, tuple(sorted(shapes.items())), tuple(sorted(addresses.items())))
         if key not in self._graphs:

@@ -33,7 +33,8 @@ PIXELS_PER_DECODE = 2**18
 """Pixels that are decoded in one call on a CPU, as many as one image of 512×512 has: more save no time there."""
 _log = logging.getLogger(__name__)
 _Key = tuple[tuple[int, ...], bool | None]
-"""Height and width of the latents; True or False for a batch on the device, guided or not, None for one in NumPy."""
+"""Height and width of the latents, and chunks of the prompts; True or False for a batch on the device, guided or not,
+None for one in NumPy."""
 Notify = Callable[[Job, Progress | JobResult | LdmError], None]
 
 
@@ -71,14 +72,14 @@ class ActiveBatches:
         """True if the job can join now."""
         batch, sizes = self._batches.get(self._key(job)), {size for size, _ in self._batches}
         if batch is None:
-            return len(sizes | {job.plan.shape[2:]}) <= self._limits.max_sizes
+            return len(sizes | {_size(job)}) <= self._limits.max_sizes
         return batch.fits(job)
 
     def _key(self, job: Job) -> _Key:
         """The batch that a job joins: of its size, on the device if batches there can run its plan."""
         loop, plan = self._pipeline.loop, job.plan
         on_device = loop is not None and loop.takes(plan) and not plan.caches
-        return plan.shape[2:], plan.guided if on_device else None
+        return _size(job), plan.guided if on_device else None
 
     def _new_batch(self, guided: bool | None) -> Batch | DeviceBatch:
         pipeline = self._pipeline
@@ -232,3 +233,8 @@ class ActiveBatches:
             error = BackendError(f"batch scheduler: {type(error).__name__}: {error}")
         for job in jobs:
             self._notify(job, error)
+
+
+def _size(job: Job) -> tuple[int, ...]:
+    """Sizes that are the same for all rows of a UNet call."""
+    return *job.plan.shape[2:], job.plan.request.prompt_chunks

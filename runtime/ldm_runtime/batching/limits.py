@@ -26,7 +26,8 @@ class Limits:
         max_rows: Maximum rows of one UNet call. An image takes one row, with guidance two.
         row_buckets: Row counts a call is padded to, ascending, ending with ``max_rows``. None means no padding.
         max_queue: Maximum number of waiting requests.
-        max_sizes: Maximum number of image sizes in progress. Their batches take turns; requests of further sizes wait.
+        max_sizes: Maximum number of image sizes and lengths of prompts in progress. Their batches take turns; requests
+            of further ones wait.
         aging_seconds: For each priority level below the most urgent, a request waits at most this much longer.
         self_test_after: Idle seconds after which the scheduler generates a test image to confirm that it still works.
         stall_timeout: Seconds without a finished UNet call, while there is work, after which it is not ready.

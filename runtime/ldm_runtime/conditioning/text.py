@@ -1,10 +1,8 @@
-"""Text conditioning: tokenizes prompts and runs the text encoder, with a cache of the latest prompts."""
+"""Text conditioning: prompts and negative prompts to the states of a text encoder."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend
+from ldm_runtime.conditioning.text_encoder import ATTENTION_MASK, INPUT_IDS, SKIPPED, Reading, TextEncoder
 from ldm_runtime.conditioning.tokenizer import Tokenizer
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
@@ -19,19 +18,10 @@ from ldm_runtime.number_checks import integer, shown
 from ldm_runtime.request import Request
 from ldm_runtime.specs import Axis
 
-__all__ = ["CACHE_SIZE", "INPUT_IDS", "SKIPPED", "ZEROS", "TextConditioner", "for_each", "texts_of"]
+__all__ = ["ZEROS", "TextConditioner", "for_each", "texts_of"]
 
 F32 = NDArray[np.float32]
-Outputs = dict[str, F32]
-"""Output of a text encoder -> its array for one text, [1, …]."""
-CACHE_SIZE = 64
-"""Encoded prompts kept for later requests, 0.4 MB each at full size. Most requests share the empty negative prompt."""
-MAX_LAYERS = 4096
-INPUT_IDS = "input_ids"
-"""Input of a text encoder, int64 [N, T]; that of a second one has a number at the end."""
-SKIPPED = "skipped_"
-"""Prefix of an optional output of a text encoder, float32 [N, layers, T, D]: its states without the last 1, 2, …
-layers, e.g. "skipped_context" for the states "context"."""
+MAX_LAYERS = MAX_CHUNKS = 4096
 ZEROS = "zeros_without_negative_prompt"
 """Setting: 1 if the unconditional branch of a request without negative prompt has states of zeros."""
 
@@ -41,27 +31,28 @@ class TextConditioner:
 
     Args:
         tokenizer: Prompts -> ids int64 [N, T].
-        backend: The text encoder: ids int64 [N, T] -> ``outputs`` and, if it has this output, the first of them with
-            the prefix ``SKIPPED``.
+        backend: The text encoder, as of ``TextEncoder``.
         outputs: Names of the encoder's output tensors that are inputs of other components: hidden states float32
             [N, T, D] and, optionally, pooled states float32 [N, D].
         zeros: The unconditional branch of a request without negative prompt has outputs of zeros.
+        most_chunks: Most texts whose states the model takes side by side.
     """
 
     kind: ClassVar[str] = "text"
-    fields: ClassVar[frozenset[str]] = frozenset({"prompts", "negative_prompt", "images_per_prompt", "clip_skip"})
+    fields: ClassVar[frozenset[str]] = frozenset(
+        {"prompts", "negative_prompt", "images_per_prompt", "clip_skip", "prompt_chunks", "prompt_weights"}
+    )
 
     def __init__(
-        self, tokenizer: Tokenizer, backend: Backend, outputs: Sequence[str] = ("context",), zeros: bool = False
+        self,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        outputs: Sequence[str] = ("context",),
+        zeros: bool = False,
+        most_chunks: int = 1,
     ):
-        self.tokenizer = tokenizer
-        self._backend, self._outputs, self._zeros = backend, tuple(outputs), zeros
-        self._input = backend.inputs[0].name
-        self._skipped = f"{SKIPPED}{outputs[0]}"
-        layers = [tensor.shape[1] for tensor in backend.outputs if tensor.name == self._skipped]
-        self._skippable = layers[0] if layers and isinstance(layers[0], int) else 0
-        self._states: OrderedDict[tuple[str, int], Outputs] = OrderedDict()
-        self._lock = threading.Lock()
+        self._encoder, self._outputs, self._zeros = TextEncoder(tokenizer, backend, outputs), tuple(outputs), zeros
+        self._most_chunks = most_chunks if self._encoder.masked else 1
 
     @classmethod
     def open(cls, spec: ConditioningSpec, backends: Mapping[str, Backend], files: Callable[[str], Path]) -> Self:
@@ -73,11 +64,18 @@ class TextConditioner:
         if "tokenizer" not in spec.files or spec.component not in backends or len(spec.inputs) not in (1, 2):
             raise ManifestError(f"conditioning: {cls.kind}: got {spec}, expected a tokenizer and a text encoder")
         backend = backends[spec.component]
-        got = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in backend.inputs]
-        ids = len(got) == 1 and got[0][0].startswith(INPUT_IDS) and got[0][1:] == ("int64", 2)
-        tokens = backend.inputs[0].shape[-1] if ids else None
-        if not isinstance(tokens, int) or isinstance(tokens, Axis):
-            raise ManifestError(f"{spec.component}: inputs are {got}, expected input_ids int64 [N, T]; rebuild it")
+        inputs, names = backend.inputs, (INPUT_IDS, ATTENTION_MASK)
+        fits = len(inputs) in (1, 2) and all(
+            tensor.name.startswith(name) and tensor.dtype == "int64" and tensor.shape == inputs[0].shape
+            for tensor, name in zip(inputs, names, strict=False)
+        )
+        tokens = inputs[0].shape[-1] if fits and len(inputs[0].shape) == 2 else None
+        if not isinstance(tokens, int):
+            got = ", ".join(map(str, inputs))
+            raise ManifestError(
+                f"{spec.component}: inputs are {got}, expected input_ids int64 [N, T] and at most an attention_mask of "
+                "this form; rebuild it"
+            )
         shapes = {tensor.name: tensor.shape for tensor in backend.outputs}
         ranks = [len(shapes.get(name, ())) for name in spec.inputs]
         if ranks not in ([3], [3, 2]) or len(shapes.get(f"{SKIPPED}{spec.inputs[0]}", (0,) * 4)) != 4:
@@ -85,7 +83,9 @@ class TextConditioner:
                 f"{spec.component}: outputs are {shapes}, expected {', '.join(spec.inputs)}; rebuild it"
             )
         tokenizer = Tokenizer.from_file(files(spec.files["tokenizer"]), tokens)
-        return cls(tokenizer, backend, spec.inputs, bool(spec.settings.get(ZEROS)))
+        taken = [one.shape[1] for user in backends.values() for one in user.inputs if one.name == spec.inputs[0]]
+        chunks = min((axis.max if isinstance(axis, Axis) else 1 for axis in taken), default=1)
+        return cls(tokenizer, backend, spec.inputs, bool(spec.settings.get(ZEROS)), chunks)
 
     def prompts(self, request: Request) -> tuple[str, ...]:
         """Texts of the conditional branch, one for each prompt of the request.
@@ -115,13 +115,40 @@ class TextConditioner:
         """Check the prompts; one image for each, times ``images_per_prompt``.
 
         Raises:
-            SpecError: No prompts, another number of negative prompts, or more layers to skip than there are.
+            SpecError: No prompts, another number of negative prompts, more layers to skip or chunks than there can be,
+                or weights for an encoder that cannot have them.
         """
         prompts = self.prompts(request)
         self.negative_prompts(request)
-        if (skip := integer("clip_skip", request.clip_skip, 0, MAX_LAYERS)) > self._skippable:
-            raise SpecError(f"clip_skip: got {skip}, but this text encoder can skip {self._skippable} layers")
+        self._check_reading(request)
+        if (skip := integer("clip_skip", request.clip_skip, 0, MAX_LAYERS)) > self._encoder.skippable:
+            raise SpecError(f"clip_skip: got {skip}, but this text encoder can skip {self._encoder.skippable} layers")
         return len(prompts) * request.repeats()
+
+    def _check_reading(self, request: Request) -> None:
+        if not isinstance(request.prompt_weights, bool | np.bool):
+            raise SpecError(f"prompt_weights: got {shown(request.prompt_weights)}, expected True or False")
+        wanted = integer("prompt_chunks", request.prompt_chunks, 1, MAX_CHUNKS)
+        if (wanted > 1 or request.prompt_weights) and not self._encoder.masked:
+            name = "prompt_chunks" if wanted > 1 else "prompt_weights"
+            raise SpecError(
+                f"{name}: got {getattr(request, name)}, but this bundle's text encoder takes no attention mask; build "
+                "a bundle of a Stable Diffusion model with this version"
+            )
+        if wanted > self._most_chunks:
+            raise SpecError(f"prompt_chunks: got {wanted}, but this bundle takes at most {self._most_chunks}")
+
+    def chunks(self, request: Request, branches: Collection[str]) -> int:
+        """Texts that the longest prompt of an accepted request's branches takes, at most ``prompt_chunks``.
+
+        Raises:
+            SpecError: A text cannot be tokenized, or its weights cannot be read.
+        """
+        if request.prompt_chunks == 1 and not request.prompt_weights:
+            return 1
+        texts = [*self.prompts(request), *(self.negative_prompts(request) if "unconditional" in branches else ())]
+        readings = [Reading(text, 0, request.prompt_chunks, request.prompt_weights) for text in texts]
+        return max(len(self._encoder.layout(reading).ids) for reading in readings)
 
     def size(self, request: Request) -> tuple[int, int] | None:
         """None: the request decides the size."""
@@ -137,17 +164,14 @@ class TextConditioner:
         texts, skip = self.prompts(request), request.clip_skip
         if branch == "unconditional":
             if self._zeros and request.negative_prompt is None:
-                return self._zero_rows(len(texts) * request.images_per_prompt)
+                return self._encoder.zeros(len(texts) * request.images_per_prompt, request.prompt_chunks)
             texts, skip = self.negative_prompts(request), 0
-        states = self.encode(list(dict.fromkeys(texts)), skip)
+        readings = [Reading(text, skip, request.prompt_chunks, request.prompt_weights) for text in texts]
+        states = self._encoder.encode(readings)
         return {
-            name: np.concatenate([states[text][name] for text in texts for _ in range(request.images_per_prompt)])
+            name: np.concatenate([one[name] for one in states for _ in range(request.images_per_prompt)])
             for name in self._outputs
         }
-
-    def _zero_rows(self, images: int) -> dict[str, NDArray[Any]]:
-        shapes = {tensor.name: tensor.bounds("opt")[1:] for tensor in self._backend.outputs}
-        return {name: np.zeros((images, *shapes[name]), np.float32) for name in self._outputs}
 
     def finish(self, request: Request, images: F32) -> F32:
         """Decoded images, as they are."""
@@ -157,38 +181,9 @@ class TextConditioner:
         """A one-letter prompt."""
         return {"prompts": "a"}
 
-    def encode(self, texts: Sequence[str], skip: int = 0) -> dict[str, Outputs]:
-        """Text -> outputs of the encoder, [1, …].
-
-        Each text is encoded alone, so its states do not depend on the others of a call.
-
-        Args:
-            texts: The texts.
-            skip: Last layers of the encoder that are skipped, at most those of ``SKIPPED``.
-
-        Raises:
-            SpecError: A text cannot be tokenized.
-            BackendError: The engine failed.
-        """
-        with self._lock:
-            states = {text: self._states[text, skip] for text in texts if (text, skip) in self._states}
-            for text in texts:
-                if text not in states:
-                    states[text] = self._encoded(text, skip)
-                self._states[text, skip] = states[text]
-                self._states.move_to_end((text, skip))
-            while len(self._states) > CACHE_SIZE:
-                self._states.popitem(last=False)
-            return states
-
-    def _encoded(self, text: str, skip: int) -> Outputs:
-        outputs = self._backend.run({self._input: self.tokenizer([text])})
-        kept = {name: outputs[name] for name in self._outputs}
-        return {**kept, self._outputs[0]: outputs[self._skipped][:, skip - 1].copy()} if skip else kept
-
     def close(self) -> None:
         """Free the text encoder; encoded prompts stay."""
-        self._backend.close()
+        self._encoder.close()
 
 
 def texts_of(name: str, value: Any) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ class Tokenizer:
         padding_side: str = "right",
         truncation_side: str = "right",
     ) -> None:
-        pad_id = fast.token_to_id(pad_token)
+        pad_id: Any = fast.token_to_id(pad_token)
+        self._text = fast.to_str()
         fast.enable_truncation(length, direction=truncation_side)
         fast.enable_padding(direction=padding_side, length=length, pad_id=pad_id, pad_token=pad_token)
         self._fast = fast
-        self.length = length
+        self.length, self.pad_id = length, int(pad_id)
 
     @classmethod
     def from_file(cls, path: str | Path, length: int) -> Tokenizer:
@@ -106,6 +108,33 @@ class Tokenizer:
             if encoding.overflowing:
                 self._warn(prompt, encoding)
         return np.array([encoding.ids for encoding in encodings], dtype=np.int64).reshape(len(prompts), self.length)
+
+    @cached_property
+    def _whole(self) -> tokenizers.Tokenizer:
+        """The tokenizer without truncation and padding."""
+        whole = tokenizers.Tokenizer.from_str(self._text)
+        whole.no_truncation()
+        whole.no_padding()
+        return whole
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Ids of the first and the last token of every prompt."""
+        first, last = self._whole.encode("").ids
+        return first, last
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of all tokens of a text, without the first, the last and padding.
+
+        Raises:
+            SpecError: As ``__call__``.
+        """
+        _check_prompt("prompt", text)
+        return list(self._whole.encode(text, add_special_tokens=False).ids)
+
+    def token(self, token_id: int) -> str:
+        """The token of an id; one that ends a word of CLIP's ends with ``</w>``."""
+        return str(self._whole.id_to_token(token_id))
 
     def _warn(self, prompt: str, encoding: Any) -> None:
         spans = [(start, end) for start, end in encoding.offsets if end > start]

@@ -28,6 +28,8 @@ OPTIONS = (
     "guidance_interval",
     "guidance_rescale",
     "clip_skip",
+    "prompt_chunks",
+    "prompt_weights",
     "scheduler",
     "strength",
     "padding_mask_crop",

@@ -56,6 +56,8 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("NEGATIVE_PROMPT", "TYPE_STRING", (-1,)),
         IMAGES_PER_PROMPT,
         TensorField("CLIP_SKIP", "TYPE_INT32"),
+        TensorField("PROMPT_CHUNKS", "TYPE_INT32"),
+        TensorField("PROMPT_WEIGHTS", "TYPE_BOOL"),
     ),
     "label": (
         TensorField("LABEL", "TYPE_INT32", (-1,), optional=False),
@@ -161,6 +163,8 @@ NUMBERS: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "width": ("WIDTH", int),
     "images_per_prompt": ("IMAGES_PER_PROMPT", int),
     "clip_skip": ("CLIP_SKIP", int),
+    "prompt_chunks": ("PROMPT_CHUNKS", int),
+    "prompt_weights": ("PROMPT_WEIGHTS", bool),
     "guidance_rescale": ("GUIDANCE_RESCALE", float),
     "guidance_every": ("GUIDANCE_EVERY", int),
     "cache_every": ("CACHE_EVERY", int),

@@ -276,6 +276,11 @@ def test_a_name_in_use_is_refused() -> None:
         split_off(model_of("x = Exp(a) out = Add(x, b)"), ("a",), "part", pack="b")
 
 
-def test_open_sizes_at_the_cut_are_refused() -> None:
+def test_open_sizes_at_the_cut() -> None:
+    model = model_of("x = Exp(a) out = Add(x, b)", "batch, w")
+    split = split_off(model, ("a",), "part")
+    assert split is not None and [fact.shape for fact in split.values] == [("batch", "w")]  # of the source
     with pytest.raises(BuildError, match=r"pass split_off: .*'x' with shape \[batch,w\]"):
-        split_off(model_of("x = Exp(a) out = Add(x, b)", "batch, w"), ("a",), "part")
+        split_off(model, ("a",), "part", pack="packed")
+    with pytest.raises(BuildError, match=r"pass split_off: .*'x' with shape \[batch,"):
+        split_off(model_of("x = Concat <axis = 1> (a, a) out = Add(x, b)", "batch, w"), ("a",), "part")

@@ -10,6 +10,7 @@ Rules:
 3. The cut moves towards the inputs across nodes that only rearrange or scale their data (Reshape, Transpose, Unsqueeze,
    Squeeze, Identity, and Mul by a constant scalar). Tensors therefore cross it in the form in which a layer computes
    them: keys and values as [batch, T, width], projected embeddings as [batch, C].
+4. A dimension behind the first is fixed, or has the symbol of such a dimension of a source: the tokens T of a prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-__all__ = ["count_rows_of", "depend_on", "fixed_sizes", "frontier"]
+__all__ = ["Sizes", "count_rows_of", "depend_on", "frontier", "known_sizes"]
+
+Sizes = tuple[int | str, ...]
+"""Sizes of dimensions, or their symbols."""
 
 LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 """Operators that rearrange their first input."""
@@ -31,7 +35,7 @@ def frontier(graph: ir.Graph, sources: Sequence[ir.Value]) -> list[ir.Value]:
     for value in (value for node in graph for value in node.outputs if value in alone):
         crosses = value.is_graph_output() or any(use.node.outputs[0] not in alone for use in value.uses())
         if crosses and value.dtype == ir.DataType.FLOAT:
-            values.add(_before_layout(value, alone - set(sources)))
+            values.add(_before_layout(value, alone - set(sources), sources))
     return [value for node in graph for value in node.outputs if value in values]
 
 
@@ -55,7 +59,7 @@ def _counts_rows(node: ir.Node, sources: Sequence[ir.Value]) -> bool:
     return part == (0, 1) and value.shape[0] == sources[0].shape[0]
 
 
-def _before_layout(value: ir.Value, alone: set[ir.Value]) -> ir.Value:
+def _before_layout(value: ir.Value, alone: set[ir.Value], sources: Sequence[ir.Value]) -> ir.Value:
     """Rule 3: the tensor that a computing layer gives and that ``value`` is a rearrangement of."""
     current, result = value, value
     while (node := current.producer()) is not None and (node.op_type in LAYOUT or _scales(node)):
@@ -63,7 +67,7 @@ def _before_layout(value: ir.Value, alone: set[ir.Value]) -> ir.Value:
         if data is None or data not in alone or data.dtype != ir.DataType.FLOAT:
             break
         current = data
-        result = current if fixed_sizes(current) is not None else result
+        result = current if known_sizes(current, sources) is not None else result
     return result
 
 
@@ -72,11 +76,11 @@ def _scales(node: ir.Node) -> bool:
     return factor is not None and factor.const_value is not None and factor.const_value.size == 1
 
 
-def fixed_sizes(value: ir.Value) -> tuple[int, ...] | None:
-    """The sizes behind the first dimension, if all are fixed and there are any."""
-    sizes = tuple(value.shape[1:]) if value.shape is not None else ()
-    fixed = tuple(size for size in sizes if isinstance(size, int))
-    return fixed if fixed and len(fixed) == len(sizes) else None
+def known_sizes(value: ir.Value, sources: Sequence[ir.Value]) -> Sizes | None:
+    """The sizes behind the first dimension if there are any, all as rule 4 says."""
+    given = {str(dim) for source in sources for dim in (source.shape or ())[1:] if not isinstance(dim, int)}
+    sizes = tuple(dim if isinstance(dim, int) else str(dim) for dim in (value.shape or ())[1:])
+    return sizes if sizes and all(isinstance(size, int) or size in given for size in sizes) else None
 
 
 def count_rows_of(graph: ir.Graph, sources: Sequence[ir.Value], counted: ir.Value) -> None:

@@ -6,8 +6,9 @@ alone are constant over requests. As components of their own they are computed o
 Rules:
 
 1. The cut runs through the float tensors that depend on the inputs ``sources`` alone and that other nodes need
-   (``passes.frontier``, rules 1 to 3).
-2. A tensor at the cut is float32 with an open first dimension and fixed others.
+   (``passes.frontier``, rules 1 to 4).
+2. A tensor at the cut is float32 with an open first dimension. The others are fixed or, without ``pack``, those of a
+   source.
 3. Without ``pack`` the tensors are outputs of the prefix and inputs of the rest, in the graph's order. With ``pack``
    the prefix flattens each to [batch, C_i] and concatenates them on axis 1; the rest takes the one tensor [batch, S]
    and divides it by a Split with constant sizes. It reshapes parts of a higher rank to [batch, ...].
@@ -28,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ldm_export.graph.passes.frontier import count_rows_of, depend_on, fixed_sizes, frontier
+from ldm_export.graph.passes.frontier import Sizes, count_rows_of, depend_on, frontier, known_sizes
 from ldm_runtime.errors import BuildError
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
     "split_time_embedding",
 ]
 
-Sizes = tuple[int, ...]
 CONTEXTS = ("context", "context_2")
 """Hidden states of a model's text encoders."""
 
@@ -128,7 +128,7 @@ def split_off(
     if not values:
         return None
     rows = inputs[0].shape[0] if inputs[0].shape else None
-    shapes = [_sizes(model, value) for value in values]
+    shapes = [_sizes(model, value, inputs, pack is not None) for value in values]
     symbol = rows if isinstance(rows, int) else str(rows.value if rows is not None else None)
     parts = [value.name or "" for value in values]
     if pack is None:
@@ -137,7 +137,7 @@ def split_off(
             for index, (sizes, part) in enumerate(zip(shapes, parts, strict=True))
         )
     else:
-        facts = (TensorFacts(pack, "float32", (symbol, sum(map(prod, shapes))), tuple(parts)),)
+        facts = (TensorFacts(pack, "float32", (symbol, sum(map(_count, shapes))), tuple(parts)),)
     used_names = {value.name for value in model.graph.inputs} | {v.name for node in model.graph for v in node.outputs}
     if clash := [fact.name for fact in facts if fact.name in used_names - set(fact.parts)]:
         raise _error(model, f"got a graph with a tensor {clash[0]!r}, expected that name to be free; rename the tensor")
@@ -148,14 +148,20 @@ def split_off(
     return Split(prefix, rest, facts)
 
 
-def _sizes(model: ir.Model, value: ir.Value) -> tuple[int, ...]:
-    if (sizes := fixed_sizes(value)) is None:
+def _sizes(model: ir.Model, value: ir.Value, sources: Sequence[ir.Value], packed: bool) -> Sizes:
+    sizes = known_sizes(value, sources)
+    if sizes is None or (packed and not all(isinstance(size, int) for size in sizes)):
         raise _error(
             model,
             f"got tensor {value.name!r} with shape {value.shape}, expected fixed sizes behind the first dimension; "
             "export the graph with fixed sizes, or do not split it",
         )
     return sizes
+
+
+def _count(sizes: Sizes) -> int:
+    """Values of a row with fixed sizes."""
+    return prod(map(int, sizes))
 
 
 def _keep_prefix(
@@ -209,15 +215,13 @@ def _keep_rest(
         graph.inputs.remove(value)
 
 
-def _flatten(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...]) -> ir.Value:
-    return value if len(sizes) == 1 else _reshaped(graph, value, (prod(sizes),), f"{value.name}/flat")
+def _flatten(graph: ir.Graph, value: ir.Value, sizes: Sizes) -> ir.Value:
+    return value if len(sizes) == 1 else _reshaped(graph, value, (_count(sizes),), f"{value.name}/flat")
 
 
-def _divide(
-    graph: ir.Graph, packed: ir.Value, parts: Sequence[str], shapes: Sequence[tuple[int, ...]]
-) -> list[ir.Value]:
+def _divide(graph: ir.Graph, packed: ir.Value, parts: Sequence[str], shapes: Sequence[Sizes]) -> list[ir.Value]:
     """The parts of a packed tensor, each under its name, by nodes at the beginning of the graph."""
-    widths = [prod(sizes) for sizes in shapes]
+    widths = [_count(sizes) for sizes in shapes]
     table = _constant(graph, f"{packed.name}/sizes", widths)
     split = ir.node("Split", [packed, table], {"axis": 1}, num_outputs=len(parts), name=f"{packed.name}/Split")
     graph.insert_before(graph[0], split)
@@ -225,10 +229,10 @@ def _divide(
     divided = []
     for value, part, sizes in zip(split.outputs, parts, shapes, strict=True):
         value.name, value.type = part, ir.TensorType(ir.DataType.FLOAT)
-        value.shape = ir.Shape([packed.shape[0], prod(sizes)])
+        value.shape = ir.Shape([packed.shape[0], _count(sizes)])
         if len(sizes) > 1:
             value.name = f"{part}/flat"
-            value = _reshaped(graph, value, sizes, part)
+            value = _reshaped(graph, value, tuple(map(int, sizes)), part)
         divided.append(value)
     return divided
 
