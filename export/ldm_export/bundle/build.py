@@ -241,8 +241,9 @@ def _request(checkpoint: Checkpoint, options: BuildOptions, quantize: tuple[str,
         }
     if options.cuda:
         request["cuda"] = True
-    if checkpoint.loras:
-        request["loras"] = [dict(lora) for lora in checkpoint.loras]
+    for name, files in (("loras", checkpoint.loras), ("embeddings", checkpoint.embeddings)):
+        if files:
+            request[name] = [dict(file) for file in files]
     if checkpoint.random_seed is not None:
         return {**request, "random_weights_seed": checkpoint.random_seed}
     return {**request, CHECKPOINT_SHA256: weights_sha256(checkpoint.folder)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ldm_export.bundle.build_plan import BuildPlan, folder_digests, relative
 from ldm_export.bundle.stages import Outcome, Stage
@@ -37,8 +38,10 @@ def _file_stage(plan: BuildPlan, name: str) -> Stage:
         file.write(plan.checkpoint, folder / file.path)
         return [file.path]
 
-    inputs = folder_digests(plan.checkpoint.files[file.source])
-    return Stage(name, {"inputs": inputs, "tools": dict(plan.tools)}, run)
+    inputs: dict[str, Any] = {"inputs": folder_digests(plan.checkpoint.files[file.source])}
+    if added := plan.checkpoint.added_tokens.get(file.source):
+        inputs["added_tokens"] = list(added)
+    return Stage(name, {**inputs, "tools": dict(plan.tools)}, run)
 
 
 def graph_stages(plan: BuildPlan) -> list[Stage]:

@@ -7,6 +7,7 @@ texts is written in the format of the ``tokenizers`` library.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ def clip_length(folder: Path) -> int:
     return length if type(length) is int and 2 <= length <= MAX_LENGTH else DEFAULT_LENGTH
 
 
-def read_clip_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
+def read_clip_tokenizer(folder: Path, pad_token: str | None = None, added: Sequence[str] = ()) -> Any:
     """Read the tokenizer of a folder with transformers; nothing is downloaded.
 
     Args:
         folder: The folder.
         pad_token: Token that prompts are padded with instead of the folder's.
+        added: Further tokens, which get the next ids.
 
     Raises:
         CheckpointError: A file is missing, too large or damaged, or the tokenizer is another one.
@@ -65,7 +67,9 @@ def read_clip_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
             raise CheckpointError(f"tokenizer: {folder / _CONFIG}: got class {name!r:.60}, expected CLIPTokenizer")
     given = {} if pad_token is None else {"pad_token": pad_token}
     try:
-        return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True, **given)
+        tokenizer = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True, **given)
+        tokenizer.add_tokens(list(added))
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # transformers raises anything, and tokenizers a PanicException
@@ -89,17 +93,19 @@ def _check_ids(folder: Path) -> None:
                 )
 
 
-def write_clip_tokenizer_json(folder: Path, target: Path, padding: str | None = None) -> None:
+def write_clip_tokenizer_json(
+    folder: Path, target: Path, padding: str | None = None, added: Sequence[str] = ()
+) -> None:
     """Write the tokenizer to ``target``, with its padding token; equal folders give equal bytes.
 
     Args:
-        folder, padding: As of ``read_clip_tokenizer``.
+        folder, padding, added: As of ``read_clip_tokenizer``.
         target: The file.
 
     Raises:
         CheckpointError: As ``read_clip_tokenizer``, or a special token is not in the vocabulary.
     """
-    tokenizer = read_clip_tokenizer(folder, padding)
+    tokenizer = read_clip_tokenizer(folder, padding, added)
     backend = tokenizer.backend_tokenizer
     first, last, pad = (str(getattr(tokenizer, f"{role}_token")) for role in ("bos", "eos", "pad"))
     ids = {token: backend.token_to_id(token) for token in (first, last, pad)}

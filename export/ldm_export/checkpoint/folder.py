@@ -72,6 +72,8 @@ class Checkpoint:
         random_seed: Seed of random weights; None reads the weights from the files.
         defaults: Sampling options that the checkpoint's authors use; None for those of the family.
         options: The layout's options, as the checkpoint has them.
+        embeddings: Files of textual inversion that are added: name, SHA-256 and token of each.
+        added_tokens: Tokenizer -> the tokens that these add to it, in their order.
         loras: LoRA files that are merged into the weights: name, SHA-256 and scale of each.
         scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
     """
@@ -87,6 +89,8 @@ class Checkpoint:
     scheduler_given: Mapping[str, Any] = field(default_factory=dict, repr=False)
     options: Mapping[str, bool] = field(default_factory=dict)
     loras: tuple[Mapping[str, Any], ...] = ()
+    embeddings: tuple[Mapping[str, Any], ...] = ()
+    added_tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """Part -> its full config."""

@@ -129,7 +129,7 @@ def write_clip_tokenizer(
         CheckpointError: Its files cannot be used, or the text encoder embeds fewer tokens.
     """
     with _tokenizer_folder(checkpoint, name) as folder:
-        write_clip_tokenizer_json(folder, target, _padding(checkpoint, name))
+        write_clip_tokenizer_json(folder, target, _padding(checkpoint, name), checkpoint.added_tokens.get(name, ()))
     check_token_ids(checkpoint, target, name, encoder)
 
 
@@ -140,7 +140,7 @@ def clip_tokenizer(checkpoint: Checkpoint, name: str = "tokenizer", encoder: str
         CheckpointError: Its files cannot be used.
     """
     with _tokenizer_folder(checkpoint, name) as folder:
-        tokenizer = read_clip_tokenizer(folder, _padding(checkpoint, name))
+        tokenizer = read_clip_tokenizer(folder, _padding(checkpoint, name), checkpoint.added_tokens.get(name, ()))
     tokenizer.model_max_length = clip_tokens(checkpoint, name, encoder)
     return tokenizer
 

@@ -205,7 +205,11 @@ def check_token_ids(
     Raises:
         CheckpointError: The tokenizer has more tokens.
     """
-    token, highest = max(Tokenizer.from_file(str(tokenizer)).get_vocab().items(), key=lambda item: item[1])
+    added = checkpoint.added_tokens.get(name, ())  # the text encoder gets rows for them
+    own = {
+        token: index for token, index in Tokenizer.from_file(str(tokenizer)).get_vocab().items() if token not in added
+    }
+    token, highest = max(own.items(), key=lambda item: item[1])
     known = checkpoint.components[encoder].config["vocab_size"]
     if highest >= known:
         raise CheckpointError(

@@ -80,8 +80,12 @@ def is_checkpoint_file(path: Path) -> bool:
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
-def read_state_dict(file: Path) -> dict[str, StoredTensor]:
+def read_state_dict(file: Path, entry: str = "state_dict") -> dict[str, StoredTensor]:
     """Return name -> tensor of the state dict in a checkpoint file; values are read from disk when they are used.
+
+    Args:
+        file: The file.
+        entry: Entry that holds the state dict in a file that is no safetensors; without it, the whole file is one.
 
     Raises:
         CheckpointError: No such file; damaged, truncated, or of another format; its sizes do not fit the file.
@@ -108,7 +112,7 @@ def read_state_dict(file: Path) -> dict[str, StoredTensor]:
         raise
     except (OSError, ValueError, RuntimeError, EOFError, OverflowError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({error}); download the file again") from None
-    return _tensors(file, content, storages)
+    return _tensors(file, content, storages, entry)
 
 
 def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
@@ -225,13 +229,11 @@ def _view(value: Any) -> _View | None:
     return _View(key, dtype, offset, shape, strides)
 
 
-def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage]) -> dict[str, StoredTensor]:
+def _tensors(file: Path, content: Any, storages: Mapping[str, _Storage], entry: str) -> dict[str, StoredTensor]:
     if not isinstance(content, dict):
         kind = content.function if isinstance(content, PickleRecord) else type(content).__name__
-        raise CheckpointError(
-            f"{file} holds a {kind!s:.80}, expected a dict with a state_dict; use the training's file"
-        )
-    state = content.get("state_dict", content)
+        raise CheckpointError(f"{file} holds a {kind!s:.80}, expected a dict with a {entry}; use the training's file")
+    state = content.get(entry, content)
     tensors = {}
     for name, value in state.items() if isinstance(state, dict) else ():
         view = _view(value)

@@ -141,12 +141,16 @@ def verify(
             f"{checkpoint.folder}: got a checkpoint of {checkpoint.family}, expected one of the bundle's family "
             f"{family.name}; give the checkpoint that it was built from"
         )
-    built, given = bundle.manifest.request.get("loras", []), [dict(lora) for lora in checkpoint.loras]
-    if built != given:
-        raise CheckpointError(
-            f"{bundle.folder}: was built with {_names(built)}, compared with {_names(given)}; give the files and "
-            "scales that it was built with (--lora)"
-        )
+    for name, files, option in (
+        ("loras", checkpoint.loras, "files and scales that it was built with (--lora)"),
+        ("embeddings", checkpoint.embeddings, "files and tokens that it was built with (--embedding)"),
+    ):
+        built, given = bundle.manifest.request.get(name, []), [dict(file) for file in files]
+        if built != given:
+            raise CheckpointError(
+                f"{bundle.folder}: was built with {_names(built, name)}, compared with {_names(given, name)}; give the "
+                f"{option}"
+            )
     requests = family.requests(None) if requests is None else requests
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise SpecError(f"requests: got {len(requests)}, expected 1..{MAX_REQUESTS}")
@@ -201,8 +205,9 @@ def _component(
     return compared(name, {spec.outputs[0].name: predicted}, expected)
 
 
-def _names(loras: Any) -> str:
-    return ", ".join(f"{lora['file']}:{lora['scale']:g}" for lora in loras) or "no LoRA file"
+def _names(files: Any, kind: str) -> str:
+    named = [f"{file['file']}:{file.get('token') or format(file['scale'], 'g')}" for file in files]
+    return ", ".join(named) or ("no LoRA file" if kind == "loras" else "no embedding")
 
 
 def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: dict[str, Any]) -> ImageResult:

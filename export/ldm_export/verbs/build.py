@@ -12,7 +12,7 @@ from ldm_export.demo import TASKS
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inputs_of, settings_of, show
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten, whole_number
-from ldm_export.verbs.original_options import add_original_arguments, open_given
+from ldm_export.verbs.original_options import add_embedding_argument, add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.bundle_layout import CUDA_VARIANT
 from ldm_runtime.errors import BuildError
@@ -61,6 +61,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "no graphs for such steps (default 1)",
     )
     add_original_arguments(verb)
+    add_embedding_argument(verb)
     engines = verb.add_argument_group("engines")
     engines.add_argument(
         "--target",

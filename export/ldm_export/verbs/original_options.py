@@ -1,4 +1,4 @@
-"""Options of the verbs that read checkpoints: original files of CompVis/latent-diffusion, and LoRA files."""
+"""Options of the verbs that read checkpoints: original files of CompVis/latent-diffusion, LoRA files, embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm_export.checkpoint.weight_choice import WEIGHTS
 if TYPE_CHECKING:
     from ldm_export.checkpoint.folder import Checkpoint
 
-__all__ = ["add_original_arguments", "open_given"]
+__all__ = ["add_embedding_argument", "add_original_arguments", "open_given"]
 
 
 def add_original_arguments(verb: argparse.ArgumentParser) -> None:
@@ -49,12 +49,24 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_embedding_argument(verb: argparse.ArgumentParser) -> None:
+    """Add the option of textual inversion."""
+    verb.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="embedding of textual inversion to add, and the token of prompts that stands for it (default: the file's "
+        "own, or its name); may be repeated",
+    )
+
+
 def open_given(path: Path | None, args: argparse.Namespace, task: str | None = None) -> Checkpoint:
     """Open the diffusers folder or the checkpoint file that a command names, or a demo model if it names none.
 
     Args:
         path: What the command names.
-        args: With the options of ``add_original_arguments``.
+        args: With the options of ``add_original_arguments``, and perhaps that of ``add_embedding_argument``.
         task: Task of the demo model; None for text to image.
 
     Raises:
@@ -64,10 +76,12 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
     from ldm_export.demo import TASKS, demo_checkpoint, demo_config
     from ldm_export.lora import parse_lora, with_loras
     from ldm_export.originals import open_model
+    from ldm_export.textual_inversion import parse_embedding, with_embeddings
 
     random = getattr(args, "random_weights", False)
     options = {name: getattr(args, name) for name in ("config", "tokenizer", "weights", "categories")}
     if path is None:
         path = demo_checkpoint(task or TASKS[0])
         options["config"] = options["config"] or demo_config(task or TASKS[0])
-    return with_loras(open_model(path, random_weights=random, **options), [parse_lora(text) for text in args.lora])
+    opened = with_loras(open_model(path, random_weights=random, **options), [parse_lora(text) for text in args.lora])
+    return with_embeddings(opened, [parse_embedding(text) for text in getattr(args, "embedding", [])])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, real_number, unwritten, whole_number
-from ldm_export.verbs.original_options import add_original_arguments, open_given
+from ldm_export.verbs.original_options import add_embedding_argument, add_original_arguments, open_given
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import VERIFY_PAGE
 from ldm_runtime.errors import SpecError
@@ -40,6 +40,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
     add_original_arguments(verb)
+    add_embedding_argument(verb)
     others = verb.add_mutually_exclusive_group()
     others.add_argument(
         "--backends",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Tokenizer:
         fast.enable_truncation(length, direction=truncation_side)
         fast.enable_padding(direction=padding_side, length=length, pad_id=pad_id, pad_token=pad_token)
         self._fast = fast
+        added = {token.content: index for index, token in fast.get_added_tokens_decoder().items()}
+        self._vectors = {token: _vectors(token, added) for token in added if f"{token}_1" in added}
         self.length, self.pad_id = length, int(pad_id)
 
     @classmethod
@@ -103,6 +106,8 @@ class Tokenizer:
             raise SpecError(f"prompts: got one {type(prompts).__name__}, expected a list of texts; put it into a list")
         for i, prompt in enumerate(prompts):
             _check_prompt(f"prompt {i}", prompt)
+        if self._vectors:
+            return np.array([self._spelled_out(prompt) for prompt in prompts], np.int64).reshape(-1, self.length)
         encodings = [self._fast.encode(prompt) for prompt in prompts]
         for prompt, encoding in zip(prompts, encodings, strict=True):
             if encoding.overflowing:
@@ -126,11 +131,23 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         """Ids of all tokens of a text, without the first, the last and padding.
 
+        A token of textual inversion that has several vectors is as many tokens, as in diffusers only where it is
+        written as it was added, in the same case.
+
         Raises:
             SpecError: As ``__call__``.
         """
         _check_prompt("prompt", text)
-        return list(self._whole.encode(text, add_special_tokens=False).ids)
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return [one for index, (start, end) in spans for one in self._vectors.get(text[start:end], (index,))]
+
+    def _spelled_out(self, prompt: str) -> list[int]:
+        """Ids [length] of a prompt that may have tokens with several vectors."""
+        (first, last), ids, room = self.ends, self.ids(prompt), self.length - 2
+        if len(ids) > room:
+            log.warning("prompt: only %d of its %d tokens are used; shorten it", room, len(ids))
+        return [first, *ids[:room], last, *[self.pad_id] * (room - len(ids))]
 
     def token(self, token_id: int) -> str:
         """The token of an id; one that ends a word of CLIP's ends with ``</w>``."""
@@ -145,6 +162,12 @@ class Tokenizer:
             len(prompt),
             self.length,
         )
+
+
+def _vectors(token: str, added: Mapping[str, int]) -> tuple[int, ...]:
+    """Ids of ``token``, ``token_1`` and so on, which are the vectors of one token of textual inversion."""
+    names = (f"{token}_{number}" for number in count(1))
+    return added[token], *(added[name] for name in takewhile(added.__contains__, names))
 
 
 def _check_prompt(where: str, prompt: Any) -> None:
