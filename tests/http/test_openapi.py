@@ -15,6 +15,8 @@ from ldm_runtime.http.app import OPENAPI, make_app
 from ldm_runtime.http.image_request import DELIVERY, OPTIONS, WITHOUT_EFFECT
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
+from ldm_runtime.http.webui_images import IMAGE_CHECKED
+from ldm_runtime.http.webui_request import CHECKED
 from tests.http.conftest import Served
 
 DOCUMENT = json.loads(OPENAPI.read_text())
@@ -29,6 +31,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/v1/images/generations", {"prompt": "a circle", "steps": 0}),
     ("POST", "/sdapi/v1/txt2img", {"prompt": "a circle", **FAST}),
     ("POST", "/sdapi/v1/txt2img", {"prompt": "a circle", "steps": 0}),
+    ("POST", "/sdapi/v1/img2img", {"init_images": ["no image"]}),
     ("GET", "/sdapi/v1/options", None),
     ("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "text"}),
     ("GET", "/sdapi/v1/sd-models", None),
@@ -56,6 +59,12 @@ def test_the_fields_are_those_of_a_request() -> None:
     fields = {*OPTIONS, *WITHOUT_EFFECT, *DELIVERY}
     assert set(SCHEMAS["ImageRequest"]["properties"]) == fields
     assert set(SCHEMAS["EditRequest"]["properties"]) == {*fields, "image", "mask"}
+
+
+def test_requests_of_images_have_the_fields_of_requests_of_texts() -> None:
+    texts, images = (SCHEMAS[name]["properties"] for name in ("WebuiRequest", "WebuiImageRequest"))
+    assert set(texts) >= set(CHECKED) and {name: images[name] for name in texts} == texts
+    assert set(images) - set(texts) == {*IMAGE_CHECKED, "init_images", "mask"}
 
 
 def test_every_schema_is_valid_and_used() -> None:

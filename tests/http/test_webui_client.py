@@ -193,7 +193,7 @@ def test_the_programs_of_the_documentation_run(
     served: Served, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = (block for block in blocks(page) if block.language == "python")
+    block = next(block for block in blocks(page) if block.language == "python")
     port = str(urlsplit(served.url).port)
     program = block.text.replace("8000", port).replace("width=64, height=64", "width=16, height=16")
     exec(compile(program, page, "exec"), {})

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, as far as front ends need it to generate images from texts: ``/sdapi/v1/…``."""
+"""AUTOMATIC1111's API, as far as front ends need it to generate images from texts and images: ``/sdapi/v1/…``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ldm_runtime.http.request_body import json_fields
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
+from ldm_runtime.http.webui_images import IMAGE_CHECKED, start_fields
 from ldm_runtime.http.webui_request import AUTOMATIC, CHECKED, SAMPLERS, image_fields, invalid, renamed
 from ldm_runtime.number_checks import shown
 
@@ -33,10 +34,14 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Steps:
-    """Counts the finished steps of a request."""
+    """Counts the finished steps of a request.
 
-    def __init__(self) -> None:
-        self.done = 0
+    Args:
+        task: "txt2img" or "img2img".
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task, self.done = task, 0
 
     def add(self, step: Progress) -> None:
         """Note a step; called by the scheduler's notifier thread."""
@@ -63,6 +68,7 @@ class WebuiApi:
         """The routes of the API."""
         return [
             Route("/sdapi/v1/txt2img", _answered(self._txt2img), methods=["POST"]),
+            Route("/sdapi/v1/img2img", _answered(self._img2img), methods=["POST"]),
             Route("/sdapi/v1/options", _answered(self._get_options)),
             Route("/sdapi/v1/options", _answered(self._set_options), methods=["POST"]),
             Route("/sdapi/v1/sd-models", _answered(self._list)),
@@ -74,9 +80,18 @@ class WebuiApi:
 
     async def _txt2img(self, request: Request) -> Response:
         fields = await json_fields(request)
+        if fields.get("init_images"):
+            raise invalid("init_images", "got images; send them to /sdapi/v1/img2img")
+        return await self._images(request, fields, {}, "txt2img")
+
+    async def _img2img(self, request: Request) -> Response:
+        fields = await json_fields(request)
+        return await self._images(request, fields, await run_in_threadpool(start_fields, fields), "img2img")
+
+    async def _images(self, request: Request, fields: Mapping[str, Any], start: dict[str, Any], task: str) -> Response:
         settings = fields.get("override_settings") or {}
         model = self._model(settings.get(CHECKPOINT) if isinstance(settings, dict) else settings)
-        translated, steps = image_fields(fields, model), _Steps()
+        translated, steps = {**image_fields(fields, model), **start}, _Steps(task)
         with renamed():
             wanted = parse(translated, model, self._options)
             job = await run_in_threadpool(submit, model, wanted, self._options, steps.add)
@@ -121,7 +136,7 @@ class WebuiApi:
         state = {
             "skipped": False,
             "interrupted": False,
-            "job": "txt2img" if job else "",
+            "job": running[job].task if job else "",
             "job_count": len(running),
             "job_timestamp": "0",
             "job_no": 0,
@@ -180,7 +195,8 @@ def _answer(
     seeds = [seed_of(result, index) for index in range(len(images))]
     prompt, negative = str(fields.get("prompt", "")), str(fields.get("negative_prompt") or "")
     sampler = fields.get("sampler_name") or fields.get("sampler_index") or AUTOMATIC
-    steps = len(plan.steps) if wanted.request.num_inference_steps is None else wanted.request.num_inference_steps
+    asked = wanted.request.num_inference_steps
+    steps = model.pipeline.model.defaults.num_inference_steps if asked is None else asked
     facts = {
         "sampler_name": sampler,
         "cfg_scale": plan.guidance_scale,
@@ -190,6 +206,9 @@ def _answer(
         "sd_model_name": model.name,
     }
     settings = f"Steps: {steps}, Sampler: {sampler}, CFG scale: {plan.guidance_scale:g}, Size: {width}x{height}"
+    if plan.start_image is not None:
+        facts["denoising_strength"] = plan.start_image.strength
+        settings += f", Denoising strength: {plan.start_image.strength:g}"
     unwanted = f"\nNegative prompt: {negative}" if negative else ""
     info = {
         **facts,
@@ -203,9 +222,10 @@ def _answer(
         "index_of_first_image": 0,
         "infotexts": [f"{prompt}{unwanted}\n{settings}, Seed: {seed}" for seed in seeds],
     }
+    checked = (*CHECKED, *IMAGE_CHECKED) if wanted.request.image is not None else CHECKED
     sent = images if fields.get("send_images", True) else []
     return {
         "images": sent,
-        "parameters": {name: fields[name] for name in CHECKED if name in fields},
+        "parameters": {name: fields[name] for name in checked if name in fields},
         "info": json.dumps(info),
     }

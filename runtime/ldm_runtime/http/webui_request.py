@@ -1,6 +1,6 @@
 """Requests of AUTOMATIC1111's API as requests of the images API: the same checks and limits apply to both.
 
-Fields are those of ``/sdapi/v1/txt2img`` in version 1.10 of https://github.com/AUTOMATIC1111/stable-diffusion-webui.
+Fields are those of ``/sdapi/v1/txt2img`` and ``/sdapi/v1/img2img`` in version 1.10 of https://github.com/AUTOMATIC1111/stable-diffusion-webui.
 """
 
 from __future__ import annotations
@@ -66,16 +66,21 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "subseed_strength": (0,),
     "styles": ([],),
     "script_name": ("",),
-    "init_images": ([],),
     "refiner_checkpoint": ("",),
 }
 """Field that would change the image -> the values that leave it as it is, beside null."""
-_NAMES = {"guidance": "cfg_scale", "scheduler": "sampler_name", "n": "batch_size times n_iter"}
+_NAMES = {
+    "guidance": "cfg_scale",
+    "scheduler": "sampler_name",
+    "n": "batch_size times n_iter",
+    "image": "init_images",
+    "strength": "denoising_strength",
+}
 """Field of the images API -> field of this API, for messages."""
 
 
 def image_fields(fields: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    """Translate the fields of a request. Values are checked by ``image_request.parse`` and by the pipeline.
+    """Translate the fields that both kinds of requests have; ``image_request.parse`` and the pipeline check the values.
 
     Fields that are left out take the model's defaults. Image number i has the seed ``seed`` + i and a stream of noise
     of its own, so that ``all_seeds`` of the answer gives each image again. Fields without a meaning here are ignored.
