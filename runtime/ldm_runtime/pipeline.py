@@ -16,6 +16,7 @@ from PIL import Image
 from ldm_runtime.backends import Backend, SpecBackend
 from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
+from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.conditioning import StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
@@ -25,7 +26,7 @@ from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
-from ldm_runtime.model import DECODER, IMAGE, LATENTS, ModelDescription
+from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
 from ldm_runtime.request import Plan, Request, RequestOptions
@@ -317,6 +318,18 @@ class LatentDiffusionPipeline:
         for conditioner in self.conditioners:
             images = conditioner.finish(request, images)
         return images
+
+    def load(self) -> None:
+        """Load every component now instead of on first use, so that the bundle may be replaced while this one runs.
+
+        Beside a loop on a device, the UNet of the loop in NumPy is not loaded: it would take the device's memory twice.
+
+        Raises:
+            LdmError: A component does not load, or the bundle was replaced already.
+        """
+        for name, backend in self.backends.items():
+            if isinstance(backend, LazyBackend) and not (self.loop is not None and name in DENOISERS):
+                backend.load()
 
     def close(self) -> None:
         """Free the engines."""

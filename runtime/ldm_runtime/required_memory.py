@@ -1,13 +1,16 @@
-"""Memory of a request beside the weights, reported before it runs if its images are larger than the model's own."""
+"""Estimated memory: of a request beside the weights, reported if its images are large, and of a loaded bundle."""
 
 from __future__ import annotations
 
 import logging
 import math
 
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import files_of_graph
+from ldm_runtime.geometry import Geometry
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["report_memory", "required_bytes"]
+__all__ = ["bundle_bytes", "report_memory", "required_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -32,3 +35,18 @@ def report_memory(model: ModelDescription, shape: tuple[int, int, int, int], own
         log.warning(
             "memory: about %.1f GB beside the weights, as the image is larger than the model's own", required / 1e9
         )
+
+
+def bundle_bytes(bundle: Bundle, precision: str | None = None) -> int:
+    """Estimated bytes of a loaded bundle: its weights, and the activations of one image if the bundle tells them.
+
+    Args:
+        bundle: The bundle.
+        precision: Precision of the graphs that run; None takes that for which the bundle was built.
+    """
+    manifest = bundle.manifest
+    graphs = [part.graph(precision or bundle.precision) or part.graph("fp32") for part in manifest.components.values()]
+    files = {name for graph in graphs if graph for name in files_of_graph(graph, manifest.files)}
+    geometry = Geometry.of(manifest.model)
+    shape = (1, geometry.channels, geometry.height.opt, geometry.width.opt)
+    return sum(manifest.files[name].size for name in files) + (required_bytes(manifest.model, shape) or 0)

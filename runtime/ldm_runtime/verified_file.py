@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from typing import BinaryIO
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.regular_files import OPEN_FLAGS
 
-__all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", "verify"]
+__all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", "unwritten", "verify"]
 
 CHUNK = 4 * 2**20
 MAX_READS = 10
@@ -76,6 +77,11 @@ class VerifiedFile:
         Raises:
             ManifestError: The file or one beside it was replaced, changed or removed.
         """
+        self._check()
+        for other in self.beside:
+            other.check()
+
+    def _check(self) -> None:
         try:
             identity = FileIdentity.of(self.path.stat())
         except OSError:
@@ -84,8 +90,21 @@ class VerifiedFile:
             if not identity.is_same_content(self.identity):
                 raise self._replaced()
             verify(self.path, self.sha256, self.identity.size)
+
+    def check_not_written(self) -> None:
+        """Check that the file was not written since, for an engine that still has it open or mapped.
+
+        The path may name another file by now, or none.
+
+        Raises:
+            ManifestError: The file itself or one beside it was written.
+        """
+        with suppress(OSError):
+            facts = self.path.stat()
+            if (facts.st_dev, facts.st_ino) == (self.identity.device, self.identity.inode):
+                self._check()
         for other in self.beside:
-            other.check()
+            other.check_not_written()
 
     def _replaced(self) -> ManifestError:
         return ManifestError(f"{self.path}: the bundle was replaced after it was opened; open it again")
@@ -108,6 +127,16 @@ def unchanged(file: GraphFile) -> None:
     """
     if isinstance(file, VerifiedFile):
         file.check()
+
+
+def unwritten(file: GraphFile) -> None:
+    """Check that a verified file that is still open was not written.
+
+    Raises:
+        ManifestError: As ``VerifiedFile.check_not_written``.
+    """
+    if isinstance(file, VerifiedFile):
+        file.check_not_written()
 
 
 def verify(path: Path, sha256: str, size: int) -> VerifiedFile:

@@ -14,6 +14,7 @@ from ldm_runtime import errors
 from ldm_runtime.batching.metrics import COUNTERS, GAUGES
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import LdmError, ManifestError
+from ldm_runtime.http.server_metrics import SERVER_COUNTERS, SERVER_GAUGES
 from ldm_runtime.manifest_reader import read_manifest
 from tests.support.documentation import ROOT
 from tests.support.small_models import bundle_of, text_model
@@ -50,7 +51,8 @@ def test_every_symptom_is_a_message_of_the_code() -> None:
 
 def test_the_page_has_every_metric() -> None:
     rows = re.findall(r"^\| `(ldm_\w+)` \| (gauge|counter) \|", METRICS, re.MULTILINE)
-    assert rows == [*((name, "gauge") for name in GAUGES), *((name, "counter") for name in COUNTERS)]
+    families = ((GAUGES, "gauge"), (COUNTERS, "counter"), (SERVER_GAUGES, "gauge"), (SERVER_COUNTERS, "counter"))
+    assert rows == [(name, kind) for names, kind in families for name in names]
 
 
 @pytest.fixture(scope="module")

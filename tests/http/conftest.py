@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ import pytest
 import uvicorn
 
 from ldm_runtime.http.app import make_app
-from ldm_runtime.http.served_model import EngineOptions, ServedModel, open_models
+from ldm_runtime.http.served_model import EngineOptions, ServedModel
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from tests.support.small_bundle import write_small_bundle
 from tests.support.small_models import bundle_of, text_model
@@ -31,12 +32,20 @@ class Served:
     log: list[str]
 
 
+def open_models(paths: Sequence[Path], options: EngineOptions = ENGINE) -> dict[str, ServedModel]:
+    """The models of bundles, by the names of their folders."""
+    return {path.name: ServedModel.open(path, path.name, options) for path in paths}
+
+
 @contextmanager
-def running(models: dict[str, ServedModel], options: ServerOptions | None = None) -> Iterator[Served]:
+def running(models: dict[str, ServedModel] | ServedModels, options: ServerOptions | None = None) -> Iterator[Served]:
     """Serve models on a free port while the block runs."""
     log: list[str] = []
+    served = models if isinstance(models, ServedModels) else ServedModels.of(models)
     config = uvicorn.Config(
-        make_app(models, options or ServerOptions(), log.append), log_level="warning", access_log=False
+        make_app(served, options or ServerOptions(), log.append),
+        log_level="warning",
+        access_log=False,
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -44,7 +53,8 @@ def running(models: dict[str, ServedModel], options: ServerOptions | None = None
         thread.start()
         try:
             assert wait_until(lambda: server.started)
-            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", models, log)
+            opened = {name: bundle.current for name, bundle in served.bundles.items() if bundle.current is not None}
+            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", opened, log)
         finally:
             server.should_exit = True
             thread.join(20)
@@ -63,7 +73,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def models(bundles: list[Path]) -> Iterator[dict[str, ServedModel]]:
     """The models "text" and "plain", loaded."""
-    opened = open_models(bundles, ENGINE)
+    opened = open_models(bundles)
     yield opened
     for model in opened.values():
         model.close()

@@ -18,10 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from ldm_runtime.batching.metrics import COUNTERS, GAUGES
 from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.http.image_store import ImageStore
-from ldm_runtime.http.served_model import ServedModel, open_models
+from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server import serve
+from ldm_runtime.http.server_metrics import SERVER_COUNTERS, SERVER_GAUGES
 from ldm_runtime.http.server_options import ServerOptions
-from tests.http.conftest import ENGINE, Served, running
+from tests.http.conftest import ENGINE, Served, open_models, running
 from tests.support.waiting import wait_until
 
 JSON = {"Content-Type": "application/json"}
@@ -156,7 +158,8 @@ def test_the_log_names_the_request(served: Served) -> None:
 def test_metrics_are_those_of_triton(served: Served) -> None:
     generate(served)
     families = {family.name: family for family in text_string_to_metric_families(call(served, "GET", "/metrics")[1])}
-    assert set(families) == {*GAUGES, *(name.removesuffix("_total") for name in COUNTERS)}
+    counters = {name.removesuffix("_total") for name in (*COUNTERS, *SERVER_COUNTERS)}
+    assert set(families) == {*GAUGES, *SERVER_GAUGES, *counters}
     assert {sample.labels["model"] for sample in families["ldm_ready"].samples} == {"text", "plain"}
     done = {
         sample.labels["model"]: sample.value
@@ -167,7 +170,7 @@ def test_metrics_are_those_of_triton(served: Served) -> None:
 
 
 def test_ready_only_while_images_can_be_generated(bundles: list[Path]) -> None:
-    models = open_models(bundles[:1], ENGINE)
+    models = open_models(bundles[:1])
     with running(models) as server:
         assert call(server, "GET", "/readyz") == (200, "ready\n")
         models["text"].close()
@@ -210,15 +213,15 @@ def test_options() -> None:
 
 def test_bundles_of_one_name_and_bad_bundles(bundles: list[Path], tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="two folders named 'text'"):
-        open_models([bundles[0], bundles[0]], ENGINE)
+        ServedModels.open([bundles[0], bundles[0]], ENGINE)
     with pytest.raises(Exception, match="no such folder"):
-        open_models([bundles[0], tmp_path / "none"], ENGINE)
+        ServedModels.open([bundles[0], tmp_path / "none"], ENGINE)
 
 
 def test_an_address_in_use(served: Served) -> None:
     port = urlsplit(served.url).port
     with pytest.raises(BackendError, match=f"127.0.0.1:{port}: cannot listen"):
-        serve({}, ServerOptions(port=port or 0), log=print, on_ready=print)
+        serve(ServedModels([]), ServerOptions(port=port or 0), log=print, on_ready=print)
 
 
 def test_kept_images_make_room() -> None:

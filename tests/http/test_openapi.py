@@ -14,6 +14,7 @@ from starlette.routing import Route
 from ldm_runtime.http.app import OPENAPI, make_app
 from ldm_runtime.http.image_request import DELIVERY, OPTIONS, WITHOUT_EFFECT
 from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.webui_images import IMAGE_CHECKED
 from ldm_runtime.http.webui_request import CHECKED
@@ -49,7 +50,7 @@ def schema(content: dict[str, Any]) -> Draft202012Validator:
 
 
 def test_the_endpoints_are_those_of_the_application(models: dict[str, ServedModel]) -> None:
-    routes = [route for route in make_app(models, ServerOptions()).routes if isinstance(route, Route)]
+    routes = [route for route in make_app(ServedModels.of(models), ServerOptions()).routes if isinstance(route, Route)]
     served = {(method, route.path) for route in routes for method in (route.methods or set()) - {"HEAD"}}
     described = {(method.upper(), path) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert described == served

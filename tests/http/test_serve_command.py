@@ -8,7 +8,7 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ FAST = ("--port", 0, "--backend", "onnxruntime", "--threads", 1)
 
 
 @contextmanager
-def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server and its address."""
+def serving(*arguments: object, log: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server and its address. The log of many requests must go to a file, because nobody empties a pipe meanwhile."""
     command = [*map(str, (*SERVE, *arguments, *FAST))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout and process.stderr
+    with nullcontext(subprocess.PIPE) if log is None else log.open("w") as stdout:
+        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
     try:
         notes = ""
         while not (found := re.search(r"open (http://\S+) in a browser", notes)):

@@ -81,12 +81,11 @@ def test_spans_belong_to_the_trace_of_the_caller(scheduler: BatchScheduler, expo
 
 
 def test_a_request_over_http_continues_its_trace(tmp_path: Path, exporter: InMemorySpanExporter) -> None:
-    from ldm_runtime.http.served_model import open_models
-    from tests.http.conftest import ENGINE, running
+    from tests.http.conftest import open_models, running
     from tests.support.small_bundle import write_small_bundle
 
     write_small_bundle(tmp_path / "plain")
-    models = open_models([tmp_path / "plain"], ENGINE)
+    models = open_models([tmp_path / "plain"])
     try:
         with running(models) as server:
             headers = {"Content-Type": "application/json", "traceparent": f"00-{TRACE}-{PARENT}-01"}

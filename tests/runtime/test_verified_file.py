@@ -121,12 +121,20 @@ def test_a_component_that_is_loaded_again_is_checked_again(bundle: Bundle, backe
             pipeline(count=1, seed=1, num_inference_steps=1)
 
 
-def test_openvino_reads_no_replaced_graph_for_new_shapes(bundle: Bundle) -> None:
+def test_openvino_keeps_the_graph_that_it_has_read_for_new_shapes(bundle: Bundle) -> None:
     backend = open_component(bundle, "decoder", "openvino", precision="fp32", threads=1)
-    latents = np.zeros((2, 4, 4, 4), np.float32)
+    latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
     expected = backend.run({"latents": latents})["image"]
     replace(bundle, "decoder/fp32.onnx")
     assert np.array_equal(backend.run({"latents": latents})["image"], expected)
+    assert np.allclose(backend.run({"latents": latents[:1]})["image"], expected[:1], atol=1e-6)
+
+
+def test_openvino_takes_no_graph_that_was_written_while_it_is_in_use(bundle: Bundle) -> None:
+    backend = open_component(bundle, "decoder", "openvino", precision="fp32", threads=1)
+    latents = np.zeros((2, 4, 4, 4), np.float32)
+    backend.run({"latents": latents})
+    write_in_place(bundle, "decoder/fp32.onnx")
     with pytest.raises(ManifestError, match=REPLACED):
         backend.run({"latents": latents[:1]})
 

@@ -58,9 +58,12 @@ SPECS = {
 """Component -> spec, in the manifest's order. "step" is a step graph, which the pipeline does not run itself."""
 
 
-def write_small_bundle(folder: Path, *precisions: str) -> Bundle:
-    """Write a bundle with fp32 graphs; each of ``precisions`` names the fp32 graph too. The UNet has a variant."""
-    rng = np.random.default_rng(0)
+def write_small_bundle(folder: Path, *precisions: str, seed: int = 0) -> Bundle:
+    """Write a bundle with fp32 graphs; each of ``precisions`` names the fp32 graph too. The UNet has a variant.
+
+    ``seed`` decides the weights.
+    """
+    rng = np.random.default_rng(seed)
     models = {
         "time_embedding": _time_embedding(rng),
         "unet": _unet(rng),

@@ -14,13 +14,15 @@ from ldm_runtime.regular_files import read_regular
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
-__all__ = ["PRECISIONS", "chosen_prompts", "lines", "quieten", "real_number", "unwritten", "whole_number"]
+__all__ = ["PRECISIONS", "byte_count", "chosen_prompts", "lines", "quieten", "real_number", "unwritten", "whole_number"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_PROMPTS = 16 * 2**20
 """Largest file of prompts in bytes."""
 MAX_DIGITS = 40
 """Longest number on the command line; no option needs more."""
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+"""Letter before the B of a size -> bytes."""
 
 
 def whole_number(text: str) -> int:
@@ -45,6 +47,23 @@ def real_number(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a number of at most {MAX_DIGITS} characters")
+
+
+def byte_count(text: str) -> int:
+    """Parse a size such as 8GB, 500MB or a number of bytes for argparse; a GB has 10**9 bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is none, or below one byte.
+    """
+    number, unit = text.upper().removesuffix("B"), 1
+    if number[-1:] in _UNITS:
+        number, unit = number[:-1], _UNITS[number[-1]]
+    try:
+        if len(text) <= MAX_DIGITS and (size := int(float(number) * unit)) >= 1:
+            return size
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a size, e.g. 8GB or 500MB")
 
 
 def lines(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm_export.extras import needs
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import PRECISIONS, real_number, whole_number
+from ldm_export.verbs.options import PRECISIONS, byte_count, real_number, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.errors import SpecError
 from ldm_runtime.regular_files import read_regular
@@ -24,6 +24,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     verb.add_argument("--port", type=whole_number, default=8000, help="port, 0 for a free one (default 8000)")
     verb.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must carry")
+    verb.add_argument(
+        "--watch",
+        type=real_number,
+        default=5.0,
+        metavar="SECONDS",
+        help="time between two looks for new versions of the bundles, 0 for none (default 5)",
+    )
     engine = verb.add_argument_group("engine")
     engine.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default auto)")
     engine.add_argument(
@@ -32,6 +39,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     engine.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
     engine.add_argument("--threads", type=whole_number, help="CPU threads of each model (default: all cores)")
     limits = verb.add_argument_group("limits")
+    limits.add_argument(
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="estimated memory of the loaded bundles, e.g. 8GB; they are loaded on first use (default: all at start)",
+    )
     limits.add_argument("--max-rows", type=whole_number, help="rows of one UNet call; a guided image takes two")
     limits.add_argument("--max-queue", type=whole_number, default=256, help="waiting requests (default 256)")
     limits.add_argument("--max-images", type=whole_number, default=10, help="images of a request (default 10)")
@@ -59,7 +72,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
     with needs("serve"):
-        from ldm_runtime.http.served_model import EngineOptions, open_models
+        from ldm_runtime.http.served_model import EngineOptions
+        from ldm_runtime.http.served_models import ServedModels
         from ldm_runtime.http.server import serve
         from ldm_runtime.http.server_options import ServerOptions
     options = ServerOptions(
@@ -71,20 +85,20 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         max_client_requests=args.max_client_requests,
         timeout=args.timeout,
         grace=args.grace,
+        watch=args.watch,
     )
+    engine = EngineOptions(args.precision, args.backend, args.device, args.threads, args.max_rows, args.max_queue)
     with screen.bar("loading"):
-        models = open_models(
-            args.bundles,
-            EngineOptions(args.precision, args.backend, args.device, args.threads, args.max_rows, args.max_queue),
-        )
-    for model in models.values():
-        if model.pipeline.choice is not None:
-            screen.note(f"{model.name}: {model.pipeline.choice.reason}")
+        models = ServedModels.open(args.bundles, engine, args.memory, options.timeout)
+    for bundle in models.bundles.values():
+        if bundle.current is not None and bundle.current.pipeline.choice is not None:
+            screen.note(f"{bundle.name}: {bundle.current.pipeline.choice.reason}")
     serve(
         models,
         options,
         log=lambda line: print(line, flush=True),
         on_ready=lambda url: screen.note(f"open {url} in a browser; Control-C stops the server"),
+        note=screen.note,
     )
 
 

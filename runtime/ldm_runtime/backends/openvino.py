@@ -26,7 +26,7 @@ from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
 from ldm_runtime.onnx_nodes import check_nodes
 from ldm_runtime.specs import ComponentSpec, check_feed
-from ldm_runtime.verified_file import GraphFile, path_of, unchanged
+from ldm_runtime.verified_file import GraphFile, path_of, unchanged, unwritten
 
 __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
 
@@ -43,7 +43,8 @@ class OpenVinoBackend(SpecBackend):
     """Runs one ONNX graph with OpenVINO, compiled when a set of shapes first comes (``openvino_shapes``).
 
     Args:
-        graph: Path of the ``.onnx`` file. External weights lie beside it and are mapped, not read.
+        graph: Path of the ``.onnx`` file. External weights lie beside it and are mapped, not read. The files are opened
+            once, so that the bundle may be replaced afterwards.
         spec: Inputs and outputs of the graph.
         arithmetic: "fp32", or "bf16" for matrix products in bf16 if the CPU supports it.
         threads: CPU threads. None means all cores that this process may use.
@@ -75,13 +76,12 @@ class OpenVinoBackend(SpecBackend):
             options["CACHE_DIR"] = str(cache)
         weights = weights_beside(self._graph)
         size = (weights if weights.is_file() else self._graph).stat().st_size
-        self._unused: Any = self._read()
-        self._shaped = ShapedGraph(self._take, self._core, options, size)
+        self._model: Any = self._read()
+        self._shaped = ShapedGraph(self._copy, self._core, options, size)
 
-    def _take(self) -> Any:
-        """Return a graph that nobody else uses: the one that the constructor read, then new ones."""
-        model, self._unused = self._unused or self._read(), None
-        return model
+    def _copy(self) -> Any:
+        unwritten(self._file)
+        return self._model.clone()
 
     def _read(self) -> Any:
         try:
@@ -103,7 +103,7 @@ class OpenVinoBackend(SpecBackend):
         Raises:
             SpecError: The feed does not fit the spec.
             BackendError: openvino failed, e.g. because memory ran out.
-            ManifestError: The graph had to be read again, and the bundle was replaced meanwhile.
+            ManifestError: The graph's file was written, although it is in use.
         """
         check_feed(self._spec, feed)
         try:
@@ -116,7 +116,7 @@ class OpenVinoBackend(SpecBackend):
 
     def close(self) -> None:
         """Free the compiled graphs."""
-        self._unused = None
+        self._model = None
         self._shaped.close()
 
 

@@ -32,14 +32,14 @@ class ShapedGraph:
     """Compiles a graph when it first runs with a set of shapes.
 
     Args:
-        read: Returns a new copy of the graph at each call. A copy that is kept would hold the weights a second time.
+        copy: Returns a new copy of the graph at each call. Copies share the mapped weights, whose pages are released.
         core: OpenVINO's core.
         options: Options of the compilation.
         weights: Size of the graph's weights in bytes.
     """
 
-    def __init__(self, read: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
-        self._read, self._core, self._options = read, core, dict(options)
+    def __init__(self, copy: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int):
+        self._copy, self._core, self._options = copy, core, dict(options)
         self._requests: dict[Shapes | None, Ready] = {}
         self.max_requests = min(MAX_SHAPES, 1 + BUDGET // weights)
 
@@ -68,7 +68,7 @@ class ShapedGraph:
         if key is None:
             self._requests.clear()  # frees memory before another copy of the weights is made
         log.info("compiling for %s", "any shape" if key is None else dict(key))
-        model = self._read()
+        model = self._copy()
         if key is not None:
             model.reshape({name: list(shape) for name, shape in key})
             if self._options["INFERENCE_PRECISION_HINT"] == "bf16":

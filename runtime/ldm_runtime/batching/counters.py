@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["OUTCOMES", "STAGES", "Counters", "Snapshot"]
+__all__ = ["OUTCOMES", "STAGES", "Counters", "Snapshot", "merged"]
 
 WINDOW = 10.0
 """Seconds over which ``steps_per_second`` and ``batch_fill`` are measured."""
@@ -86,3 +86,23 @@ class Counters:
             outcomes=dict(self.outcomes),
             seconds=dict(self.seconds),
         )
+
+
+def merged(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Add the counters of several schedulers of one model; readiness and ``batch_fill`` are those of the first.
+
+    Args:
+        snapshots: At least one.
+    """
+    first = snapshots[0]
+    return Snapshot(
+        ready=first.ready,
+        waiting=sum(one.waiting for one in snapshots),
+        running=sum(one.running for one in snapshots),
+        batch_fill=first.batch_fill,
+        steps_per_second=sum(one.steps_per_second for one in snapshots),
+        steps=sum(one.steps for one in snapshots),
+        rows=sum(one.rows for one in snapshots),
+        outcomes={name: sum(one.outcomes[name] for one in snapshots) for name in OUTCOMES},
+        seconds={name: sum(one.seconds[name] for one in snapshots) for name in STAGES},
+    )

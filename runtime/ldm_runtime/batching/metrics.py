@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ldm_runtime.batching.counters import Snapshot
 
-__all__ = ["COUNTERS", "GAUGES", "exposition", "samples"]
+__all__ = ["COUNTERS", "GAUGES", "exposition", "lines", "samples"]
 
 GAUGES = {
     "ldm_ready": "1 if images can be generated",
@@ -44,17 +44,30 @@ def exposition(snapshots: Mapping[str, Snapshot]) -> str:
     Args:
         snapshots: Name of a model, which becomes the label ``model`` -> its counters.
     """
-    lines = []
-    for kind, family in (("gauge", GAUGES), ("counter", COUNTERS)):
-        for name, text in family.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for model, snapshot in snapshots.items():
-                lines += [
-                    f"{name}{{{_labels({'model': model, **labels})}}} {value!r}"
-                    for sample, labels, value in samples(snapshot)
-                    if sample == name
-                ]
-    return "\n".join(lines) + "\n"
+    found = [
+        (name, {"model": model, **labels}, value)
+        for model, snapshot in snapshots.items()
+        for name, labels, value in samples(snapshot)
+    ]
+    return "".join((*lines("gauge", GAUGES, found), *lines("counter", COUNTERS, found)))
+
+
+def lines(
+    kind: str, families: Mapping[str, str], found: Iterable[tuple[str, Mapping[str, str], float]]
+) -> Iterator[str]:
+    """Yield the lines of metrics in Prometheus' text format, each with its line break.
+
+    Args:
+        kind: "gauge" or "counter".
+        families: Name of a metric -> its description.
+        found: Name, labels and value of samples; those of other metrics are left out.
+    """
+    values = list(found)
+    for name, text in families.items():
+        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+        for sample, labels, value in values:
+            if sample == name:
+                yield f"{name}{{{_labels(labels)}}} {value!r}\n"
 
 
 def _labels(labels: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from ldm_runtime.batching.metrics import exposition
 from ldm_runtime.http.access import Access
 from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.images_api import ImagesApi
-from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.served_models import ServedModels
+from ldm_runtime.http.server_metrics import server_metrics
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.web_page import PAGE_HEADERS, page_html
 from ldm_runtime.http.webui_api import WebuiApi
@@ -29,13 +29,11 @@ OPENAPI = Path(__file__).parent / "openapi.json"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(
-    models: Mapping[str, ServedModel], options: ServerOptions, log: Callable[[str], None] = lambda line: None
-) -> Starlette:
+def make_app(models: ServedModels, options: ServerOptions, log: Callable[[str], None] = lambda line: None) -> Starlette:
     """Return the application. It does not close the models.
 
     Args:
-        models: Loaded models by name; requests without a model take the first.
+        models: The bundles; requests without a model take the first.
         options: Limits and access control.
         log: Takes the lines of the access log.
     """
@@ -47,13 +45,14 @@ def make_app(
         return PlainTextResponse("ok\n")
 
     async def ready(request: Request) -> Response:
-        failed = [name for name, model in models.items() if not model.scheduler.ready]
+        failed, unloaded = models.not_ready(), [one.name for one in models.bundles.values() if one.current is None]
         text = f"not ready: {', '.join(failed)}\n" if failed else "ready\n"
+        if unloaded:
+            text += f"not loaded: {', '.join(unloaded)}\n"
         return PlainTextResponse(text, 503 if failed else 200)
 
     async def metrics(request: Request) -> Response:
-        text = exposition({name: model.scheduler.snapshot() for name, model in models.items()})
-        return Response(text, media_type=METRICS_TYPE)
+        return Response(server_metrics(models), media_type=METRICS_TYPE)
 
     async def description(request: Request) -> Response:
         return Response(OPENAPI.read_bytes(), media_type="application/json")

@@ -24,7 +24,7 @@ from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.image_request import ImageRequest, parse
 from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.request_body import form_fields, json_fields
-from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
 
@@ -40,12 +40,12 @@ class ImagesApi:
     """The endpoints.
 
     Args:
-        models: Loaded models by name; the first is the default.
+        models: The bundles; the first is the default.
         options: Limits.
         store: Keeps images that answers refer to by URL.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions, store: ImageStore):
+    def __init__(self, models: ServedModels, options: ServerOptions, store: ImageStore):
         self._models, self._options, self._store = models, options, store
 
     def routes(self) -> list[Route]:
@@ -59,10 +59,10 @@ class ImagesApi:
         ]
 
     async def _list(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model.facts() for model in self._models.values()]})
+        return JSONResponse({"object": "list", "data": [one.facts() for one in self._models.bundles.values()]})
 
     async def _one(self, request: Request) -> Response:
-        return JSONResponse(self._model(request.path_params["name"]).facts())
+        return JSONResponse(self._models.bundles[self._name(request.path_params["name"])].facts())
 
     async def _file(self, request: Request) -> Response:
         name = request.path_params["name"].partition(".")[0]
@@ -83,24 +83,24 @@ class ImagesApi:
             raise ApiError(400, "image: got none, expected an image file", code="invalid_value", param="image")
         return await self._images(request, fields, "image_edit")
 
-    def _model(self, name: Any) -> ServedModel:
+    def _name(self, name: Any) -> str:
         if name is None:
-            return next(iter(self._models.values()))
-        if not isinstance(name, str) or name not in self._models:
+            return self._models.names[0]
+        if not isinstance(name, str) or name not in self._models.names:
             raise ApiError(
                 404,
-                f"model: got {name!r:.60}, expected one of {', '.join(self._models)}",
+                f"model: got {name!r:.60}, expected one of {', '.join(self._models.names)}",
                 code="model_not_found",
                 param="model",
             )
-        return self._models[name]
+        return name
 
     async def _images(self, request: Request, fields: Mapping[str, Any], event: str) -> Response:
-        model = self._model(fields.get("model"))
-        wanted = parse(fields, model, self._options)
-        listener = _Listener(asyncio.get_running_loop())
-        on_progress = listener.add if wanted.stream else None
-        job = await run_in_threadpool(submit, model, wanted, self._options, on_progress)
+        async with self._models.use(self._name(fields.get("model"))) as model:
+            wanted = parse(fields, model, self._options)
+            listener = _Listener(asyncio.get_running_loop())
+            on_progress = listener.add if wanted.stream else None
+            job = await run_in_threadpool(submit, model, wanted, self._options, on_progress)
         job.future.add_done_callback(lambda future: listener.end())
         request.state.model, request.state.images = model.name, job.plan.images
         if wanted.stream:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits, rows_of_call
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import SpecError
-from ldm_runtime.model import UNET
+from ldm_runtime.bundle_layout import MANIFEST
+from ldm_runtime.errors import ManifestError
+from ldm_runtime.geometry import Geometry
+from ldm_runtime.model import UNET, ModelDescription
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.regular_files import read_regular
+from ldm_runtime.required_memory import bundle_bytes
 
-__all__ = ["EngineOptions", "ServedModel", "open_models"]
+__all__ = ["EngineOptions", "ServedModel", "model_facts", "version_of"]
+
+MAX_MANIFEST = 16 * 2**20
+"""Largest manifest in bytes, as ``manifest_reader`` reads it."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +41,42 @@ class EngineOptions:
 
 
 class ServedModel:
-    """A loaded model.
+    """A loaded model: one version of a bundle.
+
+    Requests hold it, so that it is closed only when the last one has ended.
 
     Args:
         name: Name in the API.
         pipeline: The pipeline; closed with the model.
         scheduler: Its batch scheduler.
+        version: Digest of the bundle's manifest, "" if there is none.
+        memory: Estimated bytes that it takes.
     """
 
-    def __init__(self, name: str, pipeline: LatentDiffusionPipeline, scheduler: BatchScheduler):
-        self.name, self.pipeline, self.scheduler = name, pipeline, scheduler
+    def __init__(
+        self,
+        name: str,
+        pipeline: LatentDiffusionPipeline,
+        scheduler: BatchScheduler,
+        version: str = "",
+        memory: int = 0,
+    ):
+        self.name, self.pipeline, self.scheduler, self.version, self.memory = name, pipeline, scheduler, version, memory
         self.created = int(time.time())
         self.kinds = tuple(entry.kind for entry in pipeline.model.conditioning)
         self.fields = frozenset(field for one in pipeline.conditioners for field in one.fields)
+        self._lock, self._closing = threading.Lock(), threading.Lock()
+        self._holders, self._closed = 0, False
+        self._on_idle: Callable[[], None] | None = None
 
     @classmethod
     def open(cls, path: Path, name: str, options: EngineOptions) -> ServedModel:
-        """Load a bundle and generate a test image.
+        """Load all components of a bundle and generate a test image; its files are not needed afterwards.
 
         Raises:
-            LdmError: The bundle is damaged, or it does not run here.
+            LdmError: The bundle is damaged, it was replaced meanwhile, or it does not run here.
         """
+        version = version_of(path) if (path / MANIFEST).is_file() else ""
         bundle = Bundle.open(path)
         rows = rows_of_call(bundle.manifest.components[UNET].spec, options.max_rows, f"the UNet of {name}")
         pipeline = LatentDiffusionPipeline.from_bundle(
@@ -62,61 +87,106 @@ class ServedModel:
             threads=options.threads,
         )
         try:
-            return cls(name, pipeline, BatchScheduler(pipeline, Limits(max_rows=rows, max_queue=options.max_queue)))
+            scheduler = BatchScheduler(pipeline, Limits(max_rows=rows, max_queue=options.max_queue))
+            try:
+                pipeline.load()
+                if version_of(path) != version:
+                    raise ManifestError(f"{path}: the bundle was replaced while it was loaded; load it again")
+            except BaseException:
+                scheduler.close()
+                raise
         except BaseException:
             pipeline.close()
             raise
+        graph = None if pipeline.choice is None else pipeline.choice.graph
+        return cls(name, pipeline, scheduler, version, bundle_bytes(bundle, graph))
 
     def facts(self) -> dict[str, Any]:
-        """The entry of ``/v1/models``; "ldm" holds what OpenAI's format has no place for.
+        """The entry of ``/v1/models``, as ``model_facts``."""
+        return model_facts(self.name, self.pipeline.model, self)
 
-        Height and width are minimum, default and maximum in pixels; sides are multiples of "multiple".
+    @property
+    def idle(self) -> bool:
+        """True if no request holds the model."""
+        return self._holders == 0
+
+    def hold(self) -> None:
+        """Keep the model open until ``release`` is called as often."""
+        with self._lock:
+            self._holders += 1
+
+    def hold_for(self, job: Job) -> None:
+        """Keep the model open until a job has ended."""
+        self.hold()
+        job.future.add_done_callback(lambda future: self.release())
+
+    def release(self) -> None:
+        """Undo one ``hold``."""
+        with self._lock:
+            self._holders -= 1
+            on_idle = self._on_idle if self._holders == 0 else None
+        if on_idle is not None:
+            on_idle()
+
+    def when_idle(self, then: Callable[[], None]) -> None:
+        """Call a function once no request holds the model, now or on the thread of the last one.
+
+        Requests that come later must not hold it.
         """
-        model = self.pipeline.model
-        geometry = self.pipeline.geometry
-        sizes = {
-            side: [size * geometry.factor for size in (axis.min, axis.opt, axis.max)]
-            for side, axis in (("height", geometry.height), ("width", geometry.width))
-        }
-        choice = self.pipeline.choice
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "ldm-export",
-            "ldm": {
-                "family": model.family,
-                "conditioning": self.kinds,
-                "guidance": bool(model.guidance),
-                **sizes,
-                "multiple": geometry.factor,
-                "defaults": asdict(model.defaults),
-                "engine": choice.facts() if choice else None,
-            },
-        }
+        with self._lock:
+            self._on_idle = then
+            idle = self._holders == 0
+        if idle:
+            then()
 
     def close(self, seconds: float = 0.0) -> None:
         """Finish the running requests within ``seconds``, cancel the others, and free the engines."""
-        self.scheduler.close(seconds)
-        self.pipeline.close()
+        with self._closing:
+            if not self._closed:
+                self.scheduler.close(seconds)
+                self.pipeline.close()
+                self._closed = True
 
 
-def open_models(paths: Sequence[Path], options: EngineOptions) -> dict[str, ServedModel]:
-    """Load bundles, each under the name of its folder; if one fails, the others are closed.
+def model_facts(name: str, model: ModelDescription, loaded: ServedModel | None) -> dict[str, Any]:
+    """The entry of ``/v1/models``; "ldm" holds what OpenAI's format has no place for.
+
+    Height and width are minimum, default and maximum in pixels; sides are multiples of "multiple".
+
+    Args:
+        name: Name in the API.
+        model: Description of the model.
+        loaded: The loaded version; None if its first request will load one.
+    """
+    choice = None if loaded is None else loaded.pipeline.choice
+    geometry = Geometry.of(model)
+    sizes = {
+        side: [size * geometry.factor for size in (axis.min, axis.opt, axis.max)]
+        for side, axis in (("height", geometry.height), ("width", geometry.width))
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0 if loaded is None else loaded.created,
+        "owned_by": "ldm-export",
+        "ldm": {
+            "family": model.family,
+            "conditioning": tuple(entry.kind for entry in model.conditioning),
+            "guidance": bool(model.guidance),
+            **sizes,
+            "multiple": geometry.factor,
+            "defaults": asdict(model.defaults),
+            "engine": choice.facts() if choice else None,
+            "version": loaded.version if loaded else None,
+            "loaded": loaded is not None,
+        },
+    }
+
+
+def version_of(path: Path) -> str:
+    """The SHA-256 (hex) of a bundle's manifest, which names the digest of every other file.
 
     Raises:
-        SpecError: Two folders have one name.
-        LdmError: A bundle is damaged, or it does not run here.
+        ManifestError: It cannot be read.
     """
-    names = [path.resolve().name for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SpecError(f"bundles: got two folders named {twice[0]!r:.60}, expected different names; rename one")
-    models: dict[str, ServedModel] = {}
-    try:
-        for name, path in zip(names, paths, strict=True):
-            models[name] = ServedModel.open(path, name, options)
-    except BaseException:
-        for model in models.values():
-            model.close()
-        raise
-    return models
+    return hashlib.sha256(read_regular(path / MANIFEST, MAX_MANIFEST, ManifestError)).hexdigest()

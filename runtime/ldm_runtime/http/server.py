@@ -5,14 +5,15 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import uvicorn
 
 from ldm_runtime.errors import BackendError
 from ldm_runtime.http.app import make_app
-from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.bundle_watch import BundleWatch
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 
 __all__ = ["serve"]
@@ -21,19 +22,21 @@ BACKLOG = 256
 
 
 def serve(
-    models: Mapping[str, ServedModel],
+    models: ServedModels,
     options: ServerOptions,
     *,
     log: Callable[[str], None],
     on_ready: Callable[[str], None],
+    note: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM; running requests then get ``options.grace`` seconds.
 
     Args:
-        models: Loaded models by name. They are closed at the end.
+        models: The bundles. They are closed at the end.
         options: Address, limits and access control.
         log: Takes the lines of the access log.
         on_ready: Called with the server's URL once it accepts connections.
+        note: Takes a line for each bundle that was exchanged for a new version.
 
     Raises:
         BackendError: The address cannot be used.
@@ -49,10 +52,10 @@ def serve(
                 timeout_graceful_shutdown=max(1, round(options.grace)),
             )
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            _Server(config).run([listener])
+            with BundleWatch(models, options.watch, note) if options.watch else nullcontext():
+                _Server(config).run([listener])
     finally:
-        for model in models.values():
-            model.close()
+        models.close()
 
 
 class _Server(uvicorn.Server):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.number_checks import integer, seconds
+from ldm_runtime.number_checks import MAX_SECONDS, integer, number, seconds
 
 __all__ = ["LOOPBACK", "ServerOptions"]
 
@@ -30,6 +30,7 @@ class ServerOptions:
         max_client_requests: Requests of one client address at a time.
         timeout: Seconds until a request expires, waiting included.
         grace: Seconds that running requests get when the server stops.
+        watch: Seconds between two looks for new versions of the bundles; 0 never looks.
 
     Raises:
         SpecError: A limit is no number of its range, or other machines could use the server without a key.
@@ -45,6 +46,7 @@ class ServerOptions:
     max_client_requests: int = 16
     timeout: float = 300.0
     grace: float = 30.0
+    watch: float = 5.0
 
     def __post_init__(self) -> None:
         integer("port", self.port, 0, 65535)
@@ -52,6 +54,7 @@ class ServerOptions:
             object.__setattr__(self, name, integer(name.replace("_", "-"), getattr(self, name), 1, MAX))
         for name in ("timeout", "grace"):
             object.__setattr__(self, name, seconds(name, getattr(self, name)))
+        object.__setattr__(self, "watch", number("watch", self.watch, 0, MAX_SECONDS))
         if self.api_key is None and self.host not in LOOPBACK:
             raise SpecError(
                 f"host: got {self.host!r:.60} without a key, expected 127.0.0.1, localhost or ::1; other machines "

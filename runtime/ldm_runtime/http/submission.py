@@ -24,10 +24,10 @@ def submit(
     options: ServerOptions,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Job:
-    """Add a request to the model's queue, after checking the limits of this server.
+    """Add a request to the model's queue, after checking the limits of this server; the job holds the model.
 
     Args:
-        model: The model.
+        model: The model, which the caller holds.
         wanted: The request; a stream gets previews.
         options: Limits.
         on_progress: Called after each step.
@@ -47,12 +47,14 @@ def submit(
                 message = f"{name}: got {got} {what}, expected at most {most}"
                 raise ApiError(400, message, code="invalid_value", param=name)
         every = max(1, len(plan.trajectory) // (wanted.partial_images + 1)) if wanted.partial_images else 0
-        return model.scheduler.submit(
+        job = model.scheduler.submit(
             plan,
             timeout=options.timeout,
             on_progress=on_progress,
             preview_every=every if wanted.stream else 0,
         )
+        model.hold_for(job)
+        return job
     except LdmError as error:
         raise api_error(error) from None
 

@@ -20,6 +20,7 @@ from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.image_request import ImageRequest, parse
 from ldm_runtime.http.request_body import json_fields
 from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
 from ldm_runtime.http.webui_images import IMAGE_CHECKED, start_fields
@@ -55,13 +56,13 @@ class WebuiApi:
     API is not affected. A request can name another one in ``override_settings``.
 
     Args:
-        models: Loaded models by name; the first is selected.
+        models: The bundles; the first is selected.
         options: Limits.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions):
+    def __init__(self, models: ServedModels, options: ServerOptions):
         self._models, self._options = models, options
-        self._selected = next(iter(models))
+        self._selected = models.names[0]
         self._running: dict[Job, _Steps] = {}
 
     def routes(self) -> list[Route]:
@@ -90,11 +91,14 @@ class WebuiApi:
 
     async def _images(self, request: Request, fields: Mapping[str, Any], start: dict[str, Any], task: str) -> Response:
         settings = fields.get("override_settings") or {}
-        model = self._model(settings.get(CHECKPOINT) if isinstance(settings, dict) else settings)
-        translated, steps = {**image_fields(fields, model), **start}, _Steps(task)
-        with renamed():
-            wanted = parse(translated, model, self._options)
-            job = await run_in_threadpool(submit, model, wanted, self._options, steps.add)
+        steps = _Steps(task)
+        async with self._models.use(
+            self._name(settings.get(CHECKPOINT) if isinstance(settings, dict) else settings)
+        ) as model:
+            translated = {**image_fields(fields, model), **start}
+            with renamed():
+                wanted = parse(translated, model, self._options)
+                job = await run_in_threadpool(submit, model, wanted, self._options, steps.add)
         request.state.model, request.state.images = model.name, job.plan.images
         self._running[job] = steps
         try:
@@ -109,15 +113,18 @@ class WebuiApi:
 
     async def _set_options(self, request: Request) -> Response:
         """Select a model; other options have no meaning here and are ignored."""
-        self._selected = self._model((await json_fields(request)).get(CHECKPOINT)).name
+        self._selected = self._name((await json_fields(request)).get(CHECKPOINT))
         return JSONResponse(None)
 
     async def _list(self, request: Request) -> Response:
         facts = {"hash": None, "sha256": None, "config": None}
-        return JSONResponse([{"title": name, "model_name": name, "filename": name, **facts} for name in self._models])
+        return JSONResponse(
+            [{"title": name, "model_name": name, "filename": name, **facts} for name in self._models.names]
+        )
 
     async def _samplers(self, request: Request) -> Response:
-        names = await run_in_threadpool(_possible, self._models[self._selected])
+        async with self._models.use(self._selected) as model:
+            names = await run_in_threadpool(_possible, model)
         return JSONResponse([{"name": name, "aliases": [], "options": {}} for name in names])
 
     async def _schedulers(self, request: Request) -> Response:
@@ -147,14 +154,14 @@ class WebuiApi:
         facts = {"progress": share, "eta_relative": left, "state": state, "current_image": None, "textinfo": None}
         return JSONResponse(facts)
 
-    def _model(self, name: Any) -> ServedModel:
-        """A model by its name; null means the selected one. Front ends append a hash in brackets."""
+    def _name(self, name: Any) -> str:
+        """Check the name of a model; null means the selected one. Front ends append a hash in brackets."""
         if name is None:
-            return self._models[self._selected]
+            return self._selected
         known = name.partition(" [")[0] if isinstance(name, str) else ""
-        if known not in self._models:
-            raise invalid(CHECKPOINT, f"got {shown(name)}, expected one of {', '.join(self._models)}")
-        return self._models[known]
+        if known not in self._models.names:
+            raise invalid(CHECKPOINT, f"got {shown(name)}, expected one of {', '.join(self._models.names)}")
+        return known
 
 
 def _answered(handler: Handler) -> Handler:

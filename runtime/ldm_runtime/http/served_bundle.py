@@ -1,0 +1,77 @@
+"""A bundle that the server serves: the version that takes requests, and older ones whose requests are not done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime.batching.counters import OUTCOMES, STAGES, Snapshot, merged
+from ldm_runtime.http.served_model import ServedModel, model_facts
+from ldm_runtime.model import ModelDescription
+
+__all__ = ["LOADS", "ServedBundle"]
+
+LOADS = ("done", "failed")
+"""Outcomes of loading a version."""
+_NOTHING = Snapshot(True, 0, 0, 0.0, 0.0, 0, 0, dict.fromkeys(OUTCOMES, 0), dict.fromkeys(STAGES, 0.0))
+
+
+@dataclass(eq=False)
+class ServedBundle:
+    """State of one bundle; ``ServedModels`` changes it and holds its lock meanwhile.
+
+    Attributes:
+        name: Name in the API.
+        path: The bundle's folder; None if ``current`` was loaded elsewhere and is never replaced.
+        model: Description of the version whose manifest was read last.
+        current: The version that takes requests; None if it is not loaded.
+        loading: The version that is being loaded, if there is one.
+        retired: Versions that take no more requests and are not closed yet.
+        loads: Number of versions by outcome of loading, one of ``LOADS``.
+        used: ``time.monotonic()`` of the last request.
+        ended: Counters of all versions that are closed.
+    """
+
+    name: str
+    path: Path | None = None
+    model: ModelDescription | None = None
+    current: ServedModel | None = None
+    loading: Future[ServedModel] | None = None
+    retired: list[ServedModel] = field(default_factory=list)
+    loads: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(LOADS, 0)))
+    used: float = field(default_factory=time.monotonic)
+    ended: Snapshot = _NOTHING
+
+    @property
+    def versions(self) -> list[ServedModel]:
+        """All versions that are loaded, the current one first."""
+        return [*([] if self.current is None else [self.current]), *self.retired]
+
+    @property
+    def memory(self) -> int:
+        """Estimated bytes of all versions that are loaded."""
+        return sum(model.memory for model in self.versions)
+
+    def end(self, model: ServedModel) -> None:
+        """Take a closed version out of ``retired`` and keep its counters."""
+        self.retired.remove(model)
+        done = replace(model.scheduler.snapshot(), ready=True, waiting=0, running=0, batch_fill=0.0, steps_per_second=0)
+        self.ended = merged([self.ended, done])
+
+    def snapshot(self) -> Snapshot:
+        """Counters of all versions, readiness of the current one; a bundle that is not loaded is ready to be."""
+        snapshots = [model.scheduler.snapshot() for model in self.versions]
+        if self.current is None:
+            return merged([self.ended, *snapshots])
+        return merged([*snapshots, self.ended])
+
+    def facts(self) -> dict[str, Any]:
+        """The entry of ``/v1/models``."""
+        if (loaded := self.current) is not None:
+            return loaded.facts()
+        assert self.model is not None
+        return model_facts(self.name, self.model, None)
