@@ -12,7 +12,7 @@ __all__ = ["QUALITY_COLUMNS", "quality_rows", "quality_section"]
 
 QUALITY_COLUMNS = [
     *("graph", "steps", "cache every", "guidance every"),
-    *("seconds", "speed", "dB mean", "dB worst", "correct"),
+    *("time, s", "speed", "dB mean", "dB worst", "correct"),
 ]
 
 
