@@ -11,9 +11,10 @@ from ldm_runtime.quality import QualityRecord
 __all__ = ["QUALITY_COLUMNS", "quality_rows", "quality_section"]
 
 QUALITY_COLUMNS = [
-    *("graph", "steps", "cache every", "guidance every"),
-    *("time, s", "speed", "dB mean", "dB worst", "correct"),
+    *("graph", "steps", "cache\nevery", "guidance\nevery"),
+    *("time\n(s)", "speed", "dB\nmean", "dB\nworst", "correct"),
 ]
+"""The line breaks let the table fit into 80 columns."""
 
 
 def quality_rows(record: QualityRecord) -> list[list[str]]:
