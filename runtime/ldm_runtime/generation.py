@@ -45,10 +45,12 @@ class Generation:
     Attributes:
         arrays: Images float32 [B, channels, H, W] in [0, 1], those of one prompt side by side.
         latents: float32 [B, C, h, w].
+        flagged: For each image, whether the safety checker has flagged it, so that it is black. None without a checker.
     """
 
     arrays: F32
     latents: F32
+    flagged: tuple[bool, ...] | None = None
 
     def __repr__(self) -> str:
         """Number, size and channels of the images."""

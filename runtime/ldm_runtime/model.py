@@ -12,6 +12,7 @@ from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
 __all__ = [
     "DECODER",
     "DENOISERS",
+    "SAFETY_CHECKER",
     "SHALLOW_UNET",
     "UNET",
     "ConditioningSpec",
@@ -25,6 +26,8 @@ UNET, DECODER = "unet", "decoder"
 """The two components every model has: the denoiser, and what turns latents into an image. Other names are free."""
 SHALLOW_UNET = "shallow_unet"
 """Component with the layers of the UNet that a step with cached features computes; not every bundle has it."""
+SAFETY_CHECKER = "safety_checker"
+"""Component that scores decoded images; not every bundle has it."""
 DENOISERS = (UNET, SHALLOW_UNET)
 """Components that predict noise, one of them at each step."""
 SAMPLE, TIMESTEP, NOISE_PRED, LATENTS, IMAGE = "sample", "timestep", "noise_pred", "latents", "image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -18,7 +19,7 @@ from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.conditioning import StartImageConditioner, open_conditioner
+from ldm_runtime.conditioning import SafetyChecker, StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, DisplacedError, LdmError
@@ -26,7 +27,7 @@ from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
-from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, ModelDescription
+from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
 from ldm_runtime.request import Plan, Request, RequestOptions
@@ -36,6 +37,7 @@ from ldm_runtime.verified_file import VerifiedFile
 
 __all__ = ["LatentDiffusionPipeline"]
 
+log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 
 
@@ -53,6 +55,7 @@ class LatentDiffusionPipeline:
         keep_loaded: False frees each component after its use, for one generation in little memory.
         choice: What was selected to run it, if ``from_bundle`` did.
         loop: Runs the denoising loop on a device, if there is one; otherwise NumPy does.
+        safety_checker: False leaves out the model's safety checker, if it has one.
 
     Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
@@ -68,6 +71,7 @@ class LatentDiffusionPipeline:
         keep_loaded: bool = True,
         choice: Choice | None = None,
         loop: DeviceLoop | None = None,
+        safety_checker: bool = True,
     ):
         encoders = [entry.component for entry in model.conditioning if entry.component]
         derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
@@ -76,7 +80,10 @@ class LatentDiffusionPipeline:
         self.model, self.backends, self.choice, self.loop = model, dict(backends), choice, loop
         self.geometry = Geometry.of(model)
         self.scheduler = scheduler_from_config(model.scheduler)
-        self.conditioners = tuple(open_conditioner(entry, backends, files) for entry in model.conditioning)
+        opened = [open_conditioner(entry, backends, files) for entry in model.conditioning]
+        self.conditioners = tuple(one for one in opened if not isinstance(one, SafetyChecker))
+        checkers = [one for one in opened if isinstance(one, SafetyChecker)]
+        self._checker = checkers[0] if checkers and safety_checker else None
         self.denoiser = Denoiser(model, backends)
         self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners)
         self._keep_loaded = keep_loaded
@@ -95,6 +102,7 @@ class LatentDiffusionPipeline:
         threads: int | None = None,
         cache: str | Path | None = None,
         keep_loaded: bool = True,
+        safety_checker: bool = True,
     ) -> LatentDiffusionPipeline:
         """Check a bundle's files against the manifest and prepare its components, which are loaded on first use.
 
@@ -109,6 +117,7 @@ class LatentDiffusionPipeline:
             threads: CPU threads of one operator; None for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
             keep_loaded: False frees each component after its use, for one generation in little memory.
+            safety_checker: False returns images that the bundle's safety checker would flag; a warning says so.
 
         Raises:
             ManifestError: The bundle is damaged or made for another version.
@@ -137,7 +146,10 @@ class LatentDiffusionPipeline:
             keep_loaded=keep_loaded,
             choice=opened.choice,
             loop=opened.loop,
+            safety_checker=safety_checker,
         )
+        if not safety_checker and SAFETY_CHECKER in bundle.manifest.components:
+            log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")
         for one in verified:  # the conditioners have read them by now
             one.check()
         pipeline._opened, opened.on_change = opened, pipeline._follow
@@ -179,7 +191,12 @@ class LatentDiffusionPipeline:
         for last in self.steps(request):
             on_progress(last)
         assert last is not None
-        return Generation(self.decode_array(last.latents, request), last.latents)
+        return self.generation(last.latents, request)
+
+    def generation(self, latents: F32, request: Request) -> Generation:
+        """Decode latents float32 [B, C, h, w] of a request, and complete and check the images; errors as ``decode``."""
+        images, flagged = self.finish(request, self.decode_array(latents))
+        return Generation(images, latents, flagged)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model and work out everything its denoising loop needs.
@@ -300,7 +317,7 @@ class LatentDiffusionPipeline:
         image: F32 = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self._keep_loaded:
             self.backends[DECODER].close()
-        return image if request is None else self.finish(request, image)
+        return image if request is None else self.finish(request, image)[0]
 
     def _images_per_decode(self, latents: F32) -> int | None:
         decoder = self.backends[DECODER]
@@ -313,11 +330,27 @@ class LatentDiffusionPipeline:
         except LdmError:  # decoding reports it
             return False
 
-    def finish(self, request: Request, images: F32) -> F32:
-        """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask."""
+    def finish(self, request: Request, images: F32) -> tuple[F32, tuple[bool, ...] | None]:
+        """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask.
+
+        Before that, images that the safety checker flags become black.
+
+        Returns:
+            The images, and for each whether it was flagged; None without a checker.
+
+        Raises:
+            SpecError: An image to check is NaN or infinite.
+            BackendError: The engine failed.
+        """
+        flagged = None
+        if self._checker is not None:
+            flags = self._checker.flags(images)
+            images, flagged = np.where(flags[:, None, None, None], np.float32(0), images), tuple(flags.tolist())
+            if not self._keep_loaded:
+                self._checker.close()
         for conditioner in self.conditioners:
             images = conditioner.finish(request, images)
-        return images
+        return images, flagged
 
     def load(self) -> None:
         """Load every component now instead of on first use, so that the bundle may be replaced while this one runs.

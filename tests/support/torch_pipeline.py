@@ -48,5 +48,6 @@ def torch_pipeline(checkpoint: Checkpoint, folder: Path) -> LatentDiffusionPipel
     backends = {
         name: TorchBackend(model.components[name], traced.wrap(load_module(checkpoint, traced.module)))
         for name, traced in family.components.items()
+        if name in model.components
     }
     return LatentDiffusionPipeline(model, backends, lambda name: folder / name)

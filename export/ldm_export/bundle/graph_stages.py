@@ -46,7 +46,7 @@ def _file_stage(plan: BuildPlan, name: str) -> Stage:
 
 def graph_stages(plan: BuildPlan) -> list[Stage]:
     """Stages that load, trace, split and free each component, and write its fp32 graphs."""
-    return [_graph_stage(plan, name) for name in plan.family.components]
+    return [_graph_stage(plan, name) for name in plan.family.components if name in plan.model.components]
 
 
 def _graph_stage(plan: BuildPlan, name: str) -> Stage:
@@ -85,6 +85,8 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
     """
     components: dict[str, ComponentSpec] = {}
     for name, traced in plan.family.components.items():
+        if name not in plan.model.components:
+            continue
         spec = plan.model.components[name]
         axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
         files = outcomes[f"{name}.fp32"].files

@@ -64,7 +64,8 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
 
 def half_stages(plan: BuildPlan, precision: str, ranges: Stage) -> list[Stage]:
     """Return one stage per component: it rewrites the fp32 graph in half precision and reports its fp32 operators."""
-    return [_half_stage(plan, name, precision, ranges) for name in plan.model.components]
+    names = [name for name in plan.model.components if name not in plan.family.precise]
+    return [_half_stage(plan, name, precision, ranges) for name in names]
 
 
 def _half_stage(plan: BuildPlan, name: str, precision: str, ranges: Stage) -> Stage:

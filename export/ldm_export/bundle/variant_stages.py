@@ -93,7 +93,8 @@ def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) ->
         plan, sources: As of ``cpu_variants``.
         ranges: Stage that measures the ranges of all tensors.
     """
-    return [_cuda_variant(plan, name, sources, ranges) for name in plan.model.components]
+    names = [name for name in plan.model.components if name not in plan.family.precise]
+    return [_cuda_variant(plan, name, sources, ranges) for name in names]
 
 
 def _cuda_variant(plan: BuildPlan, name: str, sources: Mapping[str, str], ranges: Stage) -> Variant:

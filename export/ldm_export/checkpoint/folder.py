@@ -121,15 +121,18 @@ def read_folder(
         CheckpointError: A folder or file is missing, a class is not supported, or a config is damaged, has values of a
             wrong type or size, or does not fit the other parts.
     """
-    components = {name: _component(folder, index, name, part) for name, part in layout.parts.items()}
+    lacking = _lacking(folder, index, layout)
+    parts = {name: part for name, part in layout.parts.items() if name not in lacking}
+    components = {name: _component(folder, index, name, part) for name, part in parts.items()}
     if problems := layout.problems({name: component.config for name, component in components.items()}):
         raise CheckpointError(f"{folder}: {problems[0]}; use the components of one {layout.kind} checkpoint")
     scheduler = _component(folder, index, "scheduler", layout.scheduler)
-    files = {name: _entry(folder, index, name, entry.folders)[0] for name, entry in layout.files.items()}
+    wanted = {name: entry for name, entry in layout.files.items() if name not in lacking}
+    files = {name: _entry(folder, index, name, entry.folders)[0] for name, entry in wanted.items()}
     if random_seed is None:
         for component in components.values():
             weight_file(component.folder, component.name)
-        for name, entry in layout.files.items():
+        for name, entry in wanted.items():
             if not any((files[name] / file).is_file() for file in entry.one_of):
                 raise CheckpointError(f"{name}: no {' or '.join(entry.one_of)} in {files[name]}; download it whole")
     for key, notice in layout.not_exported.items():
@@ -140,6 +143,18 @@ def read_folder(
     given |= scheduler.ignored
     options = {key: _option(folder, index, key, default) for key, default in layout.options.items()}
     return Checkpoint(folder, family, layout, components, files, config, random_seed, None, given, options)
+
+
+def _lacking(folder: Path, index: dict[str, Any], layout: CheckpointLayout) -> frozenset[str]:
+    """The optional parts and files that a checkpoint does not have."""
+    lacking = set()
+    for name in sorted(layout.optional):
+        listed = isinstance(index.get(name), list) and None not in index[name]
+        if not listed or not (folder / name).is_dir():
+            lacking.add(name)
+            if listed:
+                log.warning("%s: folder %s is missing, so that it is not exported", name, folder / name)
+    return frozenset(lacking)
 
 
 def _option(folder: Path, index: dict[str, Any], key: str, default: bool) -> bool:

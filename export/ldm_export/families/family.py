@@ -60,7 +60,8 @@ class Family:
         pipelines: Class names in model_index.json: today's first, then those of earlier releases. Empty
             if diffusers has no such pipeline; checkpoints are then those of CompVis.
         layout: Of its checkpoints.
-        components: What is traced, by component, in the order in which the components run.
+        components: What is traced, by component, in the order in which the components run; a checkpoint may lack the
+            optional parts of its layout, and its model then these components.
         files: Files of the bundle that are no graphs, by the name of their build stage.
         describe: The model of a checkpoint, with the specs of ``components`` before anything is split off.
         quantize: Components that int8 quantizes; the budget is spent in this order.
@@ -69,6 +70,7 @@ class Family:
         reference: diffusers' own pipeline of a checkpoint, or the modules that replace one; float32 on the CPU.
         reference_image: Runs it for one request with every option filled in, height and width in pixels of
             our image among them, noise from the generator.
+        precise: Components that stay in fp32 in every precision.
         fractional_timesteps: Export the UNet with float32 timesteps whatever the checkpoint's scheduler is, so that
             requests can select any other.
     """
@@ -83,6 +85,7 @@ class Family:
     requests: Callable[[Sequence[str] | None], tuple[RequestFields, ...]]
     reference: Callable[[Checkpoint], Any]
     reference_image: Callable[[Any, RequestFields, torch.Generator], Image.Image]
+    precise: tuple[str, ...] = ()
     fractional_timesteps: bool = False
 
     def pipeline_of(self, checkpoint: Checkpoint) -> str:

@@ -35,6 +35,14 @@ from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
 from ldm_export.families.image_reference import reference_call
 from ldm_export.families.reference import diffusers_pipeline
+from ldm_export.families.safety_checker import (
+    FEATURE_EXTRACTOR,
+    FEATURE_EXTRACTOR_FILES,
+    SAFETY_PART,
+    SafetyScores,
+    checker_conditioning,
+    checker_spec,
+)
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER, ModelShape
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import CROSS_ATTENTION_KV, TIME_EMBEDDING
@@ -42,7 +50,7 @@ from ldm_export.graph.model_specs import ENCODER, IMAGES, conditioned, encoder_s
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER
 from ldm_runtime.conditioning.text_encoder import SKIPPED
-from ldm_runtime.model import DECODER, UNET, ConditioningSpec, Defaults, ModelDescription
+from ldm_runtime.model import DECODER, SAFETY_CHECKER, UNET, ConditioningSpec, Defaults, ModelDescription
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import TensorSpec
 
@@ -56,7 +64,6 @@ CORRECTED = {"steps_offset": 1, "clip_sample": False}
 """Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
 MASKED_IMAGE = "masked_image"
 NOT_EXPORTED = {
-    "safety_checker": "it is not exported, so that images are not checked as diffusers checks them by default",
     "image_encoder": "it is not exported; image prompts are not supported",
 }
 """Parts of a checkpoint that a bundle does not have, and what this means."""
@@ -143,6 +150,12 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
         defaults=checkpoint.defaults or DEFAULTS,
         guidance_above_one=True,
     )
+    if (checker := configs.get(SAFETY_CHECKER)) is not None:
+        model = replace(
+            model,
+            components={**model.components, SAFETY_CHECKER: checker_spec(checker)},
+            conditioning=(*model.conditioning, checker_conditioning(checkpoint)),
+        )
     return with_guidance_embedding(model, unet, checkpoint.defaults)
 
 
@@ -182,8 +195,15 @@ _LAYOUT = parts.layout(
     _problems,
     unet=parts.UNET_CONDITION,
     parts={TEXT_ENCODER: CLIP_TEXT},
-    modules={TEXT_ENCODER: ModuleSource(TEXT_ENCODER), ENCODER: parts.ENCODER_MODULE},
-    files={"tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER)},
+    modules={
+        TEXT_ENCODER: ModuleSource(TEXT_ENCODER),
+        ENCODER: parts.ENCODER_MODULE,
+        SAFETY_CHECKER: ModuleSource(SAFETY_CHECKER),
+    },
+    files={
+        "tokenizer": FileFolder(("tokenizer",), CLIP_FILES, TOKENIZER_FOLDER),
+        FEATURE_EXTRACTOR: FEATURE_EXTRACTOR_FILES,
+    },
 )
 STABLE_DIFFUSION = Family(
     name="stable_diffusion",
@@ -195,21 +215,25 @@ STABLE_DIFFUSION = Family(
     ),
     layout=replace(
         _LAYOUT,
-        parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
+        parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER, SAFETY_CHECKER: SAFETY_PART},
         not_exported=NOT_EXPORTED,
+        optional=frozenset({SAFETY_CHECKER, FEATURE_EXTRACTOR}),
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, ClipTextEncoder),
         ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
         UNET: TracedComponent("unet", wrappers.text_unet, (CROSS_ATTENTION_KV, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
+        SAFETY_CHECKER: TracedComponent(SAFETY_CHECKER, SafetyScores),
     },
     files={"tokenizer": BundleFile(TOKENIZER, "tokenizer", write_clip_tokenizer)},
     describe=describe,
     quantize=(UNET, DECODER, TEXT_ENCODER),
+    precise=(SAFETY_CHECKER,),
     fractional_timesteps=True,
     requests=text_requests,
     reference=_reference,
     reference_image=_reference_image,
 )
-"""Parts: text_encoder (CLIPTextModel), unet (UNet2DConditionModel) and autoencoder (AutoencoderKL)."""
+"""Parts: text_encoder (CLIPTextModel), unet (UNet2DConditionModel), autoencoder (AutoencoderKL) and, optionally,
+safety_checker (StableDiffusionSafetyChecker)."""

@@ -156,6 +156,7 @@ def _components(
             file, name, layout.parts[name], original, *made[name], None if weights is None else weights[name]
         )
         for name in layout.parts
+        if name not in layout.optional
     }
 
 

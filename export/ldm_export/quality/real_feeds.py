@@ -14,7 +14,7 @@ from ldm_export.requests import RequestFields
 from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.conditioning import StartImageConditioner
 from ldm_runtime.errors import SpecError
-from ldm_runtime.model import DECODER, DEEP_FEATURES, LATENTS, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET
+from ldm_runtime.model import DECODER, DEEP_FEATURES, LATENTS, SAFETY_CHECKER, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.request import Request
 from ldm_runtime.specs import ComponentSpec
@@ -109,6 +109,11 @@ def real_feeds(
         features = rng.standard_normal((len(sample), channels[DEEP_FEATURES], *sample.shape[2:])).astype(np.float32)
         known = {**feeds[UNET], DEEP_FEATURES: features}
         feeds[SHALLOW_UNET] = {tensor.name: known[tensor.name] for tensor in inputs}
+    if SAFETY_CHECKER in model.components:
+        (pixels,) = model.components[SAFETY_CHECKER].inputs
+        shape = (len(requests), *pixels.bounds("opt")[1:])
+        feeds[SAFETY_CHECKER] = {pixels.name: rng.uniform(0, 255, shape).astype(np.float32)}
+        whole |= feeds[SAFETY_CHECKER]
     return RealFeeds({name: feeds[name] for name in model.components if name in feeds}, whole)
 
 

@@ -62,6 +62,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     add_original_arguments(verb)
     add_embedding_argument(verb)
+    verb.add_argument(
+        "--no-safety-checker",
+        action="store_true",
+        help="leave out the checkpoint's safety checker, so that no image is checked",
+    )
     engines = verb.add_argument_group("engines")
     engines.add_argument(
         "--target",

@@ -45,6 +45,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--threads", type=whole_number, help="CPU threads (default: all cores)")
     verb.add_argument(
+        "--no-safety-checker", action="store_true", help="do not check images with the bundle's safety checker"
+    )
+    verb.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="cache of OpenVINO's compiled models, for faster starts"
     )
 
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             threads=args.threads,
             cache=args.cache,
             keep_loaded=False,
+            safety_checker=not args.no_safety_checker,
         )
     request = _request(args, seed)
     with loaded as pipeline:
@@ -75,12 +79,16 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         with screen.bar("denoising") as bar:
             for step in steps:
                 bar.to(step.index + 1, step.total)
-            images = pipeline.decode(step.latents, request)
-    image_files = write_images(args.output, images, grid_columns(args.images_per_prompt), args.each)
+            generated = pipeline.generation(step.latents, request)
+    if generated.flagged is not None and any(generated.flagged):
+        count = f"{sum(generated.flagged)} of {len(generated.flagged)}"
+        screen.note(f"safety checker: flagged {count} images, which are black; try another prompt or seed")
+    image_files = write_images(args.output, generated.images, grid_columns(args.images_per_prompt), args.each)
     choice = loaded.choice
     assert choice is not None  # from_bundle sets it
     facts = {"seed": seed, "choice": choice.facts(), **({} if setting is None else {"setting": setting.facts()})}
-    image_files.show(screen, facts, f"seed {seed}; {choice}", args.json)
+    flagged = {} if generated.flagged is None else {"flagged": list(generated.flagged)}
+    image_files.show(screen, {**facts, **flagged}, f"seed {seed}; {choice}", args.json)
 
 
 def _request(args: argparse.Namespace, seed: int) -> Request:

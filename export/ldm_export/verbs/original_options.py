@@ -74,6 +74,7 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
         CheckpointError: It cannot be opened; see ``originals.open_model``.
     """
     from ldm_export.demo import TASKS, demo_checkpoint, demo_config
+    from ldm_export.families.safety_checker import without_safety_checker
     from ldm_export.lora import parse_lora, with_loras
     from ldm_export.originals import open_model
     from ldm_export.textual_inversion import parse_embedding, with_embeddings
@@ -84,4 +85,6 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
         path = demo_checkpoint(task or TASKS[0])
         options["config"] = options["config"] or demo_config(task or TASKS[0])
     opened = with_loras(open_model(path, random_weights=random, **options), [parse_lora(text) for text in args.lora])
+    if getattr(args, "no_safety_checker", False):
+        opened = without_safety_checker(opened)
     return with_embeddings(opened, [parse_embedding(text) for text in getattr(args, "embedding", [])])

@@ -38,6 +38,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
     engine.add_argument("--threads", type=whole_number, help="CPU threads of each model (default: all cores)")
+    engine.add_argument(
+        "--no-safety-checker", action="store_true", help="do not check images with the bundles' safety checkers"
+    )
     limits = verb.add_argument_group("limits")
     limits.add_argument(
         "--memory",
@@ -87,7 +90,15 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         grace=args.grace,
         watch=args.watch,
     )
-    engine = EngineOptions(args.precision, args.backend, args.device, args.threads, args.max_rows, args.max_queue)
+    engine = EngineOptions(
+        args.precision,
+        args.backend,
+        args.device,
+        args.threads,
+        args.max_rows,
+        args.max_queue,
+        safety_checker=not args.no_safety_checker,
+    )
     with screen.bar("loading"):
         models = ServedModels.open(args.bundles, engine, args.memory, options.timeout)
     for bundle in models.bundles.values():

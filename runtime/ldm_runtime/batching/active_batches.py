@@ -184,7 +184,7 @@ class ActiveBatches:
         preview = None
         if member.preview is not None:
             with suppress(SpecError), self._counters.time("decode"):  # a preview that cannot be decoded is left out
-                preview = self._completed(member.job, self._pipeline.decode_array(member.preview))
+                preview, _ = self._completed(member.job, self._pipeline.decode_array(member.preview))
             member.preview = None
         self._notify(member.job, Progress(member.index - 1, len(member.trajectory), preview))
 
@@ -207,10 +207,10 @@ class ActiveBatches:
                 else:
                     self._fail([group[0][0]], error)
                 continue
-            for (job, _), own in zip(group, images, strict=True):
+            for (job, _), (own, flagged) in zip(group, images, strict=True):
                 started = job.started or job.submitted
                 waiting, running = started - job.submitted, time.monotonic() - started
-                self._notify(job, JobResult(own, job.plan.seeds, waiting, running))
+                self._notify(job, JobResult(own, job.plan.seeds, waiting, running, flagged))
 
     def _jobs_per_decode(self, latents: Sequence[F32]) -> int:
         """Number of jobs, from the first on, that are decoded in one call; at least one."""
@@ -221,8 +221,9 @@ class ActiveBatches:
             most = min(most, PIXELS_PER_DECODE // pixels)
         return max(1, sum(total <= most for total in accumulate(map(len, latents))))
 
-    def _completed(self, job: Job, decoded: F32) -> NDArray[np.uint8]:
-        return np.ascontiguousarray(to_uint8(self._pipeline.finish(job.plan.request, decoded)))
+    def _completed(self, job: Job, decoded: F32) -> tuple[NDArray[np.uint8], tuple[bool, ...] | None]:
+        images, flagged = self._pipeline.finish(job.plan.request, decoded)
+        return np.ascontiguousarray(to_uint8(images)), flagged
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
         """End jobs with an error. A ``SpecError`` is the request's own; any other error marks the engine unhealthy."""

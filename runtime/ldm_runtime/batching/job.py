@@ -40,12 +40,14 @@ class JobResult:
         seeds: The seeds of the noise, one for all images or one each.
         seconds_waiting: Time in the queue.
         seconds_running: Time from the first step to the decoded images.
+        flagged: As of ``Generation``.
     """
 
     images: NDArray[np.uint8]
     seeds: tuple[int, ...]
     seconds_waiting: float
     seconds_running: float
+    flagged: tuple[bool, ...] | None = None
 
 
 class Job:

@@ -19,6 +19,7 @@ from ldm_runtime.conditioning.label import LabelConditioner
 from ldm_runtime.conditioning.layout import LayoutConditioner
 from ldm_runtime.conditioning.masked_image import MaskedImageConditioner
 from ldm_runtime.conditioning.micro_conditioning import MicroConditioner
+from ldm_runtime.conditioning.safety_checker import SafetyChecker
 from ldm_runtime.conditioning.second_text import SecondTextConditioner
 from ldm_runtime.conditioning.segmentation import SegmentationConditioner
 from ldm_runtime.conditioning.start_image import StartImageConditioner
@@ -37,6 +38,7 @@ __all__ = [
     "LayoutConditioner",
     "MaskedImageConditioner",
     "MicroConditioner",
+    "SafetyChecker",
     "SecondTextConditioner",
     "SegmentationConditioner",
     "StartImageConditioner",
@@ -100,6 +102,7 @@ KINDS: tuple[
         | SecondTextConditioner
         | MicroConditioner
         | GuidanceScaleConditioner
+        | SafetyChecker
     ],
     ...,
 ] = (
@@ -113,6 +116,7 @@ KINDS: tuple[
     SecondTextConditioner,
     MicroConditioner,
     GuidanceScaleConditioner,
+    SafetyChecker,
 )
 """The class of every kind. ``open(spec, backends, files)`` constructs one from a manifest entry."""
 KINDS_FIELDS = frozenset(name for kind in KINDS for name in kind.fields)

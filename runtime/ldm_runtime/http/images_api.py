@@ -26,7 +26,7 @@ from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.request_body import form_fields, json_fields
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
-from ldm_runtime.http.submission import cancelled_on_disconnect, result_of, seed_of, submit
+from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result_of, seed_of, submit
 
 __all__ = ["ImagesApi"]
 
@@ -119,7 +119,7 @@ class ImagesApi:
                 entry = {"url": f"{base_url}v1/images/files/{name}.{wanted.format.name}"}
             else:
                 entry = {"b64_json": base64.b64encode(encoded).decode()}
-            data.append({**entry, "seed": seed_of(result, index)})
+            data.append({**entry, "seed": seed_of(result, index), **flag_of(result, index)})
         return {"created": int(time.time()), "data": data, **_described(result.images.shape, wanted)}
 
 
@@ -186,9 +186,8 @@ class _Events:
 
     def _completed(self, result: JobResult, index: int) -> bytes:
         facts = self._image(result.images, index)
-        return _event(
-            f"{self._name}.completed", {**facts, "usage": _USAGE, "index": index, "seed": seed_of(result, index)}
-        )
+        facts |= {"usage": _USAGE, "index": index, "seed": seed_of(result, index), **flag_of(result, index)}
+        return _event(f"{self._name}.completed", facts)
 
     def _image(self, images: Any, index: int) -> dict[str, Any]:
         encoded = base64.b64encode(self._wanted.format.encode(images[index])).decode()

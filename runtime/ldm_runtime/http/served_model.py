@@ -38,6 +38,7 @@ class EngineOptions:
     threads: int | None = None
     max_rows: int | None = None
     max_queue: int = 256
+    safety_checker: bool = True
 
 
 class ServedModel:
@@ -85,6 +86,7 @@ class ServedModel:
             backend=options.backend,
             device=options.device,
             threads=options.threads,
+            safety_checker=options.safety_checker,
         )
         try:
             scheduler = BatchScheduler(pipeline, Limits(max_rows=rows, max_queue=options.max_queue))

@@ -15,7 +15,7 @@ from ldm_runtime.http.image_request import ImageRequest
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 
-__all__ = ["cancelled_on_disconnect", "result_of", "seed_of", "submit"]
+__all__ = ["cancelled_on_disconnect", "flag_of", "result_of", "seed_of", "submit"]
 
 
 def submit(
@@ -74,6 +74,11 @@ async def result_of(job: Job) -> JobResult:
 def seed_of(result: JobResult, index: int) -> int:
     """The seed with which a request of one image, or the same request, gives an image again."""
     return result.seeds[index] if len(result.seeds) == len(result.images) else result.seeds[0]
+
+
+def flag_of(result: JobResult, index: int) -> dict[str, bool]:
+    """Field of an answer: whether the safety checker has flagged an image; empty without one."""
+    return {} if result.flagged is None else {"flagged": result.flagged[index]}
 
 
 class cancelled_on_disconnect:

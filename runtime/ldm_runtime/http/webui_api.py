@@ -227,6 +227,7 @@ def _answer(
         "all_seeds": seeds,
         "batch_size": fields.get("batch_size", 1),
         "index_of_first_image": 0,
+        **({} if result.flagged is None else {"flagged": list(result.flagged)}),
         "infotexts": [f"{prompt}{unwanted}\n{settings}, Seed: {seed}" for seed in seeds],
     }
     checked = (*CHECKED, *IMAGE_CHECKED) if wanted.request.image is not None else CHECKED

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.batching.job import JobResult, Progress
 from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
+from ldm_runtime.conditioning.safety_checker import SafetyChecker
 from ldm_runtime.errors import SpecError
 from ldm_runtime.images import pil_image, to_png
 from ldm_runtime.model import DECODER, ModelDescription
@@ -93,6 +94,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     ),
     "micro_conditioning": tuple(TensorField(name, "TYPE_INT32", (2,)) for name in map(str.upper, MICRO_FIELDS)),
     "guidance_scale": (GUIDANCE,),
+    SafetyChecker.kind: (),
 }
 """Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
@@ -115,6 +117,8 @@ COMMON_FIELDS = (
     TensorField("TIMEOUT", "TYPE_FP32"),
 )
 PREVIEW_EVERY = TensorField("PREVIEW_EVERY", "TYPE_INT32")
+FLAGGED = TensorField("FLAGGED", "TYPE_BOOL", (-1,))
+"""Output of models with a safety checker: for each image, whether it was flagged and is black."""
 
 CHECK, ID, CANCEL = "check", "ldm_id", "ldm_cancel"
 """Request parameters. ``check``: answer at once whether images can be generated. `ldm` forwards a request to
@@ -148,6 +152,7 @@ def output_fields(model: ModelDescription, stream: bool = False) -> tuple[Tensor
         TensorField("PNG", "TYPE_STRING", (-1,)),
         TensorField("PNG_BASE64", "TYPE_STRING", (-1,)),
         TensorField("SEED_USED", "TYPE_INT64", (-1,)),
+        *([FLAGGED] if any(entry.kind == SafetyChecker.kind for entry in model.conditioning) else []),
         *(progress if stream else ()),
     )
 
@@ -267,6 +272,8 @@ def _layout(number: int, text: str) -> Any:
 def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:
     """The last response of a request of ``steps`` steps: those of its outputs that are requested. FINAL is true."""
     tensors: Tensors = {"SEED_USED": np.array(result.seeds, np.int64)} if "SEED_USED" in requested else {}
+    if FLAGGED.name in requested and result.flagged is not None:
+        tensors[FLAGGED.name] = np.array(result.flagged, bool)
     final = {"FINAL": np.array([True])} if "FINAL" in requested else {}
     return tensors | progress_tensors(Progress(steps - 1, steps, result.images), requested) | final
 
