@@ -39,7 +39,10 @@ def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8)
     mask = np.zeros((24, 16), np.uint8)
     mask[6:20, 4:12] = 255
+    fields |= {"prompt_weights": True, "prompt_chunks": 2}
+    prompt = "A (café:1.3), 日! " * 20
     options = ["--negative-prompt", "red!", "--clip-skip", "1", "--guidance-rescale", "0.7", "--guidance", "7.5"]
+    options += ["--prompt-weights", "--prompt-chunks", "2"]
     files = {"image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
     for file, array in zip(files.values(), (image, mask), strict=True):
         Image.fromarray(array).save(file)
@@ -51,13 +54,11 @@ def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
         ({**starts, "mask": Image.fromarray(mask)}, [*started, "--mask", str(files["mask"])]),
     )
     with LatentDiffusionPipeline.from_bundle(sd2_bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        expected = [
-            pipeline("A café, 日!", seed=3, num_inference_steps=4, **fields, **more).images[0] for more, _ in cases
-        ]
+        expected = [pipeline(prompt, seed=3, num_inference_steps=4, **fields, **more).images[0] for more, _ in cases]
     with served(sd2_bundle.folder, tmp_path) as server:
         request = ["--seed", "3", "--steps", "4", "--eta", "0.5", "-o", str(tmp_path / "out.png")]
         for (_, more), image_here in zip(cases, expected, strict=True):
-            assert main(["client", "A café, 日!", *options, *more, *request, "--url", server.http]) == 0
+            assert main(["client", prompt, *options, *more, *request, "--url", server.http]) == 0
             answer = np.asarray(Image.open(tmp_path / "out.png"), int)
             assert np.abs(answer - np.asarray(image_here, int)).max() <= 1
 

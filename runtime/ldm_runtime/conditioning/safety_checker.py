@@ -88,7 +88,7 @@ class SafetyChecker:
         """Nothing."""
         return {}
 
-    def flags(self, images: F32) -> NDArray[np.bool]:
+    def flags(self, images: F32) -> NDArray[np.bool_]:
         """True for each of the decoded images float32 [B, 3, H, W] in [0, 1] that is flagged; bool [B].
 
         Raises:

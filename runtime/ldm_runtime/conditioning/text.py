@@ -126,7 +126,7 @@ class TextConditioner:
         return len(prompts) * request.repeats()
 
     def _check_reading(self, request: Request) -> None:
-        if not isinstance(request.prompt_weights, bool | np.bool):
+        if not isinstance(request.prompt_weights, bool | np.bool_):
             raise SpecError(f"prompt_weights: got {shown(request.prompt_weights)}, expected True or False")
         wanted = integer("prompt_chunks", request.prompt_chunks, 1, MAX_CHUNKS)
         if (wanted > 1 or request.prompt_weights) and not self._encoder.masked:
