@@ -15,6 +15,7 @@ from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from ldm_runtime.installation import install_command
 from ldm_runtime.specs import dummy_inputs
+from tests.support.small_bundle import write_small_bundle
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "decoder")
 FAST = "bf16" if has_bf16() else "fp32"
@@ -77,6 +78,26 @@ def test_results_are_the_callers_and_shapes_are_kept(
     assert np.abs(backend.run(feeds[0])["image"] - copy).max() < 1e-5
     assert len(compiled) == 3
     assert list((tmp_path / "cache").glob("*.blob"))
+
+
+def test_calls_are_filled_up_to_the_rows_of_a_compiled_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    backend = OpenVinoBackend(bundle.graph("unet", "fp32"), bundle.manifest.components["unet"].spec, threads=1)
+    compiled: list[object] = []
+    monkeypatch.setattr(backend._shaped, "_core", Counting(backend._core, compiled))
+    rng = np.random.default_rng(0)
+    feed = {
+        "sample": rng.standard_normal((8, 4, 4, 4)).astype(np.float32),
+        "time_embedding": rng.standard_normal((8, 8)).astype(np.float32),
+    }
+    expected = backend.run(feed)["noise_pred"]
+    backend._shaped.max_requests = 1
+    for rows, compilations in ((6, 1), (7, 1), (2, 2), (5, 2), (8, 2)):  # 5 and 2 rows: by the graph for any shape
+        got = backend.run({name: array[:rows] for name, array in feed.items()})["noise_pred"]
+        assert got.shape == (rows, 4, 4, 4) and np.allclose(got, expected[:rows], atol=1e-5)
+        assert len(compiled) == compilations
+    tall = {"sample": np.concatenate([feed["sample"]] * 2, axis=2)[:6], "time_embedding": feed["time_embedding"][:6]}
+    assert backend.run(tall)["noise_pred"].shape == (6, 4, 8, 4) and len(compiled) == 2
 
 
 class Counting:

@@ -25,7 +25,7 @@ from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
 from ldm_runtime.onnx_nodes import check_nodes
-from ldm_runtime.specs import ComponentSpec, check_feed
+from ldm_runtime.specs import Axis, ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged, unwritten
 
 __all__ = ["OpenVinoBackend", "OpenVinoEngine", "has_bf16"]
@@ -77,7 +77,8 @@ class OpenVinoBackend(SpecBackend):
         weights = weights_beside(self._graph)
         size = (weights if weights.is_file() else self._graph).stat().st_size
         self._model: Any = self._read()
-        self._shaped = ShapedGraph(self._copy, self._core, options, size)
+        self._has_rows = _has_rows(spec)
+        self._shaped = ShapedGraph(self._copy, self._core, options, size, self._has_rows)
 
     def _copy(self) -> Any:
         unwritten(self._file)
@@ -112,12 +113,23 @@ class OpenVinoBackend(SpecBackend):
             raise
         except Exception as error:  # as in _read
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
-        return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self._spec.outputs}
+        outputs = {tensor.name: request.get_tensor(tensor.name).data for tensor in self._spec.outputs}
+        if self._has_rows:
+            rows = len(feed[self._spec.inputs[0].name])
+            outputs = {name: array[:rows] for name, array in outputs.items()}
+        return {name: array.copy() for name, array in outputs.items()}
 
     def close(self) -> None:
         """Free the compiled graphs."""
         self._model = None
         self._shaped.close()
+
+
+def _has_rows(spec: ComponentSpec) -> bool:
+    """True if all inputs and outputs have the same free number of rows."""
+    firsts = [tensor.shape[0] if tensor.shape else 0 for tensor in (*spec.inputs, *spec.outputs)]
+    symbols = {first.symbol if isinstance(first, Axis) else None for first in firsts}
+    return len(symbols) == 1 and None not in symbols
 
 
 def _port(port: Any) -> Port:
