@@ -73,7 +73,7 @@ class ServedModels:
         try:
             for bundle in models.bundles.values():
                 if memory is None:
-                    models.load(bundle).result()
+                    models._load(bundle)
                 else:
                     models._check_size(bundle)
         except BaseException:
