@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ldm_export.bundle.publish import publish
 from ldm_export.cli import main
 from ldm_runtime import Bundle
-from ldm_runtime.errors import SpecError
+from ldm_runtime.errors import BackendError, SpecError
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.required_memory import bundle_bytes
 from tests.http.conftest import ENGINE, Served, running
-from tests.http.test_new_versions import call, events, expected, pixels
+from tests.http.test_new_versions import call, expected, pixels
 from tests.support.small_bundle import write_small_bundle
+from tests.support.step_gate import StepGate
 from tests.support.waiting import wait_until
 
 NAMES = ("a", "b", "c")
@@ -40,10 +44,11 @@ def images(folders: list[Path]) -> dict[str, NDArray[np.int64]]:
     return {folder.name: expected(folder, num_inference_steps=3) for folder in folders}
 
 
-def limited(folders: list[Path], patience: float = 30.0) -> ServedModels:
+def limited(folders: list[Path]) -> ServedModels:
     """The bundles, with memory for two of them."""
     (size,) = {bundle_bytes(Bundle.open(folder)) for folder in folders}
-    return ServedModels.open(folders, ENGINE, 2 * size, patience)
+    assert size == sum(path.stat().st_size for path in folders[0].glob("*/fp32.onnx"))
+    return ServedModels.open(folders, ENGINE, 2 * size, patience=30.0)
 
 
 @pytest.fixture
@@ -80,20 +85,39 @@ def test_the_least_recently_used_one_makes_room(
     assert models.used() == models.memory
 
 
+Stopped = tuple[list[StepGate], list[Future[NDArray[np.int64]]]]
+
+
+def stopped(served: Served, models: ServedModels, pool: ThreadPoolExecutor, patch: pytest.MonkeyPatch) -> Stopped:
+    """Requests for "a" and "b" that wait at the gates of their UNets."""
+    gates, answers = [], []
+    for name in ("a", "b"):
+        image(served, name)
+        current = models.bundles[name].current
+        assert current is not None
+        unet = current.pipeline.backends["unet"]
+        gates.append(StepGate(unet.run))
+        patch.setattr(unet, "run", gates[-1])
+        answers.append(pool.submit(image, served, name))
+        gates[-1].wait_for_call()
+    return gates, answers
+
+
 def test_a_bundle_in_use_stays_loaded(
-    server: tuple[Served, ServedModels], images: dict[str, NDArray[np.int64]]
+    server: tuple[Served, ServedModels], images: dict[str, NDArray[np.int64]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served, models = server
-    running = [events(served.url, 900, model=name) for name in ("a", "b")]
-    for one in running:
-        next(one)
-    answers: list[NDArray[np.int64]] = []
-    waiting = threading.Thread(target=lambda: answers.append(image(served, "c")))
-    waiting.start()
-    assert wait_until(lambda: models.bundles["c"].loading is not None) and loaded(served) == ["a", "b"]
-    assert [list(one)[-1]["type"] for one in running] == ["image_generation.completed"] * 2
-    waiting.join(60)
-    assert np.abs(answers[0] - images["c"]).max() <= 1 and loaded(served) == ["b", "c"]
+    with ThreadPoolExecutor() as pool:
+        gates, answers = stopped(served, models, pool, monkeypatch)
+        third = pool.submit(image, served, "c")
+        assert wait_until(lambda: models.bundles["c"].loading is not None)
+        assert loaded(served) == ["a", "b"] and not third.done()
+        gates[1].open()
+        for name, answer in (("b", answers[1]), ("c", third)):
+            assert np.abs(answer.result(60) - images[name]).max() <= 1
+        assert loaded(served) == ["a", "c"]
+        gates[0].open()
+        assert np.abs(answers[0].result(60) - images["a"]).max() <= 1
 
 
 def test_many_requests_for_more_bundles_than_there_is_memory_for(
@@ -117,20 +141,42 @@ def test_many_requests_for_more_bundles_than_there_is_memory_for(
     assert not wrong and sum(one.snapshot().outcomes["done"] for one in models.bundles.values()) == 36
 
 
-def test_what_cannot_be_loaded_in_time(folders: list[Path]) -> None:
-    models = limited(folders, patience=0.2)
+def test_what_cannot_be_loaded_in_time(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = limited(folders)
     try:
-        with running(models) as served:
-            busy = [events(served.url, 900, model=name) for name in ("a", "b")]
-            for one in busy:
-                next(one)
+        with running(models) as served, ThreadPoolExecutor() as pool:
+            gates, answers = stopped(served, models, pool, monkeypatch)
+            monkeypatch.setattr(models, "_patience", 0.1)
             with pytest.raises(urllib.error.HTTPError) as raised:
                 image(served, "c")
             text = raised.value.read().decode()
             assert raised.value.code == 503 and "model: c " in text and '"not_ready"' in text
-            for one in busy:
-                list(one)
+            for gate, answer in zip(gates, answers, strict=True):
+                gate.open()
+                assert answer.result(60).size
+            monkeypatch.setattr(models, "_patience", 30.0)
             assert image(served, "c").size
+    finally:
+        models.close()
+
+
+@pytest.mark.parametrize("room", [1.5, 2.0])
+def test_a_new_version_needs_memory_beside_the_old_one(
+    folders: list[Path], images: dict[str, NDArray[np.int64]], tmp_path: Path, room: float
+) -> None:
+    first, second = (Path(shutil.copytree(folders[index], tmp_path / str(index))) for index in (0, 1))
+    models = ServedModels.open([first], ENGINE, int(room * bundle_bytes(Bundle.open(first))))
+    try:
+        with running(models) as served:
+            assert np.abs(image(served, "0") - images["a"]).max() <= 1
+            publish(second, first)
+            loading = models.load(models.bundles["0"])
+            if room < 2:
+                with pytest.raises(BackendError, match="memory: needs about .* GB beside"):
+                    loading.result(30)
+            else:
+                loading.result(30)
+            assert np.abs(image(served, "0") - images["a" if room < 2 else "b"]).max() <= 1
     finally:
         models.close()
 

@@ -95,9 +95,9 @@ class Clients:
         return wait_until(lambda: all(len(images) >= n + more for images, n in zip(self.images, counts, strict=True)))
 
 
-def events(url: str, steps: int, **fields: Any) -> Iterator[dict[str, Any]]:
+def events(url: str, steps: int) -> Iterator[dict[str, Any]]:
     """The events of a stream as they arrive."""
-    body = {**REQUEST, "steps": steps, "stream": True, "progress": True, **fields}
+    body = {**REQUEST, "steps": steps, "stream": True, "progress": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/images/generations", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as response:
