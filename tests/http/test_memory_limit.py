@@ -172,7 +172,7 @@ def test_a_new_version_needs_memory_beside_the_old_one(
             publish(second, first)
             loading = models.load(models.bundles["0"])
             if room < 2:
-                with pytest.raises(BackendError, match="memory: needs about .* GB beside"):
+                with pytest.raises(BackendError, match=r"memory: needs about .* GB beside"):
                     loading.result(30)
             else:
                 loading.result(30)
