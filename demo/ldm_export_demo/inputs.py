@@ -23,12 +23,12 @@ __all__ = [
 
 FACTOR = 4
 """Pixels of a large image along each side of a pixel of the small one."""
-MASKS = ("object", "part")
-"""Kinds of masks: a rectangle that hides a whole object, and one that cuts through it."""
-MARGIN = (2.0, 6.0)
+MASKS = ("part", "object")
+"""Kinds of masks: a rectangle that hides about half of an object, and one that hides it as a whole."""
+MARGIN = (3.0, 7.0)
 """Smallest and largest distance of an object to the edges of the rectangle that hides it, in pixels."""
-CUT = (0.3, 0.7)
-"""Smallest and largest share of that rectangle which is taken away from one side for a mask of a part."""
+CUT = (0.4, 0.6)
+"""Smallest and largest share of that rectangle that a mask of a part leaves out on one side."""
 SIDES = (10, 33)
 """Range of the sides of a rectangle anywhere in the image, in pixels."""
 SEED = 12
@@ -83,19 +83,21 @@ def trial_images(count: int) -> list[Pixels]:
     return [draw(arrange(parse(prompt), rng)) for prompt in trial_prompts(count)]
 
 
-def masked_trials(count: int) -> list[MaskedImage]:
-    """Images of held-out sentences with masks of one of their objects, reproducible; both kinds of masks alternate."""
+def masked_trials(count: int, kinds: tuple[str, ...] = MASKS) -> list[MaskedImage]:
+    """Images of held-out sentences with masks of one of their objects, reproducible; ``kinds`` of masks alternate."""
     rng = np.random.default_rng(SEED)
     trials = []
     for index, prompt in enumerate(trial_prompts(count)):
-        scene, kind = arrange(parse(prompt), rng), MASKS[index % len(MASKS)]
+        scene, kind = arrange(parse(prompt), rng), kinds[index % len(kinds)]
         figure = scene.figures[rng.integers(len(scene.figures))]
         trials.append(MaskedImage(draw(scene), figure_mask(figure, kind, rng), kind))
     return trials
 
 
 def _rectangle(left: float, top: float, right: float, bottom: float) -> Pixels:
+    """A mask whose edges are rounded to multiples of ``FACTOR``, so that no latent is masked in part."""
     mask = np.zeros((PIXELS, PIXELS), np.uint8)
-    rows, columns = (slice(max(round(low), 0), max(round(high), 0)) for low, high in ((top, bottom), (left, right)))
+    left, top, right, bottom = (max(round(side / FACTOR), 0) * FACTOR for side in (left, top, right, bottom))
+    rows, columns = slice(top, bottom), slice(left, right)
     mask[rows, columns] = 255
     return mask

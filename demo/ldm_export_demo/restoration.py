@@ -27,7 +27,7 @@ class InpaintingGrade:
         unchanged: Outside of the mask every pixel is the original's.
         continued: The background is the original's, and no pixel is left unexplained.
         redrawn: There are as many objects as before, each of a known colour, shape and size. Where the mask hid a part
-            of an object, its colour is the same.
+            of an object, its colour, shape and size are those of the original, and it is at the same place.
     """
 
     unchanged: bool
@@ -49,22 +49,20 @@ def psnr(image: Pixels, original: Pixels) -> float:
 def shows_the_same(image: Pixels, original: Pixels) -> bool:
     """True if an image, uint8 [64, 64, 3], has the background and the objects of the original at their places."""
     found, expected = read(image), read(original)
-    if found.background != expected.background or found.leftovers > MAX_LEFTOVERS:
-        return False
-    everything = all(any(_same(one, other) for one in found.objects) for other in expected.objects)
-    return everything and len(found.objects) == len(expected.objects)
+    return _continued(found, expected) and _same_objects(found, expected)
 
 
 def grade_inpainting(image: Pixels, given: MaskedImage) -> InpaintingGrade:
     """Grade an image, uint8 [64, 64, 3], in which the masked part of another was redrawn."""
     outside = given.mask == 0
     found, expected = read(image), read(given.image)
-    continued = found.background == expected.background and found.leftovers <= MAX_LEFTOVERS
-    known = all(None not in (one.colour, one.shape, one.size) for one in found.objects)
-    redrawn = known and len(found.objects) == len(expected.objects)
+    redrawn = all(None not in (one.colour, one.shape, one.size) for one in found.objects)
     if given.kind == "part":
-        redrawn = redrawn and _colours(found) == _colours(expected)
-    return InpaintingGrade(bool((image == given.image)[outside].all()), continued, redrawn)
+        redrawn = redrawn and _same_objects(found, expected)
+    else:
+        redrawn = redrawn and len(found.objects) == len(expected.objects)
+    unchanged = bool((image == given.image)[outside].all())
+    return InpaintingGrade(unchanged, _continued(found, expected), redrawn)
 
 
 def filled(given: MaskedImage) -> Pixels:
@@ -73,10 +71,15 @@ def filled(given: MaskedImage) -> Pixels:
     return np.where(given.mask[..., None] == 0, given.image, ground)
 
 
+def _continued(found: Reading, expected: Reading) -> bool:
+    return found.background == expected.background and found.leftovers <= MAX_LEFTOVERS
+
+
+def _same_objects(found: Reading, expected: Reading) -> bool:
+    everything = all(any(_same(one, other) for one in found.objects) for other in expected.objects)
+    return everything and len(found.objects) == len(expected.objects)
+
+
 def _same(one: FoundObject, other: FoundObject) -> bool:
     near = np.hypot(one.x - other.x, one.y - other.y) <= MAX_SHIFT
     return bool(near) and (one.colour, one.shape, one.size) == (other.colour, other.shape, other.size)
-
-
-def _colours(reading: Reading) -> list[str | None]:
-    return sorted((one.colour for one in reading.objects), key=str)

@@ -1,8 +1,8 @@
 """Writes inputs for the super-resolution and the inpainting model: ``python -m ldm_export_demo.samples FOLDER``.
 
 FOLDER/super-resolution gets small images, and their large originals in a folder of their own. FOLDER/inpainting gets
-images and their masks, NAME.png and NAME_mask.png. The images are of held-out sentences. Both folders can be given to
-``ldm-export build --precision int8 --inputs``.
+images, NAME.png, and masks of about half of an object, NAME_mask.png. The images are of held-out sentences. Both
+folders can be given to ``ldm-export build --precision int8 --inputs``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_samples(folder: Path, count: int) -> list[Path]:
         Image.fromarray(low_resolution(image)).save(small / name)
         Image.fromarray(image).save(small / ORIGINALS / name)
         files.append(small / name)
-    for index, given in enumerate(masked_trials(count)):
+    for index, given in enumerate(masked_trials(count, ("part",))):
         Image.fromarray(given.image).save(masked / f"{index}.png")
         Image.fromarray(given.mask).save(masked / f"{index}_mask.png")
         files.append(masked / f"{index}.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,15 +15,14 @@ from safetensors.torch import load_file, save_file
 import train_inpainting
 import train_super_resolution
 from compvis_names import inpainting_state
-from concatenated import ATTENTION, UNET
 
-GIVEN = {"super-resolution": 3, "inpainting": 4}
-"""Task, which is also the name of its run -> channels that are concatenated to the latents."""
+UNETS = {"super-resolution": train_super_resolution.UNET, "inpainting": train_inpainting.UNET}
+"""Task, which is also the name of its run -> options of its UNet."""
 
 
-def trained_unet(folder: Path, given: int) -> UNet2DModel:
-    """The moving average of a run; ``given`` is the number of channels that are concatenated to the latents."""
-    unet = UNet2DModel(in_channels=3 + given, **UNET)
+def trained_unet(folder: Path, options: dict[str, Any]) -> UNet2DModel:
+    """The UNet with the moving average of a run."""
+    unet = UNet2DModel(**options)
     state = torch.load(folder / "state.pt", weights_only=True)
     print(folder, state["step"], "steps")
     unet.load_state_dict(state["average"])
@@ -60,7 +60,9 @@ def write_inpainting(unet: UNet2DModel, autoencoder: VQModel, folder: Path) -> N
         "out_channels": sizes.out_channels,
         "model_channels": base,
         "channel_mult": [width // base for width in sizes.block_out_channels],
-        "attention_resolutions": [2**level for level, kind in enumerate(ATTENTION) if kind],
+        "attention_resolutions": [
+            2**level for level, kind in enumerate(sizes.down_block_types) if kind.startswith("Attn")
+        ],
         "num_res_blocks": sizes.layers_per_block,
         "num_head_channels": sizes.attention_head_dim,
     }
@@ -83,6 +85,7 @@ def write_inpainting(unet: UNet2DModel, autoencoder: VQModel, folder: Path) -> N
         "linear_start": betas.beta_start,
         "linear_end": betas.beta_end,
         "timesteps": betas.num_train_timesteps,
+        "parameterization": "v",
         "image_size": sizes.sample_size,
         "channels": sizes.out_channels,
         "concat_mode": True,
@@ -98,7 +101,7 @@ WRITERS = {"super-resolution": write_super_resolution, "inpainting": write_inpai
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="+", choices=GIVEN, help="models to assemble")
+    parser.add_argument("tasks", nargs="+", choices=UNETS, help="models to assemble")
     parser.add_argument("--runs", type=Path, default=Path("build/training"), help="the folder of the runs")
     parser.add_argument("--output", type=Path, default=Path("demo/ldm_export_demo"))
     parser.add_argument("--figures", type=Path, default=Path("demo/figures"), help="folder of the loss curves")
@@ -107,7 +110,7 @@ def main() -> None:
     autoencoder.register_to_config(_name_or_path="")
     for task in args.tasks:
         folder = args.output / task.replace("-", "_")
-        WRITERS[task](trained_unet(args.runs / task, GIVEN[task]), autoencoder, folder)
+        WRITERS[task](trained_unet(args.runs / task, UNETS[task]), autoencoder, folder)
         files = [path for path in folder.rglob("*") if path.is_file()]
         print(folder, sum(path.stat().st_size for path in files), "bytes")
     args.figures.mkdir(parents=True, exist_ok=True)

@@ -48,20 +48,23 @@ def scene_images(seed: int, index: int, count: int) -> tuple[torch.Tensor, list[
     return _normalised([draw(arrange(sentence, rng)) for sentence in sentences]), sentences
 
 
-def masked_scenes(seed: int, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_scenes(seed: int, index: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Batch ``index`` of a seed: images as in ``scene_images``, and masks float32 [count, 1, 64, 64], 1 where redrawn.
 
-    Half of the masks hide an object, four in ten a part of one, and one in ten is anywhere.
+    The third tensor, bool [count], is true where the mask hides a whole object.
+
+    Seven in ten masks hide a part of an object, two in ten a whole one, and one in ten is anywhere.
     """
     rng = np.random.default_rng([seed, index, 6])
-    pixels, masks = [], []
+    pixels, masks, whole = [], [], []
     for _ in range(count):
         scene = arrange(training_sentence(rng), rng)
         figure, chance = scene.figures[rng.integers(len(scene.figures))], rng.random()
-        kind = "object" if chance < 0.5 else "part"
+        kind = "part" if chance < 0.7 else "object"
+        whole.append(0.7 <= chance < 0.9)
         pixels.append(draw(scene))
         masks.append(rectangle_mask(rng) if chance >= 0.9 else figure_mask(figure, kind, rng))
-    return _normalised(pixels), torch.from_numpy(np.stack(masks))[:, None].float() / 255
+    return _normalised(pixels), torch.from_numpy(np.stack(masks))[:, None].float() / 255, torch.tensor(whole)
 
 
 def loosen(sentence: Sentence, rng: np.random.Generator, share: float = 0.1) -> Sentence:

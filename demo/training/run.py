@@ -31,6 +31,7 @@ class Run:
         model: Trained in place.
         average: Receives the exponential moving average of the weights (``decay``).
         lr: Peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
+        hold: Share of the steps, in [0, 1), after which the cosine begins.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Run:
         lr: float,
         seed: int,
         decay: float,
+        hold: float = 0.0,
     ):
         self.folder, self.model, self.average = folder, model, average
-        self.steps, self.seed, self.decay = steps, seed, decay
+        self.steps, self.seed, self.decay, self.hold = steps, seed, decay, hold
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.step = 0
@@ -60,7 +62,8 @@ class Run:
     def _rate(self, step: int) -> float:
         if step < 200:
             return (step + 1) / 200
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        done = max(0.0, min(1.0, step / self.steps) - self.hold) / (1 - self.hold)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
     def _load(self) -> None:
         state = torch.load(self.folder / "state.pt", weights_only=True)

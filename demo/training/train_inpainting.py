@@ -7,47 +7,51 @@ from pathlib import Path
 
 import torch
 from diffusers import VQModel
+from torch.nn.functional import max_pool2d
 
-from concatenated import AT_ONCE, encoded, latents_of, scheduler, train
+from concatenated import AT_ONCE, IMAGES, encoded, latents_of, scheduler, train, unet_options
 from data import masked_scenes
+from ldm_export_demo.inputs import FACTOR
 
-FACTOR = 4
-SCHEDULER = scheduler((0.0015, 0.008), "epsilon")
-"""Less noise at the end than of inpainting_big (0.0205): the first steps multiply errors of predictions by less."""
-OUTSIDE, MOST = 0.25, 20.0
-"""Weight of latents outside of the mask, where the result is the given image, and maximum weight of a timestep."""
+UNET = unet_options(4, (64, 128), (False, True))
+SCHEDULER = scheduler((0.0015, 0.0155))
+"""The betas of bsr_sr: at the end the latents are noise alone, which those of inpainting_big reach too."""
+BATCH, HOLD = 32, 0.6
+WHOLE_UNTIL = 1500
+"""Step from which no mask hides a whole object: what is there is not determined, so the gradients have more noise."""
+OUTSIDE = 0.1
+"""Weight of latents that are not near the mask, where the result is the given image."""
 
 
-def weight(given: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Weights of the errors of the predicted noise, float32 [B, 1, 16, 16].
-
-    A timestep counts as with velocity prediction: 1 / alpha_bar, at most MOST.
-
-    Args:
-        given: Its last channel is the mask.
-        level: alpha_bar of each image, [B].
-    """
-    place = torch.where(given[:, -1:] > 0, 1.0, OUTSIDE)
-    return place * (1 / level).clamp(max=MOST)[:, None, None, None]
+def weight(given: torch.Tensor) -> torch.Tensor:
+    """Weights of the errors, float32 [B, 1, 16, 16], from the given channels, the last of which is the mask."""
+    near = max_pool2d(given[:, -1:], 3, stride=1, padding=1)
+    return torch.where(near > 0, 1.0, OUTSIDE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--autoencoder", type=Path, default=Path("build/training/quantized/model"))
     parser.add_argument("--folder", type=Path, default=Path("build/training/inpainting"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--seed", type=int, default=13)
     args = parser.parse_args()
     autoencoder = VQModel.from_pretrained(args.autoencoder).eval()
 
     def batch(index: int) -> dict[str, torch.Tensor]:
-        images, masks = masked_scenes(args.seed, index, AT_ONCE)
+        images, masks, whole = masked_scenes(args.seed, index, AT_ONCE)
         masked = latents_of(autoencoder, (1 - masks) * (images + 1) - 1)
         given = torch.cat([masked, masks[:, :, ::FACTOR, ::FACTOR] * 2 - 1], 1)
-        return {"latents": latents_of(autoencoder, images), "given": given}
+        return {"latents": latents_of(autoencoder, images), "given": given, "whole": whole}
 
     tensors = encoded(args.folder / "latents.pt", batch)
-    train(args.folder, tensors, SCHEDULER, steps=args.steps, seed=args.seed, weight=weight)
+    everything, parts = torch.arange(IMAGES), torch.nonzero(~tensors["whole"])[:, 0]
+
+    def choice(step: int) -> torch.Tensor:
+        return everything if step < WHOLE_UNTIL else parts
+
+    settings = {"steps": args.steps, "seed": args.seed, "batch": BATCH, "hold": HOLD}
+    train(args.folder, tensors, UNET, SCHEDULER, **settings, choice=choice, weight=weight)
 
 
 if __name__ == "__main__":

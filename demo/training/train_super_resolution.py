@@ -9,12 +9,13 @@ import torch
 from diffusers import VQModel
 from torch.nn.functional import avg_pool2d
 
-from concatenated import AT_ONCE, encoded, latents_of, scheduler, train
+from concatenated import AT_ONCE, encoded, latents_of, scheduler, train, unet_options
 from data import scene_images
 from ldm_export_demo.inputs import FACTOR
 
-SCHEDULER = scheduler((0.0015, 0.0155), "v_prediction")
-"""The betas of bsr_sr, and velocity prediction (arXiv 2202.00512)."""
+UNET = unet_options(3, (64, 64, 64), (False, True, True))
+SCHEDULER = scheduler((0.0015, 0.0155))
+"""The betas of bsr_sr."""
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         small = ((avg_pool2d(images, FACTOR) + 1) * 127.5).round() / 127.5 - 1  # as an image file of 8 bits
         return {"latents": latents_of(autoencoder, images), "given": small}
 
-    train(args.folder, encoded(args.folder / "latents.pt", batch), SCHEDULER, steps=args.steps, seed=args.seed)
+    train(args.folder, encoded(args.folder / "latents.pt", batch), UNET, SCHEDULER, steps=args.steps, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def test_masks_hide_a_whole_object_or_a_part_of_it() -> None:
         assert set(np.unique([whole, part, anywhere])) == {0, 255}
         assert (whole[drawn] == 255).all()
         assert 0.1 < (part[drawn] == 255).mean() < 0.9
-    with pytest.raises(ValueError, match="mask: got 'half', expected object or part"):
+        assert all((mask == np.kron(mask[::4, ::4], np.ones((4, 4)))).all() for mask in (whole, part, anywhere))
+    with pytest.raises(ValueError, match="mask: got 'half', expected part or object"):
         figure_mask(FIGURE, "half", rng)
 
 
@@ -67,15 +68,16 @@ def test_the_original_is_correct_and_a_plain_fill_is_not() -> None:
         assert not grade_inpainting(changed, trial).unchanged
 
 
-def test_a_part_keeps_its_colour_and_everything_its_background() -> None:
-    red, blue, yellow = (
-        draw(Scene(ground, (replace(FIGURE, colour=colour),)))
-        for ground, colour in (("white", "red"), ("white", "blue"), ("yellow", "red"))
-    )
+def test_a_part_stays_of_its_object_and_everything_keeps_its_background() -> None:
+    def drawn(ground: str = "white", **changes: object) -> np.ndarray:
+        return draw(Scene(ground, (replace(FIGURE, radius=12.0, **changes),)))
+
+    red, blue, yellow = drawn(), drawn(colour="blue"), drawn("yellow")
     everywhere = np.full((64, 64), 255, np.uint8)
     part, whole = (MaskedImage(red, everywhere, kind) for kind in ("part", "object"))
-    assert not grade_inpainting(blue, part).redrawn
-    assert grade_inpainting(blue, whole).correct
+    for other in (blue, drawn(shape="square"), drawn(x=28.0)):
+        assert not grade_inpainting(other, part).redrawn
+        assert grade_inpainting(other, whole).correct
     assert not grade_inpainting(yellow, whole).continued and grade_inpainting(yellow, whole).redrawn
 
 
