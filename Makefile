@@ -15,6 +15,7 @@ OURS   := --no-deps --no-build-isolation
 SOURCES := pyproject.toml $(shell find export runtime calibration -type f -not -name '*.pyc')
 BUNDLE := build/shapes
 SMALL  := build/samples/super-resolution
+MASKED := build/samples/inpainting
 PROMPT := a small red circle left of a large blue square on a yellow background
 
 .PHONY: demo test lint browser strace docs release bench fuzz kill model text-model image-models lock clean
@@ -28,8 +29,13 @@ demo: $(VENV)/.demo
 		-o build/enlarged.png
 	$(BIN)/python -m ldm_export_demo.row $(SMALL) build/enlarged-0.png build/enlarged-1.png \
 		-o build/demo-super-resolution.png
-	@echo "The images are in $(CURDIR)/build: demo.png and demo-super-resolution.png"
-	@echo "To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE) build/super-resolution"
+	$(BIN)/ldm-export build --demo inpainting -o build/inpainting
+	$(BIN)/ldm-export generate build/inpainting --image $(MASKED)/0.png $(MASKED)/1.png \
+		--mask $(MASKED)/0_mask.png $(MASKED)/1_mask.png --eta 1 --seed 1 --each \
+		-o build/redrawn.png
+	$(BIN)/python -m ldm_export_demo.row $(MASKED) build/redrawn-0.png build/redrawn-1.png -o build/demo-inpainting.png
+	@echo "The images are in $(CURDIR)/build: demo.png, demo-super-resolution.png and demo-inpainting.png"
+	@echo "To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE) build/super-resolution build/inpainting"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
@@ -91,10 +97,14 @@ image-models: $(VENV)/.dev
 	$(BIN)/python demo/training/train_quantized.py
 	$(BIN)/python demo/training/train_quantized_decoder.py
 	$(BIN)/python demo/training/train_super_resolution.py
-	$(BIN)/python demo/training/assemble_inputs.py super-resolution
+	$(BIN)/python demo/training/train_inpainting.py
+	$(BIN)/python demo/training/assemble_inputs.py super-resolution inpainting
 	$(BIN)/ldm-export build --demo super-resolution -o build/super-resolution
 	$(BIN)/python demo/training/evaluate_inputs.py super-resolution build/super-resolution \
 		--json demo/figures/super-resolution.json
+	$(BIN)/ldm-export build --demo inpainting -o build/inpainting
+	$(BIN)/python demo/training/evaluate_inputs.py inpainting build/inpainting --count 240 --eta 1 \
+		--json demo/figures/inpainting.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -47,12 +47,13 @@ PROMPTS = (
 CHECKPOINTS = {
     "text-to-image": "checkpoint",
     "super-resolution": "super_resolution",
+    "inpainting": "inpainting/model.safetensors",
 }
 """Task -> its checkpoint in this package: a folder of diffusers, or a file with the tensor names of CompVis."""
 
 
 def checkpoint_path(task: str) -> Path:
-    """The checkpoint of a task, one of ``CHECKPOINTS``: a diffusers folder or a file.
+    """The checkpoint of a task, one of ``CHECKPOINTS``: a diffusers folder, or for inpainting a file.
 
     Raises:
         KeyError: There is no demo model of this task.

@@ -1,7 +1,8 @@
 """The optional demo models, distribution ``ldm-export-demo``: their checkpoints, and prompts and a grader of one.
 
 Only this module of the product knows the demo models. A model is recognised by the digest of its weights, never by the
-name of a folder. "The demo model" is the text-to-image model; there is one for super-resolution too.
+name of a folder. "The demo model" is the text-to-image model; there is one for super-resolution and one for
+inpainting.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
     "is_demo",
 ]
 
-TASKS = ("text-to-image", "super-resolution")
+TASKS = ("text-to-image", "super-resolution", "inpainting")
 """Tasks that have a demo model; the first is the default."""
 
 Model = Bundle | Path | None
@@ -44,7 +45,7 @@ Model = Bundle | Path | None
 
 
 def demo_checkpoint(task: str = TASKS[0]) -> Path:
-    """The checkpoint of an installed demo model: a diffusers folder or a file.
+    """The checkpoint of an installed demo model: a diffusers folder, or the file of the inpainting model.
 
     Args:
         task: One of ``TASKS``.

@@ -1,4 +1,4 @@
-"""The bundle of the demo model that starts from images, built once per test run."""
+"""Bundles of the demo models that start from images, built once per test run."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def enlarging_bundle(shared: SharedFolders) -> Path:
     from tests.support.bundles import build_demo
 
     return shared.once("demo-super-resolution", partial(build_demo, "super-resolution"))
+
+
+@pytest.fixture(scope="session")
+def redrawing_bundle(shared: SharedFolders) -> Path:
+    """The fp32 bundle of the inpainting model; read-only."""
+    from tests.support.bundles import build_demo
+
+    return shared.once("demo-inpainting", partial(build_demo, "inpainting"))

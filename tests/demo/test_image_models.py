@@ -1,4 +1,4 @@
-"""The checkpoint for super-resolution: its size and form, and that its images are right."""
+"""The checkpoints for super-resolution and inpainting: their size and form, and that their images are right."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, LDMSuperResolutionPipeline, UNet2DModel
 from PIL import Image
 
 from ldm_export.demo import TASKS, demo_checkpoint, demo_config, demo_task, is_demo
-from ldm_export_demo.inputs import low_resolution, trial_images
-from ldm_export_demo.restoration import psnr, shows_the_same
+from ldm_export_demo.inputs import low_resolution, masked_trials, trial_images
+from ldm_export_demo.restoration import filled, grade_inpainting, psnr, shows_the_same
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 
@@ -38,10 +38,11 @@ def test_super_resolution_loads_unchanged_in_diffusers() -> None:
     assert demo_config("super-resolution") is None
 
 
-def test_its_bundle_is_recognised(enlarging_bundle: Path) -> None:
-    bundle, task = Bundle.open(enlarging_bundle), "super-resolution"
-    assert bundle.manifest.family == "super_resolution" and demo_task(bundle) == task
-    assert not is_demo(bundle) and not is_demo(demo_checkpoint(task))
+def test_bundles_are_recognised(enlarging_bundle: Path, redrawing_bundle: Path) -> None:
+    for bundle, task in ((enlarging_bundle, "super-resolution"), (redrawing_bundle, "inpainting")):
+        assert Bundle.open(bundle).manifest.family == task.replace("-", "_")
+        assert demo_task(Bundle.open(bundle)) == task
+        assert not is_demo(Bundle.open(bundle)) and not is_demo(demo_checkpoint(task))
 
 
 def test_enlarged_images_are_better_than_bicubic(enlarging_bundle: Path) -> None:
@@ -57,8 +58,21 @@ def test_enlarged_images_are_better_than_bicubic(enlarging_bundle: Path) -> None
     assert not any(shows_the_same(b, o) for b, o in zip(smooth, originals, strict=True))
 
 
+def test_hidden_parts_of_objects_are_completed(redrawing_bundle: Path) -> None:
+    trials = masked_trials(12, ("part",))
+    image, mask = (np.stack([getattr(one, name) for one in trials]) for name in ("image", "mask"))
+    with LatentDiffusionPipeline.from_bundle(redrawing_bundle, precision="fp32") as pipeline:
+        done = pipeline(image=image, mask=mask[..., None], seed=0, eta=1.0, num_inference_steps=20)
+    grades = [grade_inpainting(np.asarray(one), trial) for one, trial in zip(done.images, trials, strict=True)]
+    assert all(grade.unchanged for grade in grades)
+    assert np.mean([grade.correct for grade in grades]) >= 0.6
+    assert not any(grade_inpainting(filled(trial), trial).correct for trial in trials)
+
+
 def test_the_measured_figures_meet_their_bars() -> None:
-    figures = json.loads((FIGURES / "super-resolution.json").read_text())
-    assert figures["images"] >= 100
-    assert figures["model"]["psnr"] - figures["bicubic"]["psnr"] >= 3
-    assert figures["model"]["same"] >= 0.8 and figures["bicubic"]["same"] <= 0.1
+    enlarged, redrawn = (json.loads((FIGURES / f"{task}.json").read_text()) for task in TASKS[1:])
+    assert enlarged["images"] >= 100 and redrawn["images"] >= 200
+    assert enlarged["model"]["psnr"] - enlarged["bicubic"]["psnr"] >= 3
+    assert enlarged["model"]["same"] >= 0.8 and enlarged["bicubic"]["same"] <= 0.1
+    assert redrawn["model"]["part"]["correct"] >= 0.75 and redrawn["background_fill"]["part"]["correct"] <= 0.1
+    assert redrawn["model"]["all"]["unchanged"] == 1
