@@ -81,7 +81,7 @@ def test_holds_what_the_manifest_says_and_nothing_else(tiny_bundle: Path) -> Non
     assert set(contents(tiny_bundle)) == set(bundle.manifest.files) | NOTES
     folders = {path.name for path in tiny_bundle.iterdir() if path.is_dir()}
     assert folders == {str(Path(graph).parent) for graph in graphs}
-    assert not list(tiny_bundle.parent.glob(".*"))
+    assert not list(tiny_bundle.parent.glob(f".{tiny_bundle.name}*"))  # other processes build beside it
     files = [name for stage in bundle.manifest.stages.values() for name in stage.files]
     assert set(bundle.manifest.stages) == STAGES and sorted(files) == sorted(bundle.manifest.files)
     digest = bundle.manifest.request["checkpoint_sha256"]
