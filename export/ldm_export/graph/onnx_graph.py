@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import logging
 import warnings
@@ -141,7 +142,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
         for tensor in spec.inputs
     }
     feed = dummy_inputs(_traced_sizes(spec))
-    with _quiet(), mode, torch.no_grad():
+    with _quiet(), _uncollected(), mode, torch.no_grad():
         program = torch.onnx.export(
             copy.deepcopy(module, fakes),
             tuple(torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))) for array in feed.values()),
@@ -238,6 +239,18 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Suspend the search for cycles of garbage: the millions of objects of a trace live until its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _cause(error: BaseException) -> BaseException:
