@@ -77,8 +77,7 @@ class OpenVinoBackend(SpecBackend):
         weights = weights_beside(self._graph)
         size = (weights if weights.is_file() else self._graph).stat().st_size
         self._model: Any = self._read()
-        self._has_rows = _has_rows(spec)
-        self._shaped = ShapedGraph(self._copy, self._core, options, size, self._has_rows)
+        self._shaped = ShapedGraph(self._copy, self._core, options, size, _has_rows(spec))
 
     def _copy(self) -> Any:
         unwritten(self._file)
@@ -108,16 +107,15 @@ class OpenVinoBackend(SpecBackend):
         """
         check_feed(self._spec, feed)
         try:
-            request = self._shaped.run({k: np.require(array, requirements=("C", "W")) for k, array in feed.items()})
+            request, added = self._shaped.run(
+                {k: np.require(array, requirements=("C", "W")) for k, array in feed.items()}
+            )
         except LdmError:
             raise
         except Exception as error:  # as in _read
             raise BackendError(f"{self._spec.name}: openvino failed: {first_line(error)}") from None
         outputs = {tensor.name: request.get_tensor(tensor.name).data for tensor in self._spec.outputs}
-        if self._has_rows:
-            rows = len(feed[self._spec.inputs[0].name])
-            outputs = {name: array[:rows] for name, array in outputs.items()}
-        return {name: array.copy() for name, array in outputs.items()}
+        return {name: (array[:-added] if added else array).copy() for name, array in outputs.items()}
 
     def close(self) -> None:
         """Free the compiled graphs."""

@@ -42,7 +42,7 @@ class ShapedGraph:
         options: Options of the compilation.
         weights: Size of the graph's weights in bytes.
         rows: True if the first axis of every input and output counts independent rows, so that a call may be filled up
-            to the rows of a graph that is compiled already. The outputs then have more rows than the inputs.
+            to the rows of a graph that is compiled already.
     """
 
     def __init__(self, copy: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int, rows: bool):
@@ -51,8 +51,12 @@ class ShapedGraph:
         self.max_requests = min(MAX_SHAPES, 1 + BUDGET // weights)
         self._keeps = MAX_SHAPES * weights <= BUDGET
 
-    def run(self, feed: Feed) -> Any:
-        """Run the graph and return the inference request, which owns the outputs.
+    def run(self, feed: Feed) -> tuple[Any, int]:
+        """Run the graph.
+
+        Returns:
+            The inference request, which owns the outputs, and the number of rows at the end of each output with which
+            the call was filled up.
 
         Arrays are shared with the request. An array that it already has, e.g. the cross-attention keys of a prompt,
         is not passed again.
@@ -62,8 +66,9 @@ class ShapedGraph:
         """
         import openvino
 
-        shapes = _shapes(feed)
+        shapes, added = _shapes(feed), 0
         if (rows := self._padded(shapes)) is not None:
+            added = rows - shapes[0][1][0]
             feed = {name: _filled(array, rows) for name, array in feed.items()}
             shapes = _shapes(feed)
         request, inputs = self._requests.get(shapes) or self._requests.get(None) or self._compiled(shapes)
@@ -72,7 +77,7 @@ class ShapedGraph:
                 request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
                 inputs[name] = array
         request.infer()
-        return request
+        return request, added
 
     def _padded(self, shapes: Shapes) -> int | None:
         """Rows to which a call is filled up: the fewest of a graph for such inputs; None for the call as it is."""

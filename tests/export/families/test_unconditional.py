@@ -155,6 +155,7 @@ def test_prompts_are_refused(bundle: Bundle, checkpoint: Path, tmp_path: Path, r
     refused("verify", bundle.folder, "--against", checkpoint, "--prompts", "prompts.txt", message=message)
 
 
+@pytest.mark.parametrize("checkpoint", ["kl"], indirect=True)
 def test_engines(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     built = build(open_checkpoint(checkpoint), folder, "fp16", EngineRequest("tensorrt-rtx", ("8.9",))).bundle
@@ -166,6 +167,7 @@ def test_engines(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     assert unet.profiles[-1]["sample"] == ((1, 3, 8, 8), (1, 3, 8, 8), (8, 3, 8, 8))
 
 
+@pytest.mark.parametrize("checkpoint", ["vq"], indirect=True)
 def test_int8(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     settings = CalibrationSettings(({},) * 2, ({},) * 2, steps=4, samples=2, trial_steps=4, min_psnr=15.0)
