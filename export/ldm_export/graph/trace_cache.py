@@ -1,7 +1,8 @@
 """Keeps traced graphs without their weights in a folder, so that models of one structure are traced once.
 
-The trace of a module does not depend on the values of its weights, and takes most of the time of an export. Models that
-were fine-tuned from one model have the same structure, so their exports differ in the weights alone.
+The trace of a module does not depend on the values of its weights. Models that were fine-tuned from one model have the
+same structure, so their exports differ in the weights alone. Small models gain most: their trace takes nearly as long
+as that of large ones, while reading and writing weights takes little time.
 """
 
 from __future__ import annotations
