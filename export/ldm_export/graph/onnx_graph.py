@@ -78,7 +78,7 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
         raise BuildError(
             f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
         ) from error
-    _give_weights(model, weights_of(module), inputs=len(spec.inputs))
+    _give_weights(model, _weights_of(module), inputs=len(spec.inputs))
     with _quiet():
         simplify(model)
     _name(model, spec)
@@ -121,7 +121,7 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     return [target, data] if data else [target]
 
 
-def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+def _weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name; tied ones appear once for each name."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
@@ -129,7 +129,7 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
     """Return the traced model, serialized; its weights are further inputs, after those of the spec."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights = weights_of(module)
+    weights = _weights_of(module)
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     dims = {name: Dim(name, min=1 if axis.min == 1 else TRACED_MIN, max=2**20) for name, axis in axes.items()}

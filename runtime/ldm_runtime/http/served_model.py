@@ -17,15 +17,13 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.geometry import Geometry
+from ldm_runtime.manifest_reader import MAX_BYTES
 from ldm_runtime.model import UNET, ModelDescription
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.regular_files import read_regular
 from ldm_runtime.required_memory import bundle_bytes
 
 __all__ = ["EngineOptions", "ServedModel", "model_facts", "version_of"]
-
-MAX_MANIFEST = 16 * 2**20
-"""Largest manifest in bytes, as ``manifest_reader`` reads it."""
 
 
 @dataclass(frozen=True)
@@ -191,4 +189,4 @@ def version_of(path: Path) -> str:
     Raises:
         ManifestError: It cannot be read.
     """
-    return hashlib.sha256(read_regular(path / MANIFEST, MAX_MANIFEST, ManifestError)).hexdigest()
+    return hashlib.sha256(read_regular(path / MANIFEST, MAX_BYTES, ManifestError)).hexdigest()
