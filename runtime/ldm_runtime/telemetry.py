@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -19,6 +20,8 @@ __all__ = ["VARIABLE", "disable_reports", "hidden_reporter", "quieten_engine"]
 VARIABLE = "ORT_DISABLE_TELEMETRY"
 """ONNX Runtime's switch. A value that the user has set stays."""
 _REPORTER = "openvino_telemetry"
+_HIDING = threading.RLock()
+"""Held while the reporter is hidden, so that no thread restores it during another thread's import."""
 
 
 def disable_reports() -> None:
@@ -28,16 +31,17 @@ def disable_reports() -> None:
 
 @contextmanager
 def hidden_reporter() -> Iterator[None]:
-    """While the block runs, importing openvino_telemetry fails as if it were not installed."""
-    names = [name for name in sys.modules if name.partition(".")[0] == _REPORTER]
-    before = {name: sys.modules.pop(name) for name in names}
-    blocked: dict[str, Any] = {_REPORTER: None}  # None makes the import system raise ModuleNotFoundError
-    sys.modules.update(blocked)
-    try:
-        yield
-    finally:
-        sys.modules.pop(_REPORTER, None)
-        sys.modules.update(before)
+    """While the block runs, importing openvino_telemetry fails as if it were not installed. One thread at a time."""
+    with _HIDING:
+        loaded = list(sys.modules)  # a copy in one operation: other threads import modules meanwhile
+        before = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] == _REPORTER}
+        blocked: dict[str, Any] = {_REPORTER: None}  # None makes the import system raise ModuleNotFoundError
+        sys.modules.update(blocked)
+        try:
+            yield
+        finally:
+            sys.modules.pop(_REPORTER, None)
+            sys.modules.update(before)
 
 
 def quieten_engine(module: ModuleType) -> None:

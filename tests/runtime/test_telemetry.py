@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,3 +81,40 @@ def test_the_reporter_is_hidden_while_an_engine_is_imported_and_no_longer(tmp_pa
     before = {name: module for name, module in sys.modules.items() if name.startswith("openvino_telemetry")}
     assert not import_engine("toy_engine", "toy").sends
     assert {name: module for name, module in sys.modules.items() if name.startswith("openvino_telemetry")} == before
+
+
+def test_threads_that_import_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reporter stays hidden until the last block ends, then is the same module; other imports do not disturb."""
+    reporter = types.ModuleType("openvino_telemetry")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", reporter)
+    ended = threading.Event()
+
+    def change_modules() -> None:
+        for index in itertools.count():
+            names = [f"ldm_test_{index}_{number}" for number in range(50)]
+            sys.modules.update(dict.fromkeys(names, reporter))
+            for name in names:
+                del sys.modules[name]
+            if ended.is_set():
+                return
+
+    def hide(_: int) -> bool:
+        with telemetry.hidden_reporter():
+            hidden = [sys.modules["openvino_telemetry"]]
+            time.sleep(0)  # lets another thread run
+            hidden.append(sys.modules["openvino_telemetry"])
+        return hidden == [None, None]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            changing = pool.submit(change_modules)
+            try:
+                assert all(pool.map(hide, range(100)))
+            finally:
+                ended.set()
+            changing.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sys.modules["openvino_telemetry"] is reporter
