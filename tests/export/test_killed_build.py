@@ -17,6 +17,7 @@ from ldm_export.families import open_checkpoint
 from ldm_runtime.bundle import Bundle
 from tests.support.checkpoints import edit_json
 from tests.support.configs_only import write_configs
+from tests.support.forked import start_command
 
 VARIANTS = ("unet.fp32.onnxruntime-cpu", "decoder.fp32.onnxruntime-cpu")
 SHALLOW = ("shallow_unet.fp32", "shallow_unet.fp32.onnxruntime-cpu")
@@ -55,17 +56,16 @@ def since(path: Path, begun: int) -> bool:
 
 def kill_build(configs: Path, target: Path, moment: str) -> None:
     """Build in a process of its own, and kill it as soon as it has made ``moment`` in the work folder."""
-    command = [sys.executable, "-m", "ldm_export.cli", "build", str(configs), "--random-weights", "-o", str(target)]
     begun = time.time_ns()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_command("build", configs, "--random-weights", "-o", target)
     try:
         while not since(work_of(target) / moment, begun):
-            assert process.poll() is None, f"the build ended before it made {moment}"
+            assert process.is_alive(), f"the build ended before it made {moment}"
             assert time.time_ns() - begun < DEADLINE * 1e9, f"the build has not come to {moment}"
             time.sleep(0.002)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def finish(configs: Path, target: Path) -> dict[str, bool]:
