@@ -172,7 +172,7 @@ def _make_older(folder: Path) -> None:
             "in_channels": unet["in_channels"],
             "out_channels": unet["out_channels"],
             "num_res_blocks": unet["layers_per_block"],
-            "dropout": 0,
+            "dropout": 0.0,
             "block_channels": unet["block_out_channels"],
             "down_blocks": [f"UNetRes{kind}" for kind in unet["down_block_types"]],
             "up_blocks": [f"UNetRes{kind}" for kind in unet["up_block_types"]],

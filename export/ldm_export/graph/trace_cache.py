@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import ldm_export
-from ldm_runtime.specs import ComponentSpec
+from ldm_runtime.specs import Axis, ComponentSpec, Dim
 
 __all__ = ["VARIABLE", "UnknownStructure", "cached_trace", "key_of_trace"]
 
@@ -79,10 +79,17 @@ def key_of_trace(module: nn.Module, spec: ComponentSpec) -> str:
     Raises:
         UnknownStructure: An attribute of the module is not plain data, a module, a tensor or an importable function.
     """
-    digest = hashlib.sha256(repr((_code(), spec)).encode())
+    tensors = [(tensor.name, tensor.dtype, *map(_dimension, tensor.shape)) for tensor in spec.inputs]
+    outputs = [tensor.name for tensor in spec.outputs]
+    digest = hashlib.sha256(repr((_code(), spec.name, tensors, outputs)).encode())
     for part in _structure(module, {}):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
+
+
+def _dimension(dim: Dim) -> object:
+    """What a trace depends on: of an axis neither the usual nor the largest size."""
+    return (dim.name, dim.min, dim.scale) if isinstance(dim, Axis) else dim
 
 
 def _structure(value: object, seen: dict[int, int]) -> Iterator[str]:

@@ -17,9 +17,14 @@ from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec, dummy_inputs
 from tests.support.checkpoints import tiny_modules
 
-BATCH = Axis("batch", 1, 2, 32)
-SPEC = ComponentSpec("rows", (TensorSpec("x", "float32", (BATCH, 8)),), (TensorSpec("y", "float32", (BATCH, 8)),))
-WIDER = ComponentSpec("rows", (TensorSpec("x", "float32", (BATCH, 8)),), (TensorSpec("z", "float32", (BATCH, 8)),))
+
+def spec_of(batch: Axis, output: str = "y") -> ComponentSpec:
+    return ComponentSpec(
+        "rows", (TensorSpec("x", "float32", (batch, 8)),), (TensorSpec(output, "float32", (batch, 8)),)
+    )
+
+
+SPEC = spec_of(Axis("batch", 1, 2, 32))
 
 
 class Rows(nn.Module):
@@ -50,6 +55,10 @@ def test_the_key_does_not_depend_on_the_values_of_weights() -> None:
     assert key_of_trace(Rows(0), SPEC) == key_of_trace(Rows(1), SPEC)
 
 
+def test_the_key_does_not_depend_on_usual_and_largest_sizes() -> None:
+    assert key_of_trace(Rows(), spec_of(Axis("batch", 1, 7, 99))) == key_of_trace(Rows(), SPEC)
+
+
 @pytest.mark.parametrize(
     ("module", "spec"),
     [
@@ -57,10 +66,12 @@ def test_the_key_does_not_depend_on_the_values_of_weights() -> None:
         (Rows(tied=True), SPEC),
         (Rows(act=torch.sigmoid), SPEC),
         (Rows().double(), SPEC),
-        (Rows(), WIDER),
+        (Rows(), spec_of(Axis("batch", 1, 2, 32), "z")),
+        (Rows(), spec_of(Axis("batch", 2, 2, 32))),
+        (Rows(), spec_of(Axis("batch", 1, 2, 32, scale=2))),
         (nn.Sequential(Rows()), SPEC),
     ],
-    ids=["option", "tied", "function", "dtype", "spec", "class"],
+    ids=["option", "tied", "function", "dtype", "output", "smallest size", "scale", "class"],
 )
 def test_the_key_depends_on_all_else(module: nn.Module, spec: ComponentSpec) -> None:
     assert key_of_trace(module, spec) != key_of_trace(Rows(), SPEC)
