@@ -45,8 +45,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ModuleSchedu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the serving tests, which one worker runs and which take longest, so that no worker waits for them."""
-    items.sort(key=lambda item: not item.nodeid.startswith(SERVING))
+    """Start with the serving tests, which one worker runs and which take longest, so that no worker waits for them.
+
+    The tests of the runtime come last: the second worker, which starts from the end, needs no built bundle for them.
+    """
+    items.sort(key=lambda item: (not item.nodeid.startswith(SERVING), item.nodeid.startswith("tests/runtime/")))
 
 
 def worker_of(config: pytest.Config) -> str:

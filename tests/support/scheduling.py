@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 __all__ = ["SERVING", "ModuleScheduling"]
 
@@ -11,10 +12,17 @@ SERVING, GRAPHS = "tests/serving/", "tests/export/graph/"
 
 
 class ModuleScheduling(LoadScopeScheduling):
-    """Gives each worker of pytest-xdist a module at a time, in the order of collection.
+    """Gives each worker of pytest-xdist a module at a time: the first worker from the start, the second from the end.
+
+    Neighbouring modules often use the same bundles. On two workers at once, one would wait while the other builds them.
 
     xdist's own ``loadgroup`` has no effect with pytest 9.2, and ``loadfile`` would start a Triton server per worker.
     """
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if self.nodes.index(node) % 2:
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
