@@ -95,10 +95,11 @@ class DeviceLoop:
         current = object()
         with self._lock:
             device, self._running = self.open(), current
+            step = GUIDED_STEP if plan.guided else STEP
+            run = DeviceRun(device, step, self.slots, self._calls, plan, denoiser)
+            run.derive(encoded)
             with device.memory.lock:
-                step = GUIDED_STEP if plan.guided else STEP
-                run = DeviceRun(device, step, self.slots, self._calls, plan, denoiser)
-                run.start(latents, encoded)
+                run.start(latents)
 
         def read(calls: int) -> F32:
             with self._running_alone(current):

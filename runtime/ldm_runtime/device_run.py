@@ -63,7 +63,7 @@ class DeviceRun:
     """Runs the steps of one plan. A table ``NAME.calls`` holds a tensor's values of the next UNet calls, [calls, …].
 
     Args:
-        device: The device; the caller holds its lock.
+        device: The device. The caller holds the lock of its memory, except during ``derive``.
         step: Name of the step component.
         slots: Its state slots.
         calls: Most rows of a table.
@@ -78,6 +78,9 @@ class DeviceRun:
     def __init__(self, device: LoopDevice, step: str, slots: int, calls: int, plan: Plan, denoiser: Denoiser):
         self._memory, self._plan, self._slots, self._denoiser = device.memory, plan, slots, denoiser
         self._step, self._device = step, device
+        self._written: dict[str, NDArray[Any]] = {}
+        self._embedded: dict[str, NDArray[Any]] = {}
+        self._shallow: dict[str, Call] = {}
         self._scalars = coefficients(scaled_rows(plan.trajectory), slots, plan.guidance_scale)
         unet = device.launchers[UNET].spec
         self._dtypes = {tensor.name: tensor.dtype for tensor in unet.inputs}
@@ -105,16 +108,29 @@ class DeviceRun:
         self._dtypes = known
         return specs
 
-    def start(self, latents: F32, encoded: Mapping[str, NDArray[Any]]) -> None:
-        """Put the plan on the device.
+    def derive(self, encoded: Mapping[str, NDArray[Any]]) -> None:
+        """Load and run the components that do not run on the device. The caller must not hold the memory's lock.
+
+        Another thread may run such a component at this time: it holds the component's lock and waits for the memory's.
+
+        Args:
+            encoded: What the conditioners encoded, [rows, …].
+        """
+        plan, denoiser = self._plan, self._denoiser
+        conditioning = dict(encoded) if self._request else denoiser.condition(encoded)
+        self._written = {name: array for name, array in conditioning.items() if name in self._dtypes}
+        self._embedded = {} if self._schedule else denoiser.embed(plan.trajectory.timesteps)
+        if plan.caches:
+            assert self._device.load_shallow is not None
+            self._shallow = {SHALLOW_UNET: Call(self._device.load_shallow(), {})}
+
+    def start(self, latents: F32) -> None:
+        """Put the plan on the device, after ``derive``.
 
         Args:
             latents: Initial latents times the first input scale, float32 [images, C, h, w].
-            encoded: What the conditioners encoded, [rows, …].
         """
-        plan, known = self._plan, self._dtypes
-        written = dict(encoded) if self._request else self._denoiser.condition(encoded)
-        written = {name: array for name, array in written.items() if name in known}
+        plan, known, written = self._plan, self._dtypes, self._written
         tables: dict[str, Tensor] = {
             f"{NOISE}.calls": ((self.calls, *plan.shape), "float32"),
             f"{COEFFICIENTS}.calls": ((self.calls, plan.images, self._scalars.shape[1]), "float32"),
@@ -124,10 +140,7 @@ class DeviceRun:
             | state_tensors(plan.shape, plan.rows, self._slots)
             | {name: (array.shape, known[name]) for name, array in written.items()}
         )
-        calls = {UNET: Call(self._device.launchers[UNET], {}), self._step: Call(self._device.launchers[self._step], {})}
-        if plan.caches:
-            assert self._device.load_shallow is not None
-            calls[SHALLOW_UNET] = Call(self._device.load_shallow(), {})
+        calls = {name: Call(self._device.launchers[name], {}) for name in (UNET, self._step)} | self._shallow
         for spec in self._request:
             tensors |= outputs_of(spec, tensors)
             calls[spec.name] = Call(self._device.launchers[spec.name], {})
@@ -190,8 +203,8 @@ class DeviceRun:
             for spec in self._schedule:
                 space.run(spec.name)
         else:
-            for name, array in self._denoiser.embed(timesteps).items():
-                space.write(f"{name}.timesteps", array)
+            for name, array in self._embedded.items():
+                space.write(f"{name}.timesteps", array[index : index + self.calls])
         for name in self._tables:
             source, table = space.regions[f"{name}.timesteps"], space.regions[f"{name}.calls"]
             for row in range(plan.rows):

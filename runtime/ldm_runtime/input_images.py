@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +20,8 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file, turned upright as its EXIF orientation says; its mode stays the file's.
 
-    Its size is checked before it is decoded.
+    Its size is checked before it is decoded. For images of more than 89 million pixels, which are refused, Pillow also
+    warns. The warning is not suppressed, because warning filters are shared by all threads.
 
     Args:
         file: Path, or an open file.
@@ -32,7 +32,7 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """
     shown_as = str(file) if name is None else name
     try:
-        with warnings.catch_warnings(), _opened(file) as opened:
+        with Image.open(file) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise _refused(shown_as, f"{width} x {height} pixels", f"at most {MAX_PIXELS} pixels; make it smaller")
@@ -43,16 +43,11 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             return ImageOps.exif_transpose(opened)
     except SpecError:
         raise
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning if the caller raises warnings
         raise _refused(shown_as, "more pixels than Pillow opens", f"at most {MAX_PIXELS}; make it smaller") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         cause = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise SpecError(f"{shown_as}: cannot be read as an image ({cause:.160}); give a PNG or JPEG") from None
-
-
-def _opened(file: Path | BinaryIO) -> Image.Image:
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-    return Image.open(file)
 
 
 def rgb_image(image: Image.Image) -> Image.Image:

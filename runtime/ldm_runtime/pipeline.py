@@ -371,11 +371,16 @@ class LatentDiffusionPipeline:
             backend.close()
 
     def _close_denoiser(self) -> None:
-        while self._former_loops:
+        loop = self.loop  # another thread may replace it
+        while True:
+            try:
+                former = self._former_loops.pop()
+            except IndexError:  # none is left, or another thread has closed the last one
+                break
             with suppress(BackendError):  # its engine has failed before
-                self._former_loops.pop().close()
-        if self.loop is not None:
-            self.loop.close()
+                former.close()
+        if loop is not None:
+            loop.close()
         self.denoiser.close()
 
     def __enter__(self) -> LatentDiffusionPipeline:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +16,7 @@ import pytest
 
 from ldm_export.serving.address import Address, parse_url
 from ldm_runtime.errors import SpecError
+from tests.support.waiting import wait_until
 
 Refused = Callable[..., None]
 PROMPT = "a red circle"
@@ -78,13 +78,11 @@ def web_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     port, folder = free_port(), tmp_path_factory.mktemp("web")
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        for _ in range(100):
-            with closing(socket.socket()) as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield port
-        process.terminate()
+        try:
+            assert wait_until(lambda: listens(port))
+            yield port
+        finally:
+            process.terminate()
 
 
 @pytest.mark.parametrize(("scheme", "message"), [("http", "the server is not live"), ("grpc", "Failed parsing HTTP/2")])
@@ -100,6 +98,12 @@ def test_neither_torch_nor_an_engine_is_loaded(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "client", PROMPT, "--url", f"127.0.0.1:{free_port()}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.stdout == "{'tritonclient.http'}\n" and "cannot be reached" in done.stderr
+
+
+def listens(port: int) -> bool:
+    """True if a server listens on a port of the loopback."""
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from ldm_runtime.batching.job import Job
 from ldm_runtime.http.app import make_app
 from ldm_runtime.http.served_model import EngineOptions, ServedModel
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from tests.support.small_bundle import write_small_bundle
 from tests.support.small_models import bundle_of, text_model
+from tests.support.step_gate import StepGate
 from tests.support.waiting import wait_until
 
 ENGINE = EngineOptions(backend="onnxruntime", precision="fp32", threads=1)
@@ -57,8 +59,34 @@ def running(models: dict[str, ServedModel] | ServedModels, options: ServerOption
             yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", opened, log)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
+
+
+@contextmanager
+def stopped(model: ServedModel) -> Iterator[StepGate]:
+    """Stop the UNet of a model before each call while the block runs, so that its requests do not end."""
+    unet = model.pipeline.backends["unet"]
+    gate = StepGate(unet.run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unet, "run", gate)
+        try:
+            yield gate
+        finally:
+            gate.open()
+
+
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when the server has cancelled a request, which then ends before its next step."""
+    event, cancel = threading.Event(), Job.cancel
+
+    def noted(job: Job) -> None:
+        cancel(job)
+        event.set()
+
+    monkeypatch.setattr(Job, "cancel", noted)
+    return event
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server import serve
 from ldm_runtime.http.server_metrics import SERVER_COUNTERS, SERVER_GAUGES
 from ldm_runtime.http.server_options import ServerOptions
-from tests.http.conftest import ENGINE, Served, open_models, running
+from tests.http.conftest import ENGINE, Served, open_models, running, stopped
 from tests.support.waiting import wait_until
 
 JSON = {"Content-Type": "application/json"}
@@ -113,30 +113,32 @@ def test_unknown_paths_and_methods(served: Served) -> None:
     assert call(served, "POST", "/v1/images/edits", b"garbage", headers)[0] == 400
 
 
-def test_requests_of_one_client_are_limited(models: dict[str, ServedModel]) -> None:
+def test_requests_of_one_client_are_limited(models: dict[str, ServedModel], cancelled: threading.Event) -> None:
     with running(models, ServerOptions(max_client_requests=1)) as server:
         address = urlsplit(server.url)
         body = json.dumps({**REQUEST, "steps": 1000, "stream": True, "progress": True})
         slow = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
-        slow.request("POST", "/v1/images/generations", body, JSON)
-        response = slow.getresponse()
-        response.readline()
-        status, text = generate(server)
-        assert status == 429 and json.loads(text)["error"]["code"] == "too_many_requests"
-        slow.close()
-        response.close()
+        with stopped(models["text"]) as gate:
+            slow.request("POST", "/v1/images/generations", body, JSON)
+            gate.wait_for_call()
+            status, text = generate(server)
+            assert status == 429 and json.loads(text)["error"]["code"] == "too_many_requests"
+            slow.close()
+            assert cancelled.wait(60)
         assert wait_until(lambda: generate(server)[0] == 200)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_cancels_its_request(served: Served, stream: bool) -> None:
+def test_a_client_that_goes_away_cancels_its_request(served: Served, cancelled: threading.Event, stream: bool) -> None:
     address, scheduler = urlsplit(served.url), served.models["text"].scheduler
     before = scheduler.snapshot().outcomes["cancelled"]
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
     body = json.dumps({**REQUEST, "steps": 1000, "stream": stream, "progress": True})
-    connection.request("POST", "/v1/images/generations", body, JSON)
-    assert wait_until(lambda: scheduler.snapshot().running > 0)
-    connection.close()
+    with stopped(served.models["text"]) as gate:
+        connection.request("POST", "/v1/images/generations", body, JSON)
+        gate.wait_for_call()
+        connection.close()
+        assert cancelled.wait(60)
     assert wait_until(lambda: scheduler.snapshot().outcomes["cancelled"] == before + 1)
 
 
@@ -185,14 +187,16 @@ def test_a_queue_that_is_full(bundles: list[Path]) -> None:
     try:
         with running(models) as server:
             answers: list[int] = []
-            threads = [
-                threading.Thread(target=lambda: answers.append(generate(server, steps=300)[0])) for _ in range(8)
-            ]
-            for thread in threads:
-                thread.start()
+            threads = [threading.Thread(target=lambda: answers.append(generate(server)[0])) for _ in range(8)]
+            with stopped(models["text"]) as gate:
+                threads[0].start()
+                gate.wait_for_call()
+                for thread in threads[1:]:
+                    thread.start()
+                assert wait_until(lambda: answers == [429] * 6)
             for thread in threads:
                 thread.join()
-            assert set(answers) == {200, 429} and answers.count(200) >= 2
+            assert answers == [*[429] * 6, 200, 200]
     finally:
         models["text"].close()
 

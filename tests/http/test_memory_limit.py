@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from ldm_export.bundle.publish import publish
 from ldm_export.cli import main
 from ldm_runtime import Bundle
+from ldm_runtime.batching.counters import Snapshot
 from ldm_runtime.errors import BackendError, SpecError
+from ldm_runtime.http import served_bundle
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.required_memory import bundle_bytes
 from tests.http.conftest import ENGINE, Served, running
@@ -83,6 +86,28 @@ def test_the_least_recently_used_one_makes_room(
     assert 'ldm_loads_total{model="a",outcome="done"} 2.0' in text
     assert 'ldm_requests_total{model="b",outcome="done"} 2.0' in text, "counters outlive the loaded version"
     assert models.used() == models.memory
+
+
+def test_the_metrics_miss_no_request_while_a_bundle_is_unloaded(
+    server: tuple[Served, ServedModels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, _ = server
+    changing, add = threading.Event(), served_bundle.merged
+
+    def slow(snapshots: Sequence[Snapshot]) -> Snapshot:
+        if threading.current_thread().name.startswith("ldm-loader"):
+            changing.set()
+            time.sleep(0.3)  # the metrics must wait meanwhile
+        return add(snapshots)
+
+    monkeypatch.setattr(served_bundle, "merged", slow)
+    with ThreadPoolExecutor() as pool:
+        for name in ("a", "b"):
+            image(served, name)
+        third = pool.submit(image, served, "c")
+        assert changing.wait(60)
+        assert 'ldm_requests_total{model="a",outcome="done"} 1.0' in call(f"{served.url}/metrics")
+        third.result(60)
 
 
 Stopped = tuple[list[StepGate], list[Future[NDArray[np.int64]]]]

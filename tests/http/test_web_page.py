@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +16,22 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
-from tests.http.conftest import ENGINE, Served, running
+from tests.http.conftest import ENGINE, Served, running, stopped
 from tests.support.browser import NAMES
 from tests.support.paper_bundles import paper_bundle
 from tests.support.shared import SharedFolders
+from tests.support.waiting import wait_until
 
 KEY = "a key of the tests"
+TIMEOUT = 60_000
+"""Milliseconds after which a test fails that waits for the page."""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = next((path for name in NAMES if (path := shutil.which(name))), None)
     assert path, "no Chromium to open the page with; `apt-get install chromium`"
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
@@ -45,10 +50,10 @@ class Tab:
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(url)
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(TIMEOUT)
 
     def status(self, text: str) -> None:
-        expect(self.page.locator("#status")).to_have_text(text, timeout=20_000)
+        expect(self.page.locator("#status")).to_have_text(text)
 
     def generate(self, steps: int, prompt: str = "a red circle") -> None:
         if self.page.locator("#prompt").is_visible():
@@ -95,15 +100,20 @@ def test_fields_follow_the_model(tab: Tab) -> None:
     expect(tab.page.locator("#gallery li")).to_have_count(3)
 
 
-def test_cancel_and_go_on(tab: Tab, served: Served) -> None:
-    before = served.models["text"].scheduler.snapshot().outcomes["cancelled"]
-    tab.generate(1000)
-    expect(tab.page.locator("#status")).to_contain_text(" of 1000")
-    tab.page.click("#cancel")
-    tab.status("Cancelled.")
+def test_cancel_and_go_on(tab: Tab, served: Served, cancelled: threading.Event) -> None:
+    model = served.models["text"]
+    before = model.scheduler.snapshot().outcomes["cancelled"]
+    with stopped(model) as gate:
+        tab.generate(1000)
+        gate.wait_for_call()
+        gate.advance()
+        tab.status("Step 1 of 1000")
+        tab.page.click("#cancel")
+        tab.status("Cancelled.")
+        assert cancelled.wait(60)
+    assert wait_until(lambda: model.scheduler.snapshot().outcomes["cancelled"] == before + 1)
     tab.generate(2)
     tab.status("Done.")
-    assert served.models["text"].scheduler.snapshot().outcomes["cancelled"] == before + 1
 
 
 def test_an_error_is_shown_and_the_next_request_works(tab: Tab) -> None:

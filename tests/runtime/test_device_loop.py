@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +243,40 @@ def test_a_missing_cuda_provider_is_reported_in_one_line(tmp_path: Path) -> None
     graph, spec = write_graphs(tmp_path, 1)[STEP]
     with pytest.raises(BackendError, match=r"^this onnxruntime has no CUDA provider; `pip install"):
         open_session(graph, spec, Opening("cuda"))
+
+
+@pytest.mark.parametrize("name", ["cross_attention_kv", "time_embedding", "shallow_unet"])
+def test_a_thread_that_uses_a_component_may_wait_for_the_memory(tmp_path: Path, name: str) -> None:
+    """The loop waits for a component in use without holding the memory, which the thread that uses it waits for."""
+    _, looped = with_loop(tmp_path, "ddim")
+    device, used, waited = looped.loop.open(), threading.Event(), []
+    lock, waiting = threading.Lock(), threading.Event()
+
+    def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            waiting.set()
+            with lock:
+                return function(*arguments)
+
+        return called
+
+    def use() -> None:
+        with lock:
+            used.set()
+            assert waiting.wait(60)
+            waited.append(device.memory.lock.acquire(timeout=5))
+            if waited[0]:
+                device.memory.lock.release()
+
+    if name == "shallow_unet":
+        object.__setattr__(device, "load_shallow", in_turn(device.load_shallow))
+    else:
+        backend = looped.backends[name]
+        backend.run = in_turn(backend.run)  # type: ignore[method-assign]
+    request = Request("a", guidance_scale=6.0, cache_every=2, full_steps=1, **OPTIONS)
+    with ThreadPoolExecutor() as pool, looped:
+        using = pool.submit(use)
+        assert used.wait(60)
+        assert len(list(looped.steps(request))) == 5
+        using.result(60)
+    assert waited == [True]

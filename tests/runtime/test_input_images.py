@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +89,25 @@ def test_modes_become_rgb() -> None:
         assert np.asarray(rgb_image(image))[0].tolist() == expected, name
         array = image_array("image", image)
         assert np.rint(array[0, :, 0].T * 255).tolist() == expected, name
+
+
+def test_warning_filters_of_other_threads_stay() -> None:
+    """Filters belong to the process: threads that exchange them at the same time would not restore them."""
+    reading, compared = threading.Event(), threading.Event()
+
+    class Stopped(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            reading.set()
+            assert compared.wait(60)
+            return super().read(size)
+
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor() as pool:
+        opened = pool.submit(open_image, Stopped(file.getvalue()), "a")
+        assert reading.wait(60)
+        during = list(warnings.filters)
+        compared.set()
+        assert opened.result().size == (2, 2)
+    assert during == before

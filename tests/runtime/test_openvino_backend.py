@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from ldm_runtime.backends import openvino as module
 from ldm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from ldm_runtime.installation import install_command
+from ldm_runtime.once import once
 from ldm_runtime.specs import dummy_inputs
 from tests.support.small_bundle import write_small_bundle
 
@@ -142,7 +144,7 @@ def test_what_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monkeypatch: p
         OpenVinoBackend(graph, other)
     with pytest.raises(LdmError, match="arithmetic: got 'fp8'"):
         OpenVinoBackend(graph, spec, "fp8")
-    module.core.cache_clear()
+    monkeypatch.setattr(module, "core", once(inspect.unwrap(module.core)))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(LdmError, match=re.escape(install_command("openvino"))):
         OpenVinoBackend(graph, spec)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 __all__ = ["wait_until"]
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 20) -> bool:
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> bool:
     """Poll ``condition`` until it is true; return False if it is still false after ``timeout`` seconds."""
     end = time.monotonic() + timeout
     while not condition():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
-from functools import cache
 
 from ldm_runtime.errors import BackendError
+from ldm_runtime.once import once
 
 __all__ = ["LIBRARY", "Gpu", "check_driver", "installed_gpu", "no_gpu", "query_driver"]
 
@@ -37,7 +37,7 @@ def no_gpu(reason: str) -> BackendError:
     )
 
 
-@cache
+@once
 def installed_gpu() -> Gpu | str:
     """Return the GPU of this machine, or a phrase that says why there is none. The driver is asked once per process.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from ldm_runtime.backends.cuda import Cuda
 from ldm_runtime.device import Region
 from ldm_runtime.errors import BackendError
+from ldm_runtime.once import once
 
 __all__ = ["CudaMemory", "HostMemory", "cuda_memory", "memory_of"]
 
@@ -159,9 +159,9 @@ class CudaMemory:
         return int(self.cuda.call("cudaMemGetInfo")[0])
 
 
-@cache
+@once
 def cuda_memory(extra: str) -> CudaMemory:
-    """The memory of the GPU, one object per process.
+    """Return the memory of the GPU: one object per process and extra.
 
     While one thread captures a CUDA graph, no other thread may allocate memory or wait for the device, because that
     ends the capture. So all that ONNX Runtime does on the GPU shares one lock and one stream.

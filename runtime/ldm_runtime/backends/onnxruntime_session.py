@@ -13,6 +13,7 @@ from ldm_runtime.backends.host import first_line, import_engine, usable_cores
 from ldm_runtime.backends.ports import check_ports
 from ldm_runtime.errors import BackendError
 from ldm_runtime.installation import install_command
+from ldm_runtime.once import once
 from ldm_runtime.specs import ComponentSpec, TensorSpec
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged
 
@@ -137,9 +138,8 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
     for symbol, size in opening.sizes.items():
         options.add_free_dimension_override_by_name(symbol, size)
     requested = providers(opening.device, ort.get_available_providers())
-    if PROVIDERS["cuda"] in requested and hasattr(ort, "preload_dlls"):
-        with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
-            ort.preload_dlls(directory="")  # loads CUDA and cuDNN from the packages that pip installed
+    if PROVIDERS["cuda"] in requested:
+        _load_cuda_libraries()
     named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in requested]
     try:
         session = ort.InferenceSession(
@@ -159,6 +159,17 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
         spec = _half_where_the_session_is(session, spec)
     _check_ports(session, spec, path_of(graph))
     return session, spec, actual
+
+
+@once
+def _load_cuda_libraries() -> None:
+    """Load CUDA and cuDNN from the packages that pip installed, where this version of onnxruntime can.
+
+    This happens once, because it replaces ``sys.stdout`` meanwhile: two threads at a time might not restore it.
+    """
+    if (load := getattr(load_onnxruntime(), "preload_dlls", None)) is not None:
+        with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
+            load(directory="")
 
 
 def _half_where_the_session_is(session: Any, spec: ComponentSpec) -> ComponentSpec:

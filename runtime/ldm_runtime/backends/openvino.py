@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -24,6 +23,7 @@ from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.installation import install_command
 from ldm_runtime.model import UNET
+from ldm_runtime.once import once
 from ldm_runtime.onnx_nodes import check_nodes
 from ldm_runtime.specs import Axis, ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, path_of, unchanged, unwritten
@@ -207,7 +207,7 @@ def _cache_folder(bundle: Bundle, graph: str) -> str:
     return "-".join(files[name].sha256[:16] for name in files_of_graph(graph, files))
 
 
-@cache
+@once
 def core() -> Any:
     """Return OpenVINO's core, which all backends share.
 
@@ -217,7 +217,7 @@ def core() -> Any:
     return import_engine("openvino", EXTRA).Core()
 
 
-@cache
+@once
 def onnx_reader() -> Any:
     """Return OpenVINO's ONNX reader. The core's own ``read_model`` would try every format on an untrusted file."""
     from openvino.frontend import FrontEndManager

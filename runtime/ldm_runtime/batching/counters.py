@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Snapshot:
 
 
 class Counters:
-    """Counters of one scheduler, written by its worker thread and read by any thread.
+    """Counters of one scheduler. Any thread may count outcomes and take snapshots; only the worker counts the rest.
 
     Args:
         max_rows: Maximum rows of a UNet call.
@@ -52,9 +53,15 @@ class Counters:
     def __init__(self, max_rows: int):
         self._max_rows = max_rows
         self.steps = self.rows = 0
-        self.outcomes = Counter[str](dict.fromkeys(OUTCOMES, 0))
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self._lock = threading.Lock()
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=100_000)
+
+    def ended(self, outcome: str) -> None:
+        """Count a request that has ended with one of ``OUTCOMES``."""
+        with self._lock:
+            self.outcomes[outcome] += 1
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:

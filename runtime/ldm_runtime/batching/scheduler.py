@@ -116,13 +116,13 @@ class BatchScheduler:
             if self._closing:
                 raise CancelledError("batch scheduler: closing, no more requests are accepted")
             if not self.ready:
-                self._counters.outcomes["refused"] += 1
+                self._counters.ended("refused")
                 raise QueueFullError("batch scheduler: the engine fails or does not respond; try again later")
             self._sweep_queue()
             try:
                 self._queue.push(job)
             except QueueFullError:
-                self._counters.outcomes["refused"] += 1
+                self._counters.ended("refused")
                 raise
             self._changed.notify()
         return job
@@ -235,7 +235,7 @@ class BatchScheduler:
     def _notify(self, job: Job, message: Progress | JobResult | LdmError) -> None:
         if not isinstance(message, Progress):
             outcome = _outcome(message)
-            self._counters.outcomes[outcome] += 1
+            self._counters.ended(outcome)
             record_spans(job, outcome)
         self._notifier.notify(job, message)
 

@@ -13,16 +13,37 @@ from ldm_runtime.batching.counters import OUTCOMES, STAGES, Snapshot, merged
 from ldm_runtime.http.served_model import ServedModel, model_facts
 from ldm_runtime.model import ModelDescription
 
-__all__ = ["LOADS", "ServedBundle"]
+__all__ = ["LOADS", "BundleState", "ServedBundle"]
 
 LOADS = ("done", "failed")
 """Outcomes of loading a version."""
 _NOTHING = Snapshot(True, 0, 0, 0.0, 0.0, 0, 0, dict.fromkeys(OUTCOMES, 0), dict.fromkeys(STAGES, 0.0))
 
 
+@dataclass(frozen=True)
+class BundleState:
+    """A bundle at one moment, for the metrics.
+
+    Attributes:
+        name: Name in the API.
+        loaded: True if a version takes requests.
+        versions: Number of loaded versions, with those whose requests are not done.
+        memory: Estimated bytes of these versions.
+        loads: Number of versions by outcome of loading, one of ``LOADS``.
+        counters: Counters of all versions, readiness of the current one.
+    """
+
+    name: str
+    loaded: bool
+    versions: int
+    memory: int
+    loads: dict[str, int]
+    counters: Snapshot
+
+
 @dataclass(eq=False)
 class ServedBundle:
-    """State of one bundle; ``ServedModels`` changes it and holds its lock meanwhile.
+    """State of one bundle. ``ServedModels`` changes it, and reads more than one attribute of it, under its own lock.
 
     Attributes:
         name: Name in the API.
@@ -68,6 +89,11 @@ class ServedBundle:
         if self.current is None:
             return merged([self.ended, *snapshots])
         return merged([*snapshots, self.ended])
+
+    def state(self) -> BundleState:
+        """All that the metrics say about the bundle."""
+        loaded = self.current is not None
+        return BundleState(self.name, loaded, len(self.versions), self.memory, dict(self.loads), self.snapshot())
 
     def facts(self) -> dict[str, Any]:
         """The entry of ``/v1/models``."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.http.api_error import ApiError
-from ldm_runtime.http.served_bundle import ServedBundle
+from ldm_runtime.http.served_bundle import BundleState, ServedBundle
 from ldm_runtime.http.served_model import EngineOptions, ServedModel
 from ldm_runtime.required_memory import bundle_bytes
 
@@ -203,7 +203,13 @@ class ServedModels:
 
     def used(self) -> int:
         """Estimated bytes of all loaded versions."""
-        return sum(bundle.memory for bundle in self.bundles.values())
+        with self._lock:
+            return sum(bundle.memory for bundle in self.bundles.values())
+
+    def states(self) -> list[BundleState]:
+        """Counters and loaded versions of each bundle, all at one moment."""
+        with self._lock:
+            return [bundle.state() for bundle in self.bundles.values()]
 
     def not_ready(self) -> list[str]:
         """Names of loaded bundles that cannot generate images."""
@@ -218,6 +224,7 @@ class ServedModels:
         with self._lock:
             self._closing = True
         self._loader.shutdown(cancel_futures=True)
-        for bundle in self.bundles.values():
-            for model in bundle.versions:
-                model.close()
+        with self._lock:
+            loaded = [model for bundle in self.bundles.values() for model in bundle.versions]
+        for model in loaded:
+            model.close()

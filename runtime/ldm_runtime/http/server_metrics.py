@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ldm_runtime.batching.metrics import exposition, lines
+from ldm_runtime.http.served_bundle import BundleState
 from ldm_runtime.http.served_models import ServedModels
 
 __all__ = ["SERVER_COUNTERS", "SERVER_GAUGES", "server_metrics"]
@@ -19,18 +20,19 @@ SERVER_COUNTERS = {"ldm_loads_total": "versions of the bundle that were loaded, 
 
 def server_metrics(models: ServedModels) -> str:
     """Return the metrics of all bundles, with their names in the label ``model``."""
-    found = list(_samples(models))
-    parts = [exposition({name: bundle.snapshot() for name, bundle in models.bundles.items()})]
+    states = models.states()
+    found = list(_samples(states))
+    parts = [exposition({state.name: state.counters for state in states})]
     parts += lines("gauge", SERVER_GAUGES, found)
     parts += lines("counter", SERVER_COUNTERS, found)
     return "".join(parts)
 
 
-def _samples(models: ServedModels) -> Iterator[tuple[str, dict[str, str], float]]:
-    for name, bundle in models.bundles.items():
-        labels = {"model": name}
-        yield "ldm_loaded", labels, float(bundle.current is not None)
-        yield "ldm_loaded_versions", labels, float(len(bundle.versions))
-        yield "ldm_memory_bytes", labels, float(bundle.memory)
-        for outcome, count in bundle.loads.items():
+def _samples(states: Sequence[BundleState]) -> Iterator[tuple[str, dict[str, str], float]]:
+    for state in states:
+        labels = {"model": state.name}
+        yield "ldm_loaded", labels, float(state.loaded)
+        yield "ldm_loaded_versions", labels, float(state.versions)
+        yield "ldm_memory_bytes", labels, float(state.memory)
+        for outcome, count in state.loads.items():
             yield "ldm_loads_total", {**labels, "outcome": outcome}, float(count)

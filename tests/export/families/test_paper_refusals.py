@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # not an error of the command line
 def test_one_line(case: str, shared: SharedFolders, tmp_path: Path, refused: Callable[..., None]) -> None:
     name, options, message = CASES[case]
     write_inputs(tmp_path)

@@ -108,12 +108,12 @@ def test_a_huge_memo_index_takes_no_memory() -> None:
 
 
 def test_deep_and_shared_structures_take_little_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     data = b"(" * 100_000 + b"t" * 100_000 + b"."
     assert isinstance(read(data), tuple)
     laughs = b"\x80\x02K\x01" + b"".join(b"2\x86" for _ in range(200))  # DUP, TUPLE2: 2**200 leaves
     content = read(b"\x80\x02}" + laughs[2:] + b"K\x01s.")  # a key whose hash would never be finished
-    assert list(content.values()) == [1] and time.monotonic() - began < 10
+    assert list(content.values()) == [1] and time.process_time() - began < 10
 
 
 def test_every_opcode_is_handled_or_refused() -> None:
