@@ -1,4 +1,4 @@
-"""Writes files so that a reader sees the old content or the new one whole, and digests them."""
+"""Writes files atomically, so that a reader sees either the old or the new content, and computes their SHA-256."""
 
 from __future__ import annotations
 
@@ -56,25 +56,26 @@ def _kind(mode: int) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or as it was before: to a neighbour, flushed, then renamed.
+    """Write a file atomically: to a temporary file beside it, which is flushed and then renamed.
 
     Raises:
         BuildError: As ``destination``.
-        OSError: The disk is full or refuses.
+        OSError: The disk is full or cannot be written.
     """
     write_together({path: content})
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files so that old and new ones are never mixed.
+    """Write several files so that a reader never finds old and new ones together.
 
-    All new files are on the disk, as hidden neighbours, before anything changes. One file is then renamed over the old
-    one. Of several, the old ones are first renamed to other hidden neighbours: a process that is killed in between
-    leaves a part of the old files or a part of the new ones. The next call for the same files removes the neighbours.
+    All new files are written as hidden files in the same folders before anything changes. A single file is then renamed
+    over the old one. With several files, the old ones are first renamed to other hidden names: a process that is killed
+    in between leaves some of the old files or some of the new ones. The next call for the same files removes the hidden
+    files.
 
     Raises:
         BuildError: As ``destination``.
-        OSError: The disk is full or refuses; the files are as before.
+        OSError: The disk is full or cannot be written; the files are unchanged.
     """
     with written_beside({destination(path): content for path, content in contents.items()}) as parts:
         moved: dict[Path, Path] = {}
@@ -97,14 +98,14 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def written_beside(contents: Mapping[Path, bytes], kind: str = "part") -> Iterator[dict[Path, Path]]:
-    """Write the new contents of files to hidden neighbours of theirs, which the block renames to the files.
+    """Write new contents to hidden files beside the targets; the block renames them to the targets.
 
     Args:
-        contents: Regular file, or one that does not exist -> its new content.
-        kind: Suffix of the neighbours.
+        contents: Target, a regular file or a path that does not exist yet -> its new content.
+        kind: Suffix of the hidden files.
 
     Yields:
-        File -> its neighbour, which is on the disk. After an error, neighbours and new folders are removed.
+        Target -> its hidden file, which has been written. After an error, hidden files and new folders are removed.
     """
     parts = {path: _neighbour(path, kind) for path in contents}
     folders = list[Path]()

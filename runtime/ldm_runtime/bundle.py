@@ -25,7 +25,7 @@ from ldm_runtime.verified_file import VerifiedFile, verify
 __all__ = ["Bundle", "file_facts"]
 
 MAX_QUALITY_REPORT = 2**20
-"""Largest record of measured settings in bytes."""
+"""Maximum size in bytes of the file with measured settings."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     _weights: dict[str, VerifiedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Files of external weights that were checked; graphs may share them, and they are large."""
+    """Checked files of external weights. They are cached because graphs share them and they are large."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -54,20 +54,21 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """The precision the bundle was built for: of which every component has a graph; else "fp32"."""
+        """The precision the bundle was built for, if every component has a graph of it; otherwise "fp32"."""
         requested = self.manifest.request.get("precision")
         components = [self.manifest.components[name] for name in (UNET, DECODER)]
         known = isinstance(requested, str) and all(requested in component.graphs for component in components)
         return str(requested) if known else "fp32"
 
     def file(self, name: str) -> Path:
-        """The path of one file, after its place, size and digest have been checked; errors as ``verified``."""
+        """The path of one file, whose location, size and digest have been checked; errors as ``verified``."""
         return self.verified(name).path
 
     def verified(self, name: str) -> VerifiedFile:
-        """Check the place, size and digest of one file and record its identity.
+        """Check the location, size and digest of one file and record its identity.
 
-        What opens the file afterwards calls ``unchanged`` of the result, which notices that the bundle was replaced.
+        Code that opens the file afterwards calls ``unchanged`` with the result, which detects that the bundle was
+        replaced.
 
         Raises:
             ManifestError: not in the manifest, missing, outside the folder, or not the bytes that were built.
@@ -85,7 +86,7 @@ class Bundle:
             raise ManifestError(f"{path}: cannot be read ({error.strerror}); copy the file again or rebuild") from None
 
     def graph(self, component: str, precision: str, variant: str = "") -> Path:
-        """The path of ``verified_graph``."""
+        """The path of a component's checked ONNX graph; arguments and errors as ``verified_graph``."""
         return self.verified_graph(component, precision, variant).path
 
     def verified_graph(self, component: str, precision: str, variant: str = "") -> VerifiedFile:
@@ -110,7 +111,7 @@ class Bundle:
         return replace(graph, beside=tuple(map(self._verified_weights, files)))
 
     def _verified_weights(self, name: str) -> VerifiedFile:
-        """As ``verified``; the digest is computed again only if the file has changed since."""
+        """Check a weights file as ``verified`` does; compute its digest again only if the file has changed since."""
         with suppress(KeyError, ManifestError):
             self._weights[name].check()
             return self._weights[name]
@@ -118,7 +119,7 @@ class Bundle:
         return self._weights[name]
 
     def _external(self, name: str) -> list[str]:
-        """The files with external data of a checked graph, which the engine opens by itself; all must be listed."""
+        """External data files of a checked graph. The engine opens them itself, so the manifest must list them."""
         files = []
         for location in sorted(external_locations(self.folder / name)):
             file = str(PurePosixPath(name).parent / location)
@@ -167,16 +168,16 @@ class Bundle:
         return self.with_measured({}, {QUALITY_REPORT: text.encode()})
 
     def with_measured(self, measured: dict[str, Any], reports: dict[str, bytes]) -> Bundle:
-        """Write report files and measured figures into the bundle, which is valid at any time.
+        """Write report files and measured figures into the bundle. The bundle stays valid at every moment.
 
-        Reports that are replaced are taken out of the manifest first, and the new manifest is written last.
+        Reports that will be replaced are removed from the manifest first, and the new manifest is written last.
 
         Args:
             measured: merged into the manifest's ``measured``; numbers must be finite.
             reports: relative path → content.
 
         Raises:
-            OSError: the disk is full or refuses; the bundle is as before.
+            OSError: The disk is full or cannot be written; the bundle is unchanged.
         """
         facts = {name: FileFact(hashlib.sha256(text).hexdigest(), len(text)) for name, text in reports.items()}
         files, figures = {**self.manifest.files, **facts}, {**self.manifest.measured, **measured}

@@ -34,7 +34,7 @@ TOKENIZER, TOKENIZER_2 = "tokenizer.json", "tokenizer_2.json"
 CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
 QUALITY_REPORT = "report/quality.json"
-"""Measured settings: seconds of an image against its quality."""
+"""Measured settings: seconds per image and image quality."""
 
 CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
 """Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""
@@ -53,7 +53,7 @@ def graph_file(component: str, precision: str, variant: str = "") -> str:
 
 
 def weights_file(graph: str) -> str:
-    """Path of the external weights of a graph. A small graph has none, and a variant may read the portable graph's."""
+    """Path of the external weights of a graph. Small graphs have none; variants may use those of the portable graph."""
     return f"{graph}.data"
 
 
@@ -65,7 +65,7 @@ def weights_beside(graph: Path) -> Path:
 def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
     """A graph and, if it is among ``files``, the file of its external weights.
 
-    These are its own, of a shallow graph those of the whole graph, or else those of the portable graph.
+    The weights are the graph's own, those of the whole graph for a shallow graph, or those of the portable graph.
     """
     sources = (graph, graph.replace(f".{_SHALLOW}-", "."), _VARIANT.sub(r"\1.onnx", graph))
     weights = [file for file in map(weights_file, sources) if file in files]
@@ -73,7 +73,7 @@ def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
 
 
 def engine_file(component: str, precision: str, request: str) -> str:
-    """Path of a TensorRT engine; ``request`` is the name of what it was built for."""
+    """Path of a TensorRT engine; ``request`` names package and GPUs, e.g. "tensorrt-rtx-8.6-8.9"."""
     return f"{component}/{precision}.{request}.engine"
 
 

@@ -1,4 +1,4 @@
-"""The denoiser: the UNet, with what is constant over a request or a schedule computed once instead of at every step."""
+"""The denoiser: the UNet, and components whose results are computed once per request or per schedule."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Tensors = dict[str, NDArray[Any]]
 
 
 class Denoiser:
-    """Predicts noise, and runs the components that derive UNet inputs.
+    """Predicts noise with the UNet, and runs the components that derive its inputs.
 
-    ``conditioning`` tensors (e.g. cross-attention keys and values) come from components that run once per request;
-    ``schedule`` tensors (e.g. projected timestep embeddings) from components that run once per schedule. Both are
-    selected by name from the model's description, so a UNet that takes ``timestep`` or ``context`` itself works too.
+    ``conditioning`` tensors (e.g. cross-attention keys and values) come from components that run once per request,
+    ``schedule`` tensors (e.g. projected timestep embeddings) from components that run once per schedule. The model's
+    description says which tensors these are, so a UNet that takes ``timestep`` or ``context`` directly works too.
 
     Args:
-        model: Names and specs.
-        backends: By component.
+        model: Description of the model.
+        backends: Component -> its backend.
     """
 
     def __init__(self, model: ModelDescription, backends: Mapping[str, Backend]):
@@ -47,10 +47,10 @@ class Denoiser:
         """Names of the UNet's inputs that are constant over the steps of a request."""
 
     def condition(self, encoded: Mapping[str, NDArray[Any]]) -> Tensors:
-        """Derive the UNet's conditioning inputs from what the conditioners encoded; rows stay rows.
+        """Derive the UNet's conditioning inputs from the encoded conditioning. The number of rows stays the same.
 
         Raises:
-            SpecError: Shapes or dtypes a component does not take.
+            SpecError: A component does not take the shapes or dtypes.
             BackendError: The engine failed.
         """
         known = dict(encoded)
@@ -67,9 +67,9 @@ class Denoiser:
         return model_timesteps(timesteps, self._timestep_dtype)
 
     def embed(self, timesteps: NDArray[Any]) -> Tensors:
-        """Derive the UNet's schedule inputs for each timestep of [N]; every array is [N, …].
+        """Derive the UNet's schedule inputs for timesteps [N]; every array is [N, …].
 
-        Equal timesteps are computed once, in calls that the components' batch allows.
+        Equal timesteps are computed once. Calls have at most as many rows as the components take.
 
         Raises:
             SpecError, BackendError: As ``condition``; SpecError as ``timesteps``.
@@ -91,11 +91,11 @@ class Denoiser:
 
         Args:
             sample: Latents.
-            schedule: Schedule inputs of each row, [R, …], taken from what ``embed`` returned.
+            schedule: Schedule inputs of each row, [R, …], selected from the result of ``embed``.
             conditioning: Conditioning inputs of each row, [R, …].
 
         Raises:
-            SpecError: Shapes or dtypes the UNet does not take.
+            SpecError: The UNet does not take the shapes or dtypes.
             BackendError: The engine failed.
         """
         predicted: F32 = self.unet.run({SAMPLE: sample, **schedule, **conditioning})[NOISE_PRED]
@@ -104,14 +104,14 @@ class Denoiser:
     def whole(
         self, sample: F32, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, Any]
     ) -> tuple[F32, F32]:
-        """Predict noise as ``__call__``, and return the deep features float32 [R, F, h, w] for ``shallow`` too."""
+        """Predict noise as ``__call__`` does, and also return deep features float32 [R, F, h, w] for ``shallow``."""
         results = self.unet.run({SAMPLE: sample, **schedule, **conditioning})
         return results[NOISE_PRED], results[DEEP_FEATURES]
 
     def shallow(
         self, sample: F32, schedule: Mapping[str, NDArray[Any]], conditioning: Mapping[str, Any], features: F32
     ) -> F32:
-        """Predict noise as ``__call__``, with the deep features float32 [R, F, h, w] that ``whole`` has returned.
+        """Predict noise with the shallow UNet, from deep features float32 [R, F, h, w] that ``whole`` returned.
 
         Raises:
             BackendError: The pipeline has no shallow UNet.

@@ -1,4 +1,4 @@
-"""Tensors in the memory of a device, and components of a model that run on them in the order of one stream."""
+"""Interfaces and tensors of a device: its memory, its stream, and components that run on tensors in its memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Region:
-    """Memory of one tensor: address on the device, shape and dtype. Axis 0 counts rows."""
+    """Memory region of one tensor: address on the device, shape and dtype. Axis 0 counts rows."""
 
     address: int
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Region:
         return self.shape[0] * self.row_bytes
 
     def rows(self, start: int, stop: int) -> Region:
-        """The rows from ``start`` to ``stop``, which is excluded.
+        """The region of the rows from ``start`` to ``stop``, excluding ``stop``.
 
         Raises:
             BackendError: There are no such rows.
@@ -54,7 +54,7 @@ class Region:
 
 
 class Memory(Protocol):
-    """Memory of a device, and the stream in whose order copies and launches happen.
+    """Memory of a device, and its main stream, in whose order copies and launches happen.
 
     All calls except ``download``, ``wait`` and ``synchronise`` may return before the device has done the work.
     """
@@ -77,16 +77,16 @@ class Memory(Protocol):
         """Copy a contiguous array from the host; it may be changed afterwards."""
 
     def upload_ahead(self, array: NDArray[Any], address: int) -> None:
-        """As ``upload``, but beside the work of the stream, from the last ``hold_uploads`` on."""
+        """Like ``upload``, but concurrently with the main stream, after the work at the last ``hold_uploads``."""
 
     def hold_uploads(self) -> None:
-        """Let the next ``upload_ahead`` wait for the work that the stream has now."""
+        """Make later calls of ``upload_ahead`` wait for the work that is queued on the main stream now."""
 
     def await_uploads(self) -> None:
-        """Let the next work of the stream wait for every ``upload_ahead`` so far."""
+        """Make later work on the main stream wait for every ``upload_ahead`` so far."""
 
     def download(self, address: int, array: NDArray[Any]) -> None:
-        """Copy to a contiguous array, after all work so far."""
+        """Copy to a contiguous array after all queued work, and wait for it."""
 
     def move(self, source: int, target: int, size: int) -> None:
         """Copy ``size`` bytes on the device; the two may not overlap."""
@@ -95,33 +95,33 @@ class Memory(Protocol):
         """Copy the rows of a region to ``target``, ``target + pitch``, … on the device."""
 
     def mark(self) -> object:
-        """Return a mark behind the work so far, for ``wait``."""
+        """Return a mark after all queued work, for ``wait``."""
 
     def wait(self, mark: object) -> None:
-        """Wait for the work before a mark, which is used once."""
+        """Wait for the work before a mark. A mark can be used once."""
 
     def synchronise(self) -> None:
-        """Wait for all work."""
+        """Wait for all queued work."""
 
     def used(self) -> int:
-        """Bytes of the device that are in use, 0 if it is not known."""
+        """Bytes of device memory in use; 0 if not known."""
 
     def available(self) -> int | None:
-        """Bytes of the device that are free, None if it is not known."""
+        """Bytes of free device memory; None if not known."""
 
 
 class Prepared(Protocol):
     """A component whose inputs and outputs are bound to regions."""
 
     def run(self) -> None:
-        """Run the component in the order of the stream. Raises BackendError if the engine failed."""
+        """Run the component in stream order. Raises BackendError if the engine failed."""
 
     def close(self) -> None:
-        """Free what the engine keeps for these regions. The last run must have finished."""
+        """Free what the engine allocated for these regions. The last run must have finished."""
 
 
 class Launcher(Protocol):
-    """One loaded component that runs on memory of the device."""
+    """Interface of a loaded component that runs on device memory."""
 
     @property
     def spec(self) -> ComponentSpec:
@@ -131,18 +131,18 @@ class Launcher(Protocol):
         """Bind inputs and outputs by name.
 
         Args:
-            tensors: Region of every input and output. No output may lie in an input.
+            tensors: Region of every input and output. An output must not overlap an input.
             repeated: True prepares for many runs, e.g. captures the launches; this may run the component.
 
         Raises:
-            SpecError: Shapes the component does not take.
+            SpecError: The component does not take the shapes.
             BackendError: The engine failed, e.g. because memory ran out.
         """
 
 
 @dataclass(frozen=True)
 class Call:
-    """A component and the names of the tensors it runs on, where they differ from its own names.
+    """A component, and the names of the tensors it runs on where these differ from its own names.
 
     Attributes:
         launcher: The component.
@@ -158,16 +158,16 @@ class Workspace:
 
     Args:
         memory: The device's memory.
-        tensors: Name -> shape and dtype. They are zero at first.
+        tensors: Name -> shape and dtype. Their initial values are zero.
         calls: Name -> call.
-        label: What the tensors are for, in a few words.
+        label: Short description of the workspace for memory reports.
         repeated: True if each call runs many times.
 
     Attributes:
-        in_use: True if a cache must keep it.
+        in_use: True if the cache must not free it.
 
     Raises:
-        SpecError, BackendError: As ``Launcher.prepare``, and if the memory is short.
+        SpecError, BackendError: As ``Launcher.prepare``; also if there is not enough memory.
     """
 
     def __init__(
@@ -219,11 +219,11 @@ class Workspace:
         self._memory.upload(*self._source(name, array, row))
 
     def write_ahead(self, name: str, array: NDArray[Any], row: int = 0) -> None:
-        """As ``write``, beside the work of the stream; see ``Memory.upload_ahead``."""
+        """Like ``write``, but concurrently with the main stream; see ``Memory.upload_ahead``."""
         self._memory.upload_ahead(*self._source(name, array, row))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Copy rows to the host after all work so far. The array belongs to the caller."""
+        """Copy rows to the host after all queued work. The array belongs to the caller."""
         region = self.regions[name]
         part = region.rows(start, region.shape[0] if stop is None else stop)
         array = np.empty(part.shape, part.dtype)
@@ -231,17 +231,17 @@ class Workspace:
         return array
 
     def copy(self, source: Region, target: Region) -> None:
-        """Copy between regions of one size, which may not overlap."""
+        """Copy between regions of equal size that do not overlap."""
         if source.nbytes != target.nbytes:
             raise BackendError(f"device: got {source} to copy to {target}; report it")
         self._memory.move(source.address, target.address, source.nbytes)
 
     def run(self, call: str) -> None:
-        """Run a call in the order of the stream; it may still run on return. Raises BackendError if it failed."""
+        """Run a call in stream order; it may still be running on return. Raises BackendError if it failed."""
         self._calls[call].run()
 
     def close(self) -> None:
-        """Wait for the device and free the memory, also after a failure of the device."""
+        """Wait for the device and free the memory, even if the device has failed."""
         with suppress(BackendError):
             self._memory.synchronise()
         for call in self._calls.values():
@@ -252,10 +252,10 @@ class Workspace:
 
 
 class WorkspaceCache:
-    """The workspaces used last, so that shapes may alternate without being prepared again.
+    """Cache of recently used workspaces, so that alternating shapes are not prepared again.
 
     Args:
-        limit: Maximum number of workspaces. One more frees the one that was not used for the longest time.
+        limit: Maximum number of workspaces. Beyond it, the least recently used workspace is freed.
     """
 
     def __init__(self, limit: int = 8):
@@ -263,9 +263,9 @@ class WorkspaceCache:
         self._kept: OrderedDict[Hashable, Workspace] = OrderedDict()
 
     def get(self, key: Hashable, create: Callable[[], Workspace]) -> Workspace:
-        """Return the workspace of a key, made by ``create`` if there is none.
+        """Return the workspace of a key; ``create`` makes it if it is not in the cache.
 
-        If there is no memory for it, the others are freed first, except those in use.
+        If there is not enough memory, all workspaces that are not in use are freed first.
         """
         if key not in self._kept:
             for old in self._free_keys()[: max(0, len(self._kept) + 1 - self._limit)]:
@@ -284,11 +284,11 @@ class WorkspaceCache:
         return key in self._kept
 
     def _free_keys(self) -> list[Hashable]:
-        """Keys of the workspaces that are not in use, the one that was used last at the end."""
+        """Keys of the workspaces that are not in use, the most recently used last."""
         return [key for key, workspace in self._kept.items() if not workspace.in_use]
 
     def bytes(self) -> dict[str, int]:
-        """Memory of each workspace in bytes, by its label, the one used last at the end."""
+        """Bytes of memory by label of the workspace, the most recently used last."""
         total: dict[str, int] = {}
         for workspace in self._kept.values():
             total[workspace.label] = total.pop(workspace.label, 0) + workspace.bytes

@@ -1,4 +1,4 @@
-"""Denoising loop on a device: a step starts without waiting for the one before, and the host waits only to read."""
+"""Denoising loop on a device: steps are queued without waiting for each other; only reading latents waits."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["COEFFICIENTS", "GUIDED_STEP", "HISTORY", "STEP", "DeviceLoop", "slot
 
 F32 = NDArray[np.float32]
 STEP, GUIDED_STEP = "step", "guided_step"
-"""Components that compute the next latents from a prediction, without and with guidance; always fp32."""
+"""Step components, which compute the next latents from a prediction, without and with guidance; always in fp32."""
 TABLE_CALLS = 64
-"""Most UNet calls whose coefficients, schedule inputs and noise are on the device together."""
+"""Maximum number of UNet calls whose coefficients, schedule inputs and noise are on the device at once."""
 
 
 class DeviceLoop:
     """Runs a plan's denoising loop on a device; the pipeline's NumPy loop is the reference.
 
-    Coefficients and schedule inputs of the next ``calls`` UNet calls are copied to the device at once, and noise beside
-    the work of earlier steps.
+    Coefficients and schedule inputs of the next ``calls`` UNet calls are copied to the device together. Noise is copied
+    while earlier steps run.
 
     Args:
-        open_device: Returns a device with the components "unet", ``STEP`` and, for guided models, ``GUIDED_STEP``;
-            called at the first use, without the lock of the device's memory.
-        slots: State slots of the step components, see ``slots_of``.
+        open_device: Returns a device with the components "unet", ``STEP`` and, for guided models, ``GUIDED_STEP``. It
+            is called at the first use, while the lock of the device's memory is not held.
+        slots: Number of state slots of the step components, see ``slots_of``.
         lock: Held while the device is used, e.g. that of a backend whose engine the device shares; reentrant.
-        calls: Most UNet calls whose inputs are on the device together.
+        calls: Maximum number of UNet calls whose inputs are on the device at once.
         shallow: True if the device can load the shallow UNet, for requests with cached features.
 
     Attributes:
@@ -62,10 +62,9 @@ class DeviceLoop:
         self._lock = RLock() if lock is None else lock
 
     def takes(self, plan: Plan) -> bool:
-        """True if the device can run a plan; otherwise the pipeline runs it in NumPy.
+        """Return True if the device can run a plan; otherwise the pipeline runs it in NumPy.
 
-        The step components have no clipping of x0, no reuse and no rescaling of guidance, and a fixed number of state
-        slots.
+        The step components do not clip x0, do not reuse or rescale guidance, and have a fixed number of state slots.
         """
         trajectory = plan.trajectory
         uniform = not plan.guided or all(branches is StepBranches.BOTH for branches in plan.steps)
@@ -76,17 +75,17 @@ class DeviceLoop:
     def steps(
         self, plan: Plan, encoded: Mapping[str, NDArray[Any]], denoiser: Denoiser, start: Start
     ) -> Iterator[Callable[[], F32]]:
-        """Run one step for each item that is asked for; the item reads the latents, until the next step.
+        """Run one step per item. An item is a function that reads the latents, which is valid until the next step.
 
         Args:
             plan: A plan that ``takes`` accepts.
-            encoded: What the conditioners encoded, [plan.rows, …].
-            denoiser: Derives the UNet's inputs from it, where the device has no component for that.
+            encoded: Outputs of the conditioners, [plan.rows, …].
+            denoiser: Derives the UNet's inputs from ``encoded`` if the device does not.
             start: Initial latents and noise.
 
         Raises:
             SpecError: The plan cannot run on the device.
-            BackendError: The device failed, or another request has started on it since.
+            BackendError: The device failed, or another request has started on it meanwhile.
         """
         if not self.takes(plan):
             raise SpecError("device loop: got a plan with clipping, other guidance or too many slots; use the pipeline")
@@ -113,7 +112,7 @@ class DeviceLoop:
             yield partial(read, index + 1)
 
     def open(self) -> LoopDevice:
-        """Return the device, which is opened at the first use."""
+        """Return the device; the first call opens it."""
         with self._lock:
             if self._device is None:
                 self._device = self._open()
@@ -121,10 +120,11 @@ class DeviceLoop:
 
     @contextmanager
     def _running_alone(self, request: object) -> Iterator[None]:
-        """Hold the device for a request, which must be the one that has started last.
+        """Hold the lock of the device while the block runs, for the request that was started last.
 
         Raises:
-            DisplacedError: Another request has started, or the loop was closed, so that the tensors are not its own.
+            DisplacedError: Another request was started or the loop was closed, so the tensors no longer belong to the
+                request.
         """
         with self._lock:
             if self._running is not request or self._device is None:
@@ -135,7 +135,7 @@ class DeviceLoop:
                 yield
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory for each shape that is kept, with what the engine allocated for it."""
+        """Bytes of device memory for each shape in the cache, including what the engine allocated for it."""
         with self._lock:
             return {} if self._device is None else self._device.workspaces.bytes()
 
@@ -150,6 +150,6 @@ class DeviceLoop:
 
 
 def slots_of(step: ComponentSpec) -> int:
-    """State slots of a step component: the latents, and the arrays of its history."""
+    """Number of state slots of a step component: one for the latents, and one for each array of its history."""
     shapes = {tensor.name: tensor.bounds("opt") for tensor in step.inputs}
     return 1 + (shapes[HISTORY][1] // shapes[SAMPLE][1] if HISTORY in shapes else 0)

@@ -1,4 +1,4 @@
-"""One plan on a device: its tensors, its tables of everything that changes from step to step, and its steps."""
+"""Runs one plan on a device: its tensors, tables of the values that change from step to step, and the steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ F32 = NDArray[np.float32]
 NOISE, COEFFICIENTS, HISTORY = "noise", "coefficients", "history"
 NEXT_SAMPLE, NEXT_HISTORY = "next_sample", "next_history"
 TABLE_BYTES = 2**27
-"""Most bytes of the tables of one shape."""
+"""Maximum size of the tables of one shape in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,11 @@ class LoopDevice:
 
     Attributes:
         memory: Its memory and stream.
-        launchers: The UNet, the step components, and those of ``derived``.
-        derived: Names of the components that derive UNet inputs and that the device runs too.
+        launchers: The UNet, the step components, and the components named in ``derived``.
+        derived: Names of the components that derive UNet inputs on the device.
         close: Frees the components that only the loop uses.
-        load_shallow: Loads the shallow UNet, which only requests with cached features use. None if there is none.
-        workspaces: The tensors of the shapes used last.
+        load_shallow: Loads the shallow UNet, which only requests with feature caching use. None if there is none.
+        workspaces: Cache of the tensors of recently used shapes.
     """
 
     memory: Memory
@@ -60,15 +60,15 @@ class LoopDevice:
 
 
 class DeviceRun:
-    """Runs the steps of one plan. A table ``NAME.calls`` holds a tensor's values of the next UNet calls, [calls, …].
+    """Runs the steps of one plan. A table ``NAME.calls`` [calls, …] holds a tensor's values for the next UNet calls.
 
     Args:
         device: The device. The caller holds the lock of its memory, except during ``derive``.
         step: Name of the step component.
-        slots: Its state slots.
-        calls: Most rows of a table.
+        slots: Number of its state slots.
+        calls: Maximum number of rows of a table.
         plan: The plan.
-        denoiser: Derives the UNet's inputs where the device does not.
+        denoiser: Derives the UNet's inputs if the device does not.
 
     Raises:
         SpecError: A component does not take the shapes.
@@ -97,7 +97,7 @@ class DeviceRun:
         }
 
     def _on_device(self, components: Sequence[ComponentSpec]) -> tuple[ComponentSpec, ...]:
-        """Specs of the components if the device runs all of them and they give the dtypes that the UNet takes."""
+        """Specs of the components if the device runs all of them with the UNet's dtypes; otherwise ()."""
         if not all(spec.name in self._device.derived for spec in components):
             return ()
         specs = tuple(self._device.launchers[spec.name].spec for spec in components)
@@ -114,7 +114,7 @@ class DeviceRun:
         Another thread may run such a component at this time: it holds the component's lock and waits for the memory's.
 
         Args:
-            encoded: What the conditioners encoded, [rows, …].
+            encoded: Outputs of the conditioners, [rows, …].
         """
         plan, denoiser = self._plan, self._denoiser
         conditioning = dict(encoded) if self._request else denoiser.condition(encoded)
@@ -125,10 +125,10 @@ class DeviceRun:
             self._shallow = {SHALLOW_UNET: Call(self._device.load_shallow(), {})}
 
     def start(self, latents: F32) -> None:
-        """Put the plan on the device, after ``derive``.
+        """Copy the plan to the device. Call ``derive`` first.
 
         Args:
-            latents: Initial latents times the first input scale, float32 [images, C, h, w].
+            latents: Initial latents multiplied by the first input scale, float32 [images, C, h, w].
         """
         plan, known, written = self._plan, self._dtypes, self._written
         tables: dict[str, Tensor] = {
@@ -192,7 +192,7 @@ class DeviceRun:
         self.space.copy(self.space.regions[f"{name}.calls"].rows(slot, slot + 1), self.space.regions[name])
 
     def _fill(self, index: int) -> None:
-        """Fill the tables with the values of the calls from ``index`` on. Noise follows step by step."""
+        """Fill the tables with the values of the UNet calls from ``index`` on. Noise is copied step by step."""
         space, plan = self.space, self._plan
         self._memory.hold_uploads()
         scalars = self._scalars[index : index + self.calls]
@@ -212,12 +212,12 @@ class DeviceRun:
 
 
 def state_tensors(shape: tuple[int, ...], rows: int, slots: int) -> dict[str, Tensor]:
-    """Tensors of a step component and of the UNet's latents and prediction.
+    """Shapes and dtypes of the tensors of a step component, and of the UNet's latents and prediction.
 
     Args:
         shape: Shape of the latents, (images, C, h, w).
-        rows: Rows of the UNet.
-        slots: State slots of the step component.
+        rows: Number of rows of the UNet.
+        slots: Number of state slots of the step component.
     """
     images, channels, *size = shape
     all_rows, history = (rows, channels, *size), (images, (slots - 1) * channels, *size)
@@ -234,7 +234,7 @@ def state_tensors(shape: tuple[int, ...], rows: int, slots: int) -> dict[str, Te
 
 
 def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
-    """The input "coefficients" of a step component, for each call.
+    """Return the values of a step component's input "coefficients" for each call.
 
     Args:
         rows: ``scaled_rows`` of a trajectory, float32 [calls, own, own + 3], with at most ``slots`` slots.
@@ -242,8 +242,8 @@ def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
         guidance_scale: Guidance scale.
 
     Returns:
-        float32 [calls, slots · (slots + 2) + 1]: for each slot its weights of the state, the prediction and the noise;
-        at the end the guidance scale.
+        float32 [calls, slots · (slots + 2) + 1]: for each slot, the weights of state, prediction and noise; then the
+            guidance scale.
     """
     padded = np.delete(padded_rows(rows, slots), slots + 1, axis=2)  # without x0, whose weights are zero
     scales = np.full((len(rows), 1), guidance_scale, np.float32)
@@ -251,6 +251,6 @@ def coefficients(rows: F32, slots: int, guidance_scale: float) -> F32:
 
 
 def outputs_of(spec: ComponentSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Shapes and dtypes of a component's outputs for its inputs among ``tensors``."""
+    """Shapes and dtypes of a component's outputs, computed from its inputs in ``tensors``."""
     sizes = sizes_of(spec, {tensor.name: tensors[tensor.name][0] for tensor in spec.inputs})
     return {tensor.name: (tensor.shape_at(sizes), tensor.dtype) for tensor in spec.outputs}

@@ -1,4 +1,4 @@
-"""The manifest's description of a TensorRT engine, sufficient to refuse a wrong one before it is loaded."""
+"""The manifest's description of a TensorRT engine, from which an unsuitable engine is rejected before it is loaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class EngineFacts:
         file: Path in the bundle.
         package: The package that built it: "tensorrt-rtx" or "tensorrt".
         version: Version of that package. Only the same version loads the engine, unless it is version-compatible.
-        compute_capabilities: GPUs that it runs on, e.g. ("8.6", "8.9"). One that "tensorrt" built runs on the kind of
-            GPU that built it.
-        precision: Precision of the graph that it was built from.
+        compute_capabilities: Compute capabilities of the GPUs it runs on, e.g. ("8.6", "8.9"). An engine that
+            "tensorrt" built runs only on the kind of GPU on which it was built.
+        precision: Precision of the graph from which it was built.
         graph: SHA-256 of that graph's file.
-        profiles: Shapes that it takes. The first profile that fits is used, so narrower ones come first.
-        proof: How the precision of its matrix work was read, and what was found.
-        structure: SHA-256 of the graph without the values of its weights, if the engine can be refitted; else "".
+        profiles: Input shapes that it takes. The first profile that fits is used, so narrower profiles come first.
+        proof: How the precision of its matrix products was determined, and the result.
+        structure: SHA-256 of the graph without the values of its weights, if the engine can be refitted; otherwise "".
         version_compatible: Later versions of the same major number load the plan too, and so does TensorRT's lean
             runtime.
     """
@@ -74,7 +74,7 @@ class EngineFacts:
 
 
 def engine_from_json(where: str, value: Any) -> EngineFacts:
-    """Read what ``to_json`` wrote. Every field is checked, except whether the path stays inside the bundle.
+    """Read the result of ``to_json``. Every field is checked, except that the path stays inside the bundle.
 
     Raises:
         ManifestError: Names the field, its value and what is expected.

@@ -1,4 +1,4 @@
-"""All errors that a user can cause. A message says what, where, got, expected, and what to do next."""
+"""All errors that a user can cause. A message says what is wrong and where, got, expected, and what to do next."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = [
 ]
 
 MAX_MESSAGE, MAX_BACKEND_MESSAGE = 300, 1200
-"""Characters of the longest error message, whose values and names come from untrusted input; and of the longest one
-about engines, which may give the reason of each."""
+"""Maximum length of an error message in characters, because values and names in it may come from untrusted input.
+Messages about engines may be longer, because they give a reason for each engine."""
 _MIN_WORD = 24
 
 
@@ -30,7 +30,7 @@ class LdmError(Exception):
     """Root of all errors of ldm-export. Its message is one line of at most ``max_message`` characters.
 
     Args:
-        message: Line breaks in it become spaces, and its longest words lose their middle if it is too long.
+        message: Line breaks become spaces. If the message is too long, its longest words are shortened in the middle.
     """
 
     max_message = MAX_MESSAGE
@@ -53,7 +53,7 @@ def _one_line(message: str, most: int) -> str:
 
 
 def interrupted(error: BaseException | None) -> bool:
-    """True if a ``KeyboardInterrupt`` caused the error: compiled modules turn one into an ``ImportError``."""
+    """True if a ``KeyboardInterrupt`` caused the error; compiled modules may turn it into an ``ImportError``."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -82,11 +82,11 @@ class BackendError(LdmError):
 
 
 class UnsupportedError(BackendError):
-    """An engine does not offer what is asked for on any machine, e.g. because the bundle has nothing built for it."""
+    """An engine does not support a request on any machine, e.g. because the bundle has no graph for it."""
 
 
 class DisplacedError(BackendError):
-    """Another request has started on the device since; this one cannot continue."""
+    """Another request was started on the device, so this one cannot continue."""
 
 
 class QueueFullError(LdmError):

@@ -1,9 +1,9 @@
-"""Which schedulers sample correctly in the pipeline of a family: not all pipelines of diffusers scale the latents.
+"""Checks that a scheduler samples correctly in a family's pipeline: not all pipelines of diffusers scale latents.
 
-Schedulers in sigmas multiply the initial noise by ``init_noise_sigma`` and divide the model's input
-(``scale_model_input``). diffusers' LDMTextToImagePipeline does neither, LDMSuperResolutionPipeline divides the
-conditioning image too, and LDMPipeline multiplies by the sigma of training, before the number of steps is known.
-Where the images of diffusers would be wrong, the scheduler is refused.
+Schedulers in sigmas multiply the initial noise by ``init_noise_sigma`` and scale the model's input
+(``scale_model_input``). diffusers' LDMTextToImagePipeline does neither. LDMSuperResolutionPipeline also scales the
+conditioning image. LDMPipeline multiplies the noise by the sigma of training, before the number of steps is set. A
+scheduler is refused if diffusers would generate wrong images with it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ UNSCALED: Mapping[str, str] = {
     "text_to_image": "LDMTextToImagePipeline does not scale the latents",
     "super_resolution": "LDMSuperResolutionPipeline scales the image to enlarge too",
 }
-"""Family -> why it takes no scheduler in sigmas."""
+"""Family -> reason why it takes no scheduler in sigmas."""
 SCALED_AS_TRAINED: Mapping[str, str] = {"unconditional": "LDMPipeline takes the sigma of training"}
-"""Family -> why it takes only those whose initial noise does not depend on the steps. Other families take all."""
+"""Family -> reason why it takes only schedulers whose initial noise does not depend on the number of steps."""
 
 
 def check_family_scheduler(family: str, scheduler: Scheduler, trajectory: Trajectory) -> None:
@@ -33,7 +33,7 @@ def check_family_scheduler(family: str, scheduler: Scheduler, trajectory: Trajec
     Args:
         family: Name of the family.
         scheduler: Scheduler.
-        trajectory: Of this scheduler.
+        trajectory: A trajectory of this scheduler.
 
     Raises:
         SpecError: It does not; the message names the scheduler and those that are possible.

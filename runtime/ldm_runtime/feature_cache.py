@@ -1,4 +1,4 @@
-"""Feature caching: UNet calls that compute the shallow layers only, with the deep features of an earlier call.
+"""Feature caching: some UNet calls compute only the shallow layers and reuse deep features of an earlier call.
 
 DeepCache (Ma et al. 2023, arXiv:2312.00858): the deep features of a UNet change little from one step to the next.
 """
@@ -26,19 +26,19 @@ MAX_EVERY = 1000
 def shallow_calls(every: int, full_steps: Any, initial: int, steps: Sequence[StepBranches]) -> tuple[bool, ...]:
     """Decide, for each UNet call, whether it computes the shallow layers only.
 
-    Each branch of guidance has deep features of its own, those of the last whole call that has evaluated it. Both must
-    be of the same call, because guidance multiplies their difference. Therefore a whole call that is due where the
-    guidance direction is reused waits for the next call that evaluates both branches, and such a call is whole if the
-    last whole one has evaluated one branch.
+    Each guidance branch has its own deep features, from the last whole call that evaluated it. Both branches must use
+    features of the same call, because guidance multiplies their difference. Therefore a whole call that is due at a
+    step that reuses the guidance direction is delayed to the next call that evaluates both branches, and a call that
+    evaluates both branches is whole if the last whole call evaluated only one.
 
     Args:
-        every: Compute the whole UNet at every N-th call; 1 for each. Calls are counted, so a scheduler with two calls
-            per step reuses features within a step.
-        full_steps: Number of calls at the start that compute the whole UNet, because they decide on the layout of the
-            image; None for ``initial``. Or the indices of all such calls, instead of ``every``; the first call, and the
-            first that evaluates both branches, are whole too.
-        initial: Number of these calls if ``full_steps`` is None.
-        steps: What each UNet call evaluates.
+        every: Compute the whole UNet at every N-th call; 1 for all calls. Calls are counted, not steps, so a scheduler
+            with two calls per step reuses features within a step.
+        full_steps: Number of calls at the start that compute the whole UNet, because they decide the layout of the
+            image; None for ``initial``. A list instead contains the indices of all whole calls and replaces ``every``;
+            the first call, and the first that evaluates both branches, are always whole.
+        initial: Value of ``full_steps`` if that is None.
+        steps: The branches that each UNet call evaluates.
 
     Returns:
         True for each call that reuses deep features.
@@ -91,13 +91,13 @@ class DeepFeatures:
     def predict(
         self, sample: F32, schedule: Tensors, conditioning: Tensors, rows: Rows, *, shallow: bool, keep: bool
     ) -> F32:
-        """Predict noise as ``Denoiser``, by the shallow layers or by the whole UNet.
+        """Predict noise like ``Denoiser``, with the shallow UNet or with the whole UNet.
 
         Args:
             sample, schedule, conditioning: As for ``Denoiser``.
-            rows: Rows of the features that belong to the first rows of the sample; others of the sample are padding.
-            shallow: Use the features of these rows.
-            keep: Keep the features of these rows for later calls; ignored with ``shallow``.
+            rows: Rows of the features that belong to the first rows of the sample; the remaining rows are padding.
+            shallow: True uses the features of these rows, with the shallow UNet.
+            keep: True keeps the features of these rows for later calls; ignored with ``shallow``.
 
         Raises:
             SpecError, BackendError: As ``Denoiser``.

@@ -24,7 +24,7 @@ class Step:
     Attributes:
         index, total: Index from 0, and the number of steps.
         timestep: Training timestep; a whole number unless the scheduler has fractional ones.
-        read: Reads the latents; only valid until the next step when they are on a device.
+        read: Function that returns the latents. On a device it is only valid until the next step.
     """
 
     index: int
@@ -43,9 +43,9 @@ class Generation:
     """Result of a call.
 
     Attributes:
-        arrays: Images float32 [B, channels, H, W] in [0, 1], those of one prompt side by side.
+        arrays: Images float32 [B, channels, H, W] in [0, 1]; images of one prompt are adjacent.
         latents: float32 [B, C, h, w].
-        flagged: For each image, whether the safety checker has flagged it, so that it is black. None without a checker.
+        flagged: For each image, True if the safety checker flagged it and made it black. None without a safety checker.
     """
 
     arrays: F32

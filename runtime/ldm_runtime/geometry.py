@@ -1,4 +1,4 @@
-"""Sizes a model's graphs take, and the one place where pixels are converted to latents."""
+"""Sizes that a model's graphs take, and the conversion of pixels to latents, which happens nowhere else."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Geometry"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes a model takes: channels, height and width of the latents, images per call, and pixels per latent.
+    """Shapes that a model takes: channels, height and width of the latents, images per call, and pixels per latent.
 
     Attributes:
         channels: Latent channels.
-        height, width: Bounds in latents; ``opt`` is the model's own size.
-        images: Most images of one call.
+        height, width: Bounds in latents; ``opt`` is the model's default size.
+        images: Maximum number of images of one call.
         factor: Pixels per latent along each side.
         image_channels: Channels of the decoded image.
     """
@@ -38,7 +38,7 @@ class Geometry:
         A guided image takes one row of the UNet per guidance branch, so the UNet bounds the number of images too.
 
         Raises:
-            SpecError: The specs have other ranks than a latent diffusion model's.
+            SpecError: The ranks of the specs are not those of a latent diffusion model.
         """
         latents, image = model.components[DECODER].inputs[0], model.components[DECODER].outputs[0]
         if len(latents.shape) != 4 or len(image.shape) != 4:
@@ -49,7 +49,7 @@ class Geometry:
         return cls(model.latents.channels, height, width, images, model.latents.factor, image.bounds("opt")[1])
 
     def latents_of(self, side: str, pixels: object) -> int:
-        """Convert pixels to latents along ``side`` ("height" or "width"); None means the model's own size.
+        """Convert pixels to latents along ``side`` ("height" or "width"); None means the model's default size.
 
         Raises:
             SpecError: Not a multiple of the factor, or out of bounds.

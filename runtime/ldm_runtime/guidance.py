@@ -70,9 +70,9 @@ def guide(unconditional: F32, conditional: F32, scale: np.float32 | F32) -> tupl
 
 
 def rescale(guided: F32, conditional: F32, share: np.float32 | F32) -> F32:
-    """Bring guided predictions back to the standard deviation of the conditional branch.
+    """Rescale guided predictions to the standard deviation of the conditional branch.
 
-    Section 3.4 of Lin et al. 2023, arXiv:2305.08891, against overexposed images.
+    This avoids overexposed images; see section 3.4 of Lin et al. 2023, arXiv:2305.08891.
 
     Args:
         guided: Predictions after guidance, float32 [images, C, h, w].

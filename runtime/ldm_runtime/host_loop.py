@@ -1,4 +1,4 @@
-"""The denoising loop in NumPy: guidance, cached features, the scheduler's steps, and the kept part of an image."""
+"""The denoising loop in NumPy: guidance, feature caching, scheduler steps, and restoring an image outside its mask."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def host_steps(plan: Plan, encoded: Tensors, denoiser: Denoiser, start: Start) -
 
     Args:
         plan: The plan of a request.
-        encoded: What the conditioning of the plan was encoded to.
+        encoded: Outputs of the conditioners, [plan.rows, …].
         denoiser: The UNet and the components that derive its inputs.
         start: Initial latents and the noise of the steps.
 

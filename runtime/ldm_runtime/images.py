@@ -1,4 +1,4 @@
-"""Image arrays as PIL images, grids of images, PNG data, and PSNR."""
+"""Converts image arrays to PIL images, grids and encoded files, and computes PSNR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FORMATS", "check_latents", "grid", "pil_image", "psnr", "to_bytes", 
 QUALITY = 95
 """Quality of JPEG and WebP images."""
 CHANNELS = (1, 3, 4)
-"""Channels of the images that PIL writes: L, RGB and RGBA."""
+"""Numbers of channels that PIL supports: L, RGB and RGBA."""
 FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -31,14 +31,15 @@ FORMATS = {
 """Suffix of a file -> Pillow's name of its format."""
 MAX_COLUMNS = 2**31 - 1
 MAX_LATENT = 1e9
-"""Latents are of order 1. Far beyond, normalisations overflow, and some engines clamp NaN to a black image."""
+"""Largest magnitude of latents, whose usual order is 1. Far larger values overflow in the decoder, and some engines
+turn NaN into a black image without an error."""
 
 
 def check_latents(latents: NDArray[np.float32]) -> None:
-    """Refuse latents that cannot be decoded to an image.
+    """Check that latents can be decoded to an image.
 
     Raises:
-        SpecError: A value is NaN or beyond MAX_LATENT.
+        SpecError: A value is NaN, or its magnitude is above MAX_LATENT.
     """
     if not (np.abs(latents) <= MAX_LATENT).all():
         raise SpecError(
@@ -48,10 +49,10 @@ def check_latents(latents: NDArray[np.float32]) -> None:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Convert float [B, C, H, W] in [0, 1] to uint8 [B, H, W, C], rounded half to even as diffusers' ``numpy_to_pil``.
+    """Convert float [B, C, H, W] in [0, 1] to uint8 [B, H, W, C], rounding half to even as diffusers does.
 
     Raises:
-        SpecError: NaN or infinite values, which would otherwise show as black.
+        SpecError: There are NaN or infinite values, which would otherwise become black.
     """
     if not np.isfinite(images).all():
         raise SpecError("image: the decoder gave NaN or infinite values; build a bundle of higher precision")
@@ -68,7 +69,7 @@ def pil_image(image: NDArray[np.uint8]) -> Image.Image:
     """Convert uint8 [H, W, C] to a PIL image: mode L for one channel, RGB for three, RGBA for four.
 
     Raises:
-        SpecError: Another number of channels.
+        SpecError: The number of channels is another.
     """
     channels = image.shape[2]
     if channels not in CHANNELS:
@@ -80,7 +81,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     """Arrange equally sized images row by row, ``gap`` white pixels apart; as square as possible by default.
 
     Raises:
-        SpecError: No images, or no columns.
+        SpecError: There are no images, or no columns.
     """
     if not images:
         raise SpecError("grid: got no images, expected at least one")
@@ -99,8 +100,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY) -> bytes:
     """Encode an image in the format of a file name's suffix.
 
-    JPEG and WebP lose detail, as JPEG has no lossless mode and WebP's is slow. JPEG has no opacity and BMP's is rarely
-    read, so RGBA images are laid on white for these.
+    JPEG and WebP lose detail, because JPEG has no lossless mode and WebP's is slow. For JPEG and BMP, RGBA images get a
+    white background, because JPEG has no transparency and few programs read that of BMP.
 
     Args:
         image: Of mode L, RGB or RGBA.

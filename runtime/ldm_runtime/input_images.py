@@ -1,4 +1,4 @@
-"""Images that callers give: opened from files within limits, and converted to RGB or to numbers."""
+"""Reads image files within limits, and converts images to RGB."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ldm_runtime.errors import SpecError
 __all__ = ["MAX_PIXELS", "open_image", "rgb_image"]
 
 MAX_PIXELS = 2**25
-"""Most pixels of an image file, 33.5 million: more than any model takes, and 100 MB decoded."""
+"""Maximum pixels of an image file, 33.5 million: more than any model takes, and 100 MB when decoded."""
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read an image file, turned upright as its EXIF orientation says; its mode stays the file's.
+    """Read an image file and rotate it by its EXIF orientation; its mode is not changed.
 
     Its size is checked before it is decoded. For images of more than 89 million pixels, which are refused, Pillow also
     warns. The warning is not suppressed, because warning filters are shared by all threads.
 
     Args:
         file: Path, or an open file.
-        name: Name for messages; the default is the path.
+        name: Name of the image in error messages; by default the path.
 
     Raises:
-        SpecError: The file is missing, no image, too large, animated, or truncated.
+        SpecError: The file is missing, is not an image, or is too large, animated or truncated.
     """
     shown_as = str(file) if name is None else name
     try:
@@ -51,9 +51,9 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
 
 
 def rgb_image(image: Image.Image) -> Image.Image:
-    """An image of any mode as upright RGB of 8 bits.
+    """Convert an image of any mode to 8-bit RGB, rotated by its EXIF orientation.
 
-    Palettes are looked up, 16 bits are scaled, and transparent images are laid on white.
+    Palette indices become colours, 16-bit values are scaled, and transparent images get a white background.
 
     Raises:
         SpecError: It has more than ``MAX_PIXELS`` pixels.

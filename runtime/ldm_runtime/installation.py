@@ -1,7 +1,7 @@
-"""The command that installs an extra of ldm-export, taken from where this copy of ldm-export was installed.
+"""The command that installs an extra of ldm-export from the source from which ldm-export was installed.
 
 The package is not on an index. ``direct_url.json`` (PEP 610) in the metadata of the installed distribution says whether
-pip took it from a checkout, a wheel or a repository, and an extra has to come from the same place.
+pip installed it from a checkout, a wheel or a repository; an extra has to come from the same source.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ NAME = "ldm-export"
 """Name of the distribution."""
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 _SPECIAL = re.compile(r"""(["$`\\])""")
-"""Characters that a shell reads inside double quotes."""
+"""Characters that have a special meaning for a shell inside double quotes."""
 
 
 def install_command(extra: str) -> str:
-    """Return a command that adds the packages of an extra to an environment with this copy of ldm-export.
+    """Return a command that installs the packages of an extra for this copy of ldm-export.
 
-    1. A checkout or a wheel that still exists: ``pip install`` of its path, with ``-e`` if it was installed so.
-    2. A repository or a wheel on a server: ``pip install "ldm-export[extra] @ URL"``.
-    3. A file that has been deleted since, e.g. the wheel of a container image: ``pip install`` of the packages that the
-       extra asks for.
-    4. Without a URL it was installed by name from an index: ``pip install "ldm-export[extra]"``.
+    1. For a checkout or a wheel that still exists: ``pip install`` of its path, with ``-e`` if it is editable.
+    2. For a repository or a wheel on a server: ``pip install "ldm-export[extra] @ URL"``.
+    3. For a file that has been deleted, e.g. the wheel of a container image: ``pip install`` of the packages of the
+       extra.
+    4. Without a URL, because it was installed from an index: ``pip install "ldm-export[extra]"``.
 
     Args:
         extra: Name of an extra, e.g. "openvino".
     """
-    from importlib.metadata import PackageNotFoundError, distribution  # not when ldm_runtime is imported: it is slow
+    from importlib.metadata import PackageNotFoundError, distribution  # imported here, because it is slow
 
     try:
         found = distribution(NAME)
@@ -68,7 +68,7 @@ def _shortened(path: Path) -> Path:
 
 
 def _quoted(text: str) -> str:
-    """A word for a shell."""
+    """Quote a word for a shell."""
     return '"' + _SPECIAL.sub(r"\\\1", text) + '"'
 
 

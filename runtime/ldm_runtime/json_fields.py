@@ -1,4 +1,4 @@
-"""Typed access to untrusted JSON; a wrong type raises ManifestError naming the field."""
+"""Typed access to untrusted JSON. A wrong type raises a ManifestError that names the field."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _T = TypeVar("_T")
 
 
 def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file of at most ``limit`` bytes, with finite numbers only.
+    """Return the JSON object in a file of at most ``limit`` bytes; NaN and infinity are refused.
 
     Raises:
-        ManifestError: The file cannot be read, or holds something else.
+        ManifestError: The file cannot be read, or is not such an object.
     """
 
     def refuse(constant: str) -> Any:

@@ -1,4 +1,4 @@
-"""Links in folders of models: which of them may be followed."""
+"""Decides which symbolic links in model folders may be followed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _REPOSITORIES = ("models--", "datasets--", "spaces--")
 
 
 def stays_inside(path: Path, folder: Path) -> bool:
-    """True if a file, with all links resolved, is in a folder or among the blobs of a Hugging Face cache.
+    """True if a file, after all links are resolved, is in the folder or is a blob of a Hugging Face cache.
 
-    Such a cache keeps a repository as ``models--OWNER--NAME/snapshots/REVISION/FILE``, links to
-    ``models--OWNER--NAME/blobs/DIGEST``. A folder outside the cache may consist of links to blobs as well. The content
-    of a blob is not trusted here: callers compare digests, or read formats that cannot execute code.
+    Such a cache stores a repository as ``models--OWNER--NAME/snapshots/REVISION/FILE``, which are links to
+    ``models--OWNER--NAME/blobs/DIGEST``. A folder outside the cache may also consist of links to blobs. The content of
+    a blob is not trusted: callers compare digests, or read formats that cannot execute code.
 
     Raises:
-        OSError, RuntimeError, ValueError: The path is too long, a link to itself, or contains a zero byte.
+        OSError, RuntimeError, ValueError: The path is too long, is a link to itself, or contains a zero byte.
     """
     target, place = path.resolve(), folder.resolve()
     if target.is_relative_to(place):

@@ -27,7 +27,7 @@ class FileFact:
 
 @dataclass(frozen=True)
 class StageFact:
-    """One step of the build: the key of all it depends on, and the files it wrote."""
+    """One stage of the build: a digest of everything it depends on, and the files it wrote."""
 
     key: str
     files: tuple[str, ...]
@@ -35,13 +35,13 @@ class StageFact:
 
 @dataclass(frozen=True)
 class Component:
-    """One model component.
+    """One component of the model in a bundle: its spec, graphs and engines.
 
     Attributes:
         spec: Inputs and outputs.
         graphs: Precision -> path of the ONNX graph.
         engines: TensorRT engines.
-        variants: Engine name -> precision -> path of a graph rewritten for that engine, e.g. for "onnxruntime-cpu".
+        variants: Name of a variant, e.g. "onnxruntime-cpu" -> precision -> path of the graph rewritten for that engine.
     """
 
     spec: ComponentSpec
@@ -50,23 +50,23 @@ class Component:
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def graph(self, precision: str, variant: str = "") -> str | None:
-        """Path of the graph for an engine: its own variant, else the portable graph; None if there is neither."""
+        """Path of the graph for an engine: its variant if there is one, else the portable graph, else None."""
         return self.variants.get(variant, {}).get(precision) or self.graphs.get(precision)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself. Paths are relative, with forward slashes.
+    """Content of a bundle's manifest. Paths are relative and have forward slashes.
 
     Attributes:
         family: Pipeline family, e.g. "text_to_image".
-        components: By name.
+        components: Name -> component.
         conditioning, guidance, latents, scheduler, defaults, guidance_above_one: As in ``ModelDescription``.
         files: Every file of the bundle except the manifest itself and the build log.
         stages: What each stage of the build depended on and wrote.
         tools: Versions of the packages that built the bundle.
-        request: What the build was asked for.
-        measured: What ``verify`` and others measured.
+        request: Options of the build.
+        measured: Results of measurements, e.g. of ``verify``.
     """
 
     family: str
@@ -85,13 +85,13 @@ class Manifest:
 
     @property
     def model(self) -> ModelDescription:
-        """The model as the runtime sees it."""
+        """Description of the model for the runtime."""
         specs = {name: component.spec for name, component in self.components.items()}
         parts = (self.conditioning, self.guidance, self.latents, self.scheduler, self.defaults, self.guidance_above_one)
         return ModelDescription(self.family, specs, *parts)
 
     def to_json(self) -> str:
-        """Canonical text: sorted keys, two spaces, a final newline; equal facts give equal bytes."""
+        """Canonical JSON: sorted keys, indentation of two spaces, a final newline. Equal manifests give equal bytes."""
         document = {
             "format": FORMAT,
             "version": VERSION,

@@ -23,7 +23,7 @@ MAX_BYTES = 16 * 2**20
 MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
 MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS, MAX_SETTING = 1024, 256, 1000, 2**31
 MAX_VALUES = 2**31 - 1
-"""Most values of a tensor at its usual size, 8 GiB as float32."""
+"""Maximum number of values of a tensor at its usual size, 8 GiB as float32."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -32,7 +32,8 @@ def read_manifest(bundle: Path) -> Manifest:
     """Read and check ``manifest.json`` of a bundle folder; no other file is opened.
 
     Raises:
-        ManifestError: no bundle, damaged, another format or a newer version, or an unsafe path in it.
+        ManifestError: The folder is not a bundle, the manifest is damaged or has another format or version, or it
+            contains an unsafe path.
     """
     path = bundle / MANIFEST
     try:
@@ -46,7 +47,7 @@ def read_manifest(bundle: Path) -> Manifest:
         document = json.loads(content.decode())
         if not _shallow(document):
             raise ValueError(f"nested more than {MAX_NESTING} deep")
-        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # no NaN, infinity, lone surrogate
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # refuses NaN, infinity and lone surrogates
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not valid JSON ({error}); rebuild the bundle") from None
     try:
@@ -105,10 +106,11 @@ def _parse(document: Any) -> Manifest:
 
 
 def safe_path(where: str, path: Any) -> str:
-    """The path itself if it stays inside the bundle.
+    """Return a path if it stays inside the bundle.
 
     Raises:
-        ManifestError: absolute, with ``..``, a backslash, a drive, a control character, or no text at all.
+        ManifestError: The path is absolute, contains ``..``, a backslash, a drive or a control character, or is not a
+            text.
     """
     text = require_str(where, path)
     pure = PurePosixPath(text)
@@ -141,7 +143,7 @@ def _stage(where: str, value: Any) -> StageFact:
 
 
 def _components(top: dict[str, Any]) -> dict[str, Component]:
-    """Components in the order in which they run; JSON objects are sorted by name in a canonical manifest."""
+    """Components in the order in which they run. The manifest lists the order, because its JSON objects are sorted."""
     components = require_map("components", top.get("components"), _component)
     order = _names("order", top.get("order"))
     if sorted(order) != sorted(components):
@@ -181,7 +183,7 @@ def _latents(entry: dict[str, Any]) -> Latents:
 
 def _defaults(entry: dict[str, Any]) -> Defaults:
     steps = require_integer("defaults.num_inference_steps", entry.get("num_inference_steps"), 1, MAX_STEPS)
-    entry = {"full_share": Defaults.full_share, **entry}  # bundles without a shallow UNet do not say it
+    entry = {"full_share": Defaults.full_share, **entry}  # missing in bundles without a shallow UNet
     for name in ("eta", "guidance_scale", "full_share"):
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_STEPS:
@@ -196,7 +198,7 @@ def _graphs(where: str, value: Any) -> dict[str, str]:
 
 
 def _graph(where: str, value: Any) -> str:
-    """The path of a graph. Engines and packages choose a file's format by its name, so only ".onnx" is taken."""
+    """The path of a graph. Only ".onnx" is accepted, because engines and packages derive the format from the name."""
     path = safe_path(where, value)
     if not path.endswith(".onnx"):
         raise ManifestError(f"{where}: got {path!r:.80}, expected the path of an .onnx file; rebuild the bundle")

@@ -1,4 +1,4 @@
-"""A model as the runtime sees it: family, component specs, conditioning, guidance, latents, scheduler and defaults."""
+"""Description of a model: family, component specs, conditioning, guidance, latents, scheduler and defaults."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = [
 ]
 
 UNET, DECODER = "unet", "decoder"
-"""The two components every model has: the denoiser, and what turns latents into an image. Other names are free."""
+"""The two components that every model has: the denoiser, and the decoder of latents. Other names are free."""
 SHALLOW_UNET = "shallow_unet"
-"""Component with the layers of the UNet that a step with cached features computes; not every bundle has it."""
+"""Optional component with the UNet's shallow layers, which run at steps that reuse deep features."""
 SAFETY_CHECKER = "safety_checker"
-"""Component that scores decoded images; not every bundle has it."""
+"""Optional component that scores decoded images."""
 DENOISERS = (UNET, SHALLOW_UNET)
-"""Components that predict noise, one of them at each step."""
+"""Components that predict noise; each step runs one of them."""
 SAMPLE, TIMESTEP, NOISE_PRED, LATENTS, IMAGE = "sample", "timestep", "noise_pred", "latents", "image"
 """Tensors with a fixed meaning: input and output of the UNet, the timestep, input and output of the decoder."""
 DEEP_FEATURES = "deep_features"
-"""Second output of a UNet that has a shallow one, and an input of the shallow one: what the other layers computed."""
+"""Second output of the UNet in a bundle with a shallow UNet, which takes it as an input: results of the deep layers."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ConditioningSpec:
 
     Attributes:
         kind: Name of a module of ``ldm_runtime.conditioning``, e.g. "text".
-        component: The component that encodes it, e.g. "text_encoder"; "" if none does.
-        files: Role -> file of the bundle, e.g. {"tokenizer": "tokenizer.json"}.
+        component: The component that encodes it, e.g. "text_encoder"; "" if there is none.
+        files: Role of a file -> its path in the bundle, e.g. {"tokenizer": "tokenizer.json"}.
         inputs: Names of the tensors it provides to other components, e.g. ("context",).
-        settings: Numbers that the kind needs, e.g. {"classes": 1000} for labels.
+        settings: Numbers that the kind of conditioning needs, e.g. {"classes": 1000} for labels.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Defaults:
         num_inference_steps: Denoising steps.
         eta: DDIM's eta.
         guidance_scale: Guidance scale; 1 turns guidance off.
-        full_share: Share of the UNet calls, at the start, that compute the whole UNet although features are cached.
+        full_share: With feature caching, share of the UNet calls at the start that compute the whole UNet.
     """
 
     num_inference_steps: int = 50
@@ -82,7 +82,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Everything the runtime must know to sample from a model, apart from its files.
+    """Everything that the runtime needs to sample from a model, except its files.
 
     Attributes:
         family: Name of the pipeline family, e.g. "text_to_image".
@@ -93,8 +93,8 @@ class ModelDescription:
         latents: Channels and factor.
         scheduler: diffusers' scheduler options, with the class name under "class".
         defaults: Sampling options of the model.
-        guidance_above_one: Only guidance scales above 1 turn guidance on, as in StableDiffusionPipeline. Otherwise all
-            except 1 do, as in LDMTextToImagePipeline.
+        guidance_above_one: True if only guidance scales above 1 turn guidance on, as in StableDiffusionPipeline. False
+            if all scales except 1 do, as in LDMTextToImagePipeline.
     """
 
     family: str
@@ -107,9 +107,9 @@ class ModelDescription:
     guidance_above_one: bool = False
 
     def once_per(self, runs: str) -> tuple[ComponentSpec, ...]:
-        """Components that run once per "request" or "schedule" and derive UNet inputs, in the manifest's order.
+        """Components that derive UNet inputs and run once per ``runs`` ("request" or "schedule"), in their order.
 
-        Components that encode a conditioning are left out: their conditioner runs them.
+        Components that encode conditioning are not included, because their conditioner runs them.
         """
         encoders = {entry.component for entry in self.conditioning}
         return tuple(spec for name, spec in self.components.items() if spec.runs == runs and name not in encoders)
@@ -119,7 +119,7 @@ def check_model(model: ModelDescription) -> None:
     """Check that the components fit together: every UNet input has a source, and latents have one shape.
 
     Raises:
-        ManifestError: Names the component, what its spec says and what is expected.
+        ManifestError: They do not; the message names the component, its spec and what is expected.
     """
     missing = [name for name in (UNET, DECODER) if name not in model.components]
     if missing:

@@ -1,4 +1,4 @@
-"""The noise torch draws on a CPU, without torch: the same seed gives the same latents and the same image."""
+"""The random numbers of torch on the CPU, without torch: a seed gives the same noise, and so the same image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F32 = NDArray[np.float32]
 
 BLOCK = 16  # values that torch's vectorised fill makes at once: 8 pairs
 AT_ONCE = 8192
-"""Values that fit the caches with all that is made on the way."""
+"""Number of values computed at once, so that intermediate results fit into the CPU's caches."""
 LOG: tuple[float, ...]  # of log1p on [√½ - 1, √2 - 1]
 LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1)
 LOG += (2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
@@ -28,20 +28,21 @@ QUARTER_PI = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)  
 
 
 class TorchGenerator:
-    """The stream of ``torch.manual_seed(seed)`` on the CPU, as ``torch.randn`` reads it for float32.
+    """The random number stream of ``torch.manual_seed(seed)`` on the CPU, as ``torch.randn`` uses it for float32.
 
-    Two calls continue one stream, as they do in torch. Sixteen values and more repeat torch's vectorised Box-Muller
-    bit for bit as an x86 CPU with AVX2 runs it (torch itself differs by up to 2.3e-6 without AVX2); fewer take its
-    double precision way. torch's float16 and bfloat16 noise is this noise rounded where sizes are multiples of 16, as
-    those of latents are (other sizes end otherwise); its float64 noise takes other draws and cannot be had from here.
+    Successive calls continue the stream, as in torch. Draws of 16 values or more reproduce torch's vectorised
+    Box-Muller transform on an x86 CPU with AVX2 bit for bit (without AVX2, torch itself differs by up to 2.3e-6);
+    smaller draws use torch's double precision algorithm. For sizes that are multiples of 16, like those of latents,
+    torch's float16 and bfloat16 noise is this noise rounded. torch's float64 noise is drawn differently and is not
+    supported.
 
     Source: ATen/native/cpu/DistributionTemplates.h (normal_fill), avx_mathfun.h, ATen/core/DistributionsHelper.h.
 
     Args:
-        seed: -2**63 .. 2**64 - 1, as torch takes it; the Mersenne Twister sees its low 32 bits.
+        seed: -2**63 .. 2**64 - 1, as in torch; the Mersenne Twister uses its low 32 bits.
 
     Raises:
-        SpecError: seed is no int (bool is none), or out of range.
+        SpecError: ``seed`` is not an integer, is a boolean, or is out of range.
     """
 
     def __init__(self, seed: int) -> None:
@@ -53,10 +54,10 @@ class TorchGenerator:
         self._spare: float | None = None  # the second value of the last double precision pair
 
     def randn(self, shape: tuple[int, ...]) -> F32:
-        """Standard normal noise, float32 of ``shape``, equal to ``torch.randn(shape)`` at this place of the stream.
+        """Standard normal noise, float32 of ``shape``, equal to ``torch.randn(shape)`` at this position of the stream.
 
         Raises:
-            SpecError: shape is no tuple of integers >= 0.
+            SpecError: ``shape`` is not a tuple of integers >= 0.
         """
         if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
             raise SpecError(f"noise: got shape {shape!r}, expected a tuple of integers >= 0")
@@ -67,18 +68,18 @@ class TorchGenerator:
         noise = np.empty(size, np.float32)
         whole = size - size % BLOCK
         noise[:whole] = _box_muller(uniform[:whole])
-        if whole < size:  # torch draws the last 16 anew, over values already made
+        if whole < size:  # torch redraws the last 16 values, replacing some
             noise[-BLOCK:] = _box_muller(self._uniform(BLOCK))
         return noise.reshape(shape)
 
     def endless(self, shape: tuple[int, ...]) -> Iterator[F32]:
-        """``randn(shape)`` again and again; small ones are drawn several at a time, which is up to six times as fast.
+        """Yield ``randn(shape)`` endlessly. Small shapes are drawn several at a time, which is up to six times as fast.
 
-        Nothing else may read the stream meanwhile.
+        Nothing else may draw from the stream meanwhile.
         """
         yield self.randn(shape)
         size = math.prod(shape)
-        count = max(1, AT_ONCE // size) if size and size % BLOCK == 0 else 1  # others leave values out of the stream
+        count = max(1, AT_ONCE // size) if size and size % BLOCK == 0 else 1  # other sizes skip values of the stream
         while True:
             yield from self.randn((count, *shape))
 
@@ -86,7 +87,7 @@ class TorchGenerator:
         return self._twister.randint(0, 2**32, size, dtype=np.uint32)
 
     def _uniform(self, size: int) -> F32:
-        """Multiples of 2**-24 in [0, 1), one draw each."""
+        """Uniform values in [0, 1), multiples of 2**-24, from one draw each."""
         return (self._draw(size) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
 
     def _one(self) -> float:
@@ -101,7 +102,7 @@ class TorchGenerator:
 
 
 def _box_muller(uniform: F32) -> F32:
-    """Blocks of 16 uniform values to blocks of 16 normal ones: 8 radii and 8 angles to 8 cosines and 8 sines."""
+    """Convert blocks of 16 uniform values, 8 radii and 8 angles, to 16 normal values, 8 cosines and 8 sines."""
     pairs = uniform.reshape(-1, 2, BLOCK // 2)
     radius = np.sqrt(_log(1 - pairs[:, 0]) * -2)
     sin, cos = _sincos(pairs[:, 1] * np.float32(2 * math.pi))

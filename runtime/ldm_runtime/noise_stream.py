@@ -1,4 +1,4 @@
-"""The noise of one request: draws of any number of images first, then the same shape again and again."""
+"""The noise of one request: draws for any number of images first, then endless draws of one shape."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ F32 = NDArray[np.float32]
 
 
 class NoiseStream:
-    """Standard normal noise without end, float32 of ``shape``.
+    """Endless iterator of standard normal noise, float32 of ``shape``.
 
     Args:
-        seeds: One for the batch, or one for each image, whose noise then does not depend on the other images.
-        shape: Of the latents, (images, C, h, w).
+        seeds: One seed for the batch, or one for each image, so that its noise does not depend on the other images.
+        shape: Shape of the latents, (images, C, h, w).
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]):
@@ -31,14 +31,14 @@ class NoiseStream:
 
     @property
     def separate(self) -> bool:
-        """True if each image has a stream of its own."""
+        """True if each image has its own stream."""
         return len(self._generators) > 1
 
     def draw(self, images: int) -> F32:
-        """Draw noise float32 [images, C, h, w], before the first ``next``.
+        """Draw noise float32 [images, C, h, w]; call it before the first ``next``.
 
         Raises:
-            SpecError: The images have streams of their own, and there are not so many.
+            SpecError: Each image has its own stream, and there is another number of streams.
         """
         if not self.separate:
             return self._generators[0].randn((images, *self._shape[1:]))

@@ -1,4 +1,4 @@
-"""Checks of numbers that callers give: Python's and NumPy's are accepted, booleans and other types are not."""
+"""Checks numbers that callers give: Python and NumPy numbers are accepted, booleans and other types are not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FLOAT32_MAX", "MAX_SECONDS", "as_float", "as_integer", "integer", "n
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_SECONDS = 1e9
-"""Longest timeout, about 30 years: what an operating system's clocks and locks take."""
+"""Longest timeout, about 30 years; the clocks and locks of operating systems do not take much longer ones."""
 MAX_THREADS = 1024
 
 
@@ -53,7 +53,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within bounds as an int.
 
     Raises:
-        SpecError: Another type, or out of bounds.
+        SpecError: It has another type, or is out of bounds.
     """
     result = as_integer(value)
     if result is None or not low <= result <= high:
@@ -65,7 +65,7 @@ def number(name: str, value: Any, low: float = -FLOAT32_MAX, high: float = FLOAT
     """Return a finite number within bounds as a float.
 
     Raises:
-        SpecError: Another type, NaN, infinite or out of bounds.
+        SpecError: It has another type, or is NaN, infinite or out of bounds.
     """
     result = as_float(value)
     if result is None or not low <= result <= high:
@@ -79,7 +79,7 @@ def seconds(name: str, value: Any) -> float:
     """Return a number of seconds above 0, at most MAX_SECONDS, as a float.
 
     Raises:
-        SpecError: Another type, NaN, or out of bounds.
+        SpecError: It has another type, or is NaN or out of bounds.
     """
     result = as_float(value)
     if result is None or not 0 < result <= MAX_SECONDS:
@@ -91,7 +91,7 @@ def threads(value: Any) -> int | None:
     """Return a number of CPU threads as an int; None, for all cores, stays None.
 
     Raises:
-        SpecError: Another type, or out of bounds.
+        SpecError: It has another type, or is out of bounds.
     """
     if value is None:
         return None

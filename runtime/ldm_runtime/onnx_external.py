@@ -1,8 +1,8 @@
 """Lists the files of external data that an ONNX graph refers to, without the package onnx.
 
-An engine opens these files by itself, so a bundle must know them before. The graph is untrusted: it is read through its
-protobuf wire format, https://protobuf.dev/programming-guides/encoding, one message after the other, without recursion.
-Field numbers are those of onnx.proto.
+An engine opens these files itself, so their digests must be checked before. The graph is untrusted: its protobuf wire
+format (https://protobuf.dev/programming-guides/encoding) is read message by message, without recursion. Field numbers
+are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ldm_runtime.errors import ManifestError
 __all__ = ["external_locations", "varint"]
 
 MAX_FIELDS = 10_000_000
-"""Fields of a graph that are read; the largest graphs of diffusion models have below a million."""
+"""Maximum number of fields of a graph; the largest graphs of diffusion models have less than a million."""
 MAX_VARINT = 10
-"""Bytes of the longest varint."""
+"""Length of the longest varint in bytes."""
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _KEY, _VALUE = 1, 2
 _CHILDREN: dict[str, dict[int, str]] = {
@@ -31,7 +31,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "Tensor": {13: "StringStringEntry"},
     "StringStringEntry": {},
 }
-"""Message -> number of a field -> message in it, of all messages on the way to a tensor's ``external_data``."""
+"""Message -> field number -> type of the message in that field, for all paths to a tensor's ``external_data``."""
 
 
 def external_locations(graph: Path) -> set[str]:
@@ -41,10 +41,10 @@ def external_locations(graph: Path) -> set[str]:
         graph: An ONNX file.
 
     Returns:
-        Paths as the graph has them, relative to its folder if it is sound; empty if all data is in the graph.
+        Paths as written in the graph. Valid ones are relative to its folder. Empty if all data is in the graph.
 
     Raises:
-        ManifestError: The file is no protobuf message, or has far too many fields.
+        ManifestError: The file is not a protobuf message, or has too many fields.
         OSError: It cannot be read.
     """
     with graph.open("rb") as file:

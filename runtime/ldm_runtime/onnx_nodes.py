@@ -1,6 +1,6 @@
 """Finds nodes of an ONNX graph without the inputs that their operators need, without the package onnx.
 
-OpenVINO's reader does not check this: it crashes at a convolution without weights. ONNX Runtime checks it itself.
+OpenVINO's reader does not check this and crashes at a convolution without weights. ONNX Runtime checks it itself.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _BY_COUNT = {
     8: "QLinearConv QLinearMatMul",
 }
 REQUIRED = {operator: count for count, operators in _BY_COUNT.items() for operator in operators.split()}
-"""Operator of ONNX -> inputs that it needs in every version of the standard; operators that are not here need one."""
+"""ONNX operator -> number of inputs that every version of the standard requires; one for operators not listed."""
 _SKIPPED = {"Loop", "Scan"}
-"""Operators whose first inputs may be empty texts."""
+"""Operators whose first inputs may be omitted, which is written as an empty name."""
 _GRAPH, _NODE, _INPUT, _OPERATOR, _DOMAIN = 7, 1, 1, 4, 7
 _WIDTHS = {1: 8, 5: 4}
-"""Wire type -> bytes of a field of fixed size."""
+"""Protobuf wire type of a fixed size -> its size in bytes."""
 
 
 def check_nodes(graph: Path) -> None:
-    """Refuse a graph with a node that lacks an input; nodes of subgraphs and functions are not checked.
+    """Check that every node of a graph has its required inputs; nodes of subgraphs and functions are not checked.
 
     Args:
         graph: An ONNX file.
 
     Raises:
-        ManifestError: A node lacks an input, or the file is no protobuf message.
+        ManifestError: A node lacks an input, or the file is not a protobuf message.
         OSError: The file cannot be read.
     """
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -78,7 +78,7 @@ def _check_node(content: mmap.mmap, start: int, end: int, graph: Path) -> None:
 
 
 def _parts(content: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of each field of a message that has a length."""
+    """Yield field number, start and end of each length-delimited field of a message."""
     while position < end:
         tag, position = varint(content, position)
         wire_type = tag & 7

@@ -1,4 +1,4 @@
-"""Names of options that callers know from diffusers' pipelines, and what they are called here."""
+"""Checks option names, and tells callers what options of diffusers' pipelines are called here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OF_DIFFUSERS = {
     "callback_on_step_end": "use on_progress",
     "callback_steps": "on_progress is called after each step",
 }
-"""Name in diffusers -> what to do instead."""
+"""Option of diffusers -> what to use instead."""
 _NAMES = frozenset(field.name for field in fields(Request))
 
 
@@ -36,7 +36,8 @@ def check_names(options: Mapping[str, Any]) -> None:
     """Check that options are fields of ``Request``.
 
     Raises:
-        SpecError: One is not; the message says what diffusers' option is called here, or names the closest field.
+        SpecError: An option is not; the message says what to use for an option of diffusers, or names the closest
+            field.
     """
     for name in options:
         if name in _NAMES:

@@ -1,4 +1,4 @@
-"""Sampling from a bundle: conditioning, denoising loop with guidance, decoder. No torch, no diffusers."""
+"""The pipeline: generates images from a bundle by conditioning, a denoising loop with guidance, and the decoder."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ F32 = NDArray[np.float32]
 
 
 class LatentDiffusionPipeline:
-    """A latent diffusion model ready to run; use ``from_bundle``.
+    """A latent diffusion model that is ready to generate images. Create it with ``from_bundle``.
 
-    Threads may share a pipeline: its components run one at a time, and the images are those of separate calls. A loop
-    on a device serves one request at a time; a request that another one displaces raises ``BackendError``. To serve
-    many callers, use ``batching.scheduler.BatchScheduler``.
+    Threads may share a pipeline: each component runs for one thread at a time, and results are those of separate calls.
+    A device loop runs one request at a time; if another request starts meanwhile, the first one raises
+    ``BackendError``. To serve many callers, use ``batching.scheduler.BatchScheduler``.
 
     Args:
         model: Description of the model, as in the manifest.
-        backends: A backend for each component that runs; closed with the pipeline.
-        files: Resolves the path of a file that a conditioning names, e.g. "tokenizer.json".
+        backends: Backend of each component; they are closed with the pipeline.
+        files: Returns the path of a file that a conditioning names, e.g. "tokenizer.json".
         keep_loaded: False frees each component after its use, for one generation in little memory.
-        choice: What was selected to run it, if ``from_bundle`` did.
-        loop: Runs the denoising loop on a device, if there is one; otherwise NumPy does.
-        safety_checker: False leaves out the model's safety checker, if it has one.
+        choice: The selected engine; None if ``from_bundle`` was not used.
+        loop: The denoising loop on a device; None runs it in NumPy.
+        safety_checker: False does not run the model's safety checker.
 
     Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
@@ -108,8 +108,9 @@ class LatentDiffusionPipeline:
 
         Args:
             path: The bundle's folder.
-            precision: "fp32", "fp16", "bf16" or "int8". None takes what the bundle was built for, and on OpenVINO bf16
-                arithmetic if the CPU has it. "fp32" is exact: the same seed gives the same image.
+            precision: "fp32", "fp16", "bf16" or "int8". None takes the precision that the bundle was built for, and on
+                OpenVINO bf16 arithmetic if the CPU has it. With "fp32", a seed gives the image of diffusers, up to
+                rounding.
             backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or an object with the interface of
                 ``backends.engine.Engine``. "auto" takes the fastest engine here, and the next one if that does not load
                 or does not run; ``choice.reason`` and a warning say why.
@@ -161,7 +162,7 @@ class LatentDiffusionPipeline:
         return f"<LatentDiffusionPipeline {self.model.family}: {', '.join(self.model.components)}{chosen}>"
 
     def _follow(self) -> None:
-        """Take over the choice and the loop after the engine was replaced; the old loop is freed with the denoiser."""
+        """Adopt the new choice and loop after the engine was replaced. The old loop is freed with the denoiser."""
         assert self._opened is not None
         if self.loop is not None:
             self._former_loops.append(self.loop)
@@ -177,7 +178,7 @@ class LatentDiffusionPipeline:
         """Generate images.
 
         Args:
-            prompts: As in ``Request``.
+            prompts: See ``Request``.
             on_progress: Called after each step.
             options: Other fields of ``Request``.
 
@@ -199,7 +200,7 @@ class LatentDiffusionPipeline:
         return Generation(images, latents, flagged)
 
     def plan(self, request: Request) -> Plan:
-        """Check a request against the model and work out everything its denoising loop needs.
+        """Check a request against the model and compute everything that its denoising loop needs.
 
         Raises:
             SpecError: Names the field, what was given and what is expected.
@@ -207,16 +208,17 @@ class LatentDiffusionPipeline:
         return self._planner.plan(request)
 
     def example(self, given: Collection[str] = ()) -> dict[str, Any]:
-        """Fields of a small valid request for one image: what the model's conditioning needs.
+        """Fields of a small valid request for one image, with the fields that the model's conditioning needs.
 
         Args:
-            given: Names of fields that a request has; a kind of conditioning that reads one of them adds nothing.
+            given: Names of fields that the request already has. A kind of conditioning that reads one of them adds no
+                fields.
         """
         kinds = [one for one in self.conditioners if not (one.fields - {"images_per_prompt"}) & set(given)]
         return {name: value for one in kinds for name, value in one.example().items()}
 
     def steps(self, request: Request) -> Iterator[Step]:
-        """Run the denoising loop one step at a time: the caller owns progress and may stop at any step.
+        """Run the denoising loop one step at a time. The caller may stop at any step.
 
         The request is checked before the iterator is returned; errors as in ``__call__``.
         """
@@ -228,9 +230,9 @@ class LatentDiffusionPipeline:
             yield Step(index, len(timesteps), timestep.item(), read)
 
     def _loop_steps(self, plan: Plan) -> Iterator[Callable[[], F32]]:
-        """The steps of the loop on the device if there is one that runs the plan, else those of the loop in NumPy.
+        """Steps of the device loop if there is one that supports the plan, otherwise of the loop in NumPy.
 
-        A loop that cannot start on this machine is replaced, as ``OpenModel`` replaces engines.
+        If the device loop cannot start on this machine, ``OpenModel`` replaces the engine.
         """
         start = self.begin(plan)
         encoded = self.encode(plan, start)
@@ -247,11 +249,11 @@ class LatentDiffusionPipeline:
         return host_steps(plan, encoded, self.denoiser, start)
 
     def loop_started(self, loop: DeviceLoop) -> None:
-        """Note that a loop runs on this machine, so that a later failure does not replace the engine."""
+        """Record that a loop runs on this machine, so that a later failure does not replace the engine."""
         self._started = loop
 
     def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
-        """Replace the engine of a loop that has failed before it ran; ``loop`` and ``choice`` are the next one's then.
+        """Replace the engine of a loop that failed before its first step, and update ``loop`` and ``choice``.
 
         Raises:
             BackendError: ``error``, if the loop has run before or no other engine may run the model.
@@ -263,7 +265,7 @@ class LatentDiffusionPipeline:
         self._opened.loop_failed(loop, error)
 
     def begin(self, plan: Plan) -> Start:
-        """Draw the noise of a plan's initial latents and, if it starts from an image, encode this.
+        """Draw a plan's initial latents; if it starts from an image, encode the image.
 
         Raises:
             BackendError: The engine failed.
@@ -275,11 +277,11 @@ class LatentDiffusionPipeline:
         return conditioner.begin(plan, plan.start_image, noise)
 
     def condition(self, plan: Plan, start: Start) -> Tensors:
-        """The UNet's conditioning inputs for all rows of a plan: [rows, …], the branches one after the other."""
+        """Compute the UNet's conditioning inputs for all rows of a plan: [rows, …], one branch after the other."""
         return self.denoiser.condition(self.encode(plan, start))
 
     def encode(self, plan: Plan, start: Start) -> Tensors:
-        """What the conditioners encode for all rows of a plan: [rows, …], the branches one after the other."""
+        """Run the conditioners for all rows of a plan; arrays [rows, …], one branch after the other."""
         parts = [
             {
                 name: rows if len(rows) == plan.images else np.repeat(rows, plan.images, axis=0)
@@ -295,17 +297,17 @@ class LatentDiffusionPipeline:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
-        """Decode latents float32 [B, C, h, w] to B PIL images; with a request, as ``finish`` completes them.
+        """Decode latents float32 [B, C, h, w] to B PIL images; with a request, apply ``finish`` to them.
 
         Raises:
-            SpecError: The latents do not fit the decoder, or are NaN or far too large.
+            SpecError: The decoder does not take the latents, or they are NaN or far too large.
         """
         return to_pil(self.decode_array(latents, request))
 
     def decode_array(self, latents: F32, request: Request | None = None) -> F32:
         """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``.
 
-        On a GPU, as many images are decoded together as its free memory has room for.
+        On a GPU, as many images are decoded together as fit into its free memory.
         """
         check_latents(latents)
         if not self._keep_loaded:
@@ -324,22 +326,22 @@ class LatentDiffusionPipeline:
         return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
 
     def decodes_together(self, latents: F32) -> bool:
-        """True if it is worth to decode many images in one call: on a GPU. False too if the decoder does not load."""
+        """True if decoding many images in one call saves time, as on a GPU. Also False if the decoder does not load."""
         try:
             return self._images_per_decode(np.concatenate([latents, latents])) is not None
         except LdmError:  # decoding reports it
             return False
 
     def finish(self, request: Request, images: F32) -> tuple[F32, tuple[bool, ...] | None]:
-        """Complete decoded images float32 [B, channels, H, W], e.g. outside of the request's mask.
+        """Complete decoded images float32 [B, channels, H, W], e.g. with the original outside the mask.
 
-        Before that, images that the safety checker flags become black.
+        Images that the safety checker flags become black before that.
 
         Returns:
-            The images, and for each whether it was flagged; None without a checker.
+            The images, and for each whether it was flagged; None without a safety checker.
 
         Raises:
-            SpecError: An image to check is NaN or infinite.
+            SpecError: An image for the safety checker contains NaN or infinite values.
             BackendError: The engine failed.
         """
         flagged = None
@@ -355,10 +357,10 @@ class LatentDiffusionPipeline:
     def load(self) -> None:
         """Load every component now instead of on first use, so that the bundle may be replaced while this one runs.
 
-        Beside a loop on a device, the UNet of the loop in NumPy is not loaded: it would take the device's memory twice.
+        With a device loop, the UNet for the NumPy loop is not loaded, because it would take the device's memory twice.
 
         Raises:
-            LdmError: A component does not load, or the bundle was replaced already.
+            LdmError: A component does not load, or the bundle has already been replaced.
         """
         for name, backend in self.backends.items():
             if isinstance(backend, LazyBackend) and not (self.loop is not None and name in DENOISERS):

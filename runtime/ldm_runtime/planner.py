@@ -1,4 +1,4 @@
-"""Checks a request against a model and works out everything its denoising loop needs."""
+"""Checks a request against a model and computes everything that its denoising loop needs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["Planner"]
 
 MAX_COUNT = 4096
 MAX_VALUES = 2**30
-"""Most values of the images or the latents of one call, 4 GiB as float32. Sizes come from callers and from a bundle's
-axes, and a typing error or a hostile bundle must not exhaust the memory."""
+"""Maximum number of values of the images or latents of one call, 4 GiB as float32. Sizes come from callers and from a
+bundle's axes; a typing error or a malicious bundle must not exhaust the memory."""
 _T = TypeVar("_T")
 
 
@@ -38,9 +38,9 @@ class Planner:
 
     Attributes:
         model: Description of the model.
-        geometry: Sizes its graphs take.
+        geometry: Sizes that its graphs take.
         scheduler: Computes the trajectory.
-        conditioners: What conditions the UNet; they check their own fields of a request.
+        conditioners: The model's conditioners; they check their own fields of a request.
     """
 
     model: ModelDescription
@@ -99,7 +99,7 @@ class Planner:
         return next((given for one in starts if (given := one.read(request, shape[0], sides)) is not None), None)
 
     def _shallow(self, request: Request, evaluated: Sequence[StepBranches]) -> tuple[bool, ...]:
-        """The UNet calls that reuse deep features; SpecError if the bundle has no graph for them."""
+        """For each UNet call, whether it reuses deep features. SpecError if the bundle has no shallow UNet."""
         initial = round(self.model.defaults.full_share * len(evaluated))
         shallow = shallow_calls(request.cache_every, request.full_steps, initial, evaluated)
         if any(shallow) and SHALLOW_UNET not in self.model.components:
@@ -111,14 +111,14 @@ class Planner:
         return shallow
 
     def _refuse_foreign_fields(self, request: Request) -> None:
-        """Refuse a field that belongs to a kind of conditioning this model lacks."""
+        """Refuse fields of kinds of conditioning that the model does not have."""
         known = {name for conditioner in self.conditioners for name in conditioner.fields}
         if foreign := sorted((KINDS_FIELDS - known) & request.given()):
             takes = ", ".join(sorted(known)) or "count"
             raise SpecError(f"{foreign[0]}: got a value, but this {self.model.family} model takes {takes} instead")
 
     def _sides(self, request: Request) -> tuple[int, int]:
-        """Height and width of the latents: those of the conditioning, or what the request asks for."""
+        """Height and width of the latents: decided by the conditioning, otherwise by the request."""
         asked = {"height": request.height, "width": request.width}
         sizes = [size for conditioner in self.conditioners if (size := conditioner.size(request)) is not None]
         if not sizes:

@@ -1,4 +1,4 @@
-"""Measured settings of a bundle: seconds of an image against its quality.
+"""Measured settings of a bundle: seconds per image and image quality.
 
 ``ldm-export bench --quality --save`` writes the record, ``Bundle.quality`` reads it.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["QualityRecord", "QualityResult", "QualitySetting"]
 
 MAX_SETTINGS, MAX_VALUE = 1024, 10**6
-"""Most settings of a record, and largest number in it."""
+"""Maximum number of settings in a record, and largest number in it."""
 _COUNTS = ("steps", "cache_every", "guidance_every")
 
 
@@ -66,9 +66,9 @@ class QualityResult:
     Attributes:
         setting: The setting.
         seconds: Median of all images.
-        mean_psnr, worst_psnr: Mean and least PSNR in dB against the images of the reference, over the images that
+        mean_psnr, worst_psnr: Mean and lowest PSNR in dB against the images of the reference, over the images that
             differ; None if all are equal.
-        correct: Share of images, 0 to 1, that show what their prompts say; None without a grader.
+        correct: Share of images, 0 to 1, that show what their prompts describe; None without a grader.
     """
 
     setting: QualitySetting
@@ -82,17 +82,17 @@ class QualityResult:
         return self.worst_psnr is None or self.worst_psnr >= min_psnr
 
     def facts(self) -> dict[str, Any]:
-        """JSON-able values."""
+        """Values for JSON."""
         facts = asdict(self)
         return {**facts.pop("setting"), **facts}
 
 
 @dataclass(frozen=True)
 class QualityRecord:
-    """Settings that took turns in one run, on the same requests and seeds.
+    """Settings that were measured alternately in one run, with the same requests and seeds.
 
     Attributes:
-        results: The first is the reference: fp32, the model's number of steps, every step whole.
+        results: Results. The first is the reference: fp32, the model's default number of steps, no feature caching.
         images: Number of images for each setting.
         engines: Precision -> the engine and device that ran it, e.g. "onnxruntime on cpu".
         options: Fields of the requests that differ from the model's defaults, e.g. ``guidance_scale``.
@@ -109,22 +109,22 @@ class QualityRecord:
         return self.results[0]
 
     def fastest(self, min_psnr: float) -> QualityResult:
-        """The fastest setting whose images all have at least ``min_psnr`` dB; the reference always does.
+        """The fastest setting whose images all have at least ``min_psnr`` dB. The reference always qualifies.
 
         Raises:
-            SpecError: ``min_psnr`` is no finite number.
+            SpecError: ``min_psnr`` is not a finite number.
         """
         return min(self._reaching(min_psnr), key=_seconds)
 
     def fewest_steps(self, min_psnr: float | None = None) -> QualityResult:
-        """The setting with the fewest steps, and of these the fastest, that is good enough; the reference always is.
+        """The good enough setting with the fewest steps, the fastest of several. The reference is always good enough.
 
         Args:
-            min_psnr: The PSNR in dB that every image must have. None asks for as many correct images as the reference
-                has instead, because fewer steps give another image, which may be as good.
+            min_psnr: PSNR in dB that every image must have. None requires as many correct images as the reference
+                instead, because an image of fewer steps differs but may be as good.
 
         Raises:
-            SpecError: No finite number; or None, and the images were not graded.
+            SpecError: ``min_psnr`` is not a finite number; or it is None, and the images were not graded.
         """
         if min_psnr is not None:
             return min(self._reaching(min_psnr), key=_steps)
@@ -137,7 +137,7 @@ class QualityRecord:
         return min((one for one in self.results if one.correct is not None and one.correct >= least), key=_steps)
 
     def measured(self, result: QualityResult) -> str:
-        """Describe what a setting was measured at."""
+        """Describe the measurement of a setting."""
         worst, mean = result.worst_psnr, result.mean_psnr
         images = "equal images" if worst is None or mean is None else f"worst {worst:.1f} dB, mean {mean:.1f} dB"
         correct = "" if result.correct is None else f", {result.correct:.0%} correct"
@@ -146,7 +146,7 @@ class QualityRecord:
         return f"{faster:.2f}× as fast as {self.reference.setting}, {images}{correct} ({how})"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able values, which ``from_json`` reads."""
+        """Values for JSON, which ``from_json`` reads."""
         facts = {"images": self.images, "engines": dict(self.engines), "options": dict(self.options)}
         return {**facts, "settings": [one.facts() for one in self.results]}
 

@@ -1,4 +1,4 @@
-"""Reads files that others have written or named: regular files of bounded size, never a pipe, a device or more."""
+"""Reads untrusted files: only regular files of limited size, no pipes or devices."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ldm_runtime.errors import LdmError
 __all__ = ["OPEN_FLAGS", "read_regular"]
 
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Flags that open a file for reading without waiting for the writer of a pipe."""
+"""Flags for opening a file for reading, without waiting for the writer if it is a pipe."""
 
 
 def read_regular(path: Path, limit: int, error: Callable[[str], LdmError]) -> bytes:
     """Return the content of a regular file.
 
-    At most as many bytes as the file says it has are read, so that the endless files of /proc are empty.
+    Only as many bytes are read as the file's size says, so endless files such as those of /proc are read as empty.
 
     Args:
         path: Path of the file.

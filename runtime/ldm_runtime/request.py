@@ -1,4 +1,4 @@
-"""The request of a caller, and the plan that results from checking it against the model."""
+"""The request of a caller, and the plan that is computed from it for a model."""
 
 from __future__ import annotations
 
@@ -65,53 +65,54 @@ class RequestOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Options of one generation. None selects the model's default from the bundle.
+    """Options for generating images. None selects the model's default from the bundle.
 
     Attributes:
-        prompts: What to draw, one text or several; for models conditioned on text.
-        negative_prompt: What to steer away from, one for all or one per prompt; used with guidance only. None is the
-            empty prompt or, for models that were trained so, states of zeros.
+        prompts: What the images show, one text or several; for models conditioned on text.
+        negative_prompt: What the images must not show, one text for all or one per prompt; used with guidance only.
+            None is the empty prompt, or zeros instead of hidden states for models that were trained that way.
         count: Number of images; for models without conditioning.
-        seed: An int seeds one stream for the whole batch, like one torch generator. A list gives each image a stream
-            of its own, so that its result does not depend on the others. None draws a fresh seed.
-        eta: 0 is deterministic DDIM; above it the steps add noise (equation 16 of arXiv:2010.02502). Schedulers
-            without eta ignore it.
+        seed: An int seeds one noise stream for the whole batch, like one torch generator. A list gives each image its
+            own stream, so that its result does not depend on the other images. None draws a new seed.
+        eta: 0 is deterministic DDIM; above 0 the steps add noise (equation 16 of arXiv:2010.02502). Schedulers without
+            eta ignore it.
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
         num_inference_steps: Denoising steps.
-        height, width: Pixels, multiples of the model's factor.
-        images_per_prompt: Images for each prompt, label, image, segmentation or layout.
+        height, width: Size in pixels, multiples of the model's factor.
+        images_per_prompt: Number of images for each prompt, label, image, segmentation or layout.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
-        labels: Classes to draw, one number or several; for models conditioned on class labels.
+        labels: Class numbers, one or several; for models conditioned on class labels.
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
-        mask: One mask or one for each image, white where the image is repainted; for inpainting models.
-        strength: Share of the steps that run on an image with as much noise as the first of them expects, above 0 and
-            at most 1: low values stay close to the image. For models that can start from an image or from noise; the
-            defaults are those of diffusers, 0.8, and 1 with a mask.
-        padding_mask_crop: Generate only the part of the image around the mask, with so many pixels on each side, at the
-            full size of the result, and put it in its place in the whole image. None generates the whole image.
+        mask: One mask, or one for each image, white where the image is repainted; for models that inpaint.
+        strength: Share of the steps that run, above 0 and at most 1; the image gets as much noise as the first of these
+            steps expects. Low values stay close to the image. For models that can start from an image or from noise; as
+            in diffusers, the default is 0.8, and 1 with a mask.
+        padding_mask_crop: Generate only the part of the image around the mask, extended by this number of pixels on
+            each side, at the full size of the result, and paste it into the whole image. None generates the whole
+            image.
         segmentation: A class number for each pixel, as ``conditioning.segmentation.class_array`` takes them; for
             models conditioned on segmentations.
         tokens: Tokens of a layout [T] or of several [N, T]; for models conditioned on layouts.
         layout: Instead of tokens, (category, (x, y, width, height)) of each object, in shares of the image; or a list
             of such layouts. See ``conditioning.layout_tokens.LayoutVocabulary.encode``.
-        guidance_interval, guidance_every: As in ``guidance.step_branches``; steps that evaluate one branch are half
-            the work and change the image slightly.
-        scheduler: Class name of another scheduler of diffusers than the model's. It takes the options that the model's
-            checkpoint gives, as ``from_config`` of diffusers does.
-        guidance_rescale: Share, 0 to 1, of guided predictions that is rescaled; see ``guidance.rescale``.
-        clip_skip: Layers at the end of a CLIP text encoder that the prompts skip, 0 for none; negative prompts never
-            skip any, as in diffusers.
-        prompt_chunks: Most texts in which a prompt that is too long for the text encoder is encoded, 75 tokens each. 1
-            cuts long prompts off. A plan has the number that its longest prompt takes; shorter ones are filled up with
-            empty texts.
-        prompt_weights: Read weights in prompts, e.g. ``(word:1.3)``; see ``conditioning.prompt_weights``.
-        cache_every, full_steps: As in ``feature_cache.shallow_calls``; UNet calls that reuse features are a fraction of
-            the work and change the image slightly.
-        prompts_2, negative_prompt_2: Other texts for the second text encoder, one for all or one per prompt.
-        original_size, crops_coords_top_left, target_size: Height and width, or top and left, in pixels, that condition
-            models with ``conditioning.micro_conditioning``. None is the image's size.
-        negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
-            branch; None takes those of the image.
+        guidance_interval, guidance_every: See ``guidance.step_branches``. Steps that evaluate one branch take half the
+            time and change the image slightly.
+        scheduler: Class name in diffusers of another scheduler than the model's. It takes the options in the model's
+            checkpoint, as ``from_config`` of diffusers does.
+        guidance_rescale: Share of the rescaled prediction in the result, 0 to 1; see ``guidance.rescale``.
+        clip_skip: Number of last layers of a CLIP text encoder to skip for prompts, 0 for none; as in diffusers,
+            negative prompts skip none.
+        prompt_chunks: Maximum number of chunks of 75 tokens in which a prompt that is too long for the text encoder is
+            encoded. 1 cuts long prompts off. A plan has the number that its longest prompt needs; shorter prompts are
+            padded with empty chunks.
+        prompt_weights: True reads weights in prompts, e.g. ``(word:1.3)``; see ``conditioning.prompt_weights``.
+        cache_every, full_steps: See ``feature_cache.shallow_calls``. UNet calls that reuse features take a fraction of
+            the time and change the image slightly.
+        prompts_2, negative_prompt_2: Separate texts for the second text encoder, one for all or one per prompt.
+        original_size, crops_coords_top_left, target_size: Height and width, or top and left, in pixels; for models with
+            micro-conditioning, see ``conditioning.micro_conditioning``. None is the image's size.
+            negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
+            branch. Without negative sizes it has the values of the conditional branch.
     """
 
     prompts: str | Sequence[str] | None = None
@@ -155,7 +156,7 @@ class Request:
         """Checked ``images_per_prompt``.
 
         Raises:
-            SpecError: No whole number from 1 to ``MAX_REPEATS``.
+            SpecError: It is not a whole number from 1 to ``MAX_REPEATS``.
         """
         return integer("images_per_prompt", self.images_per_prompt, 1, MAX_REPEATS)
 
@@ -170,18 +171,18 @@ def _is_default(value: Any, default: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked request: everything the denoising loop needs. Made by ``LatentDiffusionPipeline.plan``.
+    """A checked request with everything that the denoising loop needs. ``LatentDiffusionPipeline.plan`` creates it.
 
     Attributes:
-        request: As asked, with height and width in pixels, the guidance scale and the number of chunks filled in.
-        seeds: One for the batch, or one per image.
-        shape: Of the latents: (images, channels, height, width).
+        request: The request, with height and width in pixels, guidance scale and number of chunks filled in.
+        seeds: One seed for the batch, or one per image.
+        shape: Shape of the latents: (images, channels, height, width).
         latents: Initial noise float32 ``shape`` if the caller gave it.
-        guidance_scale: As asked or the model's default.
-        branches: Guidance branches whose rows are computed, in the order of their rows; the last is the conditional.
-        steps: What each UNet call evaluates.
+        guidance_scale: Guidance scale of the request, or the model's default.
+        branches: Guidance branches that are evaluated, in the order of their rows; the conditional branch is the last.
+        steps: The branches that each UNet call evaluates.
         trajectory: Timesteps and coefficients.
-        guidance_rescale: As asked; 0 without guidance.
+        guidance_rescale: As in the request; 0 without guidance.
         start_image: Images that denoising starts from; None starts from noise.
         shallow: For each UNet call, True if it reuses deep features of an earlier one.
     """
@@ -215,7 +216,7 @@ class Plan:
 
     @property
     def puts_back(self) -> bool:
-        """True if a part of an image is put back after each step."""
+        """True if the unmasked part of an image is restored after each step."""
         return self.start_image is not None and self.start_image.puts_back
 
     @property
@@ -224,21 +225,21 @@ class Plan:
         return self.images * len(self.branches)
 
     def noise(self) -> NoiseStream:
-        """Standard normal noise float32 of ``shape`` without end: initial latents unless given, then each step's."""
+        """Endless standard normal noise, float32 of ``shape``: for initial latents unless given, then for each step."""
         return NoiseStream(self.seeds, self.shape)
 
     def scaled(self, noise: F32) -> F32:
-        """Noise of ``shape`` times the scale of initial latents."""
+        """Multiply noise by the scale of initial latents."""
         sigma = self.trajectory.init_noise_sigma
         return noise if sigma == 1 else noise * np.float32(sigma)
 
     def start(self, noise: Iterator[F32]) -> list[F32]:
-        """The initial state of the trajectory, from the caller's latents or else drawn from ``noise``."""
+        """Initial state of the trajectory, from the caller's latents or drawn from ``noise``."""
         return self.trajectory.start(self.scaled(next(noise) if self.latents is None else self.latents))
 
 
 def fresh_seed() -> int:
-    """A seed from the system's entropy, 0 to 2**32 - 1."""
+    """Return a random seed from the system's entropy, 0 to 2**32 - 1."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
@@ -246,7 +247,7 @@ def seeds_of(seed: int | Sequence[int] | None, images: int) -> tuple[int, ...]:
     """Check seeds: one for the whole batch, or one for each of ``images``.
 
     Raises:
-        SpecError: Another number of seeds, or one out of range.
+        SpecError: The number of seeds is another, or a seed is out of range.
     """
     if seed is None:
         return (fresh_seed(),)
@@ -258,10 +259,10 @@ def seeds_of(seed: int | Sequence[int] | None, images: int) -> tuple[int, ...]:
 
 
 def check_latents_given(latents: Any, shape: tuple[int, ...]) -> F32 | None:
-    """Check the initial latents a caller gave; None stays None.
+    """Check initial latents that a caller gave; None stays None.
 
     Raises:
-        SpecError: Another dtype or shape, or values that are not finite.
+        SpecError: They have another dtype or shape, or values that are not finite.
     """
     if latents is None:
         return None

@@ -1,4 +1,4 @@
-"""Estimated memory: of a request beside the weights, reported if its images are large, and of a loaded bundle."""
+"""Estimates memory: the activations of a request, with a warning for large images, and a loaded bundle."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 
 
 def required_bytes(model: ModelDescription, shape: tuple[int, int, int, int]) -> int | None:
-    """Estimated bytes of activations; None if the bundle does not tell.
+    """Estimated bytes of activations; None if the bundle has no estimate.
 
     Args:
-        model: Its conditioning has the setting "bytes_per_latent".
-        shape: Of the latents: images, channels, height, width.
+        model: Description of the model; a conditioning entry may have the setting "bytes_per_latent".
+        shape: Shape of the latents: images, channels, height, width.
     """
     settings = {name: value for entry in model.conditioning for name, value in entry.settings.items()}
     if "bytes_per_latent" not in settings:
@@ -29,7 +29,7 @@ def required_bytes(model: ModelDescription, shape: tuple[int, int, int, int]) ->
 
 
 def report_memory(model: ModelDescription, shape: tuple[int, int, int, int], own: int) -> None:
-    """Log a warning with the required memory for more latents per image than the model's ``own``."""
+    """Log a warning with the required memory if images have more latents than the model's default, ``own``."""
     required = required_bytes(model, shape)
     if required is not None and math.prod(shape[2:]) > own:
         log.warning(
@@ -38,11 +38,11 @@ def report_memory(model: ModelDescription, shape: tuple[int, int, int, int], own
 
 
 def bundle_bytes(bundle: Bundle, precision: str | None = None) -> int:
-    """Estimated bytes of a loaded bundle: its weights, and the activations of one image if the bundle tells them.
+    """Estimated bytes of a loaded bundle: its weights and, if the bundle has an estimate, activations of one image.
 
     Args:
         bundle: The bundle.
-        precision: Precision of the graphs that run; None takes that for which the bundle was built.
+        precision: Precision of the graphs that run; None takes the precision that the bundle was built for.
     """
     manifest = bundle.manifest
     graphs = [part.graph(precision or bundle.precision) or part.graph("fp32") for part in manifest.components.values()]

@@ -1,4 +1,4 @@
-"""A component's spec as a manifest writes it: axes with their bounds, dimensions as numbers or as "8*height"."""
+"""A component's spec in the manifest's JSON: axes with their bounds, dimensions as numbers or like "8*height"."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec
 __all__ = ["MAX_DIM", "spec_from_json", "spec_to_json"]
 
 MAX_DIM = 2**31 - 1
-"""Largest bound of an axis and largest fixed dimension: engines count them in int32."""
+"""Largest bound of an axis and largest fixed dimension, because engines store them as int32."""
 _SYMBOL = re.compile(r"(?:([1-9]\d{0,3})\*)?([a-z_]+)")
 
 
 def spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
-    """JSON-able fields ``axes``, ``inputs``, ``outputs`` and ``runs``."""
+    """Fields ``axes``, ``inputs``, ``outputs`` and ``runs`` as JSON values."""
     tensors = spec.inputs + spec.outputs
     axes = {dim.name: dim for tensor in tensors for dim in tensor.shape if isinstance(dim, Axis)}
 

@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a model's components, written once for exporter, engines, runtime and server."""
+"""Shapes and dtypes of a model's components, shared by exporter, engines, runtime and server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = ("float32", "float16", "int64", "int32", "uint8")
 
 @dataclass(frozen=True)
 class Axis:
-    """A named dimension: ``scale`` × a value between ``min`` and ``max``, with ``opt`` the usual one.
+    """A named dimension: ``scale`` × a value from ``min`` to ``max``, usually ``opt``.
 
     Raises:
         SpecError: not 1 ≤ min ≤ opt ≤ max, or scale < 1.
@@ -58,7 +58,7 @@ class Axis:
 
     @property
     def symbol(self) -> str:
-        """The dimension's name in a graph: ``batch``, ``8*height``."""
+        """Name of the dimension in a graph, e.g. ``batch`` or ``8*height``."""
         return self.name if self.scale == 1 else f"{self.scale}*{self.name}"
 
     def admits(self, size: int) -> bool:
@@ -86,7 +86,7 @@ class TensorSpec:
         return tuple(getattr(dim, which) * dim.scale if isinstance(dim, Axis) else dim for dim in self.shape)
 
     def shape_at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with these ``sizes_of``."""
+        """The shape for sizes as ``sizes_of`` returns them."""
         return tuple(sizes[dim.symbol] if isinstance(dim, Axis) else dim for dim in self.shape)
 
     def __str__(self) -> str:
@@ -137,10 +137,10 @@ def dummy_inputs(spec: ComponentSpec, which: str = "opt", seed: int = 0) -> dict
 
 
 def sizes_of(spec: ComponentSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Symbol of each free dimension of inputs and outputs → its size, for inputs of these shapes.
+    """Return symbol → size of each free dimension of inputs and outputs, for inputs of these shapes.
 
     Raises:
-        SpecError: shapes the spec does not take.
+        SpecError: The shapes do not fit the spec.
     """
     values: dict[str, int] = {}
     for tensor in spec.inputs:
@@ -159,7 +159,7 @@ def sizes_of(spec: ComponentSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 
 def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
-    """Check names, dtypes, shapes and that axes of one name have one size.
+    """Check names, dtypes and shapes, and that axes of the same name have the same size.
 
     Raises:
         SpecError: names the component, the tensor, what was given and what is expected.
@@ -176,7 +176,7 @@ def check_feed(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _misfit(tensor: TensorSpec, array: NDArray[Any], sizes: dict[str, tuple[int, str]]) -> str | None:
-    """Return why the input does not fit, or None; update ``sizes`` with the axis sizes it fixes."""
+    """Return why an input does not fit, or None; add the sizes of its axes to ``sizes``."""
     if array.dtype != tensor.dtype or array.ndim != len(tensor.shape):
         return "expected another dtype or rank; convert it with astype or reshape"
     for dim, size in zip(tensor.shape, array.shape, strict=True):
@@ -195,12 +195,12 @@ def _misfit(tensor: TensorSpec, array: NDArray[Any], sizes: dict[str, tuple[int,
 def check_result(spec: ComponentSpec, feed: Mapping[str, NDArray[Any]], result: Mapping[str, Any]) -> None:
     """Check that an engine returned every output with the dtype and shape that the spec gives for this feed.
 
-    A graph is untrusted, and engines do not compare its outputs with the manifest. The cost is a few microseconds.
+    A graph is untrusted, and engines do not compare its outputs with the manifest. The check takes a few microseconds.
 
     Args:
         spec: Inputs and outputs of the component.
-        feed: What it ran on; it has passed ``check_feed``.
-        result: Output name -> what the engine returned.
+        feed: Inputs of the run; they have passed ``check_feed``.
+        result: Output name -> array that the engine returned.
 
     Raises:
         BackendError: Names the component, the output, what was returned and what is expected.

@@ -1,4 +1,4 @@
-"""What denoising starts from: noise, or an image with noise, of which a part may be kept."""
+"""The start of denoising: noise, or a noised image of which a mask may keep a part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StartImage:
         image: float32 [N, channels, H, W] in [0, 1].
         mask: float32 [M, 1, H, W], 1 where the image is repainted and 0 where it is kept; None repaints all of it.
         strength: Share of the steps that run, above 0 and at most 1.
-        puts_back: The part that the mask keeps is put back after each step, because the UNet does not take the mask.
+        puts_back: True if the unmasked part is restored after each step, because the UNet has no input for the mask.
     """
 
     image: F32
@@ -36,10 +36,10 @@ class StartImage:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The part of an image that a mask keeps: after each step the latents there are the image's again, with noise.
+    """The part of an image that a mask keeps. After each step, the latents there are replaced by noised image latents.
 
     Attributes:
-        mask: float32 [images, 1, h, w], 1 where the latents are the sampler's.
+        mask: float32 [images, 1, h, w], 1 where the image is repainted.
         image: Latents of the image, float32 [images, C, h, w].
         noise: The noise that is added to them, of the same shape.
     """
@@ -49,7 +49,7 @@ class Kept:
     noise: F32
 
     def blend(self, latents: F32, trajectory: Trajectory, calls: int) -> F32:
-        """Latents after so many calls of a trajectory, float32 [images, C, h, w], with the kept part of the image."""
+        """Restore the kept part in the latents after ``calls`` calls of a trajectory; float32 [images, C, h, w]."""
         of_image, of_noise = trajectory.noisy_weights[calls]
         kept = of_image * self.image + of_noise * self.noise if of_noise else self.image
         blended: F32 = (1 - self.mask) * kept + self.mask * latents
@@ -62,9 +62,9 @@ class Start:
 
     Attributes:
         latents: Initial latents, float32 [images, C, h, w].
-        noise: The noise of the steps, which follows on that of the start.
-        kept: The part of an image that is put back after each step.
-        conditioning: Inputs of the UNet that depend on the noise of the start, [images, …], the same for every branch.
+        noise: The noise of the steps, which continues the stream of the initial noise.
+        kept: The part of an image that is restored after each step.
+        conditioning: Inputs of the UNet that depend on the initial noise, [images, …], the same for every branch.
     """
 
     latents: F32

@@ -1,4 +1,4 @@
-"""Turns off the usage reports that engines send to their vendors, and the files that they keep in the home folder.
+"""Turns off usage reports that engines send to their vendors, and the files they create in the home folder for them.
 
 ONNX Runtime reads an environment variable, which is set when ``ldm_runtime`` is imported; processes that are started
 from this one inherit it. OpenVINO's Python package sends a report while it is imported, through the package
@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["VARIABLE", "disable_reports", "hidden_reporter", "quieten_engine"]
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
-"""ONNX Runtime's switch. A value that the user has set stays."""
+"""Environment variable that turns off ONNX Runtime's reports. A value that the user has set is kept."""
 _REPORTER = "openvino_telemetry"
 _HIDING = threading.RLock()
 """Held while the reporter is hidden, so that no thread restores it during another thread's import."""

@@ -1,4 +1,4 @@
-"""Timesteps as a model's graphs take them: whole numbers, or float32 where a scheduler has fractional ones."""
+"""Converts timesteps to the dtype of a model's graphs: integers, or float32 for schedulers with fractional ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_timesteps(timesteps: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Convert timesteps [N] to ``dtype``.
 
     Raises:
-        SpecError: A timestep is fractional, and ``dtype`` holds whole numbers only.
+        SpecError: A timestep is fractional, and ``dtype`` is an integer type.
     """
     converted = timesteps.astype(dtype)
     if np.issubdtype(converted.dtype, np.integer) and (converted != timesteps).any():

@@ -1,6 +1,6 @@
-"""Contexts of OpenTelemetry traces, if the package opentelemetry-api is installed; otherwise nothing happens.
+"""Contexts of OpenTelemetry traces. Without the package opentelemetry-api, the functions do nothing.
 
-The package by itself records nothing: a program, or `opentelemetry-instrument`, configures where spans go.
+The package alone records nothing: a program, or `opentelemetry-instrument`, configures where spans are sent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def opentelemetry() -> ModuleType | None:
 
 
 def current_context() -> Any:
-    """Return the context of this thread or task, so that another one can add spans to its trace; None without one."""
+    """Return the context of this thread or task, so that other threads can add spans to its trace; None without one."""
     package = opentelemetry()
     return None if package is None else package.context.get_current()
 
@@ -38,7 +38,7 @@ def current_context() -> Any:
 def remote_context(headers: Mapping[str, str]) -> Iterator[None]:
     """While the block runs, spans belong to the trace that the headers of a request name (``traceparent``).
 
-    A context that is there already, e.g. of an instrumentation of the web server, stays.
+    An existing context, e.g. of an instrumentation of the web server, is kept.
     """
     package = opentelemetry()
     if package is None or package.trace.get_current_span().get_span_context().is_valid:

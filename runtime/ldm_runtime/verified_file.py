@@ -1,7 +1,7 @@
-"""Files whose digest has been checked, remembered by identity so that a later exchange of the file is noticed.
+"""Files whose digest has been checked, with their identity, so that a later replacement of the file is detected.
 
-A digest is computed at one time and an engine opens the file at another. An engine therefore calls ``unchanged`` right
-after it has opened or read a file.
+A digest is computed before an engine opens the file. Code therefore calls ``unchanged`` right after an engine has
+opened or read a file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["FileIdentity", "GraphFile", "VerifiedFile", "path_of", "unchanged", 
 
 CHUNK = 4 * 2**20
 MAX_READS = 10
-"""Readings of a file whose status changes meanwhile."""
+"""Maximum number of times a file is read again because its status changed meanwhile."""
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Attributes that change if a file is replaced or written: device, inode, bytes, two times in nanoseconds."""
+    """Attributes that change if a file is replaced or written: device, inode, size, and two times in nanoseconds."""
 
     device: int
     inode: int
@@ -36,11 +36,11 @@ class FileIdentity:
 
     @classmethod
     def of(cls, facts: os.stat_result) -> FileIdentity:
-        """The identity from the result of ``os.stat`` or ``os.fstat``."""
+        """Return the identity from the result of ``os.stat`` or ``os.fstat``."""
         return cls(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
     def is_same_content(self, other: FileIdentity) -> bool:
-        """True if everything but the time of the last status change is equal; a new hard link changes that time."""
+        """True if all is equal except the time of the last status change, which a new hard link also changes."""
         return (self.device, self.inode, self.size, self.modified) == (
             other.device,
             other.inode,
@@ -57,7 +57,7 @@ class VerifiedFile:
         path: Path of the file.
         sha256: Its digest (hex).
         identity: Its identity when the digest was computed.
-        beside: Files that are read with it, e.g. the external weights of a graph.
+        beside: Files that belong to it, e.g. the external weights of a graph.
     """
 
     path: Path
@@ -111,7 +111,7 @@ class VerifiedFile:
 
 
 GraphFile = Path | VerifiedFile
-"""A file for an engine: one of a bundle, or any other, which is not checked."""
+"""A file for an engine: a verified file of a bundle, or the path of any file, which is not checked."""
 
 
 def path_of(file: GraphFile) -> Path:
@@ -140,10 +140,10 @@ def unwritten(file: GraphFile) -> None:
 
 
 def verify(path: Path, sha256: str, size: int) -> VerifiedFile:
-    """Compare a regular file with its size in bytes and its digest.
+    """Check the size in bytes and the digest of a regular file.
 
     Raises:
-        ManifestError: Another size or digest, not a regular file, or changed while it was read.
+        ManifestError: The size or digest differs, the file is not regular, or it changed while it was read.
         OSError: It cannot be read.
     """
     descriptor = os.open(path, OPEN_FLAGS)
@@ -160,7 +160,7 @@ def verify(path: Path, sha256: str, size: int) -> VerifiedFile:
 
 
 def _unchanged_digest(file: BinaryIO, path: Path) -> tuple[str, FileIdentity]:
-    """SHA-256 (hex) of an open file and its identity; read again if only its status changed, e.g. by a hard link."""
+    """SHA-256 (hex) and identity of an open file. It is read again if only its status changed, e.g. by a hard link."""
     after = FileIdentity.of(os.fstat(file.fileno()))
     for _ in range(MAX_READS):
         before = after

@@ -61,5 +61,5 @@ class SpecBackend:
         return self._spec.outputs
 
     def most_rows(self, feed: Feed) -> int | None:
-        """Rows of such inputs that the free memory of a GPU has room for in one call, None if there is no limit."""
+        """Number of rows of such inputs that fit into the free GPU memory in one call; None if there is no limit."""
         return None

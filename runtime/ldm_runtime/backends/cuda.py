@@ -15,7 +15,7 @@ __all__ = ["Buffer", "Cuda", "empty"]
 
 
 class Cuda:
-    """The CUDA runtime, whose errors are raised.
+    """Calls functions of the CUDA runtime and raises their errors.
 
     Args:
         extra: Extra of the package ldm-export that installs cuda-python, for the message if it is missing.
@@ -80,7 +80,7 @@ class Cuda:
         return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
 
     def create_event(self) -> Any:
-        """Return an event without a time."""
+        """Return an event that records no time."""
         return self.call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
 
     def end_failed_capture(self, stream: Any) -> None:

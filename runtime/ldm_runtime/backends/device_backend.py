@@ -17,14 +17,14 @@ __all__ = ["DeviceBackend"]
 KEPT_SHAPES = 4
 """Sets of shapes whose tensors and captured launches are kept."""
 USABLE = 0.8
-"""Share of the free memory that a call may use: other components and processes need some too."""
+"""Share of the free memory that a call may use; the rest is for other components and processes."""
 
 
 class DeviceBackend(SpecBackend):
-    """Runs one component. The first call of a shape launches its kernels, the second captures them, others replay.
+    """Runs one component on a device. On CUDA, calls that repeat a shape are captured and replayed as CUDA graphs.
 
     Args:
-        launcher: The component, which may compute in other dtypes than the spec's; arrays are converted.
+        launcher: The component. Its dtypes may differ from those of the spec; arrays are converted.
         spec: Inputs and outputs as callers see them.
         memory: The device's memory.
     """
@@ -57,7 +57,7 @@ class DeviceBackend(SpecBackend):
         return results
 
     def _measure(self, space: Workspace, growth: int, values: int) -> None:
-        """Note what the first call of a shape has allocated: its tensors, and what the engine keeps for later calls."""
+        """Record what the first call with a shape allocated: its tensors, and memory that the engine keeps."""
         tensors = sum(region.nbytes for region in space.regions.values())
         self._tensors_per_value = tensors / values
         if growth > tensors:
@@ -65,10 +65,10 @@ class DeviceBackend(SpecBackend):
             self._engine += growth - tensors
 
     def most_rows(self, feed: Feed) -> int | None:
-        """Rows of such inputs that fit into the free memory and what the component has already allocated, at least one.
+        """Number of rows of such inputs that fit into free memory and memory the component already has, at least 1.
 
-        The need of a row is measured at the first call, of one row. Fewer rows than asked for are a power of two, so
-        that few shapes are prepared.
+        The memory of a row is measured in the first call, which has one row. If fewer rows fit than are asked for,
+        their number is rounded down to a power of two, so that few different shapes are prepared.
         """
         with self._memory.lock:
             available = self._memory.available()
@@ -92,7 +92,7 @@ class DeviceBackend(SpecBackend):
         return Workspace(self._memory, tensors, {spec.name: Call(self.launcher, {})}, label, repeated=False)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory for each shape that is kept, with what the engine allocated for it."""
+        """Bytes of device memory for each shape in the cache, including what the engine allocated for it."""
         with self._memory.lock:
             return self._workspaces.bytes()
 

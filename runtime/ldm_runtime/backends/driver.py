@@ -31,7 +31,7 @@ class Gpu:
 
 
 def no_gpu(reason: str) -> BackendError:
-    """Return the error of an engine that needs a GPU where there is none."""
+    """Return the error for an engine that needs a GPU on a machine without one."""
     return BackendError(
         f"no CUDA GPU can be used ({reason}); engines need one. Without, run the graphs: --backend onnxruntime"
     )
@@ -39,7 +39,7 @@ def no_gpu(reason: str) -> BackendError:
 
 @once
 def installed_gpu() -> Gpu | str:
-    """Return the GPU of this machine, or a phrase that says why there is none. The driver is asked once per process.
+    """Return the GPU of this machine, or a phrase that says why there is none. The result is cached for the process.
 
     This initialises CUDA in the process, so a process that uses CUDA must not be forked afterwards; start a new one.
     """
@@ -50,12 +50,12 @@ def installed_gpu() -> Gpu | str:
 
 
 def check_driver(gpu: Gpu, package: str, needed: str) -> None:
-    """Check that the driver supports the CUDA version of a package. A driver for 13.0 runs programs of every 13.x.
+    """Check that the driver supports the CUDA version of a package. A driver for CUDA 13.0 supports every 13.x.
 
     Args:
-        gpu: What the driver says.
+        gpu: The GPU as the driver describes it.
         package: Name of the package, for the message.
-        needed: CUDA version that the package was built with, e.g. "13.0" or "13"; "" if it does not say.
+        needed: CUDA version that the package was built with, e.g. "13.0" or "13"; "" if unknown.
 
     Raises:
         BackendError: The driver is too old.
@@ -70,7 +70,7 @@ def check_driver(gpu: Gpu, package: str, needed: str) -> None:
 
 
 def query_driver(library: str = LIBRARY) -> Gpu:
-    """Ask the driver for its first GPU. Device files say less: they exist without a GPU and without a usable driver.
+    """Query the driver for its first GPU. Device files are not enough: they exist without a GPU or a usable driver.
 
     Args:
         library: Name or path of the driver's library.

@@ -48,9 +48,9 @@ class Choice:
         backend: Name of the engine.
         device: "cpu" or "cuda".
         graph: Precision whose graphs are run: "fp32", "fp16", "bf16" or "int8".
-        arithmetic: Precision of sums and products where the graph leaves it to the engine.
+        arithmetic: Precision of arithmetic for operations whose precision the graph does not fix.
         rank: Preference of the backend "auto", which takes the choice of the lowest rank.
-        reason: Why "auto" takes it, in a few words, and why it could not take the engines that it prefers.
+        reason: Why "auto" takes it, in a few words, and why it could not take engines of a lower rank.
     """
 
     backend: str
@@ -61,11 +61,11 @@ class Choice:
     reason: str
 
     def same_way(self, other: Choice) -> bool:
-        """True if the other one runs the same graphs in the same way, whatever the reason for it is."""
+        """True if another choice runs the same graphs in the same way; rank and reason are not compared."""
         return replace(self, reason=other.reason) == other
 
     def facts(self) -> dict[str, str]:
-        """JSON-able description without the rank."""
+        """Description as JSON values, without the rank."""
         return {name: value for name, value in asdict(self).items() if name != "rank"}
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Placement:
-    """Placement of a component.
+    """Device, CPU threads and cache folder of a component.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -89,7 +89,7 @@ class Placement:
 
 @runtime_checkable
 class Engine(Protocol):
-    """An engine that runs bundles.
+    """Interface of an engine that runs bundles.
 
     ``BACKENDS`` lists the engines of this package. A caller may pass an object with this interface as ``backend`` to
     ``LatentDiffusionPipeline.from_bundle``, to use an engine of their own.
@@ -114,9 +114,9 @@ class Engine(Protocol):
         all engines, and the next one if its components do not load.
 
         Raises:
-            UnsupportedError: The engine does not run the bundle as wished on any machine. "auto" leaves it out.
-            BackendError: This machine prevents the engine from running the bundle, or from running it in the best way;
-                the latter is raised after the choices that remain. "auto" takes another choice and reports the error.
+            UnsupportedError: The engine cannot run the bundle as requested on any machine. "auto" leaves it out.
+            BackendError: The engine cannot run the bundle on this machine, or not in the best way; the latter is raised
+                after the remaining choices were yielded. "auto" takes another choice and reports the error.
         """
 
     def open(self, bundle: Bundle, component: str, choice: Choice, placement: Placement) -> Loader:
@@ -136,7 +136,7 @@ class Engine(Protocol):
             bundle: The bundle.
             choice: How it runs.
             placement: Where it runs.
-            backends: Backend of each component that the pipeline runs. Its ``loader`` is what ``open`` returned.
+            backends: Backend of each component that the pipeline runs. Its ``loader`` is the result of ``open``.
 
         Raises:
             ManifestError: A file of the step graphs is not the one that was built.

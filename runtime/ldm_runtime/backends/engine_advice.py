@@ -1,4 +1,4 @@
-"""What to do about an engine that does not run on this machine: commands that can be followed on its GPU."""
+"""Advice in the errors of engines that do not run on this machine: commands that build engines for its GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rtx_refusal(capability: str, precision: str | None) -> str | None:
 
     Args:
         capability: E.g. "9.0".
-        precision: Precision of the graph. None means a graph without matrix work, which every GPU runs.
+        precision: Precision of the graph. None means a graph without matrix products, which every GPU runs.
     """
     if capability not in RTX_CAPABILITIES:
         return f"TensorRT for RTX does not support {capability}"
@@ -33,7 +33,7 @@ def rtx_refusal(capability: str, precision: str | None) -> str | None:
 
 
 def build_command(precision: str, gpu: Gpu | str) -> str:
-    """Return the command that builds engines for a GPU; for a GPU to be filled in if there is none."""
+    """Return the command that builds engines for a GPU; without a GPU, with a placeholder for its capability."""
     capability = "…" if isinstance(gpu, str) else gpu.capability
     if isinstance(gpu, str) or rtx_refusal(capability, precision) is None:
         target = f"tensorrt-rtx --compute-capability {capability}"
@@ -43,7 +43,7 @@ def build_command(precision: str, gpu: Gpu | str) -> str:
 
 
 def rebuild_command(engine: EngineFacts) -> str:
-    """Return the command that builds an engine again for its own GPUs. TensorRT builds for the GPU at hand."""
+    """Return the command that rebuilds an engine for its GPUs. TensorRT always builds for the GPU of the machine."""
     capabilities = "" if engine.package == "tensorrt" else ",".join(engine.compute_capabilities)
     option = f" --compute-capability {capabilities}" if capabilities else ""
     option += " --version-compatible" if engine.version_compatible else ""
@@ -52,12 +52,12 @@ def rebuild_command(engine: EngineFacts) -> str:
 
 
 def other_gpu(component: str, engines: Sequence[EngineFacts], gpu: Gpu) -> BackendError:
-    """Return the error of engines that were built for other GPUs than the one at hand.
+    """Return the error for engines that were built for other GPUs than the one of this machine.
 
     Args:
         component: Name of the component.
-        engines: At least one engine of it.
-        gpu: The GPU at hand.
+        engines: Its engines, at least one.
+        gpu: The GPU of this machine.
     """
     known = list(dict.fromkeys(one for engine in engines for one in engine.compute_capabilities))
     what = (

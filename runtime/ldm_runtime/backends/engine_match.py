@@ -1,4 +1,4 @@
-"""Finds the TensorRT engine of a bundle that runs on this machine, and refuses others before they are opened."""
+"""Finds the TensorRT engine of a bundle that runs on this machine, and rejects others before they are opened."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def find_engine(bundle: Bundle, component: str, precision: str, gpu: Gpu) -> tup
 
     Raises:
         UnsupportedError: The bundle has no engine of the component in that precision.
-        BackendError: Its engines are for other GPUs, of another graph or for another version, or the package is missing
-            or cannot be loaded.
+        BackendError: Its engines were built for other GPUs, from another graph or by another version, or the package is
+            missing or cannot be loaded.
     """
     engines = engines_of(bundle, component, precision)
     check_graph(bundle, component, precision, engines)
@@ -147,7 +147,7 @@ def _open_runtime(engine: EngineFacts, gpu: Gpu) -> ModuleType:
 
 
 def _cuda_of(package: str) -> str:
-    """Major number of the CUDA version of an installed package, from its requirements, e.g. tensorrt_cu13; or ""."""
+    """Major CUDA version of an installed package, read from its requirements, e.g. tensorrt_cu13; "" if unknown."""
     try:
         required = " ".join(requires(package) or ())
     except PackageNotFoundError:  # installed without pip
@@ -159,7 +159,8 @@ def _cuda_of(package: str) -> str:
 def runs_version(engine: EngineFacts, version: str) -> bool:
     """True if a version of the package runs an engine.
 
-    It is the version that built the engine; for a version-compatible plan also a later one of the same major number.
+    An engine runs on the version that built it; a version-compatible plan also on later versions of the same major
+    number.
     """
     if version == engine.version or not engine.version_compatible:
         return version == engine.version

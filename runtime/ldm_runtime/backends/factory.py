@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Options:
-    """What the caller asks for: see ``open_model``."""
+    """Options of the caller; see ``open_model``."""
 
     backend: str | Engine
     wish: Wish
@@ -41,9 +41,9 @@ class OpenModel:
 
     Attributes:
         backends: Component -> backend that is loaded on first use. The objects stay the same if the engine is replaced.
-        choice: What runs them.
+        choice: The engine that runs them.
         loop: The denoising loop on the device, if there is one.
-        on_change: Called after the engine was replaced, by the thread that has noticed the failure.
+        on_change: Called after the engine was replaced, in the thread in which it failed.
 
     Raises:
         ManifestError: A file is not the one that was built.
@@ -89,7 +89,7 @@ class OpenModel:
         self.on_change()
 
     def _open(self) -> None:
-        """Open the components on the first engine that can, and report why those before it cannot."""
+        """Open the components on the first engine that can run them, and report why earlier engines cannot."""
         while True:
             selected = select_backend(self._bundle, self._options.backend, self._options.wish, self._failures)
             try:
@@ -140,7 +140,7 @@ def open_model(
         once: True if the model generates one image and is then freed.
 
     Raises:
-        SpecError: ``threads`` is no number from 1 to 1024.
+        SpecError: ``threads`` is not a number from 1 to 1024.
         ManifestError: A file is not the one that was built.
         BackendError: The engine cannot run the bundle on this machine.
     """

@@ -21,7 +21,7 @@ Loader = Callable[[], Backend]
 class LazyBackend(SpecBackend):
     """Loads a component when it first runs. After ``close`` the next ``run`` loads it again.
 
-    Threads may share it: they load, run and close one after the other.
+    Threads may share it: they load, run and close it one at a time.
 
     Args:
         spec: Inputs and outputs of the component.
@@ -56,7 +56,7 @@ class LazyBackend(SpecBackend):
                 self.lock.release()
 
     def load(self) -> Backend:
-        """Return the backend, which is loaded if it was not. Raises what the loader raises."""
+        """Return the backend, after loading it if necessary. Raises what the loader raises."""
         with self.lock:
             while True:
                 self._close_replaced()
@@ -81,7 +81,7 @@ class LazyBackend(SpecBackend):
         return result
 
     def most_rows(self, feed: Feed) -> int | None:
-        """Rows of one call, as ``SpecBackend.most_rows`` of the component, which is loaded."""
+        """Rows of one call, see ``SpecBackend.most_rows``. Loads the component."""
         with self.lock:
             loaded = self.load()
             return loaded.most_rows(feed) if isinstance(loaded, SpecBackend) else None
@@ -107,7 +107,7 @@ class LazyBackend(SpecBackend):
         self._recover(loader, error)
 
     def _close_replaced(self) -> None:
-        """Free what another loader than the present one has loaded. An engine that failed may fail again here."""
+        """Free a component that a replaced loader has loaded. An engine that failed may fail again here."""
         if self._loaded is not None and self._loaded[0] is not self.loader:
             with suppress(BackendError):
                 self.close()

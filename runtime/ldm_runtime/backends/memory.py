@@ -1,4 +1,4 @@
-"""Memory of a device as ``device.Memory``: of the host, and of a CUDA GPU with its two streams."""
+"""Implementations of ``device.Memory``: for the host, and for a CUDA GPU with its two streams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CudaMemory", "HostMemory", "cuda_memory", "memory_of"]
 
 
 class HostMemory:
-    """Memory of the host, where all work is done on return. It runs on the CPU what ``CudaMemory`` runs on a GPU."""
+    """Memory of the host. All work is done when a call returns. It stands in for ``CudaMemory`` on the CPU."""
 
     device = "cpu"
 
@@ -72,12 +72,12 @@ class HostMemory:
         return sum(block.nbytes for block in self._blocks.values())
 
     def available(self) -> int | None:
-        """None: it is not known."""
+        """None: the free memory is not known."""
         return None
 
 
 class CudaMemory:
-    """Memory of a GPU, a stream for all work, and a second one for uploads beside it.
+    """Memory of a GPU, with a main stream for all work and a second stream for concurrent uploads.
 
     Args:
         cuda: The CUDA runtime.
@@ -112,17 +112,17 @@ class CudaMemory:
         self.cuda.upload(array, address, self._copies)
 
     def hold_uploads(self) -> None:
-        """Let the stream for uploads wait for the work that the stream has now."""
+        """Make the stream for uploads wait for the work that is queued on the main stream now."""
         self.cuda.call("cudaEventRecord", self._reached, self.stream)
         self.cuda.call("cudaStreamWaitEvent", self._copies, self._reached, 0)
 
     def await_uploads(self) -> None:
-        """Let the stream wait for the uploads so far."""
+        """Make the main stream wait for the uploads so far."""
         self.cuda.call("cudaEventRecord", self._uploaded, self._copies)
         self.cuda.call("cudaStreamWaitEvent", self.stream, self._uploaded, 0)
 
     def download(self, address: int, array: NDArray[Any]) -> None:
-        """Copy to a contiguous array, after all work of the stream."""
+        """Copy to a contiguous array, after all queued work."""
         self.cuda.download(address, array, self.stream)
         self.synchronise()
 
@@ -135,18 +135,18 @@ class CudaMemory:
         self.cuda.spread(source.address, target, source.row_bytes, source.shape[0], pitch, self.stream)
 
     def mark(self) -> object:
-        """Return an event behind the work of the stream."""
+        """Return an event that follows all queued work."""
         event = self.cuda.create_event()
         self.cuda.call("cudaEventRecord", event, self.stream)
         return event
 
     def wait(self, mark: object) -> None:
-        """Wait for the work before an event, which is freed."""
+        """Wait for the work before an event, and free the event."""
         self.cuda.call("cudaEventSynchronize", mark)
         self.cuda.call("cudaEventDestroy", mark)
 
     def synchronise(self) -> None:
-        """Wait for the work of the stream."""
+        """Wait for all queued work."""
         self.cuda.call("cudaStreamSynchronize", self.stream)
 
     def used(self) -> int:
@@ -164,7 +164,7 @@ def cuda_memory(extra: str) -> CudaMemory:
     """Return the memory of the GPU: one object per process and extra.
 
     While one thread captures a CUDA graph, no other thread may allocate memory or wait for the device, because that
-    ends the capture. So all that ONNX Runtime does on the GPU shares one lock and one stream.
+    ends the capture. All work of ONNX Runtime on the GPU therefore shares one lock and one stream.
 
     Args:
         extra: Extra of the package ldm-export that installs cuda-python, for the message if it is missing.

@@ -117,7 +117,7 @@ class OnnxRuntimeLoader:
         return DeviceBackend(launcher, self.spec, memory_of("cuda", GPU_EXTRA))
 
     def launcher(self) -> OnnxRuntimeLauncher:
-        """Load the component for memory of the device. Only the denoisers are worth a session for each shape."""
+        """Load the component to run on device memory. Only denoisers get a session for each set of shapes."""
         memory = memory_of(self.placement.device, GPU_EXTRA)
         modes = tuple(Mode) if self.spec.name in DENOISERS else (Mode.FREE, Mode.PLAIN)
         return OnnxRuntimeLauncher(
@@ -142,7 +142,7 @@ class OnnxRuntimeEngine:
         for bf16 runs in fp32.
 
         Raises:
-            UnsupportedError: The CPU is to compute in bf16.
+            UnsupportedError: bf16 is requested on the CPU.
             BackendError: onnxruntime is not installed, "cuda" is asked for and cannot be used; or, after the choices of
                 the CPU, onnxruntime was built with CUDA but cannot use it on this machine.
         """
@@ -184,7 +184,7 @@ class OnnxRuntimeEngine:
     def device_loop(
         self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]
     ) -> DeviceLoop | None:
-        """Return the loop on CUDA, which shares the sessions of the UNet and of what derives its inputs.
+        """Return the loop on CUDA. It shares the sessions of the UNet and of the components that derive its inputs.
 
         None on the CPU, and for a bundle without step graphs.
 

@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime can use the GPU of this machine: its CUDA provider, the driver, and the CUDA version of both."""
+"""Checks whether ONNX Runtime can use the GPU of this machine: CUDA provider, driver, and their CUDA versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU_EXTRA = "gpu"
 
 
 def has_cuda_build() -> bool:
-    """True if the onnxruntime that is installed was built with CUDA. It is not imported."""
+    """True if the installed onnxruntime was built with CUDA. It is not imported."""
     spec = importlib.util.find_spec("onnxruntime")
     folders = (spec.submodule_search_locations if spec else None) or ()
     return any((Path(folder) / "capi/libonnxruntime_providers_cuda.so").exists() for folder in folders)

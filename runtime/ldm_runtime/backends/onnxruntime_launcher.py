@@ -1,4 +1,4 @@
-"""ONNX Runtime as a launcher: one session per component, whose calls are CUDA graphs on memory that others provide."""
+"""ONNX Runtime as a ``device.Launcher``: one session per component, whose calls are CUDA graphs on given memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ldm_runtime.verified_file import GraphFile
 __all__ = ["BoundCall", "Mode", "OnnxRuntimeLauncher"]
 
 NOT_CAPTURED = -1
-"""Id of a run that is no CUDA graph. ONNX Runtime keeps 0 for itself."""
+"""Id of a run that is not captured as a CUDA graph. ONNX Runtime reserves 0."""
 _log = logging.getLogger(__name__)
 
 
@@ -43,15 +43,15 @@ class Mode(IntEnum):
 class BoundCall:
     """A session with inputs and outputs at fixed addresses.
 
-    ONNX Runtime keeps captured graphs for each thread, so the first run of another thread captures again. A capturing
-    run runs the component more than once, which changes nothing because no output lies in an input.
+    ONNX Runtime keeps captured graphs per thread, so the first run in another thread captures again. Capturing runs the
+    component more than once; this is harmless, because no output shares memory with an input.
 
     Args:
         name: Name of the component, for messages.
         session: onnxruntime's session.
         tensors: Region of every input and output.
         memory: The device's memory.
-        graph_id: Id of the CUDA graph that every run but the first is, ``NOT_CAPTURED`` for none.
+        graph_id: Id of the CUDA graph, which every run but the first uses; ``NOT_CAPTURED`` for none.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class BoundCall:
         self._runs = 0
 
     def run(self) -> None:
-        """Run the component in the order of its stream; on CUDA it may still run on return.
+        """Run the component in stream order; on CUDA it may still be running when this returns.
 
-        If the launches cannot be captured, they are not from then on.
+        If a capture fails, later runs launch the kernels one by one.
 
         Raises:
             BackendError: onnxruntime failed, e.g. because memory ran out.
@@ -94,7 +94,7 @@ class BoundCall:
             self.launch()
 
     def launch(self) -> None:
-        """As ``run``, but a failed capture is an error."""
+        """Run the component as ``run`` does, but raise an error if a capture fails."""
         options = self._later if self._runs else self._first
         self._runs += 1
         try:
@@ -105,7 +105,7 @@ class BoundCall:
             raise BackendError(f"{self._name}: onnxruntime failed: {first_line(error)}") from None
 
     def close(self) -> None:
-        """Free the captured graph, where this version of onnxruntime can."""
+        """Free the captured graph, if this version of onnxruntime can."""
         release = getattr(self._session, "release_captured_graph", None)
         if release is not None and self._graph_id != NOT_CAPTURED and self._runs > 1:
             with suppress(Exception):  # another thread has captured it
@@ -114,9 +114,9 @@ class BoundCall:
 
 
 class OnnxRuntimeLauncher:
-    """Runs one graph on memory of a device. On CUDA one session holds a CUDA graph for each set of shapes.
+    """Runs one ONNX graph on device memory. On CUDA, one session holds a CUDA graph for each set of shapes.
 
-    If ONNX Runtime cannot capture a graph with free dimensions, the launcher goes on to the next ``Mode``.
+    If ONNX Runtime cannot capture a graph with free dimensions, the launcher tries the next ``Mode``.
 
     Args:
         graph: Path of the ``.onnx`` file. External weights lie beside it.
@@ -170,7 +170,7 @@ class OnnxRuntimeLauncher:
         return session, spec
 
     def _go_on(self, reason: BackendError) -> None:
-        """Go on to the next mode. Without one, raise the reason."""
+        """Switch to the next mode; if there is none, raise ``reason``."""
         if len(self._modes) == 1:
             raise reason
         before = self._modes.pop(0)
@@ -187,7 +187,7 @@ class OnnxRuntimeLauncher:
             call = BoundCall(self.spec.name, self._session_for(sizes), tensors, self._memory, graph_id)
             if not repeated or not isinstance(self._memory, CudaMemory):
                 return call
-            call.launch()  # the tensors hold whatever they do; a failure is not one of capturing
+            call.launch()  # on arbitrary values; an error here is not a capture error
             try:
                 call.launch()
                 self._memory.synchronise()

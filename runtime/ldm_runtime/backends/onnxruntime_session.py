@@ -40,7 +40,7 @@ _DTYPES = {
 }
 """ONNX Runtime's name of a tensor type -> dtype."""
 _CAPTURE_REFUSED = "cannot use the graph capture feature"
-"""ONNX Runtime's message if a part of a graph runs on the CPU, so that a call cannot be captured as a CUDA graph."""
+"""Part of ONNX Runtime's message if a graph cannot be captured as a CUDA graph, because nodes of it run on the CPU."""
 
 
 def load_onnxruntime() -> Any:
@@ -82,8 +82,8 @@ class Opening:
         device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
         threads: As ``session_options`` takes them.
         stream: Address of the CUDA stream on which all calls run. None means a stream of the session's own.
-        capture: True lets calls be captured as CUDA graphs. It needs a graph that runs on the GPU as a whole.
-        sizes: Symbol of a dimension -> its only size in this session.
+        capture: True allows calls to be captured as CUDA graphs. The whole graph must run on the GPU.
+        sizes: Symbol of a dimension -> the size to which this session fixes it.
         half: True for a graph of the variant for CUDA, which may have float16 where the spec says float32.
     """
 
@@ -97,9 +97,10 @@ class Opening:
     def cuda_options(self) -> dict[str, str]:
         """Options of the CUDA provider.
 
-        Convolutions run on channels-last data, for which tensor cores are faster. A graph for CUDA already does, and
-        could not be captured with free dimensions if ONNX Runtime rewrote it. cuDNN's kernels are those of its
-        heuristic mode A, which are faster for a UNet than those of ONNX Runtime's default, mode B.
+        Convolutions run on channels-last data, for which tensor cores are faster. A graph of the CUDA variant is
+        channels-last already, and could not be captured with free dimensions if ONNX Runtime rewrote it. cuDNN selects
+        kernels by its heuristic mode A, whose kernels are faster for a UNet than those of ONNX Runtime's default, mode
+        B.
         """
         options = {
             "arena_extend_strategy": "kSameAsRequested",
@@ -163,9 +164,9 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
 
 @once
 def _load_cuda_libraries() -> None:
-    """Load CUDA and cuDNN from the packages that pip installed, where this version of onnxruntime can.
+    """Load CUDA and cuDNN from the packages that pip installed, if this version of onnxruntime supports that.
 
-    This happens once, because it replaces ``sys.stdout`` meanwhile: two threads at a time might not restore it.
+    This happens once, because it replaces ``sys.stdout`` for a moment: two threads at a time might not restore it.
     """
     if (load := getattr(load_onnxruntime(), "preload_dlls", None)) is not None:
         with redirect_stdout(StringIO()):  # it prints the libraries that it does not find

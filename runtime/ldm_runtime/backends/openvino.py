@@ -40,7 +40,7 @@ EXTRA = "openvino"
 
 
 class OpenVinoBackend(SpecBackend):
-    """Runs one ONNX graph with OpenVINO, compiled when a set of shapes first comes (``openvino_shapes``).
+    """Runs one ONNX graph with OpenVINO; it is compiled when it first runs with a set of shapes (``openvino_shapes``).
 
     Args:
         graph: Path of the ``.onnx`` file. External weights lie beside it and are mapped, not read. The files are opened
@@ -124,7 +124,7 @@ class OpenVinoBackend(SpecBackend):
 
 
 def _has_rows(spec: ComponentSpec) -> bool:
-    """True if all inputs and outputs have the same free number of rows."""
+    """True if the first axis of all inputs and outputs is the same free dimension."""
     firsts = [tensor.shape[0] if tensor.shape else 0 for tensor in (*spec.inputs, *spec.outputs)]
     symbols = {first.symbol if isinstance(first, Axis) else None for first in firsts}
     return len(symbols) == 1 and None not in symbols
@@ -146,13 +146,13 @@ class OpenVinoEngine:
         return None if is_installed("openvino") else f"not installed; `{install_command(self.extra)}`"
 
     def choices(self, bundle: Bundle, wish: Wish) -> Iterator[Choice]:
-        """Yield the CPU. OpenVINO rounds fp32 graphs, and what int8 graphs leave in fp32, to bf16 by itself.
+        """Yield the CPU. OpenVINO itself rounds fp32 graphs, and the fp32 parts of int8 graphs, to bf16.
 
-        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16". On another CPU
-        "bf16" runs the bundle's bf16 graphs, whose tensors are rounded, with sums and products in fp32.
+        It computes in bf16 if the CPU supports it, unless ``wish.precision`` is "fp32" or "fp16". On a CPU without
+        bf16, "bf16" runs the bundle's bf16 graphs, whose tensors are rounded to bf16, with fp32 arithmetic.
 
         Raises:
-            BackendError: openvino is not installed, or the CPU lacks what is asked for.
+            BackendError: openvino is not installed, or the CPU does not support the request.
         """
         if not wish.needs(RANK):
             return
@@ -191,7 +191,7 @@ class OpenVinoEngine:
 
 
 def _writable(folder: Path) -> Path | None:
-    """The folder, created if need be; None after a warning if it cannot be written, because it only saves time."""
+    """Return the folder, created if necessary. If it cannot be written, log a warning and return None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

@@ -1,4 +1,4 @@
-"""Compiles one graph with OpenVINO for the shapes it runs with: for each set of shapes, and later for any shape."""
+"""Compiles one graph with OpenVINO for the shapes it runs with: once per set of shapes, then once for any shape."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from ldm_runtime.backends.page_release import release_mapped_files, release_mapp
 
 MAX_SHAPES = 8
 BUDGET = 2 * 2**30
-"""Bytes of weights that compiled graphs may hold beside the first one; each has its own copy. Beyond that, one graph is
-compiled for any shape: beside the others if they leave room for it, else in their place. It takes about 1.5 times as
-long as a graph for the shapes, but is never compiled again."""
+"""Bytes of weights that compiled graphs may hold in addition to the first one; each has its own copy. When the budget
+is used up, one graph is compiled for any shape: in addition to the others if memory allows it, otherwise in their
+place. It runs about 1.5 times as long as a graph for fixed shapes, but is never compiled again."""
 PADDING = 1.4
-"""Rows of a compiled graph, relative to those of a call, up to which filling the call up takes no longer than the graph
-for any shape."""
+"""Largest ratio of a compiled graph's rows to a call's rows at which padding the call is not slower than the graph for
+any shape."""
 LARGE = 2**16
-"""Size in bytes from which the pages of a constant are released."""
+"""Smallest constant in bytes whose pages are released."""
 
 __all__ = ["ShapedGraph"]
 
 log = logging.getLogger(__name__)
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 Ready = tuple[Any, dict[str, NDArray[Any]]]
-"""An inference request, and the inputs that it already has."""
+"""An inference request, and the inputs that are already set on it."""
 
 
 class ShapedGraph:
-    """Compiles a graph when it first runs with a set of shapes.
+    """A graph that is compiled when it first runs with a set of shapes.
 
     Args:
         copy: Returns a new copy of the graph at each call. Copies share the mapped weights, whose pages are released.
         core: OpenVINO's core.
         options: Options of the compilation.
         weights: Size of the graph's weights in bytes.
-        rows: True if the first axis of every input and output counts independent rows, so that a call may be filled up
-            to the rows of a graph that is compiled already.
+        rows: True if the first axis of every input and output counts independent rows, so that a call may be padded to
+            the rows of a graph that is already compiled.
     """
 
     def __init__(self, copy: Callable[[], Any], core: Any, options: Mapping[str, Any], weights: int, rows: bool):
@@ -55,8 +55,7 @@ class ShapedGraph:
         """Run the graph.
 
         Returns:
-            The inference request, which owns the outputs, and the number of rows at the end of each output with which
-            the call was filled up.
+            The inference request, which owns the outputs, and the number of padding rows at the end of each output.
 
         Arrays are shared with the request. An array that it already has, e.g. the cross-attention keys of a prompt,
         is not passed again.
@@ -80,7 +79,7 @@ class ShapedGraph:
         return request, added
 
     def _padded(self, shapes: Shapes) -> int | None:
-        """Rows to which a call is filled up: the fewest of a graph for such inputs; None for the call as it is."""
+        """Number of rows to pad a call to: the smallest of a compiled graph that fits; None for no padding."""
         if not self._rows or shapes in self._requests or len(self._requests) < self.max_requests:
             return None
         rows = shapes[0][1][0]
@@ -109,7 +108,7 @@ class ShapedGraph:
         return self._requests[key]
 
     def _compile(self, model: Any) -> Any:
-        """Compile a graph; if that fails with a cache, e.g. because its disk is full, then without it."""
+        """Compile a graph. If that fails with the cache, e.g. because its disk is full, compile without it."""
         try:
             return self._core.compile_model(model, "CPU", self._options)
         except RuntimeError:

@@ -1,8 +1,9 @@
 """Fuses nearest-neighbour 2× upsampling and a 3×3 convolution into four 2×2 convolutions and a depth-to-space.
 
 Upsampling repeats every value. The nine products of the convolution therefore read only four distinct values, and
-weights that meet the same value can be added in advance. This leaves 4/9 of the work. The sums of weights are rounded
-once more, so the result is equal up to rounding. The fusion is used where the arithmetic rounds to bf16 anyway.
+weights that multiply the same value can be added in advance. This leaves 4/9 of the multiplications. The sums of
+weights are rounded once more, so results agree up to rounding. The fusion is only used for bf16 arithmetic, which
+rounds much more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def fold_upsampling(model: Any) -> int:
 
 
 def quarters(weights: F32) -> dict[tuple[int, int], F32]:
-    """Add up the weights float32 [O, I, 3, 3] that meet the same value: (row parity, column parity) -> [O, I, 2, 2]."""
+    """Add up weights float32 [O, I, 3, 3] that multiply the same value: (row parity, column parity) -> [O, I, 2, 2]."""
     rows = {
         0: np.stack([weights[:, :, 0], weights[:, :, 1] + weights[:, :, 2]], 2),
         1: np.stack([weights[:, :, 0] + weights[:, :, 1], weights[:, :, 2]], 2),

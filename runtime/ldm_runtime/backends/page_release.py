@@ -26,8 +26,8 @@ Range = tuple[int, int]
 def release_mapped_pages(arrays: Sequence[NDArray[Any]]) -> Iterator[None]:
     """Release the pages of arrays in read-only file mappings repeatedly until the block ends, and once more then.
 
-    The pages stay in the system's page cache and return when they are read again. The arrays are referenced
-    meanwhile, so no other data can take their addresses. On systems other than Linux this does nothing.
+    The pages stay in the system's page cache, and reading them maps them again. The arrays stay referenced until the
+    block ends, so no other data can use their addresses. On systems other than Linux this does nothing.
     """
     ranges, done = mapped_ranges(arrays), threading.Event()
     worker = threading.Thread(target=_rounds, args=(ranges, done), daemon=True)

@@ -11,7 +11,8 @@ from ldm_runtime.specs import TensorSpec
 __all__ = ["Port", "check_ports"]
 
 Port = tuple[str, int | None]
-"""Dtype of an input or output, or the engine's name of a type that no component has; and its rank, None if unknown."""
+"""Dtype and rank of an input or output. The dtype may be an engine's name for an unsupported type; the rank is None if
+unknown."""
 
 
 def check_ports(graph: Path, side: str, ports: Mapping[str, Port], tensors: Sequence[TensorSpec]) -> None:
@@ -20,8 +21,8 @@ def check_ports(graph: Path, side: str, ports: Mapping[str, Port], tensors: Sequ
     Args:
         graph: Path of the graph, for messages.
         side: "inputs" or "outputs".
-        ports: Name -> what the graph declares.
-        tensors: What the manifest says.
+        ports: Name -> dtype and rank that the graph declares.
+        tensors: Inputs or outputs in the manifest.
 
     Raises:
         ManifestError: They differ.

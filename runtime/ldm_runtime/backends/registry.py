@@ -16,6 +16,6 @@ BACKENDS: Mapping[str, Engine] = {
 }
 """Name of an engine -> its descriptor."""
 AUTO = "auto"
-"""The backend that stands for the fastest engine available on this machine."""
+"""Backend name that selects the fastest engine available on this machine."""
 BACKEND_NAMES = (AUTO, *BACKENDS)
-"""What callers may give as ``backend``."""
+"""Valid values of ``backend``."""

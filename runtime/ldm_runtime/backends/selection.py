@@ -14,7 +14,7 @@ from ldm_runtime.installation import install_command
 __all__ = ["DEVICES", "Choice", "Failure", "Selected", "Wish", "select_backend"]
 
 DEVICES = ("auto", "cpu", "cuda")
-"""What callers may give as ``device``."""
+"""Valid values of ``device``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Selected:
-    """An engine, how it runs the bundle, and why engines that may be faster could not be used: one line each."""
+    """The selected engine, how it runs the bundle, and one line for each faster engine that could not be used."""
 
     engine: Engine
     choice: Choice
@@ -45,7 +45,7 @@ def select_backend(
     Args:
         bundle: The bundle.
         backend: Name of an engine, "auto" for the choice of the lowest rank, or an engine of the caller's own.
-        wish: What the caller asks for. None asks for nothing in particular.
+        wish: Options of the caller; None for the defaults.
         failures: Choices that "auto" leaves out, because they were tried and did not work.
 
     Raises:

@@ -1,4 +1,4 @@
-"""TensorRT as a launcher: engines that run on memory that others provide, in the order of its stream."""
+"""TensorRT as a ``device.Launcher``: engines that run on given memory, in the order of its stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _BoundEngine:
         self._engine.launch(self._shapes, self._addresses, self._memory.stream)
 
     def close(self) -> None:
-        """The engine keeps a bounded number of captured graphs, which ``LoadedEngine.close`` frees."""
+        """Nothing to free: ``LoadedEngine.close`` frees the captured graphs."""
 
 
 class TensorRtLauncher:

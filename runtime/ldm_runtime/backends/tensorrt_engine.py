@@ -14,12 +14,12 @@ from ldm_runtime.errors import BackendError
 __all__ = ["LoadedEngine"]
 
 MAX_GRAPHS = 16
-"""Most CUDA graphs that are kept, one for each set of input shapes and addresses."""
+"""Maximum number of cached CUDA graphs, one for each set of input shapes and addresses."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class LoadedEngine:
-    """Loads an engine and launches it on memory that the caller provides. Each call is one CUDA graph.
+    """A loaded engine that runs on memory of the caller. Each set of shapes is captured as one CUDA graph.
 
     Args:
         matched: An engine that runs on this machine.
@@ -49,7 +49,7 @@ class LoadedEngine:
         self._profile = 0
 
     def launch(self, shapes: Shapes, addresses: Mapping[str, int], stream: Any) -> None:
-        """Run the engine in stream order. The work may not have finished on return.
+        """Run the engine in stream order. It may still be running when this returns.
 
         Args:
             shapes: Input name -> shape.

@@ -9,7 +9,7 @@ __all__ = ["error_log", "one_line"]
 
 
 def error_log(package: ModuleType) -> Any:
-    """Return an ``ILogger`` that collects errors in ``errors``; its ``first()`` is the first error or a phrase."""
+    """Return an ``ILogger`` that collects errors in ``errors``; ``first()`` returns the first one or a phrase."""
 
     class Log(package.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -27,5 +27,5 @@ def error_log(package: ModuleType) -> Any:
 
 
 def one_line(message: str) -> str:
-    """Return a message without line breaks, at most 300 characters of it."""
+    """Return at most 300 characters of a message, without line breaks."""
     return " ".join(message.split())[:300]

@@ -1,4 +1,4 @@
-"""The running requests: one batch per image size and way of running; the batches take turns, one step each."""
+"""The running requests: one batch per image size, prompt length and kind of loop. Batches take turns, step by step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["ActiveBatches", "Notify"]
 
 F32 = NDArray[np.float32]
 PIXELS_PER_DECODE = 2**18
-"""Pixels that are decoded in one call on a CPU, as many as one image of 512×512 has: more save no time there."""
+"""Maximum pixels per decoder call on a CPU, those of one 512×512 image: larger calls save no time there."""
 _log = logging.getLogger(__name__)
 _Key = tuple[tuple[int, ...], bool | None]
-"""Height and width of the latents, and chunks of the prompts; True or False for a batch on the device, guided or not,
-None for one in NumPy."""
+"""Height and width of the latents and number of prompt chunks; then True for a guided and False for an unguided batch
+on the device, None for a batch in NumPy."""
 Notify = Callable[[Job, Progress | JobResult | LdmError], None]
 
 
@@ -76,7 +76,7 @@ class ActiveBatches:
         return batch.fits(job)
 
     def _key(self, job: Job) -> _Key:
-        """The batch that a job joins: of its size, on the device if batches there can run its plan."""
+        """Key of the batch that a job joins: its sizes, and whether a batch on the device can run its plan."""
         loop, plan = self._pipeline.loop, job.plan
         on_device = loop is not None and loop.takes(plan) and not plan.caches
         return _size(job), plan.guided if on_device else None
@@ -104,7 +104,7 @@ class ActiveBatches:
             self._fail([job], error)
 
     def _enter(self, job: Job, conditioning: Tensors, schedule: Tensors, start: Start) -> bool:
-        """Add a job to its batch; False if the loop on the device cannot start and the pipeline has replaced it."""
+        """Add a job to its batch. Return False if the loop on the device could not start and was replaced."""
         key, loop = self._key(job), self._pipeline.loop
         try:
             if key not in self._batches:
@@ -183,7 +183,7 @@ class ActiveBatches:
     def _report(self, member: Member) -> None:
         preview = None
         if member.preview is not None:
-            with suppress(SpecError), self._counters.time("decode"):  # a preview that cannot be decoded is left out
+            with suppress(SpecError), self._counters.time("decode"):  # skip a preview that cannot be decoded
                 preview, _ = self._completed(member.job, self._pipeline.decode_array(member.preview))
             member.preview = None
         self._notify(member.job, Progress(member.index - 1, len(member.trajectory), preview))
@@ -213,7 +213,7 @@ class ActiveBatches:
                 self._notify(job, JobResult(own, job.plan.seeds, waiting, running, flagged))
 
     def _jobs_per_decode(self, latents: Sequence[F32]) -> int:
-        """Number of jobs, from the first on, that are decoded in one call; at least one."""
+        """Number of leading jobs that are decoded in one call, at least one."""
         geometry = self._pipeline.geometry
         pixels = math.prod(latents[0].shape[2:]) * geometry.factor**2
         most = geometry.images
@@ -226,7 +226,7 @@ class ActiveBatches:
         return np.ascontiguousarray(to_uint8(images)), flagged
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """End jobs with an error. A ``SpecError`` is the request's own; any other error marks the engine unhealthy."""
+        """End jobs with an error. Any error but ``SpecError`` marks the engine unhealthy."""
         if not isinstance(error, SpecError):
             self.unhealthy = True
             _log.error("%d requests failed: %s: %s", len(jobs), type(error).__name__, error)
@@ -237,5 +237,5 @@ class ActiveBatches:
 
 
 def _size(job: Job) -> tuple[int, ...]:
-    """Sizes that are the same for all rows of a UNet call."""
+    """Sizes that all rows of a UNet call share: height and width of the latents, and prompt chunks."""
     return *job.plan.shape[2:], job.plan.request.prompt_chunks

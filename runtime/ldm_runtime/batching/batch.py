@@ -1,6 +1,6 @@
-"""A batch: the requests of one image size that are denoised together, in one UNet call per step.
+"""A batch: requests of one image size that are denoised together, with one UNet call per step.
 
-Members whose steps reuse deep features have a call of their own beside the one of the others.
+If some members reuse deep features at a step, they share a second UNet call.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ __all__ = ["Batch"]
 
 F32 = NDArray[np.float32]
 MAX_LAYOUTS = 64
-"""Layouts of UNet calls that are kept for the same members."""
+"""Maximum number of cached layouts of UNet calls for one set of members."""
 
 
 class Batch:
-    """Members join between any two steps and leave when done, because the UNet takes a timestep per row.
+    """Requests that are denoised together. Members join and leave between any two steps.
 
-    A member reserves ``Plan.rows`` rows from its first step to its last. Conditioning is copied in when it joins. When
-    a member leaves, the last member of equal size takes its place, or the members behind it move up.
+    This works because the UNet takes one timestep per row. A member reserves ``Plan.rows`` rows from its first step to
+    its last. Conditioning is copied in when it joins. When a member leaves, the last member of equal size takes its
+    place, or the members behind it move up.
 
     Args:
         denoiser: Predicts the noise of the rows.
@@ -114,7 +115,7 @@ class Batch:
         """Nothing to free: the arrays belong to the batch."""
 
     def _arrange(self) -> None:
-        """Give every member its place, and collect what is constant until the next one joins or leaves."""
+        """Assign a place to every member, and compute the arrays that stay constant until a member joins or leaves."""
         row = image = 0
         for member in self.members:
             member.span = Span(row, member.plan.rows, image, member.plan.images)
@@ -136,11 +137,11 @@ class Batch:
         self._scaled = any((member.trajectory.input_scale != 1).any() for member in self.members)
 
     def _of_images(self, values: F32) -> F32:
-        """Spread one number per member to its images: float32 [images, 1, 1, 1]."""
+        """Repeat one number per member for each of its images: float32 [images, 1, 1, 1]."""
         return values[self._member_of_image].reshape(-1, 1, 1, 1)
 
     def step(self, counters: Counters) -> None:
-        """Advance every member by one step, with the arithmetic of the pipeline's loop.
+        """Advance every member by one step, with the same arithmetic as the pipeline's loop.
 
         Raises:
             BackendError: The UNet failed. The members are unchanged, except that they have drawn noise.

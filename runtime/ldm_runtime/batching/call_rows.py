@@ -69,7 +69,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class CallRows:
-    """Layout of the UNet calls of one step: one call, or a whole and a shallow one. Rows count over both.
+    """Layout of the UNet calls of one step: a whole call, a shallow call, or both, with rows numbered across both.
 
     Attributes:
         calls: The calls.
@@ -96,9 +96,9 @@ def call_rows(
 
     Args:
         spans: The members.
-        evaluated: What each member's step evaluates, and True if it reuses deep features; a member whose step does not
-            evaluate both branches has only its conditional rows.
-        padded: Number of rows of a call in which so many are used.
+        evaluated: For each member, the branches that its step evaluates and whether it reuses deep features. A member
+            that does not evaluate both branches has only its conditional rows.
+        padded: Maps the number of used rows to the number of rows of the call.
         max_rows: Length of the conditioning arrays.
     """
     calls = list[Call]()

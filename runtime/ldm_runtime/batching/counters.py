@@ -14,13 +14,13 @@ __all__ = ["OUTCOMES", "STAGES", "Counters", "Snapshot", "merged"]
 WINDOW = 10.0
 """Seconds over which ``steps_per_second`` and ``batch_fill`` are measured."""
 STAGES = ("encode", "unet", "noise", "step", "decode")
-"""Conditioning; UNet calls; waiting for noise; the rest of a step; decoder, including previews."""
+"""Stages: conditioning, UNet calls, waiting for noise, the rest of a step, and the decoder including previews."""
 OUTCOMES = ("done", "failed", "cancelled", "expired", "refused")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The scheduler at one moment. Counts and seconds are totals since its start.
+    """State and counters of the scheduler at one moment. Counts and seconds are totals since its start.
 
     Attributes:
         ready: True if images can be generated.
@@ -79,7 +79,7 @@ class Counters:
         self._recent.append((time.monotonic(), rows))
 
     def snapshot(self, *, ready: bool, waiting: int, running: int) -> Snapshot:
-        """Copy all counters, with the state that the scheduler knows."""
+        """Copy all counters, together with the given state of the scheduler."""
         since = time.monotonic() - WINDOW
         recent = [rows for when, rows in list(self._recent) if when > since]
         return Snapshot(

@@ -1,4 +1,4 @@
-"""A batch on a device: latents, conditioning and embeddings of its requests stay there from first step to last."""
+"""A batch on a device: latents, conditioning and embeddings of its requests stay there from first to last step."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ __all__ = ["TABLE_CALLS", "DeviceBatch"]
 
 F32 = NDArray[np.float32]
 TABLE_CALLS = 64
-"""UNet calls whose embeddings are on the device for each image."""
+"""Number of UNet calls whose embeddings are on the device for each image."""
 
 
 class DeviceBatch:
-    """Requests of one image size that are all guided or all unguided, as ``batch.Batch`` otherwise.
+    """A batch like ``batch.Batch`` on a device. Its requests have one image size, and are all guided or all unguided.
 
-    An image has one place in every tensor, and its unconditional row comes ``capacity`` rows before its conditional
-    one. The capacity grows and shrinks in steps, for each of which the device keeps its tensors and launches. A step is
-    launched while the step before it runs.
+    An image has the same index in every tensor, and its unconditional row comes ``capacity`` rows before its
+    conditional one. The capacity takes few different values; the device caches tensors and captured launches for each.
+    A step is launched while the previous one still runs.
 
     Args:
         loop: The loop on the device, which takes the plans of all members.
         guided: True if the members are guided.
-        denoiser: The pipeline's, for the names of the UNet's inputs.
+        denoiser: The pipeline's denoiser; only the names of the UNet's inputs are used.
         limits: ``max_rows`` and ``row_buckets``.
         noise_executor: Generates the noise of a step during the UNet call.
         workspaces: Keeps the tensors.
@@ -82,7 +82,7 @@ class DeviceBatch:
 
     @property
     def space(self) -> Workspace:
-        """The tensors."""
+        """The tensors of the batch."""
         assert self._space is not None
         return self._space
 
@@ -91,7 +91,7 @@ class DeviceBatch:
         return self.rows + job.plan.rows <= self._limits.max_rows
 
     def join(self, job: Job, conditioning: Tensors, schedule: Tensors, start: Start) -> None:
-        """Add a job that fits, as ``Batch.join``; its tensors are copied to the device."""
+        """Add a job that fits, like ``Batch.join``, and copy its tensors to the device."""
         plan, place = job.plan, self._images
         latents = scaled(start.latents, scale_after(plan.trajectory, 0))
         scalars = coefficients(scaled_rows(plan.trajectory), self._slots, plan.guidance_scale)
@@ -109,7 +109,7 @@ class DeviceBatch:
         self.members.append(Member(job, start, schedule, scalars, span=span))
 
     def _resize(self, images: int, shape: Sequence[int], conditioning: Tensors, schedule: Tensors) -> None:
-        """Move all images to tensors with room for so many."""
+        """Move all images to tensors whose capacity fits ``images``."""
         capacity = self._padded(images)
         if capacity == self._capacity:
             return
@@ -139,14 +139,14 @@ class DeviceBatch:
                 )
 
     def _padded(self, images: int) -> int:
-        """Images of a call in which so many are in use: by the row buckets, otherwise a power of two."""
+        """Capacity for a number of images: from the row buckets, otherwise the next power of two."""
         most = self._limits.max_rows // self._branches
         if self._limits.row_buckets is not None:
             return self._limits.padded(images * self._branches) // self._branches
         return min(most, 1 << (images - 1).bit_length())
 
     def _rows_of_images(self, space: Workspace, capacity: int) -> list[tuple[str, int]]:
-        """Tensor and first row of each part of the state whose rows are images: two parts for a guided UNet input."""
+        """Name and first row of each block whose rows are images; a UNet input of a guided batch has two blocks."""
         inputs = {SAMPLE, *self._denoiser.conditioning_inputs}
         tables = [name for name in space.regions if name.endswith(".calls") or name == HISTORY]
         return [(name, branch * capacity) for name in inputs for branch in range(self._branches)] + [
@@ -243,7 +243,7 @@ class DeviceBatch:
         return member.trajectory.predict_x0(latents, prediction, member.index)
 
     def close(self) -> None:
-        """Give the tensors back to the cache."""
+        """Return the tensors to the cache."""
         if self._space is not None:
             self._space.in_use = False
         self._space, self._capacity = None, 0

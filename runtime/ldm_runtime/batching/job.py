@@ -23,7 +23,7 @@ class Progress:
     Attributes:
         index: Index of the step from 0.
         total: Number of steps.
-        preview: The images as predicted at this step, uint8 [images, H, W, channels], if a preview is due.
+        preview: The images as predicted at this step, uint8 [images, H, W, channels]; None if no preview is due.
     """
 
     index: int
@@ -40,7 +40,7 @@ class JobResult:
         seeds: The seeds of the noise, one for all images or one each.
         seconds_waiting: Time in the queue.
         seconds_running: Time from the first step to the decoded images.
-        flagged: As of ``Generation``.
+        flagged: See ``Generation``.
     """
 
     images: NDArray[np.uint8]
@@ -103,7 +103,7 @@ class Job:
         return self.future.result(timeout)
 
     def stop_reason(self, now: float) -> LdmError | None:
-        """The error with which the request must end at ``now`` (``time.monotonic()``), or None if it may continue."""
+        """The error with which the request must end at time ``now`` (``time.monotonic()``); None if it may continue."""
         if self.cancelled:
             return CancelledError("request: cancelled by its caller")
         if self.deadline is not None and now > self.deadline:

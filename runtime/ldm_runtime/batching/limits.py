@@ -15,7 +15,7 @@ __all__ = ["MAX_COUNT", "Limits", "rows_of_call"]
 
 MAX_COUNT = 2**31 - 1
 MAX_ROWS = 32
-"""Rows of one UNet call if the UNet takes as many."""
+"""Default maximum of rows per UNet call, if the UNet takes that many."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,16 @@ class Limits:
         max_rows: Maximum rows of one UNet call. An image takes one row, with guidance two.
         row_buckets: Row counts a call is padded to, ascending, ending with ``max_rows``. None means no padding.
         max_queue: Maximum number of waiting requests.
-        max_sizes: Maximum number of image sizes and lengths of prompts in progress. Their batches take turns; requests
-            of further ones wait.
+        max_sizes: Maximum number of combinations of image size and prompt length in progress. Their batches take turns;
+            requests of other sizes wait.
         aging_seconds: For each priority level below the most urgent, a request waits at most this much longer.
         self_test_after: Idle seconds after which the scheduler generates a test image to confirm that it still works.
-        stall_timeout: Seconds without a finished UNet call, while there is work, after which it is not ready.
+        stall_timeout: Seconds without a finished UNet call, while there is work, after which the scheduler is not
+            ready.
 
     Raises:
-        SpecError: A count is no whole number from 1, a time is no number of seconds above 0, or the buckets do not
-            ascend to ``max_rows``.
+        SpecError: A count is not a whole number from 1, a time is not a number of seconds above 0, or the buckets do
+            not ascend to ``max_rows``.
     """
 
     max_rows: int = 32
@@ -71,11 +72,11 @@ def rows_of_call(unet: ComponentSpec, wanted: int | None, whose: str) -> int:
 
     Args:
         unet: Spec of the UNet.
-        wanted: What the user asks for; None takes ``MAX_ROWS``, or what the UNet takes.
-        whose: The UNet in words, for the message.
+        wanted: Number that the user requests; None takes ``MAX_ROWS``, or fewer if the UNet takes fewer.
+        whose: Name of the UNet in error messages.
 
     Raises:
-        SpecError: The UNet does not take as many.
+        SpecError: The UNet does not take that many rows.
     """
     most = min(tensor.bounds("max")[0] for tensor in unet.inputs)
     rows = min(MAX_ROWS, most) if wanted is None else wanted

@@ -25,7 +25,7 @@ class Member:
 
     Attributes:
         job: The request.
-        start: Its initial latents, noise, and what its mask keeps.
+        start: Its initial latents, noise, and the part of the image that its mask keeps.
         schedule: The UNet's schedule inputs at each step, [calls, …].
         rows: Coefficients of its trajectory for the slots of the batch, float32 [calls, slots, slots + 3].
         index: Index of the next step.

@@ -1,4 +1,4 @@
-"""Metrics of the batch scheduler: their names, their descriptions, and their values in Prometheus' text format."""
+"""Metrics of the batch scheduler: names, descriptions, and values in Prometheus' text format."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ldm_runtime.errors import LdmError
 __all__ = ["Notifier"]
 
 MAX_PENDING = 1000
-"""Progress messages are dropped while more messages are pending, e.g. behind a blocked callback; results never are."""
+"""Maximum pending messages before progress is dropped, e.g. behind a blocked callback. Results are never dropped."""
 _log = logging.getLogger(__name__)
 
 

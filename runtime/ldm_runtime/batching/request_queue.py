@@ -18,8 +18,8 @@ PRIORITIES = range(5)
 class RequestQueue:
     """Jobs ordered by arrival time plus ``aging_seconds`` for each priority level.
 
-    A job is overtaken only by more urgent jobs that arrive at most ``aging_seconds`` times the difference in priority
-    later. Within a priority, jobs are served in the order of arrival. Not thread-safe: the scheduler locks.
+    A more urgent job overtakes an earlier one only if it arrives at most ``aging_seconds`` times the difference in
+    priority later. Jobs of one priority are served in order of arrival. Not thread-safe: the scheduler holds a lock.
 
     Args:
         max_queue: Maximum number of jobs.

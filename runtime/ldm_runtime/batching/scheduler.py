@@ -1,4 +1,4 @@
-"""Batches the requests of many callers: they join the running UNet batch at any step and leave when done."""
+"""Batches requests in flight: they join the running UNet batch at any step and leave when they are done."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ RETRY_SECONDS = (0.5, 30.0)
 
 
 class BatchScheduler:
-    """Runs a pipeline for many callers at once, on one thread of its own. It does not close the pipeline.
+    """Runs a pipeline for many callers at once, in its own thread. It does not close the pipeline.
 
-    A request that runs alone produces exactly the image of ``pipeline(...)``. In a batch the UNet runs on other shapes,
-    so that results differ in the last bits and pixels by at most 1/255; on a GPU also those of a single request with
-    three, five or more images, because batches are padded there.
+    A request that runs alone produces exactly the image of ``pipeline(...)``. In a batch the UNet runs with other
+    shapes, so latents differ in the last bits and pixels by at most 1/255. On a GPU, batches are padded, so this also
+    applies to a single request with three, five or more images.
 
-    If the pipeline has a loop on a device, the requests that it takes run in batches there, guided and unguided ones
-    apart; the others run in batches of their own.
+    If the pipeline has a device loop, the requests that the loop supports run in batches on the device, guided and
+    unguided requests separately. Other requests run in batches in NumPy.
 
     Args:
         pipeline: The loaded pipeline. No other thread may use it until the scheduler is closed.
@@ -91,8 +91,8 @@ class BatchScheduler:
         """Add a request to the queue; returns at once.
 
         Args:
-            request: A request, or what ``pipeline.plan`` made of one. Its conditioning is encoded later; a text that
-                cannot be tokenized fails the job.
+            request: A request, or the result of ``pipeline.plan`` for one. Its conditioning is encoded later; a text
+                that cannot be tokenized fails the job.
             priority: 0 (most urgent) to 4.
             timeout: Seconds until the request expires, in the queue or while it runs; None for no deadline.
             on_progress: Called after each step, on the notifier thread.
@@ -131,7 +131,7 @@ class BatchScheduler:
     def ready(self) -> bool:
         """True if images can be generated: the last attempt succeeded, the threads are alive, and no call is stalled.
 
-        The thread that generates noise is covered by the attempts: each self-test uses it.
+        Each self-test also uses the thread that generates noise, so a failure of that thread is noticed.
         """
         idle = not (self._active or self._queue or self._testing)
         moving = idle or time.monotonic() - self._last_progress < self._limits.stall_timeout
@@ -146,7 +146,7 @@ class BatchScheduler:
         """Refuse new requests, finish the others within ``timeout`` seconds, cancel the rest, and end the threads.
 
         Raises:
-            SpecError: ``timeout`` is no number from 0; the scheduler goes on.
+            SpecError: ``timeout`` is not a number from 0; the scheduler goes on.
         """
         timeout = number("timeout", timeout, 0, MAX_SECONDS)
         with self._changed:
@@ -186,7 +186,7 @@ class BatchScheduler:
         self._active.abandon(reason)
 
     def _wait(self) -> bool:
-        """Wait for work; False if the thread must end. Runs a self-test after a failure and after idle time."""
+        """Wait for work; return False if the thread must end. Runs self-tests after failures and after idle time."""
         delay = RETRY_SECONDS[0]
         while True:
             with self._changed:
@@ -241,7 +241,7 @@ class BatchScheduler:
 
 
 def _checked(priority: int, timeout: float | None, preview_every: int) -> tuple[int, float | None, int]:
-    """The options of ``submit`` as Python's numbers; SpecError for what they cannot be."""
+    """Check the options of ``submit`` and convert them to Python numbers; invalid ones raise SpecError."""
     urgency, every = as_integer(priority), as_integer(preview_every)
     if urgency is None or urgency not in PRIORITIES:
         raise SpecError(f"priority: got {shown(priority)}, expected 0 (most urgent) to {PRIORITIES[-1]}")

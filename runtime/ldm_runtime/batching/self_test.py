@@ -18,7 +18,7 @@ def self_test_request(pipeline: LatentDiffusionPipeline) -> Request:
     """Return the cheapest valid request: one image, unguided, in as few steps as the scheduler allows.
 
     Raises:
-        SpecError: The model takes no such request.
+        SpecError: The model accepts no such request.
     """
     example: dict[str, Any] = {}
     for conditioner in pipeline.conditioners:

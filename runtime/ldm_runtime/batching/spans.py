@@ -1,7 +1,7 @@
 """OpenTelemetry spans of a request: waiting, encoding, denoising steps and decoding.
 
 Requests share UNet calls, so a span says when a request was in a stage, not how much work it caused. Spans are written
-when the request has ended, from the times that its job recorded. Prompts are not part of them.
+when the request ends, from the times recorded in its job. They do not contain prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STAGES = ("queue", "encode", "steps", "decode")
 
 
 def record_spans(job: Job, outcome: str) -> None:
-    """Write the spans of a request that has ended now; a stage that it did not reach has none.
+    """Write the spans of a request that has just ended. Stages that it did not reach have no span.
 
     Args:
         job: The request.

@@ -1,4 +1,4 @@
-"""Sampler states of the images of one batch, and their common step."""
+"""Sampler state of all images of a batch, advanced together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BatchState:
 
     @property
     def slots(self) -> int:
-        """Arrays per image: the largest number that a trajectory in the batch has needed."""
+        """Number of arrays per image: the largest that any trajectory in the batch has needed."""
         return len(self._arrays)
 
     @property
@@ -67,7 +67,8 @@ class BatchState:
         Args:
             rows: float32 [images, slots, slots + 3], each image's ``Trajectory.rows`` at its step (``padded_rows``).
             prediction: Model output after guidance, float32 [images, C, h, w].
-            noise: Standard normal noise of that shape, read only where its coefficient is not zero; None if all are.
+            noise: Standard normal noise of that shape, read only where its coefficient is not zero; None if all are
+                zero.
         """
         count = len(rows)
         nonzero = rows != 0

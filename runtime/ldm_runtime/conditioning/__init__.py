@@ -1,4 +1,4 @@
-"""Conditioning: turns what a request asks for (a text, a class label, an image, …) into tensors the UNet takes.
+"""Conditioning: encodes the text, class label, image, … of a request to tensors that the UNet takes.
 
 Each kind is one module with one class, registered in ``KINDS``. A bundle's manifest names the kinds its model uses.
 """
@@ -66,10 +66,10 @@ class Conditioner(Protocol):
         """
 
     def size(self, request: Request) -> tuple[int, int] | None:
-        """Height and width of the latents if an accepted request's fields of this kind decide them; else None."""
+        """Height and width of the latents, if the fields of this kind in an accepted request decide them; else None."""
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Encode one guidance branch: tensor name -> array [images, …], or [1, …] if it is the same for all images.
+        """Encode one guidance branch. Return tensor name -> array [images, …], or [1, …] if equal for all images.
 
         Args:
             request: A request that ``images`` has accepted, with height, width and guidance scale filled in.
@@ -87,7 +87,7 @@ class Conditioner(Protocol):
         """Fields of a small valid request for one image, used by self-tests and benchmarks."""
 
     def close(self) -> None:
-        """Free the engine of the component that encodes; the next call loads it again."""
+        """Free the engine of the encoding component; the next call loads it again."""
 
 
 KINDS: tuple[
@@ -129,7 +129,7 @@ def open_conditioner(
     """Construct the conditioner of a manifest entry.
 
     Raises:
-        ManifestError: Unknown kind, or a file or component of it cannot be used.
+        ManifestError: The kind is unknown, or a file or component of it cannot be used.
     """
     kinds = {kind.kind: kind for kind in KINDS}
     if spec.kind not in kinds:

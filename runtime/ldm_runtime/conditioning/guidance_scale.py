@@ -1,7 +1,7 @@
-"""Conditioning by the guidance scale: models distilled from guided ones get the scale as an input.
+"""Guidance scale conditioning: models distilled from guided models take the guidance scale as an input.
 
 Latent consistency models (Luo et al. 2023, arXiv:2310.04378) evaluate one branch; an embedding of the scale is added to
-that of the timestep.
+the embedding of the timestep.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GuidanceScaleConditioner:
 
     Args:
         output: Name of the UNet's input.
-        channels: Of the embedding.
+        channels: Channels of the embedding.
     """
 
     kind: ClassVar[str] = "guidance_scale"
@@ -80,7 +80,7 @@ class GuidanceScaleConditioner:
 def guidance_scale_embedding(scale: float, channels: int) -> F32:
     """Sines and cosines of 1000 (scale - 1) at geometric frequencies, float32 [1, channels].
 
-    As get_guidance_scale_embedding of diffusers' pipelines, in float32.
+    The same as get_guidance_scale_embedding of diffusers' pipelines, in float32.
     """
     half = channels // 2
     step = np.log(np.float32(10000)) / np.float32(half - 1)

@@ -1,4 +1,4 @@
-"""Image conditioning: the UNet receives images in addition to the noisy latents, e.g. images to enlarge."""
+"""Image conditioning: the UNet takes images in addition to the noisy latents, e.g. images to enlarge."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ F32 = NDArray[np.float32]
 
 
 class ImageConditioner:
-    """Gives images to the UNet as they are.
+    """Passes images to the UNet without encoding them.
 
     Args:
         tensor: The UNet's input, float32 [N, channels, h, w] in [-1, 1].
@@ -58,7 +58,7 @@ class ImageConditioner:
         """Check the images and return their number, times ``images_per_prompt``.
 
         Raises:
-            SpecError: No images, another form, or another size than the model's.
+            SpecError: There are no images, they are no supported type, or have a size that the model does not take.
         """
         if request.image is None:
             raise SpecError("image: got none, expected one or more images; this model starts from images")
@@ -75,7 +75,7 @@ class ImageConditioner:
         return {self._tensor.name: np.repeat(self._array(request), request.images_per_prompt, axis=0)}
 
     def example(self) -> dict[str, Any]:
-        """A colour gradient of the model's size."""
+        """An image of the model's default size: a colour gradient."""
         return {"image": example_image(self._tensor)}
 
     def finish(self, request: Request, images: F32) -> F32:
@@ -101,10 +101,10 @@ def example_image(tensor: TensorSpec) -> F32:
 
 
 def image_array(name: str, value: Any) -> F32:
-    """Images in any form as float32 [N, channels, H, W] in [0, 1].
+    """Convert images in any supported form to float32 [N, channels, H, W] in [0, 1].
 
     Args:
-        name: Of the field, for messages.
+        name: Name of the field, for messages.
         value: A PIL image, a list of them, uint8 [H, W, 3] or [N, H, W, 3] (also as nested lists), or float32
             [N, channels, H, W] in [0, 1].
 

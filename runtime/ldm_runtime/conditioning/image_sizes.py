@@ -1,4 +1,4 @@
-"""Sizes of images that condition a model: what its graphs take, the latents they lead to, and resizing to fit."""
+"""Sizes of images that condition a model: checks, the size of their latents, and resizing to what the graphs take."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def check_sides(name: str, sides: tuple[int, ...], dims: tuple[Dim, ...]) -> Non
 
 
 def latent_sides(sides: tuple[int, ...], dims: tuple[Dim, ...]) -> tuple[int, int] | None:
-    """Height and width of the latents that an image of these sides leads to; None if the model has one size."""
+    """Height and width of the latents for an image with these sides; None if the model has a single size."""
     found = [side // dim.scale for side, dim in zip(sides, dims, strict=True) if isinstance(dim, Axis)]
     return (found[0], found[1]) if len(found) == 2 else None
 
 
 def fitted(given: Any, dims: tuple[Dim, ...], multiple: int, resample: Image.Resampling) -> Any:
-    """PIL images whose sides are multiples of what the model takes, rounded down; anything else as it is.
+    """Resize PIL images so that their sides are multiples that the model takes, rounded down. Keep anything else.
 
     Args:
         given: A PIL image, a list of them, or arrays, which are not resized.
         dims: Height and width of the tensor.
-        multiple: A further number whose multiples are taken.
-        resample: Filter.
+        multiple: A further number that must divide both sides.
+        resample: Resampling filter of Pillow.
     """
     images = [given] if isinstance(given, Image.Image) else given
     if not (isinstance(images, list | tuple) and images and all(isinstance(one, Image.Image) for one in images)):
@@ -66,7 +66,7 @@ def report_fitted(name: str, given: Any, array: NDArray[Any]) -> None:
     """Log a warning if PIL images were resized to the last two axes of an array."""
     first = given[0] if isinstance(given, list | tuple) and given else given
     height, width = array.shape[-2:]
-    if isinstance(first, Image.Image) and sorted(first.size) != sorted((width, height)):  # turned is not resized
+    if isinstance(first, Image.Image) and sorted(first.size) != sorted((width, height)):  # rotating is not resizing
         was = f"{first.size[0]} x {first.size[1]}"
         log.warning(
             "%s: resized from %s to %d x %d pixels (width, height), which the model takes", name, was, width, height

@@ -1,4 +1,4 @@
-"""Label conditioning: class labels of a class-conditional model, embedded by a component."""
+"""Label conditioning: class labels, embedded by a component of a class-conditional model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LabelConditioner:
         return None
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Embeddings float32 [images, T, D]; every row of the "unconditional" branch is that of its own label.
+        """Embeddings float32 [images, T, D]; all rows of the "unconditional" branch embed the unconditional label.
 
         Raises:
             BackendError: The engine failed.

@@ -1,4 +1,4 @@
-"""Layout conditioning: boxes of objects, or their tokens, encoded by a component."""
+"""Layout conditioning: object boxes, or their tokens, encoded by a component."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayoutConditioner:
     Args:
         backend: The encoder: ``tokens`` int64 [N, T] -> ``output`` float32 [N, T, D].
         output: Name of the encoder's output tensor, which is the UNet's input.
-        vocabulary: Makes tokens of boxes.
+        vocabulary: Converts boxes to tokens.
     """
 
     kind: ClassVar[str] = "layout"
@@ -121,7 +121,7 @@ class LayoutConditioner:
 
 
 def _layouts(given: Any) -> Sequence[Sequence[Any]]:
-    """Several layouts; one layout becomes a list of one."""
+    """A list of layouts; a single layout becomes a list of one."""
     if not isinstance(given, list | tuple) or not all(isinstance(one, list | tuple) for one in given):
         raise SpecError(f"layout: got {shown(given)}, expected a list of (category, (x, y, width, height))")
     several = bool(given) and all(isinstance(entry, list | tuple) for one in given for entry in one)
@@ -129,7 +129,7 @@ def _layouts(given: Any) -> Sequence[Sequence[Any]]:
 
 
 def read_categories(file: Path, error: type[LdmError]) -> tuple[str, ...]:
-    """Read the names of a text file, one per line; the first has the number 0.
+    """Read category names from a text file, one per line; the first has the number 0.
 
     Raises:
         error: The file cannot be read, or it is empty, or has an empty or repeated name.

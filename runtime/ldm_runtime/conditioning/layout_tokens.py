@@ -1,7 +1,7 @@
-"""Tokens of a layout of objects, as taming-transformers' ``ObjectsBoundingBoxConditionalBuilder`` makes them.
+"""Tokens of an object layout, as taming-transformers' ``ObjectsBoundingBoxConditionalBuilder`` computes them.
 
-An object is three tokens: its category and the two corners of its box. A corner is a cell of a square grid. Missing
-objects are filled with the last token, and two tokens for the corners of the whole image come last.
+An object has three tokens: its category and the two corners of its box. A corner is a cell of a square grid. The last
+token of the vocabulary pads missing objects, and two tokens for the corners of the whole image come last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTRIBUTES = {"group": 1, "occluded": 2, "depiction": 4, "inside": 8}
 
 @dataclass(frozen=True)
 class LayoutVocabulary:
-    """The tokens of a model.
+    """Vocabulary of layout tokens of a model.
 
     Attributes:
         tokens: Tokens of a layout: three for each object and two for the whole image.
@@ -40,7 +40,7 @@ class LayoutVocabulary:
 
     @property
     def objects(self) -> int:
-        """Most objects of a layout."""
+        """Maximum number of objects in a layout."""
         return (self.tokens - 2) // 3
 
     def encode(self, layout: Sequence[Any]) -> list[int]:
@@ -76,7 +76,7 @@ class LayoutVocabulary:
                 )
             number = self._numbers.get(category)
             if number is None:
-                raise SpecError(f"{where}: got category {shown(category)}, expected one of the model's {known}")
+                raise SpecError(f"{where}: got category {shown(category)}, expected one of the model's {known} names")
         else:
             number = as_integer(category)
             if number is None or not 0 <= number < known:

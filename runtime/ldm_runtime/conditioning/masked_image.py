@@ -1,4 +1,4 @@
-"""Masked image conditioning: an image to repaint where a mask is 1, encoded by a component."""
+"""Masked image conditioning for inpainting: an image that is repainted where a mask is 1, encoded by a component."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ F32 = NDArray[np.float32]
 
 
 class MaskedImageConditioner:
-    """Encodes images without their masked parts, and repaints only these.
+    """Encodes images without their masked parts; only the masked parts of the result are generated.
 
     Args:
         backend: The encoder: ``image`` float32 [N, channels, H, W] in [-1, 1] and ``mask`` float32 [N, 1, H, W], 0 or 1
@@ -59,7 +59,7 @@ class MaskedImageConditioner:
         """Check images and masks and return their number, times ``images_per_prompt``.
 
         Raises:
-            SpecError: One of them is missing, has another form or another size than the model's.
+            SpecError: One of them is missing, is no supported type, or has a size that the model does not take.
         """
         for name in ("image", "mask"):
             if getattr(request, name) is None:
@@ -85,12 +85,12 @@ class MaskedImageConditioner:
         return {self._output: np.repeat(encoded, request.images_per_prompt, axis=0)}
 
     def finish(self, request: Request, images: F32) -> F32:
-        """Decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, else the request's."""
+        """Return decoded images float32 [images, channels, H, W] in [0, 1] where the mask is 1, else the request's."""
         image, mask = (np.repeat(array, request.images_per_prompt, axis=0) for array in self._arrays(request))
         return (1 - mask) * image + mask * images
 
     def example(self) -> dict[str, Any]:
-        """A colour gradient of the model's size; its middle is repainted."""
+        """An image of the model's default size with a mask: a colour gradient whose middle is repainted."""
         image = example_image(self._backend.inputs[0])
         return {"image": image, "mask": example_mask(image)}
 

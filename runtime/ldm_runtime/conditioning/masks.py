@@ -16,10 +16,10 @@ F32 = NDArray[np.float32]
 
 
 def binary_mask(given: Any) -> F32:
-    """Masks float32 [M, 1, H, W], 1 where at least half white, from what ``image_array`` takes.
+    """Convert masks of any form of ``image_array`` to float32 [M, 1, H, W]: 1 where at least half white, else 0.
 
     Raises:
-        SpecError: They are no images.
+        SpecError: They are not images.
     """
     return np.asarray(image_array("mask", given).mean(axis=1, keepdims=True) >= 0.5, np.float32)
 
@@ -33,7 +33,7 @@ def example_mask(image: F32) -> F32:
 
 
 def check_mask(mask: F32, image: F32) -> None:
-    """Check masks float32 [M, 1, H, W] for images float32 [N, channels, …] whose size has been compared.
+    """Check masks float32 [M, 1, H, W] for images float32 [N, channels, …] of the same height and width.
 
     Raises:
         SpecError: They are empty or full; M is neither 1 nor N.

@@ -1,7 +1,7 @@
 """Micro-conditioning: sizes and crops of the training images, as in Stable Diffusion XL.
 
-Section 2.2 of Podell et al. 2023, arXiv:2307.01952: the model was told how large each training image was before it was
-resized, where it was cropped, and at which size it was trained.
+Section 2.2 of Podell et al. 2023, arXiv:2307.01952: the model was trained with the original size of each image, the
+corner at which it was cropped, and the size to which it was resized.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MICRO_FIELDS = (
     *("original_size", "crops_coords_top_left", "target_size"),
     *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
 )
-"""Fields of ``Request`` with two numbers of pixels each."""
+"""Fields of ``Request``, each with two numbers of pixels."""
 _ORDER = {"size": "height and width", "left": "top and left"}
 """Last word of a field -> what its two numbers are."""
 
@@ -60,10 +60,10 @@ class MicroConditioner:
         return cls(spec.inputs[0])
 
     def images(self, request: Request) -> int:
-        """Check the sizes; they are the same for all images of a request, so that 1 is returned.
+        """Check the sizes and return 1, because they are the same for all images of a request.
 
         Raises:
-            SpecError: A field is no pair of pixels, or a negative field has no effect because a size is missing.
+            SpecError: A field is not a pair of pixels, or a negative field has no effect because a size is missing.
         """
         for name in self.fields:
             _pair(name, getattr(request, name))
@@ -80,7 +80,7 @@ class MicroConditioner:
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
         """Original height and width, top and left of the crop, target height and width: int64 [1, 6] for all images.
 
-        The request has height and width, which are those of the image.
+        Missing sizes are those of the image, which the planner has filled in.
         """
         prefix = "negative_" if branch == "unconditional" and request.negative_original_size is not None else ""
         image = (request.height, request.width)

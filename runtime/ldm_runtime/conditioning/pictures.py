@@ -24,7 +24,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 def pictures_of(given: Any) -> list[Image.Image]:
-    """PIL images, and uint8 arrays [H, W, channels] or [N, H, W, channels] as such; [] for anything else."""
+    """Return PIL images as a list, and convert uint8 arrays [H, W, C] or [N, H, W, C] to them; [] for anything else."""
     images = [given] if isinstance(given, Image.Image) else given
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
         arrays = images[None] if images.ndim == 3 else images
@@ -37,7 +37,7 @@ def sides_of(name: str, given: Any) -> tuple[int, ...]:
     """Height and width in pixels.
 
     Raises:
-        SpecError: Neither pictures nor an array of images; ``name`` is for the message.
+        SpecError: The value is neither PIL images nor an array of images; the message contains ``name``.
     """
     if pictures := pictures_of(given):
         return pictures[0].height, pictures[0].width
@@ -45,13 +45,13 @@ def sides_of(name: str, given: Any) -> tuple[int, ...]:
 
 
 def resized(given: Any, sides: tuple[int, int], *, mask: bool = False, box: Box | None = None) -> Any:
-    """Pictures resized to height and width; arrays that are no pictures as they are.
+    """Resize PIL images and uint8 arrays to height and width; return other arrays unchanged.
 
     Args:
-        given: As a caller gave it.
+        given: The value that the caller gave.
         sides: Height and width.
-        mask: The pictures are masks, which become grey after they are resized.
-        box: Part of the pictures that is taken; it keeps its proportions, and its edges fill what is missing.
+        mask: True if they are masks, which are converted to grey after resizing.
+        box: Part of the images to take. It keeps its proportions; its edge pixels are repeated to fill the size.
     """
     if not (pictures := pictures_of(given)):
         return given
@@ -64,7 +64,7 @@ def resized(given: Any, sides: tuple[int, int], *, mask: bool = False, box: Box 
 
 
 def crop_box(mask: Image.Image, sides: tuple[int, int], padding: int) -> Box:
-    """The part of an image around a mask, with the proportions of the result where the image has room for them.
+    """Return the part of an image around a mask, with the proportions of the result if the image is large enough.
 
     Args:
         mask: Mask in which some pixel is not black.
@@ -84,7 +84,7 @@ def crop_box(mask: Image.Image, sides: tuple[int, int], padding: int) -> Box:
 
 
 def _widened(ends: tuple[int, int], more: int, size: int) -> tuple[int, int]:
-    """An interval made longer by ``more``, moved into 0..size and, if it is longer than that, cut."""
+    """Lengthen an interval by ``more``, then move it into 0..size; cut it if it is longer than ``size``."""
     first, last = ends[0] - more // 2, ends[1] + more - more // 2
     beyond = max(0, last - size)
     first, last = first - beyond, last - beyond
@@ -92,13 +92,13 @@ def _widened(ends: tuple[int, int], more: int, size: int) -> tuple[int, int]:
 
 
 def pasted(images: F32, original: Image.Image, mask: Image.Image, box: Box) -> F32:
-    """Put generated parts of an image in their place, where the mask is white.
+    """Paste generated parts into an image where the mask is white.
 
     Args:
         images: float32 [N, 3, h, w] in [0, 1].
         original: The whole image.
         mask: Its mask, of the same size.
-        box: Place of the parts.
+        box: Position of the parts in the image.
 
     Returns:
         float32 [N, 3, H, W] in [0, 1] of the original's size.
@@ -118,7 +118,7 @@ def pasted(images: F32, original: Image.Image, mask: Image.Image, box: Box) -> F
 
 
 def _fitted(image: Image.Image, sides: Sequence[int], inside: bool) -> tuple[Image.Image, tuple[int, int], Image.Image]:
-    """The image resized inside or around a rectangle, its place there, and the rectangle with the image."""
+    """Resize an image to fit inside or to cover a rectangle. Return it, its position, and the rectangle with it."""
     height, width = sides
     wide = width / height < image.width / image.height
     by_width = wide if inside else not wide and width / height != image.width / image.height
@@ -134,12 +134,12 @@ def _fitted(image: Image.Image, sides: Sequence[int], inside: bool) -> tuple[Ima
 
 
 def _cropped(image: Image.Image, sides: Sequence[int]) -> Image.Image:
-    """The middle of an image, resized so that it fills height and width."""
+    """Resize an image so that it covers height and width, and crop its middle."""
     return _fitted(image, sides, inside=False)[2]
 
 
 def _filled(image: Image.Image, sides: Sequence[int]) -> Image.Image:
-    """The whole image in the middle of height and width; its edges are repeated beside it."""
+    """Resize the whole image to fit into height and width, and repeat its edges on both sides."""
     small, (left, top), result = _fitted(image, sides, inside=True)
     height, width = sides
     if top > 0:

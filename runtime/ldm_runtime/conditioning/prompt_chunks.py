@@ -1,8 +1,9 @@
-"""Long and weighted prompts: several texts of a text encoder side by side, and their states with weights.
+"""Long and weighted prompts: a prompt is encoded in several chunks, and the hidden states of its tokens are weighted.
 
-The arithmetic is that of the package compel 2.5. Chunks end after a sentence if one ends in them, else after a comma,
-semicolon or colon, else after a word. A weight moves the states of its tokens away from those of the empty prompt, or
-towards them. A fragment with a weight below 1 also blends the states with those of a prompt in which it is masked.
+The arithmetic is that of the package compel 2.5. A chunk ends after the last sentence that ends in it, else after a
+comma, semicolon or colon, else after a word. A weight above 1 moves the states of its tokens away from those of the
+empty prompt, a weight below 1 towards them. A weight below 1 also blends the states with those of the prompt in which
+the fragment is masked.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ Encode = Callable[[I64, I64], F32]
 """Ids and attention mask [1, T] -> hidden states [1, T, D]."""
 _SPLITS = ((".</w>",), (".</w>", ",</w>", ";</w>", ":</w>"))
 _LEAST = 1e-5
-"""Weight of a fragment that counts as 0; the formula has no limit there."""
+"""Smallest weight in the formula, which is not defined for 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Tokens of a prompt, in chunks of one text of the encoder each.
+    """Tokens of a prompt in chunks; a chunk is one input of the text encoder.
 
     Attributes:
         ids: int64 [chunks, T].
-        weights: Of each token, float32 [chunks, T].
-        faded: First and last position, among those of all chunks, and weight of each fragment with a weight below 1.
-        tokens: Tokens of the prompt that are in ``ids``.
-        cut: Tokens that did not fit.
+        weights: Weight of each token, float32 [chunks, T].
+        faded: First and last position and weight of each fragment with a weight below 1; positions count over all
+            chunks.
+        tokens: Number of the prompt's tokens that are in ``ids``.
+        cut: Number of tokens that did not fit.
     """
 
     ids: I64
@@ -88,7 +90,7 @@ def weighted_states(layout: Layout, encode: Encode, empty: F32) -> F32:
     """Hidden states float32 [1, chunks * T, D] of a prompt.
 
     Args:
-        layout: Of ``arrange``.
+        layout: The result of ``arrange``.
         encode: Runs the text encoder on one chunk.
         empty: States of the empty prompt, [1, T, D].
     """

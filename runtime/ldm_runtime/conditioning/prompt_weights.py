@@ -1,7 +1,7 @@
 """Weights in prompts: ``(word:1.3)``, ``(two words)1.3``, ``(two words)+`` and ``word--``, as in the package compel.
 
-``+`` is 1.1 and ``-`` is 0.9, once for each sign. Weights of nested parentheses are multiplied, and parentheses without
-a weight have 1. A backslash makes a text of ``(``, ``)``, ``:``, ``+``, ``-`` or a backslash.
+Each ``+`` multiplies the weight by 1.1 and each ``-`` by 0.9. Weights of nested parentheses are multiplied; parentheses
+without a weight have weight 1. A backslash before ``(``, ``)``, ``:``, ``+``, ``-`` or a backslash makes it plain text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["MAX_WEIGHT", "Fragment", "weighted_fragments"]
 Fragment = tuple[str, float]
 """A part of a prompt and its weight."""
 MAX_WEIGHT = 10.0
-"""Largest weight of a fragment; above 1.6 or so most models draw nothing useful."""
+"""Largest weight of a fragment. Above about 1.6, most models generate nothing useful."""
 MAX_DEPTH = 100
 _PLUS, _MINUS = 1.1, 0.9
 _NUMBER = r"\d+\.\d*|\.\d+|\d+"
@@ -36,11 +36,11 @@ _OPERATOR = re.compile(r"""[)"\w]\.(?:and|add|blend|swap|attend)\s*\(|\b(?:with|
 
 
 def weighted_fragments(prompt: str) -> tuple[Fragment, ...]:
-    """The parts of a prompt in their order, neighbours of one weight joined; one empty part for an empty prompt.
+    """Split a prompt into fragments; adjacent ones of equal weight are joined. An empty prompt has one empty fragment.
 
     Raises:
-        SpecError: Parentheses do not match, a weight is above ``MAX_WEIGHT``, or the prompt has another operator of
-            compel.
+        SpecError: Parentheses do not match, a weight is above ``MAX_WEIGHT``, or the prompt has an operator of compel
+            that is not supported.
     """
     if found := _OPERATOR.search(prompt):
         raise SpecError(f"prompt: {found[0]!r} is not supported; weights are written (word:1.3), (word)+ or word-")

@@ -1,6 +1,6 @@
-"""Safety checker: finds decoded images that a model must not return, as StableDiffusionSafetyChecker of diffusers does.
+"""Safety checker: flags decoded images that must not be returned, like diffusers' StableDiffusionSafetyChecker.
 
-It conditions nothing: the pipeline calls ``flags`` where it completes decoded images, and makes those it flags black.
+It does not condition the UNet: the pipeline calls ``flags`` for decoded images and makes flagged images black.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PIXELS, SPECIAL_SCORES, CONCEPT_SCORES = "pixels", "special_scores", "concept_sc
 SHORTEST_EDGE = "shortest_edge"
 """Setting: length of the shorter side of a resized image, before its middle is cut out."""
 MORE_CARE = np.float32(0.01)
-"""Added to the scores of an image that has a concept of special care."""
+"""Added to the concept scores of an image in which a special-care concept was found."""
 
 
 class SafetyChecker:
-    """Scores images by the similarity of their CLIP embeddings with those of concepts, each with its threshold.
+    """Flags images whose CLIP embedding is too similar to that of a concept; each concept has its own threshold.
 
     Args:
         backend: ``PIXELS`` float32 [B, 3, S, S] from 0 to 255 -> ``SPECIAL_SCORES`` and ``CONCEPT_SCORES``, float32
             [B, concepts]: similarities minus thresholds.
-        edge: As ``SHORTEST_EDGE``, at least S.
+        edge: The setting ``SHORTEST_EDGE``, at least S.
     """
 
     kind: ClassVar[str] = "safety_checker"
@@ -89,7 +89,7 @@ class SafetyChecker:
         return {}
 
     def flags(self, images: F32) -> NDArray[np.bool_]:
-        """True for each of the decoded images float32 [B, 3, H, W] in [0, 1] that is flagged; bool [B].
+        """Return which of the decoded images float32 [B, 3, H, W] in [0, 1] are flagged; bool [B].
 
         Raises:
             SpecError: An image is NaN or infinite.
@@ -103,7 +103,7 @@ class SafetyChecker:
         return np.array(flagged, bool)
 
     def _pixels(self, image: NDArray[np.uint8]) -> F32:
-        """The middle of an image uint8 [H, W, 3], resized as transformers' CLIPImageProcessor does; [1, 3, S, S]."""
+        """Resize and crop an image uint8 [H, W, 3] like transformers' CLIPImageProcessor; float32 [1, 3, S, S]."""
         sides, side = image.shape[:2], self._side
         height, width = (int(self._edge * length / min(sides)) for length in sides)
         resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), np.float32)

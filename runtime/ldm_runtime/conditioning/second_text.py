@@ -1,4 +1,4 @@
-"""Conditioning by a second text encoder, which reads texts of its own where a request gives them."""
+"""Text conditioning by a second text encoder, with prompts of its own if the request gives them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["SecondTextConditioner"]
 
 
 class SecondTextConditioner(TextConditioner):
-    """A ``TextConditioner`` that encodes ``prompts_2``, or the prompts of a request without these."""
+    """A ``TextConditioner`` that encodes ``prompts_2``, or ``prompts`` if the request has no ``prompts_2``."""
 
     kind: ClassVar[str] = "second_text"
     fields: ClassVar[frozenset[str]] = TextConditioner.fields | {"prompts_2", "negative_prompt_2"}
 
     def prompts(self, request: Request) -> tuple[str, ...]:
-        """As of ``TextConditioner``; an empty text or list is none, as in diffusers."""
+        """See ``TextConditioner``. An empty text or list counts as not given, as in diffusers."""
         prompts = super().prompts(request)
         return (
             for_each(prompts, "prompts_2", texts_of("prompts_2", request.prompts_2)) if request.prompts_2 else prompts
         )
 
     def negative_prompts(self, request: Request) -> tuple[str, ...]:
-        """As of ``TextConditioner``; an empty text or list is none, as in diffusers."""
+        """See ``TextConditioner``. An empty text or list counts as not given, as in diffusers."""
         if not request.negative_prompt_2:
             return super().negative_prompts(request)
         if self._zeros and request.negative_prompt is None:

@@ -63,7 +63,8 @@ class SegmentationConditioner:
         """Check the class images and return their number, times ``images_per_prompt``.
 
         Raises:
-            SpecError: None are given, or they have another form, another size, or a class the model does not know.
+            SpecError: There are none, they are no supported type, have a size that the model does not take, or contain
+                an unknown class.
         """
         if request.segmentation is None:
             raise SpecError(
@@ -113,13 +114,13 @@ class SegmentationConditioner:
 
 
 def class_array(given: Any) -> I64:
-    """Class images in any form as int64 [N, H, W].
+    """Convert class images in any supported form to int64 [N, H, W].
 
     Args:
         given: A PIL image with one number per pixel, a list of them, or whole numbers [H, W] or [N, H, W].
 
     Raises:
-        SpecError: Another form, or images of different sizes.
+        SpecError: The type is not supported, or the images have different sizes.
     """
     images = [given] if isinstance(given, Image.Image) else given
     if isinstance(images, list | tuple) and images and all(isinstance(one, Image.Image) for one in images):

@@ -1,7 +1,8 @@
-"""Start image conditioning: denoising starts from an image with noise instead of from noise alone.
+"""Start image conditioning: denoising starts from a noised image instead of from noise alone.
 
-Without a mask this is image to image (SDEdit, Meng et al. 2021, arXiv:2108.01073), with one it is inpainting. Images,
-masks and noise are those of diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline.
+Without a mask this is image to image (SDEdit, Meng et al. 2021, arXiv:2108.01073), with a mask it is inpainting.
+Images, masks and noise are processed like in diffusers' StableDiffusionImg2ImgPipeline and
+StableDiffusionInpaintPipeline.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ MAX_PADDING = 2**16
 
 
 class StartImageConditioner:
-    """Encodes images to latents, from which denoising starts after noise is added.
+    """Encodes images to latents and adds noise to them; denoising starts from the result.
 
     Args:
         backend: The autoencoder's encoder: ``image`` float32 [N, channels, H, W] in [-1, 1] -> ``mean`` and
             ``deviation`` float32 [N, C, h, w] of the latents.
-        output: The UNet's input for masks and latents of the image without its masked part, float32 [N, 1 + C, h, w];
-            None if the UNet has none, so that the kept part is put back after each step.
+        output: Input of an inpainting UNet for the mask and the latents of the image without its masked part, float32
+            [N, 1 + C, h, w]. None if the UNet has no such input; the unmasked part is then restored after each step.
     """
 
     kind: ClassVar[str] = "start_image"
@@ -72,14 +73,14 @@ class StartImageConditioner:
 
     @property
     def needs_mask(self) -> bool:
-        """True if the UNet was trained to inpaint, and takes nothing but an image and a mask."""
+        """True if the UNet was trained for inpainting, so that requests must have an image and a mask."""
         return self._output is not None
 
     def images(self, request: Request) -> int:
-        """Check which fields are given; other conditioning decides how many images there are.
+        """Check which fields are given and return 1; other kinds of conditioning decide the number of images.
 
         Raises:
-            SpecError: A field needs another one.
+            SpecError: A field is given without another one that it needs.
         """
         if self.needs_mask and (request.image is None or request.mask is None):
             missing = "image" if request.image is None else "mask"
@@ -94,7 +95,7 @@ class StartImageConditioner:
         return 1
 
     def size(self, request: Request) -> tuple[int, int] | None:
-        """Height and width of the latents, those of the image unless others are asked for.
+        """Height and width of the latents: those of the image unless the request asks for others.
 
         None with a mask: the request or the model decides the size, as in StableDiffusionInpaintPipeline.
         """
@@ -112,28 +113,28 @@ class StartImageConditioner:
         return latent_sides(sides, dims)
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Nothing: the UNet's input depends on the noise, so ``begin`` returns it."""
+        """Empty: the UNet's input depends on the noise, so ``begin`` returns it."""
         return {}
 
     def finish(self, request: Request, images: F32) -> F32:
-        """Decoded images, as they are or, if they are a part around the mask, in their place in the whole image."""
+        """Return decoded images unchanged or, if only the part around the mask was generated, pasted into the image."""
         box = self._box(request, images.shape[2:]) if request.image is not None else None
         if box is None:
             return images
         return pasted(images, pictures_of(request.image)[0], pictures_of(request.mask)[0], box)
 
     def example(self) -> dict[str, Any]:
-        """Nothing, or an image and a mask for a UNet that needs them."""
+        """Empty, or an image and a mask if the UNet needs them."""
         return self.examples()[-1] if self.needs_mask else {}
 
     def examples(self) -> tuple[dict[str, Any], ...]:
-        """Fields of a request for each way of running: a colour gradient, and one whose middle is repainted."""
+        """Fields of requests for image to image and for inpainting: a colour gradient, without and with a mask."""
         image = example_image(self._tensor)
         masked = {"image": image, "mask": example_mask(image)}
         return (masked,) if self.needs_mask else ({"image": image}, masked)
 
     def read(self, request: Request, images: int, sides: tuple[int, int]) -> StartImage | None:
-        """Read the images of a request that ``images`` has accepted; None if it has none.
+        """Read image, mask and strength of a request that ``images`` has accepted; None if it has no image.
 
         Args:
             request: The request.
@@ -169,7 +170,7 @@ class StartImageConditioner:
         return mask
 
     def _box(self, request: Request, sides: tuple[int, int]) -> Box | None:
-        """The part of the image that is generated if the request asks for a crop around the mask."""
+        """The part of the image to generate if the request asks for a crop around the mask, else None."""
         if request.padding_mask_crop is None:
             return None
         padding = integer("padding_mask_crop", request.padding_mask_crop, 0, MAX_PADDING)
@@ -181,12 +182,12 @@ class StartImageConditioner:
         return crop_box(masks[0], sides, padding)
 
     def begin(self, plan: Plan, given: StartImage, noise: NoiseStream) -> Start:
-        """Draw the noise of the start, in the order of diffusers' pipelines, and encode the images.
+        """Draw the initial noise in the same order as diffusers' pipelines, and encode the images.
 
         Args:
             plan: The plan.
-            given: Its images.
-            noise: Its noise, from the beginning.
+            given: Images of the plan.
+            noise: Noise of the plan, from which nothing has been drawn.
 
         Raises:
             BackendError: The engine failed.
@@ -223,7 +224,7 @@ class StartImageConditioner:
         return mean, deviation
 
     def _encode(self, image: F32, noise: NoiseStream, count: int) -> F32:
-        """Latents float32 [count, C, h, w], drawn from the encoder's distribution of each image."""
+        """Sample latents float32 [count, C, h, w] from the encoder's distribution for each image."""
         mean, deviation = self.distribution(image)
         if noise.separate:
             mean, deviation = _tiled(mean, count), _tiled(deviation, count)
@@ -236,11 +237,11 @@ class StartImageConditioner:
 
 
 def skipped_steps(strength: float, steps: int) -> int:
-    """Steps that are left out at the start, as in diffusers.
+    """Number of steps to skip at the start, as in diffusers.
 
     Args:
         strength: Share of the steps that run.
-        steps: All steps.
+        steps: Number of all steps.
 
     Raises:
         SpecError: No step would run.
@@ -256,5 +257,5 @@ def skipped_steps(strength: float, steps: int) -> int:
 
 
 def _tiled(array: F32, count: int) -> F32:
-    """An array [n, …] repeated as a whole to [count, …]: the order in which diffusers repeats images."""
+    """Repeat a whole array [n, …] to [count, …], in the order in which diffusers repeats images."""
     return np.ascontiguousarray(np.concatenate([array] * (count // len(array))))

@@ -1,4 +1,4 @@
-"""Text conditioning: prompts and negative prompts to the states of a text encoder."""
+"""Text conditioning: encodes prompts and negative prompts with a text encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ZEROS", "TextConditioner", "for_each", "texts_of"]
 F32 = NDArray[np.float32]
 MAX_LAYERS = MAX_CHUNKS = 4096
 ZEROS = "zeros_without_negative_prompt"
-"""Setting: 1 if the unconditional branch of a request without negative prompt has states of zeros."""
+"""Setting: 1 if the unconditional branch uses zeros instead of hidden states when there is no negative prompt."""
 
 
 class TextConditioner:
@@ -31,11 +31,11 @@ class TextConditioner:
 
     Args:
         tokenizer: Prompts -> ids int64 [N, T].
-        backend: The text encoder, as of ``TextEncoder``.
+        backend: The text encoder; see ``TextEncoder``.
         outputs: Names of the encoder's output tensors that are inputs of other components: hidden states float32
             [N, T, D] and, optionally, pooled states float32 [N, D].
-        zeros: The unconditional branch of a request without negative prompt has outputs of zeros.
-        most_chunks: Most texts whose states the model takes side by side.
+        zeros: True if the unconditional branch uses zeros when there is no negative prompt.
+        most_chunks: Maximum number of prompt chunks that the model takes.
     """
 
     kind: ClassVar[str] = "text"
@@ -91,7 +91,7 @@ class TextConditioner:
         """Texts of the conditional branch, one for each prompt of the request.
 
         Raises:
-            SpecError: There are none, or they are no texts.
+            SpecError: There are none, or they are not texts.
         """
         if request.prompts is None:
             raise SpecError("prompts: got none, expected a text or a list of texts; this model draws from text")
@@ -104,7 +104,7 @@ class TextConditioner:
         """Texts of the unconditional branch, one for each prompt of the request.
 
         Raises:
-            SpecError: They are no texts, or another number than there are prompts.
+            SpecError: They are not texts, or their number differs from the number of prompts.
         """
         negative = request.negative_prompt
         return for_each(
@@ -115,8 +115,8 @@ class TextConditioner:
         """Check the prompts; one image for each, times ``images_per_prompt``.
 
         Raises:
-            SpecError: No prompts, another number of negative prompts, more layers to skip or chunks than there can be,
-                or weights for an encoder that cannot have them.
+            SpecError: There are no prompts, the number of negative prompts differs, there are too many layers to skip
+                or too many chunks, or the encoder does not support weights.
         """
         prompts = self.prompts(request)
         self.negative_prompts(request)
@@ -139,7 +139,7 @@ class TextConditioner:
             raise SpecError(f"prompt_chunks: got {wanted}, but this bundle takes at most {self._most_chunks}")
 
     def chunks(self, request: Request, branches: Collection[str]) -> int:
-        """Texts that the longest prompt of an accepted request's branches takes, at most ``prompt_chunks``.
+        """Number of chunks that the longest prompt of an accepted request needs, at most ``prompt_chunks``.
 
         Raises:
             SpecError: A text cannot be tokenized, or its weights cannot be read.
@@ -155,7 +155,7 @@ class TextConditioner:
         return None
 
     def rows(self, request: Request, branch: str) -> dict[str, NDArray[Any]]:
-        """Outputs of the encoder, [images, …]; the "unconditional" branch is that of the negative prompts.
+        """Outputs of the encoder, [images, …]; the "unconditional" branch encodes the negative prompts.
 
         Raises:
             SpecError: A text cannot be tokenized.
@@ -182,12 +182,12 @@ class TextConditioner:
         return {"prompts": "a"}
 
     def close(self) -> None:
-        """Free the text encoder; encoded prompts stay."""
+        """Free the text encoder; encoded prompts stay in the cache."""
         self._encoder.close()
 
 
 def texts_of(name: str, value: Any) -> tuple[str, ...]:
-    """One text or several of the field ``name``, as a tuple.
+    """Return the text or texts of the field ``name`` as a tuple.
 
     Raises:
         SpecError: The value is neither.
@@ -199,7 +199,7 @@ def texts_of(name: str, value: Any) -> tuple[str, ...]:
 
 
 def for_each(prompts: Sequence[str], name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Texts of the field ``name``, one for each of the prompts; a single text is for all.
+    """Return one text of the field ``name`` for each prompt; a single text is repeated for all prompts.
 
     Raises:
         SpecError: There is another number of texts.

@@ -1,4 +1,4 @@
-"""Text encoders: prompts to hidden states, with a cache of the latest prompts."""
+"""Text encoder: converts prompts to hidden states and caches those of the latest prompts."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ F32 = NDArray[np.float32]
 Outputs = dict[str, F32]
 """Output of a text encoder -> its array for one text, [1, …]."""
 CACHE_SIZE = 64
-"""Encoded prompts kept for later requests, 0.4 MB for each 77 tokens at full size. Most requests share the empty
-negative prompt."""
+"""Maximum number of cached prompts; at full size, 77 tokens take 0.4 MB. Most requests share the empty negative
+prompt."""
 INPUT_IDS = "input_ids"
-"""Input of a text encoder, int64 [N, T]; that of a second one has a number at the end."""
+"""Token ids, the input of a text encoder: int64 [N, T]. The name of a second encoder's input ends with a number."""
 ATTENTION_MASK = "attention_mask"
-"""Optional second input of a text encoder, int64 [N, T]: 1 for tokens that others attend to, else 0."""
+"""Optional second input of a text encoder, int64 [N, T]: 1 for tokens that are attended to, else 0."""
 SKIPPED = "skipped_"
-"""Prefix of an optional output of a text encoder, float32 [N, layers, T, D]: its states without the last 1, 2, …
-layers, e.g. "skipped_context" for the states "context"."""
+"""Prefix of an optional output of a text encoder, float32 [N, layers, T, D]: the hidden states if the last 1, 2, …
+layers are skipped, e.g. "skipped_context" for the output "context"."""
 
 
 class Reading(NamedTuple):
-    """A text, and the options of a request that its states depend on.
+    """A text with the options that its hidden states depend on; the key of the cache.
 
     Attributes:
         text: The text.
-        skip: Last layers of the encoder that are skipped, at most those of ``SKIPPED``.
-        chunks: Texts of the encoder whose hidden states the results have, [1, chunks * T, D].
-        weighted: Read weights in the text, as ``prompt_weights``.
+        skip: Number of last layers of the encoder to skip, at most ``layers`` of ``SKIPPED``.
+        chunks: Number of encoder inputs that the text is spread over; its hidden states are [1, chunks * T, D].
+        weighted: True if weights in the text are read; see ``prompt_weights``.
     """
 
     text: str
@@ -51,17 +51,16 @@ class Reading(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes texts, each alone, so that its states do not depend on the others of a call.
+    """Encodes texts one at a time, so that the result of a text does not depend on other texts of the same call.
 
     Args:
         tokenizer: Prompts -> ids int64 [N, T].
-        backend: The text encoder: ids and, if it has this input, ``ATTENTION_MASK``, int64 [N, T] -> ``outputs`` and,
-            if it has this output, the first of them with the prefix ``SKIPPED``. Texts in chunks or with weights need
-            the mask.
-        outputs: As of ``TextConditioner``.
+        backend: The text encoder: ids and optionally ``ATTENTION_MASK``, int64 [N, T] -> ``outputs`` and optionally the
+            first of them with the prefix ``SKIPPED``. Texts in chunks or with weights need the mask.
+        outputs: See ``TextConditioner``.
 
     Attributes:
-        skippable: Last layers that can be skipped.
+        skippable: Number of last layers that can be skipped.
         masked: True if the encoder takes a mask.
     """
 
@@ -95,7 +94,7 @@ class TextEncoder:
         return results
 
     def layout(self, reading: Reading) -> Layout:
-        """The tokens of a text, in at most ``reading.chunks`` chunks.
+        """Arrange the tokens of a text in at most ``reading.chunks`` chunks.
 
         Raises:
             SpecError: As ``encode``.
@@ -105,14 +104,14 @@ class TextEncoder:
         return arrange(ids, self._tokenizer, reading.chunks)
 
     def zeros(self, texts: int, chunks: int) -> Outputs:
-        """Outputs of zeros for so many texts."""
+        """Return outputs that are all zero for a number of texts."""
         shapes = {tensor.name: tensor.bounds("opt")[1:] for tensor in self._backend.outputs}
         tokens, width = shapes[self._outputs[0]]
         shapes[self._outputs[0]] = tokens * chunks, width
         return {name: np.zeros((texts, *shapes[name]), np.float32) for name in self._outputs}
 
     def _encoded(self, reading: Reading) -> Outputs:
-        """Outputs for one text. Pooled states are those of the first tokens of the whole text, as in compel."""
+        """Outputs for one text. As in compel, its pooled states come from the tokens that fit into one chunk."""
         if reading.chunks == 1 and not reading.weighted:
             return self._run(self._tokenizer([reading.text]), reading.skip)
         layout, hidden = self.layout(reading), self._outputs[0]
@@ -144,5 +143,5 @@ class TextEncoder:
         return {**kept, self._outputs[0]: outputs[self._skipped][:, skip - 1].copy()} if skip else kept
 
     def close(self) -> None:
-        """Free the engine; encoded prompts stay."""
+        """Free the engine; encoded prompts stay in the cache."""
         self._backend.close()

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as transformers' BertTokenizer and CLIPTokenizer give them, with ``tokenizers`` alone."""
+"""Tokenizer: the token ids of transformers' BertTokenizer and CLIPTokenizer, computed by the package tokenizers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["MAX_BYTES", "MAX_CHARACTERS", "MAX_LENGTH", "Tokenizer"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**20
-"""Largest tokenizer.json that is read; the largest published ones are under 10 MiB."""
+"""Maximum size of a tokenizer.json in bytes; the largest published ones are under 10 MiB."""
 
 MAX_CHARACTERS = 50_000
-"""Longest prompt taken. 77 tokens are some 400 characters of prose; the tokens after them are cut off unread."""
+"""Maximum length of a prompt. 77 tokens are about 400 characters of prose; the model does not read later tokens."""
 
 MAX_LENGTH = 2**16
-"""Most tokens per prompt; the least is 2, for the first and the last token."""
+"""Maximum number of tokens per prompt. The minimum is 2, the first and the last token."""
 
 
 class Tokenizer:
-    """Prompts → ids [N, length], as transformers gives them with ``padding="max_length", truncation=True``.
+    """Converts prompts to ids [N, length], like transformers with ``padding="max_length", truncation=True``.
 
-    Text is cleaned, split and lower-cased as the file says: BERT's WordPiece (Devlin et al. 2019) or CLIP's byte-level
-    BPE (Radford et al. 2021). Special tokens typed in a prompt become their ids, as they do in transformers. One
-    tokenizer may serve several threads.
+    The file decides how text is cleaned, lower-cased and split: BERT's WordPiece (Devlin et al. 2019) or CLIP's
+    byte-level BPE (Radford et al. 2021). Special tokens typed in a prompt are recognised, as in transformers. Threads
+    may share a tokenizer.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Tokenizer:
     def from_file(cls, path: str | Path, length: int) -> Tokenizer:
         """Read a bundle's ``tokenizer.json``; ``length`` is the number of tokens the text encoder takes.
 
-        The padding token is the one the file's padding section names, else [PAD]. The directions are those of the
-        padding and truncation sections, else right.
+        The file's padding section names the padding token, otherwise it is [PAD]. Its padding and truncation sections
+        name the directions, otherwise they are right.
 
         Raises:
-            SpecError: ``length`` is no integer from 2 to MAX_LENGTH.
-            ManifestError: no such file, damaged, or not a tokenizer as ``ldm-export build`` writes it.
+            SpecError: ``length`` is not an integer from 2 to MAX_LENGTH.
+            ManifestError: The file is missing, damaged, or not a tokenizer as ``ldm-export build`` writes it.
         """
         length = integer("tokenizer: length", length, 2, MAX_LENGTH)
         path = Path(path)
@@ -94,13 +94,13 @@ class Tokenizer:
         return cls(fast, length, pad, *sides)
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids int64 [N, length]: the first token, the prompt's, the last and padding; what does not fit is cut off.
+        """Ids int64 [N, length]: first token, tokens of the prompt, last token and padding; longer prompts are cut off.
 
-        A prompt that is cut off is logged as a warning. The empty prompt is the unguided one.
+        A warning is logged for a prompt that is cut off. The empty prompt is that of the unconditional branch.
 
         Raises:
-            SpecError: no sequence of texts, or a prompt that is no text, has more than MAX_CHARACTERS
-                characters, or holds a lone surrogate (and so is not Unicode text).
+            SpecError: ``prompts`` is not a sequence, or a prompt is not a text, has more than MAX_CHARACTERS
+                characters, or contains a lone surrogate, so that it is not Unicode text.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise SpecError(f"prompts: got one {type(prompts).__name__}, expected a list of texts; put it into a list")
@@ -131,8 +131,8 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         """Ids of all tokens of a text, without the first, the last and padding.
 
-        A token of textual inversion that has several vectors is as many tokens, as in diffusers only where it is
-        written as it was added, in the same case.
+        A textual inversion token with several vectors becomes several ids. As in diffusers, it is only recognised in
+        the case in which it was added.
 
         Raises:
             SpecError: As ``__call__``.
@@ -143,14 +143,14 @@ class Tokenizer:
         return [one for index, (start, end) in spans for one in self._vectors.get(text[start:end], (index,))]
 
     def _spelled_out(self, prompt: str) -> list[int]:
-        """Ids [length] of a prompt that may have tokens with several vectors."""
+        """Ids [length] of a prompt, with all ids of tokens that have several vectors."""
         (first, last), ids, room = self.ends, self.ids(prompt), self.length - 2
         if len(ids) > room:
             log.warning("prompt: only %d of its %d tokens are used; shorten it", room, len(ids))
         return [first, *ids[:room], last, *[self.pad_id] * (room - len(ids))]
 
     def token(self, token_id: int) -> str:
-        """The token of an id; one that ends a word of CLIP's ends with ``</w>``."""
+        """The token with an id; a CLIP token that ends a word has the suffix ``</w>``."""
         return str(self._whole.id_to_token(token_id))
 
     def _warn(self, prompt: str, encoding: Any) -> None:
@@ -165,7 +165,7 @@ class Tokenizer:
 
 
 def _vectors(token: str, added: Mapping[str, int]) -> tuple[int, ...]:
-    """Ids of ``token``, ``token_1`` and so on, which are the vectors of one token of textual inversion."""
+    """Ids of ``token``, ``token_1``, …: the vectors of one textual inversion token."""
     names = (f"{token}_{number}" for number in count(1))
     return added[token], *(added[name] for name in takewhile(added.__contains__, names))
 

@@ -1,7 +1,7 @@
-"""Forms of tokenizer.json that bundles have: BERT's WordPiece and CLIP's byte-level BPE.
+"""Accepted forms of a bundle's tokenizer.json: BERT's WordPiece and CLIP's byte-level BPE.
 
-A file is checked before the library loads it: a template that names a token it does not define ends in a Rust panic,
-and a regular expression of another kind could take any time.
+A file is checked before the library loads it, because a template with an undefined token causes a Rust panic, and an
+arbitrary regular expression could take any time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 __all__ = ["CLIP_SPACES", "CLIP_WORDS", "pad_token"]
 
 CLIP_SPACES = r"\s+"
-"""Spaces that CLIP's normalizer joins."""
+"""Regular expression of the spaces that CLIP's normalizer joins."""
 CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-"""Words into which CLIP splits a text (Radford et al. 2021)."""
+"""Regular expression of the words into which CLIP splits a text (Radford et al. 2021)."""
 
 
 def pad_token(document: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""ASGI middleware in front of all endpoints: access control, limits of a client, and the access log."""
+"""ASGI middleware in front of all endpoints: access control, limits per client, and the access log."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ldm_runtime.tracing import remote_context
 __all__ = ["Access"]
 
 OPEN = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key: the page asks for it, and health checks tell nothing else."""
+"""Paths that need no key: the page, which asks for the key, and the health checks, which reveal nothing else."""
 
 
 class Access:
-    """Refuses what a client may not do, and logs each request as a line of JSON.
+    """Refuses requests that are not allowed, and logs each request as a line of JSON.
 
-    1. Without a key, ``Host`` must name this machine: a web page whose name resolves to 127.0.0.1 is refused.
-    2. ``Origin``, which browsers send, must be the server's: other web pages cannot use it.
-    3. With a key, ``Authorization`` must carry it, except for the page and health checks: as ``Bearer KEY``, or as the
-       password of HTTP's basic authentication, whose user name is not read.
-    4. A body may have ``max_body_bytes``, and a client address ``max_client_requests`` requests at a time.
+    1. Without a key, the header ``Host`` must name this machine, so that DNS rebinding by a web page fails.
+    2. The header ``Origin``, which browsers send, must be the server's, so that other web pages cannot use it.
+    3. With a key, ``Authorization`` must contain it, except for the page and health checks: as ``Bearer KEY``, or as
+       the password of basic authentication with any user name.
+    4. A body has at most ``max_body_bytes``, and a client address at most ``max_client_requests`` requests at a time.
 
     Args:
         app: The application.
@@ -107,7 +107,7 @@ class Access:
 
 
 def _key(authorization: str) -> bytes:
-    """The key in the header ``Authorization``; nothing matches what cannot be read."""
+    """The key in the header ``Authorization``; empty if it cannot be decoded, which matches no key."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() != "basic":
         return authorization.removeprefix("Bearer ").encode()
@@ -118,7 +118,7 @@ def _key(authorization: str) -> bytes:
 
 
 class _Limited:
-    """Receives a body of at most a number of bytes, also if it does not say its length."""
+    """Limits the size of a body while it is received, because its length may not be known before."""
 
     def __init__(self, receive: Receive, most: int):
         self._receive, self._most, self._read = receive, most, 0

@@ -22,14 +22,14 @@ _API_NAMES = {name: field for field, name in FIELD_NAMES.items()}
 
 
 class ApiError(Exception):
-    """A request that is answered with an error.
+    """An error that is sent to the client.
 
     Args:
         status: HTTP status.
         message: One line.
-        kind: OpenAI's type of error.
-        code: A word that programs compare.
-        param: The field that is wrong.
+        kind: Type of the error as OpenAI names it.
+        code: Machine-readable code.
+        param: Name of the field that is wrong.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer; 429 and 503 say when to try again."""
+        """The response. 429 and 503 have the header Retry-After."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         return JSONResponse(self.body(), self.status, headers)
 
 
 def api_error(error: LdmError) -> ApiError:
-    """Convert an error of the runtime. A field at the start of the message gets the name that it has in the API."""
+    """Convert an error of the runtime. A field name at the start of the message is replaced by its name in the API."""
     message = str(error)
     if isinstance(error, SpecError):
         name, colon, rest = message.partition(": ")

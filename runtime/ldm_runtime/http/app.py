@@ -1,4 +1,4 @@
-"""The web application: images API, health checks, metrics, and the page."""
+"""The web application: image APIs, health checks, metrics, and the web page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ldm_runtime.http.webui_api import WebuiApi
 __all__ = ["make_app"]
 
 OPENAPI = Path(__file__).parent / "openapi.json"
-"""The description of all endpoints, OpenAPI 3.1."""
+"""OpenAPI 3.1 description of all endpoints."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -35,7 +35,7 @@ def make_app(models: ServedModels, options: ServerOptions, log: Callable[[str], 
     Args:
         models: The bundles; requests without a model take the first.
         options: Limits and access control.
-        log: Takes the lines of the access log.
+        log: Called with each line of the access log.
     """
 
     async def page(request: Request) -> Response:

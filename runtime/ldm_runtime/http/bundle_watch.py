@@ -1,4 +1,4 @@
-"""Watches the bundles of a server, and exchanges a loaded one for the new version that replaces it on the disk."""
+"""Watches the bundles of a server on disk, and loads new versions of those that are loaded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ldm_runtime.http.served_models import ServedModels
 __all__ = ["BundleWatch"]
 
 RETRY_SECONDS = 60.0
-"""Seconds until a version that could not be loaded is tried again: its files may still be copied."""
+"""Seconds until a version that could not be loaded is tried again; its files may still be being copied."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Seen:
-    """What the watch knows about one bundle.
+    """State of the watch for one bundle.
 
     Attributes:
-        stamp: Inode, size in bytes and time of change of the manifest that was looked at last.
-        version: Its digest.
+        stamp: Inode, size in bytes and modification time of the manifest at the last check.
+        version: Digest of that manifest.
         tried: ``time.monotonic()`` when this version was last tried, if it could not be loaded.
     """
 
@@ -39,14 +39,14 @@ class _Seen:
 
 
 class BundleWatch:
-    """Looks at the manifests from time to time, on a thread of its own, while a block runs.
+    """Checks the manifests periodically, in its own thread, while a block runs.
 
-    A manifest that is missing or cannot be read changes nothing: its bundle may be about to be replaced.
+    A manifest that is missing or cannot be read is ignored, because its bundle may be in the middle of being replaced.
 
     Args:
         models: The bundles.
-        seconds: Time between two looks, above 0.
-        note: Receives a line for each version that has taken over.
+        seconds: Seconds between two checks, above 0.
+        note: Called with a line of text for each new version that takes the requests.
     """
 
     def __init__(self, models: ServedModels, seconds: float, note: Callable[[str], None] = lambda line: None):
@@ -75,7 +75,7 @@ class BundleWatch:
                     continue
 
     def _is_new(self, bundle: ServedBundle) -> bool:
-        """True if a loaded bundle has another version on the disk, which is to be tried now."""
+        """True if a loaded bundle has another version on disk that should be loaded now."""
         current, seen = bundle.current, self._seen[bundle.name]
         if bundle.path is None or current is None or bundle.loading is not None:
             return False

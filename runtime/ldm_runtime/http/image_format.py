@@ -29,7 +29,7 @@ class ImageFormat:
         return f"image/{self.name}"
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
-        """Encode an image uint8 [H, W, C]; JPEG has no opacity, so RGBA is laid on white for it.
+        """Encode an image uint8 [H, W, C]. JPEG has no transparency, so RGBA images get a white background.
 
         Raises:
             SpecError: It has neither one, three nor four channels.

@@ -1,4 +1,4 @@
-"""Requests of the images API, from their JSON or form fields: what to generate, and how to answer."""
+"""Requests of the images API: checks the JSON or form fields, and converts them to a pipeline request."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ OPTIONS = (
     "layout",
     *MICRO_FIELDS,
 )
-"""Fields beyond OpenAI's that become fields of ``Request``."""
+"""Fields that OpenAI's API does not have; they become fields of ``Request``."""
 WITHOUT_EFFECT = ("user", "quality", "style", "moderation", "input_fidelity")
-"""OpenAI's fields that mean nothing for these models."""
+"""Fields of OpenAI's API that are ignored, because they have no meaning for these models."""
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-"""Fields that are texts for the model."""
+"""Fields with texts for the model."""
 DELIVERY = (
     "model",
     *PROMPTS,
@@ -58,7 +58,7 @@ DELIVERY = (
     "progress",
 )
 MAX_PARTIAL = 3
-"""Most partial images of a stream, as in OpenAI's API."""
+"""Maximum number of partial images of a stream, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +66,12 @@ class ImageRequest:
     """A checked request.
 
     Attributes:
-        request: What the pipeline generates.
+        request: The request for the pipeline.
         format: Format of the images.
         as_url: True answers with URLs, False with base64.
-        stream: True sends events as the images take shape.
+        stream: True sends server-sent events while the images are generated.
         partial_images: Number of previews in a stream.
-        progress: True sends an event for each step, too.
+        progress: True also sends an event for each step.
     """
 
     request: Request
@@ -83,15 +83,15 @@ class ImageRequest:
 
 
 def parse(fields: Mapping[str, Any], model: ServedModel, options: ServerOptions) -> ImageRequest:
-    """Check the fields of a request. The pipeline checks the values that it takes.
+    """Check the fields of a request. The pipeline checks the values of its own options later.
 
     Args:
         fields: Fields of the API; "image" and "mask" are PIL images.
-        model: The model that is asked.
+        model: The model that the request names.
         options: Limits.
 
     Raises:
-        ApiError: A field is unknown, of another type, or beyond a limit.
+        ApiError: A field is unknown, has the wrong type, or exceeds a limit.
     """
     known = {*OPTIONS, *WITHOUT_EFFECT, *DELIVERY, "image", "mask"}
     if unknown := sorted(set(fields) - known):

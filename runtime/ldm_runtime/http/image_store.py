@@ -1,4 +1,4 @@
-"""Images that answers refer to by URL: kept in memory for a while, within a limit."""
+"""Images that responses refer to by URL: kept in memory for a limited time and in a limited size."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["ImageStore"]
 
 
 class ImageStore:
-    """Keeps encoded images under names that nobody can guess. Any thread may use it.
+    """Keeps encoded images under names that cannot be guessed. Thread-safe.
 
     Args:
-        max_bytes: Size of all images; the oldest make room for new ones.
-        seconds: Time for which an image is kept.
+        max_bytes: Maximum size of all images; the oldest are removed when it is exceeded.
+        seconds: Seconds for which an image is kept.
     """
 
     def __init__(self, max_bytes: int = 256 * 2**20, seconds: float = 3600.0):
@@ -25,7 +25,7 @@ class ImageStore:
         self._lock = threading.Lock()
 
     def add(self, data: bytes, media_type: str) -> str:
-        """Keep an image and return its name."""
+        """Store an image and return its name."""
         name = secrets.token_urlsafe(24)
         with self._lock:
             self._images[name] = (time.monotonic(), data, media_type)
@@ -36,7 +36,7 @@ class ImageStore:
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """The image of a name and its media type, or None if there is none (any more)."""
+        """Return an image and its media type; None if there is no such image or it is no longer kept."""
         with self._lock:
             found = self._images.get(name)
         if found is None or time.monotonic() - found[0] > self._seconds:

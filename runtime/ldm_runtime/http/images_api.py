@@ -1,7 +1,7 @@
 """OpenAI's images API: ``/v1/images/generations``, ``/v1/images/edits`` and ``/v1/models``.
 
-Fields and events are those of https://platform.openai.com/docs/api-reference/images (read in 2026-11); fields of latent
-diffusion models (seed, steps, guidance, …) are added.
+Fields and events follow https://platform.openai.com/docs/api-reference/images (read in 2026-11), with additional fields
+for latent diffusion models (seed, steps, guidance, …).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result
 __all__ = ["ImagesApi"]
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Of event streams: no cache or proxy may hold events back."""
+"""Headers of event streams, so that no cache or proxy delays events."""
 KEEP_ALIVE = 15.0
-"""Seconds after which a silent stream sends a comment, so that no proxy closes it."""
+"""Seconds without an event after which a stream sends a comment, so that no proxy closes the connection."""
 
 
 class ImagesApi:
-    """The endpoints.
+    """Endpoints of OpenAI's images API.
 
     Args:
         models: The bundles; the first is the default.
         options: Limits.
-        store: Keeps images that answers refer to by URL.
+        store: Keeps images that responses refer to by URL.
     """
 
     def __init__(self, models: ServedModels, options: ServerOptions, store: ImageStore):
@@ -124,7 +124,7 @@ class ImagesApi:
 
 
 class _Listener:
-    """Carries steps from the scheduler's notifier thread to the event loop."""
+    """Passes progress from the scheduler's notifier thread to the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self.steps = loop, asyncio.Queue[Progress | None]()
@@ -144,7 +144,7 @@ class _Events:
     """Writes a request as server-sent events.
 
     Args:
-        name: "image_generation" or "image_edit", the first part of the events' types.
+        name: "image_generation" or "image_edit", the prefix of the event types.
         wanted: The request.
         job: Its job.
     """
@@ -153,7 +153,7 @@ class _Events:
         self._name, self._wanted, self._job = name, wanted, job
 
     async def stream(self, listener: _Listener) -> AsyncIterator[bytes]:
-        """Yield the events; the request is cancelled if the client goes away."""
+        """Yield the events. The request is cancelled if the client disconnects."""
         partial = 0
         try:
             if self._wanted.progress:
@@ -200,7 +200,7 @@ _USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-"""Nothing is billed."""
+"""Token usage in events: zero, because nothing is billed."""
 
 
 def _described(shape: tuple[int, ...], wanted: ImageRequest) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON objects and forms with images, read within limits."""
+"""Reads request bodies within limits: JSON objects, and forms with images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ldm_runtime.input_images import open_image, rgb_image
 __all__ = ["form_fields", "json_fields"]
 
 MAX_FIELDS, MAX_FILES = 50, 20
-"""Most fields and files of a form."""
+"""Maximum number of fields and of files in a form."""
 TEXTS = frozenset({*PROMPTS, "model", "size", "response_format", "output_format", "background", "user"})
-"""Fields of a form that are texts; the others spell a JSON value."""
+"""Form fields that are texts; the values of other fields are parsed as JSON."""
 
 
 async def json_fields(request: Request) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ApiError: The body is something else.
+        ApiError: The body is not a JSON object.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "content-type: expected application/json", code="invalid_content_type")
@@ -44,10 +44,10 @@ async def json_fields(request: Request) -> dict[str, Any]:
 async def form_fields(request: Request) -> dict[str, Any]:
     """Read a form: texts, numbers, and the files "image" (or "image[]", several) and "mask" as PIL images.
 
-    A mask with transparent pixels marks by them what is repainted, as in OpenAI's API; any other one by white.
+    As in OpenAI's API, transparent pixels of a mask mark what is repainted. In a mask without transparency, white does.
 
     Raises:
-        ApiError: The body is no form, or a file is no image.
+        ApiError: The body is not a form, or a file is not an image.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "content-type: expected multipart/form-data", code="invalid_content_type")
@@ -86,7 +86,7 @@ def _mask(data: bytes) -> Image.Image:
 
 
 def _value(text: str) -> Any:
-    """A form's text as the JSON value that it spells, e.g. a number; any other text as it is."""
+    """Parse the text of a form field as JSON, e.g. a number; return other text unchanged."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

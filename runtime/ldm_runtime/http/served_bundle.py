@@ -1,4 +1,4 @@
-"""A bundle that the server serves: the version that takes requests, and older ones whose requests are not done."""
+"""A bundle of the server: the version that takes requests, and older versions that still have running requests."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NOTHING = Snapshot(True, 0, 0, 0.0, 0.0, 0, 0, dict.fromkeys(OUTCOMES, 0), dict
 
 @dataclass(frozen=True)
 class BundleState:
-    """A bundle at one moment, for the metrics.
+    """State of a bundle at one moment, for the metrics.
 
     Attributes:
         name: Name in the API.
         loaded: True if a version takes requests.
-        versions: Number of loaded versions, with those whose requests are not done.
+        versions: Number of loaded versions, including older ones that still have running requests.
         memory: Estimated bytes of these versions.
         loads: Number of versions by outcome of loading, one of ``LOADS``.
-        counters: Counters of all versions, readiness of the current one.
+        counters: Counters of all versions, and readiness of the current one.
     """
 
     name: str
@@ -47,11 +47,11 @@ class ServedBundle:
 
     Attributes:
         name: Name in the API.
-        path: The bundle's folder; None if ``current`` was loaded elsewhere and is never replaced.
+        path: The bundle's folder; None if the caller loaded ``current``, which is then never replaced.
         model: Description of the version whose manifest was read last.
         current: The version that takes requests; None if it is not loaded.
         loading: The version that is being loaded, if there is one.
-        retired: Versions that take no more requests and are not closed yet.
+        retired: Versions that take no new requests and are not closed yet.
         loads: Number of versions by outcome of loading, one of ``LOADS``.
         used: ``time.monotonic()`` of the last request.
         ended: Counters of all versions that are closed.
@@ -78,20 +78,20 @@ class ServedBundle:
         return sum(model.memory for model in self.versions)
 
     def end(self, model: ServedModel) -> None:
-        """Take a closed version out of ``retired`` and keep its counters."""
+        """Remove a closed version from ``retired`` and add its counters to ``ended``."""
         self.retired.remove(model)
         done = replace(model.scheduler.snapshot(), ready=True, waiting=0, running=0, batch_fill=0.0, steps_per_second=0)
         self.ended = merged([self.ended, done])
 
     def snapshot(self) -> Snapshot:
-        """Counters of all versions, readiness of the current one; a bundle that is not loaded is ready to be."""
+        """Counters of all versions, and readiness of the current one. A bundle that is not loaded counts as ready."""
         snapshots = [model.scheduler.snapshot() for model in self.versions]
         if self.current is None:
             return merged([self.ended, *snapshots])
         return merged([*snapshots, self.ended])
 
     def state(self) -> BundleState:
-        """All that the metrics say about the bundle."""
+        """State for the metrics."""
         loaded = self.current is not None
         return BundleState(self.name, loaded, len(self.versions), self.memory, dict(self.loads), self.snapshot())
 

@@ -1,4 +1,4 @@
-"""A bundle that the server has loaded: its pipeline, its batch scheduler, and what clients are told about it."""
+"""A loaded version of a bundle: its pipeline, its batch scheduler, and its description for clients."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class EngineOptions:
 class ServedModel:
     """A loaded model: one version of a bundle.
 
-    Requests hold it, so that it is closed only when the last one has ended.
+    Requests hold it, so that it is closed only after the last one has ended.
 
     Args:
         name: Name in the API.
         pipeline: The pipeline; closed with the model.
         scheduler: Its batch scheduler.
         version: Digest of the bundle's manifest, "" if there is none.
-        memory: Estimated bytes that it takes.
+        memory: Estimated bytes of memory.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ServedModel:
         return self._holders == 0
 
     def hold(self) -> None:
-        """Keep the model open until ``release`` is called as often."""
+        """Keep the model open. Every call needs a call of ``release``."""
         with self._lock:
             self._holders += 1
 
@@ -129,9 +129,9 @@ class ServedModel:
             on_idle()
 
     def when_idle(self, then: Callable[[], None]) -> None:
-        """Call a function once no request holds the model, now or on the thread of the last one.
+        """Call a function when no request holds the model: now, or later in the thread that releases it.
 
-        Requests that come later must not hold it.
+        New requests must not hold the model afterwards.
         """
         with self._lock:
             self._on_idle = then
@@ -149,9 +149,9 @@ class ServedModel:
 
 
 def model_facts(name: str, model: ModelDescription, loaded: ServedModel | None) -> dict[str, Any]:
-    """The entry of ``/v1/models``; "ldm" holds what OpenAI's format has no place for.
+    """The entry of ``/v1/models``; "ldm" contains facts that OpenAI's format does not have.
 
-    Height and width are minimum, default and maximum in pixels; sides are multiples of "multiple".
+    "height" and "width" are minimum, default and maximum in pixels; both must be multiples of "multiple".
 
     Args:
         name: Name in the API.
@@ -184,7 +184,7 @@ def model_facts(name: str, model: ModelDescription, loaded: ServedModel | None) 
 
 
 def version_of(path: Path) -> str:
-    """The SHA-256 (hex) of a bundle's manifest, which names the digest of every other file.
+    """SHA-256 (hex) of a bundle's manifest, which identifies the version: the manifest has the digests of all files.
 
     Raises:
         ManifestError: It cannot be read.

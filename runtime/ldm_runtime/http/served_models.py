@@ -1,7 +1,7 @@
-"""The bundles of the server by name: loaded at start or on first use, exchanged for new versions, and unloaded.
+"""The bundles of the server by name: loads them at start or on first use, replaces them by new versions, unloads them.
 
-One thread loads, one version at a time. Requests hold the version that they run on, so that a version is closed after
-its last request.
+A single thread loads one version at a time. Requests hold the version they run on, which is closed after its last
+request.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ldm_runtime.required_memory import bundle_bytes
 __all__ = ["ServedModels"]
 
 POLL = 0.05
-"""Seconds between two looks for a bundle that has become idle."""
+"""Seconds between two checks for a bundle that has become idle."""
 
 
 class ServedModels:
-    """Bundles by name. Any thread may use it.
+    """Bundles by name. Thread-safe.
 
     Args:
-        bundles: At least one; the first is the default. Those that are not loaded have a path.
+        bundles: At least one; the first is the default. A bundle that is not loaded must have a path.
         options: How versions are loaded.
-        memory: Most estimated bytes of all loaded versions; None for no limit.
-        patience: Seconds for which a bundle that has to be loaded waits for memory that requests use.
+        memory: Maximum of the estimated bytes of all loaded versions; None for no limit.
+        patience: Timeout in seconds for loading a bundle on first use, including waiting for memory that requests use.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class ServedModels:
 
     @classmethod
     def of(cls, models: Mapping[str, ServedModel]) -> ServedModels:
-        """Serve models that are loaded already; they are never exchanged."""
+        """Serve models that are already loaded; they are never replaced."""
         return cls([ServedBundle(name, current=model) for name, model in models.items()])
 
     @classmethod
     def open(
         cls, paths: Sequence[Path], options: EngineOptions, memory: int | None = None, patience: float = 300.0
     ) -> ServedModels:
-        """Serve bundles, each under the name of its folder. Without a limit of memory all are loaded now.
+        """Serve bundles, each under the name of its folder. Without a memory limit, all are loaded now.
 
         Raises:
             SpecError: Two folders have one name, or a bundle needs more than ``memory``.
@@ -88,10 +88,10 @@ class ServedModels:
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[ServedModel]:
-        """Hold the current version of a bundle while the block runs; it is loaded first if it is not.
+        """Hold the current version of a bundle while the block runs, after loading it if necessary.
 
         Raises:
-            ApiError: It cannot be loaded, or not in time.
+            ApiError: It cannot be loaded, or loading times out.
         """
         model = await self._held(self.bundles[name])
         try:
@@ -121,10 +121,10 @@ class ServedModels:
             return bundle.current
 
     def load(self, bundle: ServedBundle) -> Future[ServedModel]:
-        """Load the version of a bundle that its folder has now; it takes new requests as soon as it is loaded.
+        """Load the current files of a bundle in the background; the new version takes requests as soon as it is loaded.
 
-        The version before it is closed when its requests have ended. If the new one cannot be loaded, the error is in
-        the future and nothing changes.
+        The previous version is closed when its requests have ended. If the new version cannot be loaded, the future has
+        the error and nothing changes.
         """
         with self._lock:
             if self._closing:
@@ -166,12 +166,13 @@ class ServedModels:
         return needed
 
     def _make_room(self, bundle: ServedBundle, needed: int) -> None:
-        """Unload other bundles that no request uses, the least recently used first, until there is memory for this one.
+        """Unload idle bundles, the least recently used first, until there is enough memory for this one.
 
-        A new version of a loaded bundle does not wait for requests on others, because the old one serves.
+        A new version of a loaded bundle does not wait until other bundles are idle, because the old version still
+        serves.
 
         Raises:
-            BackendError: Requests use the others for too long.
+            BackendError: The other bundles do not become idle in time.
         """
         until = time.monotonic() + (self._patience if bundle.current is None else 0)
         while self.memory is not None and (used := self.used()) + needed > self.memory:
@@ -207,7 +208,7 @@ class ServedModels:
             return sum(bundle.memory for bundle in self.bundles.values())
 
     def states(self) -> list[BundleState]:
-        """Counters and loaded versions of each bundle, all at one moment."""
+        """State of each bundle, all at the same moment."""
         with self._lock:
             return [bundle.state() for bundle in self.bundles.values()]
 
@@ -220,7 +221,7 @@ class ServedModels:
         ]
 
     def close(self) -> None:
-        """Cancel what still runs and free all versions."""
+        """Cancel running requests and free all versions."""
         with self._lock:
             self._closing = True
         self._loader.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Runs the web application with uvicorn until the process is told to stop."""
+"""Runs the web application with uvicorn until the process receives a signal to stop."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def serve(
     on_ready: Callable[[str], None],
     note: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve models until SIGINT or SIGTERM; running requests then get ``options.grace`` seconds.
+    """Serve models until SIGINT or SIGTERM; then running requests have ``options.grace`` seconds to end.
 
     Args:
         models: The bundles. They are closed at the end.
         options: Address, limits and access control.
-        log: Takes the lines of the access log.
+        log: Called with each line of the access log.
         on_ready: Called with the server's URL once it accepts connections.
-        note: Takes a line for each bundle that was exchanged for a new version.
+        note: Called with a line of text for each bundle that was replaced by a new version.
 
     Raises:
         BackendError: The address cannot be used.
@@ -59,7 +59,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Ends normally after SIGINT or SIGTERM: uvicorn would raise the signal again, before the models are closed."""
+    """Ends normally after SIGINT or SIGTERM. uvicorn's own server raises the signal again before models are closed."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Metrics of the server: those of the batch schedulers, and which bundles are loaded, in Prometheus' text format."""
+"""Metrics of the server in Prometheus' text format: those of the batch schedulers, and of loaded bundles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERVER_COUNTERS = {"ldm_loads_total": "versions of the bundle that were loaded, 
 
 
 def server_metrics(models: ServedModels) -> str:
-    """Return the metrics of all bundles, with their names in the label ``model``."""
+    """Return the metrics of all bundles; the label ``model`` has the bundle's name."""
     states = models.states()
     found = list(_samples(states))
     parts = [exposition({state.name: state.counters for state in states})]

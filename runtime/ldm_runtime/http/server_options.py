@@ -10,7 +10,7 @@ from ldm_runtime.number_checks import MAX_SECONDS, integer, number, seconds
 __all__ = ["LOOPBACK", "ServerOptions"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Hosts that only programs on this machine reach."""
+"""Hosts that can only be reached from this machine."""
 MIN_KEY, MAX_KEY = 16, 512
 MAX = 2**31 - 1
 
@@ -21,19 +21,20 @@ class ServerOptions:
 
     Attributes:
         host: Address to listen on.
-        port: Port, 0 for any that is free.
-        api_key: Key that every request must carry; None allows all, which is refused for addresses of a network.
-        max_body_bytes: Size of a request, images included.
-        max_prompt_characters: Length of a prompt or negative prompt.
-        max_pixels: Pixels of all images of one request.
-        max_images: Images of one request.
-        max_client_requests: Requests of one client address at a time.
-        timeout: Seconds until a request expires, waiting included.
-        grace: Seconds that running requests get when the server stops.
-        watch: Seconds between two looks for new versions of the bundles; 0 never looks.
+        port: Port; 0 selects a free one.
+        api_key: Key that every request must contain. None needs no key, and is refused unless ``host`` is a loopback
+            address.
+        max_body_bytes: Maximum size of a request body, including images.
+        max_prompt_characters: Maximum length of a prompt or negative prompt.
+        max_pixels: Maximum pixels of all images of one request together.
+        max_images: Maximum number of images of one request.
+        max_client_requests: Maximum number of simultaneous requests of one client address.
+        timeout: Seconds until a request expires, including time in the queue.
+        grace: Seconds that running requests have to end when the server stops.
+        watch: Seconds between two checks for new versions of the bundles; 0 turns the checks off.
 
     Raises:
-        SpecError: A limit is no number of its range, or other machines could use the server without a key.
+        SpecError: A limit is not a number in its range, or other machines could use the server without a key.
     """
 
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Requests on their way through the batch scheduler: limits of the server, cancellation, and results."""
+"""Passes HTTP requests through the batch scheduler: limits of the server, cancellation, and results."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def submit(
     options: ServerOptions,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Job:
-    """Add a request to the model's queue, after checking the limits of this server; the job holds the model.
+    """Check the limits of the server and add a request to the model's queue. The job holds the model until it ends.
 
     Args:
         model: The model, which the caller holds.
-        wanted: The request; a stream gets previews.
+        wanted: The request. Previews are only generated for a stream.
         options: Limits.
         on_progress: Called after each step.
 
     Raises:
-        ApiError: The request is beyond a limit, or the pipeline or the queue refuses it.
+        ApiError: The request exceeds a limit, or the pipeline or the queue refuses it.
     """
     try:
         plan = model.pipeline.plan(wanted.request)
@@ -60,10 +60,10 @@ def submit(
 
 
 async def result_of(job: Job) -> JobResult:
-    """Wait for the images of a job.
+    """Wait for the result of a job.
 
     Raises:
-        ApiError: It has failed.
+        ApiError: The job has failed.
     """
     try:
         return await asyncio.wrap_future(job.future)
@@ -72,20 +72,20 @@ async def result_of(job: Job) -> JobResult:
 
 
 def seed_of(result: JobResult, index: int) -> int:
-    """The seed with which a request of one image, or the same request, gives an image again."""
+    """The seed that reproduces an image: its own one if every image has a seed, else that of the whole request."""
     return result.seeds[index] if len(result.seeds) == len(result.images) else result.seeds[0]
 
 
 def flag_of(result: JobResult, index: int) -> dict[str, bool]:
-    """Field of an answer: whether the safety checker has flagged an image; empty without one."""
+    """Field of a response that says whether the safety checker flagged an image; empty without a safety checker."""
     return {} if result.flagged is None else {"flagged": result.flagged[index]}
 
 
 class cancelled_on_disconnect:
-    """Cancels a job if the client closes its connection while the block runs.
+    """Context manager that cancels a job if the client disconnects while the block runs.
 
     Args:
-        request: The request, whose body has been read.
+        request: The HTTP request. Its body must have been read.
         job: Its job.
     """
 

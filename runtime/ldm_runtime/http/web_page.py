@@ -1,4 +1,4 @@
-"""The page of the server: one HTML file that loads nothing from other hosts."""
+"""The web page of the server: one HTML file that loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def page_html() -> bytes:
 
 
 def _digests(tag: str) -> str:
-    """CSP sources of the page's own scripts or styles."""
+    """Digests of the page's own scripts or styles, as sources of a Content-Security-Policy."""
     parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page_html().decode(), re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts)
 
@@ -32,4 +32,4 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""Headers of the page: it may run its own script and talk to this server only."""
+"""Headers of the page. They allow it to run only its own script and to connect only to this server."""

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, as far as front ends need it to generate images from texts and images: ``/sdapi/v1/…``."""
+"""AUTOMATIC1111's API ``/sdapi/v1/…``: the part that front ends need to generate images from texts and images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ldm_runtime.number_checks import shown
 __all__ = ["WebuiApi"]
 
 CHECKPOINT = "sd_model_checkpoint"
-"""The option that names a model."""
+"""Name of the option that selects a model."""
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -45,15 +45,15 @@ class _Steps:
         self.task, self.done = task, 0
 
     def add(self, step: Progress) -> None:
-        """Note a step; called by the scheduler's notifier thread."""
+        """Record a step; called in the scheduler's notifier thread."""
         self.done = step.index + 1
 
 
 class WebuiApi:
-    """The endpoints.
+    """Endpoints of AUTOMATIC1111's API.
 
-    The model that ``POST /sdapi/v1/options`` selects is that of all clients of this API, as in the original; the images
-    API is not affected. A request can name another one in ``override_settings``.
+    As in the original, ``POST /sdapi/v1/options`` selects the model for all clients of this API. It does not affect the
+    images API. A request can name another model in ``override_settings``.
 
     Args:
         models: The bundles; the first is selected.
@@ -134,7 +134,7 @@ class WebuiApi:
         return JSONResponse({"txt2img": [], "img2img": []})
 
     async def _progress(self, request: Request) -> Response:
-        """The progress of the oldest request that is not done."""
+        """Report the progress of the oldest request that is not done."""
         running = dict(self._running)
         job = min(running, key=lambda one: one.submitted, default=None)
         done, total = (running[job].done, len(job.plan.trajectory)) if job else (0, 0)
@@ -155,7 +155,7 @@ class WebuiApi:
         return JSONResponse(facts)
 
     def _name(self, name: Any) -> str:
-        """Check the name of a model; null means the selected one. Front ends append a hash in brackets."""
+        """Check the name of a model; None means the selected model. Front ends append a hash in brackets."""
         if name is None:
             return self._selected
         known = name.partition(" [")[0] if isinstance(name, str) else ""
@@ -165,7 +165,7 @@ class WebuiApi:
 
 
 def _answered(handler: Handler) -> Handler:
-    """A handler whose errors have this API's form, with the message where its clients look for it."""
+    """Wrap a handler so that its errors have the form that clients of this API expect."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -180,7 +180,7 @@ def _answered(handler: Handler) -> Handler:
 
 
 def _possible(model: ServedModel) -> tuple[str, ...]:
-    """Names of the samplers with which a model generates images, its own first."""
+    """Names of the samplers that a model supports, its own scheduler first."""
     example = model.pipeline.example()
 
     def possible(name: str) -> bool:
@@ -196,7 +196,7 @@ def _possible(model: ServedModel) -> tuple[str, ...]:
 def _answer(
     fields: Mapping[str, Any], model: ServedModel, wanted: ImageRequest, job: Job, result: JobResult
 ) -> dict[str, Any]:
-    """The answer: images in base64, the request, and what is needed to generate each image again, as JSON in a text."""
+    """The response: images in base64, the request, and a JSON text with the parameters that reproduce each image."""
     images = [base64.b64encode(wanted.format.encode(image)).decode() for image in result.images]
     plan, height, width = job.plan, *result.images.shape[1:3]
     seeds = [seed_of(result, index) for index in range(len(images))]

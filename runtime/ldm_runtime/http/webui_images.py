@@ -1,7 +1,7 @@
-"""Images of AUTOMATIC1111's API: the start images, the mask and their options of ``/sdapi/v1/img2img``.
+"""Input images of AUTOMATIC1111's API: start images, mask and their options in ``/sdapi/v1/img2img``.
 
-The meanings are those of version 1.10 where diffusers' pipelines agree with it; docs/guides/http-clients.md lists where
-they do not.
+Options mean the same as in version 1.10 where diffusers' pipelines agree with it; docs/guides/http-clients.md lists the
+differences.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ IMAGE_CHECKED = (
     "inpainting_mask_invert",
     "initial_noise_multiplier",
 )
-"""Fields of ``img2img`` alone whose values are checked, so that an answer can repeat them."""
+"""Fields of ``img2img`` only whose values are checked, so that a response can repeat them."""
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "resize_mode": ((0,), "0, which resizes the images to width and height"),
     "inpainting_fill": ((0, 1), "0 or 1: the masked part starts from the image; with denoising_strength 1 from noise"),
     "initial_noise_multiplier": ((1,), "1, or leave it out"),
     "latent_mask": ((), "none; send the mask in mask"),
 }
-"""Field -> the values that are accepted beside null, and these in words."""
+"""Field -> values that are accepted besides null, and a description of them."""
 MASK_BLUR = 4.0
-"""Standard deviation in pixels by which masks are blurred if a request does not say, as in the original."""
+"""Default standard deviation in pixels with which masks are blurred, as in the original."""
 MAX_IMAGES, MAX_BLUR, MAX_PADDING = 20, 64, 2**16
 OPAQUE = 128
-"""Opacity above which a transparent mask marks a pixel."""
+"""Opacity above which a pixel of a mask with transparency is repainted."""
 
 
 def start_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate images, mask and strength to fields of the images API: ``image``, ``mask``, ``strength`` and others.
+    """Translate start images, mask and their options to fields of the images API: ``image``, ``mask``, ``strength``, ….
 
-    A mask is white, or where it has transparent pixels opaque, where the image is repainted. With ``inpaint_full_res``,
-    which is on unless a request turns it off, only the part around the mask is generated.
+    White pixels of a mask are repainted; in a mask with transparency, opaque pixels are. With ``inpaint_full_res``,
+    which is on by default, only the part around the mask is generated.
 
     Raises:
-        ApiError: A field has the wrong type, asks for something that is not supported, or is no image.
+        ApiError: A field has the wrong type, asks for something that is not supported, or is not an image.
     """
     try:
         return _translated(fields)
@@ -104,7 +104,7 @@ def _mask(mask: Image.Image, inverted: bool, blur: tuple[float, float]) -> Image
 
 
 def _blur(fields: Mapping[str, Any]) -> tuple[float, float]:
-    """Standard deviations along x and y; ``mask_blur`` replaces those of the axes."""
+    """Standard deviations of the mask blur along x and y; ``mask_blur`` takes precedence over the values per axis."""
     both, x, y = (
         None if fields.get(name) is None else number(name, fields[name], 0, MAX_BLUR)
         for name in ("mask_blur", "mask_blur_x", "mask_blur_y")
@@ -115,7 +115,7 @@ def _blur(fields: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
-    """A flag, which clients also send as 0 or 1."""
+    """Read a boolean; clients also send 0 or 1."""
     if (value := fields.get(name)) is None:
         return default
     if value not in (0, 1):

@@ -1,4 +1,4 @@
-"""Requests of AUTOMATIC1111's API as requests of the images API: the same checks and limits apply to both.
+"""Translates requests of AUTOMATIC1111's API to the images API, so that the same checks and limits apply to both.
 
 Fields are those of ``/sdapi/v1/txt2img`` and ``/sdapi/v1/img2img`` in version 1.10 of https://github.com/AUTOMATIC1111/stable-diffusion-webui.
 """
@@ -29,7 +29,7 @@ from ldm_runtime.schedulers import (
 __all__ = ["AUTOMATIC", "CHECKED", "SAMPLERS", "image_fields", "invalid", "renamed"]
 
 AUTOMATIC = "Automatic"
-"""Name of the model's own scheduler."""
+"""Sampler name that selects the model's own scheduler."""
 SAMPLERS: Mapping[str, str] = {
     "DDIM": DDIM.CLASS,
     "PLMS": PNDM.CLASS,
@@ -42,7 +42,7 @@ SAMPLERS: Mapping[str, str] = {
     "LCM": LCM.CLASS,
     "TCD": TCD.CLASS,
 }
-"""Name of a sampler in the API -> class of the scheduler. Their options are the model's."""
+"""Sampler name in the API -> scheduler class. The options of the scheduler are those of the model."""
 CHECKED = (
     "prompt",
     "negative_prompt",
@@ -58,7 +58,7 @@ CHECKED = (
     "sampler_index",
     "scheduler",
 )
-"""Fields whose values are checked, so that an answer can repeat them."""
+"""Fields whose values are checked, so that a response can repeat them."""
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
@@ -68,7 +68,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "script_name": ("",),
     "refiner_checkpoint": ("",),
 }
-"""Field that would change the image -> the values that leave it as it is, beside null."""
+"""Unsupported field -> values besides null that have no effect and are accepted."""
 _NAMES = {
     "guidance": "cfg_scale",
     "scheduler": "sampler_name",
@@ -76,14 +76,14 @@ _NAMES = {
     "image": "init_images",
     "strength": "denoising_strength",
 }
-"""Field of the images API -> field of this API, for messages."""
+"""Field of the images API -> field of this API, for error messages."""
 
 
 def image_fields(fields: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    """Translate the fields that both kinds of requests have; ``image_request.parse`` and the pipeline check the values.
+    """Translate the fields of txt2img and img2img; ``image_request.parse`` and the pipeline check the values later.
 
-    Fields that are left out take the model's defaults. Image number i has the seed ``seed`` + i and a stream of noise
-    of its own, so that ``all_seeds`` of the answer gives each image again. Fields without a meaning here are ignored.
+    Missing fields take the model's defaults. Image number i has the seed ``seed`` + i and its own noise stream, so that
+    the seeds in ``all_seeds`` of the response reproduce each image. Fields that have no meaning here are ignored.
 
     Raises:
         ApiError: A field asks for something that is not supported, or has the wrong type.
@@ -113,7 +113,7 @@ def image_fields(fields: Mapping[str, Any], model: ServedModel) -> dict[str, Any
 
 @contextmanager
 def renamed() -> Iterator[None]:
-    """Give errors that are raised in the block the field's name in this API."""
+    """Context manager that renames the field in errors of its block to the name in this API."""
     try:
         yield
     except ApiError as error:
@@ -123,12 +123,12 @@ def renamed() -> Iterator[None]:
 
 
 def invalid(param: str, message: str) -> ApiError:
-    """The error of a field."""
+    """Return the error for a field."""
     return ApiError(400, f"{param}: {message}", code="invalid_value", param=param)
 
 
 def _in_use(script: Any) -> bool:
-    """False for scripts without arguments or whose only argument turns them off, as clients send them."""
+    """Return False for a script without arguments, or whose only argument turns it off; clients send such scripts."""
     arguments = script.get("args") if isinstance(script, dict) else script
     return bool(arguments) and arguments != [False]
 

@@ -1,6 +1,6 @@
-"""Schedulers: from options in diffusers' names to trajectories, in NumPy.
+"""Schedulers in NumPy: they read options by diffusers' names and compute trajectories.
 
-A scheduler is a module with a class that satisfies ``Scheduler`` and one line in ``SCHEDULERS``.
+A scheduler is a module with a class that implements ``Scheduler``, and a line in ``SCHEDULERS``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Scheduler(Protocol):
-    """The options of a sampling method, and the trajectories it computes from them."""
+    """Interface of a scheduler: options of a sampling method, and the trajectories computed from them."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -66,7 +66,7 @@ class Scheduler(Protocol):
         ...
 
     def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
-        """Compute the calls of ``num_inference_steps`` steps. Methods without eta ignore it.
+        """Compute the UNet calls of ``num_inference_steps`` steps. Methods without eta ignore it.
 
         Raises:
             SpecError: An argument is out of range, or the options give no finite trajectory for it.
@@ -74,7 +74,7 @@ class Scheduler(Protocol):
         ...
 
     def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
-        """Compute the trajectory without its first ``steps`` steps, for latents that begin with an image.
+        """Compute the trajectory without its first ``steps`` steps, for latents that start from an image.
 
         Raises:
             SpecError: As ``trajectory``.
@@ -98,7 +98,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:
-    """Read the options of the scheduler that ``config["class"]`` names, the class name of diffusers.
+    """Create the scheduler of the diffusers class that ``config["class"]`` names, with the options in ``config``.
 
     Raises:
         SpecError: The class is missing or unknown; a key or a value is not supported.

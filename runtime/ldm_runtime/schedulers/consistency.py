@@ -24,8 +24,8 @@ I64 = NDArray[np.int64]
 class ConsistencySchedule(NoiseSchedule):
     """Base of the schedulers of consistency models, with the options they share.
 
-    diffusers' classes have set_alpha_to_one, steps_offset and timestep_spacing but never use them: the timesteps are
-    chosen among the ``original_inference_steps`` of the distillation.
+    diffusers' classes have the options set_alpha_to_one, steps_offset and timestep_spacing but never use them:
+    timesteps are chosen from the ``original_inference_steps`` of the distillation.
 
     Raises:
         SpecError: Names the option, the value and the expected values.
@@ -65,7 +65,7 @@ class ConsistencySchedule(NoiseSchedule):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], rounded where torch rounds."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], with the same rounding as in torch."""
         return self._cumulative(self.rescale_betas_zero_snr)
 
     def timesteps(self, num_inference_steps: int) -> I64:

@@ -76,7 +76,7 @@ class DDIM(NoiseSchedule):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], rounded where torch rounds."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], with the same rounding as in torch."""
         return self._cumulative(self.rescale_betas_zero_snr)
 
     def timesteps(self, num_inference_steps: int) -> NDArray[np.int64]:
@@ -112,7 +112,7 @@ class DDIM(NoiseSchedule):
         with np.errstate(all="ignore"):  # non-finite values are refused below
             variance = beta_prev / beta * (1 - alpha / alpha_prev)
             sigma = np.float32(eta) * np.sqrt(variance)
-            direction = beta_prev - np.float32(eta) * (np.float32(eta) * variance)  # not σ², which rounds below 0
+            direction = beta_prev - np.float32(eta) * (np.float32(eta) * variance)  # σ² could round it to below 0
             weights = (np.sqrt(alpha), np.sqrt(beta), np.sqrt(alpha_prev), np.sqrt(np.maximum(direction, 0)))
             sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight = (values.astype(np.float64) for values in weights)
             rows = _rows(self.prediction_type, sqrt_alpha, sqrt_beta, sqrt_alpha_prev, eps_weight)
@@ -126,7 +126,7 @@ class DDIM(NoiseSchedule):
                 f"prediction_type {self.prediction_type!r} divides by zero; expected other betas or timestep_spacing, "
                 "and with rescale_betas_zero_snr a model of prediction_type 'v_prediction'"
             )
-        wild = ~(direction >= -1e-6)  # between that and 0 is rounding, where diffusers gives NaN
+        wild = ~(direction >= -1e-6)  # values between that and 0 are rounding errors, for which diffusers gives NaN
         if wild.any():
             i = int(np.nanargmin(limit))
             most = math.floor(float(limit[i]) * 1e4) / 1e4
@@ -166,7 +166,7 @@ def _rows(prediction: str, sqrt_alpha: F64, sqrt_beta: F64, sqrt_alpha_prev: F64
 
 
 def _rows_with_x0(prediction: str, sqrt_alpha: F64, sqrt_beta: F64, sqrt_alpha_prev: F64, eps_weight: F64) -> F64:
-    """The same where x0 is limited: eps comes from the prediction as it is, as in diffusers."""
+    """The same if x0 is clipped or thresholded. As in diffusers, eps is computed from the prediction before that."""
     zeros = np.zeros_like(sqrt_alpha)
     if prediction == "epsilon":
         a, b = zeros, eps_weight

@@ -73,7 +73,7 @@ class DDPM(NoiseSchedule):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], rounded where torch rounds."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], with the same rounding as in torch."""
         return self._cumulative(self.rescale_betas_zero_snr)
 
     def timesteps(self, num_inference_steps: int) -> I64:

@@ -38,8 +38,8 @@ class DPMSolverMultistep(NoiseSchedule):
     """Configuration of a DPMSolverMultistepScheduler; names, meanings and defaults are those of diffusers 0.42.
 
     The methods are DPM-Solver (Lu et al. 2022, arXiv:2206.00927), DPM-Solver++ (arXiv:2211.01095) and their stochastic
-    variants, which draw noise at every call. ``sigma_min`` and ``sigma_max`` are no arguments of diffusers' class, but
-    it reads them from a config for Karras, exponential and beta sigmas.
+    variants, which draw noise at every call. diffusers' class has no arguments ``sigma_min`` and ``sigma_max``, but it
+    reads them from a config for Karras, exponential and beta sigmas.
 
     Raises:
         SpecError: Names the option, the value and the expected values. Narrower than diffusers, besides the limits of
@@ -137,8 +137,8 @@ class DPMSolverMultistep(NoiseSchedule):
             eta: Ignored; the noise of the stochastic variants does not depend on it.
 
         Raises:
-            SpecError: The number of steps is out of range, or so large that two calls have the same sigma where the
-                solver divides by their distance; the betas leave a timestep no signal.
+            SpecError: The number of steps is out of range, or so large that two calls whose distance the solver divides
+                by have the same sigma; or a timestep has no signal.
         """
         return self.trajectory_after(0, num_inference_steps, eta)
 
@@ -171,7 +171,7 @@ class DPMSolverMultistep(NoiseSchedule):
         ).after(steps)
 
     def _rows(self, levels: F64, i: int, calls: int, x0_weights: F64, known: int) -> F64:
-        """Rows of call ``i``, float64 [slots, slots + 3]; ``known`` is the number of predictions there are."""
+        """Rows of call ``i``, float64 [slots, slots + 3]; ``known`` is the number of available predictions."""
         short, last = self.lower_order_final and calls < 15, i == calls - 1
         order = min(self.solver_order, known)
         if last and (self.euler_at_final or short or self.final_sigmas_type == "zero"):

@@ -69,8 +69,8 @@ def update(algorithm: str, solver_type: str, order: int, levels: F64) -> tuple[f
         algorithm: "dpmsolver++", "dpmsolver", "sde-dpmsolver++" or "sde-dpmsolver" (not of order 3).
         solver_type: "midpoint" or "heun", for order 2.
         order: Number of model values that the update uses.
-        levels: float64 [3, order + 1 or more] as of ``noise_levels``; the last column is the target of the update, the
-            one before the current level, those before earlier ones.
+        levels: Result of ``noise_levels``, float64 [3, order + 1 or more]. The last column is the target of the update,
+            the one before it the current level, those before it earlier levels.
 
     Returns:
         The weights of x, of noise, and of the model values m (x0 for "++", else noise), latest first, float64 [order].
@@ -122,5 +122,5 @@ def _integrals(
 
 
 def _rounded(variance: np.float64) -> np.float64:
-    """Zero instead of a negative variance that comes from rounding two equal noise levels differently."""
+    """Replace a negative variance, a rounding error of two equal noise levels, by zero."""
     return np.float64(0) if -1e-6 < variance < 0 else variance

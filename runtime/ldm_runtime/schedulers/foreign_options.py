@@ -1,4 +1,4 @@
-"""Options of diffusers' schedulers that a scheduler without them ignores, because their values change nothing there."""
+"""Options of other diffusers schedulers that a scheduler ignores, because their values have no effect on it."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ OTHERS: Mapping[str, tuple[Any, ...] | None] = {
     "original_inference_steps": None,  # LCM and TCD
     "timestep_scaling": None,
 }
-"""Option -> the values that change nothing; None for any value. A scheduler's own options take precedence."""
+"""Option -> values that have no effect; None for any value. A scheduler's own options take precedence."""

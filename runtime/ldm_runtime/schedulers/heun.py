@@ -41,7 +41,7 @@ class Heun(ResampledSigmas):
     def trajectory(self, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
         """Compute the trajectory: two calls for each step but the last, which is one of Euler's.
 
-        The state is x and, after the first call of a step, where half of its slope leads.
+        The state is x and, after the first call of a step, x advanced by half of the step's first slope.
 
         Args:
             num_inference_steps: 1..num_train_timesteps.

@@ -16,9 +16,9 @@ __all__ = ["LMS"]
 F64 = NDArray[np.float64]
 
 ORDER = 4
-"""Slopes that a step combines, which diffusers' pipelines never change."""
+"""Number of slopes that a step combines; diffusers' pipelines always use this default."""
 NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(2)
-"""Of Gauss' quadrature, exact for polynomials of degree 3."""
+"""Nodes and weights of Gaussian quadrature, exact for polynomials of degree 3."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LMS(ResampledSigmas):
 
 
 def _weights(sigmas: F64) -> F64:
-    """Weights of the slopes at all sigmas but the last, latest first: integrals of Lagrange's polynomials.
+    """Weights of the slopes at all sigmas but the last, latest first: integrals of the Lagrange polynomials.
 
     Args:
         sigmas: float64 [order + 1], descending; the integrals run from the last but one to the last.

@@ -1,4 +1,4 @@
-"""Noise schedule of training: betas, their cumulative products and timesteps, which all schedulers share."""
+"""Noise schedule of training: betas, cumulative products of alphas, and timesteps; the base of all schedulers."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SMALLEST_ALPHA = np.float32(2**-24)
-"""The last ᾱ of schedulers in sigmas with rescale_betas_zero_snr: not 0, so that sigma is finite."""
+"""Last ᾱ of schedulers in sigmas with rescale_betas_zero_snr. It is not 0, so that sigma is finite."""
 COMPVIS_SPACING = "compvis"
-"""Spacing of DDIM that diffusers does not have; see ``spaced_timesteps``."""
+"""A timestep spacing for DDIM that diffusers does not have; see ``spaced_timesteps``."""
 
-# Keys of older versions and of other schedulers, as published latent diffusion checkpoints carry them, and the values
+# Keys of older versions and other schedulers that published latent diffusion checkpoints contain, and the values
 # that change nothing (None: any value).
 EARLY_KEYS: Mapping[str, tuple[Any, ...] | None] = {
     "tensor_format": None,  # early diffusers: numpy or torch
-    "timestep_values": (None,),  # early diffusers, never read; a list would be meant to be
+    "timestep_values": (None,),  # early diffusers, which never read it; a list is refused
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # DDPM; not learned
     "interpolation_type": None,  # Euler
     "timestep_type": (None, "discrete"),  # Euler
@@ -74,7 +74,7 @@ class NoiseSchedule(ABC):
     FOREIGN: ClassVar[Mapping[str, tuple[Any, ...] | None]]
     BETA_SCHEDULES: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
     CALLS_PER_STEP: ClassVar[int] = 1
-    """UNet calls of every step but the last: ``order`` of diffusers' schedulers."""
+    """Number of UNet calls of every step but the last; ``order`` in diffusers' schedulers."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -91,7 +91,7 @@ class NoiseSchedule(ABC):
             self._set("trained_betas", _trained, self.num_train_timesteps)
 
     def _set(self, name: str, check: Any, *limits: Any) -> None:
-        """Replace an option by what ``check(name, value, *limits)`` makes of it."""
+        """Replace an option by the result of ``check(name, value, *limits)``."""
         object.__setattr__(self, name, check(name, getattr(self, name), *limits))
 
     @classmethod
@@ -138,13 +138,13 @@ class NoiseSchedule(ABC):
         """Compute the calls of ``num_inference_steps`` steps; see ``Scheduler``."""
 
     def trajectory_after(self, steps: int, num_inference_steps: int, eta: float = 0.0) -> Trajectory:
-        """Compute the trajectory without its first ``steps`` steps, as diffusers' pipelines that start from an image.
+        """Compute the trajectory without its first ``steps`` steps, like diffusers' pipelines that start from an image.
 
         Multistep methods begin with an empty history.
 
         Args:
-            steps: Steps that are left out, below ``num_inference_steps``.
-            num_inference_steps, eta: As of ``trajectory``.
+            steps: Number of steps to leave out, below ``num_inference_steps``.
+            num_inference_steps, eta: See ``trajectory``.
 
         Raises:
             SpecError: As ``trajectory``.
@@ -153,7 +153,7 @@ class NoiseSchedule(ABC):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], rounded where torch rounds."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], with the same rounding as in torch."""
         return self._cumulative(False)
 
     def _cumulative(self, rescale_zero_snr: bool) -> F32:
@@ -161,7 +161,7 @@ class NoiseSchedule(ABC):
         return _cumprod(1 - (_rescale_zero_terminal_snr(betas) if rescale_zero_snr else betas))
 
     def _cumulative_above_zero(self, rescale_zero_snr: bool) -> F32:
-        """As ``_cumulative``; the last is ``SMALLEST_ALPHA`` if rescaled, so that its sigma is finite."""
+        """Like ``_cumulative``, but if rescaled the last value is ``SMALLEST_ALPHA``, so that its sigma is finite."""
         alphas = self._cumulative(rescale_zero_snr)
         if rescale_zero_snr:
             alphas[-1] = SMALLEST_ALPHA
@@ -198,12 +198,13 @@ _ALPHA_BARS: Mapping[str, Callable[[float], float]] = {  # beta_schedule -> ᾱ 
 def spaced_timesteps(spacing: str, count: int, steps: int, offset: int) -> NDArray[np.int64]:
     """Return descending timesteps as DDIM and PNDM space them (Lin et al. 2023, arXiv:2305.08891, table 2).
 
-    For some numbers of steps, "trailing" gives one timestep too many, -1, because of rounding. diffusers samples with
-    it: the model is called with timestep -1, and ᾱ is that of the last training timestep. The same happens here.
+    For some numbers of steps, rounding makes "trailing" give an additional timestep, -1. diffusers samples with it: the
+    model is called with timestep -1, and ᾱ is that of the last training timestep. The same happens here.
 
     Args:
-        spacing: "leading", "linspace" or "trailing"; or "compvis", as the DDIMSampler of CompVis/latent-diffusion has
-            it: every (count // steps)-th timestep to the last, more than ``steps`` if these do not divide ``count``.
+        spacing: "leading", "linspace", "trailing" or "compvis". The last is that of DDIMSampler in
+            CompVis/latent-diffusion: every (count // steps)-th timestep, which are more than ``steps`` if ``steps``
+            does not divide ``count``.
         count: Number of training timesteps.
         steps: Number of inference steps.
         offset: Added to the timesteps of "leading".

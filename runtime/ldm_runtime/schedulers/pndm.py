@@ -120,7 +120,8 @@ class PNDM(NoiseSchedule):
         Linear multistep begins anew, so the second of the calls that are left repeats the first step.
 
         Raises:
-            SpecError: As ``trajectory``; Runge-Kutta steps would be left out, which diffusers takes for the next ones.
+            SpecError: As ``trajectory``; also if Runge-Kutta steps would be left out, which diffusers handles
+                incorrectly.
         """
         timesteps = self.timesteps(num_inference_steps)[steps:]
         if steps and not self.skip_prk_steps:
@@ -197,7 +198,7 @@ class _Call:
         from_t, to_t: Timesteps whose ᾱ formula (9) uses; below 0, ``to_t`` is the end of the trajectory.
         base: Slot of the x that the step starts from.
         average: Weights of the averaged prediction.
-        history: For each slot but 0, weights of its new value; slots left out become zero.
+        history: For each slot except 0, the weights of its new value; missing slots become zero.
     """
 
     from_t: int
@@ -208,7 +209,7 @@ class _Call:
 
 
 def _multistep_calls(timesteps: I64, stride: int) -> list[_Call]:
-    """Calls with skip_prk_steps. Slots: x, then the last three predictions, of which slot 2 first keeps the first x."""
+    """Calls with skip_prk_steps. Slots: x and the last three predictions; slot 2 holds the first x at the beginning."""
     calls = []
     for i, t in enumerate(timesteps.tolist()):
         if i == 0:
@@ -221,7 +222,7 @@ def _multistep_calls(timesteps: I64, stride: int) -> list[_Call]:
 
 
 def _runge_kutta_calls(timesteps: I64, stride: int) -> list[_Call]:
-    """Calls without skip_prk_steps. Slots: x, the last three predictions, the x of the Runge-Kutta step, a sum."""
+    """Calls without skip_prk_steps. Slots: x, three predictions, x at the start of a Runge-Kutta step, and a sum."""
     calls, times = [], timesteps.tolist()
     keep = {slot: {slot: 1.0} for slot in (1, 2, 3)}
     for i, t in enumerate(times[:12]):

@@ -1,4 +1,4 @@
-"""What a model predicts: the weights of x and prediction in x0 and in the noise, where x is √ᾱ·x0 + √(1-ᾱ)·noise."""
+"""Prediction types: weights of x and the prediction in x0 and in the noise, where x = √ᾱ·x0 + √(1-ᾱ)·noise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def x0_weights(prediction_type: str, sqrt_alpha: F64, sqrt_beta: F64) -> F64:
 
 
 def noise_weights(prediction_type: str, sqrt_alpha: F64, sqrt_beta: F64) -> F64:
-    """Return the weights of x and prediction in the noise, float64 [n, 2]; arguments as of ``x0_weights``."""
+    """Return the weights of x and prediction in the noise, float64 [n, 2]; arguments as in ``x0_weights``."""
     if prediction_type == "epsilon":
         return np.stack([np.zeros_like(sqrt_alpha), np.ones_like(sqrt_alpha)], axis=1)
     if prediction_type == "sample":

@@ -1,4 +1,4 @@
-"""Another scheduler for a model, with the options that its checkpoint gives: diffusers' ``from_config``."""
+"""Replaces a model's scheduler by another one with the options of its checkpoint, like diffusers' ``from_config``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_runtime.schedulers.noise_schedule import COMPVIS_SPACING
 __all__ = ["GIVEN", "options_given", "replacement"]
 
 GIVEN = "_given"
-"""Key of a bundle's scheduler: the options that the checkpoint gives, without the defaults of its class."""
+"""Key in a bundle's scheduler config: the options in the checkpoint, without the defaults of the class."""
 LISTS = ("trained_betas", "disable_corrector")
 LONGEST, LARGEST = 64, 2.0**53
 
@@ -28,15 +28,15 @@ def options_given(config: Mapping[str, Any]) -> dict[str, Any]:
 def replacement(name: str, config: Mapping[str, Any]) -> Scheduler:
     """Return the scheduler ``name`` for a model whose own scheduler has ``config``.
 
-    It takes the options that the model's checkpoint gives and that it has; all others are its own defaults. Without the
-    entry ``GIVEN``, options that differ from the defaults of the own scheduler count as given.
+    It takes those options of the model's checkpoint that it has; others have its own defaults. Without the entry
+    ``GIVEN``, options that differ from the defaults of the model's scheduler count as given.
 
     Args:
         name: Class name of diffusers, one of ``SCHEDULERS``.
         config: The scheduler in a bundle's manifest.
 
     Raises:
-        SpecError: There is no such scheduler, or it does not have a value that the checkpoint gives.
+        SpecError: There is no such scheduler, or it does not support a value in the checkpoint.
     """
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise SpecError(f"scheduler: got {shown(name)}, expected one of {', '.join(SCHEDULERS)}")

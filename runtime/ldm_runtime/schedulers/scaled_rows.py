@@ -1,4 +1,4 @@
-"""Trajectories in scaled latents: a loop on a device keeps the UNet's input, which is x times the input scale."""
+"""Trajectories of scaled latents, for the device loop: its latents are the UNet's input, x times the input scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F32 = NDArray[np.float32]
 
 
 def scale_after(trajectory: Trajectory, calls: int) -> np.float32:
-    """Return the factor of the latents on a device after so many calls: the input scale of the next one, at last 1."""
+    """Return the factor of the latents on a device after ``calls`` calls: the input scale of the next call, or 1."""
     return np.float32(trajectory.input_scale[calls]) if calls < len(trajectory) else np.float32(1)
 
 
@@ -23,12 +23,12 @@ def scaled(latents: F32, scale: np.float32) -> F32:
 
 
 def scaled_rows(trajectory: Trajectory) -> F32:
-    """Coefficients of a trajectory whose slot 0 is x times the input scale of the coming call, at last x itself.
+    """Coefficients of a trajectory whose slot 0 is x times the input scale of the next call; after the last call, x.
 
-    With them, a step gives the next input of the UNet, so that a loop needs no operation for the scaling.
+    With these, the result of a step is the next input of the UNet, so a loop needs no operation for scaling.
 
     Returns:
-        float32 [calls, slots, slots + 3] as ``Trajectory.rows``; equal to these if the input is not scaled.
+        float32 [calls, slots, slots + 3] like ``Trajectory.rows``, and equal to them if the input is not scaled.
     """
     before = trajectory.input_scale.astype(np.float64)
     if (before == 1).all():

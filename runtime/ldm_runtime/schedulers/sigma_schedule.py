@@ -1,4 +1,4 @@
-"""Schedulers in sigmas: x is x0 plus noise times sigma, and the model takes x divided by sqrt(sigma² + 1)."""
+"""Base of the schedulers in sigmas: x = x0 + sigma · noise, and the model takes x / sqrt(sigma² + 1)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class SigmaSchedule(NoiseSchedule):
 
     @property
     def trained_noise_sigma(self) -> float:
-        """Scale of the initial noise before the number of steps is known: diffusers' before ``set_timesteps``."""
+        """Scale of the initial noise before the number of steps is known, as in diffusers before ``set_timesteps``."""
         alphas = self.alphas_cumprod
         return self._noise_sigma(np.sqrt((1 - alphas) / alphas))
 
@@ -106,7 +106,7 @@ class SigmaSchedule(NoiseSchedule):
         return timesteps.astype(np.float32)
 
     def _resampled(self, timesteps: F32, trained: F32, count: int) -> tuple[NDArray[Any], F32]:
-        """Timesteps, and sigmas float32 with the final one; here the sigmas of the timesteps as they are."""
+        """Return timesteps, and sigmas float32 including the final one; here, the sigmas of the timesteps."""
         return timesteps, _with_final(np.interp(timesteps, np.arange(len(trained)), trained), 0.0)
 
     def _for_model(self, timesteps: F32, sigmas: F32) -> F32:
@@ -162,14 +162,14 @@ class SigmaSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class ResampledSigmas(SigmaSchedule):
-    """Base of the schedulers in sigmas that can space the sigmas of a run instead of its timesteps.
+    """Base of the schedulers in sigmas that can space sigmas instead of timesteps.
 
     ``sigma_min`` and ``sigma_max`` are the ends of Karras, exponential and beta sigmas. diffusers reads them from a
-    config even where they are no arguments of its class.
+    config even if its class does not have these arguments.
     """
 
     KARRAS_LIMITS: ClassVar[bool] = True
-    """Karras sigmas take sigma_min and sigma_max into account."""
+    """True if Karras sigmas use sigma_min and sigma_max."""
 
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
@@ -207,7 +207,7 @@ class ResampledSigmas(SigmaSchedule):
         return sigma_timesteps(sigmas, np.log(trained)), _with_final(sigmas, final)
 
     def _unsampled(self, timesteps: F32, trained: F32, count: int) -> NDArray[Any]:
-        """Sigmas of the timesteps, whose ends are those of resampled sigmas."""
+        """Sigmas of the timesteps. Their ends are also the ends of resampled sigmas."""
         return np.interp(timesteps, np.arange(len(trained)), trained)
 
     def _final(self, trained: F32) -> float:

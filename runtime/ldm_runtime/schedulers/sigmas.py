@@ -74,12 +74,12 @@ def sigma_timesteps(sigmas: F64, log_sigmas: NDArray[np.float32]) -> F64:
 
 
 def solver_timesteps(spacing: str, count: int, end: int, steps: int, offset: int) -> NDArray[np.int64]:
-    """Return descending timesteps as DPM-Solver spaces them: other than DDIM's, they leave out timestep 0.
+    """Return descending timesteps as DPM-Solver spaces them. Unlike DDIM's, they do not include timestep 0.
 
     Args:
         spacing: "leading", "linspace" or "trailing".
         count: Number of training timesteps.
-        end: Number of these that are used, from the first.
+        end: Number of training timesteps to use, from the first on.
         steps: Number of inference steps.
         offset: Added to the timesteps of "leading".
 

@@ -1,4 +1,4 @@
-"""Trajectory: every number that one sampling run needs, and the arithmetic of its steps."""
+"""Trajectory: all coefficients of one sampling run, and the arithmetic of its steps."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Trajectory:
         timesteps: int64 or, where they can be fractional, float32 [calls], one entry per UNet call.
         init_noise_sigma: The initial latents are standard normal noise times this.
         input_scale: float32 [calls]. The latents are multiplied by this before the UNet call.
-        needs_noise: True if every call, the last included, draws standard normal noise in the shape of the latents.
+        needs_noise: True if every call, including the last, draws standard normal noise in the shape of the latents.
         rows: float32 [calls, slots, slots + 3].
         x0_weights: float32 [calls, 2]. The predicted x0 before clipping is ``w[0] * x + w[1] * prediction``.
         noisy_weights: float32 [calls + 1, 2]. The latents of an image with the noise that x has before each call are
@@ -108,7 +108,7 @@ class Trajectory:
         return self.limit_x0 is None
 
     def after(self, calls: int) -> Trajectory:
-        """Return the rest of this trajectory after so many calls, with an empty history."""
+        """Return the rest of this trajectory after ``calls`` calls, with an empty history."""
         return replace(
             self,
             timesteps=self.timesteps[calls:],
@@ -139,7 +139,7 @@ class Trajectory:
             i: Index of the call.
 
         Raises:
-            SpecError: ``i`` is no call; a dtype or shape differs.
+            SpecError: There is no call ``i``, or a dtype or shape differs.
         """
         i = self._index(i)
         _check("x", x, x)
@@ -156,11 +156,11 @@ class Trajectory:
             state: ``slots`` arrays, float32 [batch, ...].
             prediction: Model output after guidance, of the same dtype and shape.
             i: Index of the call; 0 is the first.
-            noise: Standard normal noise, of the same dtype and shape; None exactly if ``needs_noise`` is False.
+            noise: Standard normal noise, of the same dtype and shape; None if and only if ``needs_noise`` is False.
 
         Raises:
-            SpecError: ``i`` is no call; the number of arrays, a dtype or a shape is wrong; noise is missing, or given
-                without need.
+            SpecError: There is no call ``i``; the number of arrays, a dtype or a shape is wrong; noise is missing or
+                not needed.
         """
         i = self._index(i)
         if len(state) != self.slots:
@@ -194,7 +194,7 @@ def padded_rows(rows: F32, slots: int) -> F32:
         slots: Number of slots, at least ``own``.
 
     Returns:
-        float32 [calls, slots, slots + 3]; the added slots are zero and used by nothing.
+        float32 [calls, slots, slots + 3]; the added slots stay zero and are not used.
     """
     own = rows.shape[1]
     if own == slots:
@@ -243,12 +243,12 @@ def finite_trajectory(
     limit_x0: Clip | Threshold | None = None,
     draws: bool | None = None,
 ) -> Trajectory:
-    """Build a trajectory without scaling of the noise and of the model's input, after a check of its coefficients.
+    """Build a trajectory without scaling of noise and model input, and check that its coefficients are finite.
 
     Args:
-        timesteps, rows, x0_weights, limit_x0: As of ``Trajectory``.
+        timesteps, rows, x0_weights, limit_x0: See ``Trajectory``.
         alphas: ᾱ of the timesteps, float32 [calls].
-        draws: ``needs_noise``. None: True if a call adds noise.
+        draws: Value of ``needs_noise``; None for True if any call adds noise.
 
     Raises:
         SpecError: A coefficient is not finite.

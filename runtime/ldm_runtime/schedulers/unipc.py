@@ -168,7 +168,7 @@ class UniPC(NoiseSchedule):
         ).after(steps)
 
     def _rows(self, levels: F64, i: int, calls: int, value: F64, history: tuple[int, int]) -> tuple[F64, int]:
-        """Rows of call ``i``, float64 [slots, slots + 3], and the order of its step.
+        """Return the rows of call ``i``, float64 [slots, slots + 3], and the order of its step.
 
         ``history`` is the order of the last step and the number of calls before this one.
         """

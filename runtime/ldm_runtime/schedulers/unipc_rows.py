@@ -18,7 +18,7 @@ class UniPCStep:
 
     Args:
         levels: alpha, sigma and lambda of the target, of the start, and of the levels before it, the latest first;
-            float64 [3, order + 1] as of ``dpm_solver_rows.noise_levels``.
+            float64 [3, order + 1], see ``dpm_solver_rows.noise_levels``.
         predict_x0: True if the solver integrates x0, False for noise.
         solver_type: "bh1" or "bh2".
     """
@@ -51,7 +51,7 @@ class UniPCStep:
 
     @property
     def ratios(self) -> F64:
-        """Distances of the earlier levels from the start in units of the step's, and 1; float64 [order]."""
+        """Distances of earlier levels from the start, relative to the step's length, followed by 1; float64 [order]."""
         lambdas = self.levels[2]
         return np.append((lambdas[2:] - lambdas[1]) / (lambdas[0] - lambdas[1]), 1.0)
 
@@ -77,14 +77,14 @@ def predictor(step: UniPCStep) -> tuple[np.float64, F64]:
 
 
 def corrector(step: UniPCStep) -> tuple[np.float64, F64, np.float64]:
-    """Return the weights of x, of the model values as ``predictor`` has them, and of the one at the target."""
+    """Return the weights of x, of the model values as in ``predictor``, and of the model value at the target."""
     order = step.levels.shape[1] - 1
     shares = np.array([0.5]) if order == 1 else _solved(*step.equations())
     return step.of_x, _weights(step, shares[:-1], shares[-1]), -step.scale * step.divisor * shares[-1]
 
 
 def _weights(step: UniPCStep, shares: F64, of_target: np.float64) -> F64:
-    """Weights of the model values; those of the differences to the earlier ones and to the target's are ``shares``."""
+    """Weights of the model values; ``shares`` weight the differences to earlier values and to the target's."""
     differences = shares / step.ratios[:-1]
     first = np.expm1(step.length) - step.divisor * (differences.sum() + of_target)
     return -step.scale * np.append(first, step.divisor * differences)

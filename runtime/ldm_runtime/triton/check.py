@@ -1,7 +1,8 @@
 """Asks a server whether it can generate images now: ``python3 -m ldm_runtime.triton.check http://127.0.0.1:8000``.
 
-For a container's health check and Kubernetes' probes. The exit code is 0 for yes, and 1 for no, with the reason in one
-line. Triton's ``/v2/health/ready`` reports that the models were loaded; it stays true if an engine fails later.
+It is made for a container's health check and Kubernetes' probes. The exit code is 0 if it can, otherwise 1 with the
+reason in one line. Triton's ``/v2/health/ready`` only says that the models were loaded; it stays true if an engine
+fails later.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ REQUIRED: tuple[dict[str, Any], ...] = (
     {"name": "INPUT_IMAGE", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [0, 0, 0]},
     {"name": "SEED", "shape": [1], "datatype": "INT64", "data": [0]},
 )
-"""Inputs of which a check gives the first that the model has: all that some kind of model requires, then SEED."""
+"""Possible inputs of a check, which sends the first that the model has: those that models require, then SEED."""
 
 
 def check(url: str, model: str = "ldm", timeout: float = 8.0) -> str | None:

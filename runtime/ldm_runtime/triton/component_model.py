@@ -1,4 +1,4 @@
-"""The model of one component of a bundle, e.g. `text_encoder` or `unet`; the other components are not loaded."""
+"""A Triton model that runs one component of a bundle, e.g. `text_encoder` or `unet`."""
 
 from __future__ import annotations
 

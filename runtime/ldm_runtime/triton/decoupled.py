@@ -30,7 +30,7 @@ from ldm_runtime.triton.tensors import (
 __all__ = ["DecoupledModel"]
 
 DRAIN_SECONDS = 25.0
-"""Time that running requests have to end when the model is unloaded; Triton itself waits for 30 seconds."""
+"""Seconds that running requests have to end when the model is unloaded; Triton itself waits for 30 seconds."""
 
 
 class DecoupledModel:

@@ -1,4 +1,4 @@
-"""Triton requests that wait for their last response."""
+"""Triton requests that have not got their last response, and a watch for callers that disconnect."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ldm_runtime.triton.tensors import Tensors
 __all__ = ["OpenRequest", "OpenRequests", "error_text", "triton_error"]
 
 POLL_SECONDS, POLL_SECONDS_PER_REQUEST = 0.02, 0.004
-"""Time between two checks for disconnected callers, and at least this time per request: each check is a message to the
-server and back, and takes CPU time from the UNet."""
+"""Minimum seconds between two rounds of checks for disconnected callers, and minimum seconds per checked request. Each
+check is a round trip to the server and takes CPU time from the UNet."""
 _log = logging.getLogger(__name__)
 
 
 def error_text(error: BaseException) -> str:
-    """The error as one line for a caller; the type of an unexpected error is included."""
+    """Return an error as one line for a caller; an unexpected error includes its type."""
     text = str(error) if isinstance(error, LdmError) else f"server: {type(error).__name__}: {error}"
     return " ".join(text.split())
 
 
 def triton_error(error: BaseException, pb: Any) -> Any:
-    """The error as Triton's, with the code that decides the caller's status over HTTP and gRPC.
+    """Convert an error to Triton's, with the code that decides the caller's status over HTTP and gRPC.
 
-    A caller's mistake is 400 or INVALID_ARGUMENT; a full queue or an expired TIMEOUT 503 or UNAVAILABLE, because
-    Triton's backends have no code for a deadline; a cancelled request 499 or CANCELLED; all others 500 or INTERNAL.
+    Invalid input is 400 or INVALID_ARGUMENT. A full queue or an expired TIMEOUT is 503 or UNAVAILABLE, because Triton's
+    backends have no code for a deadline. A cancelled request is 499 or CANCELLED. All other errors are 500 or INTERNAL.
 
     Args:
-        error: What was raised.
+        error: The exception.
         pb: triton_python_backend_utils.
     """
     codes = pb.TritonError
@@ -72,7 +72,7 @@ class OpenRequest:
         self.finished = False
 
     def send(self, tensors: Tensors, last: bool) -> None:
-        """Send a response; after the last one nothing is sent."""
+        """Send a response. After the last response, nothing is sent."""
         self._send(self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()]), last)
 
     def fail(self, error: BaseException) -> None:
@@ -91,7 +91,7 @@ class OpenRequest:
                 _log.exception("a response could not be sent")
 
     def disconnected(self) -> bool:
-        """True if the caller has cancelled the request; a sender must not be asked after its last response."""
+        """True if the caller has cancelled the request. Triton must not be asked after the last response."""
         with self._lock:
             return not self.finished and bool(self._sender.is_cancelled())
 

@@ -1,4 +1,4 @@
-"""The ``parameters`` of a model's config.pbtxt: what the Python backend loads and its limits."""
+"""The ``parameters`` of a model's config.pbtxt: the component or bundle to load, engine options and limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BUNDLE", "IN_PROCESS", "PER_STEP", "ModelParameters", "bundle_folder
 BUNDLE = "bundle"
 """Folder of a model version that holds the bundle's files."""
 IN_PROCESS, PER_STEP = "in_process", "per_step"
-"""Where `ldm_stream` runs the UNet: in its own process, or by a call to the model `unet` at each step."""
+"""Values of ``unet``: `ldm_stream` runs the UNet in its own process, or calls the model `unet` at each step."""
 MAX_DIGITS = 18
 
 

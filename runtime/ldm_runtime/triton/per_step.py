@@ -1,4 +1,4 @@
-"""The UNet as another model of the same server, called at each step: for comparison, and to share one UNet."""
+"""Runs the UNet as another Triton model that is called at each step, so that several models can share one UNet."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Response files: `ldm_stream` passes the tensors of a response to `ldm` in a file instead of through Triton.
 
-Triton 24.10's Python backend builds the arrays of such a response without holding Python's lock, so that the receiving
-process crashes when several arrive at once (fixed by pull request 394 of triton-inference-server/python_backend,
-January 2025).
+Triton 24.10's Python backend builds the arrays of such a response without holding the GIL, so the receiving process
+crashes if several arrive at once (fixed by pull request 394 of triton-inference-server/python_backend, January 2025).
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ BYTES, SIZES = ".bytes", ".sizes"
 
 
 class ResponseFiles:
-    """Files by name, in a folder that the processes of one server share; in memory if the system has /dev/shm.
+    """Files by name, in a folder that the processes of one server share. They are in memory if /dev/shm exists.
 
-    The waiting model creates an empty file; the answering model writes only to existing files, so an ID invented by a
-    client creates nothing.
+    The waiting model creates an empty file. The responding model writes only to existing files, so an ID that a client
+    invents creates none.
     """
 
     def __init__(self) -> None:

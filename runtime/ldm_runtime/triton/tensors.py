@@ -41,7 +41,7 @@ Tensors = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class TensorField:
-    """One tensor of a model's config: name, Triton data type, dimensions (-1: any size), whether it may be left out."""
+    """One tensor of a model's config: name, Triton data type, dimensions (-1: any size), and whether it is optional."""
 
     name: str
     data_type: str
@@ -96,7 +96,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
     "guidance_scale": (GUIDANCE,),
     SafetyChecker.kind: (),
 }
-"""Kind of conditioning -> its inputs. A LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
+"""Kind of conditioning -> its input tensors. LAYOUT is JSON: a list of [category, [x, y, width, height]]."""
 COUNT = TensorField("COUNT", "TYPE_INT32")
 GUIDANCE_FIELDS = (
     GUIDANCE,
@@ -121,8 +121,8 @@ FLAGGED = TensorField("FLAGGED", "TYPE_BOOL", (-1,))
 """Output of models with a safety checker: for each image, whether it was flagged and is black."""
 
 CHECK, ID, CANCEL = "check", "ldm_id", "ldm_cancel"
-"""Request parameters. ``check``: answer at once whether images can be generated. `ldm` forwards a request to
-`ldm_stream` with an ``ldm_id``, and cancels it by another request with that id as ``ldm_cancel``."""
+"""Request parameters. ``check`` asks whether images can be generated now. `ldm` forwards a request to `ldm_stream` with
+an ``ldm_id``, and cancels it with another request that has this id as ``ldm_cancel``."""
 
 
 def input_fields(model: ModelDescription, stream: bool = False) -> tuple[TensorField, ...]:
@@ -175,21 +175,21 @@ NUMBERS: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "cache_every": ("CACHE_EVERY", int),
     "full_steps": ("FULL_STEPS", int),
 }
-"""Field of ``Request`` -> tensor with its one number."""
+"""Field of ``Request`` with one number -> its tensor."""
 TEXTS: Mapping[str, str] = {
     "prompts": "PROMPT",
     "negative_prompt": "NEGATIVE_PROMPT",
     "prompts_2": "PROMPT_2",
     "negative_prompt_2": "NEGATIVE_PROMPT_2",
 }
-"""Field of ``Request`` -> tensor of texts."""
+"""Field of ``Request`` with texts -> its tensor."""
 ARRAYS: Mapping[str, str] = {"image": "INPUT_IMAGE", "mask": "MASK", "segmentation": "SEGMENTATION", "tokens": "TOKENS"}
-"""Field of ``Request`` -> tensor that becomes its value."""
+"""Field of ``Request`` whose value is an array -> its tensor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Submission:
-    """A request and the arguments of ``BatchScheduler.submit`` that came with it."""
+    """A request, and further arguments of ``BatchScheduler.submit`` that were sent with it."""
 
     request: Request
     priority: int
@@ -198,10 +198,11 @@ class Submission:
 
 
 def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
-    """Read a request from its tensors; options that are left out take the model's defaults.
+    """Read a request from its tensors. Missing options take the model's defaults.
 
     Raises:
-        SpecError: A tensor has another number of values, or a text is not UTF-8. Values are checked by the pipeline.
+        SpecError: A tensor has the wrong number of values, or a text is not UTF-8. The pipeline checks the values
+            later.
     """
     options: dict[str, Any] = {}
     for field, (name, kind) in NUMBERS.items():
@@ -270,7 +271,7 @@ def _layout(number: int, text: str) -> Any:
 
 
 def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:
-    """The last response of a request of ``steps`` steps: those of its outputs that are requested. FINAL is true."""
+    """Requested outputs of the last response of a request with ``steps`` steps. FINAL is true."""
     tensors: Tensors = {"SEED_USED": np.array(result.seeds, np.int64)} if "SEED_USED" in requested else {}
     if FLAGGED.name in requested and result.flagged is not None:
         tensors[FLAGGED.name] = np.array(result.flagged, bool)
@@ -279,7 +280,7 @@ def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tens
 
 
 def progress_tensors(progress: Progress, requested: set[str]) -> Tensors:
-    """A response before the last: the number of finished steps, the total, and a preview if there is one.
+    """Requested outputs of a response before the last: finished steps, number of steps, and a preview if there is one.
 
     FINAL is false: an image in this response is a preview.
     """
@@ -290,9 +291,9 @@ def progress_tensors(progress: Progress, requested: set[str]) -> Tensors:
 
 
 def image_tensors(images: NDArray[np.uint8], requested: set[str]) -> Tensors:
-    """IMAGE, PNG and PNG_BASE64 of uint8 [images, H, W, channels], those that are requested.
+    """Those of IMAGE, PNG and PNG_BASE64 that are requested, from uint8 [images, H, W, channels].
 
-    A request that names no outputs asks for all of them. It gets no PNG, because JSON cannot represent its bytes.
+    A request that names no outputs gets all of them except PNG, because JSON cannot represent its bytes.
     """
     tensors: Tensors = {"IMAGE": images} if "IMAGE" in requested else {}
     encodings = requested & {"PNG", "PNG_BASE64"}
@@ -304,10 +305,10 @@ def image_tensors(images: NDArray[np.uint8], requested: set[str]) -> Tensors:
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
-    """Parameters of a request, which Triton passes as a JSON object.
+    """Parse the parameters of a request, which Triton passes as a JSON object.
 
     Raises:
-        SpecError: The text is no JSON.
+        SpecError: The text is not a JSON object.
     """
     try:
         parameters = json.loads(text or "{}")

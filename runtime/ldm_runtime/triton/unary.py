@@ -19,13 +19,13 @@ __all__ = ["UnaryModel"]
 
 MODEL = "ldm_stream"
 SPARE = 16
-"""Requests forwarded beyond those that `ldm_stream` accepts, so that it refuses them with its own message."""
+"""Number of requests forwarded beyond those that `ldm_stream` accepts, so that it refuses them with its own message."""
 
 
 class UnaryModel:
     """A model of Triton's Python backend; ``pb`` is triton_python_backend_utils.
 
-    Plain HTTP cannot call a decoupled model, which sends several responses; this model waits for the last of them.
+    Plain HTTP cannot call a decoupled model, which sends several responses. This model waits for the last response.
     """
 
     pb: Any
@@ -62,7 +62,7 @@ class UnaryModel:
     def _forward(self, request: OpenRequest, name: str) -> None:
         try:
             options: dict[str, Any] = {ID: name}
-            if CHECK in parse_parameters(request.parameters):  # the caller's other parameters mean nothing
+            if CHECK in parse_parameters(request.parameters):  # other parameters of the caller have no meaning
                 options[CHECK] = True
             self._files.create(name)
             outputs = self._call(request.inputs, options, request.requested)
