@@ -64,20 +64,15 @@ image_requests = _examples("starts from images")
 segmentation_requests = _examples("is conditioned on segmentations")
 layout_requests = _examples("is conditioned on layouts")
 
-REQUESTS: Mapping[tuple[str, ...], Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
-    (): plain_requests,
-    ("text",): text_requests,
-    ("text", "start_image"): text_requests,
-    ("text", "second_text", "micro_conditioning"): text_requests,
-    ("text", "start_image", "guidance_scale"): text_requests,
-    ("text", "second_text", "micro_conditioning", "guidance_scale"): text_requests,
-    ("label",): label_requests,
-    ("image",): image_requests,
-    ("masked_image",): image_requests,
-    ("segmentation",): segmentation_requests,
-    ("layout",): layout_requests,
+REQUESTS: Mapping[str, Callable[[Sequence[str] | None], tuple[RequestFields, ...]]] = {
+    "text": text_requests,
+    "label": label_requests,
+    "image": image_requests,
+    "masked_image": image_requests,
+    "segmentation": segmentation_requests,
+    "layout": layout_requests,
 }
-"""Default requests by the kinds of a model's conditioning."""
+"""Default requests by the first kind of a model's conditioning; further kinds add to it and need no fields."""
 
 
 def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -86,12 +81,13 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
     Raises:
         SpecError: The model takes no prompts, or is conditioned on something that has no default.
     """
-    kinds = tuple(entry.kind for entry in model.conditioning)
-    if kinds in REQUESTS:
-        return REQUESTS[kinds](prompts)
+    if not model.conditioning:
+        return plain_requests(prompts)
+    kind = model.conditioning[0].kind
+    if kind in REQUESTS:
+        return REQUESTS[kind](prompts)
     raise SpecError(
-        f"{model.family}: conditioned on {', '.join(kinds)}, which has no defaults, expected one of "
-        f"{', '.join(kind for known in REQUESTS for kind in known)}"
+        f"{model.family}: conditioned on {kind}, which has no defaults, expected one of {', '.join(REQUESTS)}"
     )
 
 

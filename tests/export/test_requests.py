@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ldm_export.requests import REQUESTS, label
+from ldm_export.requests import REQUESTS, RequestFields, label, plain_requests, requests_for
 from ldm_runtime.errors import SpecError
+from ldm_runtime.model import ConditioningSpec
+from tests.support.small_models import text_model
 
 
 @pytest.mark.parametrize(
@@ -27,8 +32,17 @@ def test_labels(request_fields: dict[str, Any], expected: str) -> None:
     assert label(request_fields) == expected
 
 
-@pytest.mark.parametrize("kinds", [kinds for kinds in REQUESTS if "text" not in kinds], ids=str)
-def test_models_without_text_refuse_prompts(kinds: tuple[str, ...]) -> None:
-    assert len(REQUESTS[kinds](None)) == 4
+@pytest.mark.parametrize("requests", [plain_requests, *(one for kind, one in REQUESTS.items() if kind != "text")])
+def test_models_without_text_refuse_prompts(requests: Callable[..., tuple[RequestFields, ...]]) -> None:
+    assert len(requests(None)) == 4
     with pytest.raises(SpecError, match="prompts: got some, but this model"):
-        REQUESTS[kinds](["a cat"])
+        requests(["a cat"])
+
+
+def test_further_kinds_of_conditioning_change_no_request(tmp_path: Path) -> None:
+    model = text_model(tmp_path / "model").model
+    further = tuple(ConditioningSpec(kind, "", {}, ()) for kind in ("start_image", "safety_checker"))
+    checked = replace(model, conditioning=(*model.conditioning, *further))
+    assert requests_for(checked, ["a cat"]) == ({"prompts": "a cat"},)
+    with pytest.raises(SpecError, match="on start_image, which has no defaults, expected one of text, label"):
+        requests_for(replace(model, conditioning=further), None)
