@@ -85,8 +85,8 @@ class Request:
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
         mask: One mask, or one for each image, white where the image is repainted; for models that inpaint.
         strength: Share of the steps that run, above 0 and at most 1; the image gets as much noise as the first of these
-            steps expects. Low values stay close to the image. For models that can start from an image or from noise; as
-            in diffusers, the default is 0.8, and 1 with a mask.
+            steps expects. Low values stay close to the image. For models that can start from an image or from noise. The
+            defaults are those of diffusers: 0.8, and 1 with a mask; for Stable Diffusion XL 0.3 and 0.9999.
         padding_mask_crop: Generate only the part of the image around the mask, extended by this number of pixels on
             each side, at the full size of the result, and paste it into the whole image. None generates the whole
             image.
@@ -112,7 +112,8 @@ class Request:
         original_size, crops_coords_top_left, target_size: Height and width, or top and left, in pixels; for models with
             micro-conditioning, see ``conditioning.micro_conditioning``. None is the image's size.
             negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
-            branch. Without negative sizes it has the values of the conditional branch.
+            branch. Without negative sizes it has the values of the conditional branch. With ``image``, it always has
+            the crop of the conditional branch.
     """
 
     prompts: str | Sequence[str] | None = None

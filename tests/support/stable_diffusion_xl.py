@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -53,9 +54,10 @@ def _text(vocabulary: int, width: int, layers: int, act: str) -> CLIPTextConfig:
     )
 
 
-def _modules(vocabulary: int, depth: int) -> dict[str, Any]:
+def _modules(vocabulary: int, depth: int, channels: int) -> dict[str, Any]:
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=channels,
         block_out_channels=(32, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -85,16 +87,22 @@ def _modules(vocabulary: int, depth: int) -> dict[str, Any]:
     return {name: module.eval() for name, module in modules.items()}
 
 
-def stable_diffusion_xl_checkpoint(folder: Path, *, depth: int = 1, variant: str | None = None) -> Path:
-    """Write a checkpoint; ``depth`` is the number of transformer blocks of each attention."""
+def stable_diffusion_xl_checkpoint(
+    folder: Path, *, depth: int = 1, variant: str | None = None, inpainting: bool = False
+) -> Path:
+    """Write a checkpoint; ``depth`` is the number of transformer blocks of each attention.
+
+    The UNet of an ``inpainting`` model takes nine channels.
+    """
     tokenizers = [
         CLIPTokenizer.from_pretrained(clip_tokenizer(folder / name, pad_token=pad))
         for name, pad in (("tokenizer", END), ("tokenizer_2", "!"))
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        modules = _modules(len(tokenizers[0]), depth)
-    pipeline = StableDiffusionXLPipeline(
+        modules = _modules(len(tokenizers[0]), depth, 9 if inpainting else 4)
+    pipeline_class: Any = StableDiffusionXLInpaintPipeline if inpainting else StableDiffusionXLPipeline
+    pipeline = pipeline_class(
         **modules,
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],

@@ -118,9 +118,12 @@ def read_folder(
     """Read and check the configs of a checkpoint; with a ``random_seed`` no weight files are needed.
 
     Raises:
-        CheckpointError: A folder or file is missing, a class is not supported, or a config is damaged, has values of a
-            wrong type or size, or does not fit the other parts.
+        CheckpointError: A folder or file is missing, a class or an option is not supported, or a config is damaged, has
+            values of a wrong type or size, or does not fit the other parts.
     """
+    for key, what in layout.refused.items():
+        if index.get(key) is True:
+            raise CheckpointError(f"{folder / INDEX}: {key}: got true: {what}")
     lacking = _lacking(folder, index, layout)
     parts = {name: part for name, part in layout.parts.items() if name not in lacking}
     components = {name: _component(folder, index, name, part) for name, part in parts.items()}

@@ -109,6 +109,7 @@ class CheckpointLayout:
         modules: Torch modules by name.
         not_exported: Key of a further part in model_index.json -> notice for checkpoints that have it.
         options: Key of a further option in model_index.json, true or false -> its default.
+        refused: Key of a further option in model_index.json -> what a checkpoint is that sets it, and what to do.
         optional: Parts and files that a checkpoint may lack; without the folder of one, a warning says so.
         problems: Checks the full configs, by part, against each other and returns one phrase for each disagreement.
     """
@@ -121,4 +122,5 @@ class CheckpointLayout:
     problems: Callable[[Mapping[str, Config]], list[str]]
     not_exported: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, bool] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()

@@ -15,27 +15,28 @@ from ldm_runtime.conditioning.image import image_array
 __all__ = ["reference_call"]
 
 
-def reference_call(pipeline: Any, request: RequestFields) -> Callable[..., Any]:
+def reference_call(pipeline: Any, request: RequestFields, kinds: tuple[Any, Any], **options: Any) -> Callable[..., Any]:
     """Return the call of diffusers that answers a request, with what only this kind of call takes.
 
     Args:
-        pipeline: A StableDiffusionPipeline, whose components the others share, or a StableDiffusionInpaintPipeline.
+        pipeline: A pipeline that starts from noise, whose components the others share.
         request: With height and width of the result.
+        kinds: The pipelines for requests with an image, and with an image and a mask.
+        options: What these are constructed with besides components.
     """
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-
     sides = {"height": request["height"], "width": request["width"]}
     if request.get("image") is None:
         return partial(pipeline, **sides, guidance_rescale=request.get("guidance_rescale", 0.0))
-    options = {"image": _given(request, "image")}
+    given = {"image": _given(request, "image")}
     if request.get("strength") is not None:
-        options["strength"] = request["strength"]
-    kind: Any = StableDiffusionImg2ImgPipeline
+        given["strength"] = request["strength"]
+    from_image, inpaint = kinds
+    kind = from_image
     if request.get("mask") is not None:
-        kind, options = StableDiffusionInpaintPipeline, {**options, **sides, "mask_image": _given(request, "mask")}
-    other = kind(**pipeline.components, requires_safety_checker=False)
+        kind, given = inpaint, {**given, **sides, "mask_image": _given(request, "mask")}
+    other = kind(**pipeline.components, **options)
     other.set_progress_bar_config(disable=True)
-    return partial(other, **options)
+    return partial(other, **given)
 
 
 def _given(request: RequestFields, name: str) -> Any:

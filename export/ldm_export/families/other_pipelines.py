@@ -6,7 +6,6 @@ __all__ = ["pipeline_kind"]
 
 _KINDS = (
     ("ControlNet", "with a ControlNet"),
-    ("StableDiffusionXLImg2Img", "Stable Diffusion XL from images, such as its refiner"),
     ("StableDiffusionXL", "another pipeline of Stable Diffusion XL"),
     ("StableDiffusion3", "Stable Diffusion 3, a transformer"),
     ("StableDiffusionUpscale", "Stable Diffusion's upscaler, which also takes a low-resolution image"),

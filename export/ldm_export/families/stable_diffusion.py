@@ -54,7 +54,7 @@ from ldm_runtime.model import DECODER, SAFETY_CHECKER, UNET, ConditioningSpec, D
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.specs import TensorSpec
 
-__all__ = ["NOT_EXPORTED", "STABLE_DIFFUSION", "ClipTextEncoder", "describe"]
+__all__ = ["MASKED_IMAGE", "NOT_EXPORTED", "STABLE_DIFFUSION", "ClipTextEncoder", "describe"]
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,11 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    image: Image.Image = reference_call(pipeline, request)(
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    kinds = (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
+    call = reference_call(pipeline, request, kinds, requires_safety_checker=False)
+    image: Image.Image = call(
         [request["prompts"]],
         generator=generator,
         eta=request["eta"],

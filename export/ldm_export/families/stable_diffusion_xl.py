@@ -1,8 +1,9 @@
-"""Stable Diffusion XL, text to image: diffusers' StableDiffusionXLPipeline (Podell et al. 2023, arXiv:2307.01952).
+"""Stable Diffusion XL: text to image, image to image and inpainting, as diffusers' three pipelines.
 
 Two text encoders of CLIP read the prompt; the hidden states before their last layers, side by side, condition the UNet
 by cross-attention. The pooled state of the second encoder and the sizes of micro-conditioning are embedded and added to
-the timestep's embedding. SDXL Turbo has the same parts.
+the timestep's embedding (Podell et al. 2023, arXiv:2307.01952). SDXL Turbo has the same parts. UNets that were trained
+to inpaint take a mask, too.
 """
 
 from __future__ import annotations
@@ -32,16 +33,28 @@ from ldm_export.families.clip_text import (
 )
 from ldm_export.families.family import BundleFile, Family, TracedComponent
 from ldm_export.families.guidance_embedding import embedded_guidance, with_guidance_embedding
+from ldm_export.families.image_reference import reference_call
 from ldm_export.families.reference import diffusers_pipeline
-from ldm_export.families.stable_diffusion import NOT_EXPORTED
+from ldm_export.families.stable_diffusion import MASKED_IMAGE, NOT_EXPORTED
 from ldm_export.families.text_to_image import CONTEXT, GUIDANCE, TEXT_ENCODER
 from ldm_export.graph import wrappers
 from ldm_export.graph.component_split import ADDED_EMBEDDING, CROSS_ATTENTION_KV, TIME_EMBEDDING
-from ldm_export.graph.model_specs import IMAGES, conditioned, decoder_spec, latent_axes, prompt_axis, rows, unet_spec
-from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, XLUNet
+from ldm_export.graph.model_specs import (
+    ENCODER,
+    IMAGES,
+    conditioned,
+    decoder_spec,
+    encoder_spec,
+    latent_axes,
+    prompt_axis,
+    rows,
+    unet_spec,
+)
+from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, xl_unet
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER, TOKENIZER_2
 from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
+from ldm_runtime.conditioning.start_image import strength_settings
 from ldm_runtime.conditioning.text import ZEROS
 from ldm_runtime.conditioning.text_encoder import SKIPPED
 from ldm_runtime.errors import CheckpointError
@@ -56,8 +69,14 @@ SIZES = 6
 """Numbers of micro-conditioning: original height and width, top and left of the crop, target height and width."""
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=5.0)
 """As StableDiffusionXLPipeline's."""
+STRENGTHS = strength_settings(image=0.3, mask=0.9999)
+"""Defaults of StableDiffusionXLImg2ImgPipeline and StableDiffusionXLInpaintPipeline."""
 FORCE_ZEROS = "force_zeros_for_empty_prompt"
 """Option of the pipeline: without negative prompt, the unconditional branch has states of zeros."""
+REFINER = {
+    "requires_aesthetics_score": "it is the refiner of Stable Diffusion XL, which is not supported; use the base model"
+}
+"""Option of the pipelines that start from images -> what a checkpoint with it is."""
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -65,7 +84,8 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     text, text_2, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, TEXT_ENCODER_2, "unet", "autoencoder"))
     further = {"addition_embed_type": ("text_time",), **embedded_guidance(unet)}
     problems = parts.text_problems(unet, text["hidden_size"] + text_2["hidden_size"], further)
-    problems += parts.latent_problems(unet, autoencoder)
+    denoised = {**unet, "in_channels": unet["out_channels"]} if parts.takes_mask(unet) else unet
+    problems += parts.latent_problems(denoised, autoencoder)
     embedded, pooled = unet["projection_class_embeddings_input_dim"], text_2["projection_dim"]
     wanted = pooled + SIZES * (unet["addition_time_embed_dim"] or 0)
     if embedded != wanted:
@@ -101,24 +121,27 @@ def _specs(checkpoint: Checkpoint) -> dict[str, ComponentSpec]:
     latents, sides = parts.latents_of(autoencoder), latent_axes(parts.latent_size(unet, autoencoder))
     second = _encoder_spec(TEXT_ENCODER_2, "_2", text_2, tokens)
     pooled, prompt = text_2["projection_dim"], prompt_axis(tokens, MAX_CHUNKS)
-    conditioning = (
+    conditioning: tuple[TensorSpec, ...] = (
         conditioned(CONTEXT, len(GUIDANCE), (prompt, text["hidden_size"])),
         conditioned(CONTEXT_2, len(GUIDANCE), (prompt, text_2["hidden_size"])),
         conditioned(TEXT_EMBEDS, len(GUIDANCE), (pooled,)),
         TensorSpec(TIME_IDS, "int64", (rows(len(GUIDANCE)), SIZES)),
     )
+    if parts.takes_mask(unet):
+        conditioning += (conditioned(MASKED_IMAGE, len(GUIDANCE), (1 + latents.channels, *sides)),)
     return {
         TEXT_ENCODER: _encoder_spec(TEXT_ENCODER, "", text, tokens),
         TEXT_ENCODER_2: replace(
             second, outputs=(*second.outputs, TensorSpec(TEXT_EMBEDS, "float32", (IMAGES, pooled)))
         ),
+        ENCODER: encoder_spec(latents, sides, autoencoder["in_channels"]),
         UNET: unet_spec(latents, sides, len(GUIDANCE), conditioning),
         DECODER: decoder_spec(latents, sides, autoencoder["out_channels"]),
     }
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes the tensors of ``XLUNet``.
+    """The model of a checkpoint; "unet" takes the tensors of ``XLUNet`` or, to inpaint, ``XLInpaintingUNet``.
 
     Raises:
         SpecError: The runtime does not have the scheduler with these options.
@@ -129,17 +152,20 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     second = ConditioningSpec(
         "second_text", TEXT_ENCODER_2, {"tokenizer": TOKENIZER_2}, (CONTEXT_2, TEXT_EMBEDS), settings
     )
+    unet = checkpoint.components["unet"].config
+    taken = (MASKED_IMAGE,) if parts.takes_mask(unet) else ()
+    start = ConditioningSpec("start_image", ENCODER, {}, taken, STRENGTHS)
     model = ModelDescription(
         family=STABLE_DIFFUSION_XL.name,
         components=_specs(checkpoint),
-        conditioning=(first, second, ConditioningSpec("micro_conditioning", "", {}, (TIME_IDS,))),
+        conditioning=(first, second, ConditioningSpec("micro_conditioning", "", {}, (TIME_IDS,)), start),
         guidance=GUIDANCE,
         latents=parts.latents_of(checkpoint.components["autoencoder"].config),
         scheduler=scheduler_from_config(checkpoint.scheduler_config).to_config(),
         defaults=checkpoint.defaults or DEFAULTS,
         guidance_above_one=True,
     )
-    return with_guidance_embedding(model, checkpoint.components["unet"].config, checkpoint.defaults)
+    return with_guidance_embedding(model, unet, checkpoint.defaults)
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
@@ -159,14 +185,19 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 _RENAMED = {"prompts_2": "prompt_2", "negative_prompt": "negative_prompt", "negative_prompt_2": "negative_prompt_2"}
-_SAME = ("height", "width", "eta", "guidance_scale", "num_inference_steps", "guidance_rescale", "clip_skip")
+_SAME = ("eta", "guidance_scale", "num_inference_steps", "guidance_rescale", "clip_skip")
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+
     names = (*_SAME, *MICRO_FIELDS)
     texts = {theirs: [request[ours]] for ours, theirs in _RENAMED.items() if request.get(ours) is not None}
     options = {name: request[name] for name in names if name in request}
-    image: Image.Image = pipeline([request["prompts"]], generator=generator, **texts, **options).images[0]
+    kinds = (StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
+    zeros = {FORCE_ZEROS: pipeline.config[FORCE_ZEROS]}
+    call = reference_call(pipeline, request, kinds, **zeros, add_watermarker=False)
+    image: Image.Image = call([request["prompts"]], generator=generator, **texts, **options).images[0]
     return image
 
 
@@ -175,23 +206,32 @@ _LAYOUT = parts.layout(
     _problems,
     unet=parts.UNET_CONDITION,
     parts={TEXT_ENCODER: CLIP_TEXT, TEXT_ENCODER_2: CLIP_PROJECTION},
-    modules={name: ModuleSource(name) for name in (TEXT_ENCODER, TEXT_ENCODER_2)},
+    modules={
+        **{name: ModuleSource(name) for name in (TEXT_ENCODER, TEXT_ENCODER_2)},
+        ENCODER: parts.ENCODER_MODULE,
+    },
     files={name: FileFolder((name,), CLIP_FILES, TOKENIZER_FOLDER) for name in ("tokenizer", "tokenizer_2")},
 )
 _write_tokenizer_2 = partial(write_clip_tokenizer, name="tokenizer_2", encoder=TEXT_ENCODER_2)
 STABLE_DIFFUSION_XL = Family(
     name="stable_diffusion_xl",
-    pipelines=("StableDiffusionXLPipeline",),
+    pipelines=(
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
     layout=replace(
         _LAYOUT,
-        parts={**_LAYOUT.parts, "autoencoder": replace(parts.AUTOENCODER, folders=("vae",))},
+        parts={**_LAYOUT.parts, "autoencoder": parts.KL_AUTOENCODER},
         not_exported=NOT_EXPORTED,
+        refused=REFINER,
         options={FORCE_ZEROS: True},
     ),
     components={
         TEXT_ENCODER: TracedComponent(TEXT_ENCODER, XLTextEncoder),
         TEXT_ENCODER_2: TracedComponent(TEXT_ENCODER_2, SecondXLTextEncoder),
-        UNET: TracedComponent("unet", XLUNet, (CROSS_ATTENTION_KV, ADDED_EMBEDDING, TIME_EMBEDDING)),
+        ENCODER: TracedComponent(ENCODER, wrappers.Encoder),
+        UNET: TracedComponent("unet", xl_unet, (CROSS_ATTENTION_KV, ADDED_EMBEDDING, TIME_EMBEDDING)),
         DECODER: TracedComponent("decoder", lambda autoencoder: wrappers.Decoder(autoencoder, divide=True)),
     },
     files={

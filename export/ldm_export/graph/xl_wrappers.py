@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_export.checkpoint.diffusers_parts import takes_mask
 from ldm_export.graph.wrappers import UNet
 
-__all__ = ["SecondXLTextEncoder", "XLTextEncoder", "XLUNet"]
+__all__ = ["SecondXLTextEncoder", "XLInpaintingUNet", "XLTextEncoder", "XLUNet", "xl_unet"]
 
 
 class XLTextEncoder(nn.Module):
@@ -70,3 +71,30 @@ class XLUNet(UNet):
             return_dict=False,
         )[0]
         return noise
+
+
+class XLInpaintingUNet(XLUNet):
+    """A UNet that was trained to inpaint: as ``XLUNet``, with masked_image float32 [R, 1 + C, h, w] after time_ids.
+
+    It is the mask and, after it, the latents of the image without its masked part.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        context_2: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+        masked_image: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute the output of the class's docstring."""
+        channels = torch.cat([sample, masked_image], dim=1)
+        return super().forward(channels, timestep, context, context_2, text_embeds, time_ids, timestep_cond)
+
+
+def xl_unet(unet: Any) -> XLUNet:
+    """Wrap a UNet2DConditionModel, whether it takes a mask or not."""
+    return XLInpaintingUNet(unet) if takes_mask(unet.config) else XLUNet(unet)

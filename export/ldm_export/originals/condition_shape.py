@@ -130,7 +130,8 @@ def kind_of(unet: UNetShape, condition: Condition | None) -> str:
         return "layout_to_image" if condition.tokens == LAYOUT_TOKENS else "text_to_image"
     if isinstance(condition, Clip) and unet.context_width == condition.width and extra in (0, channels + 1):
         return "stable_diffusion"
-    if isinstance(condition, ClipPair) and unet.context_width == condition.width and unet.added_width and not extra:
+    xl = isinstance(condition, ClipPair) and unet.context_width == condition.width and unet.added_width
+    if xl and extra in (0, channels + 1):
         return "stable_diffusion_xl"
     if unet.context_width is None and isinstance(condition, Classes) and extra == condition.channels:
         return "semantic_synthesis"

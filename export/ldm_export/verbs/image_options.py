@@ -154,7 +154,7 @@ def add_request(
         type=real_number,
         metavar="SHARE",
         help="share of the steps that run on the image, above 0 and at most 1; low values stay close to it, for image "
-        "to image (default 0.8, with a mask 1)",
+        "to image (default 0.8, with a mask 1; for Stable Diffusion XL 0.3 and 0.9999)",
     )
     verb.add_argument(
         "--padding-mask-crop",

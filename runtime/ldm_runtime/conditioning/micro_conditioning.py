@@ -2,6 +2,10 @@
 
 Section 2.2 of Podell et al. 2023, arXiv:2307.01952: the model was trained with the original size of each image, the
 corner at which it was cropped, and the size to which it was resized.
+
+The unconditional branch has the defaults of diffusers' pipelines. These differ: without a start image, negative sizes
+take effect only if both are given; with a start image, each negative size replaces that of the image, and the crop is
+always that of the conditional branch.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ MICRO_FIELDS = (
     *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
 )
 """Fields of ``Request``, each with two numbers of pixels."""
+_NEGATIVE_CROP = "negative_crops_coords_top_left"
 _ORDER = {"size": "height and width", "left": "top and left"}
 """Last word of a field -> what its two numbers are."""
 
@@ -68,6 +73,13 @@ class MicroConditioner:
         for name in self.fields:
             _pair(name, getattr(request, name))
         given = {name for name in self.fields if name.startswith("negative_")} & request.given()
+        if request.image is not None:
+            if _NEGATIVE_CROP in given:
+                raise SpecError(
+                    f"{_NEGATIVE_CROP}: got a value beside an image, with which both branches have the crop of "
+                    "crops_coords_top_left; leave it out"
+                )
+            return 1
         if missing := sorted({f"negative_{name}" for name in _SIZES} - given):
             for name in sorted(given):
                 raise SpecError(f"{name}: got one without {missing[0]}, which it has no effect without; give both")
@@ -82,10 +94,13 @@ class MicroConditioner:
 
         Missing sizes are those of the image, which the planner has filled in.
         """
-        prefix = "negative_" if branch == "unconditional" and request.negative_original_size is not None else ""
-        image = (request.height, request.width)
-        original, target = (getattr(request, f"{prefix}{name}") or image for name in _SIZES)
-        crop = getattr(request, f"{prefix}crops_coords_top_left")
+        image, crop = (request.height, request.width), request.crops_coords_top_left
+        sizes = [getattr(request, name) or image for name in _SIZES]
+        if branch == "unconditional":
+            sizes = [getattr(request, f"negative_{name}") or size for name, size in zip(_SIZES, sizes, strict=True)]
+            if request.image is None and request.negative_original_size is not None:
+                crop = request.negative_crops_coords_top_left
+        original, target = sizes
         return {self._output: np.array([[*original, *crop, *target]], np.int64)}
 
     def finish(self, request: Request, images: F32) -> F32:

@@ -28,11 +28,14 @@ from ldm_runtime.request import Plan, Request
 from ldm_runtime.specs import Axis
 from ldm_runtime.start import Kept, Start, StartImage
 
-__all__ = ["IMAGE_STRENGTH", "MASK_STRENGTH", "StartImageConditioner", "skipped_steps"]
+__all__ = ["IMAGE_STRENGTH", "MASK_STRENGTH", "StartImageConditioner", "skipped_steps", "strength_settings"]
 
 F32 = NDArray[np.float32]
-IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
-"""Default strength without and with a mask, those of diffusers' pipelines."""
+IMAGE_STRENGTH, MASK_STRENGTH = "image_strength", "mask_strength"
+"""Settings of a manifest: default strength without and with a mask, in ten-thousandths."""
+_WHOLE = 10_000
+_STRENGTHS = {IMAGE_STRENGTH: 8_000, MASK_STRENGTH: _WHOLE}
+"""Where a manifest has none: those of diffusers' pipelines of Stable Diffusion."""
 
 MAX_PADDING = 2**16
 
@@ -45,13 +48,14 @@ class StartImageConditioner:
             ``deviation`` float32 [N, C, h, w] of the latents.
         output: Input of an inpainting UNet for the mask and the latents of the image without its masked part, float32
             [N, 1 + C, h, w]. None if the UNet has no such input; the unmasked part is then restored after each step.
+        strengths: Default strength by name of the setting, in ten-thousandths.
     """
 
     kind: ClassVar[str] = "start_image"
     fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength", "padding_mask_crop"})
 
-    def __init__(self, backend: Backend, output: str | None = None):
-        self._backend, self._output = backend, output
+    def __init__(self, backend: Backend, output: str | None = None, strengths: Mapping[str, int] = _STRENGTHS):
+        self._backend, self._output, self._strengths = backend, output, strengths
         self._tensor = backend.inputs[0]
 
     @classmethod
@@ -61,15 +65,19 @@ class StartImageConditioner:
         """Construct from a manifest entry.
 
         Raises:
-            ManifestError: The encoder is missing or of another form.
+            ManifestError: The encoder is missing or of another form, or a default strength is no share.
         """
+        strengths = {name: spec.settings.get(name, usual) for name, usual in _STRENGTHS.items()}
+        for name, strength in strengths.items():
+            if not 1 <= strength <= _WHOLE:
+                raise ManifestError(f"conditioning: {name}: got {strength}, expected 1 to {_WHOLE}; rebuild the bundle")
         if spec.component not in backends or len(spec.inputs) > 1:
             raise ManifestError(f"conditioning: start_image: got {spec}, expected an encoder; rebuild the bundle")
         backend = backends[spec.component]
         got = [(tensor.name, tensor.dtype, len(tensor.shape)) for tensor in (*backend.inputs, *backend.outputs)]
         if got != [(name, "float32", 4) for name in ("image", "mean", "deviation")]:
             raise ManifestError(f"{spec.component}: tensors are {got}, expected image, mean and deviation; rebuild it")
-        return cls(backend, *spec.inputs)
+        return cls(backend, spec.inputs[0] if spec.inputs else None, strengths)
 
     @property
     def needs_mask(self) -> bool:
@@ -146,7 +154,7 @@ class StartImageConditioner:
         """
         if request.image is None:
             return None
-        strength = MASK_STRENGTH if request.mask is not None else IMAGE_STRENGTH
+        strength = self._strengths[IMAGE_STRENGTH if request.mask is None else MASK_STRENGTH] / _WHOLE
         if request.strength is not None:
             strength = number("strength", request.strength, 0.0, 1.0)
         box = self._box(request, sides)
@@ -234,6 +242,11 @@ class StartImageConditioner:
     def close(self) -> None:
         """Free the encoder."""
         self._backend.close()
+
+
+def strength_settings(image: float, mask: float) -> dict[str, int]:
+    """Settings of a manifest for default strengths without and with a mask, above 0 and at most 1."""
+    return {IMAGE_STRENGTH: round(image * _WHOLE), MASK_STRENGTH: round(mask * _WHOLE)}
 
 
 def skipped_steps(strength: float, steps: int) -> int:

@@ -18,7 +18,7 @@ from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion import stable_diffusion_checkpoint
 
 PIPELINES = {
-    "StableDiffusionXLImg2ImgPipeline": "Stable Diffusion XL from images, such as its refiner",
+    "StableDiffusionXLInstructPix2PixPipeline": "another pipeline of Stable Diffusion XL",
     "StableDiffusion3Pipeline": "Stable Diffusion 3, a transformer",
     "StableDiffusionControlNetPipeline": "with a ControlNet",
     "StableDiffusionDepth2ImgPipeline": "Stable Diffusion with a depth map",

@@ -141,9 +141,10 @@ def test_each_option_changes_the_image(bundle: Bundle) -> None:
 def test_the_bundle(bundle: Bundle, checkpoint: Path) -> None:
     bundle.check()
     model = bundle.manifest.model
-    assert [*model.components][:5] == [
+    assert [*model.components][:6] == [
         "text_encoder",
         "text_encoder_2",
+        "encoder",
         "cross_attention_kv",
         "added_embedding",
         "time_embedding",
@@ -205,7 +206,7 @@ def test_requests_that_the_model_does_not_take(bundle: Bundle, options: dict[str
         ("text_encoder/config.json", {"num_hidden_layers": 1}, "a text encoder has one layer, expected two at least"),
         ("model_index.json", {"force_zeros_for_empty_prompt": 1}, "force_zeros_for_empty_prompt: got 1, expected true"),
         ("model_index.json", {"text_encoder": [None, None]}, r"got .text_encoder.: \[None, None\], expected \[library"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "from images, such as its refiner"),
+        ("model_index.json", {"requires_aesthetics_score": True}, "true: it is the refiner of Stable Diffusion XL, wh"),
     ],
     ids=str,
 )
@@ -238,7 +239,13 @@ def test_precisions_verification_and_engines(bundle: Bundle, checkpoint: Path, t
         built = build(opened, folder, precision, engines).bundle
         result = verify(built, opened, requests, 4, precision, TOLERANCES[precision])
         assert result.failures == []
-        assert [part.name for part in result.components] == ["text_encoder", "text_encoder_2", "unet", "decoder"]
+        assert [part.name for part in result.components] == [
+            "text_encoder",
+            "text_encoder_2",
+            "encoder",
+            "unet",
+            "decoder",
+        ]
     assert all(len(component.engines) == 1 for component in built.manifest.components.values())
     prompts = ({"prompts": "a red circle"}, {"prompts": "the photo"})
     settings = CalibrationSettings(prompts, prompts, steps=4, samples=2, trial_steps=4, min_psnr=15.0)

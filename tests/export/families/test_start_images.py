@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm_export.bundle.build import build
 from ldm_export.cli import main
@@ -28,8 +27,10 @@ from ldm_runtime.conditioning.pictures import crop_box, pasted, resized
 from ldm_runtime.errors import SpecError
 from ldm_runtime.http.served_model import ServedModel
 from tests.http.conftest import ENGINE, running
+from tests.support import start_images
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion import SCHEDULERS, stable_diffusion_checkpoint
+from tests.support.start_images import IMAGE, MASK, assert_same, drawing
 from tests.support.torch_pipeline import torch_pipeline
 
 pytestmark = [
@@ -38,18 +39,6 @@ pytestmark = [
 ]
 PROMPTS = ["a red circle!", "the photo, green"]
 STEPS = 5
-
-
-def drawing(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Noise for an image, an ellipse for a mask."""
-    if mode == "RGB":
-        return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
-    mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).ellipse((width // 5, height // 4, 3 * width // 4, 3 * height // 4), fill=255)
-    return mask.convert(mode)
-
-
-IMAGE, MASK = drawing(24, 17), drawing(24, 17, "L")
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +72,12 @@ def references(checkpoints: dict[int, Path]) -> dict[int, Any]:
     return found
 
 
-def theirs(pipeline: Any, seed: int | list[int], scheduler: Any = None, **options: Any) -> NDArray[np.int64]:
-    """Images of diffusers, with the global generator or one for each image."""
-    kind: Any = StableDiffusionInpaintPipeline if "mask_image" in options else StableDiffusionImg2ImgPipeline
-    parts = pipeline.components | ({} if scheduler is None else {"scheduler": scheduler})
-    pipeline = kind(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng(devices=[]):
-        listed = isinstance(seed, list)
-        generator = [torch.Generator().manual_seed(one) for one in seed] if listed else torch.manual_seed(seed)  # type: ignore[union-attr, arg-type]
-        images = pipeline(generator=generator, num_inference_steps=STEPS, **options).images
-    return np.stack([np.asarray(image, np.int64) for image in images])
+def theirs(pipeline: Any, seed: Any, scheduler: Any = None, **options: Any) -> NDArray[np.int64]:
+    return start_images.theirs(pipeline, seed, scheduler, num_inference_steps=STEPS, **options)
 
 
 def ours(pipeline: LatentDiffusionPipeline, seed: Any, **options: Any) -> NDArray[np.int64]:
-    names = {"prompt": "prompts", "mask_image": "mask", "num_images_per_prompt": "images_per_prompt"}
-    fields = {names.get(name, name): value for name, value in options.items()}
-    images = pipeline(seed=seed, **{"num_inference_steps": STEPS, **fields}).images
-    return np.stack([np.asarray(image, np.int64) for image in images])
-
-
-def assert_same(one: NDArray[np.int64], other: NDArray[np.int64]) -> None:
-    assert one.shape == other.shape and other.std() > 10
-    assert np.abs(one - other).max() <= 1
+    return start_images.ours(pipeline, seed, **{"num_inference_steps": STEPS, **options})
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "UniPCMultistepScheduler"])

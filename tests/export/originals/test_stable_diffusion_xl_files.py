@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,8 +26,10 @@ from ldm_runtime.errors import CheckpointError
 from tests.support.compvis_checkpoints import State, autoencoder_state, open_clip_state, unet_state
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
+from tests.support.start_images import IMAGE, MASK, assert_same, ours, theirs
 from tests.support.torch_pipeline import torch_pipeline
 
+UNET, XL_INPAINTING = "model.diffusion_model.", "StableDiffusionXLInpaintPipeline"
 MODULES = ("text_encoder", "text_encoder_2", "unet", "autoencoder")
 
 
@@ -43,7 +47,7 @@ def original(modules: dict[str, nn.Module]) -> State:
     second = open_clip_state({name.removeprefix("text_model."): tensor for name, tensor in text_2.items()})
     second |= {"text_projection": projection.T, "logit_scale": torch.tensor(1.0)}
     parts: dict[str, State] = {
-        "model.diffusion_model.": unet_state(modules["unet"], 1),
+        UNET: unet_state(modules["unet"], 1),
         "first_stage_model.": autoencoder_state(modules["autoencoder"], 2),
         "conditioner.embedders.0.transformer.text_model.": text,
         "conditioner.embedders.1.model.": second,
@@ -71,6 +75,20 @@ def test_the_file_equals_the_folder(folder: Path, state: State, tmp_path: Path) 
         ours, theirs = (load_module(checkpoint, module).state_dict() for checkpoint in (opened, expected))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), module
+
+
+def test_an_inpainting_model(state: State, folder: Path, tmp_path: Path) -> None:
+    first = f"{UNET}input_blocks.0.0.weight"
+    wide = torch.cat([state[first], torch.ones(state[first].shape[0], 5, 3, 3)], dim=1)
+    opened = open_original(saved(state | {first: wide}, tmp_path / "xl.safetensors"), tokenizer=folder / "tokenizer")
+    assert (opened.family, opened.configs()["unet"]["in_channels"]) == ("stable_diffusion_xl", 9)
+    assert torch.equal(load_module(opened, "unet").get_parameter("conv_in.weight"), wide)
+    convert(opened, tmp_path / "converted")
+    assert json.loads((tmp_path / "converted/model_index.json").read_text())["_class_name"] == XL_INPAINTING
+    reference = StableDiffusionXLInpaintPipeline.from_pretrained(tmp_path / "converted", add_watermarker=False)
+    options: dict[str, Any] = {"prompt": ["a red circle"], "image": IMAGE, "mask_image": MASK, "num_inference_steps": 4}
+    with torch_pipeline(opened, tmp_path / "files") as pipe:
+        assert_same(ours(pipe, 4, **options), theirs(reference, 4, guidance_scale=5.0, **options))
 
 
 def test_images_of_the_converted_file(folder: Path, state: State, tmp_path: Path) -> None:
@@ -113,7 +131,7 @@ def test_the_config_of_the_published_unet() -> None:
     }
     with torch.device("meta"):
         unet = UNet2DConditionModel(**options)
-    shapes = {f"model.diffusion_model.{name}": tuple(one.shape) for name, one in unet_state(unet, 2).items()}
+    shapes = {f"{UNET}{name}": tuple(one.shape) for name, one in unet_state(unet, 2).items()}
 
     def load() -> torch.Tensor:
         raise AssertionError("values are not needed")
