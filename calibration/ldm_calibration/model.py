@@ -34,6 +34,7 @@ SAMPLING_FIELDS = {
     "latents",
     "cache_every",
     "full_steps",
+    "budget",
 }
 """Fields of ``Request`` that the calibration sets itself or does not use, or that are not JSON-able."""
 _MERGED = "prompts"

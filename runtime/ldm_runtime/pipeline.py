@@ -19,6 +19,7 @@ from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import OpenModel, open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import QUALITY_REPORT
 from ldm_runtime.conditioning import SafetyChecker, StartImageConditioner, open_conditioner
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
@@ -30,6 +31,7 @@ from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
+from ldm_runtime.quality import QualityRecord
 from ldm_runtime.request import Plan, Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.start import Start
@@ -56,6 +58,7 @@ class LatentDiffusionPipeline:
         choice: The selected engine; None if ``from_bundle`` was not used.
         loop: The denoising loop on a device; None runs it in NumPy.
         safety_checker: False does not run the model's safety checker.
+        record: The bundle's measured settings, for ``Request.budget``; None if it has none.
 
     Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
@@ -72,6 +75,7 @@ class LatentDiffusionPipeline:
         choice: Choice | None = None,
         loop: DeviceLoop | None = None,
         safety_checker: bool = True,
+        record: QualityRecord | None = None,
     ):
         encoders = [entry.component for entry in model.conditioning if entry.component]
         derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
@@ -85,7 +89,8 @@ class LatentDiffusionPipeline:
         checkers = [one for one in opened if isinstance(one, SafetyChecker)]
         self._checker = checkers[0] if checkers and safety_checker else None
         self.denoiser = Denoiser(model, backends)
-        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners)
+        self.record = record
+        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, record)
         self._keep_loaded = keep_loaded
         self._opened: OpenModel | None = None
         self._started: DeviceLoop | None = None
@@ -148,6 +153,7 @@ class LatentDiffusionPipeline:
             choice=opened.choice,
             loop=opened.loop,
             safety_checker=safety_checker,
+            record=bundle.quality() if QUALITY_REPORT in bundle.manifest.files else None,
         )
         if not safety_checker and SAFETY_CHECKER in bundle.manifest.components:
             log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")
@@ -160,6 +166,11 @@ class LatentDiffusionPipeline:
         """Family, components and engine."""
         chosen = "" if self.choice is None else f", {self.choice.backend} {self.choice.graph} on {self.choice.device}"
         return f"<LatentDiffusionPipeline {self.model.family}: {', '.join(self.model.components)}{chosen}>"
+
+    @property
+    def precision(self) -> str | None:
+        """The precision that runs, as ``from_bundle`` takes it; None if the caller has opened the backends."""
+        return None if self.choice is None else self.choice.precision
 
     def _follow(self) -> None:
         """Adopt the new choice and loop after the engine was replaced. The old loop is freed with the denoiser."""
@@ -205,7 +216,7 @@ class LatentDiffusionPipeline:
         Raises:
             SpecError: Names the field, what was given and what is expected.
         """
-        return self._planner.plan(request)
+        return self._planner.plan(request, self.precision)
 
     def example(self, given: Collection[str] = ()) -> dict[str, Any]:
         """Fields of a small valid request for one image, with the fields that the model's conditioning needs.

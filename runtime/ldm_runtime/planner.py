@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner, TextConditioner
 from ldm_runtime.conditioning.start_image import skipped_steps
@@ -14,8 +14,10 @@ from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.feature_cache import shallow_calls
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
+from ldm_runtime.measured_settings import settled
 from ldm_runtime.model import SHALLOW_UNET, ModelDescription
 from ldm_runtime.number_checks import integer, number, shown
+from ldm_runtime.quality import QualityRecord
 from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
 from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
@@ -41,19 +43,26 @@ class Planner:
         geometry: Sizes that its graphs take.
         scheduler: Computes the trajectory.
         conditioners: The model's conditioners; they check their own fields of a request.
+        record: The bundle's measured settings; None if it has none.
     """
 
     model: ModelDescription
     geometry: Geometry
     scheduler: Scheduler
     conditioners: Sequence[Conditioner]
+    record: QualityRecord | None = None
 
-    def plan(self, request: Request) -> Plan:
+    def plan(self, request: Request, precision: str | None = None) -> Plan:
         """Plan a request.
+
+        Args:
+            request: The request.
+            precision: The precision that is loaded, whose measured settings may be taken; None takes any.
 
         Raises:
             SpecError: Names the field, what was given and what is expected.
         """
+        request, setting = settled(request, self.record, precision)
         self._refuse_foreign_fields(request)
         images = self._images(request)
         geometry, defaults = self.geometry, self.model.defaults
@@ -61,7 +70,8 @@ class Planner:
         _check_memory(shape, geometry)
         report_memory(self.model, shape, geometry.height.opt * geometry.width.opt)
         scale = number("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
-        steps, eta = _or(request.num_inference_steps, defaults.num_inference_steps), _or(request.eta, defaults.eta)
+        steps: Any = _or(request.num_inference_steps, defaults.num_inference_steps)  # the scheduler checks it
+        eta = _or(request.eta, defaults.eta)
         scheduler = self.scheduler
         if request.scheduler is not None:
             scheduler = replacement(request.scheduler, self.model.scheduler)
@@ -91,6 +101,7 @@ class Planner:
             guidance_rescale=rescale if guided else 0.0,
             start_image=given,
             shallow=self._shallow(request, evaluated),
+            setting=setting,
         )
 
     def _start_image(self, request: Request, shape: tuple[int, int, int, int]) -> StartImage | None:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from ldm_runtime.number_checks import number
 if TYPE_CHECKING:
     from ldm_runtime.request import RequestOptions
 
-__all__ = ["QualityRecord", "QualityResult", "QualitySetting"]
+__all__ = ["MEASURE", "QualityRecord", "QualityResult", "QualitySetting"]
 
+MEASURE = "`ldm-export bench BUNDLE --quality --save`"
+"""The command that measures settings, for messages."""
 MAX_SETTINGS, MAX_VALUE = 1024, 10**6
 """Maximum number of settings in a record, and largest number in it."""
 _COUNTS = ("steps", "cache_every", "guidance_every")
@@ -79,7 +82,16 @@ class QualityResult:
 
     def reaches(self, min_psnr: float) -> bool:
         """True if every image has at least this PSNR."""
-        return self.worst_psnr is None or self.worst_psnr >= min_psnr
+        return self.worst >= min_psnr
+
+    def as_correct(self, share: float | None) -> bool:
+        """True if at least this share of the images is correct; False without a grader."""
+        return None not in (self.correct, share) and (self.correct or 0.0) >= (share or 0.0)
+
+    @property
+    def worst(self) -> float:
+        """The least PSNR in dB, infinite if all images are equal."""
+        return math.inf if self.worst_psnr is None else self.worst_psnr
 
     def facts(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -108,42 +120,42 @@ class QualityRecord:
         """The setting with which all others are compared."""
         return self.results[0]
 
-    def fastest(self, min_psnr: float) -> QualityResult:
+    def fastest(self, min_psnr: float, precision: str | None = None) -> QualityResult:
         """The fastest setting whose images all have at least ``min_psnr`` dB. The reference always qualifies.
 
-        Raises:
-            SpecError: ``min_psnr`` is not a finite number.
-        """
-        return min(self._reaching(min_psnr), key=_seconds)
+        Args:
+            min_psnr: PSNR in dB.
+            precision: Only settings of this precision qualify; None admits all.
 
-    def fewest_steps(self, min_psnr: float | None = None) -> QualityResult:
+        Raises:
+            SpecError: ``min_psnr`` is not a finite number, or no setting of the precision has it.
+        """
+        return min(self._good(number("min_psnr", min_psnr), precision), key=_seconds)
+
+    def fewest_steps(self, min_psnr: float | None = None, precision: str | None = None) -> QualityResult:
         """The good enough setting with the fewest steps, the fastest of several. The reference is always good enough.
 
         Args:
             min_psnr: PSNR in dB that every image must have. None requires as many correct images as the reference
                 instead, because an image of fewer steps differs but may be as good.
+            precision: As in ``fastest``.
 
         Raises:
-            SpecError: ``min_psnr`` is not a finite number; or it is None, and the images were not graded.
+            SpecError: ``min_psnr`` is not a finite number; it is None, and the images were not graded; or no setting
+                is good enough.
         """
-        if min_psnr is not None:
-            return min(self._reaching(min_psnr), key=_steps)
-        least = self.reference.correct
-        if least is None:
-            raise SpecError(
-                "steps: got auto without a PSNR, but no grader decides which images of this model are correct; give a "
-                "PSNR in dB, on the command line --budget"
-            )
-        return min((one for one in self.results if one.correct is not None and one.correct >= least), key=_steps)
+        least = None if min_psnr is None else number("min_psnr", min_psnr)
+        return min(self._good(least, precision), key=_steps)
 
     def measured(self, result: QualityResult) -> str:
         """Describe the measurement of a setting."""
-        worst, mean = result.worst_psnr, result.mean_psnr
-        images = "equal images" if worst is None or mean is None else f"worst {worst:.1f} dB, mean {mean:.1f} dB"
-        correct = "" if result.correct is None else f", {result.correct:.0%} correct"
         faster = self.reference.seconds / result.seconds
         how = f"{self.images} images, {self.engines.get(result.setting.precision, 'unknown engine')}"
-        return f"{faster:.2f}× as fast as {self.reference.setting}, {images}{correct} ({how})"
+        return f"{faster:.2f}× as fast as {self.reference.setting}, {self._figures(result)} ({how})"
+
+    def facts_of(self, precision: str) -> list[dict[str, Any]]:
+        """JSON-able values of the settings of a precision."""
+        return [one.facts() for one in self.results if one.setting.precision == precision]
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON, which ``from_json`` reads."""
@@ -172,9 +184,35 @@ class QualityRecord:
             require_map(f"{where}: options", document.get("options"), _number),
         )
 
-    def _reaching(self, min_psnr: float) -> Iterable[QualityResult]:
-        least = number("min_psnr", min_psnr)
-        return (self.reference, *(one for one in self.results[1:] if one.reaches(least)))
+    def _good(self, min_psnr: float | None, precision: str | None) -> list[QualityResult]:
+        """Settings of a precision that have a PSNR in every image or, with None, as many correct images."""
+        least = self.reference.correct
+        if min_psnr is None and least is None:
+            raise SpecError(
+                "steps: got auto without a budget, but no grader decides which images of this model are correct; give "
+                "a budget in dB too, e.g. 35"
+            )
+        usable = [one for one in self.results if precision in (None, one.setting.precision)]
+        good = [one for one in usable if (one.as_correct(least) if min_psnr is None else one.reaches(min_psnr))]
+        if good:
+            return good
+        asked = "steps: got auto" if min_psnr is None else f"budget: got {min_psnr:g} dB"
+        if not usable:
+            known = ", ".join(dict.fromkeys(one.setting.precision for one in self.results))
+            raise SpecError(
+                f"{asked}, but the settings of this bundle were measured in {known}, not in {precision}; "
+                f"measure it with {MEASURE[:-1]} --precision {precision}`"
+            )
+        best = max(usable, key=(lambda one: one.correct or 0.0) if min_psnr is None else (lambda one: one.worst))
+        raise SpecError(
+            f"{asked}, but no setting that was measured in {precision} is good enough; the best has "
+            f"{self._figures(best)}; ask for less, or measure more settings with {MEASURE}"
+        )
+
+    def _figures(self, result: QualityResult) -> str:
+        worst, mean = result.worst_psnr, result.mean_psnr
+        images = "equal images" if worst is None or mean is None else f"worst {worst:.1f} dB, mean {mean:.1f} dB"
+        return images + ("" if result.correct is None else f", {result.correct:.0%} correct")
 
 
 def _result(where: str, value: Any) -> QualityResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,16 @@ from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.noise_stream import NoiseStream
 from ldm_runtime.number_checks import integer
+from ldm_runtime.quality import QualityResult
 from ldm_runtime.schedulers.trajectory import Trajectory
 from ldm_runtime.start import StartImage
 
-__all__ = ["Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
+__all__ = ["AUTO", "Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
 
 F32 = NDArray[np.float32]
 MAX_REPEATS = 4096
+AUTO: Literal["auto"] = "auto"
+"""Value of ``num_inference_steps`` that takes the steps of a measured setting."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -31,7 +34,7 @@ class RequestOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     eta: float | None
     guidance_scale: float | None
-    num_inference_steps: int | None
+    num_inference_steps: int | Literal["auto"] | None
     height: int | None
     width: int | None
     images_per_prompt: int
@@ -53,6 +56,7 @@ class RequestOptions(TypedDict, total=False):
     prompt_weights: bool
     cache_every: int
     full_steps: int | Sequence[int] | None
+    budget: float | None
     prompts_2: str | Sequence[str] | None
     negative_prompt_2: str | Sequence[str] | None
     original_size: tuple[int, int] | None
@@ -77,7 +81,8 @@ class Request:
         eta: 0 is deterministic DDIM; above 0 the steps add noise (equation 16 of arXiv:2010.02502). Schedulers without
             eta ignore it.
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
-        num_inference_steps: Denoising steps.
+        num_inference_steps: Denoising steps. "auto" takes the measured setting with the fewest steps that has ``budget``
+            or, without a budget, as many correct images as the model's default number of steps.
         height, width: Size in pixels, multiples of the model's factor.
         images_per_prompt: Number of images for each prompt, label, image, segmentation or layout.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.
@@ -85,8 +90,8 @@ class Request:
         image: One or more images, as ``conditioning.image.image_array`` takes them; for models that start from images.
         mask: One mask, or one for each image, white where the image is repainted; for models that inpaint.
         strength: Share of the steps that run, above 0 and at most 1; the image gets as much noise as the first of these
-            steps expects. Low values stay close to the image. For models that can start from an image or from noise. The
-            defaults are those of diffusers: 0.8, and 1 with a mask; for Stable Diffusion XL 0.3 and 0.9999.
+            steps expects. Low values stay close to the image. For models that can start from an image or from noise;
+            the defaults are those of diffusers: 0.8, and 1 with a mask; for Stable Diffusion XL 0.3 and 0.9999.
         padding_mask_crop: Generate only the part of the image around the mask, extended by this number of pixels on
             each side, at the full size of the result, and paste it into the whole image. None generates the whole
             image.
@@ -108,10 +113,12 @@ class Request:
         prompt_weights: True reads weights in prompts, e.g. ``(word:1.3)``; see ``conditioning.prompt_weights``.
         cache_every, full_steps: See ``feature_cache.shallow_calls``. UNet calls that reuse features take a fraction of
             the time and change the image slightly.
+        budget: Minimum PSNR in dB. Takes steps, ``cache_every`` and ``guidance_every`` of the fastest setting in the
+            loaded precision with which every image that ``ldm-export bench --quality --save`` measured has this PSNR.
         prompts_2, negative_prompt_2: Separate texts for the second text encoder, one for all or one per prompt.
         original_size, crops_coords_top_left, target_size: Height and width, or top and left, in pixels; for models with
             micro-conditioning, see ``conditioning.micro_conditioning``. None is the image's size.
-            negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
+        negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
             branch. Without negative sizes it has the values of the conditional branch. With ``image``, it always has
             the crop of the conditional branch.
     """
@@ -122,7 +129,7 @@ class Request:
     seed: int | Sequence[int] | None = None
     eta: float | None = None
     guidance_scale: float | None = None
-    num_inference_steps: int | None = None
+    num_inference_steps: int | Literal["auto"] | None = None
     height: int | None = None
     width: int | None = None
     images_per_prompt: int = 1
@@ -144,6 +151,7 @@ class Request:
     prompt_weights: bool = False
     cache_every: int = 1
     full_steps: int | Sequence[int] | None = None
+    budget: float | None = None
     prompts_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
     original_size: tuple[int, int] | None = None
@@ -175,7 +183,8 @@ class Plan:
     """A checked request with everything that the denoising loop needs. ``LatentDiffusionPipeline.plan`` creates it.
 
     Attributes:
-        request: The request, with height and width in pixels, guidance scale and number of chunks filled in.
+        request: The request, with height and width in pixels, guidance scale, number of chunks and the values of a
+            measured setting filled in.
         seeds: One seed for the batch, or one per image.
         shape: Shape of the latents: (images, channels, height, width).
         latents: Initial noise float32 ``shape`` if the caller gave it.
@@ -186,6 +195,7 @@ class Plan:
         guidance_rescale: As in the request; 0 without guidance.
         start_image: Images that denoising starts from; None starts from noise.
         shallow: For each UNet call, True if it reuses deep features of an earlier one.
+        setting: The measured setting that ``budget`` or "auto" has taken.
     """
 
     request: Request
@@ -199,6 +209,7 @@ class Plan:
     guidance_rescale: float = 0.0
     start_image: StartImage | None = None
     shallow: tuple[bool, ...] = ()
+    setting: QualityResult | None = None
 
     @property
     def caches(self) -> bool:

@@ -98,7 +98,9 @@ def test_the_log_says_what_was_taken(measured: Bundle, tmp_path: Path, capfd) ->
     taken = record.fastest(-100)
     assert err.startswith(f"--budget -100: takes {taken.setting}; {record.measured(taken)}\n")
     _, err = run(capfd, "generate", measured.folder, PROMPT, *ENGINE, "--budget", "900", "-o", output)
-    assert err.startswith("--budget 900: no other stored setting is good enough; takes the reference, fp32, 50 steps\n")
+    assert err.startswith(
+        "--budget 900: no other measured setting is good enough; takes the reference, fp32, 50 steps\n"
+    )
 
 
 def test_inspect_lists_the_stored_settings(measured: Bundle, tiny_bundle: Path, capfd) -> None:
@@ -123,18 +125,21 @@ def test_the_report_shows_the_stored_settings(measured: Bundle, tmp_path: Path) 
 REFUSED = {
     "cache": (
         ["--budget", "30", "--cache-every", "3"],
-        "--budget: got --cache-every too, but a stored setting decides",
+        "budget: got 30 dB and cache_every too, but a measured setting decides",
     ),
-    "precision": (["--budget", "30", "--precision", "fp32"], "--budget: got --precision too"),
-    "scheduler": (["--steps", "auto", "--scheduler", "DDIMScheduler"], "--steps auto: got --scheduler too"),
-    "steps": (["--budget", "30", "--steps", "5"], "--budget: got --steps too"),
+    "precision": (
+        ["--budget", "30", "--precision", "int8"],
+        "budget: got 30 dB, but the settings of this bundle were measured in fp32, not in int8; measure",
+    ),
+    "scheduler": (["--steps", "auto", "--scheduler", "DDIMScheduler"], "steps: got auto and scheduler too"),
+    "steps": (["--budget", "30", "--steps", "5"], "budget: got 30 dB and steps too"),
     "no number": (["--budget", "nan"], "budget: got nan, expected a finite number"),
-    "not graded": (["--steps", "auto"], "steps: got auto without a PSNR, but no grader decides"),
+    "not graded": (["--steps", "auto"], "steps: got auto without a budget, but no grader decides"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_contradicts_a_stored_setting(refused, measured: Bundle, case: str) -> None:
+def test_what_contradicts_a_measured_setting(refused, measured: Bundle, case: str) -> None:
     options, message = REFUSED[case]
     refused("generate", measured.folder, PROMPT, *options, message=message)
 

@@ -17,6 +17,7 @@ from ldm_runtime.http.app import make_app
 from ldm_runtime.http.served_model import EngineOptions, ServedModel
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
+from tests.support.measured import record_of
 from tests.support.small_bundle import write_small_bundle
 from tests.support.small_models import bundle_of, text_model
 from tests.support.step_gate import StepGate
@@ -91,9 +92,9 @@ def cancelled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Folders of the bundles "text" and "plain"."""
+    """Folders of the bundles "text", with measured settings, and "plain"."""
     folder = tmp_path_factory.mktemp("http")
-    bundle_of(text_model(folder / "model"), folder / "text", ())
+    bundle_of(text_model(folder / "model"), folder / "text", ()).with_quality(record_of(10))
     write_small_bundle(folder / "plain")
     return [folder / "text", folder / "plain"]
 

@@ -29,6 +29,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None]] = [
     ("GET", "/v1/models/none", None),
     ("POST", "/v1/images/generations", {"prompt": "a circle", **FAST}),
     ("POST", "/v1/images/generations", {"prompt": "a circle", "response_format": "url", **FAST}),
+    ("POST", "/v1/images/generations", {"prompt": "a circle", "budget": 15, "steps": "auto"}),
     ("POST", "/v1/images/generations", {"prompt": "a circle", "steps": 0}),
     ("POST", "/sdapi/v1/txt2img", {"prompt": "a circle", **FAST}),
     ("POST", "/sdapi/v1/txt2img", {"prompt": "a circle", "steps": 0}),

@@ -100,6 +100,22 @@ def test_fields_follow_the_model(tab: Tab) -> None:
     expect(tab.page.locator("#gallery li")).to_have_count(3)
 
 
+def test_a_budget_where_settings_were_measured(tab: Tab) -> None:
+    expect(tab.page.locator("#budget")).to_be_visible()
+    tab.page.select_option("#model", "plain")
+    expect(tab.page.locator("#budget")).to_be_hidden()
+    tab.page.select_option("#model", "text")
+    tab.page.fill("#prompt", "a circle")
+    tab.page.fill("#budget", "15")
+    tab.page.click("summary")
+    expect(tab.page.locator("#steps")).to_be_disabled()
+    tab.page.click("#generate")
+    tab.status("Done.")
+    expect(tab.page.locator("#gallery p")).to_contain_text("3 steps")
+    tab.page.fill("#budget", "")
+    expect(tab.page.locator("#steps")).to_be_enabled()
+
+
 def test_cancel_and_go_on(tab: Tab, served: Served, cancelled: threading.Event) -> None:
     model = served.models["text"]
     before = model.scheduler.snapshot().outcomes["cancelled"]

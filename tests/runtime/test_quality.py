@@ -1,4 +1,4 @@
-"""The record of measured settings: which of them a budget takes, and what is refused when a bundle's record is read."""
+"""The record of measured settings: which of them a request takes, and what is refused when a record is read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from ldm_runtime.backends.engine import Choice
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.measured_settings import settled
 from ldm_runtime.quality import QualityRecord, QualityResult, QualitySetting
+from ldm_runtime.request import Request
 
 
 def result(steps: int, seconds: float, worst: float | None, correct: float | None, **setting: int) -> QualityResult:
@@ -39,10 +42,85 @@ def test_the_worst_image_decides(min_psnr: float, fastest: QualityResult, fewest
     assert RECORD.fewest_steps(min_psnr) is fewest
 
 
+INT8 = QualityResult(QualitySetting("int8", 50), 0.5, 43.0, 38.0, 0.8)
+BOTH = QualityRecord((*RECORD.results, INT8), 16, {})
+
+
+def test_only_settings_of_the_loaded_precision_are_taken() -> None:
+    assert BOTH.fastest(35) is BOTH.fastest(35, "int8") is INT8
+    assert BOTH.fastest(35, "fp32") is CACHED and BOTH.fewest_steps(35, "int8") is INT8
+    with pytest.raises(
+        SpecError,
+        match=r"^budget: got 39 dB, but no setting that was measured in int8 is good enough; the "
+        r"best has worst 38.0 dB, mean 43.0 dB, 80% correct; ask for less, .* BUNDLE --quality --save`$",
+    ):
+        BOTH.fastest(39, "int8")
+    with pytest.raises(SpecError, match=r"^steps: got auto, but no setting .* int8 is good .*80% correct; ask for less"):
+        BOTH.fewest_steps(None, "int8")
+    with pytest.raises(
+        SpecError,
+        match=r"^budget: got 1 dB, but the settings of this bundle were measured in fp32, int8, not in bf16; "
+        r"measure it with `ldm-export bench BUNDLE --quality --save --precision bf16`$",
+    ):
+        BOTH.fastest(1, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("graph", "arithmetic", "precision"),
+    [("fp32", "fp32", "fp32"), ("fp32", "bf16", "bf16"), ("int8", "bf16", "int8"), ("bf16", "fp32", "bf16")],
+)
+def test_the_precision_of_a_choice(graph: str, arithmetic: str, precision: str) -> None:
+    assert Choice("openvino", "cpu", graph, arithmetic, 1, "").precision == precision
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({"budget": 30.1}, CACHED),
+        ({"budget": 30.1, "num_inference_steps": "auto"}, SLOW_HALF),
+        ({"num_inference_steps": "auto"}, SLOW_HALF),
+        ({"budget": 50, "guidance_scale": 2.0}, REFERENCE),
+    ],
+)
+def test_a_request_takes_the_values_of_a_setting(asked: dict[str, Any], taken: QualityResult) -> None:
+    request, setting = settled(Request("a", seed=5, **asked), BOTH, "fp32")
+    assert setting is taken and request.budget is None
+    assert {name: getattr(request, name) for name in taken.setting.options} == taken.setting.options
+    assert (request.prompts, request.seed, request.guidance_scale) == ("a", 5, asked.get("guidance_scale"))
+
+
+def test_a_request_without_a_budget_stays_as_it_is() -> None:
+    request = Request("a", num_inference_steps=7, cache_every=2)
+    assert settled(request, BOTH) == settled(request, None) == (request, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"budget": 35, "cache_every": 2}, "budget: got 35 dB and cache_every too, but a measured setting decides"),
+        ({"budget": 35, "num_inference_steps": 5}, "budget: got 35 dB and steps too, but a measured setting decides"),
+        ({"num_inference_steps": "auto", "scheduler": "PNDMScheduler"}, "steps: got auto and scheduler too, but"),
+        ({"budget": float("nan")}, "budget: got nan, expected a finite number"),
+        ({"budget": "35"}, "budget: got '35', expected a finite number"),
+    ],
+)
+def test_a_request_that_contradicts_itself(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=f"^{message}"):
+        settled(Request("a", **asked), BOTH)
+
+
+def test_nothing_was_measured() -> None:
+    message = (
+        r"^budget: got 35 dB, but this bundle has no measured settings; measure them with `ldm-export bench BUNDLE"
+    )
+    with pytest.raises(SpecError, match=message):
+        settled(Request("a", budget=35), None)
+
+
 def test_without_a_psnr_the_correct_images_decide() -> None:
     assert RECORD.fewest_steps() is SLOW_HALF
     ungraded = QualityRecord((result(50, 1.0, None, None), result(5, 0.1, 30.0, None)), 4, {})
-    with pytest.raises(SpecError, match=r"^steps: got auto without a PSNR, but no grader"):
+    with pytest.raises(SpecError, match=r"^steps: got auto without a budget, but no grader"):
         ungraded.fewest_steps()
 
 

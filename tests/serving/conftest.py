@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ldm_runtime import LatentDiffusionPipeline, Request
+from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
+from tests.support.measured import record_of
 from tests.support.triton_client import Grpc
 from tests.support.triton_server import TritonServer, served
 
 
 @pytest.fixture(scope="session")
 def triton_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only."""
-    with served(shapes_bundle, tmp_path_factory.mktemp("triton")) as server:
+    """A real Triton server of the checkpoint that ships, on ONNX Runtime in fp32; its repository is read-only.
+
+    Its bundle has measured settings; the other files are those of ``shapes_bundle``.
+    """
+    folder = tmp_path_factory.mktemp("triton")
+    measured = Bundle.open(shutil.copytree(shapes_bundle, folder / "bundle", copy_function=os.link))
+    measured.with_quality(record_of(50))
+    with served(measured.folder, folder / "server") as server:
         yield server
 
 

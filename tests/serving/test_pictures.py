@@ -17,6 +17,7 @@ from PIL import Image
 
 from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.specs import dummy_inputs
+from tests.support.measured import CLOSE
 from tests.support.triton_client import Grpc, over_http, post, tensor
 from tests.support.triton_server import TritonServer
 
@@ -127,6 +128,15 @@ def test_the_same_seed_gives_the_same_bytes_as_here(triton_server, local_images:
     result = over_http(triton_server.http, wish)
     assert np.array_equal(result.as_numpy("IMAGE"), local_images(request(wish)))
     assert result.as_numpy("IMAGE").std() > 5 and result.as_numpy("PNG") is None
+
+
+@pytest.mark.parametrize("asked", [{"BUDGET": 30.0}, {"BUDGET": 30.0, "AUTO_STEPS": True}])
+def test_a_budget_takes_a_measured_setting_of_the_loaded_precision(
+    triton_server, local_images: Draw, asked: dict
+) -> None:
+    result = over_http(triton_server.http, {"PROMPT": PROMPTS[0], "SEED": 4, **asked})
+    expected = local_images(Request(PROMPTS[0], seed=4, **CLOSE.setting.options))
+    assert np.array_equal(result.as_numpy("IMAGE"), expected)
 
 
 def test_png_and_the_seed_over_grpc(triton_server, grpc: Grpc, local_images: Draw) -> None:

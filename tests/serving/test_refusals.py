@@ -43,6 +43,9 @@ CHECK = {
         ({"PROMPT": PROMPT, "TIMEOUT": 0.0}, "timeout: got 0"),
         ({"PROMPT": PROMPT, "GUIDANCE_EVERY": 0}, "guidance_every: got 0"),
         ({"PROMPT": PROMPT, "GUIDANCE_INTERVAL": [0.6, 0.4]}, "guidance_interval: got 0.6 to 0.4"),
+        ({"PROMPT": PROMPT, "BUDGET": 30.0, "STEPS": 5}, "budget: got 30 dB and steps too, but a measured setting"),
+        ({"PROMPT": PROMPT, "AUTO_STEPS": True, "STEPS": 5}, "AUTO_STEPS: got true and STEPS too"),
+        ({"PROMPT": PROMPT, "AUTO_STEPS": True}, "steps: got auto without a budget"),
         ({"PROMPT": PROMPT, "IMAGES_PER_PROMPT": 0}, "images_per_prompt: got 0"),
     ],
 )

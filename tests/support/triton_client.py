@@ -20,8 +20,8 @@ KINDS = {
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
     **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP", "PROMPT_CHUNKS", "CACHE_EVERY", "FULL_STEPS"), "INT32"),
-    "PROMPT_WEIGHTS": "BOOL",
-    **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE", "TIMEOUT"), "FP32"),
+    **dict.fromkeys(("PROMPT_WEIGHTS", "AUTO_STEPS"), "BOOL"),
+    **dict.fromkeys(("ETA", "GUIDANCE", "GUIDANCE_INTERVAL", "GUIDANCE_RESCALE", "TIMEOUT", "BUDGET"), "FP32"),
 }
 DTYPES = {"BYTES": object, "BOOL": np.bool_, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 WAIT = 120

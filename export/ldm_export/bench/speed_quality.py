@@ -33,14 +33,14 @@ Pixels = NDArray[np.uint8]
 
 
 def quality_settings(
-    bundle: Bundle, steps: Sequence[int] | None = None, precisions: Sequence[str] | None = None
+    bundle: Bundle, steps: Sequence[int] | None = None, precisions: Sequence[str] = ()
 ) -> tuple[QualitySetting, ...]:
     """Settings to compare; the first, fp32 with the model's number of steps, all whole, is the reference.
 
     Args:
         bundle: Its graphs decide which options apply.
         steps: Numbers of denoising steps besides the model's own; None takes half of them.
-        precisions: Precisions besides fp32; None takes the bundle's own.
+        precisions: Precisions besides fp32.
 
     Raises:
         SpecError: A number of steps out of range, or too many settings.
@@ -50,7 +50,7 @@ def quality_settings(
     others = (max(1, most // 2),) if steps is None else tuple(integer("steps", one, 1, MAX_STEPS) for one in steps)
     caching = CACHE_EVERY if SHALLOW_UNET in model.components else (1,)
     guiding = GUIDANCE_EVERY if model.guidance and model.defaults.guidance_scale != 1 else (1,)
-    every = dict.fromkeys(("fp32", *(precisions or (bundle.precision,))))
+    every = dict.fromkeys(("fp32", *precisions))
     settings = tuple(QualitySetting(*one) for one in product(every, dict.fromkeys((most, *others)), caching, guiding))
     if len(settings) > MAX_SETTINGS:
         raise SpecError(

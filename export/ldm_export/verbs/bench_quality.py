@@ -59,6 +59,7 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.bench.speed_quality import measure_quality, quality_settings
     from ldm_export.demo import demo_grader
     from ldm_export.report.quality_section import QUALITY_COLUMNS, quality_rows
+    from ldm_runtime.backends.selection import Wish, select_backend
     from ldm_runtime.pipeline import LatentDiffusionPipeline
 
     if args.output is not None or len(args.backend) > 1:
@@ -68,7 +69,8 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     given = {"guidance_scale": args.guidance, "eta": args.eta, "height": args.height, "width": args.width}
     options = {name: value for name, value in given.items() if value is not None}
     requests = _requests(bundle, args.prompts, count)
-    settings = quality_settings(bundle, args.steps, args.precision)
+    precisions = args.precision or [select_backend(bundle, args.backend[0], Wish(device=args.device)).choice.precision]
+    settings = quality_settings(bundle, args.steps, precisions)
 
     def opened(precision: str) -> LatentDiffusionPipeline:
         return LatentDiffusionPipeline.from_bundle(

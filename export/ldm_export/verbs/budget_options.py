@@ -1,4 +1,4 @@
-"""``generate --budget`` and ``--steps auto``: one of the settings that ``bench --quality --save`` has measured."""
+"""``--budget`` and ``--steps auto``: one of the settings that ``bench --quality --save`` has measured."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ import argparse
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import real_number, whole_number
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import SpecError
-from ldm_runtime.number_checks import number
+from ldm_runtime.measured_settings import settled
 from ldm_runtime.quality import QualityResult
+from ldm_runtime.request import AUTO, Request
 
-__all__ = ["STEPS_HELP", "add_budget", "settled", "steps_or_auto"]
-
-AUTO = "auto"
-STEPS_HELP = (
-    ", or auto: the fewest of a setting that `bench --quality --save` has measured with --budget in every image or, "
-    "without --budget, with as many correct images as the model's own number of steps"
-)
-DECIDED = ("precision", "scheduler", "cache_every", "full_steps", "guidance_every")
-"""Options that cannot be given together with a stored setting, which was measured without them or decides them."""
+__all__ = ["add_budget", "settled_request", "steps_or_auto"]
 
 
 def steps_or_auto(text: str) -> int | str:
@@ -28,42 +20,47 @@ def steps_or_auto(text: str) -> int | str:
 
 
 def add_budget(verb: argparse.ArgumentParser) -> None:
-    """Add the option."""
+    """Add ``--steps`` and ``--budget``."""
+    verb.add_argument(
+        "--steps",
+        type=steps_or_auto,
+        help="denoising steps, or auto: the fewest of a setting that `bench --quality --save` has measured with "
+        "--budget in every image or, without --budget, with as many correct images as the model's own number of steps "
+        "(default: the model's)",
+    )
     verb.add_argument(
         "--budget",
         type=real_number,
         metavar="DB",
-        help="take the fastest setting of --steps, --cache-every, --guidance-every and --precision that "
-        "`bench --quality --save` has measured with at least this PSNR in every image, e.g. 35",
+        help="take the fastest setting of --steps, --cache-every and --guidance-every that `bench --quality --save` "
+        "has measured with at least this PSNR in every image, e.g. 35; `generate` takes its precision too",
     )
 
 
-def settled(
-    args: argparse.Namespace, bundle: Bundle, screen: Screen
-) -> tuple[argparse.Namespace, QualityResult | None]:
-    """Return the arguments with the values of the stored setting that they ask for, and the setting, or None.
+def settled_request(
+    request: Request, bundle: Bundle, precision: str | None, screen: Screen
+) -> tuple[Request, QualityResult | None]:
+    """Settle a request before the bundle is loaded, because the setting has a precision, and say which was taken.
+
+    Args:
+        request: The request; without a budget it is returned as it is.
+        bundle: The bundle.
+        precision: Precision that the user asks for; None takes a setting of any.
+        screen: Gets one line.
 
     Raises:
-        SpecError: An option that the setting decides is given too, or the budget cannot be used.
-        ManifestError: The bundle has no measured settings, or they are damaged.
+        LdmError: As ``settled`` and ``Bundle.quality``.
     """
-    auto = args.steps == AUTO
-    if args.budget is None and not auto:
-        return args, None
-    asked = "--steps auto" if args.budget is None else "--budget"
-    given = [name for name in DECIDED if getattr(args, name) is not None]
-    given += ["steps"] if args.steps is not None and not auto else []
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise SpecError(f"{asked}: got {option} too, but a stored setting decides it; leave one of them out")
-    budget = None if args.budget is None else number("budget", args.budget)
+    if request.budget is None and request.num_inference_steps != AUTO:
+        return request, None
     record = bundle.quality()
-    taken = record.fewest_steps(budget) if auto or budget is None else record.fastest(budget)
-    wanted = " ".join([*(["--steps auto"] if auto else []), *([] if budget is None else [f"--budget {budget:g}"])])
+    settled_one, taken = settled(request, record, precision)
+    assert taken is not None
+    wanted = ["--steps auto"] if request.num_inference_steps == AUTO else []
+    wanted += [] if request.budget is None else [f"--budget {request.budget:g}"]
     if taken is record.reference:
-        screen.note(f"{wanted}: no other stored setting is good enough; takes the reference, {taken.setting}")
+        note = f"no other measured setting is good enough; takes the reference, {taken.setting}"
     else:
-        screen.note(f"{wanted}: takes {taken.setting}; {record.measured(taken)}")
-    setting = taken.setting
-    values = {name: getattr(setting, name) for name in ("precision", "steps", "cache_every", "guidance_every")}
-    return argparse.Namespace(**{**vars(args), **values}), taken
+        note = f"takes {taken.setting}; {record.measured(taken)}"
+    screen.note(f"{' '.join(wanted)}: {note}")
+    return settled_one, taken

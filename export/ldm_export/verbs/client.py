@@ -27,6 +27,7 @@ from ldm_export.verbs.prompt_options import prompt_inputs
 from ldm_export.verbs.xl_options import xl_inputs
 from ldm_runtime.atomic_files import destination
 from ldm_runtime.errors import ServerError, SpecError
+from ldm_runtime.request import AUTO
 
 __all__ = ["add_arguments", "run"]
 
@@ -98,7 +99,9 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "LAYOUT": _layouts(args.layout),
         "COUNT": args.count,
         "SEED": seed,
-        "STEPS": args.steps,
+        "STEPS": None if args.steps == AUTO else args.steps,
+        "AUTO_STEPS": True if args.steps == AUTO else None,
+        "BUDGET": args.budget,
         "ETA": args.eta,
         "GUIDANCE": args.guidance,
         "GUIDANCE_EVERY": args.guidance_every,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.budget_options import STEPS_HELP, add_budget, settled, steps_or_auto
+from ldm_export.verbs.budget_options import settled_request
 from ldm_export.verbs.image_options import (
     add_request,
     check_output,
@@ -30,8 +30,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     verb.add_argument("bundle", type=Path)
-    add_request(verb, steps_or_auto, STEPS_HELP)
-    add_budget(verb)
+    add_request(verb)
     verb.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -60,12 +59,12 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
     check_output(args.output)
     bundle = Bundle.open(args.bundle)
-    args, setting = settled(args, bundle, screen)
     seed = fresh_seed() if args.seed is None else args.seed
+    request, setting = settled_request(_request(args, seed), bundle, args.precision, screen)
     with screen.bar("loading"):
         loaded = LatentDiffusionPipeline.from_bundle(
             bundle,
-            precision=args.precision,
+            precision=args.precision if setting is None else setting.setting.precision,
             backend=args.backend,
             device=args.device,
             threads=args.threads,
@@ -73,7 +72,6 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             keep_loaded=False,
             safety_checker=not args.no_safety_checker,
         )
-    request = _request(args, seed)
     with loaded as pipeline:
         steps = pipeline.steps(request)
         with screen.bar("denoising") as bar:
@@ -117,6 +115,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         guidance_every=1 if args.guidance_every is None else args.guidance_every,
         cache_every=1 if args.cache_every is None else args.cache_every,
         full_steps=args.full_steps,
+        budget=args.budget,
         guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
         **prompt_fields(args),
         **xl_fields(args),

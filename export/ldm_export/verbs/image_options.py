@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ldm_export.screen import Screen
+from ldm_export.verbs.budget_options import add_budget
 from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_export.verbs.prompt_options import add_prompt_options
 from ldm_export.verbs.xl_options import add_xl_options
@@ -53,16 +54,8 @@ class ImageFiles:
             screen.result(str(path))
 
 
-def add_request(
-    verb: argparse.ArgumentParser, steps: Callable[[str], int | str] = whole_number, steps_help: str = ""
-) -> None:
-    """Add the options of a request and of its output.
-
-    Args:
-        verb: The command's parser.
-        steps: Parses ``--steps``.
-        steps_help: What ``steps`` takes besides a number.
-    """
+def add_request(verb: argparse.ArgumentParser) -> None:
+    """Add the options of a request and of its output."""
     verb.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="text prompts; none for a model without text conditioning"
     )
@@ -79,7 +72,7 @@ def add_request(
     verb.add_argument(
         "--seed", type=whole_number, help="the same seed gives the same images (default: random, printed)"
     )
-    verb.add_argument("--steps", type=steps, help=f"denoising steps{steps_help} (default: the model's)")
+    add_budget(verb)
     verb.add_argument(
         "--scheduler",
         metavar="NAME",

@@ -64,6 +64,11 @@ class Choice:
         """True if another choice runs the same graphs in the same way; rank and reason are not compared."""
         return replace(self, reason=other.reason) == other
 
+    @property
+    def precision(self) -> str:
+        """The ``Wish.precision`` that computes in this way; fp32 graphs computed in bf16 are "bf16"."""
+        return self.arithmetic if self.graph == "fp32" else self.graph
+
     def facts(self) -> dict[str, str]:
         """Description as JSON values, without the rank."""
         return {name: value for name, value in asdict(self).items() if name != "rank"}

@@ -25,6 +25,7 @@ OPTIONS = (
     "guidance_every",
     "cache_every",
     "full_steps",
+    "budget",
     "guidance_interval",
     "guidance_rescale",
     "clip_skip",

@@ -26,7 +26,7 @@ from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.request_body import form_fields, json_fields
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
-from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result_of, seed_of, submit
+from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result_of, seed_of, setting_of, submit
 
 __all__ = ["ImagesApi"]
 
@@ -108,7 +108,8 @@ class ImagesApi:
             return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=STREAM_HEADERS)
         async with cancelled_on_disconnect(request, job):
             result = await result_of(job)
-        return JSONResponse(await run_in_threadpool(self._answer, result, wanted, str(request.base_url)))
+        answer = await run_in_threadpool(self._answer, result, wanted, str(request.base_url))
+        return JSONResponse({**answer, **setting_of(job)})
 
     def _answer(self, result: JobResult, wanted: ImageRequest, base_url: str) -> dict[str, Any]:
         data = []
@@ -187,6 +188,7 @@ class _Events:
     def _completed(self, result: JobResult, index: int) -> bytes:
         facts = self._image(result.images, index)
         facts |= {"usage": _USAGE, "index": index, "seed": seed_of(result, index), **flag_of(result, index)}
+        facts |= setting_of(self._job)
         return _event(f"{self._name}.completed", facts)
 
     def _image(self, images: Any, index: int) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def model_facts(name: str, model: ModelDescription, loaded: ServedModel | None) 
         loaded: The loaded version; None if its first request will load one.
     """
     choice = None if loaded is None else loaded.pipeline.choice
+    record = None if loaded is None else loaded.pipeline.record
     geometry = Geometry.of(model)
     sizes = {
         side: [size * geometry.factor for size in (axis.min, axis.opt, axis.max)]
@@ -176,6 +177,7 @@ def model_facts(name: str, model: ModelDescription, loaded: ServedModel | None) 
             **sizes,
             "multiple": geometry.factor,
             "defaults": asdict(model.defaults),
+            "measured": [] if record is None or choice is None else record.facts_of(choice.precision),
             "engine": choice.facts() if choice else None,
             "version": loaded.version if loaded else None,
             "loaded": loaded is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
@@ -15,7 +16,7 @@ from ldm_runtime.http.image_request import ImageRequest
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 
-__all__ = ["cancelled_on_disconnect", "flag_of", "result_of", "seed_of", "submit"]
+__all__ = ["cancelled_on_disconnect", "flag_of", "result_of", "seed_of", "setting_of", "submit"]
 
 
 def submit(
@@ -79,6 +80,11 @@ def seed_of(result: JobResult, index: int) -> int:
 def flag_of(result: JobResult, index: int) -> dict[str, bool]:
     """Field of a response that says whether the safety checker flagged an image; empty without a safety checker."""
     return {} if result.flagged is None else {"flagged": result.flagged[index]}
+
+
+def setting_of(job: Job) -> dict[str, Any]:
+    """Field of an answer: the measured setting that the request's budget has taken; empty without a budget."""
+    return {} if job.plan.setting is None else {"setting": job.plan.setting.facts()}
 
 
 class cancelled_on_disconnect:

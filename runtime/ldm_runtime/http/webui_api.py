@@ -202,7 +202,7 @@ def _answer(
     seeds = [seed_of(result, index) for index in range(len(images))]
     prompt, negative = str(fields.get("prompt", "")), str(fields.get("negative_prompt") or "")
     sampler = fields.get("sampler_name") or fields.get("sampler_index") or AUTOMATIC
-    asked = wanted.request.num_inference_steps
+    asked = plan.request.num_inference_steps
     steps = model.pipeline.model.defaults.num_inference_steps if asked is None else asked
     facts = {
         "sampler_name": sampler,

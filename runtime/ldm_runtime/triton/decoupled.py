@@ -62,7 +62,8 @@ class DecoupledModel:
     def _per_step(self, pipeline: LatentDiffusionPipeline, bundle: Bundle) -> LatentDiffusionPipeline:
         model = pipeline.model
         called = {name: PerStepUNet(self.pb, model.components[name]) for name in DENOISERS if name in model.components}
-        return LatentDiffusionPipeline(model, {**pipeline.backends, **called}, bundle.file)
+        backends = {**pipeline.backends, **called}
+        return LatentDiffusionPipeline(model, backends, bundle.file, choice=pipeline.choice, record=pipeline.record)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; returns at once, the responses follow."""

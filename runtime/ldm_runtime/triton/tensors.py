@@ -18,7 +18,7 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.images import pil_image, to_png
 from ldm_runtime.model import DECODER, ModelDescription
 from ldm_runtime.number_checks import shown
-from ldm_runtime.request import Request
+from ldm_runtime.request import AUTO, Request
 
 __all__ = [
     "CANCEL",
@@ -107,6 +107,8 @@ GUIDANCE_FIELDS = (
 COMMON_FIELDS = (
     TensorField("SEED", "TYPE_INT64", (-1,)),
     TensorField("STEPS", "TYPE_INT32"),
+    TensorField("AUTO_STEPS", "TYPE_BOOL"),
+    TensorField("BUDGET", "TYPE_FP32"),
     TensorField("CACHE_EVERY", "TYPE_INT32"),
     TensorField("FULL_STEPS", "TYPE_INT32"),
     TensorField("SCHEDULER", "TYPE_STRING"),
@@ -174,6 +176,7 @@ NUMBERS: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "guidance_every": ("GUIDANCE_EVERY", int),
     "cache_every": ("CACHE_EVERY", int),
     "full_steps": ("FULL_STEPS", int),
+    "budget": ("BUDGET", float),
 }
 """Field of ``Request`` with one number -> its tensor."""
 TEXTS: Mapping[str, str] = {
@@ -208,6 +211,10 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
     for field, (name, kind) in NUMBERS.items():
         if name in tensors:
             options[field] = _one(tensors, name, kind)
+    if _one(tensors, "AUTO_STEPS", bool):
+        if "STEPS" in tensors:
+            raise SpecError("AUTO_STEPS: got true and STEPS too; leave one of them out")
+        options["num_inference_steps"] = AUTO
     for field, name in TEXTS.items():
         if name in tensors:
             options[field] = _texts(tensors, name)

@@ -27,7 +27,7 @@ FIELDS: dict[str, Callable[[Random], Any]] = {
     "seed": lambda random: random.choice((0, 5, [1], [1, 2], 2**64 - 1, np.int64(3), np.uint8(3), np.array([4]))),
     "eta": lambda random: random.choice((0.0, 0.3, 1, np.float32(0.5), 2.0)),
     "guidance_scale": lambda random: random.choice((1.0, 6, np.float16(3), -2.0, 1e30)),
-    "num_inference_steps": lambda random: random.choice((1, 3, np.int32(4), 999, 1001)),
+    "num_inference_steps": lambda random: random.choice((1, 3, np.int32(4), 999, 1001, "auto")),
     "height": lambda random: random.choice((8, 12, np.int64(16), 13, 2**20)),
     "width": lambda random: random.choice((8, 12, 16.0, 13)),
     "images_per_prompt": lambda random: random.choice((1, 2, 17)),
@@ -39,6 +39,7 @@ FIELDS: dict[str, Callable[[Random], Any]] = {
     "guidance_every": lambda random: random.choice((1, 2, 5)),
     "cache_every": lambda random: random.choice((1, 2, np.int32(5))),
     "full_steps": lambda random: random.choice((0, 2, [0, 2], np.array([1]), [5, 0], None)),
+    "budget": lambda random: random.choice((35, 20.5, np.float32(40), None)),
 }
 SUBMISSIONS: dict[str, Callable[[Random], Any]] = {
     "priority": lambda random: random.choice((0, 2, 4, 5)),
@@ -54,6 +55,8 @@ TENSORS += (
     "GUIDANCE_INTERVAL",
     "CACHE_EVERY",
     "FULL_STEPS",
+    "BUDGET",
+    "AUTO_STEPS",
     "PROMPT",
     "PRIORITY",
     "TIMEOUT",
