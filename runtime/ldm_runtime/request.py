@@ -81,8 +81,8 @@ class Request:
         eta: 0 is deterministic DDIM; above 0 the steps add noise (equation 16 of arXiv:2010.02502). Schedulers without
             eta ignore it.
         guidance_scale: 1 turns guidance off, and the unconditional branch is not evaluated.
-        num_inference_steps: Denoising steps. "auto" takes the measured setting with the fewest steps that has ``budget``
-            or, without a budget, as many correct images as the model's default number of steps.
+        num_inference_steps: Denoising steps. "auto" takes the measured setting with the fewest steps that has
+            ``budget`` or, without a budget, as many correct images as the model's default number of steps.
         height, width: Size in pixels, multiples of the model's factor.
         images_per_prompt: Number of images for each prompt, label, image, segmentation or layout.
         latents: Initial noise float32 [images, channels, height / factor, width / factor] instead of the seed's.

@@ -55,7 +55,9 @@ def test_only_settings_of_the_loaded_precision_are_taken() -> None:
         r"best has worst 38.0 dB, mean 43.0 dB, 80% correct; ask for less, .* BUNDLE --quality --save`$",
     ):
         BOTH.fastest(39, "int8")
-    with pytest.raises(SpecError, match=r"^steps: got auto, but no setting .* int8 is good .*80% correct; ask for less"):
+    with pytest.raises(
+        SpecError, match=r"^steps: got auto, but no setting .* int8 is good .*80% correct; ask for less"
+    ):
         BOTH.fewest_steps(None, "int8")
     with pytest.raises(
         SpecError,
