@@ -107,7 +107,7 @@ def shapes_bundle(shared: SharedFolders) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_engines(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
-    """``shapes_bundle`` with fp16 graphs and TensorRT for RTX engines for four GPUs; read-only."""
+    """``shapes_bundle`` with fp16 graphs and TensorRT for RTX engines for two GPUs; read-only."""
     from ldm_runtime.bundle import Bundle
     from tests.support.bundles import add_engines
 

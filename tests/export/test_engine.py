@@ -25,6 +25,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.graph.onnx_graph import load_graph, save_graph
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.backends.cuda import Cuda
+from ldm_runtime.backends.engine_advice import RTX_CAPABILITIES
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import graph_file
 from ldm_runtime.device_loop import GUIDED_STEP, STEP
@@ -215,7 +216,7 @@ def test_a_graph_that_cannot_be_parsed_is_reported_in_one_line(
 
 def test_capabilities_are_the_packages_own() -> None:
     known = known_capabilities(tensorrt_rtx)
-    assert {*CAPABILITIES, "7.5"} <= set(known) and "9.0" not in known
+    assert {*RTX_CAPABILITIES, "7.5"} <= set(known) and "9.0" not in known
     assert known["8.9"] == tensorrt_rtx.ComputeCapability.SM89
 
 

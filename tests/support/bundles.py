@@ -26,8 +26,8 @@ __all__ = [
     "build_shapes",
 ]
 
-CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-"""Compute capabilities of the shared engines: Ampere, Ada and Blackwell."""
+CAPABILITIES = ("8.0", "12.0")
+"""Compute capabilities of the shared engines: Ampere and Blackwell, far apart."""
 ENGINES = EngineRequest("tensorrt-rtx", CAPABILITIES)
 
 
