@@ -14,6 +14,7 @@ from types import ModuleType
 
 from ldm_export.screen import Screen, printable, warnings_on
 from ldm_export.verbs import (
+    add_lora,
     bench,
     build,
     calibrate,
@@ -31,7 +32,7 @@ from ldm_runtime.errors import LdmError, interrupted
 
 __all__ = ["VERBS", "main", "make_parser"]
 
-VERBS = (build, convert, calibrate, generate, verify, report, inspect, bench, serve, triton, client, doctor)
+VERBS = (build, convert, calibrate, add_lora, generate, verify, report, inspect, bench, serve, triton, client, doctor)
 """One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
 
 
@@ -129,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add(verbs: argparse._SubParsersAction, module: ModuleType) -> None:  # type: ignore[type-arg]
-    name, text = module.__name__.rpartition(".")[2], (module.__doc__ or "").partition(": ")[2].rstrip(".\n")
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    text = (module.__doc__ or "").partition(": ")[2].rstrip(".\n")
     verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     verb.set_defaults(command=module.run)
     module.add_arguments(verb)

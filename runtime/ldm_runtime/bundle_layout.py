@@ -14,6 +14,7 @@ __all__ = [
     "CPU_VARIANT",
     "CUDA_VARIANT",
     "INT8_REPORT",
+    "LORAS",
     "MANIFEST",
     "QUALITY_REPORT",
     "RANGES_REPORT",
@@ -23,6 +24,7 @@ __all__ = [
     "engine_file",
     "files_of_graph",
     "graph_file",
+    "lora_file",
     "precision_report",
     "weights_beside",
     "weights_file",
@@ -35,6 +37,9 @@ CALIBRATION_RECORD = "calibration.json"
 RANGES_REPORT, INT8_REPORT, VERIFY_PAGE = "report/ranges.json", "report/int8.json", "report/verify.html"
 QUALITY_REPORT = "report/quality.json"
 """Measured settings: seconds per image and image quality."""
+
+LORAS = "loras"
+"""Folder of the LoRA adapters."""
 
 CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
 """Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""
@@ -75,6 +80,11 @@ def files_of_graph(graph: str, files: Collection[str]) -> list[str]:
 def engine_file(component: str, precision: str, request: str) -> str:
     """Path of a TensorRT engine; ``request`` names package and GPUs, e.g. "tensorrt-rtx-8.6-8.9"."""
     return f"{component}/{precision}.{request}.engine"
+
+
+def lora_file(name: str, sha256: str) -> str:
+    """Path of the factors of a LoRA adapter with this digest (hex)."""
+    return f"{LORAS}/{name}.{sha256[:16]}.safetensors"
 
 
 def precision_report(component: str, precision: str) -> str:

@@ -12,7 +12,7 @@ from ldm_runtime.model import ConditioningSpec, Defaults, Latents, ModelDescript
 from ldm_runtime.spec_json import spec_to_json
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["FORMAT", "VERSION", "Component", "FileFact", "Manifest", "StageFact"]
+__all__ = ["FORMAT", "VERSION", "Component", "FileFact", "LoraFact", "Manifest", "StageFact"]
 
 FORMAT, VERSION = "ldm-export bundle", 2
 
@@ -55,6 +55,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class LoraFact:
+    """A LoRA adapter that requests can select.
+
+    Attributes:
+        file: Path of its factors, a safetensors file.
+        layers: Part of the checkpoint, e.g. "unet" -> number of its layers that the adapter changes.
+        source: Name of the file that it was added from.
+    """
+
+    file: str
+    layers: Mapping[str, int]
+    source: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of a bundle's manifest. Paths are relative and have forward slashes.
 
@@ -67,6 +82,7 @@ class Manifest:
         tools: Versions of the packages that built the bundle.
         request: Options of the build.
         measured: Results of measurements, e.g. of ``verify``.
+        loras: Adapters by name.
     """
 
     family: str
@@ -82,6 +98,7 @@ class Manifest:
     request: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     guidance_above_one: bool = False
+    loras: Mapping[str, LoraFact] = field(default_factory=dict)
 
     @property
     def model(self) -> ModelDescription:
@@ -117,5 +134,6 @@ class Manifest:
             "tools": dict(self.tools),
             "request": dict(self.request),
             "measured": dict(self.measured),
+            "loras": {name: asdict(lora) for name, lora in self.loras.items()},
         }
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

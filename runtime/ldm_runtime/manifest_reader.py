@@ -12,19 +12,21 @@ from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.engine_facts import engine_from_json
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_map, require_object, require_str
-from ldm_runtime.manifest import FORMAT, VERSION, Component, FileFact, Manifest, StageFact
+from ldm_runtime.manifest import FORMAT, VERSION, Component, FileFact, LoraFact, Manifest, StageFact
 from ldm_runtime.model import ConditioningSpec, Defaults, Latents, check_model
 from ldm_runtime.regular_files import read_regular
 from ldm_runtime.spec_json import spec_from_json
 
-__all__ = ["MAX_BYTES", "MAX_NESTING", "file_fact", "read_manifest", "safe_path"]
+__all__ = ["MAX_BYTES", "MAX_LORAS", "MAX_NESTING", "check_lora_name", "file_fact", "read_manifest", "safe_path"]
 
 MAX_BYTES = 16 * 2**20
 MAX_NESTING, MAX_ENGINES, MAX_CONDITIONING, MAX_NAMES = 32, 64, 16, 256
 MAX_LATENT_CHANNELS, MAX_FACTOR, MAX_STEPS, MAX_SETTING = 1024, 256, 1000, 2**31
 MAX_VALUES = 2**31 - 1
 """Maximum number of values of a tensor at its usual size, 8 GiB as float32."""
+MAX_LORAS, MAX_LORA_NAME = 256, 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LORA_NAME = re.compile(rf"[A-Za-z0-9][\w.-]{{0,{MAX_LORA_NAME - 1}}}", re.ASCII)
 _UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
 
@@ -93,13 +95,15 @@ def _parse(document: Any) -> Manifest:
         tools=require_map("tools", top.get("tools"), require_str),
         request=require_object("request", top.get("request")),
         measured=require_object("measured", top.get("measured")),
+        loras=_loras(top.get("loras", {})),
     )
     check_model(manifest.model)
     parts = manifest.components.values()
     graphs = [graph for part in parts for graphs in (part.graphs, *part.variants.values()) for graph in graphs.values()]
     engines = [engine.file for part in parts for engine in part.engines]
     needed = [path for entry in manifest.conditioning for path in entry.files.values()]
-    for path in (*needed, *graphs, *engines):
+    adapters = [lora.file for lora in manifest.loras.values()]
+    for path in (*needed, *graphs, *engines, *adapters):
         if path not in files:
             raise ManifestError(f"files: no entry for {path}, so its digest cannot be checked; rebuild the bundle")
     return manifest
@@ -170,6 +174,36 @@ def _conditioning(where: str, value: Any) -> ConditioningSpec:
         _names(f"{where}.inputs", entry.get("inputs")),
         require_map(f"{where}.settings", entry.get("settings", {}), _setting),
     )
+
+
+def _loras(value: Any) -> dict[str, LoraFact]:
+    loras = require_map("loras", value, _lora)
+    if len(loras) > MAX_LORAS:
+        raise ManifestError(f"loras: got {len(loras)} adapters, expected at most {MAX_LORAS}; remove some")
+    return loras
+
+
+def _lora(where: str, value: Any) -> LoraFact:
+    entry = require_object(where, value)
+    check_lora_name(where.partition(".")[2])
+    return LoraFact(
+        safe_path(f"{where}.file", entry.get("file")),
+        require_map(f"{where}.layers", entry.get("layers"), _setting),
+        require_str(f"{where}.source", entry.get("source")),
+    )
+
+
+def check_lora_name(name: str) -> None:
+    """Check the name of an adapter: it is a part of a file's name, and of ``NAME:WEIGHT`` on a command line.
+
+    Raises:
+        ManifestError: It is too long or has other characters.
+    """
+    if not _LORA_NAME.fullmatch(name):
+        raise ManifestError(
+            f"lora: got name {name!r:.80}, expected up to {MAX_LORA_NAME} letters, digits, '_', '-' and '.', the first "
+            "a letter or digit"
+        )
 
 
 def _setting(where: str, value: Any) -> int:

@@ -11,13 +11,12 @@ import mmap
 from pathlib import Path
 
 from ldm_runtime.errors import ManifestError
+from ldm_runtime.protobuf_fields import varint
 
-__all__ = ["external_locations", "varint"]
+__all__ = ["external_locations"]
 
 MAX_FIELDS = 10_000_000
 """Maximum number of fields of a graph; the largest graphs of diffusion models have less than a million."""
-MAX_VARINT = 10
-"""Length of the longest varint in bytes."""
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _KEY, _VALUE = 1, 2
 _CHILDREN: dict[str, dict[int, str]] = {
@@ -93,19 +92,3 @@ def _locations(content: mmap.mmap) -> set[str]:
         if "location" in texts[_KEY]:
             locations.update(texts[_VALUE])
     return locations
-
-
-def varint(content: mmap.mmap, position: int) -> tuple[int, int]:
-    """Return the number at a position, and the position after it."""
-    value = content[position]
-    position += 1
-    if value < 0x80:
-        return value, position
-    value &= 0x7F
-    for shift in range(7, 7 * MAX_VARINT, 7):
-        byte = content[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError(f"a number of more than {MAX_VARINT} bytes")

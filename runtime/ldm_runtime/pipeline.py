@@ -28,6 +28,8 @@ from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
+from ldm_runtime.loras.selection import no_selection
+from ldm_runtime.loras.sets import LoraSets
 from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.planner import Planner
@@ -59,6 +61,7 @@ class LatentDiffusionPipeline:
         loop: The denoising loop on a device; None runs it in NumPy.
         safety_checker: False does not run the model's safety checker.
         record: The bundle's measured settings, for ``Request.budget``; None if it has none.
+        loras: The adapters that requests can select; None if there are none.
 
     Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
@@ -76,6 +79,7 @@ class LatentDiffusionPipeline:
         loop: DeviceLoop | None = None,
         safety_checker: bool = True,
         record: QualityRecord | None = None,
+        loras: LoraSets[LatentDiffusionPipeline] | None = None,
     ):
         encoders = [entry.component for entry in model.conditioning if entry.component]
         derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
@@ -89,8 +93,9 @@ class LatentDiffusionPipeline:
         checkers = [one for one in opened if isinstance(one, SafetyChecker)]
         self._checker = checkers[0] if checkers and safety_checker else None
         self.denoiser = Denoiser(model, backends)
-        self.record = record
-        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, record)
+        self.record, self._loras = record, loras
+        select = no_selection if loras is None else loras.check
+        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, record, select)
         self._keep_loaded = keep_loaded
         self._opened: OpenModel | None = None
         self._started: DeviceLoop | None = None
@@ -145,6 +150,10 @@ class LatentDiffusionPipeline:
             verified.append(bundle.verified(name))
             return verified[-1].path
 
+        def adapted(changed: Mapping[str, Backend]) -> LatentDiffusionPipeline:
+            backends = {**opened.backends, **changed}
+            return cls(bundle.manifest.model, backends, bundle.file, keep_loaded=keep_loaded, choice=opened.choice)
+
         pipeline = cls(
             bundle.manifest.model,
             opened.backends,
@@ -154,6 +163,7 @@ class LatentDiffusionPipeline:
             loop=opened.loop,
             safety_checker=safety_checker,
             record=bundle.quality() if QUALITY_REPORT in bundle.manifest.files else None,
+            loras=LoraSets(bundle, opened, adapted),
         )
         if not safety_checker and SAFETY_CHECKER in bundle.manifest.components:
             log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")
@@ -178,6 +188,8 @@ class LatentDiffusionPipeline:
         if self.loop is not None:
             self._former_loops.append(self.loop)
         self.choice, self.loop = self._opened.choice, self._opened.loop
+        if self._loras is not None:
+            self._loras.clear()  # they run on the engine before
 
     def __call__(
         self,
@@ -235,9 +247,26 @@ class LatentDiffusionPipeline:
         """
         return self._denoise(self.plan(request))
 
+    def with_loras(self, plan: Plan) -> LatentDiffusionPipeline:
+        """The pipeline that denoises a plan: with the plan's LoRA adapters, or this one if the plan has none.
+
+        It shares the components that the adapters do not change. It is freed when other adapters are selected, or with
+        this pipeline; closing it is not needed.
+
+        Raises:
+            LdmError: An adapter or a graph was damaged or replaced.
+        """
+        return self if self._loras is None or not plan.loras else self._loras.get(plan.loras)
+
+    @property
+    def most_loras(self) -> int:
+        """Selections of adapters, beside none, whose components stay loaded at the same time."""
+        return 0 if self._loras is None else self._loras.most
+
     def _denoise(self, plan: Plan) -> Iterator[Step]:
         timesteps = plan.trajectory.timesteps
-        for index, (timestep, read) in enumerate(zip(timesteps, self._loop_steps(plan), strict=True)):
+        steps = self.with_loras(plan)._loop_steps(plan)
+        for index, (timestep, read) in enumerate(zip(timesteps, steps, strict=True)):
             yield Step(index, len(timesteps), timestep.item(), read)
 
     def _loop_steps(self, plan: Plan) -> Iterator[Callable[[], F32]]:
@@ -395,6 +424,8 @@ class LatentDiffusionPipeline:
         if loop is not None:
             loop.close()
         self.denoiser.close()
+        if self._loras is not None:
+            self._loras.clear()
 
     def __enter__(self) -> LatentDiffusionPipeline:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.feature_cache import shallow_calls
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches, step_branches
+from ldm_runtime.loras.selection import Selection, no_selection
 from ldm_runtime.measured_settings import settled
 from ldm_runtime.model import SHALLOW_UNET, ModelDescription
 from ldm_runtime.number_checks import integer, number, shown
@@ -44,6 +45,7 @@ class Planner:
         scheduler: Computes the trajectory.
         conditioners: The model's conditioners; they check their own fields of a request.
         record: The bundle's measured settings; None if it has none.
+        select: Checks the field ``loras`` of a request.
     """
 
     model: ModelDescription
@@ -51,6 +53,7 @@ class Planner:
     scheduler: Scheduler
     conditioners: Sequence[Conditioner]
     record: QualityRecord | None = None
+    select: Callable[[Any], Selection] = no_selection
 
     def plan(self, request: Request, precision: str | None = None) -> Plan:
         """Plan a request.
@@ -102,6 +105,7 @@ class Planner:
             start_image=given,
             shallow=self._shallow(request, evaluated),
             setting=setting,
+            loras=self.select(request.loras),
         )
 
     def _start_image(self, request: Request, shape: tuple[int, int, int, int]) -> StartImage | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
+from ldm_runtime.loras.selection import Selection
 from ldm_runtime.noise import TorchGenerator
 from ldm_runtime.noise_stream import NoiseStream
 from ldm_runtime.number_checks import integer
@@ -65,6 +66,7 @@ class RequestOptions(TypedDict, total=False):
     negative_original_size: tuple[int, int] | None
     negative_crops_coords_top_left: tuple[int, int]
     negative_target_size: tuple[int, int] | None
+    loras: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,8 @@ class Request:
         negative_original_size, negative_crops_coords_top_left, negative_target_size: The same for the unconditional
             branch. Without negative sizes it has the values of the conditional branch. With ``image``, it always has
             the crop of the conditional branch.
+        loras: Weights of the bundle's LoRA adapters by name, e.g. ``{"style": 0.7}``; None or weights of 0 change
+            nothing. See ``loras.selection``.
     """
 
     prompts: str | Sequence[str] | None = None
@@ -160,6 +164,7 @@ class Request:
     negative_original_size: tuple[int, int] | None = None
     negative_crops_coords_top_left: tuple[int, int] = (0, 0)
     negative_target_size: tuple[int, int] | None = None
+    loras: Mapping[str, float] | None = None
 
     def repeats(self) -> int:
         """Checked ``images_per_prompt``.
@@ -196,6 +201,7 @@ class Plan:
         start_image: Images that denoising starts from; None starts from noise.
         shallow: For each UNet call, True if it reuses deep features of an earlier one.
         setting: The measured setting that ``budget`` or "auto" has taken.
+        loras: Adapters that change the weights, and their weights.
     """
 
     request: Request
@@ -210,6 +216,7 @@ class Plan:
     start_image: StartImage | None = None
     shallow: tuple[bool, ...] = ()
     setting: QualityResult | None = None
+    loras: Selection = ()
 
     @property
     def caches(self) -> bool:

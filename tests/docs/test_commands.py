@@ -49,7 +49,7 @@ def test_the_command_line_takes_every_command(page: str, capsys: pytest.CaptureF
             assert not more or hasattr(args, "prompts"), f"{page}: {command}"
 
 
-VERBS = re.findall(r"^    (\w+) ", make_parser().format_help(), re.MULTILINE)
+VERBS = re.findall(r"^    ([\w-]+) ", make_parser().format_help(), re.MULTILINE)
 
 
 def incomplete(error: str) -> bool:

@@ -21,6 +21,7 @@ from ldm_export.bundle.graph_stages import (
     step_stages,
 )
 from ldm_export.bundle.int8_stages import graph_files, int8_stages
+from ldm_export.bundle.kept_loras import with_kept_loras
 from ldm_export.bundle.precision_stages import calibration_model, half_stages, ranges_stage
 from ldm_export.bundle.previous import describes, previous_bundle
 from ldm_export.bundle.publish import work_folder
@@ -162,7 +163,7 @@ def build(
         if untouched and previous is not None and describes(previous, manifest):
             shutil.rmtree(work)
         else:
-            assemble(work, target, manifest, outcomes)
+            assemble(work, target, with_kept_loras(manifest, previous, work), outcomes)
     on_progress("bundle", 1, 1)
     return Built(Bundle.open(target), {name: outcome.origin for name, outcome in outcomes.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import QUALITY_REPORT, files_of_graph, precision_report
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import read_object, require_integer, require_object
-from ldm_runtime.manifest import Component
+from ldm_runtime.manifest import Component, LoraFact
 
 __all__ = ["inspect_bundle"]
 
@@ -34,6 +35,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "request": dict(manifest.request),
         "measured": dict(manifest.measured),
         **({"quality": bundle.quality().to_json()} if QUALITY_REPORT in manifest.files else {}),
+        **({"loras": {name: _lora(bundle, lora) for name, lora in manifest.loras.items()}} if manifest.loras else {}),
         "tools": dict(manifest.tools),
         "files": {name: fact.size for name, fact in manifest.files.items()},
     }
@@ -54,6 +56,10 @@ def _component(bundle: Bundle, name: str, component: Component) -> dict[str, Any
         **({"variants": variants} if variants else {}),
         **({"engines": engines} if engines else {}),
     }
+
+
+def _lora(bundle: Bundle, lora: LoraFact) -> dict[str, Any]:
+    return {**asdict(lora), "layers": dict(lora.layers), "bytes": bundle.manifest.files[lora.file].size}
 
 
 def _graph(bundle: Bundle, name: str, precision: str, variant: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ldm_export.verbs.image_options import (
     read_layouts,
     write_images,
 )
+from ldm_export.verbs.lora_option import lora_inputs
 from ldm_export.verbs.options import real_number, whole_number
 from ldm_export.verbs.prompt_options import prompt_inputs
 from ldm_export.verbs.xl_options import xl_inputs
@@ -118,6 +119,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "PREVIEW_EVERY": args.preview_every or None,
         **prompt_inputs(args),
         **xl_inputs(args),
+        **lora_inputs(args),
     }
     return {name: value for name, value in inputs.items() if value is not None}
 

@@ -16,6 +16,7 @@ from ldm_export.verbs.image_options import (
     read_layouts,
     write_images,
 )
+from ldm_export.verbs.lora_option import lora_fields
 from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_export.verbs.prompt_options import prompt_fields
 from ldm_export.verbs.xl_options import xl_fields
@@ -119,4 +120,5 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         guidance_rescale=0.0 if args.guidance_rescale is None else args.guidance_rescale,
         **prompt_fields(args),
         **xl_fields(args),
+        **lora_fields(args),
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.budget_options import add_budget
+from ldm_export.verbs.lora_option import add_lora_option
 from ldm_export.verbs.options import real_number, unwritten, whole_number
 from ldm_export.verbs.prompt_options import add_prompt_options
 from ldm_export.verbs.xl_options import add_xl_options
@@ -116,6 +117,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     )
     add_prompt_options(verb)
     add_xl_options(verb)
+    add_lora_option(verb)
     verb.add_argument(
         "--width", type=whole_number, help="pixels, a multiple of the model's factor (default: the model's)"
     )

@@ -53,6 +53,10 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
             rows += [[engine, f"{graph['file']}, {human_bytes(graph['bytes'])}"] for graph in graphs.values()]
         rows += [["engine", _engine(engine)] for engine in component.get("engines", ())]
         screen.table(name, ["", ""], rows)
+    for name, lora in facts.get("loras", {}).items():
+        layers = ", ".join(f"{count} of {part}" for part, count in lora["layers"].items())
+        rows = [["file", f"{lora['file']}, {human_bytes(lora['bytes'])}"], ["layers", layers], ["from", lora["source"]]]
+        screen.table(f"LoRA adapter {name}", ["", ""], rows)
     screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
     screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,9 +11,22 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
+from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.model import DENOISERS, ModelDescription
+from ldm_runtime.verified_file import VerifiedFile
 
-__all__ = ["Choice", "Engine", "Loader", "Placement", "Wish", "pipeline_components", "step_graphs"]
+__all__ = [
+    "FLOAT_GRAPHS",
+    "Choice",
+    "Engine",
+    "Loader",
+    "Placement",
+    "WeightChange",
+    "WeightChanger",
+    "Wish",
+    "pipeline_components",
+    "step_graphs",
+]
 
 Loader = Callable[[], Backend]
 """Loads one component. Its files have been checked."""
@@ -145,6 +158,26 @@ class Engine(Protocol):
 
         Raises:
             ManifestError: A file of the step graphs is not the one that was built.
+        """
+
+
+WeightChange = Callable[[VerifiedFile], Sequence[ChangedWeight]]
+"""Returns the weights of a graph that change; their new values are computed when the component is loaded."""
+FLOAT_GRAPHS = ("fp32", "fp16")
+"""Precisions of graphs whose weights can change."""
+
+
+@runtime_checkable
+class WeightChanger(Protocol):
+    """An engine that loads a component with other weights than those of its graph, for LoRA adapters."""
+
+    def open_changed(
+        self, bundle: Bundle, component: str, choice: Choice, placement: Placement, change: WeightChange
+    ) -> Loader | None:
+        """As ``Engine.open``, with changed weights; None if nothing changes in this component.
+
+        Raises:
+            ManifestError: As ``Engine.open``, or a change does not fit the graph.
         """
 
 

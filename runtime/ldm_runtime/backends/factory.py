@@ -9,13 +9,23 @@ from functools import partial
 from pathlib import Path
 from threading import RLock
 
-from ldm_runtime.backends.engine import Choice, Engine, Loader, Placement, Wish, pipeline_components
+from ldm_runtime.backends.engine import (
+    FLOAT_GRAPHS,
+    Choice,
+    Engine,
+    Loader,
+    Placement,
+    WeightChange,
+    WeightChanger,
+    Wish,
+    pipeline_components,
+)
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.registry import AUTO
 from ldm_runtime.backends.selection import Failure, select_backend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.number_checks import threads as checked_threads
 
 __all__ = ["OpenModel", "open_component", "open_model"]
@@ -52,6 +62,7 @@ class OpenModel:
 
     choice: Choice
     loop: DeviceLoop | None
+    _engine: Engine
 
     def __init__(self, bundle: Bundle, names: Sequence[str], options: _Options, *, with_loop: bool):
         self._bundle, self._names, self._options, self._with_loop = bundle, names, options, with_loop
@@ -61,6 +72,28 @@ class OpenModel:
         self.on_change: Callable[[], None] = lambda: None
         self.backends: dict[str, LazyBackend] = {}
         self._open()
+
+    @property
+    def refuses_changes(self) -> str | None:
+        """Why the present engine cannot change weights; None if it can."""
+        if not isinstance(self._engine, WeightChanger):
+            return f"engine {self._engine.name} cannot change weights"
+        if self.choice.graph not in FLOAT_GRAPHS:
+            return f"the weights of {self.choice.graph} graphs cannot be changed"
+        return None
+
+    def changed(self, name: str, change: WeightChange) -> LazyBackend | None:
+        """A component with changed weights beside the one without, loaded on first use; None if nothing changes.
+
+        Raises:
+            UnsupportedError: As ``refuses_changes`` says.
+            ManifestError: A file is not the one that was built, or a change does not fit the graph.
+        """
+        engine = self._engine
+        if self.refuses_changes or not isinstance(engine, WeightChanger):
+            raise UnsupportedError(f"{name}: {self.refuses_changes}")
+        loader = engine.open_changed(self._bundle, name, self.choice, self._placement(self.choice), change)
+        return None if loader is None else LazyBackend(self._bundle.manifest.components[name].spec, loader)
 
     def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
         """Replace the engine whose denoising loop could not start.
@@ -99,15 +132,18 @@ class OpenModel:
                     raise
                 self._failures.append(Failure(selected.choice, str(error)))
                 continue
-            self.choice, self.loop = selected.choice, loop
+            self._engine, self.choice, self.loop = selected.engine, selected.choice, loop
             for refusal in selected.refusals:
                 if refusal not in self._reported:
                     self._reported.add(refusal)
                     log.warning("%s; %s runs the model instead", refusal, selected.choice.backend)
             return
 
+    def _placement(self, choice: Choice) -> Placement:
+        return Placement(choice.device, self._options.threads, self._options.cache)
+
     def _open_on(self, engine: Engine, choice: Choice) -> DeviceLoop | None:
-        placement = Placement(choice.device, self._options.threads, self._options.cache)
+        placement = self._placement(choice)
         loaders = {name: engine.open(self._bundle, name, choice, placement) for name in self._names}
         for name, loader in loaders.items():
             if name in self.backends:

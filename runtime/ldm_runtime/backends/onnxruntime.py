@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ldm_runtime.backends import Backend, Feed, SpecBackend
 from ldm_runtime.backends.device_backend import DeviceBackend
-from ldm_runtime.backends.engine import Choice, Placement, Wish, step_graphs
+from ldm_runtime.backends.engine import Choice, Placement, WeightChange, Wish, step_graphs
 from ldm_runtime.backends.host import first_line, is_installed
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.memory import memory_of
@@ -31,6 +31,7 @@ from ldm_runtime.device_loop import DeviceLoop, slots_of
 from ldm_runtime.device_run import LoopDevice
 from ldm_runtime.errors import BackendError, UnsupportedError
 from ldm_runtime.installation import install_command
+from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.model import DENOISERS, SHALLOW_UNET, UNET
 from ldm_runtime.specs import ComponentSpec, check_feed
 from ldm_runtime.verified_file import GraphFile, VerifiedFile
@@ -59,14 +60,22 @@ class OnnxRuntimeBackend(SpecBackend):
         spec: Inputs and outputs of the graph.
         device: "cpu", "cuda", or "auto" for CUDA if a GPU can be used and the CPU otherwise.
         threads: CPU threads of one operator. None means all cores that this process may use.
+        changes: Weights that get other values than those of the graph.
 
     Raises:
         BackendError: onnxruntime is not installed, the device is not available, or the graph does not load.
     """
 
-    def __init__(self, graph: GraphFile, spec: ComponentSpec, device: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        graph: GraphFile,
+        spec: ComponentSpec,
+        device: str = "auto",
+        threads: int | None = None,
+        changes: Sequence[ChangedWeight] = (),
+    ):
         self._spec = spec
-        self._session, _, self.device = open_session(graph, spec, Opening(device, threads))
+        self._session, _, self.device = open_session(graph, spec, Opening(device, threads, changes=changes))
 
     def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run the graph once.
@@ -102,17 +111,20 @@ class OnnxRuntimeLoader:
         spec: Inputs and outputs, as callers see them.
         placement: Where it runs.
         half: True if the graph may have float16 where the spec says float32.
+        changes: Weights that get other values than those of the graph.
     """
 
     graph: VerifiedFile
     spec: ComponentSpec
     placement: Placement
     half: bool = False
+    changes: Sequence[ChangedWeight] = ()
 
     def __call__(self) -> Backend:
         """Load the component. On CUDA its calls are captured, so that they cost one launch each."""
         if self.placement.device != "cuda":
-            return OnnxRuntimeBackend(self.graph, self.spec, self.placement.device, self.placement.threads)
+            placement = self.placement
+            return OnnxRuntimeBackend(self.graph, self.spec, placement.device, placement.threads, self.changes)
         launcher = self.launcher()
         return DeviceBackend(launcher, self.spec, memory_of("cuda", GPU_EXTRA))
 
@@ -121,7 +133,13 @@ class OnnxRuntimeLoader:
         memory = memory_of(self.placement.device, GPU_EXTRA)
         modes = tuple(Mode) if self.spec.name in DENOISERS else (Mode.FREE, Mode.PLAIN)
         return OnnxRuntimeLauncher(
-            self.graph, self.spec, memory, half=self.half, modes=modes, threads=self.placement.threads
+            self.graph,
+            self.spec,
+            memory,
+            half=self.half,
+            modes=modes,
+            threads=self.placement.threads,
+            changes=self.changes,
         )
 
 
@@ -180,6 +198,14 @@ class OnnxRuntimeEngine:
         graph = bundle.verified_graph(component, choice.graph, variant)
         half = variant == CUDA_VARIANT and choice.graph in part.variants.get(variant, {})
         return OnnxRuntimeLoader(graph, part.spec, placement, half)
+
+    def open_changed(
+        self, bundle: Bundle, component: str, choice: Choice, placement: Placement, change: WeightChange
+    ) -> OnnxRuntimeLoader | None:
+        """As ``backends.engine.WeightChanger``."""
+        loader = self.open(bundle, component, choice, placement)
+        changes = change(loader.graph)
+        return replace(loader, changes=changes) if changes else None
 
     def device_loop(
         self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]

@@ -17,6 +17,7 @@ from ldm_runtime.backends.memory import CudaMemory, HostMemory
 from ldm_runtime.backends.onnxruntime_session import CaptureRefusedError, Opening, load_onnxruntime, open_session
 from ldm_runtime.device import Region
 from ldm_runtime.errors import BackendError
+from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.specs import ComponentSpec, sizes_of
 from ldm_runtime.verified_file import GraphFile
 
@@ -125,6 +126,7 @@ class OnnxRuntimeLauncher:
         half: True if the graph may have float16 where the spec says float32.
         modes: Modes to try on CUDA, in this order. On the CPU the mode is PLAIN.
         threads: CPU threads of one operator. None means all cores that this process may use.
+        changes: Weights that get other values than those of the graph.
 
     Attributes:
         spec: Inputs and outputs with the dtypes of the graph.
@@ -144,10 +146,11 @@ class OnnxRuntimeLauncher:
         half: bool = False,
         modes: Sequence[Mode] = tuple(Mode),
         threads: int | None = None,
+        changes: Sequence[ChangedWeight] = (),
     ):
         self._graph, self._memory, self._ids, self.spec = graph, memory, count(1), spec
         stream = int(memory.stream) if isinstance(memory, CudaMemory) else None
-        self._opening = Opening(memory.device, threads, stream, half=half)
+        self._opening = Opening(memory.device, threads, stream, half=half, changes=changes)
         self._modes = [Mode.PLAIN] if stream is None else list(modes)
         usual = {tensor.name: tensor.bounds("opt") for tensor in spec.inputs}
         self._usual, self._session = sizes_of(spec, usual), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed, SpecBackend
-from ldm_runtime.backends.engine import Choice, Loader, Placement, Wish
+from ldm_runtime.backends.engine import Choice, Loader, Placement, WeightChange, Wish
 from ldm_runtime.backends.host import first_line, import_engine, is_installed, usable_cores
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
@@ -22,6 +22,7 @@ from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.installation import install_command
+from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.model import UNET
 from ldm_runtime.once import once
 from ldm_runtime.onnx_nodes import check_nodes
@@ -49,6 +50,7 @@ class OpenVinoBackend(SpecBackend):
         arithmetic: "fp32", or "bf16" for matrix products in bf16 if the CPU supports it.
         threads: CPU threads. None means all cores that this process may use.
         cache: Folder where compiled graphs are kept for the next process, used by this graph alone. None keeps none.
+        changes: Weights that get other values than those of the graph.
 
     Raises:
         BackendError: openvino is not installed, the CPU does not support the arithmetic, or the graph does not load.
@@ -61,6 +63,7 @@ class OpenVinoBackend(SpecBackend):
         arithmetic: str = "fp32",
         threads: int | None = None,
         cache: Path | None = None,
+        changes: Sequence[ChangedWeight] = (),
     ):
         if arithmetic not in ARITHMETIC:
             raise BackendError(f"arithmetic: got {arithmetic!r:.40}, expected one of {', '.join(ARITHMETIC)}")
@@ -77,6 +80,8 @@ class OpenVinoBackend(SpecBackend):
         weights = weights_beside(self._graph)
         size = (weights if weights.is_file() else self._graph).stat().st_size
         self._model: Any = self._read()
+        _replace_constants(self._model, changes)
+        unchanged(graph)
         self._shaped = ShapedGraph(self._copy, self._core, options, size, _has_rows(spec))
 
     def _copy(self) -> Any:
@@ -121,6 +126,27 @@ class OpenVinoBackend(SpecBackend):
         """Free the compiled graphs."""
         self._model = None
         self._shaped.close()
+
+
+def _replace_constants(model: Any, changes: Sequence[ChangedWeight]) -> None:
+    """Let the nodes of a model read changed weights. OpenVINO names constants after the graph's initializers.
+
+    Raises:
+        BackendError: The model has no such constant.
+    """
+    if not changes:
+        return
+    from openvino import op
+
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    for one in changes:
+        name, constant = one.stored.name, constants.get(one.stored.name)
+        if constant is None or tuple(constant.get_output_shape(0)) != one.stored.shape:
+            raise BackendError(f"openvino: has no constant {name!r:.80} of shape {list(one.stored.shape)} to change")
+        changed = op.Constant(one.values())
+        changed.set_friendly_name(name)
+        for reader in constant.output(0).get_target_inputs():
+            reader.replace_source_output(changed.output(0))
 
 
 def _has_rows(spec: ComponentSpec) -> bool:
@@ -182,6 +208,17 @@ class OpenVinoEngine:
         if cache is not None:
             cache = _writable(cache / _cache_folder(bundle, part.graphs[choice.graph]))
         return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, cache)
+
+    def open_changed(
+        self, bundle: Bundle, component: str, choice: Choice, placement: Placement, change: WeightChange
+    ) -> Loader | None:
+        """As ``backends.engine.WeightChanger``. Compiled graphs with changed weights are not kept in the cache."""
+        part, graph = bundle.manifest.components[component], bundle.verified_graph(component, choice.graph)
+        changes = change(graph)
+        if not changes:
+            return None
+        check_nodes(graph.path)
+        return lambda: OpenVinoBackend(graph, part.spec, choice.arithmetic, placement.threads, changes=changes)
 
     def device_loop(
         self, bundle: Bundle, choice: Choice, placement: Placement, backends: Mapping[str, LazyBackend]

@@ -1,4 +1,4 @@
-"""The running requests: one batch per image size, prompt length and kind of loop. Batches take turns, step by step."""
+"""The running requests: one batch per image size, prompt length, kind of loop and adapters. Batches take turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from ldm_runtime.denoiser import Tensors
 from ldm_runtime.device import WorkspaceCache
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.images import to_uint8
+from ldm_runtime.loras.selection import Selection
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.start import Start
 
@@ -32,9 +34,22 @@ F32 = NDArray[np.float32]
 PIXELS_PER_DECODE = 2**18
 """Maximum pixels per decoder call on a CPU, those of one 512×512 image: larger calls save no time there."""
 _log = logging.getLogger(__name__)
-_Key = tuple[tuple[int, ...], bool | None]
-"""Height and width of the latents and number of prompt chunks; then True for a guided and False for an unguided batch
-on the device, None for a batch in NumPy."""
+
+
+class _Key(NamedTuple):
+    """What the requests of a batch have in common.
+
+    Attributes:
+        size: Height and width of the latents, and number of prompt chunks.
+        guided: True for a guided and False for an unguided batch on the device, None for a batch in NumPy.
+        loras: Adapters that change the weights.
+    """
+
+    size: tuple[int, ...]
+    guided: bool | None
+    loras: Selection
+
+
 Notify = Callable[[Job, Progress | JobResult | LdmError], None]
 
 
@@ -70,19 +85,20 @@ class ActiveBatches:
 
     def fits(self, job: Job) -> bool:
         """True if the job can join now."""
-        batch, sizes = self._batches.get(self._key(job)), {size for size, _ in self._batches}
-        if batch is None:
-            return len(sizes | {_size(job)}) <= self._limits.max_sizes
-        return batch.fits(job)
+        batch, loras = self._batches.get(self._key(job)), job.plan.loras
+        if batch is not None:
+            return batch.fits(job)
+        sizes = {key.size for key in self._batches} | {_size(job)}
+        selections = {key.loras for key in self._batches if key.loras} | ({loras} if loras else set())
+        return len(sizes) <= self._limits.max_sizes and len(selections) <= self._pipeline.most_loras
 
     def _key(self, job: Job) -> _Key:
         """Key of the batch that a job joins: its sizes, and whether a batch on the device can run its plan."""
         loop, plan = self._pipeline.loop, job.plan
-        on_device = loop is not None and loop.takes(plan) and not plan.caches
-        return _size(job), plan.guided if on_device else None
+        on_device = loop is not None and loop.takes(plan) and not plan.caches and not plan.loras
+        return _Key(_size(job), plan.guided if on_device else None, plan.loras)
 
-    def _new_batch(self, guided: bool | None) -> Batch | DeviceBatch:
-        pipeline = self._pipeline
+    def _new_batch(self, pipeline: LatentDiffusionPipeline, guided: bool | None) -> Batch | DeviceBatch:
         if guided is None or pipeline.loop is None:
             return Batch(pipeline.denoiser, self._limits, self._noise_executor)
         return DeviceBatch(
@@ -93,9 +109,12 @@ class ActiveBatches:
         """Encode the job's conditioning and add it to the batch of its size; it must fit."""
         job.started = time.monotonic()
         try:
+            for member in chain.from_iterable(batch.members[:1] for batch in self._batches.values()):
+                self._pipeline.with_loras(member.plan)  # adapters that are in use are not freed for those of the job
             with self._counters.time("encode"):
-                start = self._pipeline.begin(job.plan)
-                conditioning, schedule = self._pipeline.condition(job.plan, start), self._embed(job)
+                pipeline = self._pipeline.with_loras(job.plan)
+                start = pipeline.begin(job.plan)
+                conditioning, schedule = pipeline.condition(job.plan, start), self._embed(job, pipeline)
             job.encoded = time.monotonic()
             with self._counters.time("step"):
                 while not self._enter(job, conditioning, schedule, start):
@@ -108,28 +127,28 @@ class ActiveBatches:
         key, loop = self._key(job), self._pipeline.loop
         try:
             if key not in self._batches:
-                self._batches[key] = self._new_batch(key[1])
+                self._batches[key] = self._new_batch(self._pipeline.with_loras(job.plan), key.guided)
             self._batches[key].join(job, conditioning, schedule, start)
         except BackendError as error:
-            if key[1] is None or loop is None:
+            if key.guided is None or loop is None:
                 raise
             self._pipeline.loop_failed(loop, error)
             for empty in [other for other, batch in self._batches.items() if not batch.members]:
                 self._batches.pop(empty).close()
             self._workspaces.close()
             return False
-        if key[1] is not None and loop is not None:
+        if key.guided is not None and loop is not None:
             self._pipeline.loop_started(loop)
         return True
 
-    def _embed(self, job: Job) -> Tensors:
-        """The UNet's schedule inputs at each step; jobs with equal timesteps share them."""
+    def _embed(self, job: Job, pipeline: LatentDiffusionPipeline) -> Tensors:
+        """The UNet's schedule inputs at each step; jobs with equal timesteps and adapters share them."""
         timesteps = job.plan.trajectory.timesteps
-        for batch in self._batches.values():
+        for key, batch in self._batches.items():
             for member in batch.members:
-                if np.array_equal(member.trajectory.timesteps, timesteps):
+                if key.loras == job.plan.loras and np.array_equal(member.trajectory.timesteps, timesteps):
                     return member.schedule
-        return self._pipeline.denoiser.embed(timesteps)
+        return pipeline.denoiser.embed(timesteps)
 
     def remove_stopped(self) -> None:
         """Remove the jobs that are cancelled or past their deadline."""

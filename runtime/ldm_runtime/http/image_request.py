@@ -39,6 +39,7 @@ OPTIONS = (
     "tokens",
     "layout",
     *MICRO_FIELDS,
+    "loras",
 )
 """Fields that OpenAI's API does not have; they become fields of ``Request``."""
 WITHOUT_EFFECT = ("user", "quality", "style", "moderation", "input_fidelity")

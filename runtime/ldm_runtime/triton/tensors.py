@@ -112,12 +112,14 @@ COMMON_FIELDS = (
     TensorField("CACHE_EVERY", "TYPE_INT32"),
     TensorField("FULL_STEPS", "TYPE_INT32"),
     TensorField("SCHEDULER", "TYPE_STRING"),
+    TensorField("LORAS", "TYPE_STRING"),
     TensorField("ETA", "TYPE_FP32"),
     TensorField("HEIGHT", "TYPE_INT32"),
     TensorField("WIDTH", "TYPE_INT32"),
     TensorField("PRIORITY", "TYPE_INT32"),
     TensorField("TIMEOUT", "TYPE_FP32"),
 )
+"""LORAS is JSON: an object with the weights of adapters by name."""
 PREVIEW_EVERY = TensorField("PREVIEW_EVERY", "TYPE_INT32")
 FLAGGED = TensorField("FLAGGED", "TYPE_BOOL", (-1,))
 """Output of models with a safety checker: for each image, whether it was flagged and is black."""
@@ -226,6 +228,9 @@ def parse_request(tensors: Mapping[str, NDArray[Any]]) -> Submission:
             options[field] = tensors[name]
     if "LAYOUT" in tensors:
         options["layout"] = [_layout(number, text) for number, text in enumerate(_texts(tensors, "LAYOUT"))]
+    if "LORAS" in tensors:
+        _values(tensors, "LORAS", 1)
+        options["loras"] = _loras(_texts(tensors, "LORAS")[0])
     if "LABEL" in tensors:
         options["labels"] = [_number("LABEL", label, int) for label in tensors["LABEL"].ravel()]
     if "SCHEDULER" in tensors:
@@ -275,6 +280,13 @@ def _layout(number: int, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise SpecError(f"LAYOUT {number}: is not JSON; send [[category, [x, y, width, height]], ...]") from None
+
+
+def _loras(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise SpecError(f'LORAS: got {shown(text)}, expected a JSON object, e.g. {{"style": 0.7}}') from None
 
 
 def response_tensors(result: JobResult, steps: int, requested: set[str]) -> Tensors:
