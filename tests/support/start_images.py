@@ -9,8 +9,10 @@ import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -47,14 +49,15 @@ def theirs(pipeline: Any, seed: int | list[int], scheduler: Any = None, **option
         pipeline: A StableDiffusionInpaintPipeline or a StableDiffusionXLInpaintPipeline.
         seed: One, or one for each image.
         scheduler: Instead of the pipeline's.
-        options: Of the call; without ``mask_image`` the pipeline for images with the same parts answers it.
+        options: Of the call. A pipeline of the same parts answers it: for no image, an image, or one with a mask.
     """
-    kinds: tuple[Any, Any] = (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
+    kinds: tuple[Any, ...] = (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
     made: dict[str, Any] = {"requires_safety_checker": False}
     if isinstance(pipeline, StableDiffusionXLInpaintPipeline):
-        kinds, made = (StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline), {"add_watermarker": False}
+        kinds = (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
+        made = {"add_watermarker": False}
     parts = pipeline.components | ({} if scheduler is None else {"scheduler": scheduler})
-    pipeline = kinds["mask_image" in options](**parts, **made)
+    pipeline = kinds[("image" in options) + ("mask_image" in options)](**parts, **made)
     pipeline.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]):
         listed = isinstance(seed, list)

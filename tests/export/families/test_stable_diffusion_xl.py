@@ -256,19 +256,21 @@ def test_precisions_verification_and_engines(bundle: Bundle, checkpoint: Path, t
 
 
 @pytest.mark.slow
-def test_a_decoder_beyond_the_range_of_fp16(bundle: Bundle, checkpoint: Path, tmp_path: Path) -> None:
-    """Published decoders overflow in fp16 (``force_upcast``); what exceeds its range stays in fp32."""
+def test_an_autoencoder_beyond_the_range_of_fp16(bundle: Bundle, checkpoint: Path, tmp_path: Path) -> None:
+    """Published autoencoders overflow in fp16 (``force_upcast``); what exceeds its range stays in fp32."""
     large = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     vae: Any = AutoencoderKL.from_pretrained(large / "vae")
-    for parameter in vae.decoder.conv_in.parameters():
+    for parameter in (*vae.decoder.conv_in.parameters(), *vae.encoder.conv_in.parameters()):
         parameter.data *= 1e6
     vae.save_pretrained(large / "vae")
     with torch.inference_mode():
-        plain = vae.half().decode(torch.ones(1, 4, 8, 8, dtype=torch.float16)).sample
-    assert not torch.isfinite(plain).all()
+        decoded = vae.half().decode(torch.ones(1, 4, 8, 8, dtype=torch.float16)).sample
+        encoded = vae.encode(torch.ones(1, 3, 16, 16, dtype=torch.float16)).latent_dist.mean
+    assert not torch.isfinite(decoded).all() and not torch.isfinite(encoded).all()
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     opened = open_checkpoint(large)
     built = build(opened, folder, "fp16").bundle
-    report = json.loads((folder / "report/decoder.fp16.json").read_text())
-    assert any(reason.startswith("range: ") for reason in report["islands"].values())
+    for name in ("decoder", "encoder"):
+        report = json.loads((folder / f"report/{name}.fp16.json").read_text())
+        assert any(reason.startswith("range: ") for reason in report["islands"].values()), name
     assert verify(built, opened, [{"prompts": "a red circle"}], 3, "fp16", TOLERANCES["fp16"]).failures == []
