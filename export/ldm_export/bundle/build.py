@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ldm_calibration.settings import CalibrationSettings, Grade
 from ldm_export.bundle.assemble import assemble
 from ldm_export.bundle.build_plan import BuildPlan
 from ldm_export.bundle.engine_stages import engine_of, engine_stage, in_latents
+from ldm_export.bundle.feature_cache_layers import feature_cache_layers
 from ldm_export.bundle.graph_stages import (
     file_stages,
     graph_stages,
@@ -56,7 +57,8 @@ class BuildOptions:
         grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
         requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
         cuda: Also write graphs for ONNX Runtime on CUDA; for fp16 only.
-        feature_cache: Layers of the UNet's last up block in the graphs for steps with cached features; 0 writes none.
+        feature_cache: Layers of the UNet's last up block in the graphs for steps with cached features; 0 writes none,
+            and "auto" takes what was measured on the bundle that is written again.
 
     Raises:
         BuildError: The precision is unknown, or int8 has no settings, or an option is for another precision.
@@ -68,7 +70,7 @@ class BuildOptions:
     grade: Grade | None = None
     requests: Sequence[RequestFields] | None = None
     cuda: bool = False
-    feature_cache: int = 1
+    feature_cache: int | Literal["auto"] = 1
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -123,12 +125,14 @@ def build(
     target = target.resolve()  # replaces the folder that a link points to
     family = family_named(checkpoint.family)
     model, previous = described(family, checkpoint), previous_bundle(target)
+    layers, measured = feature_cache_layers(options.feature_cache, previous, target)
+    options = replace(options, feature_cache=layers)
     latents = None if options.engines is None else in_latents(options.engines, model, options.precision)
     tools = {"ldm-export": version("ldm-export"), **{name: version(name) for name in TOOLS}}
     request = _request(checkpoint, options, family.quantize)
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
-        plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress, options.feature_cache)
+        plan = BuildPlan(checkpoint, family, model, work, previous, tools, on_progress, layers)
         _run([*file_stages(plan), *graph_stages(plan)], plan, outcomes)
         plan = replace(plan, model=split_model(plan, outcomes))
         precise = _precision_stages(plan, options, outcomes)
@@ -158,6 +162,7 @@ def build(
             stages={name: StageFact(outcome.key, tuple(outcome.files)) for name, outcome in outcomes.items()},
             tools=tools,
             request=request,
+            measured=measured,
         )
         untouched = all(outcome.origin == "kept" for outcome in outcomes.values())
         if untouched and previous is not None and describes(previous, manifest):

@@ -22,7 +22,7 @@ from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, RANGES_REPORT, 
 from ldm_runtime.model import DEEP_FEATURES, ModelDescription
 from ldm_runtime.specs import Axis, ComponentSpec
 
-__all__ = ["CUDA_PRECISION", "Variant", "cpu_variants", "cuda_variants"]
+__all__ = ["CUDA_PRECISION", "Variant", "cpu_variants", "cuda_variants", "write_cpu_variant"]
 
 CUDA_PRECISION = "fp16"
 """Precision of the graphs for CUDA."""
@@ -69,19 +69,27 @@ def _has_height(spec: ComponentSpec) -> bool:
 
 def _cpu_variant(plan: BuildPlan, name: str, sources: Mapping[str, str]) -> Variant:
     def run(folder: Path) -> list[str]:
-        source, target = plan.graph(name, "fp32"), folder / graph_file(name, "fp32", CPU_VARIANT)
-        result = apply(ir.load(source), ENGINE_PASSES[CPU_VARIANT])
-        if not result.changes:
-            return []
-        target.parent.mkdir()
-        if not weights_beside(source).exists():
-            load_to_model(result.model)
-        clear_range_names(result.model.graph)
-        ir.save(result.model, target)  # weights in a file beside the portable graph are referenced, not copied
-        return relative([target], folder)
+        target = folder / graph_file(name, "fp32", CPU_VARIANT)
+        return relative([target], folder) if write_cpu_variant(plan.graph(name, "fp32"), target) else []
 
     stage = Stage(f"{name}.fp32.{CPU_VARIANT}", _depends(CPU_VARIANT, name, sources), run)
     return Variant(name, "fp32", CPU_VARIANT, stage)
+
+
+def write_cpu_variant(source: Path, target: Path) -> bool:
+    """Write a portable graph as rewritten for ONNX Runtime on the CPU; False if the passes change nothing.
+
+    Weights in a file beside the portable graph are referenced, not copied.
+    """
+    result = apply(ir.load(source), ENGINE_PASSES[CPU_VARIANT])
+    if not result.changes:
+        return False
+    target.parent.mkdir(exist_ok=True)
+    if not weights_beside(source).exists():
+        load_to_model(result.model)
+    clear_range_names(result.model.graph)
+    ir.save(result.model, target)
+    return True
 
 
 def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:

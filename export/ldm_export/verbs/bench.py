@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.bench.bench_results import BenchSettings, Combination
     from ldm_export.bench.benchmark import benchmark
 
-    for option in ("min_psnr", "save", "prompts"):
+    for option in ("min_psnr", "save", "prompts", "split_levels"):
         if getattr(args, option) not in (None, False):
             raise BuildError(f"--{option.replace('_', '-')}: got it without --quality; add --quality")
     if args.steps is not None and len(args.steps) > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.screen import Screen
+from ldm_export.verbs.bench_split import run_split_levels
 from ldm_export.verbs.options import chosen_prompts, real_number, unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
@@ -46,7 +47,14 @@ def add_quality_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--save",
         action="store_true",
-        help="with --quality: store the settings and figures in the bundle, for `generate --budget`",
+        help="with --quality: store the settings and figures in the bundle, for `generate --budget`; with "
+        "--split-levels the number of layers, for `build --feature-cache auto`",
+    )
+    verb.add_argument(
+        "--split-levels",
+        action="store_true",
+        help="with --quality: compare the numbers of layers that steps with cached features can compute instead "
+        "(`build --feature-cache`)",
     )
 
 
@@ -68,7 +76,10 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     bundle, count = Bundle.open(args.bundle), integer("runs", args.runs, 1, MAX_IMAGES)
     given = {"guidance_scale": args.guidance, "eta": args.eta, "height": args.height, "width": args.width}
     options = {name: value for name, value in given.items() if value is not None}
-    requests = _requests(bundle, args.prompts, count)
+    requests = [{**request, **options} for request in _requests(bundle, args.prompts, count)]
+    if args.split_levels:
+        run_split_levels(args, bundle, requests, least, screen)
+        return
     precisions = args.precision or [select_backend(bundle, args.backend[0], Wish(device=args.device)).choice.precision]
     settings = quality_settings(bundle, args.steps, precisions)
 
@@ -80,7 +91,7 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     with screen.bar("loading") as bar:
         record = measure_quality(
             settings,
-            [{**request, **options} for request in requests],
+            requests,
             opened,
             demo_grader(bundle),
             lambda what, done, total: bar.to(done, total, what),

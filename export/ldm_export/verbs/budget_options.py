@@ -5,25 +5,20 @@ from __future__ import annotations
 import argparse
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.options import real_number, whole_number
+from ldm_export.verbs.options import number_or_auto, real_number
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.measured_settings import settled
 from ldm_runtime.quality import QualityResult
 from ldm_runtime.request import AUTO, Request
 
-__all__ = ["add_budget", "settled_request", "steps_or_auto"]
-
-
-def steps_or_auto(text: str) -> int | str:
-    """Parse a number of steps or "auto" for argparse; errors as ``whole_number``."""
-    return AUTO if text == AUTO else whole_number(text)
+__all__ = ["add_budget", "settled_request"]
 
 
 def add_budget(verb: argparse.ArgumentParser) -> None:
     """Add ``--steps`` and ``--budget``."""
     verb.add_argument(
         "--steps",
-        type=steps_or_auto,
+        type=number_or_auto,
         help="denoising steps, or auto: the fewest of a setting that `bench --quality --save` has measured with "
         "--budget in every image or, without --budget, with as many correct images as the model's own number of steps "
         "(default: the model's)",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldm_export.demo import TASKS
 from ldm_export.screen import Screen, human_bytes
 from ldm_export.verbs.int8_options import add_int8_arguments, given_options, inputs_of, settings_of, show
-from ldm_export.verbs.options import PRECISIONS, chosen_prompts, quieten, unwritten, whole_number
+from ldm_export.verbs.options import PRECISIONS, chosen_prompts, number_or_auto, quieten, unwritten
 from ldm_export.verbs.original_options import add_embedding_argument, add_original_arguments, open_given
 from ldm_runtime.backends.engine_match import PACKAGES
 from ldm_runtime.bundle_layout import CUDA_VARIANT
@@ -54,11 +54,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--feature-cache",
-        type=whole_number,
+        type=number_or_auto,
         default=1,
         metavar="LAYERS",
         help="layers of the UNet's last up block that a step with cached features computes (--cache-every); 0 writes "
-        "no graphs for such steps (default 1)",
+        "no graphs for such steps; auto takes what `bench --quality --split-levels --save` has stored in the bundle "
+        "that is written again (default 1)",
     )
     add_original_arguments(verb)
     add_embedding_argument(verb)

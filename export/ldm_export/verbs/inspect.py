@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_export.report.lenient_json import mapping
 from ldm_export.screen import Screen, human_bytes
+from ldm_export.verbs.bench_split import SPLIT_COLUMNS, split_rows
 from ldm_runtime.bundle import Bundle
 
 __all__ = ["add_arguments", "run"]
@@ -22,6 +23,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run ``ldm-export inspect``."""
     from ldm_export.bundle.abandoned import abandoned_work
+    from ldm_export.bundle.feature_cache_layers import FEATURE_CACHE
     from ldm_export.bundle.inspection import inspect_bundle
 
     if (work := abandoned_work(args.bundle)) is not None:
@@ -59,7 +61,11 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         screen.table(f"LoRA adapter {name}", ["", ""], rows)
     screen.table("request", ["", ""], _flat(facts["request"]))
     screen.table("tools", ["", ""], _flat(facts["tools"]))
-    screen.table("measured", ["", ""], _flat(facts["measured"]) or [["nothing yet", "run `ldm-export verify`"]])
+    measured = {name: value for name, value in facts["measured"].items() if name != FEATURE_CACHE}
+    screen.table("measured", ["", ""], _flat(measured) or [["nothing yet", "run `ldm-export verify`"]])
+    if split := mapping(facts["measured"].get(FEATURE_CACHE)):
+        title = f"layers of the shallow UNet, measured with {split.get('images')} images; chosen: {split.get('layers')}"
+        screen.table(title, SPLIT_COLUMNS, split_rows(split))
     if "quality" in facts:
         from ldm_export.report.quality_section import QUALITY_COLUMNS, quality_rows
 

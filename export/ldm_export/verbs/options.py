@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ldm_runtime.errors import BuildError, SpecError
 from ldm_runtime.number_checks import shown
 from ldm_runtime.regular_files import read_regular
+from ldm_runtime.request import AUTO
 
 if TYPE_CHECKING:
     from ldm_export.demo import Model
 
-__all__ = ["PRECISIONS", "byte_count", "chosen_prompts", "lines", "quieten", "real_number", "unwritten", "whole_number"]
+__all__ = [
+    "PRECISIONS",
+    "byte_count",
+    "chosen_prompts",
+    "lines",
+    "number_or_auto",
+    "quieten",
+    "real_number",
+    "unwritten",
+    "whole_number",
+]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_PROMPTS = 16 * 2**20
@@ -37,6 +48,11 @@ def whole_number(text: str) -> int:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number of at most {MAX_DIGITS} digits")
+
+
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """Parse a whole number or "auto" for argparse; errors as ``whole_number``."""
+    return AUTO if text == AUTO else whole_number(text)
 
 
 def real_number(text: str) -> float:

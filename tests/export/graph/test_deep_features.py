@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ldm_export.graph.onnx_graph import save_graph
 from ldm_export.graph.passes import ENGINE_PASSES, apply
-from ldm_export.graph.passes.deep_features import expose_deep_features, shallow_unet
+from ldm_export.graph.passes.deep_features import expose_deep_features, possible_layers, shallow_unet
 from ldm_export.graph.passes.half_precision import half_precision
 from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT
 from ldm_runtime.errors import BuildError
@@ -95,6 +95,20 @@ def test_rewritten_graphs_lead_to_shallow_ones(
     later = {name: array for name, array in feed.items() if name in {value.name for value in model.graph.inputs}}
     again = runner(tmp_path / "shallow.onnx", later | {"deep_features": results["deep_features"]})
     assert largest_difference(again["noise_pred"], results["noise_pred"]) <= TOLERANCE
+
+
+def test_a_graph_is_split_again_elsewhere(wholes: dict[str, Whole], tmp_path: Path) -> None:
+    whole = wholes["conditional"]
+    model = whole.model
+    assert possible_layers(model) == 2
+    for layers in (1, 2):
+        expose_deep_features(model, layers)
+    assert [value.name for value in model.graph.outputs] == ["noise_pred", "deep_features"]
+    save_graph(model, tmp_path / "whole.onnx")
+    feed = whole.feed(2, 8, 8)
+    found, expected = run(tmp_path / "whole.onnx", feed), torch_with_features(whole, feed, 2, None)
+    for name in ("noise_pred", "deep_features"):
+        assert largest_difference(found[name], expected[name]) <= TOLERANCE
 
 
 def test_the_last_up_block_has_so_many_layers(wholes: dict[str, Whole]) -> None:

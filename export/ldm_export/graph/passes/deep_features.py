@@ -7,7 +7,8 @@ Rules of ``expose_deep_features``:
 
 1. Each layer of the up path starts with a Concat of its input and a skip connection on axis 1. The layers of the last
    up block are those whose Concat has the height and width of the UNet's result.
-2. The first input of the Concat of the ``layers``-th last of them becomes the output ``deep_features``.
+2. The first input of the Concat of the ``layers``-th last of them becomes the output ``deep_features``; an output that
+   had this name before is removed.
 
 Rules of ``shallow_unet``, which take any graph with that output, in every precision and for every engine:
 
@@ -28,7 +29,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ldm_runtime.errors import BuildError
 from ldm_runtime.model import DEEP_FEATURES, NOISE_PRED, SHALLOW_UNET
 
-__all__ = ["expose_deep_features", "shallow_unet"]
+__all__ = ["expose_deep_features", "possible_layers", "shallow_unet"]
 
 
 def expose_deep_features(model: ir.Model, layers: int) -> None:
@@ -52,11 +53,19 @@ def expose_deep_features(model: ir.Model, layers: int) -> None:
             f"{graph.name}: feature cache: got {layers} layers, expected 0..{len(joins)}, as many as the last up block "
             "has; give another number, or 0 for no feature cache"
         )
+    for output in [value for value in graph.outputs if value.name == DEEP_FEATURES]:
+        graph.outputs.remove(output)
+        output.name = f"{DEEP_FEATURES}/before"
     features = joins[-layers].inputs[0]
     assert features is not None
     features.name = DEEP_FEATURES
     features.shape = ir.Shape([graph.outputs[0].shape[0], features.shape[1], *graph.outputs[0].shape[2:]])  # type: ignore[index]
     graph.outputs.append(features)
+
+
+def possible_layers(model: ir.Model) -> int:
+    """Most layers that ``expose_deep_features`` takes for a UNet's graph; 0 if it has no skip connections there."""
+    return len(list(_last_joins(model.graph)))
 
 
 def _last_joins(graph: ir.Graph) -> Iterator[ir.Node]:
