@@ -1,4 +1,4 @@
-"""Exports latent diffusion models to ONNX and TensorRT, and measures and serves what it exported."""
+"""Exports latent diffusion models to ONNX and TensorRT, and measures and serves the exported bundles."""
 
 from __future__ import annotations
 

@@ -44,11 +44,11 @@ EXAMPLES = """examples:
   ldm-export VERB --help                             the options of a verb
 """
 KEEP_WORK = (build.run, calibrate.run, inspect.run)
-"""Commands that leave the work folder of a killed build: two continue it, and one reports it."""
+"""Commands that do not remove the work folder of a killed build: two continue the build, and one reports it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 after an error, which is printed as one line; bad usage exits with 2."""
+    """Run one command. Return 0, or 1 after an error, which is printed as one line. Bad usage exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without UTF-8 shows other characters as \u escapes
             stream.reconfigure(errors="backslashreplace")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bundles(args: argparse.Namespace) -> list[Path]:
-    """The bundles that a command names."""
+    """Return the bundles that a command names."""
     one: Path | None = getattr(args, "bundle", None)
     several: list[Path] = getattr(args, "bundles", [])
     return several if one is None else [one]
@@ -115,7 +115,7 @@ def _print_error(message: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Create the parser of all verbs; it needs only the packages of the runtime."""
+    """Create the parser of all verbs. It imports only packages of the runtime."""
     parser = argparse.ArgumentParser(
         prog="ldm-export",
         description="Export latent diffusion models to ONNX and TensorRT, and run them without torch.",

@@ -1,8 +1,7 @@
-"""The optional demo models, distribution ``ldm-export-demo``: their checkpoints, and prompts and a grader of one.
+"""The optional demo models of the distribution ``ldm-export-demo``: checkpoints, prompts and a grader.
 
-Only this module of the product knows the demo models. A model is recognised by the digest of its weights, never by the
-name of a folder. "The demo model" is the text-to-image model; there is one for super-resolution and one for
-inpainting.
+No other module knows the demo models. A model is recognised by the digest of its weights, never by the name of a
+folder. "The demo model" is the text-to-image model; there are others for super-resolution and inpainting.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Model = Bundle | Path | None
 
 
 def demo_checkpoint(task: str = TASKS[0]) -> Path:
-    """The checkpoint of an installed demo model: a diffusers folder, or the file of the inpainting model.
+    """Return the checkpoint of an installed demo model: a diffusers folder, or a file for the inpainting model.
 
     Args:
         task: One of ``TASKS``.
@@ -64,14 +63,14 @@ def demo_checkpoint(task: str = TASKS[0]) -> Path:
 
 
 def demo_config(task: str) -> Path | None:
-    """The yaml of a demo model whose checkpoint is a file; None for a folder, and if no demo model is installed."""
+    """Return the yaml of a demo model whose checkpoint is a file; None for a folder or if none is installed."""
     package = _package()
     config: Path | None = None if package is None else package.checkpoint_config(task)
     return config
 
 
 def demo_task(bundle: Bundle) -> str | None:
-    """The task of the demo model that a bundle was built from; None if it was built from another model.
+    """Return the task of the demo model that a bundle was built from; None if it was built from another model.
 
     Raises:
         CheckpointError: A weight file of a demo model cannot be read.
@@ -82,7 +81,7 @@ def demo_task(bundle: Bundle) -> str | None:
 
 
 def is_demo(model: Model) -> bool:
-    """True if a model's weights are those of the installed text-to-image demo model; False if none is installed.
+    """True if a model has the weights of the installed text-to-image demo model; False if none is installed.
 
     A bundle is compared by the digest that its build recorded, a checkpoint folder by the digest of its weight files.
 
@@ -99,18 +98,18 @@ def is_demo(model: Model) -> bool:
 
 
 def default_prompts(model: Model) -> tuple[str, ...]:
-    """Four prompts to measure a model with: the demo model's own, neutral ones for every other model."""
+    """Return four prompts to measure a model with: the demo model's own, or general ones for other models."""
     package = _demo(model)
     return PROMPTS if package is None else tuple(package.PROMPTS)
 
 
 def calibration_prompts(model: Model, calibration: int, trials: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Prompts to calibrate int8 with and prompts to try it on; None for a model other than the demo model.
+    """Return prompts for int8 calibration and for trial images; None for a model other than the demo model.
 
     Args:
         model: The model.
         calibration: Number of calibration prompts.
-        trials: Number of trial prompts. They are held out: none of them is a calibration prompt.
+        trials: Number of trial prompts, none of which is a calibration prompt.
     """
     package = _demo(model)
     if package is None:
@@ -119,11 +118,11 @@ def calibration_prompts(model: Model, calibration: int, trials: int) -> tuple[tu
 
 
 def demo_grader(model: Model) -> Grade | None:
-    """The grader of the demo model's images; None for a model other than the demo model.
+    """Return the grader of the demo model's images; None for a model other than the demo model.
 
-    The grader takes images uint8 [64, 64, 3] and one request for each. It returns which images show what their prompts
-    say, or None if it cannot grade them, because a prompt is not of the demo model's grammar or an image has another
-    size.
+    The grader takes images uint8 [64, 64, 3] and a request for each. It returns which images show what their prompts
+    describe, or None if it cannot grade them, because a prompt does not follow the demo model's grammar or an image has
+    another size.
     """
     package = _demo(model)
     if package is None:

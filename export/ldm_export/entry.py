@@ -1,4 +1,4 @@
-"""Entry point of the command `ldm-export`: Control-C ends it with one line and exit code 130 from the first moment.
+"""Entry point of the command `ldm-export`: Control-C ends it with one line and exit code 130 at any moment.
 
 Importing the command line takes a while, and an interrupt during imports would end in a traceback, or would be lost,
 because the import system ignores exceptions in some of its callbacks. This module imports nothing heavy at its top.

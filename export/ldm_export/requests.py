@@ -1,4 +1,4 @@
-"""Default requests with which ``verify``, ``bench`` and ``report`` measure a model, by what it is conditioned on."""
+"""Default requests with which ``verify``, ``bench`` and ``report`` measure a model, by its kinds of conditioning."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ __all__ = [
 ]
 
 RequestFields = Mapping[str, Any]
-"""Fields of ``ldm_runtime.request.Request`` for one image, JSON-able; fields left out take the model's defaults."""
+"""Fields of a ``ldm_runtime.request.Request`` for one image, as JSON values; missing fields take the model's
+defaults."""
 IMAGES = 4
 """Number of default requests of a model that takes no prompts."""
 MAX_LISTED = 6
-"""Longest list of values in a label."""
+"""Maximum number of values of a list in a label."""
 
 
 def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -37,7 +38,7 @@ def text_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
 
 
 def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """One request for each of the first ``IMAGES`` classes.
+    """Return a request for each of the first ``IMAGES`` classes.
 
     Raises:
         SpecError: Prompts are given.
@@ -47,9 +48,9 @@ def label_requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
 
 
 def _examples(model: str) -> Callable[[Sequence[str] | None], tuple[RequestFields, ...]]:
-    """A function that returns ``IMAGES`` requests without any field; the conditioning adds its example.
+    """Create a function that returns ``IMAGES`` requests without fields; the conditioning adds example values.
 
-    It raises SpecError for prompts, with what the ``model`` does instead.
+    It raises SpecError for prompts; ``model`` says in the message what the model is conditioned on instead.
     """
 
     def requests(prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
@@ -76,10 +77,10 @@ REQUESTS: Mapping[str, Callable[[Sequence[str] | None], tuple[RequestFields, ...
 
 
 def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tuple[RequestFields, ...]:
-    """Requests for a model whose family's module need not be installed.
+    """Return requests for a model. Its family's module is not needed.
 
     Raises:
-        SpecError: The model takes no prompts, or is conditioned on something that has no default.
+        SpecError: The model takes no prompts, or has a kind of conditioning without default requests.
     """
     if not model.conditioning:
         return plain_requests(prompts)
@@ -92,7 +93,7 @@ def requests_for(model: ModelDescription, prompts: Sequence[str] | None) -> tupl
 
 
 def label(request: RequestFields) -> str:
-    """A request as a short text for a table."""
+    """Return a request as a short text for a table."""
     texts = [value for name, value in request.items() if name == "prompts" and isinstance(value, str)]
     others = [_labelled(name, value) for name, value in request.items() if name != "prompts" or not texts]
     return ", ".join((*texts, *others)) or "without conditioning"

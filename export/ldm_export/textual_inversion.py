@@ -1,6 +1,6 @@
-"""Textual inversion: files of learned embeddings, added to the tokenizers and text encoders of a checkpoint.
+"""Textual inversion: adds files of learned embeddings to the tokenizers and text encoders of a checkpoint.
 
-Described by Gal et al. 2022, arXiv:2208.01618. Known are the files of diffusers (``{"<token>": vectors}``) and of
+It is described by Gal et al. 2022, arXiv:2208.01618. Supported are files of diffusers (``{"<token>": vectors}``) and of
 AUTOMATIC1111's web UI (``string_to_param``, ``emb_params``, and ``clip_l`` with ``clip_g`` for Stable Diffusion XL).
 """
 
@@ -28,21 +28,21 @@ ENCODERS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 XL_KEYS = ("clip_l", "clip_g")
 """Tensors of a file for both encoders, in the order of ``ENCODERS``."""
 NAMELESS = ("*", "emb_params", *XL_KEYS)
-"""Names of tensors that are no tokens."""
+"""Names of tensors that are not tokens."""
 WEB_UI_ENTRY = "string_to_param"
 MAX_VECTORS = 75
 
 
 @dataclass(frozen=True)
 class GivenEmbedding:
-    """A file of embeddings and the token of a prompt that stands for them; None is the file's own."""
+    """A file of embeddings, and the token that stands for them in prompts; None is the token in the file."""
 
     file: Path
     token: str | None = None
 
 
 def parse_embedding(text: str) -> GivenEmbedding:
-    """Read ``FILE`` or ``FILE:TOKEN``.
+    """Parse ``FILE`` or ``FILE:TOKEN``.
 
     Raises:
         CheckpointError: There is no such file, or the token is empty or has spaces.
@@ -57,9 +57,9 @@ def parse_embedding(text: str) -> GivenEmbedding:
 
 
 def with_embeddings(checkpoint: Checkpoint, given: Sequence[GivenEmbedding]) -> Checkpoint:
-    """A checkpoint with further tokens, as ``load_textual_inversion`` of diffusers adds them one after the other.
+    """Return a checkpoint with additional tokens, as diffusers' ``load_textual_inversion`` adds them one by one.
 
-    Several vectors of a file become the tokens ``token``, ``token_1``, …; a prompt names the first for all.
+    Several vectors of a file become the tokens ``token``, ``token_1``, …; the first in a prompt stands for all of them.
 
     Raises:
         CheckpointError: A file cannot be read or is of another kind, its vectors do not fit the text encoders, or a
@@ -95,7 +95,7 @@ def _with_embedding(checkpoint: Checkpoint, given: GivenEmbedding) -> Checkpoint
 
 
 def _vectors(file: Path, encoders: int) -> tuple[list[StoredTensor], str]:
-    """The vectors for each encoder, and the token: that of the file, or the file's name."""
+    """Return the vectors for each encoder and the token: that in the file, or the file's name."""
     tensors: Mapping[str, StoredTensor] = read_state_dict(file, WEB_UI_ENTRY)
     if encoders == 2 and set(tensors) == set(XL_KEYS):
         return [tensors[key] for key in XL_KEYS], file.stem
@@ -120,7 +120,7 @@ def _check_shape(file: Path, stored: StoredTensor, part: str, width: int) -> int
 
 
 def _new_ids(file: Path, tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """Ids that the tokenizer gives to new tokens."""
+    """Return the ids that the tokenizer assigns to new tokens."""
     known = tokenizer.get_vocab()
     if existing := [token for token in (*tokens, f"{tokens[0]}_1") if token in known]:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _new_ids(file: Path, tokenizer: Any, tokens: Sequence[str]) -> list[int]:
 
 
 def _with_rows(stored: StoredTensor, rows: Sequence[int], weight: torch.Tensor) -> torch.Tensor:
-    """The embeddings float32 [tokens, D] with those of a file as rows of these numbers."""
+    """Return the embeddings float32 [tokens, D] with those of a file in the given rows."""
     missing = max(0, max(rows) + 1 - len(weight))
     changed = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
     changed[list(rows)] = stored.read().reshape(len(rows), -1)

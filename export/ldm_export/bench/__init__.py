@@ -1,1 +1,1 @@
-"""Benchmarks: times alternatives in turns, each in its own process."""
+"""Benchmarks: alternatives take turns, each in its own process."""

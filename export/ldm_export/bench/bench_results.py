@@ -1,4 +1,4 @@
-"""Settings and results of a benchmark, with their JSON-able facts and chart."""
+"""Settings and results of a benchmark, as JSON values and as a chart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_SIZE = 2**24
 
 @dataclass(frozen=True)
 class Combination:
-    """A backend and a precision; None is the bundle's own precision."""
+    """A backend and a precision; None is the precision that the bundle was built for."""
 
     backend: str
     precision: str | None = None
@@ -37,11 +37,11 @@ class BenchSettings:
     """Settings of a timing run. None selects the model's own value.
 
     Attributes:
-        batches: Images of one call, each number in turn.
+        batches: Numbers of images per call that are timed.
         steps: Denoising steps of a generation.
-        runs: Rounds.
+        runs: Number of rounds.
         guidance_scale: 1 turns guidance off.
-        eta: Noise of each step.
+        eta: Amount of noise added at each step.
         height, width: Pixels.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads of one operator; None means all cores.
@@ -90,7 +90,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Measure:
-    """Timing of one part at one batch size on one combination.
+    """Timing of one part with one batch size on one combination.
 
     Attributes:
         part: A component, or "image" for a whole generation.
@@ -114,7 +114,7 @@ class Measure:
         return self.batch / self.timing.median if self.part == IMAGE else None
 
     def facts(self) -> dict[str, Any]:
-        """Return the JSON-able description."""
+        """Return the description as JSON values."""
         facts = {name: value for name, value in asdict(self).items() if name != "timing"}
         return {**facts, "seconds": self.timing.facts(), "images_per_second": self.images_per_second}
 
@@ -127,8 +127,8 @@ class Benchmark:
         bundle: Name of the bundle's folder.
         settings: How it was timed.
         per_step: Components that run at every step.
-        loaded: Combination -> what its process reported after loading.
-        refused: Combination -> why it does not run.
+        loaded: Combination -> facts that its process reported after loading.
+        refused: Combination -> reason why it does not run.
         measures: All timings.
     """
 
@@ -140,7 +140,7 @@ class Benchmark:
     measures: tuple[Measure, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Return the JSON-able description."""
+        """Return the description as JSON values."""
         return {
             "bundle": self.bundle,
             "machine": machine(),

@@ -1,4 +1,4 @@
-"""Times a bundle, component by component and end to end, on several backends and precisions that take turns."""
+"""Times a bundle, its components and whole generations, on several backends and precisions that take turns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class _Task:
-    """One part at one batch size, and the command that its workers get."""
+    """One part with one batch size, and the command for its workers."""
 
     part: str
     batch: int
@@ -39,15 +39,15 @@ def benchmark(
     settings: BenchSettings,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Benchmark:
-    """Load every combination in a process of its own, and time them in turns.
+    """Load every combination in its own process, and time them in turns.
 
     Combinations that cannot run here are left out and reported in ``refused``.
 
     Args:
         bundle: Folder of the bundle.
-        combinations: What is compared; ratios refer to the first one.
+        combinations: Backends and precisions to compare; ratios refer to the first.
         settings: How the bundle is timed.
-        on_progress: Called with what is done, the number of calls done, and the number of all calls.
+        on_progress: Called with a description, the number of finished calls, and the number of all calls.
 
     Raises:
         ManifestError: There is no bundle, or it is damaged.

@@ -1,6 +1,6 @@
 """Worker process that times a bundle on one backend: ``python -m ldm_export.bench.bundle_worker``.
 
-The protocol is that of ``worker_process.serve_commands``.
+It uses the protocol of ``worker_process.serve_commands``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 __all__ = ["IMAGE", "start"]
 
 IMAGE = "image"
-"""The part that is a whole generation, from prompts to pixels. All other parts are components."""
+"""Name of the part that is a whole generation, from prompts to pixels. All other parts are components."""
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
@@ -67,7 +67,7 @@ class _Parts:
         )
 
     def _images(self, number: int) -> dict[str, Any]:
-        """Return the fields of ``Request`` that ask for a number of images, with prompts that no call had before."""
+        """Return the fields of a ``Request`` for a number of images, with prompts that no earlier call had."""
         conditioners = self._pipeline.conditioners
         if not conditioners:
             return {"count": number}

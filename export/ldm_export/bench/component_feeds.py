@@ -1,4 +1,4 @@
-"""Inputs for timing a component by itself: how many rows a batch of images needs, and arrays of these sizes."""
+"""Inputs for timing a single component: the number of rows for a batch of images, and random arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["component_rows", "feed_at", "rows_axis"]
 
 
 def component_rows(model: ModelDescription, component: str, images: int, branches: int, steps: int) -> int:
-    """Return the rows of one call of a component in a generation, at most as many as its graph takes.
+    """Return the number of rows of a component's calls in a generation, limited by what its graph takes.
 
     1. A component that encodes a conditioning runs for one prompt at a time.
     2. The UNet and the components that derive its inputs from a conditioning take a row per image and branch.
@@ -45,11 +45,11 @@ def rows_axis(spec: ComponentSpec) -> Axis | None:
 
 
 def feed_at(spec: ComponentSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Return random inputs: normal floats, integers 0 or 1. Values do not change the work of a component.
+    """Return random inputs: normal floats, integers 0 or 1. The time of a component does not depend on the values.
 
     Args:
         spec: Inputs of the component.
-        sizes: Axis name -> value of the axis. Axes that are left out have their usual value.
+        sizes: Axis name -> value of the axis. Missing axes have their usual value.
         seed: Seed of the values.
     """
     rng = np.random.default_rng(seed)

@@ -46,7 +46,7 @@ class Timing:
 
 
 def speedup(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the speed relative to a reference: the median of the ratios of all rounds, in each of which both ran."""
+    """Return the speed relative to a reference: the median over rounds of the ratio of both times in a round."""
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, reference, strict=True))
 
 

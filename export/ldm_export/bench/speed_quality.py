@@ -1,4 +1,4 @@
-"""Seconds against image quality: steps, cached features, reused guidance and precisions that take turns."""
+"""Measures speed against image quality for combinations of steps, feature caching, reused guidance and precision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Pixels = NDArray[np.uint8]
 def quality_settings(
     bundle: Bundle, steps: Sequence[int] | None = None, precisions: Sequence[str] = ()
 ) -> tuple[QualitySetting, ...]:
-    """Settings to compare; the first, fp32 with the model's number of steps, all whole, is the reference.
+    """Settings to compare. The first is the reference: fp32, the model's number of steps, every step computed whole.
 
     Args:
         bundle: Its graphs decide which options apply.
@@ -66,14 +66,14 @@ def measure_quality(
     grade: Grade | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> QualityRecord:
-    """Generate each request's image with every setting in turn, with the seeds 0, 1, ….
+    """Generate the image of each request, with seeds 0, 1, …, with every setting in turn.
 
     Args:
         settings: The first is the reference.
         requests: One image each.
-        open_pipeline: Opens the bundle in a precision; closed at the end.
-        grade: Decides which images are correct; None leaves that out.
-        on_progress: Called with the setting, the number of images done and of all images.
+        open_pipeline: Opens the bundle in a precision. Its pipelines are closed at the end.
+        grade: Decides which images are correct; None skips that.
+        on_progress: Called with the setting, the number of finished images, and the number of all images.
 
     Raises:
         SpecError: The model does not take a value.

@@ -17,7 +17,8 @@ from ldm_runtime.errors import BackendError
 __all__ = ["Facts", "Worker", "rounds"]
 
 MIN_SECONDS, MAX_TIMES, PAUSE = 0.2, 200, 0.05
-"""A timing repeats calls until it lasts this long, with an upper limit. The pause lets other workers' threads sleep."""
+"""Minimum seconds of a timing, which repeats calls; maximum number of calls; and seconds of a pause between timings, in
+which the threads of other workers go to sleep."""
 
 Facts = dict[str, Any]
 
@@ -105,12 +106,12 @@ def rounds(
     runs: int,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[list[Facts]]:
-    """Let the workers take turns: each warms up, then ``runs`` rounds follow. Each round begins with another worker.
+    """Time the workers in turns: a warm-up of each, then ``runs`` rounds. Each round starts with another worker.
 
     Args:
         workers: The workers.
-        command: Number of the round -> its command, the same for all workers; -1 is the warm-up. Without ``times`` in
-            it, calls are repeated until a timing lasts ``MIN_SECONDS``.
+        command: Returns the command for a round, the same for all workers; round -1 is the warm-up. If it has no
+            ``times``, calls are repeated until a timing lasts ``MIN_SECONDS``.
         runs: Number of rounds.
         on_answer: Called after every answer.
 

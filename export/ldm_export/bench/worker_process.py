@@ -1,4 +1,4 @@
-"""The process of a worker: it reads one JSON command per line and answers each with one line of JSON.
+"""The process of a worker. It reads one JSON command per line and answers each with one line of JSON.
 
 It uses the standard library only, so that a process of another Python environment can import it.
 """
@@ -26,13 +26,13 @@ def serve_commands(start: Callable[[Command], tuple[Callable[[Command], Callable
     An exception becomes the answer ``{"error": its message in one line}``. If ``start`` fails, the process ends.
 
     Args:
-        start: Called with the first line. It loads, and returns a function and the facts to report. The function
-            prepares a command and returns the call to be timed, which is made ``command["times"]`` times in a row. The
-            answer has the mean ``seconds``, the process's ``peak_bytes`` during the calls, and what the last call
-            returned if that is a dict.
+        start: Called with the first line. It loads a model and returns a function and the facts to report. The function
+            prepares a command and returns the call to time, which is called ``command["times"]`` times in a row. The
+            answer has the mean ``seconds``, the process's ``peak_bytes`` during the calls, and the result of the last
+            call if it is a dict.
     """
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
+    os.dup2(2, 1)  # so that output of libraries does not mix with the answers
 
     def answer(facts: Command) -> None:
         channel.write(json.dumps(facts) + "\n")
@@ -68,7 +68,7 @@ def _timed(prepare: Callable[[Command], Callable[[], object]], command: Command)
 
 
 def reset_peak() -> None:
-    """Count the peak of resident memory from now on, if the kernel permits it; see proc_pid_clear_refs(5)."""
+    """Reset the peak of resident memory, if the kernel permits it; see proc_pid_clear_refs(5)."""
     try:
         _CLEAR.write_text("5")
     except OSError:  # some sandboxes refuse; the peak is then that of the whole process

@@ -1,1 +1,1 @@
-"""Builds bundles from checkpoints stage by stage, calibrates, publishes and inspects them."""
+"""Builds bundles from checkpoints in stages, and calibrates, publishes and inspects them."""

@@ -1,4 +1,4 @@
-"""Work folders that killed builds have left behind: found beside a bundle, and removed."""
+"""Finds and removes work folders that killed builds left beside a bundle."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["abandoned_work", "remove_abandoned"]
 
 
 def abandoned_work(bundle: Path) -> Path | None:
-    """The work folder beside a bundle that no build uses, or None.
+    """Return the work folder beside a bundle that no running build uses, or None.
 
-    A folder of another user is not reported, nor one whose lock cannot be tried, as on a file system without locks.
+    A folder of another user is not returned, nor one whose lock cannot be tested, e.g. on a file system without locks.
     """
     with _held(bundle) as work:
         return work
 
 
 def remove_abandoned(bundle: Path) -> Path | None:
-    """Remove the work folder that ``abandoned_work`` reports, and return it; None if there is none or it stays."""
+    """Remove the work folder that ``abandoned_work`` finds, and return it; None if nothing was removed."""
     with _held(bundle) as work:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -46,7 +46,7 @@ def _held(bundle: Path) -> Iterator[Path | None]:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = os.open(work / LOCK, flags, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (OSError, ValueError):  # absent, in use, not writable, or a name that no file can have
+        except (OSError, ValueError):  # missing, in use, not writable, or an invalid name
             yield None
             return
         yield work

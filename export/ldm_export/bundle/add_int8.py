@@ -31,19 +31,19 @@ def calibrate(
     on_progress: OnProgress = lambda part, done, total: None,
     grade: Grade | None = None,
 ) -> Built:
-    """Add int8 graphs to a bundle, or keep those that a calibration with equal settings wrote.
+    """Add int8 graphs to a bundle, or keep those of an earlier calibration with equal settings.
 
-    Graphs, engines and reports of other precisions stay. The bundle is replaced as a whole at the end.
+    Graphs, engines and reports of other precisions are kept. At the end the bundle is replaced atomically.
 
     Args:
         folder: The bundle.
         settings: Settings of the calibration, or an existing calibration record to apply without measuring.
-        on_progress: Called with the name of a part, and how much of it is done and in total.
+        on_progress: Called with the name of a part, its finished steps, and the number of its steps.
         grade: Decides which trial images are correct.
 
     Raises:
         ManifestError: The folder is not a bundle, or one of its files is damaged.
-        SpecError: A bound on prompt accuracy without a grader.
+        SpecError: A bound on prompt accuracy is given without a grader.
         BuildError: The model computes NaN, or the budget cannot be kept.
     """
     target = folder.resolve()
@@ -55,7 +55,7 @@ def calibrate(
     outcomes: dict[str, Outcome] = {}
     with work_folder(target) as work:
         on_progress("checking the bundle", 0, 1)
-        outdated |= {INT8_REPORT, QUALITY_REPORT}  # figures of the graphs that are replaced
+        outdated |= {INT8_REPORT, QUALITY_REPORT}  # measured with graphs that are replaced now
         files = link_files([name for name in manifest.files if name not in outdated], work, bundle)
         for name, fact in staying.items():
             outcomes[name] = Outcome(fact.key, {file: files[file] for file in fact.files}, "kept", 0.0)
@@ -82,10 +82,10 @@ def calibrate(
 
 
 def quantized_components(manifest: Manifest) -> tuple[str, ...]:
-    """The components of a bundle that int8 quantizes, in this order, the denoiser first.
+    """Return the components of a bundle to quantize to int8, in this order, the denoiser first.
 
     Raises:
-        BuildError: The bundle does not name them, or names one that it does not have.
+        BuildError: The manifest does not name them, or names one that the bundle does not have.
     """
     names = manifest.request.get("quantize")
     known = isinstance(names, list) and all(isinstance(name, str) and name in manifest.components for name in names)
@@ -98,7 +98,7 @@ def quantized_components(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _fp32_graphs(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Component -> path of its fp32 graph, for every component that the pipeline runs, except the shallow UNet."""
+    """Return component -> path of its fp32 graph, for all components that the pipeline runs but the shallow UNet."""
     names = [name for name in pipeline_components(manifest.model) if name != SHALLOW_UNET]
     if missing := [name for name in names if REFERENCE not in manifest.components[name].graphs]:
         raise BuildError(f"{folder}: has no {REFERENCE} graph of {', '.join(missing)}; rebuild it to calibrate it")
@@ -106,7 +106,7 @@ def _fp32_graphs(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _sources(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Stage -> key, of the stages that wrote the fp32 graphs and the files of the conditioning."""
+    """Return stage -> key of the stages that wrote the fp32 graphs and the files of the conditioning."""
     needed = set(_fp32_graphs(folder, manifest).values())
     needed |= {file for entry in manifest.conditioning for file in entry.files.values()}
     owners = {file: name for name, stage in manifest.stages.items() for file in stage.files}
@@ -116,7 +116,7 @@ def _sources(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _with_int8(manifest: Manifest, quantize: tuple[str, ...], outcomes: dict[str, Outcome]) -> Manifest:
-    """The manifest with int8 graphs; a component that int8 leaves in fp32 has its fp32 graph for both."""
+    """Return the manifest with int8 graphs. A component that stays in fp32 has its fp32 graph for both precisions."""
     components = {}
     for name in pipeline_components(manifest.model):
         part = manifest.components[name]

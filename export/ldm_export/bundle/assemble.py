@@ -19,7 +19,7 @@ __all__ = ["assemble"]
 
 
 def assemble(work: Path, target: Path, manifest: Manifest, outcomes: Mapping[str, Outcome]) -> None:
-    """Replace the bundle at ``target`` by the manifest's files, which are in ``work``, and remove ``work``."""
+    """Replace the bundle at ``target`` by the files of the manifest in ``work``, and remove ``work``."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     for name in manifest.files:

@@ -48,20 +48,20 @@ TOOLS = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a build: what it produces besides the fp32 graphs.
+    """Options of a build: graphs and engines to produce in addition to the fp32 graphs.
 
     Attributes:
         precision: "fp32", "fp16", "bf16" or "int8".
         engines: Also build TensorRT engines of that precision; bounds of height and width are in pixels.
         calibration: Settings of int8's calibration; for int8 only.
-        grade: Decides which images of the calibration are correct, if it keeps a bound on prompt accuracy.
-        requests: Requests on which the ranges of half precision are measured. None takes the family's defaults.
+        grade: Decides which calibration images are correct, if there is a bound on prompt accuracy.
+        requests: Requests with which the ranges for half precision are measured. None takes the family's defaults.
         cuda: Also write graphs for ONNX Runtime on CUDA; for fp16 only.
         feature_cache: Layers of the UNet's last up block in the graphs for steps with cached features; 0 writes none,
             and "auto" takes what was measured on the bundle that is written again.
 
     Raises:
-        BuildError: The precision is unknown, or int8 has no settings, or an option is for another precision.
+        BuildError: The precision is unknown, int8 has no settings, or an option is for another precision.
     """
 
     precision: str = "fp32"
@@ -85,13 +85,13 @@ class BuildOptions:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """fp32, and the precision if it is another."""
+        """fp32, and the precision if it differs."""
         return tuple(dict.fromkeys(("fp32", self.precision)))
 
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle, and the origin of the files of each stage: "made", "resumed" or "kept"."""
+    """A bundle, and the origin of each stage's files: "made", "resumed" or "kept"."""
 
     bundle: Bundle
     origins: dict[str, str]
@@ -106,16 +106,16 @@ def build(
     options: BuildOptions | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
-    """Export a checkpoint's components and write a bundle; finished stages of an existing bundle are kept.
+    """Export a checkpoint's components into a bundle. Stages of an existing bundle that are still valid are kept.
 
-    One component at a time is loaded, traced and freed. The bundle appears whole or not at all.
+    One component at a time is loaded, traced and freed. The bundle appears complete or not at all.
 
     Args:
         checkpoint: An opened checkpoint.
         target: The bundle's folder; an existing folder that is not a bundle is refused.
-        precision, engines: Shorthand for ``options`` with these values only.
-        options: What to build besides the fp32 graphs.
-        on_progress: Receives the progress of each stage, the last of which is "bundle".
+        precision, engines: Shorthand for ``options`` with only these values.
+        options: Options; see ``BuildOptions``.
+        on_progress: Called with the progress of each stage; the last stage is "bundle".
 
     Raises:
         CheckpointError: Weights are missing or damaged.
@@ -174,7 +174,7 @@ def build(
 
 
 def _run(stages: Sequence[Stage], plan: BuildPlan, outcomes: dict[str, Outcome]) -> None:
-    """Run stages one after the other and note their outcomes."""
+    """Run stages one after the other and record their outcomes."""
     for stage in stages:
         plan.on_progress(stage.name, 0, 1)
         outcomes[stage.name] = run_stage(stage, plan.work, plan.previous)

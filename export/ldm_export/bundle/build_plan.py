@@ -26,12 +26,13 @@ class BuildPlan:
     Attributes:
         checkpoint: The checkpoint to export.
         family: Family of the checkpoint.
-        model: The model: with traced components at first, with those of the bundle after the fp32 graphs are written.
+        model: Description of the model. At first it has the traced components, and after the fp32 graphs are written
+            those of the bundle.
         work: Folder with the files of finished stages, under their paths in the bundle.
         previous: The existing bundle, if any.
         tools: Package -> version.
-        on_progress: Receives the progress of each stage.
-        feature_cache: Layers of the last up block in the shallow UNet, 0 for no shallow UNet.
+        on_progress: Called with the progress of each stage.
+        feature_cache: Number of layers of the last up block in the shallow UNet; 0 for no shallow UNet.
     """
 
     checkpoint: Checkpoint
@@ -69,10 +70,10 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=16)
 def _file_digest(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file, computed once for all components whose weights are in it."""
+    """SHA-256 of a file, cached because several components may have their weights in it."""
     return sha256(file)
 
 
 def relative(files: list[Path], folder: Path) -> list[str]:
-    """Paths of files below ``folder``, as a stage returns them."""
+    """Paths of files relative to ``folder``, as a stage returns them."""
     return [str(file.relative_to(folder)) for file in files]

@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def in_latents(request: EngineRequest, model: ModelDescription, precision: str) -> EngineRequest:
-    """Check a request with bounds in pixels, and convert them to latents; add the rows of the model's guidance.
+    """Check a request with bounds in pixels, convert them to latents, and add the rows for guidance.
 
     Raises:
-        BuildError: The package is not installed or cannot serve the request, or pixels are not a multiple of the
-            model's factor, or chunks are bounded for a model that cuts long prompts off.
+        BuildError: The package is not installed or does not support the request, pixels are not a multiple of the
+            model's factor, or there are bounds of chunks for a model that cuts long prompts off.
     """
     check_request(open_package(request.target), request, precision)
     factor = model.latents.factor
@@ -50,12 +50,12 @@ def in_latents(request: EngineRequest, model: ModelDescription, precision: str) 
 def engine_stage(
     plan: BuildPlan, spec: ComponentSpec, precision: str, request: EngineRequest, sources: Mapping[str, str]
 ) -> Stage:
-    """Builds an engine from a component's graph in the work folder, and writes its facts into the same folder.
+    """Return the stage that builds an engine from a component's graph and writes its facts, both in the work folder.
 
     Args:
         plan: Plan of the build.
         spec: Spec of the component.
-        precision: The requested precision; a component without such a graph stays in fp32 as a whole.
+        precision: The requested precision. A component without such a graph stays in fp32.
         request: Request for engines, with bounds in latents.
         sources: Graph file -> key of the stage that wrote it.
 
@@ -96,7 +96,7 @@ def engine_stage(
 
 
 def engine_of(plan: BuildPlan, component: str, precision: str, request: EngineRequest) -> EngineFacts:
-    """The facts of an engine whose stage has run."""
+    """Return the facts of an engine whose stage has run."""
     facts = _facts_file(plan.work, engine_file(component, precision, request.name))
     return engine_from_json(facts.name, json.loads(facts.read_text()))
 

@@ -22,11 +22,11 @@ from ldm_runtime.specs import Axis, ComponentSpec
 __all__ = ["FORM", "file_stages", "graph_stages", "model_steps", "split_model", "step_stages"]
 
 FORM = 3
-"""Version of the graphs; increases when the same module leads to other graphs."""
+"""Version of the exported graphs. Increase it when the graphs of the same module change."""
 
 
 def file_stages(plan: BuildPlan) -> list[Stage]:
-    """Stages that write the family's files, for example ``tokenizer.json``."""
+    """Return the stages that write the family's files, for example ``tokenizer.json``."""
     files = plan.family.files
     return [_file_stage(plan, name) for name in files if files[name].source in plan.checkpoint.files]
 
@@ -45,7 +45,7 @@ def _file_stage(plan: BuildPlan, name: str) -> Stage:
 
 
 def graph_stages(plan: BuildPlan) -> list[Stage]:
-    """Stages that load, trace, split and free each component, and write its fp32 graphs."""
+    """Return the stages that load, trace, split and free each component and write its fp32 graphs."""
     return [_graph_stage(plan, name) for name in plan.family.components if name in plan.model.components]
 
 
@@ -99,13 +99,13 @@ def split_model(plan: BuildPlan, outcomes: Mapping[str, Outcome]) -> ModelDescri
 
 
 def model_steps(model: ModelDescription) -> dict[str, ComponentSpec]:
-    """Specs of the step graphs, in which a sampler's step runs on a device."""
+    """Return the specs of the step graphs, which compute a scheduler's step on a device."""
     trajectory = scheduler_from_config(model.scheduler).trajectory(model.defaults.num_inference_steps)
     return step_specs(model.components[UNET], trajectory.slots, len(model.guidance))
 
 
 def step_stages(plan: BuildPlan) -> list[Stage]:
-    """Stages that write the step graphs."""
+    """Return the stages that write the step graphs."""
     return [_step_stage(plan, spec) for spec in model_steps(plan.model).values()]
 
 

@@ -16,11 +16,11 @@ from ldm_runtime.manifest import Component, LoraFact
 __all__ = ["inspect_bundle"]
 
 MAX_REPORT = 64 * 2**20
-"""Largest size of a report in bytes, and largest count in it."""
+"""Maximum size of a report in bytes, and largest count in it."""
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Return JSON-able facts of a bundle. Operators are counted if onnx is installed.
+    """Return the facts of a bundle as JSON values. Operators are counted if onnx is installed.
 
     Raises:
         ManifestError: A graph or a report is damaged.

@@ -26,17 +26,17 @@ __all__ = ["FEW_IMAGES", "write_report"]
 
 FORMAT, VERSION = "ldm-export int8 report", 2
 MAX_REPORT = 64 * 2**20
-"""Largest size of a report in bytes."""
+"""Maximum size of a report in bytes."""
 ROUNDS = 7
-"""Timed calls of each UNet; calls of both precisions alternate, after one call of each that is not timed."""
+"""Number of timed calls of each UNet. Calls of both precisions alternate, after an untimed call of each."""
 FEW_IMAGES = 8
-"""Fewer trial images than this give a warning."""
+"""Number of trial images below which a warning is printed."""
 
 
 def write_report(bundle: Bundle) -> tuple[Bundle, dict[str, Any]]:
     """Time the bundle's UNets, write the int8 report and a summary of it in the manifest, and return both.
 
-    An existing report on the same record is kept.
+    An existing report for the same calibration record is kept.
 
     Raises:
         ManifestError: A file of the bundle is damaged.
@@ -115,7 +115,7 @@ def _summary(bundle: Bundle, record: Record, components: Mapping[str, Any]) -> d
 
 
 def _budget(settings: Mapping[str, Any], summary: Mapping[str, Any], images: int) -> dict[str, Any]:
-    """The bounds, whether the trial images are within them, and a sentence that names the sample."""
+    """Return the bounds, whether the trial images satisfy them, and a sentence with the verdict."""
     sample = f"{images} image{'' if images == 1 else 's'}"
     least, loss = settings["min_psnr"], settings["max_accuracy_loss"]
     met, verdicts = True, []
@@ -144,7 +144,7 @@ def _warnings(images: int) -> list[str]:
 def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Measure the median milliseconds of one UNet call for one image: fp32 and int8 alternate on the selected engine.
 
-    The feed is that of the first denoising step of a trial request, with an example in place of input files.
+    The inputs are those of the first denoising step of a trial request, with example values instead of input files.
     """
     with LatentDiffusionPipeline.from_bundle(bundle, precision="int8", device="cpu") as int8:
         engine = "onnxruntime" if int8.choice is None else int8.choice.backend
@@ -162,7 +162,7 @@ def _speed(bundle: Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_feed(pipeline: LatentDiffusionPipeline, request: Request) -> dict[str, NDArray[Any]]:
-    """The UNet's inputs at the first step of a request, with the rows of all guidance branches; frees the encoders."""
+    """Return the UNet's inputs at the first step of a request for all guidance branches, and free the encoders."""
     plan = pipeline.plan(request)
     start = pipeline.begin(plan)
     conditioning = pipeline.condition(plan, start)

@@ -1,4 +1,4 @@
-"""Stages of int8: one for the calibration record, and one for the int8 graph of each component to quantize."""
+"""Stages of int8: one for the calibration record, and one for the int8 graph of each quantized component."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def int8_stages(
     on_progress: OnProgress,
     grade: Grade | None = None,
 ) -> list[Stage]:
-    """Create the stage of the record, and that of each component's int8 graph.
+    """Create the stage of the calibration record, and the stage of each component's int8 graph.
 
     Args:
-        work: Folder of the build's finished stages; ``model.graphs`` lie in it.
-        model: Model of the fp32 graphs.
+        work: Folder of the build's finished stages, which contains ``model.graphs``.
+        model: The model with its fp32 graphs.
         settings: Settings of the calibration, or an existing record to apply without measuring.
         quantize: Components to quantize in this order, the denoiser first.
-        before: Stage -> key, of the stages that wrote the fp32 graphs and the files of the conditioning.
-        on_progress: Called with the name of a part, and how much of it is done and in total.
+        before: Stage -> key of the stages that wrote the fp32 graphs and the files of the conditioning.
+        on_progress: Called with the name of a part, its finished steps, and the number of its steps.
         grade: Decides which trial images are correct.
 
     Raises:
-        SpecError: A bound on prompt accuracy without a grader.
+        SpecError: A bound on prompt accuracy is given without a grader.
         BuildError: ``quantize`` names a component the model does not have.
         ManifestError: The existing record is damaged.
     """
@@ -61,7 +61,7 @@ def int8_stages(
 
 
 def is_int8_stage(name: str) -> bool:
-    """True for the names of the stages that ``int8_stages`` creates."""
+    """True if a stage has a name that ``int8_stages`` gives."""
     return name == RECORD_STAGE or name.endswith(f".{PRECISION}")
 
 
@@ -75,7 +75,7 @@ def graph_files(component: str, precisions: Sequence[str], outcomes: Mapping[str
 
 
 def _new_record(work: Path, calibration: Calibration, before: Mapping[str, str], on_progress: OnProgress) -> Stage:
-    """Calibrates the fp32 graphs and writes the record; its finished parts stay in ``work`` until the build ends."""
+    """Return the stage that calibrates the fp32 graphs. Its finished parts stay in ``work`` until the build ends."""
     tools = {name: version(name) for name in TOOLS}
     shared: dict[str, Any] = {"stages": dict(before), "tools": tools}
 
@@ -110,10 +110,10 @@ def _existing_record(file: Path) -> Stage:
 
 
 def _int8_stage(work: Path, component: str, source: Path, record: Stage) -> Stage:
-    """Writes a component's int8 graph and a report on its layers in float.
+    """Return the stage that writes a component's int8 graph and a report on its layers that stay in float.
 
-    It writes nothing if the record keeps the whole component in fp32. Its run raises BuildError if the record was made
-    for another graph.
+    It writes nothing if the record keeps the whole component in fp32. Running it raises BuildError if the record is for
+    another graph.
     """
 
     def run(folder: Path) -> list[str]:

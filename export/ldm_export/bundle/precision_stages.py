@@ -21,7 +21,7 @@ from ldm_runtime.bundle_layout import RANGES_REPORT, graph_file, precision_repor
 __all__ = ["RANGE_STEPS", "calibration_model", "half_stages", "ranges_stage"]
 
 RANGE_STEPS = 10
-"""Denoising steps of each trajectory on which ranges are measured."""
+"""Number of denoising steps of the trajectories on which ranges are measured."""
 LARGEST_REPORTED = 8
 """Number of the largest ranges listed in the report on a half-precision graph."""
 
@@ -32,11 +32,11 @@ def calibration_model(plan: BuildPlan) -> CalibrationModel:
 
 
 def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[RequestFields]) -> Stage:
-    """Measures the largest magnitude of each tensor over the denoising trajectories of some requests.
+    """Return the stage that measures the largest magnitude of each tensor over denoising trajectories.
 
     Args:
         plan: Plan of the build; the fp32 graphs are in the work folder.
-        before: Stage -> key, of the stages that wrote the graphs and the files of the conditioning.
+        before: Stage -> key of the stages that wrote the graphs and the files of the conditioning.
         requests: One image each.
     """
 
@@ -63,7 +63,7 @@ def ranges_stage(plan: BuildPlan, before: Mapping[str, str], requests: Sequence[
 
 
 def half_stages(plan: BuildPlan, precision: str, ranges: Stage) -> list[Stage]:
-    """Return one stage per component: it rewrites the fp32 graph in half precision and reports its fp32 operators."""
+    """Return a stage for each component that converts its fp32 graph and reports the operators that stay in fp32."""
     names = [name for name in plan.model.components if name not in plan.family.precise]
     return [_half_stage(plan, name, precision, ranges) for name in names]
 

@@ -16,10 +16,10 @@ __all__ = ["describes", "previous_bundle"]
 
 
 def previous_bundle(target: Path) -> Bundle | None:
-    """Open the bundle at ``target``; None if there is none, or if it is damaged or of another version.
+    """Open the bundle at ``target``; None if there is none, or if it is damaged or has another version.
 
     Raises:
-        BuildError: The folder has other files.
+        BuildError: The folder exists and is not a bundle.
     """
     if not target.exists():
         return None
@@ -32,7 +32,7 @@ def previous_bundle(target: Path) -> Bundle | None:
 
 
 def _has_manifest(folder: Path) -> bool:
-    """True if the folder has a bundle's manifest, even a damaged one; other programs write a manifest.json too."""
+    """True if the folder has a bundle's manifest, even a damaged one. Other programs also write a manifest.json."""
     manifest = folder / MANIFEST
     try:
         return json.dumps(FORMAT).encode() in read_regular(manifest, MAX_BYTES, ManifestError)
@@ -41,7 +41,7 @@ def _has_manifest(folder: Path) -> bool:
 
 
 def describes(previous: Bundle, manifest: Manifest) -> bool:
-    """True if the previous bundle equals this build apart from added reports and measurements."""
+    """True if the previous bundle equals this build, except for added reports and measurements."""
     before = previous.manifest
     try:
         for name in before.files.keys() - manifest.files.keys():

@@ -20,7 +20,7 @@ __all__ = ["LOCK", "publish", "remove", "work_folder", "work_path"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 LOCK = "lock"
-"""File in a work folder that a running build has locked."""
+"""Name of the file in a work folder that a running build keeps locked."""
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +33,7 @@ def work_path(target: Path) -> Path:
 def work_folder(target: Path) -> Iterator[Path]:
     """Create a hidden folder for the finished stages of a build, in the parent folder of ``target``.
 
-    After a killed or interrupted build it stays, so that the next build can resume; after an error it is removed.
+    It stays after a killed or interrupted build, so that the next build can resume. After an error it is removed.
 
     Raises:
         BuildError: Another build of the same target is running, or the folder cannot be written.
@@ -59,7 +59,7 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def _create(work: Path) -> None:
-    """Create the work folder, for this user alone; one that is there already must be a folder of this user."""
+    """Create the work folder, for this user alone. An existing one must be a folder of this user."""
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
         work.mkdir(mode=0o700)
@@ -88,9 +88,9 @@ def _open_lock(work: Path) -> IO[bytes]:
 
 
 def _is_locked(lock: IO[bytes], work: Path) -> bool:
-    """Lock the file; False if another build has locked it, or has removed it at its end.
+    """Lock the file. Return False if another build has locked it, or has removed it when it ended.
 
-    On a file system without locks a warning names the folder, and the build goes on.
+    On a file system without locks, a warning is logged and the build goes on.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,9 +109,9 @@ def _is_locked(lock: IO[bytes], work: Path) -> bool:
 
 
 def _remove_foreign(work: Path) -> None:
-    """Remove what no build leaves in a work folder: links, special files, and entries of other users.
+    """Remove entries of a work folder that no build creates: links, special files, and entries of other users.
 
-    Nobody else can write to the folder any more, so that the builder may then follow the paths in it.
+    Other users can no longer write to the folder, so the build may use the paths in it afterwards.
     """
     owner = work.lstat().st_uid
     folders = [work]
@@ -128,7 +128,7 @@ def remove(path: Path) -> None:
     """Remove a file, a link (not its target) or a folder with its content, if it exists.
 
     Raises:
-        OSError: The file system refuses.
+        OSError: The file system does not allow it.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -137,18 +137,18 @@ def remove(path: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Rename ``finished`` to ``target``; a folder already there is exchanged with it, then removed.
+    """Rename ``finished`` to ``target``. An existing folder is exchanged with it and then removed.
 
-    A reader sees the whole old folder or the whole new one.
+    A reader sees either the complete old folder or the complete new one.
 
     Raises:
-        OSError: The file system refuses.
+        OSError: The file system does not allow it.
     """
     if not target.exists():
         finished.rename(target)
     elif _exchange(finished, target):
         shutil.rmtree(finished)
-    else:  # a file system without exchange: for an instant the target is absent
+    else:  # a file system without exchange: the target is missing for a moment
         old = finished.with_name(f"{finished.name}.old")
         remove(old)
         target.rename(old)
@@ -157,7 +157,7 @@ def publish(finished: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE), see rename(2); False where the system has none."""
+    """Exchange two paths with renameat2(RENAME_EXCHANGE), see rename(2); False if the system does not support it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

@@ -1,4 +1,4 @@
-"""Stages that write the shallow graphs of the UNet: one for each of its graphs, whose weights they share."""
+"""Stages that write the shallow graphs of the UNet, one for each of its graphs. They share its weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ldm_runtime.specs import Axis, ComponentSpec
 __all__ = ["has_deep_features", "shallow_stages", "shallow_variants", "with_shallow_unet"]
 
 FORM = 1
-"""Version of the graphs; increases when the same graph of the UNet leads to another shallow one."""
+"""Version of the shallow graphs. Increase it when the shallow graph of the same UNet graph changes."""
 
 
 def has_deep_features(model: ModelDescription) -> bool:
-    """True if the model's UNet returns deep features, so that shallow graphs can be made from its graphs."""
+    """True if the model's UNet returns deep features, so that its graphs have shallow graphs."""
     return any(tensor.name == DEEP_FEATURES for tensor in model.components[UNET].outputs)
 
 
@@ -31,15 +31,15 @@ def shallow_stages(work: Path, sources: Mapping[str, str], precisions: Sequence[
     """Return a stage for each portable graph of the UNet.
 
     Args:
-        work: Folder of the finished stages; the UNet's graphs lie in it.
+        work: Folder of the finished stages, which contains the UNet's graphs.
         sources: Graph file -> key of the stage that wrote it.
-        precisions: Precisions of the build; one in which the UNet has no graph is left out.
+        precisions: Precisions of the build. Those in which the UNet has no graph are skipped.
     """
     return [_stage(work, sources, one, "") for one in precisions if graph_file(UNET, one) in sources]
 
 
 def shallow_variants(work: Path, sources: Mapping[str, str], variants: Sequence[Variant]) -> list[Variant]:
-    """Return a shallow variant for each variant of the UNet that was written."""
+    """Return a shallow variant for each variant of the UNet."""
     return [
         Variant(SHALLOW_UNET, one.precision, one.engine, _stage(work, sources, one.precision, one.engine))
         for one in variants
@@ -52,7 +52,9 @@ def _stage(work: Path, sources: Mapping[str, str], precision: str, variant: str)
 
     def run(folder: Path) -> list[str]:
         (folder / target).parent.mkdir()
-        ir.save(shallow_unet(ir.load(work / source)), folder / target)  # refers to external weights, copies none
+        ir.save(
+            shallow_unet(ir.load(work / source)), folder / target
+        )  # refers to external weights instead of copying them
         return [target]
 
     name = ".".join(filter(None, (SHALLOW_UNET, precision, variant)))
@@ -60,7 +62,7 @@ def _stage(work: Path, sources: Mapping[str, str], precision: str, variant: str)
 
 
 def with_shallow_unet(model: ModelDescription, work: Path) -> ModelDescription:
-    """Add the shallow UNet to a model, behind the UNet. Its fp32 graph lies in the folder ``work``."""
+    """Insert the shallow UNet into a model after the UNet. Its fp32 graph is in the folder ``work``."""
     unet = model.components[UNET]
     axes = {dim.name: dim for tensor in unet.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     shallow = graph_spec(work / graph_file(SHALLOW_UNET, "fp32"), SHALLOW_UNET, unet.runs, axes)

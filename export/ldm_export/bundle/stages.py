@@ -1,4 +1,4 @@
-"""Stages of a build. Each has a key of everything it depends on; its files are reused if the key is unchanged."""
+"""Stages of a build. A stage has a key of everything it depends on; while the key is the same, its files are reused."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ from ldm_runtime.regular_files import read_regular
 __all__ = ["OnProgress", "Outcome", "Stage", "link_files", "run_stage"]
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the name of a stage, the steps of this stage that are done, and their number.
-
-A stage starts with 0 steps done and ends with all of them done; a stage without steps of its own counts as one.
+"""Called with the name of a stage, the number of its finished steps, and the number of its steps. A stage starts with 0
+finished steps and ends with all of them; a stage without steps has one.
 """
 
 LARGE = 64 * 2**20
-"""Bytes of a stage's files above which its memory is freed at once; the search for cycles takes up to a second."""
+"""Bytes of a stage's files above which the garbage collector runs after it, which takes up to a second."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Stage:
 
     Attributes:
         name: Its name in the manifest.
-        depends: Everything its result depends on: input digests, parameters, tool versions; JSON-able.
-        run: Writes files to a given folder and returns their relative paths.
+        depends: Everything its result depends on, as JSON values: input digests, parameters, tool versions.
+        run: Writes files to a folder and returns their relative paths.
     """
 
     name: str
@@ -64,7 +63,7 @@ class Outcome:
     Attributes:
         key: Key of the stage.
         files: Path -> digest and size.
-        origin: "made", "resumed" (a killed build had finished it) or "kept" (the existing bundle has it, undamaged).
+        origin: "made", "resumed" (a killed build had finished it) or "kept" (from the existing bundle).
         seconds: Time it took.
     """
 
@@ -75,7 +74,7 @@ class Outcome:
 
 
 def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
-    """Put a stage's files into ``work``: those of the previous bundle, else of a killed build, else run the stage."""
+    """Put a stage's files into ``work``: from the previous bundle or a killed build, otherwise by running the stage."""
     start = time.monotonic()
     record = work / f"{stage.name}.stage"
     origin, facts = "kept", _linked(stage, work, previous)
@@ -88,7 +87,7 @@ def run_stage(stage: Stage, work: Path, previous: Bundle | None) -> Outcome:
 
 
 def _recorded(record: Path, key: str, work: Path) -> dict[str, FileFact] | None:
-    """The files of a finished stage; None if its record or one of them is missing, damaged, or of another build."""
+    """The files of a finished stage; None if the record or a file is missing, damaged, or of another build."""
     try:
         note = require_object("stage", json.loads(read_regular(record, MAX_BYTES, ManifestError)))
         facts = require_map("files", note.get("files"), file_fact)
@@ -146,7 +145,7 @@ def _run(stage: Stage, work: Path) -> list[str]:
 
 
 def _free_memory() -> None:
-    """Return memory to the system, so that peaks of stages do not add up; a traced module is full of cycles."""
+    """Return memory to the system, so that the peaks of stages do not add up. A traced module has many cycles."""
     gc.collect()
     with suppress(AttributeError, OSError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -35,7 +35,7 @@ class Variant:
     """A component's graph for one engine.
 
     Attributes:
-        component, precision, engine: What the graph is for.
+        component, precision, engine: Component, precision and engine of the graph.
         stage: Writes the graph; it writes nothing if the engine's passes change nothing.
     """
 
@@ -51,7 +51,7 @@ class Variant:
 
 
 def cpu_variants(plan: BuildPlan, sources: Mapping[str, str]) -> list[Variant]:
-    """fp32 graphs as rewritten for ONNX Runtime on the CPU, of each component whose input grows with the image.
+    """Return fp32 variants for ONNX Runtime on the CPU, for each component whose input grows with the image.
 
     They share the weights of the portable graphs.
 
@@ -93,12 +93,12 @@ def write_cpu_variant(source: Path, target: Path) -> bool:
 
 
 def cuda_variants(plan: BuildPlan, sources: Mapping[str, str], ranges: Stage) -> list[Variant]:
-    """Every component's graph as rewritten for ONNX Runtime on CUDA, in fp16 and with weights of its own.
+    """Return fp16 variants for ONNX Runtime on CUDA, for every component. They have their own weights.
 
-    Tensors that one component computes for the UNet, such as keys and values, are fp16 at both ends.
+    Tensors that pass between components, such as keys and values for the UNet, are fp16 outputs and inputs.
 
     Args:
-        plan, sources: As of ``cpu_variants``.
+        plan, sources: See ``cpu_variants``.
         ranges: Stage that measures the ranges of all tensors.
     """
     names = [name for name in plan.model.components if name not in plan.family.precise]

@@ -1,1 +1,1 @@
-"""Reads checkpoint folders: checks components, reads weights, fills torch modules and converts tokenizers."""
+"""Reads checkpoint folders: checks configs, reads weights into torch modules, and converts tokenizers."""

@@ -1,7 +1,7 @@
 """Converts the CLIP tokenizer folder of a checkpoint to the ``tokenizer.json`` of a bundle.
 
-transformers reads the folder, so that vocabulary, merges, special and added tokens are its own; what it uses to split
-texts is written in the format of the ``tokenizers`` library.
+transformers reads the folder, so vocabulary, merges, special and added tokens are exactly those it uses. They are
+written in the format of the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["CLIP_FILES", "DEFAULT_LENGTH", "clip_length", "read_clip_tokenizer",
 
 DEFAULT_LENGTH = 77
 CLIP_FILES = ("vocab.json", "tokenizer.json")
-"""Files of which a CLIP tokenizer's folder has at least one; ``merges.txt`` belongs to the first."""
+"""Files of which a CLIP tokenizer's folder must have at least one; ``vocab.json`` also needs ``merges.txt``."""
 _CONFIG = "tokenizer_config.json"
 _FILES = (*CLIP_FILES, "merges.txt", _CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 
 def clip_length(folder: Path) -> int:
-    """Tokens that a tokenizer pads prompts to: its ``model_max_length``, or 77 if that is unset or out of range.
+    """Number of tokens to which prompts are padded: ``model_max_length``, or 77 if that is unset or out of range.
 
     Raises:
         CheckpointError: ``tokenizer_config.json`` cannot be read.
@@ -45,11 +45,11 @@ def read_clip_tokenizer(folder: Path, pad_token: str | None = None, added: Seque
 
     Args:
         folder: The folder.
-        pad_token: Token that prompts are padded with instead of the folder's.
-        added: Further tokens, which get the next ids.
+        pad_token: Padding token to use instead of the folder's.
+        added: Additional tokens, which get the next ids.
 
     Raises:
-        CheckpointError: A file is missing, too large or damaged, or the tokenizer is another one.
+        CheckpointError: A file is missing, too large or damaged, or the tokenizer is not CLIP's.
     """
     for path in (folder / name for name in _FILES):
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
@@ -72,13 +72,13 @@ def read_clip_tokenizer(folder: Path, pad_token: str | None = None, added: Seque
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # transformers raises anything, and tokenizers a PanicException
+    except BaseException as error:  # transformers raises many classes, and tokenizers a PanicException
         cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
         raise CheckpointError(f"tokenizer: {folder}: not a CLIP tokenizer ({cause}); download it again") from None
 
 
 def _check_ids(folder: Path) -> None:
-    """Refuse ids for which tokenizers would take memory and minutes: it fills the gaps between them."""
+    """Check that ids are not too large: the library fills gaps between ids, which could take much time and memory."""
     for name in CLIP_FILES:
         if not (folder / name).exists():
             continue
@@ -99,7 +99,7 @@ def write_clip_tokenizer_json(
     """Write the tokenizer to ``target``, with its padding token; equal folders give equal bytes.
 
     Args:
-        folder, padding, added: As of ``read_clip_tokenizer``.
+        folder, padding, added: See ``read_clip_tokenizer``.
         target: The file.
 
     Raises:

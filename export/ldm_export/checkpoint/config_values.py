@@ -1,4 +1,4 @@
-"""Configs of a checkpoint's parts: renames old keys, fills in default arguments, and checks every value."""
+"""Reads configs of a checkpoint's parts: renames old keys, fills in defaults, and checks every value."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_current_names(part: Part, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def full_config(where: str, part: Part, class_name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return every argument of a class: checked values of the config, or defaults. Unknown keys are left out.
+    """Return every argument of a class, with checked values of the config or defaults. Unknown keys are ignored.
 
     Args:
         where: Part and file, for error messages.
@@ -53,7 +53,7 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
         config: Config with current names.
 
     Raises:
-        CheckpointError: A value has a wrong type or an absurd size; the message names the key.
+        CheckpointError: A value has a wrong type or is far too large; the message names the key.
     """
     parameters = inspect.signature(part.classes[class_name].__init__).parameters.values()
     known = {p.name: p for p in parameters if p.default is not inspect.Parameter.empty}
@@ -68,20 +68,20 @@ def full_config(where: str, part: Part, class_name: str, config: dict[str, Any])
 
 
 def _may_be_null(key: str, parameter: inspect.Parameter) -> bool:
-    """True if diffusers accepts null: where the class allows it, for switches (false), and for names it compares."""
+    """True if diffusers accepts null: if the class allows it, for booleans (as false), and for names it compares."""
     default = parameter.default
     return type(None) in get_args(parameter.annotation) or isinstance(default, bool | str) or key in _NULLABLE
 
 
 def _converted(value: Any, default: Any) -> Any:
-    """Lists as tuples; 0 and 1 as the booleans they stand for."""
+    """Convert lists to tuples, and 0 and 1 to booleans where the default is a boolean."""
     if isinstance(value, list):
         return tuple(_converted(each, default) for each in value)
     return bool(value) if isinstance(default, bool) and isinstance(value, int | float) else value
 
 
 def _check_value(where: str, key: str, value: Any, default: Any) -> None:
-    """Check a config's value against the type of its default, and sizes and counts against sane bounds."""
+    """Check a value against the type of its default, and sizes and counts against plausible bounds."""
     if key == "trained_betas" and value is not None:
         default = (0.0,)
     like = default[0] if isinstance(default, tuple) else default

@@ -1,7 +1,8 @@
-"""Parts that the checkpoints of several families share: UNets, autoencoders and schedulers of diffusers.
+"""Parts that checkpoints of several families share: diffusers' UNets, autoencoders and schedulers.
 
 Older names come from the first diffusers releases (the renames follow diffusers'
-``scripts/change_naming_configs_and_checkpoints.py``); those of the autoencoder come from CompVis' latent-diffusion.
+``scripts/change_naming_configs_and_checkpoints.py``). Older names of the autoencoder come from CompVis'
+latent-diffusion.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def latents_of(autoencoder: Config) -> Latents:
 
 
 def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:
-    """Height and width of a model's own images, in latents, from the full configs.
+    """Height and width of a model's default images in latents, from the full configs.
 
     They are the UNet's ``sample_size``, one number or a pair. A UNet without one takes the autoencoder's.
     """
@@ -122,7 +123,7 @@ def latent_size(unet: Config, autoencoder: Config) -> tuple[int, int]:
 def context_widths(unet: Config) -> set[int]:
     """Return the widths of the text encoder's states that a UNet's cross-attention accepts, from its full config.
 
-    ``encoder_hid_dim`` is the width before a projection; otherwise the levels with cross-attention have one each.
+    With ``encoder_hid_dim`` it is the width before a projection; otherwise each level with cross-attention has its own.
     """
     if unet["encoder_hid_dim"] is not None:
         return {unet["encoder_hid_dim"]}
@@ -149,7 +150,7 @@ def latent_problems(unet: Config, autoencoder: Config) -> list[str]:
 
 
 def takes_mask(unet: Config) -> bool:
-    """True for the UNet of an inpainting model: it takes a mask and the latents of the masked image, too."""
+    """True for the UNet of an inpainting model, which also takes a mask and the latents of the masked image."""
     return bool(unet["in_channels"] == 2 * unet["out_channels"] + 1)
 
 
@@ -241,12 +242,12 @@ SCHEDULER = Part(
 
 
 def text_problems(unet: Config, width: int, further: Mapping[str, tuple[str | None, ...]] | None = None) -> list[str]:
-    """Check that a text encoder's states of a width are all that a UNet takes besides latents and timestep.
+    """Check that a UNet takes only latents, timestep and hidden states of a text encoder with a certain width.
 
     Args:
         unet: Full config of the UNet.
-        width: Of the states.
-        further: Option of the UNet -> its values, where the pipeline gives inputs beside these.
+        width: Width of the hidden states.
+        further: Option of the UNet -> accepted values, if the pipeline provides further inputs.
     """
     problems = []
     if wrong := sorted(context_widths(unet) - {width}):
@@ -258,7 +259,7 @@ def text_problems(unet: Config, width: int, further: Mapping[str, tuple[str | No
 
 
 def width_problems(unet: Config, width: int, encoder: str) -> list[str]:
-    """Problem of a UNet whose cross-attention takes another width than an encoder gives; empty if they agree."""
+    """Return a problem if a UNet's cross-attention takes another width than an encoder's; empty if they agree."""
     taken = unet["cross_attention_dim"]
     return [] if taken == width else [f"the unet's cross_attention_dim is {taken}, not the {encoder}'s {width}"]
 
@@ -272,7 +273,7 @@ def layout(
     modules: Mapping[str, ModuleSource] | None = None,
     files: Mapping[str, FileFolder] | None = None,
 ) -> CheckpointLayout:
-    """Layout of a family's checkpoints: a UNet, an autoencoder and a scheduler, besides what the family adds.
+    """Create the layout of a family's checkpoints: a UNet, an autoencoder, a scheduler, and the family's own parts.
 
     Args:
         kind, problems, files: As in ``CheckpointLayout``.

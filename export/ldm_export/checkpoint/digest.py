@@ -1,4 +1,4 @@
-"""Digest that identifies the weights of a checkpoint, independent of the name of its folder."""
+"""A digest that identifies the weights of a checkpoint, whatever the name of its folder is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 def weight_files(folder: Path) -> dict[str, Path]:
     """Relative path -> file of every weight file in the component folders of a diffusers folder, sorted by path.
 
-    A checkpoint that is one file is that file under its name.
+    For a checkpoint that is a single file, this file under its name.
     """
     if folder.is_file():
         return {folder.name: folder}
@@ -28,14 +28,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Compute the SHA-256 of a checkpoint's weight files: of one line ``PATH SHA-256`` for each file, sorted by path.
+    """Compute the SHA-256 of the lines ``PATH SHA-256`` of a checkpoint's weight files, sorted by path.
 
     Args:
         folder: A diffusers folder.
 
     Returns:
-        64 hexadecimal digits. Two checkpoints have the same digest only if they have the same weight files under the
-        same paths; configs and tokenizers do not count.
+        64 hexadecimal digits. Checkpoints have the same digest only if they have the same weight files under the same
+            paths. Configs and tokenizers are not included.
 
     Raises:
         CheckpointError: A weight file cannot be read.

@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""Computes the new values float32 of a parameter from those that were read."""
+"""Computes the new values of a parameter, float32, from those that were read."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part with weights.
+    """A part of a checkpoint with weights.
 
     Attributes:
-        name: Of the part.
-        folder: Its folder, or the file that holds the weights of all parts.
-        class_name: Its class.
-        config: Every argument of that class, defaults filled in.
-        defaulted: Arguments that the checkpoint leaves out.
-        tensors: Name -> tensor where weights are not in files of the folder, but under other names in one file.
-        depends: What the weights depend on beside the files of ``folder``, JSON-able.
-        ignored: Entries of the checkpoint's config that are no arguments.
-        changes: Parameter of the module -> change to its values, in the order in which they are applied.
+        name: Name of the part.
+        folder: Its folder, or the file with the weights of all parts.
+        class_name: Name of its class.
+        config: Every argument of that class, with defaults filled in.
+        defaulted: Arguments that the checkpoint does not give.
+        tensors: Name -> tensor, if the weights are not in files of the folder but under other names in a single file.
+        depends: Everything besides the files of ``folder`` on which the weights depend, as JSON values.
+        ignored: Entries of the checkpoint's config that are not arguments of the class.
+        changes: Parameter of the module -> changes to its values, in the order in which they are applied.
     """
 
     name: str
@@ -60,22 +60,22 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose configs are checked; weights are not read yet.
+    """A checkpoint whose configs have been checked. Weights have not been read yet.
 
     Attributes:
         folder: The checkpoint's folder.
         family: Name of the checkpoint's family.
         layout: Checkpoint layout of the family.
-        components: Part -> its class and config, for the parts with weights.
-        files: Folders of files by name, e.g. "tokenizer".
-        scheduler_config: Every argument of diffusers' scheduler class, and its name under "class".
+        components: Part -> its class and config, for parts with weights.
+        files: Name, e.g. "tokenizer" -> folder of files.
+        scheduler_config: Every argument of diffusers' scheduler class, and the name of the class under "class".
         random_seed: Seed of random weights; None reads the weights from the files.
-        defaults: Sampling options that the checkpoint's authors use; None for those of the family.
-        options: The layout's options, as the checkpoint has them.
-        embeddings: Files of textual inversion that are added: name, SHA-256 and token of each.
-        added_tokens: Tokenizer -> the tokens that these add to it, in their order.
-        loras: LoRA files that are merged into the weights: name, SHA-256 and scale of each.
-        scheduler_given: Entries of the scheduler's config as the checkpoint has them, also those of other schedulers.
+        defaults: Sampling options of the checkpoint's authors; None for the defaults of the family.
+        options: Values of the layout's options in the checkpoint.
+        embeddings: Added files of textual inversion: name, SHA-256 and token of each.
+        added_tokens: Tokenizer -> tokens that these files add to it, in order.
+        loras: LoRA files to merge into the weights: name, SHA-256 and scale of each.
+        scheduler_given: Entries of the scheduler's config in the checkpoint, including options of other schedulers.
     """
 
     folder: Path
@@ -115,7 +115,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_folder(
     folder: Path, index: dict[str, Any], family: str, layout: CheckpointLayout, random_seed: int | None
 ) -> Checkpoint:
-    """Read and check the configs of a checkpoint; with a ``random_seed`` no weight files are needed.
+    """Read and check the configs of a checkpoint. With a ``random_seed``, weight files are not needed.
 
     Raises:
         CheckpointError: A folder or file is missing, a class or an option is not supported, or a config is damaged, has
@@ -149,7 +149,7 @@ def read_folder(
 
 
 def _lacking(folder: Path, index: dict[str, Any], layout: CheckpointLayout) -> frozenset[str]:
-    """The optional parts and files that a checkpoint does not have."""
+    """Return the optional parts and files that are missing in a checkpoint."""
     lacking = set()
     for name in sorted(layout.optional):
         listed = isinstance(index.get(name), list) and None not in index[name]

@@ -14,14 +14,14 @@ from ldm_runtime.regular_files import read_regular
 __all__ = ["MAX_JSON", "read_json", "shortened"]
 
 MAX_JSON = 16 * 2**20
-"""Maximum size of a JSON file in bytes. The index of a checkpoint of ten thousand tensors has one MiB."""
+"""Maximum size of a JSON file in bytes. The index of a checkpoint with ten thousand tensors has one MiB."""
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
     """Read a JSON object from ``file``; error messages start with ``where``.
 
     Raises:
-        CheckpointError: The file is missing, larger than MAX_JSON, not valid JSON (with its position), or no object.
+        CheckpointError: The file is missing, larger than MAX_JSON, not valid JSON, or not a JSON object.
     """
     if not file.is_file():
         raise CheckpointError(f"{where}: {file} is missing; download the checkpoint whole")
@@ -44,7 +44,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """List the first names and the number of all names, for a message."""
+    """Return the first names and the number of all names, for a message."""
     listed = sorted(names)
     more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

@@ -22,10 +22,10 @@ class WeightNames:
     """Names of tensors in earlier releases.
 
     Attributes:
-        patterns: (regular expression, replacement), applied in this order to a name that the module does not have.
-        renumber: Applied before the patterns, with the config: renames that depend on it.
-        matrices_as_convolutions: A matrix may be stored as a 1x1 convolution, [out, in, 1, 1].
-        ignored: Suffixes of tensors that earlier releases stored and no module has.
+        patterns: (regular expression, replacement) pairs, applied in this order to names that the module does not have.
+        renumber: Renames that depend on the config, applied before the patterns.
+        matrices_as_convolutions: True if matrices may be stored as 1x1 convolutions, [out, in, 1, 1].
+        ignored: Suffixes of tensors of earlier releases that no module has.
     """
 
     patterns: tuple[tuple[str, str], ...] = ()
@@ -39,15 +39,15 @@ class Part:
     """One part of a checkpoint that a config describes: a model with weights, or a scheduler.
 
     Attributes:
-        folders: Its keys in model_index.json, which are also its folders; the current one first.
-        classes: Class name -> the callable whose keyword arguments are the keys of the config.
+        folders: Its keys in model_index.json, which are also folder names; the current name first.
+        classes: Class name -> callable whose keyword arguments are the keys of the config.
         older_classes: Class name of an earlier release -> current name, a key of ``classes``.
         older_keys: Config key of an earlier release -> current key.
-        current_config: Converts what a rename cannot. Called with the config with renamed keys, and as stored. Raises
-            CheckpointError for values that it cannot convert.
+        current_config: Conversion beyond renaming keys. Called with the config after renaming and with the stored
+            config. Raises CheckpointError for values that it cannot convert.
         config_file: Name of the config's file.
         weights: Names of tensors in earlier releases.
-        construct: Builds the module from a full config; None calls the class of the checkpoint with it.
+        construct: Creates the module from a full config; None calls the class of the checkpoint with it.
     """
 
     folders: tuple[str, ...]
@@ -60,7 +60,7 @@ class Part:
     construct: Callable[[Config], nn.Module] | None = None
 
     def module(self, class_name: str, config: Config) -> nn.Module:
-        """Build the module of a full config, with random weights; raises whatever the class raises."""
+        """Create the module of a full config, with random weights. Raises whatever the class raises."""
         if self.construct is not None:
             return self.construct(config)
         module: nn.Module = self.classes[class_name](**config)
@@ -69,11 +69,11 @@ class Part:
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """A torch module that is loaded from a part.
+    """A torch module that is loaded from a part of a checkpoint.
 
     Attributes:
         part: Name of the part with its config and weights.
-        left_out: Submodule that is not loaded -> its replacement, or None. Its tensors may be absent.
+        left_out: Submodule that is not loaded -> its replacement, or None. Its tensors may be missing.
     """
 
     part: str
@@ -87,8 +87,8 @@ class FileFolder:
     Attributes:
         folders: As in ``Part``.
         one_of: File names of which at least one must exist, unless weights are random.
-        published: Where users of a checkpoint without the folder get it, as the object of "give".
-        or_file: A file may take the place of the folder.
+        published: Description of where to get the folder, for the message "give …" if it is missing.
+        or_file: True if a file may be given instead of the folder.
     """
 
     folders: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Folders that are no whole checkpoint, but a part of one or an addition to one."""
+"""Recognises folders that are only a part of a checkpoint, or an addition to one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def lone_part(folder: Path) -> str | None:
-    """What a folder without model_index.json holds, as a phrase; None if nothing in it tells."""
+    """Describe the content of a folder without model_index.json as a phrase; None if it is not recognised."""
     if any((folder / name).exists() for name in LORA):
         return "LoRA weights, an addition to a checkpoint"
     try:

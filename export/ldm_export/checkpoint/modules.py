@@ -1,7 +1,7 @@
-"""Loads the torch modules of a checkpoint, one at a time: checked on the meta device, then filled.
+"""Loads the torch modules of a checkpoint one at a time: created on the meta device, checked, then filled.
 
-Memory is allocated only after the sizes of the config and the tensors of the files are found to agree, and there is
-no second copy of the weights: peak memory is the module in float32 and its largest tensor.
+Memory is allocated only after the sizes in the config and the tensors of the files have been compared. There is no
+second copy of the weights: peak memory is the module in float32 plus its largest tensor.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MAX_BYTES = 64 * 2**30
 def load_module(checkpoint: Checkpoint, name: str) -> nn.Module:
     """Load the module ``name`` of the checkpoint's layout: float32 on the CPU, in eval mode and without gradients.
 
-    Tensors that the module does not use are left out, with a warning, as diffusers does.
+    As in diffusers, tensors that the module does not use are skipped with a warning.
 
     Raises:
-        CheckpointError: The config describes no module, or one above MAX_BYTES; tensors are missing, misshapen, of
-            another dtype than DTYPES, or not finite; float8 tensors have scales beside them; the files cannot be read
-            (``read_weights``).
+        CheckpointError: The config does not describe a module, or a module above MAX_BYTES; tensors are missing, have a
+            wrong shape or a dtype that is not in DTYPES, or are not finite; float8 tensors have scales; or the files
+            cannot be read (``read_weights``).
         SpecError: The layout has no module of that name.
     """
     if name not in checkpoint.layout.modules:
@@ -70,7 +70,7 @@ def parameter_shapes(checkpoint: Checkpoint, part: str) -> dict[str, tuple[int, 
     """Name -> shape of the parameters of a part's module; no weights are read.
 
     Raises:
-        CheckpointError: The config describes no module.
+        CheckpointError: The config does not describe a module.
     """
     with torch.device("meta"):
         module = _constructed(checkpoint.layout.parts[part], checkpoint.components[part])
@@ -80,7 +80,7 @@ def parameter_shapes(checkpoint: Checkpoint, part: str) -> dict[str, tuple[int, 
 def _constructed(part: Part, component: Component) -> nn.Module:
     try:
         return part.module(component.class_name, component.config)
-    except Exception as error:  # diffusers and torch raise any exception for an odd config
+    except Exception as error:  # diffusers and torch raise many classes for an invalid config
         file = component.folder / part.config_file
         message = f"{file} describes no {component.class_name}: {first_line(error, 100)}; correct the config"
         raise CheckpointError(f"{component.name}: {message}") from error
@@ -115,7 +115,7 @@ def _fill(module: nn.Module, name: str, source: ModuleSource, part: Part, compon
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Create parameters, which start as torch.empty, on the meta device; buffers, which have values, in memory."""
+    """Create parameters, which start as torch.empty, on the meta device, and buffers, which have values, in memory."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return function(*args, **(kwargs or {}) | ({"device": "meta"} if function is torch.empty else {}))
@@ -127,13 +127,13 @@ def _with_current_names(
     names: WeightNames,
     component: Component,
 ) -> dict[str, StoredTensor]:
-    """Rename weights that are stored under older names to the names that the module expects."""
+    """Rename weights with older names to the names that the module expects."""
     renamed = {key: stored for key, stored in weights.items() if key in expected}
     for key, stored in weights.items():
         new = key if key in expected else _current_name(key, names, component)
         if new not in expected:
             renamed[key] = stored
-        elif new not in weights:  # else a duplicate under the older name, which some files have
+        elif new not in weights:  # otherwise a duplicate under the older name, which some files contain
             renamed[new] = stored
     return renamed
 
@@ -153,7 +153,7 @@ def _check(
     names: WeightNames,
     component: Component,
 ) -> None:
-    """Warn of unused tensors, and raise one CheckpointError naming what is missing, misshapen or of another dtype."""
+    """Warn of unused tensors, and raise a CheckpointError that names tensors that are missing or do not fit."""
     missing, unused = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     scales = [key for key in unused if "scale" in key] if any(one.dtype in FLOAT8 for one in weights.values()) else []
     misfits = []

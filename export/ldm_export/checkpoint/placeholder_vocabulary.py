@@ -1,4 +1,4 @@
-"""Placeholder vocabularies for checkpoints without weights: their tokens are single characters or bytes."""
+"""Placeholder vocabularies of single characters or bytes, for checkpoints with random weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["placeholder_clip_tokenizer", "placeholder_tokenizer"]
 
 
 def placeholder_tokenizer(source: Path, target: Path) -> Path:
-    """Write a BERT vocabulary of single characters and the configs of ``source`` to the folder ``target``.
+    """Write a BERT vocabulary of single characters and copies of the configs in ``source`` to the folder ``target``.
 
-    Any vocabulary will do, because random weights attach no meaning to tokens.
+    Any vocabulary is sufficient, because tokens have no meaning with random weights.
 
     Returns:
         ``target``.
@@ -30,7 +30,7 @@ def placeholder_tokenizer(source: Path, target: Path) -> Path:
 
 
 def placeholder_clip_tokenizer(source: Path, target: Path) -> Path:
-    """Write a CLIP vocabulary of single bytes and the configs of ``source`` to the folder ``target``.
+    """Write a CLIP vocabulary of single bytes and copies of the configs in ``source`` to the folder ``target``.
 
     Returns:
         ``target``.

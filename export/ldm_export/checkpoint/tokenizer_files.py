@@ -1,9 +1,9 @@
 """Converts the BERT tokenizer folder of a checkpoint, in any published form, to the ``tokenizer.json`` of a bundle.
 
-The files are interpreted as by ``BertTokenizer.from_pretrained`` of transformers 5: vocabulary from
-tokenizer.json, else vocab.txt; normalization from tokenizer_config.json alone (lower case unless it says otherwise);
-special and added tokens from tokenizer_config.json if that has ``added_tokens_decoder``, else from
-special_tokens_map.json, added_tokens.json and tokenizer.json too.
+The files are interpreted as by ``BertTokenizer.from_pretrained`` of transformers 5. The vocabulary comes from
+tokenizer.json, else vocab.txt; the normalization only from tokenizer_config.json (lower case by default). Special and
+added tokens come from tokenizer_config.json if it has ``added_tokens_decoder``, else also from special_tokens_map.json,
+added_tokens.json and tokenizer.json.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
     """Write the tokenizer to ``target`` and return its ``model_max_length``, or 77 if that is unset or out of range.
 
     The file is a BertNormalizer, a BertPreTokenizer, a WordPiece model and a [CLS] … [SEP] template, in the format of
-    the ``tokenizers`` library; equal folders give equal bytes. It has a padding section only where the padding token
-    is not [PAD] or the side is left, and a truncation section only where the side is left; their lengths mean nothing,
-    because the reader sets them. A token twice in vocab.txt has its last line's id.
+    the ``tokenizers`` library; equal folders give equal bytes. It has a padding section only if the padding token is
+    not [PAD] or the side is left, and a truncation section only if the side is left. Their lengths have no meaning,
+    because the reader sets them. A token that occurs twice in vocab.txt has the id of its last line.
 
     Raises:
-        CheckpointError: names the file. None there, over 64 MiB, not UTF-8, not JSON, no or an empty vocabulary, one
-            without a special token, an entry of a wrong type, or a tokenizer that is not BERT's.
+        CheckpointError: A file is missing, larger than 64 MiB, not UTF-8 or not JSON; the vocabulary is missing or
+            empty or lacks a special token; an entry has a wrong type; or the tokenizer is not BERT's. The message names
+            the file.
     """
     published = _read_json(folder / "tokenizer.json")
     if published is not None:
@@ -87,7 +88,7 @@ def write_tokenizer_json(folder: Path, target: Path) -> int:
 
 @contextmanager
 def _errors_of(path: Path) -> Iterator[None]:
-    """Turn any error caused by a damaged file or entry into a CheckpointError of one line."""
+    """Convert any error that a damaged file or entry causes into a CheckpointError of one line."""
     try:
         yield
     except CheckpointError:
@@ -166,7 +167,7 @@ def _settings(folder: Path, published: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _sides(folder: Path, config: dict[str, Any], published: dict[str, Any]) -> tuple[str, str]:
-    """Return the sides of padding and truncation; refuse tokenizers that keep typed special tokens as text."""
+    """Return the sides of padding and truncation. Refuse tokenizers that treat typed special tokens as plain text."""
     sides = []
     for key, section in (("padding_side", "padding"), ("truncation_side", "truncation")):
         with _errors_of(folder / "tokenizer.json"):

@@ -1,4 +1,4 @@
-"""Choice of the UNet weights of a training checkpoint, moving averages or plain ones. Importing this needs no torch."""
+"""Names for the choice of a training checkpoint's UNet weights: moving averages or plain. This needs no torch."""
 
 from __future__ import annotations
 

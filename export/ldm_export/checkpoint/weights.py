@@ -1,7 +1,7 @@
-"""Reads the weight files of a component: lists their tensors without reading values, and reads tensors one by one.
+"""Reads the weight files of a component: lists tensors without reading their values, and reads tensors one by one.
 
-Formats: safetensors (https://huggingface.co/docs/safetensors) and PyTorch state dicts, which are only ever unpickled as
-tensors (``weights_only=True``); either whole, or in shards listed by an ``*.index.json``.
+Formats: safetensors (https://huggingface.co/docs/safetensors), and PyTorch state dicts, which are only unpickled as
+tensors (``weights_only=True``). Both may be a single file, or shards that an ``*.index.json`` lists.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ldm_runtime.linked_files import stays_inside
 __all__ = ["DTYPES", "FLOAT8", "StoredTensor", "read_safetensors", "read_weights", "weight_file"]
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-"""Dtypes of eight bits. Their values are read as they are: a checkpoint with scales beside them is refused."""
+"""8-bit dtypes. Values are read without scales; checkpoints with scales for them are refused."""
 DTYPES = ("float64", "float32", "float16", "bfloat16", *FLOAT8)
-"""The dtypes of weights that are read, as float32. Integers would need a scale."""
+"""Supported dtypes of weights, which are read as float32. Integers are not supported, because they need scales."""
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -41,7 +41,7 @@ _FIRST_RELEASE = "diffusion_model.pt"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file: its name, shape and dtype; values are read by ``read``."""
+    """Name, shape and dtype of one tensor of a weight file; ``read`` reads its values."""
 
     component: str
     name: str
@@ -54,7 +54,7 @@ class StoredTensor:
         """Read the values as a contiguous float32 tensor of shape ``shape`` with its own memory.
 
         Raises:
-            CheckpointError: The file cannot be read any more, or a value is NaN or infinite.
+            CheckpointError: The file can no longer be read, or a value is NaN or infinite.
         """
         where = f"{self.component}: {self.file}: tensor {self.name}"
         try:
@@ -69,14 +69,14 @@ class StoredTensor:
 
 
 def read_weights(folder: Path, component: str) -> dict[str, StoredTensor]:
-    """Return tensor name -> StoredTensor for the weights in ``folder``; values are read from disk when they are used.
+    """Return tensor name -> StoredTensor for the weights in ``folder``. Values are read from disk on use.
 
     The first of these files is used: full-precision safetensors, full-precision ``.bin``, then the same with the infix
     ``.fp16.`` and ``.bf16.``. ``component`` is for error messages.
 
     Raises:
-        CheckpointError: no weights, a damaged or truncated file, a ``.bin`` that holds more than tensors, a shard that
-            is missing, lies outside the checkpoint or lacks tensors that the index lists.
+        CheckpointError: There are no weights, a file is damaged or truncated, a ``.bin`` contains more than tensors, or
+            a shard is missing, is outside the checkpoint, or lacks tensors that the index lists.
     """
     file = weight_file(folder, component)
     return _read_shards(file, component) if file.suffix == ".json" else _read_file(file, component)
@@ -145,7 +145,7 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
     _check_archive(file, where)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a damaged pickle raises any exception
+    except Exception as error:  # a damaged pickle raises many classes
         if "global" in str(error).lower():
             message = "holds objects other than tensors, which loading would run as code; get its safetensors version"
             raise CheckpointError(f"{where} {message}") from error
@@ -170,7 +170,7 @@ def _read_pickle(file: Path, component: str) -> dict[str, StoredTensor]:
 
 
 def _check_archive(file: Path, where: str) -> None:
-    """Refuse a PyTorch archive that inflates to more than the file has: torch writes its entries as they are.
+    """Refuse a PyTorch archive whose entries are larger than the file, because torch writes them uncompressed.
 
     Raises:
         CheckpointError: Entries are compressed or overlap, or the directory of the archive is damaged.

@@ -1,7 +1,7 @@
-"""Attention in a graph and in its engine: which attentions of the graph became one fused kernel.
+"""Checks which attentions of a graph became fused kernels in its engine.
 
 A fused kernel (FlashAttention: Dao et al. 2022, arXiv:2205.14135) never stores the matrix of scores. TensorRT fuses
-softmax(Q K^T) V by itself if it recognises the pattern, and builds several slower kernels without a message otherwise.
+softmax(Q K^T) V if it recognises the pattern; otherwise it builds several slower kernels without a message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AFTER = ("Cast",)
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """What became of the attentions of a graph.
+    """Which attentions of a graph are fused in its engine.
 
     Attributes:
         attentions: Number of attentions in the graph.
@@ -37,7 +37,7 @@ class FusedAttention:
     unfused: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Return the JSON-able entry of the manifest."""
+        """Return the manifest's entry as JSON values."""
         fused = self.attentions - len(self.unfused)
         return {"graph": self.attentions, "fused": fused, **({"unfused": [*self.unfused]} if self.unfused else {})}
 
@@ -48,11 +48,11 @@ def attentions_of(graph: Path) -> tuple[str, ...]:
 
 
 def fused_attention(attentions: Sequence[str], kernels: Iterable[tuple[str, Sequence[str]]]) -> FusedAttention:
-    """Find the attentions that are computed by fused kernels only.
+    """Find the attentions that are computed only by fused kernels.
 
     Args:
-        attentions: What ``attentions_of`` returned.
-        kernels: (name, ONNX nodes that it was made of) of each kernel of an engine, over all profiles.
+        attentions: Result of ``attentions_of``.
+        kernels: (name, ONNX nodes from which it was built) of each kernel of an engine, over all profiles.
     """
     fused, split = set[str](), set[str]()
     for name, nodes in kernels:
@@ -61,7 +61,7 @@ def fused_attention(attentions: Sequence[str], kernels: Iterable[tuple[str, Sequ
 
 
 def unfused_warning(component: str, engine: EngineFacts) -> str | None:
-    """Return a message about attentions that an engine of half precision does not fuse; None if there are none.
+    """Return a warning about attentions that a half-precision engine does not fuse; None if there are none.
 
     Fused kernels exist for half precision only.
     """

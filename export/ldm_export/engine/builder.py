@@ -1,4 +1,4 @@
-"""Builds TensorRT engines from ONNX graphs: for TensorRT for RTX on any machine, for TensorRT on the GPU at hand."""
+"""Builds TensorRT engines from ONNX graphs: for TensorRT for RTX on any machine, for TensorRT on its own GPU."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
     """Build one engine, prove its precision, and record which attentions it fuses.
 
     Args:
-        job: What to build.
+        job: The engine to build.
         on_progress: Called with the progress of the builder in thousandths.
 
     Returns:
         Entry of the manifest; its ``file`` is the target's name.
 
     Raises:
-        BuildError: The package is missing, it cannot serve the request, the builder fails, or matrix work is in another
-            precision than requested.
+        BuildError: The package is missing or does not support the request, the builder fails, or matrix operations are
+            in another precision than requested.
     """
     request, package = job.request, open_package(job.request.target)
     matrix = _readable_matrix_work(job, package)
@@ -68,10 +68,10 @@ def build_engine(job: EngineJob, on_progress: OnProgress = lambda done, total: N
 
 
 def _readable_matrix_work(job: EngineJob, package: ModuleType) -> bool:
-    """True if the graph has matrix work.
+    """True if the graph has matrix operations.
 
     Raises:
-        BuildError: The file is no ONNX graph.
+        BuildError: The file is not an ONNX graph.
     """
     try:
         return has_matrix_work(job.graph)

@@ -1,4 +1,4 @@
-"""The two packages that build engines, ``tensorrt_rtx`` and ``tensorrt``: one interface with different targets."""
+"""The two packages that build engines, ``tensorrt_rtx`` and ``tensorrt``, which have the same interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_package(target: str) -> ModuleType:
 
 
 def known_capabilities(package: ModuleType) -> dict[str, object]:
-    """Compute capability, e.g. "8.9" -> the package's name for it; empty if it builds for this GPU only."""
+    """Compute capability, e.g. "8.9" -> the package's name for it; empty if it only builds for this machine's GPU."""
     kinds = getattr(package, "ComputeCapability", None)
     names = [name for name in dir(kinds) if name.startswith("SM") and name[2:].isdigit()] if kinds else []
     capabilities = {f"{name[2:-1]}.{name[-1]}": getattr(kinds, name) for name in names}
@@ -42,7 +42,7 @@ def known_capabilities(package: ModuleType) -> dict[str, object]:
 
 
 def engine_capabilities(request: EngineRequest) -> tuple[str, ...]:
-    """Return the GPUs that an engine of a request runs on: the requested ones, or else the GPU that builds it.
+    """Return the GPUs that an engine of a request runs on: the requested ones, or this machine's GPU.
 
     Raises:
         BuildError: The request names no GPU, and this machine has none.
@@ -60,12 +60,12 @@ def engine_capabilities(request: EngineRequest) -> tuple[str, ...]:
 
 
 def check_capabilities(package: ModuleType, capabilities: Sequence[str], precision: str | None) -> None:
-    """Refuse compute capabilities that the builder does not know, or that it would refuse after minutes.
+    """Check compute capabilities before the build: the builder would refuse unsupported ones only after minutes.
 
     Args:
         package: The builder's package.
         capabilities: E.g. ("8.6", "8.9").
-        precision: Precision of the graph. None means a graph without matrix work, which every GPU runs in fp32.
+        precision: Precision of the graph. None means a graph without matrix operations, which every GPU runs in fp32.
 
     Raises:
         BuildError: No capability is given where one is needed, one is unknown, or one has no fp32 matrix product.
@@ -92,16 +92,17 @@ def check_capabilities(package: ModuleType, capabilities: Sequence[str], precisi
 
 
 def check_request(package: ModuleType, request: EngineRequest, precision: str | None) -> None:
-    """Refuse, before the build, requests that the builder would refuse after minutes.
+    """Check a request before the build: the builder would refuse an unsupported one only after minutes.
 
     Args:
         package: The builder's package.
-        request: What engines are built for.
-        precision: As ``check_capabilities`` takes it.
+        request: The request for engines.
+        precision: See ``check_capabilities``.
 
     Raises:
-        BuildError: As ``check_capabilities``; refittable engines without a GPU, which the builder needs to compile a
-            part of them; or a file of timings or version-compatible engines for a package that has none.
+        BuildError: As ``check_capabilities``; also for refittable engines without a GPU, which the builder needs to
+            compile a part of them, and for a timing cache or version-compatible engines if the package does not support
+            them.
     """
     check_capabilities(package, request.compute_capabilities, precision)
     if request.refittable:
@@ -125,7 +126,7 @@ def check_request(package: ModuleType, request: EngineRequest, precision: str | 
 
 
 def _elsewhere(capability: str) -> str:
-    """What to do for a GPU that TensorRT for RTX does not support."""
+    """Advice for a GPU that TensorRT for RTX does not support."""
     return (
         f"; for a GPU of {capability} build with --target onnxruntime-cuda, which `{install_command('gpu')}` runs, "
         "or on such a GPU with --target tensorrt"

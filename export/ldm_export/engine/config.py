@@ -16,9 +16,9 @@ from ldm_runtime.errors import BackendError, BuildError
 __all__ = ["add_profiles", "choose_capabilities", "limit_memory", "load_timings", "save_timings"]
 
 WORKSPACE = 0.9
-"""Share of the GPU's free memory that the builder may use for trying kernels and the engine for scratch."""
+"""Share of the GPU's free memory that the builder may use to try kernels, and the engine as scratch memory."""
 MAX_TIMINGS = 256 * 2**20
-"""Largest file of timings in bytes."""
+"""Maximum size of a timing cache in bytes."""
 
 
 def choose_capabilities(package: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
@@ -52,13 +52,13 @@ def add_profiles(builder: Any, config: Any, shapes: Sequence[Profile]) -> Profil
 
 
 def load_timings(config: Any, file: Path) -> Any:
-    """Pass the timings of earlier builds to the builder, which ignores those of another GPU or version.
+    """Load the timing cache of earlier builds. The builder ignores timings of another GPU or version.
 
     Returns:
         The timing cache, which is empty if the file does not exist yet.
 
     Raises:
-        BuildError: The file cannot be read or is too large, or the builder takes no timings.
+        BuildError: The file cannot be read or is too large, or the builder has no timing cache.
     """
     try:
         content = file.read_bytes() if file.exists() else b""
@@ -75,7 +75,7 @@ def load_timings(config: Any, file: Path) -> Any:
 
 
 def save_timings(cache: Any, file: Path) -> None:
-    """Write the timings for the next build.
+    """Write the timing cache for the next build.
 
     Raises:
         BuildError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""Reads the precision and the fused attention of an engine with TensorRT's inspector, which opens it on a GPU."""
+"""Reads the precision and the fused attentions of an engine with TensorRT's inspector. This needs a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KINDS = (
     ("float", "float"),
     ("fp32", "float"),
 )
-"""(Part of the inspector's name of a type, name in the manifest). The first match is used."""
+"""(Part of the inspector's name of a type, name in the manifest) pairs. The first match is used."""
 UNKNOWN = "unknown"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -34,13 +34,13 @@ _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 def inspect_engine(
     package: ModuleType, engine: Path, precision: str, islands: Collection[str], attentions: Sequence[str] = ()
 ) -> Proof:
-    """Open an engine that was built with detailed profiling verbosity, and read the types of all its matrix work.
+    """Open an engine that was built with detailed profiling verbosity, and read the types of its matrix operations.
 
     Arguments are those of ``proof.prove``.
 
     Raises:
-        BuildError: The engine does not open, no type can be read, or matrix work beyond the islands is in another
-            precision.
+        BuildError: The engine cannot be opened, no type can be read, or matrix operations outside the islands are in
+            another precision.
     """
     runtime = package.Runtime(package.Logger(package.Logger.ERROR))
     opened = runtime.deserialize_cuda_engine(engine.read_bytes())
@@ -57,10 +57,10 @@ def inspect_engine(
 
 
 def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return (type, ONNX nodes that it was made of) of each layer with matrix work.
+    """Return (type, ONNX nodes from which it was built) of each layer with matrix operations.
 
-    A layer's type is that of its weights, or else that of its inputs. With dynamic shapes TensorRT reports no types of
-    inputs.
+    A layer's type is that of its weights, or of its inputs if it has no weights. With dynamic shapes, TensorRT does not
+    report types of inputs.
 
     Args:
         information: The inspector's JSON.
@@ -81,7 +81,7 @@ def layer_work(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def layer_nodes(information: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return (name, ONNX nodes that it was made of) of each layer of the inspector's JSON."""
+    """Return (name, ONNX nodes from which it was built) of each layer in the inspector's JSON."""
     layers = [layer for layer in information.get("Layers", ()) if isinstance(layer, Mapping)]
     return [(str(layer.get("Name", "")), _ONNX.findall(str(layer.get("Metadata", "")))) for layer in layers]
 
@@ -92,6 +92,6 @@ def _unknown(layers: list[tuple[str, list[str]]]) -> dict[str, int]:
 
 
 def _type(tensor: Mapping[str, Any]) -> str:
-    """Return "half", "float", … of a text like "Half" or "Channel major FP16 format where channel % 8 == 0"."""
+    """Return "half", "float", … for a text like "Half" or "Channel major FP16 format where channel % 8 == 0"."""
     text = str(tensor.get("Type", tensor.get("Format/Datatype", ""))).lower()
     return next((kind for part, kind in _KINDS if part in text), UNKNOWN)

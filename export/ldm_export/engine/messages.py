@@ -25,14 +25,14 @@ _EXPLANATIONS = (
     ("fp32 gemm is not supported", "no fp32 matrix product on this GPU", "use --precision fp16"),
     ("but must have type", "a tensor has a type that the builder does not take", "use another --precision"),
 )
-"""(Part of the builder's message, what it means, what to do). The first match is used."""
+"""(Part of the builder's message, meaning, advice) triples. The first match is used."""
 
 
 def builder_monitor(package: ModuleType, on_progress: OnProgress) -> Any:
     """Return an ``IProgressMonitor`` that reports the progress of the outermost phase in thousandths.
 
-    The progress of nested phases counts within the step of their parent. Control-C cancels the build at the next step
-    and sets ``interrupted``, because the bindings swallow exceptions.
+    Progress of nested phases counts as a fraction of their parent's step. Control-C cancels the build at the next step
+    and sets ``interrupted``, because the bindings discard exceptions.
     """
 
     class Monitor(package.IProgressMonitor):  # type: ignore[misc, name-defined]
@@ -75,7 +75,7 @@ class _Phase:
 
 
 def _fraction(phases: Mapping[str, _Phase], parent: str | None) -> float:
-    """Return the progress of the furthest phase directly below a parent, with the phases nested in its next step."""
+    """Return the progress of the furthest phase directly below a parent, including phases nested in its step."""
     inner = [
         min(1.0, (phase.done + (_fraction(phases, name) if phase.done < phase.steps else 0)) / phase.steps)
         for name, phase in phases.items()
@@ -85,7 +85,7 @@ def _fraction(phases: Mapping[str, _Phase], parent: str | None) -> float:
 
 
 def explain(message: str) -> str:
-    """Return a builder's error in one line: what it means, the builder's own message, and what to do."""
+    """Return a builder's error in one line: its meaning, the builder's own message, and advice."""
     line = one_line(message)
     for part, meaning, advice in _EXPLANATIONS:
         if part in line.lower():

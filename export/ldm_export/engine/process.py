@@ -28,7 +28,7 @@ def build_in_subprocess(job: EngineJob, on_progress: OnProgress = lambda done, t
     """Build an engine in another process. Arguments, result and errors are those of ``builder.build_engine``.
 
     Raises:
-        BuildError: Also if that process ends without an answer, as it does when memory runs out.
+        BuildError: Also if that process ends without an answer, e.g. because memory ran out.
     """
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "ldm_export.engine.process", str(writing)]
@@ -39,7 +39,7 @@ def build_in_subprocess(job: EngineJob, on_progress: OnProgress = lambda done, t
         os.close(writing)
         try:
             assert process.stdin is not None
-            with suppress(BrokenPipeError), process.stdin as pipe:  # the process has died, which is reported below
+            with suppress(BrokenPipeError), process.stdin as pipe:  # the process has ended, which is reported below
                 pipe.write(json.dumps(job.to_json()).encode())
             for line in messages:
                 message = json.loads(line)

@@ -1,4 +1,4 @@
-"""Optimization profiles: the shapes an engine accepts, and the shapes it is optimized for."""
+"""Optimization profiles: the shapes that an engine accepts and the shapes for which it is optimized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_runtime.specs import Axis, ComponentSpec, Dim, TensorSpec, profile
 __all__ = ["DEFAULT_IMAGES", "bounded", "latent_bounds", "parse_bounds", "profiles"]
 
 DEFAULT_IMAGES: Bounds = (1, 1, 8)
-"""Images of one call if a request has no bounds of "batch"."""
+"""Bounds of "batch", images of one call, if a request does not give them."""
 _BOUNDS = re.compile(r"(\d{1,6})(?::(\d{1,6}):(\d{1,6}))?")
 
 
@@ -22,7 +22,7 @@ def parse_bounds(name: str, text: str) -> Bounds:
     """Read "min:opt:max", or one number for all three.
 
     Raises:
-        BuildError: The text has another form, or not 1 <= min <= opt <= max.
+        BuildError: The text has another form, or 1 <= min <= opt <= max does not hold.
     """
     match = _BOUNDS.fullmatch(text)
     numbers = tuple(int(part or match[1]) for part in match.groups()) if match else ()
@@ -50,8 +50,8 @@ def latent_bounds(name: str, pixels: Bounds, factor: int) -> Bounds:
 def bounded(spec: ComponentSpec, request: EngineRequest) -> ComponentSpec:
     """Narrow a spec to the bounds of a request.
 
-    1. The UNet takes one row per image and guidance branch: without guidance from the smallest number of images on, and
-       usually with guidance.
+    1. The UNet takes one row per image and guidance branch. The minimum is that of the smallest batch without guidance;
+       the optimum is with guidance.
     2. A component that runs once per request takes one row per image, or all rows of the UNet.
     3. A component that runs once per schedule takes one row per timestep, so it keeps the range of its graph.
     4. All other components take one row per image.

@@ -1,6 +1,6 @@
-"""Reads the precision and the fused attention of an engine of TensorRT for RTX from the compiled program in its bytes.
+"""Proves the precision of a TensorRT for RTX engine from the compiled program in its bytes, without a GPU.
 
-Opening an engine with the inspector needs a GPU. The bytes contain the program as text, in statements like
+The inspector needs a GPU to open an engine. The bytes of the engine contain its program as text, in statements like
 ``corrltn={ name="unet.conv_in/Conv" output={"a"} input={"b" "c"} … layers="[ONNX Layer: unet.conv_in/Conv]" }`` and
 ``tensor={ … name="b" … type=half }``, so a machine without a GPU can read it.
 """
@@ -45,15 +45,15 @@ _NAME = re.compile(rb'"([^"^]+)(?:\^\w+)?"')
 
 @dataclass(frozen=True)
 class Proof:
-    """The types of an engine's matrix work.
+    """The types of an engine's matrix operations.
 
     Attributes:
-        matrix_work: Type ("half", "float", "int8") -> number of convolutions, matrix products and fused attentions in
-            it, over all profiles.
-        beyond: ONNX nodes of matrix work in another type than requested, except the islands.
-        read_from: "program", the compiled text inside the engine; "inspector", which opened it on a GPU; or "graph",
-            if the graph has no matrix work.
-        attention: The attentions of the graph, if it has any, and those that are fused kernels.
+        matrix_work: Type ("half", "float", "int8") -> number of convolutions, matrix products and fused attentions of
+            that type, over all profiles.
+        beyond: ONNX nodes of matrix operations that have another type than requested, except the islands.
+        read_from: Source of the proof: "program", the compiled text inside the engine; "inspector", which opened it on
+            a GPU; or "graph", if the graph has no matrix operations.
+        attention: The attentions of the graph and which of them are fused; None if it has none.
     """
 
     matrix_work: Mapping[str, int]
@@ -62,13 +62,13 @@ class Proof:
     attention: FusedAttention | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Return the JSON-able entry of the manifest."""
+        """Return the manifest's entry as JSON values."""
         attention = {} if self.attention is None else {"attention": self.attention.facts()}
         return {"read_from": self.read_from, "matrix_work": dict(self.matrix_work), **attention}
 
 
 NO_MATRIX_WORK = Proof({}, (), "graph")
-"""Proof of an engine whose graph has no matrix work."""
+"""Proof of an engine whose graph has no matrix operations."""
 
 
 def has_matrix_work(graph: Path) -> bool:
@@ -77,7 +77,7 @@ def has_matrix_work(graph: Path) -> bool:
 
 
 def prove(engine: Path, precision: str, islands: Collection[str], attentions: Sequence[str] = ()) -> Proof:
-    """Read the types of all matrix work in an engine whose graph has some, and which attentions are fused.
+    """Read the types of all matrix operations in an engine and which attentions are fused. The graph must have some.
 
     Args:
         engine: File of any size.
@@ -86,7 +86,8 @@ def prove(engine: Path, precision: str, islands: Collection[str], attentions: Se
         attentions: Attentions of the graph, as ``attention.attentions_of`` returns them.
 
     Raises:
-        BuildError: No program can be read from the file, or matrix work beyond the islands is in another precision.
+        BuildError: No program can be read from the file, or matrix operations outside the islands are in another
+            precision.
     """
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         types = _types(content)
@@ -109,17 +110,17 @@ def checked(
     islands: Collection[str],
     read_from: str,
 ) -> Proof:
-    """Count matrix work by type and compare it with the requested precision.
+    """Count matrix operations by type and compare the types with the requested precision.
 
     Args:
         engine: File of the engine, for messages.
-        operations: (type, ONNX nodes that it was made of) of each operation.
+        operations: (type, ONNX nodes from which it was built) of each operation.
         precision: The requested precision.
         islands: ONNX nodes that may compute in fp32.
-        read_from: As in ``Proof``.
+        read_from: See ``Proof``.
 
     Raises:
-        BuildError: Work beyond the islands is in another precision.
+        BuildError: Operations outside the islands are in another precision.
     """
     expected = TYPES[precision]
     counts = Counter(kind for kind, _ in operations)
@@ -142,7 +143,7 @@ def matrix_nodes(nodes: Sequence[str]) -> list[str]:
 
 
 def _types(content: mmap.mmap) -> dict[str, list[tuple[int, str]]]:
-    """Tensor name -> (offset of a declaration, type), ascending: the program of each profile declares its own."""
+    """Tensor name -> (offset of a declaration, type), ascending; the program of each profile declares tensors."""
     types: dict[str, list[tuple[int, str]]] = {}
     for match in _TENSOR.finditer(content):
         types.setdefault(match[1].decode(), []).append((match.start(), match[2].decode()))

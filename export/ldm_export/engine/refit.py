@@ -1,4 +1,4 @@
-"""Exchanges the weights of an engine that was built refittable, without a rebuild. This needs a GPU."""
+"""Replaces the weights of a refittable engine without rebuilding it. This needs a GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ldm_runtime.errors import BuildError, ManifestError
 __all__ = ["refit_engine", "refit_source", "structure"]
 
 SMALL = 16
-"""Constants of at most this many values count as structure, e.g. a norm's epsilon, sizes and scales."""
+"""Constants with at most this many values count as structure, e.g. a norm's epsilon, sizes and scales."""
 
 
 def structure(graph: Path) -> str:
     """Return the SHA-256 of a graph without the values of its weights.
 
-    Graphs of two checkpoints of one architecture share it. It covers operators, attributes, names, shapes and types,
-    and the values of constants that are small or integers.
+    It is equal for two checkpoints of the same architecture. It covers operators, attributes, names, shapes and types,
+    and the values of small constants and integers.
     """
     model = ir.load(graph)
     constants = []
@@ -51,10 +51,10 @@ def structure(graph: Path) -> str:
 
 
 def refit_source(previous: Bundle | None, component: str, target: EngineFacts) -> Path | None:
-    """Return the file of an earlier build's engine that takes the weights of ``target``, or None.
+    """Return the file of an engine of an earlier build that can take the weights of ``target``, or None.
 
-    The engine was built refittable, by the same package and version, for the same GPUs, profiles and precision, from a
-    graph of the same structure, and its file is undamaged.
+    The engine must be refittable and undamaged, and have been built by the same package and version, for the same GPUs,
+    profiles and precision, from a graph of the same structure.
     """
     part = None if previous is None else previous.manifest.components.get(component)
     for engine in () if part is None else part.engines:
@@ -77,10 +77,10 @@ def refit_source(previous: Bundle | None, component: str, target: EngineFacts) -
 
 
 def refit_engine(package: ModuleType, engine: Path, graph: Path, target: Path) -> None:
-    """Write ``engine`` with the weights of ``graph`` to ``target``.
+    """Write a copy of ``engine`` with the weights of ``graph`` to ``target``.
 
     Raises:
-        BuildError: The engine does not open, or it needs other weights than the graph has.
+        BuildError: The engine cannot be opened, or it needs other weights than the graph has.
     """
     log = error_log(package)
     runtime = package.Runtime(log)

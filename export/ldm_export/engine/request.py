@@ -24,12 +24,13 @@ class EngineRequest:
     Attributes:
         target: "tensorrt-rtx" or "tensorrt".
         compute_capabilities: E.g. ("8.6", "8.9"). Empty for "tensorrt", which builds for the GPU of this machine.
-        bounds: (axis name, bounds) of "batch" in images, of "height" and "width" in latents, and of "chunks" in
-            texts of a prompt.
-        rows_per_image: Rows of the UNet for one image: the number of guidance branches, 1 without guidance.
-        refittable: Keep what is needed to exchange the weights later without a rebuild. Needs a GPU to build.
-        version_compatible: Build plans that later versions and TensorRT's lean runtime run too. For "tensorrt" only.
-        timings: File of kernel timings that is kept from build to build. For "tensorrt" only.
+        bounds: (axis name, bounds): "batch" in images, "height" and "width" in latents, and "chunks" in chunks of a
+            prompt.
+        rows_per_image: UNet rows per image: the number of guidance branches, 1 without guidance.
+        refittable: True if weights can be replaced later without rebuilding. Building such engines needs a GPU.
+        version_compatible: True builds plans that later versions and TensorRT's lean runtime also run. For "tensorrt"
+            only.
+        timings: Timing cache, a file of kernel timings that later builds reuse. For "tensorrt" only.
     """
 
     target: str
@@ -54,10 +55,10 @@ class EngineJob:
         graph: ONNX file. External weights lie beside it.
         spec: Inputs and outputs of the component.
         precision: Precision of the graph: "fp32", "fp16", "bf16" or "int8".
-        request: What the engine is built for.
+        request: Package, GPUs and shapes of the engine.
         target: File to write.
-        islands: Names of the matrix nodes of the graph that are meant to stay in fp32.
-        previous: A bundle that may hold an engine which takes the graph's weights without a rebuild.
+        islands: Names of the graph's matrix nodes that stay in fp32 on purpose.
+        previous: An earlier bundle, whose engine may be refitted with the graph's weights.
     """
 
     graph: Path
@@ -69,7 +70,7 @@ class EngineJob:
     previous: Bundle | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON-able description, in which the bundle is a folder."""
+        """Return the description as JSON values, with the folder of the bundle."""
         return {
             "graph": str(self.graph),
             "spec": {"name": self.spec.name, **spec_to_json(self.spec)},
@@ -82,7 +83,7 @@ class EngineJob:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> EngineJob:
-        """Read what ``to_json`` wrote.
+        """Read the result of ``to_json``.
 
         Raises:
             ManifestError: The bundle of an earlier build is damaged.

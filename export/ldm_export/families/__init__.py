@@ -1,4 +1,4 @@
-"""Pipeline families: one module each, recognised by the class name in a checkpoint's model_index.json."""
+"""Pipeline families, one module each. A family is recognised by the class name in a checkpoint's model_index.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(index: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint.
+    """Return the family of a checkpoint.
 
     Args:
         index: Content of model_index.json.
@@ -63,10 +63,10 @@ def family_of(index: Mapping[str, Any]) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family that a bundle's manifest names.
+    """Return the family that a bundle's manifest names.
 
     Raises:
-        CheckpointError: There is none of that name.
+        CheckpointError: There is no family with that name.
     """
     for family in FAMILIES:
         if family.name == name:
@@ -76,16 +76,16 @@ def family_named(name: str) -> Family:
 
 
 def open_checkpoint(folder: Path, *, random_weights: bool = False, seed: int = 0) -> Checkpoint:
-    """Read and check a checkpoint's configs; with ``random_weights`` they are enough, no weights are looked for.
+    """Read and check a checkpoint's configs. With ``random_weights``, no weight files are needed.
 
     Args:
         folder: A diffusers folder with model_index.json.
-        random_weights: Draw the weights instead of reading them.
-        seed: Of the drawn weights.
+        random_weights: True draws random weights instead of reading them.
+        seed: Seed of the random weights.
 
     Raises:
-        CheckpointError: No checkpoint, a pipeline or a class that is not supported, a folder or file missing, a config
-            that is damaged, holds values of a wrong type or size, or does not fit the other parts.
+        CheckpointError: The folder is not a checkpoint, a pipeline or class is not supported, a folder or file is
+            missing, or a config is damaged, has values of a wrong type or size, or does not fit the other parts.
     """
     folder = Path(folder)
     index = read_index(folder)

@@ -1,4 +1,4 @@
-"""Memory of activations by the size of the latents, estimated from the configs of UNet and autoencoder."""
+"""Estimates activation memory per latent from the configs of UNet and autoencoder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["activation_memory"]
 
 FLOAT = 4
 LIVE = 10
-"""Tensors of the first width that ONNX Runtime's allocator holds at most, as measured: those of a residual block and of
-its normalization, and memory that is kept for the next operator."""
+"""Measured maximum number of tensors of the first width that ONNX Runtime's allocator holds: those of a residual block
+and its normalization, and memory reserved for the next operator."""
 
 DISTANCES = 3
-"""Tensors of distances that are alive at once: the products, their roots, and one that is kept."""
+"""Number of distance tensors in memory at once: the products, their roots, and one more."""
 
 
 def activation_memory(unet: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> dict[str, int]:
-    """Settings of a conditioning for ``ldm_runtime.required_memory.required_bytes``.
+    """Return conditioning settings for ``ldm_runtime.required_memory.required_bytes``.
 
-    The largest of three counts: the decoder, whose first width has the size of the image; the UNet, whose up blocks
-    hold the skip connections; and the distances of a quantized latent to a part of the codes. Attention is computed
-    block by block and needs no memory of its own.
+    The estimate is the largest of three: the decoder, whose first width has the size of the image; the UNet, whose up
+    blocks need the skip connections; and the distances of quantized latents to a part of the codes. Attention is
+    computed block by block and is not counted.
 
     Args:
         unet, autoencoder: Full configs of UNet2DModel and of VQModel or AutoencoderKL.

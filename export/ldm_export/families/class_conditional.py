@@ -1,7 +1,7 @@
 """Class-conditional latent diffusion: CompVis' cin256 models of ImageNet (Rombach et al. 2022, section 4.1).
 
-diffusers has no pipeline of these models; checkpoints are those of CompVis/latent-diffusion. A class label becomes one
-token of the UNet's cross-attention. A model with an additional class for the unconditional branch is guided by it.
+diffusers has no pipeline for these models; checkpoints are those of CompVis/latent-diffusion. A class label becomes one
+token of the UNet's cross-attention. A model with an additional class for the unconditional branch supports guidance.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["CLASS_CONDITIONAL", "ClassEmbedder", "describe"]
 LABEL_ENCODER, CONTEXT = "label_encoder", "context"
 GUIDANCE = ("unconditional", "conditional")
 DEFAULTS = Defaults(num_inference_steps=20, eta=0.0, guidance_scale=3.0)
-"""As in the notebook of the authors."""
+"""Sampling options of the authors' notebook."""
 
 
 class ClassEmbedder(nn.Module):
     """label int64 [B] -> one token float32 [B, 1, width].
 
     Args:
-        num_classes: Classes, with the unconditional one if there is one.
+        num_classes: Number of classes, including the unconditional class if there is one.
         width: Channels of a token.
-        unconditional: The last class is that of the unconditional branch.
+        unconditional: True if the last class is that of the unconditional branch.
     """
 
     def __init__(self, num_classes: int = 1001, width: int = 512, unconditional: bool = True):
@@ -68,10 +68,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
+    """Describe the model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     configs = checkpoint.configs()
     autoencoder, unet, labels = configs["autoencoder"], configs["unet"], configs[LABEL_ENCODER]
@@ -105,7 +105,7 @@ def _reference(checkpoint: Checkpoint) -> Reference:
 
 
 def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """One image by the equations of the paper, with modules of diffusers."""
+    """Generate one image by the equations of the paper, with modules of diffusers."""
     embedder: Any = reference.encoder
     unconditional: int | None = embedder.unconditional
     guided = request["guidance_scale"] != 1 and unconditional is not None

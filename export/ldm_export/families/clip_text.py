@@ -1,4 +1,4 @@
-"""Text encoders of CLIP and their tokenizers, as parts of checkpoints: OpenAI's and OpenCLIP's."""
+"""CLIP text encoders, OpenAI's and OpenCLIP's, and their tokenizers, as parts of checkpoints."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ __all__ = [
 
 TOKENIZER_FOLDER = "the folder tokenizer of a diffusers checkpoint, with vocab.json and merges.txt"
 MAX_CHUNKS = 8
-"""Most texts that the states of a long prompt consist of."""
+"""Maximum number of chunks of a long prompt."""
 OPEN_CLIP_PADDING = "!"
-"""Token 0, with which OpenCLIP pads prompts."""
+"""Padding token of OpenCLIP, which has the id 0."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ClipTextConfig:
 
 @dataclass(frozen=True)
 class ClipProjectionConfig(ClipTextConfig):
-    """The options of a text encoder that pooled states depend on too."""
+    """The options of a text encoder, including those that pooled states depend on."""
 
     projection_dim: int = 512
     eos_token_id: int = 49407
@@ -94,13 +94,13 @@ CLIP_PROJECTION = Part(
 
 
 def clip_inputs(tokens: int, number: str = "") -> tuple[TensorSpec, TensorSpec]:
-    """Inputs of a text encoder: ids, and which of them others attend to; ``number`` is the end of their names."""
+    """Specs of a text encoder's inputs: ids and attention mask; ``number`` is the suffix of their names."""
     shape = (IMAGES, tokens)
     return TensorSpec(f"{INPUT_IDS}{number}", "int64", shape), TensorSpec(f"{ATTENTION_MASK}{number}", "int64", shape)
 
 
 def clip_tokens(checkpoint: Checkpoint, tokenizer: str = "tokenizer", encoder: str = "text_encoder") -> int:
-    """Tokens of a prompt: those that the tokenizer pads to, or the text encoder's where these are fewer.
+    """Number of tokens of a prompt: that of the tokenizer, or the text encoder's maximum if it is smaller.
 
     Raises:
         CheckpointError: The tokenizer's config cannot be read.
@@ -111,7 +111,7 @@ def clip_tokens(checkpoint: Checkpoint, tokenizer: str = "tokenizer", encoder: s
 
 @contextmanager
 def _tokenizer_folder(checkpoint: Checkpoint, name: str) -> Iterator[Path]:
-    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder."""
+    """Yield the folder of the checkpoint's tokenizer; a placeholder for random weights without a vocabulary."""
     source = checkpoint.files[name]
     if checkpoint.random_seed is None or any((source / file).exists() for file in CLIP_FILES):
         yield source
@@ -123,7 +123,7 @@ def _tokenizer_folder(checkpoint: Checkpoint, name: str) -> Iterator[Path]:
 def write_clip_tokenizer(
     checkpoint: Checkpoint, target: Path, name: str = "tokenizer", encoder: str = "text_encoder"
 ) -> None:
-    """Write a tokenizer of the checkpoint to ``target``, as a bundle has it.
+    """Write a tokenizer of the checkpoint to ``target``, in the form that bundles have.
 
     Raises:
         CheckpointError: Its files cannot be used, or the text encoder embeds fewer tokens.
@@ -134,7 +134,7 @@ def write_clip_tokenizer(
 
 
 def clip_tokenizer(checkpoint: Checkpoint, name: str = "tokenizer", encoder: str = "text_encoder") -> Any:
-    """A tokenizer of the checkpoint, of transformers.
+    """Open a tokenizer of the checkpoint with transformers.
 
     Raises:
         CheckpointError: Its files cannot be used.
@@ -146,7 +146,7 @@ def clip_tokenizer(checkpoint: Checkpoint, name: str = "tokenizer", encoder: str
 
 
 def _padding(checkpoint: Checkpoint, name: str) -> str | None:
-    """The padding token of a second tokenizer that has the folder of the first, as in original checkpoint files."""
+    """Padding token of a second tokenizer that shares the folder of the first, as in original checkpoint files."""
     return (
         OPEN_CLIP_PADDING if name != "tokenizer" and checkpoint.files[name] == checkpoint.files["tokenizer"] else None
     )

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, with what depends on its scheduler."""
+"""Describes the model of a checkpoint, including everything that depends on its scheduler."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["described"]
 
 
 def described(family: Family, checkpoint: Checkpoint) -> ModelDescription:
-    """Describe the model of a checkpoint; its UNet takes float32 timesteps if the scheduler has fractional ones.
+    """Describe the model of a checkpoint. Its UNet takes float32 timesteps if the scheduler has fractional ones.
 
-    The scheduler's options that the checkpoint gives are recorded, so that another scheduler can take them.
+    The scheduler options of the checkpoint are recorded, so that requests can select another scheduler with them.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options, or the family's pipeline in diffusers
+        SpecError: The runtime does not support the scheduler with these options, or the family's pipeline in diffusers
             does not sample correctly with it.
     """
     model = family.describe(checkpoint)

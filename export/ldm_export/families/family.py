@@ -1,4 +1,4 @@
-"""A pipeline family: everything that is particular to one kind of latent diffusion model, as data and functions."""
+"""A pipeline family: everything that is specific to one kind of latent diffusion model, as data and functions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["BundleFile", "Family", "TracedComponent"]
 
 @dataclass(frozen=True)
 class TracedComponent:
-    """A graph that is traced from one module.
+    """A component whose graph is traced from one module.
 
     Attributes:
         module: Name of the module in the checkpoint's layout.
-        wrap: Wraps the loaded module so that it takes and returns the tensors of the component's spec.
-        splits: What is split off the traced graph, as components of their own.
+        wrap: Wraps the loaded module, so that it takes and returns the tensors of the component's spec.
+        splits: Rules for parts of the traced graph that become separate components.
     """
 
     module: str
@@ -38,12 +38,13 @@ class TracedComponent:
 
 @dataclass(frozen=True)
 class BundleFile:
-    """A file of the bundle that is no graph, for example a tokenizer.
+    """A file of the bundle that is not a graph, for example a tokenizer.
 
     Attributes:
-        path: In the bundle.
-        source: Name of the checkpoint's file or folder that it is made from; a checkpoint without it has no such file.
-        write: Writes it to a path. Raises CheckpointError if the checkpoint's files cannot be used.
+        path: Path in the bundle.
+        source: Name of the checkpoint's file or folder from which it is made. The bundle of a checkpoint without it
+            does not have the file.
+        write: Writes the file to a path. Raises CheckpointError if the checkpoint's files cannot be used.
     """
 
     path: str
@@ -57,22 +58,22 @@ class Family:
 
     Attributes:
         name: Name in the manifest.
-        pipelines: Class names in model_index.json: today's first, then those of earlier releases. Empty
-            if diffusers has no such pipeline; checkpoints are then those of CompVis.
-        layout: Of its checkpoints.
-        components: What is traced, by component, in the order in which the components run; a checkpoint may lack the
-            optional parts of its layout, and its model then these components.
-        files: Files of the bundle that are no graphs, by the name of their build stage.
-        describe: The model of a checkpoint, with the specs of ``components`` before anything is split off.
-        quantize: Components that int8 quantizes; the budget is spent in this order.
-        requests: One request without a seed for each of the prompts; None gives the family's default requests. Raises
+        pipelines: Class names in model_index.json: the current one first, then those of earlier releases. Empty if
+            diffusers has no such pipeline; checkpoints are then those of CompVis.
+        layout: Layout of its checkpoints.
+        components: Component -> what is traced for it, in the order in which components run. If an optional part of the
+            layout is missing in a checkpoint, the model does not have its components.
+        files: Name of a build stage -> file of the bundle that is not a graph.
+        describe: Returns the model of a checkpoint, with the specs of ``components`` before parts are split off.
+        quantize: Components that are quantized to int8; the error budget is spent in this order.
+        requests: Returns a request without a seed for each prompt, or the family's default requests for None. Raises
             SpecError for prompts if the family's models take none.
-        reference: diffusers' own pipeline of a checkpoint, or the modules that replace one; float32 on the CPU.
-        reference_image: Runs it for one request with every option filled in, height and width in pixels of
-            our image among them, noise from the generator.
+        reference: Opens diffusers' pipeline of a checkpoint, or modules in place of a pipeline; float32 on the CPU.
+        reference_image: Runs the reference for one request with every option filled in, including height and width of
+            our image in pixels, with noise from the generator.
         precise: Components that stay in fp32 in every precision.
-        fractional_timesteps: Export the UNet with float32 timesteps whatever the checkpoint's scheduler is, so that
-            requests can select any other.
+        fractional_timesteps: True exports the UNet with float32 timesteps whatever the checkpoint's scheduler is, so
+            that requests can select any scheduler.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Family:
     fractional_timesteps: bool = False
 
     def pipeline_of(self, checkpoint: Checkpoint) -> str:
-        """Class name in the model_index.json of a checkpoint: the inpainting pipeline if its UNet takes a mask."""
+        """Class name for the model_index.json of a checkpoint: the inpainting pipeline if its UNet takes a mask."""
         unet = checkpoint.components["unet"].config
         inpaints = [name for name in self.pipelines if "Inpaint" in name]
         return inpaints[0] if inpaints and takes_mask(unet) else self.pipelines[0]

@@ -1,4 +1,4 @@
-"""Models whose UNet embeds the guidance scale, e.g. latent consistency models: one branch, and one more input."""
+"""Models whose UNet embeds the guidance scale, e.g. latent consistency models: one branch and an additional input."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["TIMESTEP_COND", "embedded_guidance", "with_guidance_embedding"]
 
 TIMESTEP_COND = "timestep_cond"
 DEFAULTS = Defaults(num_inference_steps=4, eta=0.0, guidance_scale=8.5)
-"""As of diffusers' LatentConsistencyModelPipeline."""
+"""Sampling options of diffusers' LatentConsistencyModelPipeline."""
 
 
 def embedded_guidance(unet: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Options of a UNet that embeds the guidance scale or not, which ``text_problems`` takes besides its own."""
+    """Argument ``further`` of ``text_problems`` for a UNet with or without an embedded guidance scale."""
     return {"time_cond_proj_dim": (unet["time_cond_proj_dim"],)}
 
 
 def with_guidance_embedding(
     model: ModelDescription, unet: Mapping[str, Any], defaults: Defaults | None
 ) -> ModelDescription:
-    """The model with the input ``TIMESTEP_COND`` and without guidance branches if its UNet embeds the guidance scale.
+    """If the UNet embeds the guidance scale, add the input ``TIMESTEP_COND`` to a model and remove guidance branches.
 
     Args:
-        model: With the specs of a UNet that takes no guidance scale.
+        model: The model, with specs of a UNet that does not embed the guidance scale.
         unet: Full config of the UNet.
         defaults: Sampling options of the checkpoint; None for ``DEFAULTS``.
     """
@@ -49,7 +49,7 @@ def with_guidance_embedding(
 
 
 def _one_branch(tensor: TensorSpec) -> TensorSpec:
-    """The tensor with the rows of one branch."""
+    """Return the tensor with the rows of one branch only."""
     one = rows(0)
     return replace(
         tensor, shape=tuple(one if isinstance(dim, Axis) and dim.name == one.name else dim for dim in tensor.shape)

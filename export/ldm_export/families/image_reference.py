@@ -1,4 +1,4 @@
-"""diffusers' pipelines for requests that start from noise, from an image, or from an image and a mask."""
+"""Selects diffusers' pipeline for a request: text to image, image to image, or inpainting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reference_call(pipeline: Any, request: RequestFields, kinds: tuple[Any, Any]
 
 
 def _given(request: RequestFields, name: str) -> Any:
-    """PIL images as they are; arrays as torch tensors in [0, 1]."""
+    """Return PIL images unchanged, and arrays as torch tensors in [0, 1]."""
     value = request[name]
     listed = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(one, Image.Image) for one in listed):

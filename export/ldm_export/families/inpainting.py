@@ -1,9 +1,9 @@
 """Inpainting by latent diffusion: CompVis' inpainting_big (Rombach et al. 2022, section 4.5).
 
-diffusers has no pipeline of this model; checkpoints are those of CompVis/latent-diffusion, and the computation is
-that of its ``scripts/inpaint.py``. The UNet gets the noisy latents, the latents of the image without its masked part
-(neither quantized nor scaled), and the mask. Outside of the mask the result is the given image. The
-model is convolutional, so the bundle takes images of other sizes too.
+diffusers has no pipeline for this model; checkpoints are those of CompVis/latent-diffusion, and the computation is that
+of its ``scripts/inpaint.py``. The UNet takes the noisy latents, the latents of the image without its masked part
+(neither quantized nor scaled), and the mask. Outside the mask, the result is the given image. The model is
+convolutional, so the bundle also takes images of other sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["INPAINTING", "MaskedImageEncoder", "describe"]
 
 ENCODER, MASKED_IMAGE = "masked_image_encoder", "masked_image"
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=1.0)
-"""As in the script of the authors."""
+"""Sampling options of the authors' script."""
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -51,8 +51,8 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 class MaskedImageEncoder(nn.Module):
     """Image float32 [B, 3, H, W] in [-1, 1], mask float32 [B, 1, H, W] -> latents and mask float32 [B, C + 1, h, w].
 
-    The masked part (mask 1) becomes black before it is encoded; the mask is taken at every ``factor``-th pixel and
-    scaled to [-1, 1].
+    The masked part (mask 1) is made black before encoding. The mask is sampled at every ``factor``-th pixel and scaled
+    to [-1, 1].
 
     Args:
         autoencoder: A VQModel of diffusers.
@@ -72,10 +72,10 @@ class MaskedImageEncoder(nn.Module):
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``masked_image``.
+    """Describe the model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``masked_image``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
     latents = parts.latents_of(autoencoder)
@@ -112,7 +112,7 @@ def _reference(checkpoint: Checkpoint) -> Reference:
 
 
 def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """One image by the authors' script, with modules of diffusers."""
+    """Generate one image as the authors' script does, with modules of diffusers."""
     image, mask = (torch.from_numpy(image_array(name, request[name])) for name in ("image", "mask"))
     with torch.no_grad():
         masked = reference.encoder(image * 2 - 1, mask)

@@ -1,7 +1,7 @@
 """Layout to image by latent diffusion: CompVis' layout2img models (Rombach et al. 2022, section 4.3.1).
 
-diffusers has no pipeline of these models; checkpoints are those of CompVis/latent-diffusion. The tokens of a layout
-are encoded like a text, by a BERTEmbedder without a tokenizer. A file of category names lets requests name objects.
+diffusers has no pipeline for these models; checkpoints are those of CompVis/latent-diffusion. The tokens of a layout
+are encoded like a text, by a BERTEmbedder without a tokenizer. With a file of category names, requests can use names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["LAYOUT_TO_IMAGE", "describe"]
 ENCODER, CONTEXT = "layout_encoder", "context"
 CATEGORIES, CATEGORIES_FILE = "categories", "categories.txt"
 DEFAULTS = Defaults(num_inference_steps=200, eta=0.0, guidance_scale=1.0)
-"""As in the paper."""
+"""Sampling options of the paper."""
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -51,10 +51,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
+    """Describe the model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``context``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     configs = checkpoint.configs()
     unet, autoencoder, layouts = configs["unet"], configs["autoencoder"], configs[ENCODER]
@@ -100,7 +100,7 @@ def _reference(checkpoint: Checkpoint) -> Reference:
 
 
 def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """One image by the equations of the paper, with modules of diffusers."""
+    """Generate one image by the equations of the paper, with modules of diffusers."""
     with torch.no_grad():
         context = reference.encoder(torch.tensor([request["tokens"]]))
 

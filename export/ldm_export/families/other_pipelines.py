@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that no family exports, described for the message that refuses them."""
+"""Descriptions of diffusers pipelines that no family exports, for error messages."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _KINDS = (
     ("DDPM", "diffusion of pixels, not of latents"),
     ("DDIM", "diffusion of pixels, not of latents"),
 )
-"""Part of a class name -> what such a pipeline is; the first that fits applies."""
+"""(Part of a class name, description of such a pipeline) pairs; the first match is used."""
 
 
 def pipeline_kind(name: str) -> str | None:
-    """What a pipeline class of diffusers is, as a phrase; None if it is not known."""
+    """Describe a pipeline class of diffusers by a phrase; None if it is not known."""
     return next((kind for part, kind in _KINDS if part in name), None)

@@ -1,4 +1,4 @@
-"""References for ``verify``: pipelines of diffusers, and a denoising loop in torch for families without one."""
+"""References for ``verify``: diffusers pipelines, and a denoising loop in torch for families without a pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def torch_scheduler(checkpoint: Checkpoint) -> Any:
-    """The scheduler of a checkpoint, of diffusers.
+    """Create diffusers' scheduler of a checkpoint.
 
     Raises:
         CheckpointError: diffusers needs SciPy for the scheduler or its options, and SciPy is not installed.
@@ -48,13 +48,13 @@ def torch_scheduler(checkpoint: Checkpoint) -> Any:
 def diffusers_pipeline(
     pipeline_class: Any, checkpoint: Checkpoint, *, first_stage: str = "vqvae", **others: Any
 ) -> Any:
-    """A checkpoint's pipeline in float32 on the CPU, without a progress bar.
+    """Create a checkpoint's pipeline in float32 on the CPU, without a progress bar.
 
     Args:
-        pipeline_class: Of diffusers; takes ``first_stage``, ``unet`` and ``scheduler``.
-        checkpoint: With the modules "autoencoder" and "unet".
-        first_stage: The class's name of the autoencoder.
-        others: Further components that the class takes.
+        pipeline_class: Pipeline class of diffusers; takes ``first_stage``, ``unet`` and ``scheduler``.
+        checkpoint: A checkpoint with the modules "autoencoder" and "unet".
+        first_stage: Name of the class's argument for the autoencoder.
+        others: Further components for the class.
     """
     pipeline = pipeline_class(
         unet=load_module(checkpoint, "unet"),
@@ -68,7 +68,7 @@ def diffusers_pipeline(
 
 @dataclass(frozen=True)
 class Reference:
-    """The modules of a checkpoint without a pipeline of diffusers, float32 on the CPU."""
+    """Modules of a checkpoint for which diffusers has no pipeline, float32 on the CPU."""
 
     encoder: nn.Module
     unet: nn.Module
@@ -77,7 +77,7 @@ class Reference:
 
 
 def open_reference(checkpoint: Checkpoint, encoder: nn.Module) -> Reference:
-    """Load the modules "unet" and "decoder" of a checkpoint beside the encoder of its conditioning."""
+    """Load the modules "unet" and "decoder" of a checkpoint and the encoder of its conditioning."""
     decoder = wrappers.Decoder(load_module(checkpoint, "decoder"))
     return Reference(encoder, load_module(checkpoint, "unet"), decoder, torch_scheduler(checkpoint))
 
@@ -88,7 +88,7 @@ def reference_latents(
     request: RequestFields,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Latents of one request, whose height and width are in pixels; other arguments as of ``sampled``."""
+    """Sample the latents of a request, whose height and width are in pixels; other arguments as in ``sampled``."""
     config: Any = reference.unet.config
     autoencoder: Any = reference.decoder.autoencoder
     sides = (request[side] // pixels_per_latent(autoencoder.config) for side in ("height", "width"))
@@ -102,14 +102,14 @@ def sampled(
     request: RequestFields,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Latents float32 ``shape`` of one request.
+    """Sample the latents of a request, float32 ``shape``.
 
     Args:
         predict: Noisy latents and a timestep -> predicted noise, after guidance.
         scheduler: A scheduler of diffusers.
-        shape: Of the latents.
-        request: With ``num_inference_steps`` and ``eta``.
-        generator: Of the initial noise and of each step's.
+        shape: Shape of the latents.
+        request: The request, with ``num_inference_steps`` and ``eta``.
+        generator: Generator of the initial noise and of the noise of each step.
     """
     scheduler.set_timesteps(request["num_inference_steps"])
     latents: torch.Tensor = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
@@ -123,5 +123,5 @@ def sampled(
 
 
 def pil_image(images: torch.Tensor) -> Image.Image:
-    """The first of images float32 [B, channels, H, W] in [0, 1]."""
+    """Convert the first of images float32 [B, channels, H, W] in [0, 1] to a PIL image."""
     return to_pil(images.numpy())[0]

@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 FEATURE_EXTRACTOR = "feature_extractor"
 _CONFIG = "preprocessor_config.json"
 FEATURE_EXTRACTOR_FILES = FileFolder((FEATURE_EXTRACTOR,), (_CONFIG,))
-"""How an image is resized and normalized for the checker."""
+"""Folder with the config that says how images are resized and normalized for the checker."""
 BICUBIC = 3
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of each channel, in all published CLIP models."""
+"""Mean and standard deviation of each channel, in all published CLIP models."""
 CONCEPTS, SPECIAL = 17, 3
 
 
@@ -81,7 +81,7 @@ SAFETY_PART = Part(
     weights=WeightNames(((r"^vision_model\.vision_model\.", "vision_model."),)),  # the prefix of transformers before 5
     construct=_construct,
 )
-"""The checker's weights."""
+"""The part with the checker's weights."""
 
 
 class SafetyScores(nn.Module):
@@ -124,10 +124,10 @@ def checker_spec(config: Mapping[str, Any]) -> ComponentSpec:
 
 
 def checker_conditioning(checkpoint: Checkpoint) -> ConditioningSpec:
-    """The manifest's entry of the checker.
+    """Return the manifest's conditioning entry for the checker.
 
     Raises:
-        CheckpointError: The feature extractor is missing, or prepares images in another way than CLIP's.
+        CheckpointError: The feature extractor is missing, or it preprocesses images differently from CLIP's.
     """
     if FEATURE_EXTRACTOR not in checkpoint.files:
         raise CheckpointError(
@@ -139,7 +139,7 @@ def checker_conditioning(checkpoint: Checkpoint) -> ConditioningSpec:
 
 
 def _edge(file: Path, config: Mapping[str, Any]) -> int:
-    """The length that the shorter side of an image is resized to."""
+    """Length to which the shorter side of an image is resized."""
     given = read_json(file, FEATURE_EXTRACTOR)
     size, crop, side = given.get("size", 224), given.get("crop_size", 224), config["image_size"]
     edge = size.get("shortest_edge") if isinstance(size, dict) else size
@@ -161,7 +161,7 @@ def _edge(file: Path, config: Mapping[str, Any]) -> int:
 
 
 def without_safety_checker(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without its safety checker, which a warning names if it has one."""
+    """Return the checkpoint without its safety checker. A warning is logged if it has one."""
     if SAFETY_CHECKER in checkpoint.components:
         log.warning("%s: %s: left out, so that no image is checked", checkpoint.folder, SAFETY_CHECKER)
     kept = {name: one for name, one in checkpoint.components.items() if name != SAFETY_CHECKER}

@@ -1,6 +1,6 @@
 """Semantic image synthesis by latent diffusion: CompVis' models of segmentations (Rombach et al. 2022, section 4.3.2).
 
-diffusers has no pipeline of these models; checkpoints are those of CompVis/latent-diffusion. A class for every pixel
+diffusers has no pipeline for these models; checkpoints are those of CompVis/latent-diffusion. The class of every pixel
 is averaged down to the size of the latents, mapped to a few channels, and concatenated to the noisy latents.
 """
 
@@ -34,19 +34,19 @@ __all__ = ["SEMANTIC_SYNTHESIS", "SpatialRescaler", "describe"]
 
 ENCODER, CLASS_MAP = "segmentation_encoder", "class_map"
 DEFAULTS = Defaults(num_inference_steps=200, eta=1.0, guidance_scale=1.0)
-"""As in the authors' notebook and logging."""
+"""Sampling options of the authors' notebook and of their logging during training."""
 
 
 class SpatialRescaler(nn.Module):
     """segmentation int64 [B, H, W] -> float32 [B, channels, H / factor, W / factor].
 
-    The authors halve one-hot images bilinearly, which averages 2 x 2 pixels, until they have the latents' size, and
-    map classes to channels by a 1x1 convolution. Both are linear, so the classes are mapped first: this takes
-    ``channels`` instead of ``num_classes`` values per pixel.
+    The authors downsample one-hot images bilinearly by 2, which averages 2 x 2 pixels, until they have the size of the
+    latents, and then map classes to channels by a 1x1 convolution. Both operations are linear, so classes are mapped
+    first here, which needs ``channels`` instead of ``num_classes`` values per pixel.
 
     Args:
         num_classes: Number of classes.
-        channels: Channels that the UNet gets.
+        channels: Number of channels for the UNet.
         factor: Pixels per latent, a power of two.
     """
 
@@ -68,7 +68,7 @@ CLASSES = Part(folders=(ENCODER,), classes={"SpatialRescaler": SpatialRescaler})
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet takes the latents and the encoder's channels."""
+    """Check that the components fit each other: the UNet must take the latents and the encoder's channels."""
     unet, autoencoder, encoder = configs["unet"], configs["autoencoder"], configs[ENCODER]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
     if unet["in_channels"] != unet["out_channels"] + encoder["channels"]:
@@ -80,10 +80,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``class_map``.
+    """Describe the model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``class_map``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     configs = checkpoint.configs()
     unet, autoencoder, classes = configs["unet"], configs["autoencoder"], configs[ENCODER]
@@ -117,7 +117,7 @@ def _reference(checkpoint: Checkpoint) -> Reference:
 
 
 def _reference_image(reference: Reference, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """One image by the equations of the paper, with modules of diffusers."""
+    """Generate one image by the equations of the paper, with modules of diffusers."""
     with torch.no_grad():
         class_map = reference.encoder(torch.from_numpy(class_array(request["segmentation"])))
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: text to image, image to image and inpainting, as diffusers' three pipelines.
+"""Stable Diffusion 1.x and 2.x: text to image, image to image and inpainting, like diffusers' three pipelines.
 
 The text encoder is CLIP's (OpenAI's in 1.x, OpenCLIP's without its last layer in 2.x); its hidden states condition the
 UNet by cross-attention. Prompts are tokenized by CLIP's byte-level BPE. Unlike LDMTextToImagePipeline, the pipeline
@@ -59,21 +59,21 @@ __all__ = ["MASKED_IMAGE", "NOT_EXPORTED", "STABLE_DIFFUSION", "ClipTextEncoder"
 log = logging.getLogger(__name__)
 
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=7.5)
-"""As StableDiffusionPipeline's."""
+"""Sampling options of StableDiffusionPipeline."""
 CORRECTED = {"steps_offset": 1, "clip_sample": False}
-"""Options of a scheduler that StableDiffusionPipeline replaces, whatever the checkpoint says."""
+"""Scheduler options that StableDiffusionPipeline sets, whatever the checkpoint says."""
 MASKED_IMAGE = "masked_image"
 NOT_EXPORTED = {
     "image_encoder": "it is not exported; image prompts are not supported",
 }
-"""Parts of a checkpoint that a bundle does not have, and what this means."""
+"""Parts of a checkpoint that are not exported, with a warning for each."""
 
 
 class ClipTextEncoder(nn.Module):
     """Hidden states of CLIP's text encoder after its final layer norm.
 
-    input_ids and attention_mask int64 [B, T] -> those of the last layer, float32 [B, T, D], and those without the last
-    1, 2, … layers, float32 [B, layers, T, D]. No token attends to one whose mask is 0.
+    input_ids and attention_mask int64 [B, T] -> hidden states of the last layer, float32 [B, T, D], and hidden states
+    without the last 1, 2, … layers, float32 [B, layers, T, D]. Tokens with mask 0 are not attended to.
     """
 
     def __init__(self, clip: nn.Module):
@@ -100,7 +100,7 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The scheduler's options with those that StableDiffusionPipeline replaces."""
+    """The scheduler's options, with those that StableDiffusionPipeline sets."""
     config = checkpoint.scheduler_config
     changed = {name: value for name, value in CORRECTED.items() if config.get(name, value) != value}
     for name, value in changed.items():
@@ -109,10 +109,10 @@ def _scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep``, ``context`` and, to inpaint, ``masked_image``.
+    """Describe a checkpoint's model; "unet" takes ``sample``, ``timestep``, ``context`` and maybe ``masked_image``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
         CheckpointError: The tokenizer's config cannot be read.
     """
     configs = checkpoint.configs()

@@ -101,7 +101,7 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _encoder_spec(name: str, number: str, config: Mapping[str, Any], tokens: int) -> ComponentSpec:
-    """Spec of a text encoder without pooled states; ``number`` is the end of its tensors' names."""
+    """Spec of a text encoder without pooled states; ``number`` is the suffix of its tensors' names."""
     states = (tokens, config["hidden_size"])
     outputs = (
         TensorSpec(f"{CONTEXT}{number}", "float32", (IMAGES, *states)),
@@ -144,7 +144,7 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
     """The model of a checkpoint; "unet" takes the tensors of ``XLUNet`` or, to inpaint, ``XLInpaintingUNet``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
         CheckpointError: A tokenizer's config cannot be read, or the tokenizers pad to different lengths.
     """
     settings = {ZEROS: int(checkpoint.options[FORCE_ZEROS])}

@@ -1,9 +1,9 @@
 """Super-resolution by latent diffusion: diffusers' LDMSuperResolutionPipeline (Rombach et al. 2022, section 4.4).
 
-A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the latents' height
-and width and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline
-decodes latents as they are, without the autoencoder's ``scaling_factor``. The model is convolutional, so the bundle
-takes images of other sizes too.
+A published checkpoint is ``CompVis/ldm-super-resolution-4x-openimages``. The image to enlarge has the height and width
+of the latents and is concatenated to the noisy latents; the decoder enlarges by the autoencoder's factor. The pipeline
+does not use the autoencoder's ``scaling_factor``. The model is convolutional, so the bundle also takes images of other
+sizes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOW_RESOLUTION = "low_resolution"
 PIPELINE_MULTIPLE = 32
 """The pipeline rounds the sides of PIL images down to multiples of this."""
 LARGEST = 8
-"""Largest image to enlarge, in multiples of the model's own size: 512 pixels of a model of 64, as in the paper."""
+"""Largest image to enlarge, relative to the model's default size: 512 pixels for a model of 64, as in the paper."""
 DEFAULTS = Defaults(num_inference_steps=100, eta=1.0, guidance_scale=1.0)
-"""As in the example of the authors."""
+"""Sampling options of the authors' example."""
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Check that the components fit each other: the UNet's input has the latents' channels and as many of an image."""
+    """Check that the components fit each other: the UNet's input must have the channels of latents and of an image."""
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     channels = unet["in_channels"] - unet["out_channels"]
     problems = parts.latent_problems({**unet, "in_channels": unet["out_channels"]}, autoencoder)
@@ -59,10 +59,10 @@ def _decoder(autoencoder: nn.Module) -> nn.Module:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``low_resolution``.
+    """Describe the model of a checkpoint; "unet" takes ``sample``, ``timestep`` and ``low_resolution``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.configs()["autoencoder"]
     latents = parts.latents_of(autoencoder)

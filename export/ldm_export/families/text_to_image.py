@@ -1,6 +1,6 @@
 """Text-to-image latent diffusion: diffusers' LDMTextToImagePipeline (Rombach et al. 2022, arXiv:2112.10752).
 
-Two layouts are published: ``CompVis/ldm-text2im-large-256`` (today's names) and the older
+Two layouts are published: ``CompVis/ldm-text2im-large-256`` (current names) and the older
 ``fusing/latent-diffusion-text2im-large``. The text encoder is an LDMBert without its unused ``to_logits`` head; its
 hidden states condition the UNet by cross-attention. Prompts are tokenized by BERT's WordPiece.
 """
@@ -64,12 +64,12 @@ __all__ = [
 
 TEXT_ENCODER, CONTEXT = "text_encoder", "context"
 TOKENS = 77
-"""The pipeline pads every prompt to this length, or to the text encoder's where that is shorter."""
+"""The pipeline pads every prompt to this length, or to the text encoder's maximum if it is shorter."""
 GUIDANCE = ("unconditional", "conditional")
 PIPELINE_FACTOR = 8
 """Pixels per latent that diffusers' pipeline assumes of every autoencoder."""
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.3, guidance_scale=6.0)
-"""As in the example of LDMTextToImagePipeline."""
+"""Sampling options of LDMTextToImagePipeline's example."""
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
 VOCABULARY = "the vocab.txt of bert-base-uncased, or the vocabulary it was trained with"
 
@@ -108,13 +108,13 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a checkpoint that the shapes of its graphs derive from.
+    """Sizes of a checkpoint, from which the shapes of its graphs are derived.
 
     Attributes:
-        tokens: Tokens of a prompt.
+        tokens: Number of tokens of a prompt.
         context_width: Channels of the text encoder's hidden states.
         latents: Channels of the latents, and pixels per latent.
-        latent_size: The model's own height and width, in latents; one number for both.
+        latent_size: The model's default height and width in latents; one number for both.
         image_channels: Channels of the decoded image.
     """
 
@@ -125,7 +125,7 @@ class ModelShape:
     image_channels: int
 
     def specs(self, chunks: int = 1) -> dict[str, ComponentSpec]:
-        """Component -> spec; "unet" takes ``timestep`` and ``context``, the states of up to ``chunks`` texts."""
+        """Component -> spec; "unet" takes ``timestep`` and ``context``, hidden states of up to ``chunks`` chunks."""
         sides, states = latent_axes(self.latent_size), (self.tokens, self.context_width)
         encoder = ComponentSpec(
             TEXT_ENCODER,
@@ -143,7 +143,7 @@ class ModelShape:
 
 
 def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
-    """The sizes in a checkpoint's full configs."""
+    """Read the sizes from a checkpoint's full configs."""
     text, unet, autoencoder = (configs[name] for name in (TEXT_ENCODER, "unet", "autoencoder"))
     return ModelShape(
         tokens=min(TOKENS, text["max_position_embeddings"]),
@@ -155,10 +155,10 @@ def model_shape(configs: Mapping[str, Mapping[str, Any]]) -> ModelShape:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint, with the specs of ``ModelShape``.
+    """Describe the model of a checkpoint, with the specs of ``ModelShape``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     shape = model_shape(checkpoint.configs())
     return ModelDescription(
@@ -174,9 +174,9 @@ def describe(checkpoint: Checkpoint) -> ModelDescription:
 
 @contextmanager
 def tokenizer_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder of the checkpoint's tokenizer; for random weights without a vocabulary, a placeholder.
+    """Yield the folder of the checkpoint's tokenizer; a placeholder for random weights without a vocabulary.
 
-    A vocabulary that is one file is copied into a folder under the name that tokenizers look for.
+    A vocabulary that is a single file is copied into a folder under the file name that tokenizers expect.
     """
     source = checkpoint.files["tokenizer"]
     if source.is_file():
@@ -200,7 +200,7 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 def check_token_ids(
     checkpoint: Checkpoint, tokenizer: Path, name: str = "tokenizer", encoder: str = TEXT_ENCODER
 ) -> None:
-    """Check that a text encoder embeds every token of a tokenizer.json, which was made from the files ``name``.
+    """Check that a text encoder has an embedding for every token of a tokenizer.json, made from the files ``name``.
 
     Raises:
         CheckpointError: The tokenizer has more tokens.
@@ -226,7 +226,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 
 def _reference_image(pipeline: Any, request: RequestFields, generator: torch.Generator) -> Image.Image:
-    """Run diffusers' pipeline, which divides height and width by 8 whatever the autoencoder's factor is."""
+    """Run diffusers' pipeline, which always divides height and width by 8, whatever the autoencoder's factor is."""
     factor = pixels_per_latent(pipeline.vqvae.config)
     image: Image.Image = pipeline(
         [request["prompts"]],

@@ -1,11 +1,10 @@
 """Unconditional latent diffusion: diffusers' LDMPipeline (Rombach et al. 2022, arXiv:2112.10752, section 4.1).
 
-A published checkpoint is ``CompVis/ldm-celebahq-256``. There is no conditioning and no guidance; the UNet has a fixed
-latent size, because it joins skip connections without resizing them, and the pipeline has no other size either.
-
-LDMPipeline divides the latents by the autoencoder's ``scaling_factor``. Where a config leaves it out, diffusers fills
-in 0.18215, also for quantized autoencoders whose latents need no scaling. This family repeats that, so that its images
-are the pipeline's.
+A published checkpoint is ``CompVis/ldm-celebahq-256``. There is no conditioning and no guidance. The latents have a
+fixed size, because the UNet concatenates skip connections without resizing them, and the pipeline supports no other
+size. LDMPipeline divides the latents by the autoencoder's ``scaling_factor``. If a config does not have it, diffusers
+uses 0.18215, even for quantized autoencoders whose latents need no scaling. This family does the same, so that its
+images are those of the pipeline.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["UNCONDITIONAL", "describe"]
 log = logging.getLogger(__name__)
 
 DEFAULTS = Defaults(num_inference_steps=50, eta=0.0, guidance_scale=1.0)
-"""Those of LDMPipeline."""
+"""Sampling options of LDMPipeline."""
 
 
 def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -50,10 +49,10 @@ def _problems(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def describe(checkpoint: Checkpoint) -> ModelDescription:
-    """The model of a checkpoint; "unet" takes ``sample`` and ``timestep``.
+    """Describe the model of a checkpoint; "unet" takes ``sample`` and ``timestep``.
 
     Raises:
-        SpecError: The runtime does not have the scheduler with these options.
+        SpecError: The runtime does not support the scheduler with these options.
     """
     unet, autoencoder = checkpoint.configs()["unet"], checkpoint.components["autoencoder"]
     latents = parts.latents_of(autoencoder.config)

@@ -1,1 +1,1 @@
-"""ONNX graphs: traced from a checkpoint's modules, and rewritten in half precision."""
+"""ONNX graphs: tracing of a checkpoint's modules, splitting into components, and rewrites for engines."""

@@ -1,4 +1,4 @@
-"""Splits a traced graph into components by how often they run, and reads the specs of the parts from their graphs."""
+"""Splits a traced graph into components by how often they run, and reads the specs of components from their graphs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SYMBOL = re.compile(r"(?:(\d+)\*)?([a-z_]+)")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """A part to split off a traced graph.
+    """A part of a traced graph that becomes a separate component.
 
     Attributes:
         component: Name of the component that the part becomes.
         runs: How often it runs, one of ``specs.RUNS``.
-        split: Splits a model; None if there is nothing to split off.
+        split: Splits a model; returns None if there is nothing to split off.
     """
 
     component: str
@@ -50,11 +50,11 @@ CROSS_ATTENTION_KV = SplitRule("cross_attention_kv", "request", split_cross_atte
 ADDED_EMBEDDING = SplitRule("added_embedding", "request", split_added_embedding)
 """Embedding of pooled texts and sizes, which are constant over the steps of a request."""
 TIME_EMBEDDING = SplitRule("time_embedding", "schedule", split_time_embedding)
-"""Projected timestep embeddings, which depend on the schedule alone."""
+"""Projected timestep embeddings, which depend only on the schedule."""
 
 
 def split_component(model: ir.Model, rules: Sequence[SplitRule]) -> dict[str, ir.Model]:
-    """Component -> graph: the parts split off, in the order of the rules, and last the rest under the model's own name.
+    """Return component -> graph: the parts in the order of the rules, then the rest under the model's own name.
 
     Parts that the model does not have are left out.
 
@@ -70,11 +70,11 @@ def split_component(model: ir.Model, rules: Sequence[SplitRule]) -> dict[str, ir
 
 
 def graph_spec(graph: Path, name: str, runs: str, axes: Mapping[str, Axis]) -> ComponentSpec:
-    """The spec of a component from its graph.
+    """Read the spec of a component from its graph.
 
     Args:
         graph: Path of the graph; weights are not read.
-        name: Of the component.
+        name: Name of the component.
         runs: How often it runs.
         axes: Axis name -> bounds, for every dimension that is not fixed.
 

@@ -1,4 +1,4 @@
-"""Islands: operators of a half-precision graph that stay in fp32, because of structure or of measured magnitudes."""
+"""Islands: operators of a half-precision graph that stay in fp32 because of structure or measured magnitudes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["MARGIN", "MATRIX", "computes", "find_islands"]
 
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 SMALLEST = {"fp16": 2.0**-14, "bf16": 2.0**-126}
-"""Smallest normal numbers. Values below lose more precision than half precision usually costs."""
+"""Smallest normal numbers. Smaller values lose more precision than half precision usually does."""
 MARGIN = 4.0
 """A tensor whose measured magnitude comes within this factor of the largest half number stays in fp32."""
 MATRIX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -25,19 +25,19 @@ _SOFTMAX = ("Softmax", "LogSoftmax")
 _GENERATORS = ("ConstantOfShape", "Range")  # typed by an attribute, or without half-precision kernels
 _SELECTIONS = ("ArgMin", "ArgMax", "TopK")
 _FACTORS = (*MATRIX, "Mul", "Div")
-"""Operators that multiply their first two inputs: a small input keeps them in fp32, however large the other is."""
+"""Operators that multiply their first two inputs. A small input keeps them in fp32, however large the other is."""
 
 
 def find_islands(
     graph: ir.Graph, precision: str, ranges: Mapping[str, float], fp32_inside: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return node name -> why the node stays in fp32. Weights and arithmetic of all other nodes can be half.
+    """Return node name -> reason why the node stays in fp32. All other nodes can compute in half precision.
 
     Args:
         graph: Graph in fp32. Its constants are initializers, every node has a name and every value a type.
         precision: "fp16" or "bf16".
         ranges: Tensor name -> largest measured magnitude.
-        fp32_inside: Operators that the engine computes in fp32 internally, so that their structure makes no island.
+        fp32_inside: Operators that the engine computes in fp32 internally, so that they are no islands by structure.
     """
     structure = {node: "sizes" for node in graph if node.op_type in _GENERATORS}
     structure |= _from_integers(graph)
@@ -62,7 +62,7 @@ def computes(node: ir.Node) -> bool:
 
 
 def _statistics(graph: ir.Graph) -> set[ir.Node]:
-    """Return normalizations; of decomposed ones, every node from the first mean to the division by the deviation."""
+    """Return normalization nodes; of a decomposed one, every node from the first mean to the division."""
     after: set[ir.Node] = set()
     for node in graph:
         behind = node.op_type in (*_POINTWISE, "Sqrt") and any(source in after for source in node.predecessors())
@@ -81,7 +81,7 @@ def _statistics(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _before_selections(graph: ir.Graph) -> set[ir.Node]:
-    """Return all nodes that a selection depends on, e.g. the distances to the codes of a quantized latent.
+    """Return all nodes on which a selection depends, e.g. the distances to the codes of quantized latents.
 
     A rounded distance can select another code, which changes a patch of the image.
     """
@@ -93,10 +93,10 @@ def _before_selections(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
-    """Return nodes that compute floats from integers alone, up to the first matrix product or table, with their reason.
+    """Return nodes that compute floats only from integers, up to a matrix product or table lookup, and their reason.
 
-    Half precision would round such integers, and a timestep that is not whole. The reason is "timestep embedding" for
-    nodes that depend on the graph's integer inputs or its timestep, and "sizes" for those that depend on shapes only.
+    Half precision would round such integers, and fractional timesteps. The reason is "timestep embedding" for nodes
+    that depend on the graph's integer inputs or its timestep, and "sizes" for nodes that depend only on shapes.
     """
     reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT or value.name == TIMESTEP}
     reasons: dict[ir.Node, str] = {}

@@ -1,4 +1,4 @@
-"""Specs of the components that every family has, from the sizes of a checkpoint."""
+"""Specs of the components that all families share, from the sizes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = [
 ]
 
 ENCODER = "encoder"
-"""The component that encodes images to latents, of families that can start from an image."""
+"""Name of the component that encodes images to latents, in families that can start from an image."""
 IMAGES = Axis("batch", 1, 1, 32)
 """Images of one call."""
 CHUNKS = "chunks"
-"""Axis of the texts that a long prompt is encoded in."""
+"""Name of the axis that counts the chunks of a long prompt."""
 MAX_LATENT = 128
-"""Longest side of the latents a graph takes unless the model's own size asks for more (1024 pixels at factor 8)."""
+"""Longest side of a graph's latents, 1024 pixels at factor 8, unless the model's default size needs more."""
 
 
 def rows(branches: int) -> Axis:
-    """Rows of one UNet call: one for each image and branch of guidance. A call without guidance has one branch."""
+    """Rows of one UNet call: one for each image and guidance branch. A call without guidance has one branch."""
     count = max(1, branches)
     return Axis(IMAGES.name, IMAGES.min, count * IMAGES.opt, count * IMAGES.max)
 
 
 def latent_axes(size: int | tuple[int, int], multiple: int = 4) -> tuple[Axis, Axis]:
-    """Height and width of the latents: free from 2 to ``multiple`` times the model's own ``size``.
+    """Height and width of the latents: any from 2 to ``multiple`` times the model's default ``size``.
 
     Args:
         size: One number, or height and width.
-        multiple: Of the model's own size; the axes take ``MAX_LATENT`` at least.
+        multiple: Maximum relative to ``size``. The maximum of the axes is at least ``MAX_LATENT``.
     """
     height, width = (size, size) if isinstance(size, int) else size
     longest = max(MAX_LATENT, multiple * height, multiple * width)
@@ -50,11 +50,11 @@ def latent_axes(size: int | tuple[int, int], multiple: int = 4) -> tuple[Axis, A
 
 
 def prompt_axis(tokens: int, chunks: int) -> Dim:
-    """States of a prompt: those of a text of so many tokens or, for long prompts, of several texts side by side.
+    """Token axis of a prompt's hidden states: the tokens of one chunk or, for long prompts, of several chunks.
 
     Args:
-        tokens: Tokens of a text, as the text encoder takes them.
-        chunks: Most texts; 1 for models that cut long prompts off.
+        tokens: Number of tokens that the text encoder takes.
+        chunks: Maximum number of chunks; 1 for models that cut long prompts off.
     """
     return tokens if chunks == 1 else Axis(CHUNKS, 1, 1, chunks, tokens)
 
@@ -62,13 +62,13 @@ def prompt_axis(tokens: int, chunks: int) -> Dim:
 def unet_spec(
     latents: Latents, sides: tuple[Dim, Dim], branches: int, conditioning: Sequence[TensorSpec] = ()
 ) -> ComponentSpec:
-    """Spec of the whole UNet, before anything is split off.
+    """Spec of the whole UNet, before components are split off.
 
     Args:
-        latents: Channels of sample and noise.
+        latents: Number of channels of sample and noise.
         sides: Height and width of the latents.
         branches: Number of guidance branches, 0 without guidance.
-        conditioning: Further inputs, with ``rows(branches)`` as leading dimension.
+        conditioning: Further inputs, whose first dimension is ``rows(branches)``.
     """
     batch = rows(branches)
     noise = (batch, latents.channels, *sides)

@@ -1,4 +1,4 @@
-"""Find and insert nodes of an ONNX graph: the vocabulary in which graph passes are written."""
+"""Functions that find and insert nodes of an ONNX graph, from which graph passes are built."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 def producer(
     value: ir.Value | None, op_type: str, perm: tuple[int, ...] | None = None, domain: str = ""
 ) -> ir.Node | None:
-    """The node that computes a value, if it has this operator and, for a Transpose, this permutation."""
+    """Return the node that computes a value, if it has this operator and, for a Transpose, this permutation."""
     return _of_type(None if value is None else value.producer(), op_type, perm, domain)
 
 
 def only_user(value: ir.Value | None, op_type: str, perm: tuple[int, ...] | None = None) -> ir.Node | None:
-    """The only node that reads a value, if it has this operator; None if the value is an output of the graph."""
+    """Return the only node that reads a value, if it has this operator; None if the value is an output of the graph."""
     if value is None or value.is_graph_output():
         return None
     users = [use.node for use in value.uses()]
@@ -57,7 +57,7 @@ def _of_type(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None, d
 
 
 def initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """Add an array to the graph under a name that must be free, or return the value that already has that name."""
+    """Add an array to the graph under an unused name, or return the initializer that already has that name."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
@@ -69,7 +69,7 @@ def initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 def transformed(
     graph: ir.Graph, name: str, sources: Sequence[ir.Value], compute: Callable[..., NDArray[Any]], shape: Sequence[int]
 ) -> ir.Value:
-    """Add an initializer computed from others; the array is computed whenever it is read and is never kept.
+    """Add an initializer that is computed from others. It is computed each time it is read, and not stored.
 
     Args:
         graph: Graph of the initializers.
@@ -113,10 +113,10 @@ def insert(
     Args:
         before: Node of the graph.
         op_type: Operator, with its domain if it has one, e.g. "com.microsoft.BiasAdd".
-        inputs, attributes: As of ``onnx_ir.node``.
+        inputs, attributes: See ``onnx_ir.node``.
         name: Name of the node; the result is named "<name>/out".
-        like: Value whose type, and without ``shape`` whose shape, the result has. Its measured magnitude is taken as
-            the result's.
+        like: Value whose type the result has, and whose shape if ``shape`` is not given. The result is assumed to have
+            its measured magnitude.
         shape: Shape of the result.
 
     Returns:
@@ -133,7 +133,7 @@ def insert(
 
 
 def replace(value: ir.Value, replacement: ir.Value) -> None:
-    """Let all nodes read another value. As an output of the graph the replacement takes over the name."""
+    """Replace a value in all nodes that read it. If it is an output of the graph, the replacement gets its name."""
     if value.is_graph_output():
         name = value.name
         value.name, replacement.name = f"{name}/replaced", name
@@ -141,18 +141,18 @@ def replace(value: ir.Value, replacement: ir.Value) -> None:
 
 
 def range_names(value: ir.Value) -> tuple[str, ...]:
-    """Names of the exported graph's tensors whose measured magnitudes bound this value: its own, unless set."""
+    """Names of tensors of the exported graph whose measured magnitudes bound this value; by default its own name."""
     names = value.metadata_props.get(_RANGE_OF)
     return tuple(names.split("\n")) if names else (value.name or "",)
 
 
 def clear_range_names(graph: ir.Graph) -> None:
-    """Remove what ``set_range_names`` noted, which is for passes only, from all values of a graph."""
+    """Remove the names that ``set_range_names`` stored, which only passes need, from all values of a graph."""
     computed = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *graph.initializers.values(), *computed):
         value.metadata_props.pop(_RANGE_OF, None)
 
 
 def set_range_names(value: ir.Value, names: Sequence[str]) -> None:
-    """Set the names of the exported graph's tensors whose measured magnitudes bound this value."""
+    """Set the names of tensors of the exported graph whose measured magnitudes bound this value."""
     value.metadata_props[_RANGE_OF] = "\n".join(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""Traces a torch module into an ONNX graph file: dynamic shapes from its spec, readable names, weights written once."""
+"""Traces a torch module into an ONNX graph file with dynamic shapes and readable names."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ __all__ = ["INLINE_BYTES", "OPSET", "export_graph", "load_graph", "save_graph", 
 
 OPSET = 20
 INLINE_BYTES = 1_000_000
-"""A graph with more bytes of weights than this has them in one external file, ``.onnx.data``. Engines map it and other
-graphs can refer to it, while a protobuf file cannot exceed 2 GB and is copied in memory when it is written and read."""
+"""Bytes of weights above which they are stored in one external file, ``.onnx.data``. Engines map it and other graphs
+can refer to it. A protobuf file cannot exceed 2 GB, and is copied in memory when it is written and read."""
 TRACED_MIN = 17
-"""Smallest size that a trace assumes for an axis whose minimum is above one. With it, no level of a UNet of up to five
-levels is one pixel wide: the tracer specializes a size of one, which the graph does not need."""
+"""Smallest size that a trace uses for an axis whose minimum is above one. The tracer treats a size of one as fixed, so
+no level of a UNet with up to five levels may be one pixel wide."""
 
 
 def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[Path]:
-    """Trace ``module`` and write ``target``; weights beyond INLINE_BYTES go to a second file, ``target``.data.
+    """Trace ``module`` and write ``target``; more than INLINE_BYTES of weights go to a second file, ``target``.data.
 
     Args:
-        module: As for ``trace_graph``.
-        spec: As for ``trace_graph``.
-        target: Path of the graph; its folder exists.
+        module: See ``trace_graph``.
+        spec: See ``trace_graph``.
+        target: Path of the graph, in an existing folder.
 
     Returns:
         The files written.
@@ -60,13 +60,13 @@ def export_graph(module: nn.Module, spec: ComponentSpec, target: Path) -> list[P
 
 
 def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
-    """Trace ``module``; its weights become those of the graph.
+    """Trace ``module`` into a graph that shares its weights.
 
-    The trace runs on fake tensors, so no activation and no second copy of the weights is held.
+    The trace runs on fake tensors, so it needs no memory for activations or a second copy of the weights.
 
     Args:
-        module: Takes the tensors of ``spec.inputs`` in this order and returns one tensor for each of ``spec.outputs``;
-            in eval mode, float32 on the CPU.
+        module: A module in eval mode, float32 on the CPU, that takes the tensors of ``spec.inputs`` in this order and
+            returns one tensor for each of ``spec.outputs``.
         spec: Names, dtypes and dynamic axes of its inputs and outputs.
 
     Raises:
@@ -88,9 +88,9 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph of a bundle or of a build; external weights are mapped into memory, not read.
+    """Read a graph of a bundle or a build. External weights are mapped into memory, not read.
 
-    onnx_ir itself refuses files with several hard links, as those kept from an earlier build are.
+    onnx_ir itself refuses files with several hard links, such as those kept from an earlier build.
     """
     model = ir.load(path)
     for value in model.graph.initializers.values():
@@ -112,7 +112,7 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     data = weights_beside(target) if size > INLINE_BYTES else None
     if data is None:
-        load_to_model(model)  # weights of another graph's file must not be referred to
+        load_to_model(model)  # the new file must not refer to weights of another graph's file
     ir.save(model, target, external_data=data.name if data else None)
     try:
         onnx.checker.check_model(str(target))
@@ -122,12 +122,12 @@ def save_graph(model: ir.Model, target: Path) -> list[Path]:
 
 
 def _weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name; tied ones appear once for each name."""
+    """Parameters and buffers by name; tied ones appear under each name."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
-    """Return the traced model, serialized; its weights are further inputs, after those of the spec."""
+    """Return the serialized traced model; its weights are additional inputs after those of the spec."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = _weights_of(module)
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
@@ -165,7 +165,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
 
 
 def _give_weights(model: ir.Model, weights: dict[str, torch.Tensor], inputs: int) -> None:
-    """Turn all inputs after the first ``inputs`` into initializers."""
+    """Convert all inputs after the first ``inputs`` to initializers."""
     graph = model.graph
     values = [graph.inputs.pop(inputs) for _ in range(len(graph.inputs) - inputs)]
     for value in values:
@@ -174,7 +174,7 @@ def _give_weights(model: ir.Model, weights: dict[str, torch.Tensor], inputs: int
 
 
 def _traced_sizes(spec: ComponentSpec) -> ComponentSpec:
-    """The spec with usual sizes that no fixed dimension shares, so that none is taken for another."""
+    """Return the spec with usual sizes that differ from all fixed dimensions, so that the tracer tells them apart."""
     axes = {dim.name: dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, Axis)}
     fresh = {
         name: (3 if axis.min == 1 else TRACED_MIN + 2) + 4 * index for index, (name, axis) in enumerate(axes.items())
@@ -217,7 +217,7 @@ def _name(model: ir.Model, spec: ComponentSpec) -> None:
 
 
 def _share_equal_weights(graph: ir.Graph) -> None:
-    """Keep one of several equal initializers; onnx_ir's passes skip large ones and fail on transposed views."""
+    """Merge equal initializers; onnx_ir's own passes skip large ones and fail on transposed views."""
     first: dict[object, ir.Value] = {}
     for value in tuple(graph.initializers.values()):
         tensor = value.const_value
@@ -243,7 +243,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Suspend the search for cycles of garbage: the millions of objects of a trace live until its end."""
+    """Suspend garbage collection of cycles, because the millions of objects of a trace stay alive until its end."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -261,7 +261,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the original error; if it ends with a colon, the line after it too."""
+    """Return the first line of the original error, and the second if the first ends with a colon."""
     lines = [line.strip() for line in str(_cause(error)).strip().splitlines() if line.strip()]
     last = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
     return " ".join(lines[: last + 1])[:300] or type(_cause(error)).__name__

@@ -1,4 +1,4 @@
-"""Quantization of a VQ autoencoder's latents, a part of the codes at a time."""
+"""Quantization of a VQ autoencoder's latents that compares with a part of the codes at a time, to save memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 __all__ = ["CODES_AT_ONCE", "Quantizer"]
 
 CODES_AT_ONCE = 1024
-"""Codes whose distances to all latents are held at once; 512 x 512 latents and 8,192 codes would need 8.6 GB."""
+"""Number of codes per part. The distances of 512 x 512 latents to all of 8,192 codes would need 8.6 GB."""
 
 
 class Quantizer(nn.Module):
-    """Replaces every latent by its nearest code, as diffusers' VectorQuantizer.
+    """Replaces every latent by its nearest code, like diffusers' VectorQuantizer.
 
-    z float32 [B, D, h, w] -> (codes float32 [B, D, h, w], None, (None, None, None)), the form of VectorQuantizer. Of
-    codes with the same distance the first is taken.
+    z float32 [B, D, h, w] -> (codes float32 [B, D, h, w], None, (None, None, None)), as VectorQuantizer returns it. Of
+    codes with the same distance, the first is taken.
 
     Args:
         original: A VectorQuantizer of diffusers, whose codes are shared.
@@ -40,7 +40,7 @@ def nearest(latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     found, least = [], []
     for start in range(0, len(codes), CODES_AT_ONCE):
         distances = torch.cdist(latents, codes[start : start + CODES_AT_ONCE])
-        # One operator for both results: an engine that computes the indices of all parts first keeps no distances.
+        # One operator for both results, so that an engine that computes all indices first need not keep the distances.
         distance, index = torch.topk(distances, 1, dim=1, largest=False)
         found.append(index + start)
         least.append(distance)

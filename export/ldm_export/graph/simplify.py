@@ -19,14 +19,14 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 __all__ = ["simplify"]
 
 RULES = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule)
-"""Without the rule that turns two slices into a split: diffusers' models split tensors themselves, and the search for
-pairs of slices takes a time that is quadratic in the number of nodes."""
+"""Rewrite rules without the one that turns two slices into a split. diffusers' models split tensors themselves, and the
+search for pairs of slices takes time quadratic in the number of nodes."""
 ROUNDS = 2
-"""Folding and rewriting make each other possible; onnxscript's optimizer has this many rounds too."""
+"""Rounds of folding and rewriting, each of which enables more of the other; as many as in onnxscript's optimizer."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Change ``model`` in place to a smaller one that computes the same, as ``onnxscript.optimizer.optimize`` does."""
+    """Simplify ``model`` in place without changing its results, as ``onnxscript.optimizer.optimize`` does."""
     InlinePass()(model)
     rewrite = rewriter.RewritePass(RULES)
     for _ in range(ROUNDS):

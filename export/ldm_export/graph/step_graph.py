@@ -1,4 +1,4 @@
-"""The scheduler's step as a graph, so that the denoising loop runs on a device without the host between UNet calls."""
+"""The scheduler's step as a graph, so that a denoising loop on a device does not need the host between UNet calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _step_spec(unet: ComponentSpec, slots: int, guided: bool) -> ComponentSpec:
 
 
 def export_step(spec: ComponentSpec, target: Path) -> list[Path]:
-    """Write the graph of a step component: ``Trajectory.step`` for each image, after guidance.
+    """Write the graph of a step component: guidance, then ``Trajectory.step`` for each image.
 
     Terms are added in the order of ``Trajectory.step``; a term whose coefficient is zero adds zero.
 

@@ -1,8 +1,8 @@
-"""Keeps traced graphs without their weights in a folder, so that models of one structure are traced once.
+"""Cache of traced graphs without weights in a folder, so that models with the same structure are traced once.
 
-The trace of a module does not depend on the values of its weights. Models that were fine-tuned from one model have the
-same structure, so their exports differ in the weights alone. Small models gain most: their trace takes nearly as long
-as that of large ones, while reading and writing weights takes little time.
+The trace of a module does not depend on the values of its weights. Models that were fine-tuned from the same model have
+the same structure, so their exports differ only in the weights. Small models gain most, because tracing takes nearly as
+long as for large models, but reading and writing weights takes little time.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ldm_runtime.specs import Axis, ComponentSpec, Dim
 __all__ = ["VARIABLE", "UnknownStructure", "cached_trace", "key_of_trace"]
 
 VARIABLE = "LDM_EXPORT_TRACE_CACHE"
-"""Environment variable that names the folder; without it nothing is kept."""
+"""Environment variable that names the folder; without it there is no cache."""
 PACKAGES = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
-"""Their versions are a part of each key, as is the code of ``ldm_export``."""
+"""Packages whose versions are part of each key, like the code of ``ldm_export``."""
 IGNORED = {"_name_or_path", "_use_default_values"}
-"""Attributes that say where a module was loaded from, or in which order its defaults were found."""
+"""Attributes of a config that do not affect a trace: where it was loaded from, and the order of its defaults."""
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class UnknownStructure(ValueError):
 def cached_trace(
     module: nn.Module, spec: ComponentSpec, trace: Callable[[nn.Module, ComponentSpec], bytes]
 ) -> ir.Model:
-    """Return the model that ``trace(module, spec)`` serializes, from the folder that VARIABLE names if it is there.
+    """Return the result of ``trace(module, spec)``, a serialized model, from the cache if possible.
 
     Args:
-        module, spec: Of a component.
-        trace: Called if nothing is kept.
+        module, spec: Module and spec of a component.
+        trace: Called if the cache does not have the trace.
     """
     path = _path(module, spec)
     kept = _read(path) if path else None
@@ -64,7 +64,7 @@ def cached_trace(
 
 
 def _path(module: nn.Module, spec: ComponentSpec) -> Path | None:
-    """Path of a kept trace; None if none is kept."""
+    """Path of a trace in the cache; None if it cannot be cached."""
     folder = os.environ.get(VARIABLE)
     try:
         return Path(folder) / f"{key_of_trace(module, spec)}.onnx" if folder else None
@@ -74,7 +74,7 @@ def _path(module: nn.Module, spec: ComponentSpec) -> Path | None:
 
 
 def key_of_trace(module: nn.Module, spec: ComponentSpec) -> str:
-    """Return a SHA-256 (hex) of all that a trace depends on: code, versions, spec, and the structure of the module.
+    """Return a SHA-256 (hex) of everything a trace depends on: code, versions, spec and the structure of the module.
 
     Raises:
         UnknownStructure: An attribute of the module is not plain data, a module, a tensor or an importable function.
@@ -93,7 +93,7 @@ def _dimension(dim: Dim) -> object:
 
 
 def _structure(value: object, seen: dict[int, int]) -> Iterator[str]:
-    """Yield texts that describe an object and what it refers to; of tensors the shape and the dtype, not the values."""
+    """Yield texts that describe an object and the objects it refers to; for tensors, shape and dtype but not values."""
     if isinstance(value, _VALUES):
         yield f"{type(value).__name__} {value!r}"
         return
@@ -118,7 +118,7 @@ def _structure(value: object, seen: dict[int, int]) -> Iterator[str]:
 
 
 def _parts(value: object) -> Iterator[object]:
-    """Yield what an object refers to, names of attributes included."""
+    """Yield the objects that an object refers to, including names of attributes."""
     if isinstance(value, (set, frozenset)):
         yield from sorted(value, key=repr)
         return
@@ -154,7 +154,7 @@ def _parse(data: bytes) -> ir.Model:
 
 
 def _read(path: Path) -> ir.Model | None:
-    """Return a kept trace; None if there is none, or if it cannot be read."""
+    """Return a cached trace; None if there is none, or if it cannot be read."""
     try:
         return _parse(path.read_bytes())
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def _read(path: Path) -> ir.Model | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a trace at once, or log why it cannot be kept."""
+    """Write a trace to the cache atomically, or log why this is not possible."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Torch modules to trace that several families share: the UNet, the decoder, and upsampling for any size."""
+"""Torch modules for tracing that several families share: UNet, decoder, encoder, and upsampling for any size."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class DistilledUNet(UNet):
 
 
 def text_unet(unet: Any) -> UNet:
-    """Wrap a UNet2DConditionModel, whether it embeds the guidance scale or not."""
+    """Wrap a UNet2DConditionModel with or without an embedded guidance scale."""
     return UNet(unet) if unet.config.time_cond_proj_dim is None else DistilledUNet(unet)
 
 
 class ConcatenatedUNet(UNet):
-    """A UNet2DModel that gets its conditioning as further channels, for any height and width.
+    """A UNet2DModel that takes its conditioning as additional channels, for any height and width.
 
     sample float32 [R, C, h, w], timestep int64 or float32 [R], conditioning float32 [R, K, h, w] -> predicted noise as
     sample.
@@ -77,11 +77,11 @@ class ConcatenatedUNet(UNet):
 class Decoder(nn.Module):
     """latents float32 [B, C, h, w] -> image float32 [B, channels, factor * h, factor * w] in [0, 1].
 
-    The scaling factor, quantization where the autoencoder has it, and the clamp are part of the graph.
+    The graph includes the scaling factor, quantization if the autoencoder has it, and the clamp.
 
     Args:
         autoencoder: An autoencoder of diffusers.
-        divide: Divide the latents by the scaling factor; otherwise multiply them by its reciprocal. diffusers'
+        divide: True divides the latents by the scaling factor, False multiplies them by its reciprocal. diffusers'
             pipelines differ in this, and a rounded bit can select another code of a quantized latent.
     """
 
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """image float32 [B, channels, factor * h, factor * w] in [-1, 1] -> mean and deviation, float32 [B, C, h, w].
 
-    They are those of the normal distribution of the image's latents, with the scaling factor in them.
+    These are the parameters of the normal distribution of the image's latents, multiplied by the scaling factor.
 
     Args:
         autoencoder: An AutoencoderKL of diffusers.
@@ -124,10 +124,10 @@ class Encoder(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Upsample2D without its branches on the batch and element count, which would pin those dimensions in a trace.
+    """Upsample2D without branches on batch size and element count, which would fix these dimensions in a trace.
 
     Attributes:
-        size: Height and width of the result where the caller's ``output_size`` cannot say it; None doubles both sides.
+        size: Height and width of the result if the caller does not pass ``output_size``; None doubles both sides.
     """
 
     def __init__(self, original: Upsample2D):
@@ -145,7 +145,7 @@ class _Upsample(nn.Module):
 
 
 def _upsample_to_skip_connections(unet: nn.Module) -> None:
-    """Make a UNet2DModel upsample to the size of each skip connection, where diffusers doubles the size.
+    """Make a UNet2DModel upsample to the size of each skip connection instead of doubling the size.
 
     For multiples of the UNet's downsampling the result is the same; other sizes would not fit without this.
     """
@@ -174,7 +174,7 @@ def _upsample_to_skip_connections(unet: nn.Module) -> None:
 
 
 class _Always:
-    """Number of upsamplers for which ``size % 2**n`` is never zero.
+    """An integer in place of a number of upsamplers, for which ``size % 2**n`` is never zero.
 
     A UNet then upsamples to the size of each skip connection. For multiples the result is the same, and for other
     sizes it is the only correct one.
@@ -188,10 +188,10 @@ class _Always:
 
 
 def free_upsampling(module: nn.Module) -> nn.Module:
-    """Make a diffusers model's upsampling traceable for any batch and size; its results stay the same.
+    """Make a diffusers model's upsampling traceable for any batch size and image size, with the same results.
 
-    Some blocks upsample inside a residual block. Its branch on the batch is avoided by moving the upsampling to the
-    place of the downsampling, and the block sets its size before each call.
+    Some blocks upsample inside a residual block. Its branch on the batch size is avoided by using the upsampling as its
+    downsampling, and the block sets its size before each call.
     """
     for name, child in list(module.named_children()):
         if _is_nearest(child) and child.use_conv:
@@ -219,13 +219,13 @@ def _is_nearest(module: Any) -> TypeGuard[Upsample2D]:
 
 
 def _upsamplers(block: nn.Module) -> list[_Upsample]:
-    """The upsampling inside the residual blocks that a block ends with."""
+    """Return the upsampling modules inside the residual blocks at the end of a block."""
     resnets = list(getattr(block, "upsamplers", None) or ())
     inside = [resnet.downsample for resnet in resnets if isinstance(resnet, ResnetBlock2D)]
     return [one for one in inside if isinstance(one, _Upsample)]
 
 
 def _set_upsampled_size(block: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Tell a block's upsampling resnets the size of the skip connection, which diffusers passes to the block only."""
+    """Pass the size of the skip connection, which diffusers passes only to the block, to its upsampling resnets."""
     for upsampler in _upsamplers(block):
         upsampler.size = keywords.get("upsample_size")

@@ -1,4 +1,4 @@
-"""Torch modules to trace of Stable Diffusion XL: its text encoders and its UNet."""
+"""Torch modules for tracing Stable Diffusion XL: its text encoders and its UNet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["SecondXLTextEncoder", "XLInpaintingUNet", "XLTextEncoder", "XLUNet",
 class XLTextEncoder(nn.Module):
     """Hidden states of CLIP's text encoder before its last layer, without the final layer norm.
 
-    input_ids and attention_mask int64 [B, T] -> these, float32 [B, T, D], and those without 1, 2, … further layers,
-    [B, layers - 1, T, D]. No token attends to one whose mask is 0.
+    input_ids and attention_mask int64 [B, T] -> these hidden states, float32 [B, T, D], and those without 1, 2, …
+    further layers, [B, layers - 1, T, D]. Tokens with mask 0 are not attended to.
     """
 
     def __init__(self, clip: nn.Module):
@@ -30,7 +30,7 @@ class XLTextEncoder(nn.Module):
 
 
 class SecondXLTextEncoder(XLTextEncoder):
-    """As ``XLTextEncoder``, with the projected pooled state float32 [B, P] as third output."""
+    """Like ``XLTextEncoder``, with the projected pooled state float32 [B, P] as a third output."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Encode the token ids of prompts."""

@@ -1,8 +1,8 @@
-"""Reads a LoRA file: its layers under the names of modules, whatever program wrote it.
+"""Reads LoRA files of several programs, and names their layers by the modules that they change.
 
-LoRA is described by Hu et al. 2021, arXiv:2106.09685. Known are the keys of PEFT and diffusers
-(``unet.….lora_A.weight``, ``.lora.down.weight``, ``.processor.to_q_lora.down.weight``), and those of kohya's scripts
-(``lora_unet_….lora_down.weight`` with ``.alpha``), with diffusers' or the authors' names of the UNet's blocks.
+LoRA is described by Hu et al. 2021, arXiv:2106.09685. Supported are the keys of PEFT and diffusers
+(``unet.….lora_A.weight``, ``.lora.down.weight``, ``.processor.to_q_lora.down.weight``) and of kohya's scripts
+(``lora_unet_….lora_down.weight`` with ``.alpha``), with diffusers' or the original authors' names of the UNet's blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _FACTORS = (
     (r"(.+)\.processor\.to_out_lora\.(down|up)\.weight", r"\1.to_out.0"),
     (r"(.+)\.processor\.(?:to_[qkv])_lora\.(down|up)\.weight", ""),
 )
-"""Names of factors, and the module that they change. The last group says which factor it is."""
+"""Regular expressions of the names of factors: the module that a factor changes, and as last group which factor it
+is."""
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv])_lora\.(?:down|up)\.weight")
 _ALPHA = re.compile(r"(.+?)(?:\.lora)?\.alpha")
 _OTHER_KINDS = (
@@ -51,18 +52,18 @@ _PARTS = (
     (r"^base_model\.model\.", "unet"),
     (r"^(?=(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b)", "unet"),
 )
-"""Start of a key -> part of the checkpoint; the first that fits applies."""
+"""(Prefix of a key, part of the checkpoint) pairs; the first match is used."""
 _METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's change: ``factor * up @ down``.
+    """Change of one layer's weights: ``factor * up @ down``.
 
     Attributes:
         key: Name of ``down`` in the file.
         part: Part of the checkpoint, e.g. "unet".
-        module: Name of the module inside, with underscores for points.
+        module: Name of the module in that part, with underscores instead of points.
         down: [rank, in, …].
         up: [out, rank, …].
         factor: alpha / rank.
@@ -80,7 +81,8 @@ def read_lora(file: Path) -> list[LowRank]:
     """Read the layers of a LoRA file; values are read when they are used.
 
     Raises:
-        CheckpointError: It cannot be read, holds none or another kind of change, or a key is of no known form.
+        CheckpointError: The file cannot be read, contains no layers or another kind of change, or a key has an unknown
+            form.
     """
     tensors = read_state_dict(file)
     for pattern, kind in _OTHER_KINDS:
@@ -110,7 +112,7 @@ def read_lora(file: Path) -> list[LowRank]:
 
 
 def _factor(file: Path, key: str) -> tuple[str, str]:
-    """The module that a key changes, and "down" or "up"."""
+    """Return the module that a key changes, and "down" or "up"."""
     for pattern, module in _FACTORS:
         if (match := re.fullmatch(pattern, key)) is not None:
             side = {"A": "down", "B": "up"}.get(match.groups()[-1], match.groups()[-1])
@@ -136,10 +138,10 @@ def _alpha(stored: StoredTensor) -> float:
 
 
 def _adapters(file: Path) -> dict[str, float]:
-    """Part -> alpha, from PEFT's configs that diffusers writes into the metadata of its files.
+    """Return part -> alpha, from the PEFT configs that diffusers writes into the metadata of its files.
 
     Raises:
-        CheckpointError: A config asks for more than one alpha for a part.
+        CheckpointError: A config has more than one alpha for a part.
     """
     if file.suffix != ".safetensors":
         return {}

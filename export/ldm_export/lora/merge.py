@@ -24,14 +24,14 @@ MAX_SCALE = 1000.0
 
 @dataclass(frozen=True)
 class GivenLora:
-    """A LoRA file and the scale that its changes are multiplied by."""
+    """A LoRA file, and the scale by which its changes are multiplied."""
 
     file: Path
     scale: float = 1.0
 
 
 def parse_lora(text: str) -> GivenLora:
-    """Read ``FILE`` or ``FILE:SCALE``. A folder stands for diffusers' file in it.
+    """Parse ``FILE`` or ``FILE:SCALE``. For a folder, diffusers' file in it is taken.
 
     Raises:
         CheckpointError: There is no such file, or the scale is out of range.
@@ -61,10 +61,10 @@ def lora_path(text: str, expected: str) -> Path:
 
 
 def with_loras(checkpoint: Checkpoint, given: Sequence[GivenLora]) -> Checkpoint:
-    """A checkpoint whose weights are changed by LoRA files, one after the other, when its modules are loaded.
+    """Return a checkpoint whose weights are changed by LoRA files, one after the other, when its modules are loaded.
 
     Raises:
-        CheckpointError: A file cannot be read, or a layer of it does not fit the checkpoint.
+        CheckpointError: A file cannot be read, or one of its layers does not fit the checkpoint.
     """
     for lora in given:
         checkpoint = _with_lora(checkpoint, lora)
@@ -98,6 +98,6 @@ def _res_blocks(config: Mapping[str, object]) -> int:
 
 
 def _merged(layer: LowRank, scale: float, weight: torch.Tensor) -> torch.Tensor:
-    """The weight float32 [out, in, …] with the layer's change."""
+    """Return the weight float32 [out, in, …] with the layer's change."""
     change = layer.up.read().flatten(1) @ layer.down.read().flatten(1)
     return weight + (scale * layer.factor) * change.reshape(weight.shape)

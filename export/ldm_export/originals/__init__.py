@@ -1,4 +1,4 @@
-"""Original checkpoints of CompVis/latent-diffusion: read without their code, recognised, and opened for export."""
+"""Original checkpoint files of CompVis and Stability AI: read without running their code, and opened for export."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def open_model(
 
     Args:
         path: The folder, the file, or, with ``random_weights``, the yaml of an original checkpoint.
-        config, tokenizer, weights, categories: As in ``open_original``; for files only.
-        random_weights: Draw the weights; for folders and yamls.
+        config, tokenizer, weights, categories: See ``open_original``; for files only.
+        random_weights: True draws random weights; for folders and yamls.
 
     Raises:
-        CheckpointError: It cannot be opened, or an option is of the other form.
+        CheckpointError: It cannot be opened, or an option does not apply to this kind of checkpoint.
     """
     arguments = {"config": config, "tokenizer": tokenizer, "weights": weights, "categories": categories}
     if path.suffix in YAML and path.is_file():

@@ -20,11 +20,11 @@ class AutoencoderShape:
     """Sizes of an autoencoder, derived from its state dict.
 
     Attributes:
-        in_channels, out_channels: Of the images.
+        in_channels, out_channels: Channels of the images.
         widths: Channels of each level.
-        res_blocks: Residual blocks of each level of the encoder; the decoder has one more.
-        attention: For each level whether it has attention.
-        mid_attention: The middle block has attention.
+        res_blocks: Number of residual blocks in each level of the encoder; the decoder has one more.
+        attention: For each level, whether it has attention.
+        mid_attention: True if the middle block has attention.
         z_channels: Channels between encoder and ``quant_conv``.
         latent_channels: Channels of the latents.
         codes: Number of codes of a quantized latent; None for a KL autoencoder.
@@ -71,10 +71,10 @@ class AutoencoderShape:
 
 
 def autoencoder_shape(tensors: Mapping[str, StoredTensor]) -> AutoencoderShape:
-    """Derive the sizes of the first stage in a state dict.
+    """Derive the sizes of the autoencoder in a state dict.
 
     Raises:
-        CheckpointError: There is none, or it is of no known form.
+        CheckpointError: There is none, or it has an unknown form.
     """
     prefix = AUTOENCODER_PREFIX
     levels = count(tensors, f"{prefix}encoder.down.{{}}")

@@ -1,4 +1,4 @@
-"""Opens a CompVis checkpoint as a ``Checkpoint`` that families build like one of diffusers."""
+"""Opens an original checkpoint file as a ``Checkpoint``, like a diffusers folder."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def open_original(
 
     Args:
         file: A file of ``torch.save`` or safetensors.
-        config: The yaml the model was trained with; not needed for models with the sizes of a published one.
+        config: The yaml with which the model was trained; not needed for models with the sizes of a published one.
         tokenizer: For models of texts: a ``vocab.txt`` of BERT, or a folder with it or a ``tokenizer.json``. The
-            published models have the vocabulary of bert-base-uncased.
-        weights: "ema" or "model", as in ``recognition.recognise``.
-        categories: For models of layouts: a text file with the name of a category in each line, in the order of their
-            numbers. Without it, requests name categories by number.
+            published models use the vocabulary of bert-base-uncased.
+        weights: "ema" or "model"; see ``recognition.recognise``.
+        categories: For models of layouts: a text file with one category name per line, in the order of their numbers.
+            Without it, requests use numbers of categories.
 
     Raises:
-        CheckpointError: The file is damaged or of no known model, the yaml is another model's or is needed, or the
-            tokenizer is missing.
+        CheckpointError: The file is damaged or not a known model, the yaml is needed or is that of another model, or
+            the tokenizer is missing.
     """
     tensors = read_state_dict(file)
     if (other := other_file(tensors)) is not None:
@@ -80,7 +80,7 @@ def open_yaml(file: Path, seed: int = 0) -> Checkpoint:
     """Open a yaml of CompVis/latent-diffusion as a checkpoint with random weights.
 
     Raises:
-        CheckpointError: The yaml is damaged, incomplete, or of no known kind of model.
+        CheckpointError: The yaml is damaged, incomplete, or for an unknown kind of model.
     """
     try:
         original = described(read_yaml(file))
@@ -118,7 +118,7 @@ def _checkpoint(
 
 
 def _layout(original: Original) -> CheckpointLayout:
-    """The family's layout with a UNet that has the model's heads, and DDIM with the timesteps of CompVis."""
+    """The family's layout, with the model's number of attention heads, and with DDIM on the timesteps of CompVis."""
     layout = family_named(original.kind).layout
     part = unet_part(layout.parts["unet"], original.unet, original.heads)
     scheduler = replace(layout.scheduler, classes={"DDIMScheduler": CompVisDDIMScheduler})
@@ -128,7 +128,7 @@ def _layout(original: Original) -> CheckpointLayout:
 def _components(
     file: Path, original: Original, layout: CheckpointLayout, tensors: Mapping[str, StoredTensor] | None
 ) -> dict[str, Component]:
-    """Every part of the layout with its config and tensors."""
+    """Return the parts of the layout with their configs and tensors."""
     unet, autoencoder, heads = original.unet, original.autoencoder, original.heads
     pixels = original.image_size * autoencoder.factor
     made: dict[str, tuple[str, dict[str, Any]]] = {
@@ -161,7 +161,7 @@ def _components(
 
 
 def _weights(original: Original, tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, StoredTensor]]:
-    """Part -> its tensors under the names of its module."""
+    """Return part -> its tensors under the names of its module."""
     condition = original.condition
     if isinstance(condition, ClipPair):
         texts, texts_2 = (clip_tensors(tensors, clip) for clip in (condition.first, condition.second))

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint that training has saved: listed without running its pickle, read one at a time.
+"""Lists the tensors of a training checkpoint without running its pickle, and reads them one at a time.
 
 Formats: ``torch.save`` as a zip archive (torch 1.6 and later) and as a sequence of pickles (before), and safetensors.
-The state dict is the file's ``state_dict`` entry if it has one. Nothing else of the file is read, for example the
-states of optimizers; devices that tensors were saved from do not matter.
+The state dict is the file's entry ``state_dict`` if there is one. Nothing else is read, for example optimizer states.
+The devices from which tensors were saved do not matter.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _NO_FILE = "{}: no such file, expected a checkpoint file; check the path"
 
 @dataclass(frozen=True)
 class _Storage:
-    """A piece of a file: first byte and length in bytes."""
+    """A part of a file: first byte and length in bytes."""
 
     start: int
     size: int
@@ -59,7 +59,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor as the pickle describes it; offset and strides in elements."""
+    """A tensor as the pickle describes it. Offset and strides are in elements."""
 
     key: str
     dtype: str
@@ -69,26 +69,27 @@ class _View:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last one, inclusive."""
+        """Number of elements from the first to the last one, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
 
 def is_checkpoint_file(path: Path) -> bool:
-    """True for a file with a suffix that checkpoints of training have."""
+    """True for a file with the suffix of a training checkpoint."""
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
 def read_state_dict(file: Path, entry: str = "state_dict") -> dict[str, StoredTensor]:
-    """Return name -> tensor of the state dict in a checkpoint file; values are read from disk when they are used.
+    """Return name -> tensor of the state dict in a checkpoint file. Values are read from disk on use.
 
     Args:
         file: The file.
-        entry: Entry that holds the state dict in a file that is no safetensors; without it, the whole file is one.
+        entry: Entry with the state dict, in a file that is not safetensors. If it is missing, the whole file is one.
 
     Raises:
-        CheckpointError: No such file; damaged, truncated, or of another format; its sizes do not fit the file.
+        CheckpointError: The file is missing, damaged, truncated or has another format, or sizes in it do not fit the
+            file.
     """
     if not file.is_file():
         raise CheckpointError(_NO_FILE.format(file))
@@ -116,7 +117,7 @@ def read_state_dict(file: Path, entry: str = "state_dict") -> dict[str, StoredTe
 
 
 def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """Return the content of ``data.pkl`` and the position of each storage; torch stores entries without compression."""
+    """Return the content of ``data.pkl`` and the position of each storage; entries must not be compressed."""
     size = file.stat().st_size
     with zipfile.ZipFile(opened) as archive:
         entries = archive.infolist()
@@ -156,7 +157,7 @@ def _zip_storage(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo, size: int
 
 
 def _read_legacy(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """Files of torch before 1.6: magic number, protocol, system, content, keys; then each storage after its length."""
+    """Read a file of torch before 1.6: magic number, protocol, system, content, keys, then storages with lengths."""
     magic, protocol = (read_pickle(opened, str(file)) for _ in range(2))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
         raise CheckpointError(f"{file}: a pickle, but not one of torch.save, expected a checkpoint; download it again")
@@ -174,7 +175,7 @@ def _read_legacy(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]
 
 
 def _storage_widths(content: Any) -> Iterator[tuple[str, int]]:
-    """Key and bytes per element of every storage that a pickle names, in whatever object."""
+    """Return key -> bytes per element of every storage that any object of a pickle names."""
     todo, visited = [content], set[int]()
     while todo:
         value = todo.pop()
@@ -203,7 +204,7 @@ def _storage_of(value: Any) -> tuple[str, str] | None:
 
 
 def _view(value: Any) -> _View | None:
-    """Return the tensor that a record of the pickle describes; None if it is something else."""
+    """Return the tensor that a pickle record describes; None if it describes something else."""
     for _ in range(3):
         if not isinstance(value, PickleRecord):
             return None

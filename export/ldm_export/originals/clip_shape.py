@@ -1,4 +1,4 @@
-"""CLIP's text encoders in an original checkpoint: their sizes, and their tensors under the names of transformers."""
+"""CLIP text encoders in an original checkpoint: their sizes, and their tensors under the names of transformers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _NAMES = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-"""Names of OpenCLIP, and of transformers."""
+"""(Name in OpenCLIP, name in transformers) pairs."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Sizes of CLIP's text encoder, without the layers that the model does not use.
+    """Sizes of a CLIP text encoder, without layers that the model does not use.
 
     Attributes:
-        prefix: Of the names of its tensors.
-        vocabulary, tokens, width, layers, feed_forward: Words, longest text in tokens, channels, layers, and channels
-            of the feed-forward networks.
-        open_clip: It is OpenCLIP's instead of OpenAI's.
+        prefix: Prefix of the names of its tensors.
+        vocabulary, tokens, width, layers, feed_forward: Size of the vocabulary, maximum number of tokens, channels,
+            number of layers, and channels of the feed-forward networks.
+        open_clip: True for OpenCLIP's encoder, False for OpenAI's.
         projection: Channels of the projected pooled state; None if the model does not use it.
     """
 
@@ -82,7 +82,7 @@ class ClipPair:
 def clip_shape(tensors: Mapping[str, StoredTensor]) -> Clip | None:
     """Derive the sizes of the text encoder of Stable Diffusion in a state dict; None without one.
 
-    Stable Diffusion 2 leaves out the last layer of OpenCLIP's.
+    Stable Diffusion 2 does not use the last layer of OpenCLIP's encoder.
 
     Raises:
         CheckpointError: A tensor is missing or has another rank.
@@ -92,7 +92,7 @@ def clip_shape(tensors: Mapping[str, StoredTensor]) -> Clip | None:
 
 
 def clip_pair(tensors: Mapping[str, StoredTensor]) -> ClipPair | None:
-    """Derive the sizes of the text encoders of Stable Diffusion XL in a state dict; None without them. As above."""
+    """Derive the sizes of the text encoders of Stable Diffusion XL in a state dict; None without them."""
     first, second = _openai(tensors, _XL_OPENAI), _open_clip(tensors, _XL_OPEN_CLIP)
     if first is None or second is None:
         return None
@@ -122,7 +122,7 @@ def _clip(tensors: Mapping[str, StoredTensor], prefix: str, names: Sequence[str]
 
 
 def clip_tensors(tensors: Mapping[str, StoredTensor], clip: Clip) -> dict[str, StoredTensor]:
-    """The tensors of the text encoder under the names of transformers, and no others.
+    """Return only the tensors of the text encoder, under the names of transformers.
 
     Names are those of CLIPTextModel or, with a projection, of CLIPTextModelWithProjection.
     """
@@ -155,7 +155,7 @@ def _transposed(stored: StoredTensor) -> StoredTensor:
 
 
 def _third(stored: StoredTensor, index: int) -> StoredTensor:
-    """One of the three equal parts of a tensor along its first axis."""
+    """Return one of the three equal parts of a tensor along its first axis."""
     rows = stored.shape[0] // 3
     load = stored.load
     return replace(

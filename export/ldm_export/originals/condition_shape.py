@@ -1,4 +1,4 @@
-"""Sizes of what conditions a CompVis model, from the names and shapes of its tensors."""
+"""Sizes of the conditioning encoder of a CompVis model, from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["CONDITION_PREFIX", "KINDS", "Classes", "Condition", "Labels", "Text"
 
 CONDITION_PREFIX = "cond_stage_model."
 HEAD_WIDTH = 64
-"""Channels per head of BERTEmbedder, always."""
+"""Channels per head of every BERTEmbedder."""
 LAYOUT_TOKENS = 92
-"""Tokens of layout2img: 30 objects of three tokens, and two of the crop."""
+"""Tokens of layout2img: 30 objects of three tokens, and two for the crop."""
 KINDS = (
     "text_to_image",
     "stable_diffusion",
@@ -29,13 +29,13 @@ KINDS = (
     "semantic_synthesis",
     "layout_to_image",
 )
-"""Kinds of models: the rows of the paper's model zoo and Stable Diffusion, and the names of their families."""
+"""Kinds of models, by the names of their families: those of the paper's model zoo, and Stable Diffusion."""
 _MAPPER = f"{CONDITION_PREFIX}channel_mapper.weight"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Sizes of a ``BERTEmbedder``: vocabulary, longest text in tokens, width, layers, heads, feed-forward width."""
+    """Sizes of a ``BERTEmbedder``: vocabulary, maximum number of tokens, width, layers, heads, feed-forward width."""
 
     vocabulary: int
     tokens: int
@@ -61,13 +61,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Labels:
-    """Sizes of a ``ClassEmbedder``: number of classes, with the unconditional one if there is one, and width."""
+    """Sizes of a ``ClassEmbedder``: number of classes, including an unconditional class if there is one, and width."""
 
     classes: int
     width: int
 
     def config(self, unconditional: bool) -> dict[str, Any]:
-        """Arguments of the module that embeds labels; ``unconditional``: the last class is the unconditional one."""
+        """Arguments of the module that embeds labels; ``unconditional`` is True if the last class is unconditional."""
         return {"num_classes": self.classes, "width": self.width, "unconditional": unconditional}
 
 
@@ -87,10 +87,10 @@ Condition = Text | Labels | Classes | Clip | ClipPair
 
 
 def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
-    """Derive the sizes of the encoder of texts, layouts, labels or segmentations in a state dict; None without one.
+    """Derive the sizes of the text, layout, label or segmentation encoder in a state dict; None without one.
 
     Raises:
-        CheckpointError: The encoder is of no known form.
+        CheckpointError: The encoder has an unknown form.
     """
     prefix = CONDITION_PREFIX
     if f"{prefix}embedding.weight" in tensors:
@@ -118,10 +118,10 @@ def condition_shape(tensors: Mapping[str, StoredTensor]) -> Condition | None:
 
 
 def kind_of(unet: UNetShape, condition: Condition | None) -> str:
-    """The kind of a model, one of ``KINDS``, from its tensors alone.
+    """Determine the kind of a model, one of ``KINDS``, from its tensors.
 
     Raises:
-        CheckpointError: It is none of these.
+        CheckpointError: It is of another kind.
     """
     extra, channels = unet.in_channels - unet.out_channels, unet.out_channels
     if unet.context_width is not None and isinstance(condition, Labels) and not extra:

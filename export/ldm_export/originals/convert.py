@@ -29,20 +29,21 @@ _LIBRARIES = {"LDMBertModel": "latent_diffusion"} | dict.fromkeys(
 
 
 def convert(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Write the folder; it appears whole or not at all.
+    """Write the folder; it appears complete or not at all.
 
-    diffusers' schedulers take exactly as many steps as asked, so that a number of steps that does not divide the
+    diffusers' schedulers take exactly the requested number of steps, so a number that does not divide the number of
     training timesteps gives other images than the authors' sampler.
 
     Args:
-        checkpoint: Opened by ``open_original``.
+        checkpoint: A checkpoint from ``open_original``.
         target: The folder; it must not exist.
 
     Returns:
         Names of the parts.
 
     Raises:
-        CheckpointError: diffusers has no pipeline of this kind, or its UNet class cannot say the heads of this one.
+        CheckpointError: diffusers has no pipeline of this kind, or a config of its UNet class cannot express the
+            model's number of attention heads.
         BuildError: The folder exists or cannot be written.
     """
     family = family_named(checkpoint.family)
@@ -99,7 +100,7 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
 
 
 def _tokenizer(checkpoint: Checkpoint, name: str) -> Any:
-    """A tokenizer of a checkpoint, of transformers."""
+    """Open a tokenizer of a checkpoint with transformers."""
     text_encoder = checkpoint.components["text_encoder"]
     if text_encoder.class_name == "CLIPTextModel":
         return clip_tokenizer(checkpoint, name, name.replace("tokenizer", "text_encoder"))

@@ -16,10 +16,10 @@ _Base: Any = DDIMScheduler
 
 
 class CompVisDDIMScheduler(_Base):  # type: ignore[misc]
-    """Adds the timestep_spacing "compvis": every (1000 // steps)-th timestep, which can be more than ``steps``."""
+    """DDIMScheduler with timestep_spacing "compvis": every (1000 // steps)-th timestep, maybe more than ``steps``."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Set ``timesteps``; ``num_inference_steps`` does not change: the distance between steps derives from it."""
+        """Set ``timesteps``. ``num_inference_steps`` is kept, because the distance between steps depends on it."""
         options: Any = self.config
         if options.timestep_spacing != COMPVIS_SPACING:
             super().set_timesteps(num_inference_steps, device)

@@ -1,6 +1,6 @@
-"""Names of CompVis tensors as diffusers' modules name them, and the tensors under these names.
+"""Maps names of CompVis tensors to names in diffusers' modules, and returns the tensors under these names.
 
-An autoencoder's names are not among them: the reader of diffusers' checkpoints knows CompVis' names of it.
+Names of autoencoders are not mapped here: the reader of diffusers' checkpoints knows CompVis' names for them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _TEXT = (
 
 
 def ema_name(name: str) -> str:
-    """Name of the moving average of a parameter: ``model_ema.`` and the name below ``model.`` without dots."""
+    """Name of the moving average of a parameter: ``model_ema.`` and the name after ``model.`` without dots."""
     return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
@@ -71,15 +71,15 @@ def has_ema(tensors: Tensors) -> bool:
 
 
 def unet_name(name: str, res_blocks: int) -> str:
-    """The name in a UNet of diffusers.
+    """Return the name of a tensor in diffusers' UNet.
 
     Args:
-        name: Without the prefix of the UNet.
-        res_blocks: Residual blocks of each level on the way down.
+        name: Name without the prefix of the UNet.
+        res_blocks: Number of residual blocks in each level of the down path.
 
     Returns:
-        The new name; the fused ``qkv`` of an AttentionBlock keeps that last part of its name. A name of no known form
-        is returned as it is.
+        The new name. The fused ``qkv`` of an AttentionBlock keeps that last part of its name. Unknown names are
+            returned unchanged.
     """
     stem, _, leaf = name.rpartition(".")
     if stem in _FIXED:
@@ -109,13 +109,13 @@ def _inside(rest: str) -> str:
 
 
 def unet_tensors(tensors: Tensors, shape: UNetShape, heads: Heads, ema: bool) -> dict[str, StoredTensor]:
-    """The UNet's tensors under diffusers' names; fused queries, keys and values are split on reading.
+    """Return the UNet's tensors under diffusers' names. Fused queries, keys and values are split when they are read.
 
     Args:
         tensors: The state dict.
-        shape: Of the UNet.
-        heads: Of its attention, whose order of queries, keys and values depends on it.
-        ema: Take the moving averages.
+        shape: Sizes of the UNet.
+        heads: Attention heads, on which the order of queries, keys and values depends.
+        ema: True takes the moving averages.
 
     Raises:
         CheckpointError: A moving average is missing or has another shape.
@@ -145,7 +145,7 @@ def _average(tensors: Tensors, name: str, plain: StoredTensor) -> StoredTensor:
 
 
 def _attention_block(name: str, stored: StoredTensor, heads: Heads) -> dict[str, StoredTensor]:
-    """Tensors of an AttentionBlock, whose projections are 1-D convolutions; other tensors as they are."""
+    """Convert tensors of an AttentionBlock, whose projections are 1-D convolutions; return others unchanged."""
     match = re.fullmatch(r"(.+\.attentions\.\d+)\.(norm|qkv|proj_out)\.(weight|bias)", name)
     if match is None:
         return {name: stored}
@@ -171,7 +171,7 @@ def _attention_block(name: str, stored: StoredTensor, heads: Heads) -> dict[str,
 
 
 def _derived(stored: StoredTensor, shape: tuple[int, ...], change: object) -> StoredTensor:
-    """The same tensor with a change after it is loaded."""
+    """Return a tensor that is changed after it is loaded."""
     load = stored.load
 
     def changed() -> torch.Tensor:
@@ -182,12 +182,12 @@ def _derived(stored: StoredTensor, shape: tuple[int, ...], change: object) -> St
 
 
 def autoencoder_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
-    """The first stage's tensors under CompVis' names, without its loss."""
+    """Return the autoencoder's tensors under CompVis' names, without those of its loss."""
     return _below(tensors, AUTOENCODER_PREFIX, _AUTOENCODER_PARTS)
 
 
 def text_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
-    """The tensors of a ``BERTEmbedder`` under the names of diffusers' LDMBertModel."""
+    """Return the tensors of a ``BERTEmbedder`` under the names of diffusers' LDMBertModel."""
     converted = {}
     for name, stored in _below(tensors, f"{CONDITION_PREFIX}transformer.", ("",)).items():
         match = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.+)", name)
@@ -203,7 +203,7 @@ def text_tensors(tensors: Tensors) -> dict[str, StoredTensor]:
 
 
 def condition_tensors(tensors: Tensors, part: str) -> dict[str, StoredTensor]:
-    """The tensors of what encodes a condition, below a ``part`` of it, e.g. "embedding."."""
+    """Return the tensors of the conditioning encoder below one of its parts, e.g. "embedding."."""
     return _below(tensors, CONDITION_PREFIX, (part,))
 
 

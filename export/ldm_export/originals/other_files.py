@@ -1,4 +1,4 @@
-"""Files of weights that are no whole model of a known kind, described for the message that refuses them."""
+"""Descriptions of weight files that are not a whole model of a known kind, for error messages."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _OTHERS = (
     (r"^(first_stage_model\.)?(decoder|encoder)\.(conv_in|up|down|mid|mid_block)\.", "an autoencoder alone"),
     (r"^(text_model|encoder\.layers|model\.layers)\.", "a text encoder alone"),
 )
-"""Regular expression of a tensor's name -> what such a file holds, for files with and without a UNet of CompVis; the
-first that any name fits applies."""
+"""Regular expression of a tensor's name -> description of the file, for files with and without a UNet of CompVis; the
+first that matches any name is used."""
 _UNET = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 def other_file(names: Iterable[str]) -> str | None:
-    """What a file of tensors holds if it is no model that is known here; None if nothing tells.
+    """Describe a file of tensors that is not a supported model; None if it is not recognised.
 
     Args:
         names: Names of its tensors.

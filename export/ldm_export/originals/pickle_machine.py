@@ -1,6 +1,6 @@
-"""Interpreter of pickle opcodes that imports nothing and calls nothing. Opcodes are those of ``pickletools``.
+"""Interpreter of pickle opcodes that imports and calls nothing. Opcodes are those of ``pickletools``.
 
-A ``GLOBAL`` becomes a name, and ``REDUCE``, ``NEWOBJ`` and ``BUILD`` become records of what the file asks for.
+A ``GLOBAL`` becomes a name, and ``REDUCE``, ``NEWOBJ`` and ``BUILD`` become records of the requested calls.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ MAX_MEMO_INDEX = 2**32
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """The name of a class or function; it is never looked up."""
+    """The name of a class or function, which is never looked up."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class PersistentId:
-    """A reference to something outside of the pickle, e.g. a storage of torch."""
+    """A reference to an object outside the pickle, e.g. a storage of torch."""
 
     value: Any
 
 
 @dataclass(eq=False)
 class PickleRecord:
-    """A call or an object that the pickle asks for, reduced to what tensors need.
+    """A call or object that the pickle requests, reduced to what tensors need.
 
     Attributes:
-        function: What is called; None if it is not a plain name.
+        function: Name of the called function; None if it is not a plain name.
         arguments: Its positional arguments.
     """
 
@@ -89,7 +89,7 @@ class PickleMachine:
         """Execute one opcode.
 
         Raises:
-            ValueError, IndexError, KeyError, TypeError, AttributeError: No pickle has this opcode here.
+            ValueError, IndexError, KeyError, TypeError, AttributeError: The opcode is not valid at this place.
         """
         if name in _VALUES:
             self.stack.append(argument)
@@ -209,7 +209,7 @@ class PickleMachine:
         self._call(function, tuple(arguments))
 
     def _build(self, _: Any) -> None:
-        self.pop()  # attributes of an object, which nothing here reads
+        self.pop()  # attributes of an object, which are not needed
         if not self.stack:
             raise IndexError("no object to build")
 

@@ -1,7 +1,7 @@
-"""Reads pickles as data: nothing is imported and nothing is called, and the size of what is read is bounded.
+"""Reads pickles as data: nothing is imported or called, and the amount of data is limited.
 
-``tensor_entries`` builds tensors from the records that are returned. Whatever else a training framework has put into a
-checkpoint (callbacks, optimizers, schedulers) stays an inert ``PickleRecord``.
+``tensor_entries`` builds tensors from the returned records. Other objects of a training framework in a checkpoint
+(callbacks, optimizers, schedulers) stay inert ``PickleRecord``s.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ldm_runtime.errors import CheckpointError
 __all__ = ["read_pickle"]
 
 MAX_OPCODES = 8_000_000
-"""Most opcodes of one pickle. The state of txt2img-f8-large, with its optimizer, has about 200,000."""
+"""Maximum number of opcodes of a pickle. The state of txt2img-f8-large, with its optimizer, has about 200,000."""
 MAX_PIECE = 2**20
-"""Longest text, bytes or integer of one opcode, in bytes."""
+"""Maximum size in bytes of a text, bytes object or integer in one opcode."""
 
 
 class _BoundedFile:
-    """A file for ``pickletools`` that reads no long piece and no long line."""
+    """A file for ``pickletools`` that refuses to read long pieces and long lines."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -43,11 +43,11 @@ class _BoundedFile:
 
 
 def read_pickle(file: BinaryIO, where: str) -> Any:
-    """Read one pickle from the file's position; the file is left after its STOP opcode.
+    """Read one pickle from the file's position, up to its STOP opcode.
 
     Args:
         file: Opened for reading.
-        where: Begins the message of an error.
+        where: Start of error messages.
 
     Returns:
         Plain dicts, lists, tuples, texts and numbers; ``Global``, ``PersistentId`` and ``PickleRecord`` for the rest. A
@@ -55,7 +55,7 @@ def read_pickle(file: BinaryIO, where: str) -> Any:
         untrusted nested tuple may take unlimited time.
 
     Raises:
-        CheckpointError: The pickle is damaged or truncated, or it is larger than any checkpoint's.
+        CheckpointError: The pickle is damaged, truncated or too large.
     """
     try:
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ __all__ = ["PUBLISHED", "STABLE_DIFFUSION_XL", "Heads", "Published", "published_
 class Heads:
     """Attention heads: their number, or the channels of each; one of them is None.
 
-    ``new_order`` is yaml's use_new_attention_order.
+    ``new_order`` is the option use_new_attention_order of the yaml.
     """
 
     number: int | None = None
@@ -36,19 +36,20 @@ class Heads:
 
 @dataclass(frozen=True)
 class Published:
-    """One row: what recognises the model, and its settings.
+    """A published model: the sizes by which it is recognised, and its settings.
 
     Attributes:
-        name: In the repository.
-        kind: As ``condition_shape.kind_of`` gives it.
+        name: Name in the repository.
+        kind: Kind; see ``condition_shape.kind_of``.
         width, multiples, attention: Base width, multiples of it by level, downsampling factors with attention.
         heads: Attention heads.
         image_size: Height and width of the latents.
-        scale_factor: Of the latents; the checkpoint's own buffer has precedence.
+        scale_factor: Scale factor of the latents; the checkpoint's own buffer takes precedence.
         betas: linear_start and linear_end.
         defaults: Steps, eta and guidance scale of the paper or the repository's examples.
-        use_ema: The EMA weights are the model, if there are any.
-        context: Channels of the cross-attention's context, where other models have the same UNet otherwise.
+        use_ema: True if the model uses the EMA weights, if there are any.
+        context: Channels of the cross-attention's context, if it distinguishes the model from others with the same
+            UNet.
     """
 
     name: str
@@ -122,7 +123,7 @@ STABLE_DIFFUSION_XL = Published(
     *((0.00085, 0.012), Defaults(50, 0.0, 5.0)),
     context=2048,
 )
-"""Models of this kind have these settings whatever their sizes are."""
+"""Settings of all models of this kind, whatever their sizes are."""
 
 
 def published_as(kind: str, unet: UNetShape) -> Published | None:

@@ -1,4 +1,4 @@
-"""Recognises a CompVis checkpoint: its kind, sizes and settings, from the state dict, a yaml and the published rows."""
+"""Recognises kind, sizes and settings of a CompVis checkpoint, from its state dict, a yaml and published models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ldm_runtime.model import Defaults
 __all__ = ["Original", "described", "recognise"]
 
 V_PREDICTION, EDM = "v_pred", "edm_mean"
-"""Tensors by which files of Stable Diffusion XL tell that they predict velocity, or are in EDM's formulation."""
+"""Tensors whose presence means that a Stable Diffusion XL model predicts velocity, or uses EDM's formulation."""
 _DEFAULTS = {
     "text_to_image": Defaults(50, 0.0, 5.0),
     "stable_diffusion": Defaults(50, 0.0, 7.5),
@@ -45,14 +45,14 @@ class Original:
 
     Attributes:
         kind: One of ``condition_shape.KINDS``.
-        name: Of the published model with these sizes; "" if there is none.
-        unet, autoencoder, condition: Sizes.
-        heads: Of the UNet's attention.
-        image_size: Height and width of the latents the model was trained with.
-        scale_factor: The latents are the encoder's times this.
+        name: Name of the published model with these sizes; "" if there is none.
+        unet, autoencoder, condition: Sizes of the parts.
+        heads: Attention heads of the UNet.
+        image_size: Height and width of the latents with which the model was trained.
+        scale_factor: Factor by which the encoder's latents are multiplied.
         timesteps, linear_start, linear_end: Training schedule.
-        ema: The UNet's weights are the moving averages.
-        unconditional: The last class of a class-conditional model is that of the unconditional branch.
+        ema: True if the UNet's weights are the moving averages.
+        unconditional: True if the last class of a class-conditional model is that of the unconditional branch.
         defaults: Sampling options.
         prediction_type: What the UNet predicts, as an option of diffusers' schedulers.
     """
@@ -81,12 +81,13 @@ def recognise(
 
     Args:
         tensors: The state dict; only a few small tensors of the schedule are read.
-        config: The model's yaml. Without one, what tensors do not tell comes from the published model of these sizes.
+        config: The model's yaml. Without it, settings that tensors do not determine come from the published model with
+            these sizes.
         weights: "ema" or "model"; None takes the moving averages if there are any and the yaml does not say
             ``use_ema: False``.
 
     Raises:
-        CheckpointError: The model is of no known kind, its yaml is another model's, or a yaml is needed.
+        CheckpointError: The model is of an unknown kind, the yaml is that of another model, or a yaml is needed.
     """
     unet, autoencoder, condition = unet_shape(tensors), autoencoder_shape(tensors), condition_shape(tensors)
     kind = kind_of(unet, condition)
@@ -103,10 +104,10 @@ def recognise(
 
 
 def described(config: YamlConfig) -> Original:
-    """Everything that a yaml says about a model without weights.
+    """Read everything about a model without weights from its yaml.
 
     Raises:
-        CheckpointError: The model is of no known kind, or the yaml is incomplete.
+        CheckpointError: The model is of an unknown kind, or the yaml is incomplete.
     """
     shapes = yaml_shapes(config)
     return _described(shapes, kind_of(shapes[0], shapes[2]), {}, config, None)
@@ -235,10 +236,11 @@ def _prediction_type(condition: Condition | None, config: YamlConfig | None) -> 
 
 
 def _unconditional(condition: Condition | None, row: Published | None) -> bool:
-    """True if the last class is the unconditional one.
+    """True if the last class is that of the unconditional branch.
 
-    A published model tells by its guidance scale. For others nothing in a checkpoint or yaml tells; the number of
-    classes decides, since data sets have even tens of classes (1000 of ImageNet) and one more is added to them.
+    For a published model, its guidance scale decides. For others, neither checkpoint nor yaml says so; the number of
+    classes decides, because data sets usually have a multiple of ten classes (ImageNet has 1000), to which one is
+    added.
     """
     if not isinstance(condition, Labels):
         return False

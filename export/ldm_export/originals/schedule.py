@@ -22,16 +22,16 @@ def betas_of(
 ) -> tuple[int, float, float] | None:
     """Training timesteps, linear_start and linear_end from the buffer ``betas``; None if there is no such buffer.
 
-    The schedule is computed anew in float32 from these numbers. A file in half precision has a rounded buffer, which
-    is snapped to the published numbers; the authors' sampler would use it as it is, which changes latents by 1e-3 to
-    1e-2.
+    The schedule is recomputed in float32 from these numbers. The buffer of a half-precision file is rounded; its
+    numbers are replaced by the nearest published ones. The authors' sampler would use the rounded buffer, which changes
+    latents by 1e-3 to 1e-2.
 
     Args:
         tensors: The state dict.
-        linear: What the yaml says, to be checked.
+        linear: linear_start and linear_end in the yaml, to be compared.
 
     Raises:
-        CheckpointError: The buffer is no "linear" schedule of CompVis, or not the yaml's.
+        CheckpointError: The buffer is not a "linear" schedule of CompVis, or not that of the yaml.
     """
     stored = tensors.get("betas")
     if stored is None or len(stored.shape) != 1 or not 2 <= stored.shape[0] <= 100_000:
@@ -54,7 +54,7 @@ def _snapped(value: float, tolerance: float) -> float:
 
 
 def scheduler_options(timesteps: int, start: float, end: float) -> dict[str, Any]:
-    """Options of DDIM with which CompVis' DDIMSampler samples; the last step ends at the first training timestep.
+    """Options of DDIM that correspond to CompVis' DDIMSampler; the last step ends at the first training timestep.
 
     Its timesteps are ``range(0, 1000, 1000 // steps) + 1``: 31 of them for 30 steps.
     """

@@ -27,12 +27,12 @@ def unet_config(shape: UNetShape, heads: Heads, sample_size: int) -> dict[str, A
     """Arguments of ``unet_class``.
 
     Args:
-        shape: Of the UNet.
-        heads: Of its attention.
+        shape: Sizes of the UNet.
+        heads: Its attention heads.
         sample_size: Height and width of the latents.
 
     Raises:
-        CheckpointError: The heads do not fit the widths, or diffusers has no such blocks.
+        CheckpointError: The number of heads does not fit the widths, or diffusers has no such blocks.
     """
     attended = _attended(shape)
     if wrong := [width for width in attended if not heads.divides(width)]:
@@ -80,7 +80,7 @@ def unet_config(shape: UNetShape, heads: Heads, sample_size: int) -> dict[str, A
 
 
 def added_config(shape: UNetShape, pooled: int) -> dict[str, Any]:
-    """Arguments that describe the added embedding of Stable Diffusion XL, of ``pooled`` channels and six sizes."""
+    """Arguments for the added embedding of Stable Diffusion XL, from ``pooled`` channels and six sizes."""
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": ((shape.added_width or 0) - pooled) // 6,
@@ -89,7 +89,7 @@ def added_config(shape: UNetShape, pooled: int) -> dict[str, Any]:
 
 
 def unet_part(part: Part, shape: UNetShape, heads: Heads) -> Part:
-    """The part that builds the UNet; UNet2DModel's argument cannot say a number of heads for several widths."""
+    """Return the part that creates the UNet. UNet2DModel's config cannot express one number of heads for all widths."""
     if shape.context_width is not None or _one_head_width(shape, heads) is not None:
         return part
 
@@ -107,12 +107,12 @@ def unet_part(part: Part, shape: UNetShape, heads: Heads) -> Part:
 
 
 def _attended(shape: UNetShape) -> list[int]:
-    """Widths of the attentions: of the levels that have one, and of the middle."""
+    """Widths of the levels with attention and of the middle block."""
     levels = [width for width, attention in zip(shape.widths, shape.attention, strict=True) if attention]
     return [*levels, shape.widths[-1]]
 
 
 def _one_head_width(shape: UNetShape, heads: Heads) -> int | None:
-    """Channels per head if all attentions have the same; else None."""
+    """Channels per head if they are the same for all attentions; else None."""
     widths = {width // heads.of(width) for width in _attended(shape)}
     return widths.pop() if len(widths) == 1 else None

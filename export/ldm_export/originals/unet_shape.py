@@ -17,20 +17,22 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class UNetShape:
-    """Sizes of a UNet, derived from its state dict, without the number of heads: no tensor's shape depends on it.
+    """Sizes of a UNet, derived from its state dict. The number of heads is missing, because no shape depends on it.
 
     Attributes:
-        in_channels, out_channels: Of the noisy latents with what is concatenated to them, and of the prediction.
+        in_channels, out_channels: Channels of the noisy latents and everything concatenated to them, and of the
+            prediction.
         model_channels: Base width.
         widths: Channels of each level.
-        res_blocks: Residual blocks of each level on the way down.
-        attention: For each level whether it has attention.
+        res_blocks: Number of residual blocks in each level of the down path.
+        attention: For each level, whether it has attention.
         context_width: Channels of the cross-attention's context; None without cross-attention.
-        depth: Transformer blocks of each attention; 1 without cross-attention. One number, or one for each level.
-        resblock_updown: Levels are connected by residual blocks instead of convolutions.
-        scale_shift: The timestep embedding scales and shifts instead of being added.
-        linear: Linear layers, instead of 1x1 convolutions, surround the transformer blocks.
-        added_width: Channels of what is embedded and added to the timestep's embedding; None without it.
+        depth: Number of transformer blocks per attention, 1 without cross-attention; one number, or one for each level.
+        resblock_updown: True if levels are connected by residual blocks instead of convolutions.
+        scale_shift: True if the timestep embedding scales and shifts instead of being added.
+        linear: True if linear layers instead of 1x1 convolutions surround the transformer blocks.
+        added_width: Channels of the added conditioning, which is embedded and added to the timestep embedding; None
+            without it.
     """
 
     in_channels: int
@@ -58,7 +60,7 @@ class UNetShape:
 
 
 def shape_of(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor that every model of this kind has.
+    """Return the shape of a tensor that every model of this kind has.
 
     Raises:
         CheckpointError: It is missing or has another rank.
@@ -72,7 +74,7 @@ def shape_of(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """Number of consecutive indices i from 0 for which some tensor's name begins with ``pattern.format(i)``."""
+    """Count consecutive indices i from 0 for which the name of a tensor begins with ``pattern.format(i)``."""
     before, _, _ = pattern.partition("{}")
     indices = {name[len(before) :].partition(".")[0] for name in tensors if name.startswith(before)}
     number = 0
@@ -85,7 +87,7 @@ def unet_shape(tensors: Tensors) -> UNetShape:
     """Derive the sizes of the UNet in a state dict.
 
     Raises:
-        CheckpointError: There is no such UNet, or its blocks are of no known form.
+        CheckpointError: There is no such UNet, or its blocks have an unknown form.
     """
     prefix = UNET_PREFIX
     conv_in = shape_of(tensors, f"{prefix}input_blocks.0.0.weight", 4)
@@ -124,7 +126,7 @@ def unet_shape(tensors: Tensors) -> UNetShape:
 
 
 def _depth(tensors: Tensors, starts: list[int]) -> int | tuple[int, ...]:
-    """Transformer blocks of each attention, by level if they differ; the middle has those of the last level."""
+    """Transformer blocks per attention, by level if they differ; the middle block has as many as the last level."""
     blocks = [f"input_blocks.{start}.1." for start in starts[:-1]] + ["middle_block.1."]
     depths = [count(tensors, f"{UNET_PREFIX}{block}transformer_blocks.{{}}") for block in blocks]
     return depths[-1] if {*depths} <= {0, depths[-1]} else tuple(max(1, depth) for depth in depths)

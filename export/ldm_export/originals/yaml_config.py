@@ -1,4 +1,4 @@
-"""The yaml that a CompVis model was trained with: read safely, and checked against the state dict."""
+"""The yaml with which a CompVis model was trained: reads it safely, and compares it with the state dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_BYTES = 2**20
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """The safe loader without aliases, by which a small file can describe an endless document."""
+    """The safe loader without aliases, because with aliases a small file can describe a huge document."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -30,9 +30,9 @@ class YamlConfig:
     """The parameters of a model.
 
     Attributes:
-        file: Where it was read from.
+        file: Path of the yaml.
         params: ``model.params``.
-        unet, first_stage, condition: The parameters of the parts; empty if the yaml names no class for a part.
+        unet, first_stage, condition: Parameters of the parts; empty if the yaml names no class for a part.
     """
 
     file: Path
@@ -42,10 +42,10 @@ class YamlConfig:
     condition: Mapping[str, Any] = field(repr=False)
 
     def number(self, values: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
-        """A number of ``values``; None if it has none.
+        """Return the number under a key; None if there is none.
 
         Raises:
-            CheckpointError: It is no number from ``low`` to ``high``.
+            CheckpointError: The value is not a number from ``low`` to ``high``.
         """
         value = values.get(key)
         if value is None:
@@ -59,14 +59,14 @@ class YamlConfig:
         return number
 
     def integer(self, values: Mapping[str, Any], key: str, low: int = 1, high: int = 2**24) -> int | None:
-        """A whole number of ``values``; None if it has none. Raises CheckpointError for other values."""
+        """Return the whole number under a key; None if there is none. Raises CheckpointError for other values."""
         number = self.number(values, key, low, high)
         if number is not None and number != int(number):
             raise CheckpointError(f"{self.file}: {key}: got {number:g}, expected a whole number")
         return None if number is None else int(number)
 
     def integers(self, values: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
-        """A list of at most 32 whole numbers; None if there is none. Raises CheckpointError for other values."""
+        """Return a list of at most 32 whole numbers; None if there is none. Raises CheckpointError for other values."""
         value = values.get(key)
         if value is None:
             return None
@@ -78,8 +78,8 @@ class YamlConfig:
         """Compare the yaml with the state dict.
 
         Args:
-            facts: Key of the yaml, its value or None if it has none, what the state dict says, and the tensor (with
-                its shape) that says so.
+            facts: Key of the yaml, its value or None if it is missing, the value in the state dict, and the tensor
+                (with its shape) that determines it.
 
         Raises:
             CheckpointError: They disagree; the message lists every key.
@@ -99,7 +99,8 @@ def read_yaml(file: Path) -> YamlConfig:
     """Read a model's yaml.
 
     Raises:
-        CheckpointError: It cannot be read, is no YAML, too large, or describes no latent diffusion model.
+        CheckpointError: The file cannot be read, is not YAML, is too large, or does not describe a latent diffusion
+            model.
     """
     try:
         size = file.stat().st_size

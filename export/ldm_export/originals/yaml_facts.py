@@ -1,4 +1,4 @@
-"""What a yaml and a state dict both say about a model, to be compared."""
+"""Facts about a model that both its yaml and its state dict contain, for comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def yaml_facts(
     autoencoder: AutoencoderShape,
     condition: Condition | None,
 ) -> list[tuple[str, Any, Any, str]]:
-    """Keys of a yaml, their values, what the state dict says and the tensor that says so."""
+    """Return keys of a yaml with their values, the values in the state dict, and the tensors that determine these."""
 
     def seen(name: str) -> str:
         return f"{name} {list(tensors[name].shape)}" if name in tensors else f"the absence of {name}"

@@ -1,4 +1,4 @@
-"""Sizes of a CompVis model from its yaml alone, for models with random weights."""
+"""Sizes of a CompVis model from its yaml, for models with random weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm_runtime.errors import CheckpointError
 __all__ = ["yaml_shapes"]
 
 TEXT_TOKENS, VOCABULARY, TEXT_HEADS = 77, 30522, 8
-"""Defaults of BERTEmbedder."""
+"""Default sizes of BERTEmbedder."""
 
 
 def yaml_shapes(config: YamlConfig) -> tuple[UNetShape, AutoencoderShape, Condition | None]:
-    """The sizes of UNet, autoencoder and condition.
+    """Return the sizes of UNet, autoencoder and conditioning encoder.
 
     Raises:
-        CheckpointError: A number that a yaml of the authors has is missing, or one is out of range.
+        CheckpointError: A number is missing that the authors' yamls have, or a number is out of range.
     """
     return _unet(config), _autoencoder(config), _condition(config)
 

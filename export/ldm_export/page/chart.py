@@ -13,7 +13,7 @@ __all__ = ["HEIGHT", "WIDTH", "ChartAxis", "Series", "bars", "lines", "sheet"]
 
 WIDTH, HEIGHT = 720, 400
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b", "#000000")
-"""Okabe and Ito's palette, which is safe for colour-blind readers. It repeats after eight series."""
+"""Okabe and Ito's palette for colour-blind readers. It repeats after eight series."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _CHAR = 72, 190, 44, 52, 22, 6.6
 
@@ -38,10 +38,10 @@ class ChartAxis:
 
     @classmethod
     def over(cls, values: Sequence[float], log: bool) -> ChartAxis:
-        """Axis that covers all values; a linear one includes 0.
+        """Create an axis that covers all values; a linear axis includes 0.
 
         Raises:
-            SpecError: There are no values, or one is not finite, or not above 0 on a logarithmic axis.
+            SpecError: There are no values, or a value is not finite, or not above 0 on a logarithmic axis.
         """
         fit = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
         if not fit or len(fit) != len(values):

@@ -1,7 +1,7 @@
-"""Self-contained HTML documents: inline styles and images, no scripts, nothing loaded from a network.
+"""Self-contained HTML documents: inline styles and images, no scripts, nothing is loaded from a network.
 
-The content comes from untrusted bundles. Everything that is not ``Markup`` is escaped, and the content security policy
-of the document forbids the browser to run scripts or to load anything.
+The content comes from untrusted bundles. Everything except ``Markup`` is escaped, and the content security policy of
+the document forbids running scripts and loading anything.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Figure(str):
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """HTML document with a title, which is escaped, and a body of parts that are markup already."""
+    """Return an HTML document with a title, which is escaped, and a body of parts that are markup."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
@@ -109,7 +109,7 @@ def inline_image(image: Image.Image, alt: str = "") -> Markup:
 
 
 def difference(one: Image.Image, other: Image.Image, times: int) -> Image.Image:
-    """Return the difference of two images, ``times`` as bright. Differences in opacity are grey."""
+    """Return the difference of two images, amplified by ``times``. Differences in opacity are grey."""
     difference_image = ImageChops.difference(one, other).point(lambda value: min(255, value * times))
     if difference_image.mode != "RGBA":
         return difference_image

@@ -1,4 +1,4 @@
-"""Tables for nested facts of any form, like a manifest's ``measured``; entries with equal keys share a table."""
+"""HTML tables for nested facts of any form, like a manifest's ``measured``. Entries with equal keys share a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares backends on the same inputs: the results of each component, and one generated image, against the first."""
+"""Compares backends with the first one: results of each component on the same inputs, and one generated image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGE = "image"
 
 @dataclass(frozen=True)
 class Run:
-    """A backend, or an engine of ``POLYGRAPHY``, and the precision of its graphs; None lets the backend choose."""
+    """A backend or an engine of ``POLYGRAPHY``, and the precision of its graphs; None lets the backend choose it."""
 
     backend: str
     precision: str | None
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between one run and the first in one part, a component or the image, and its tolerance."""
+    """Difference between a run and the first run in one part (a component or the image), and its tolerance."""
 
     run: str
     part: str
@@ -57,7 +57,7 @@ class Difference:
 
 
 def parse_runs(text: str, precision: str | None) -> tuple[Run, ...]:
-    """Parse "onnxruntime,openvino:fp32": two or more backends, each with its own precision or the common one.
+    """Parse two or more backends, e.g. "onnxruntime,openvino:fp32"; those without a precision get ``precision``.
 
     Raises:
         SpecError: There are fewer than two, or one of them occurs twice.
@@ -83,7 +83,7 @@ def compare(
     Args:
         bundle: The bundle to run.
         runs: Backends and precisions; the first is the reference.
-        requests: One image each, with seeds 0, 1, ….
+        requests: Requests for one image each, with seeds 0, 1, ….
         steps: Denoising steps of the image; None takes the model's default.
         on_progress: Called with the name of the run, the number of finished runs, and the number of all runs.
 
@@ -124,7 +124,7 @@ def compare(
 
 
 def facts(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, Any]:
-    """Return the differences as JSON-able values; figures that are not finite become None."""
+    """Return the differences as JSON values; figures that are not finite become None."""
 
     def plain(result: ComponentResult) -> dict[str, Any]:
         figures = {"max_error": result.max_error, "cosine": result.cosine, "psnr": result.psnr}

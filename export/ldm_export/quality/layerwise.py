@@ -28,7 +28,7 @@ class LayerDifference:
     Attributes:
         tensor, node: Names of the tensor and of the node that computes it.
         dtype: Its type in the examined graph.
-        error: Largest |difference|, as a share of ``largest``; infinite if a value is not finite.
+        error: Largest |difference| divided by ``largest``; infinite if a value is not finite.
         largest: Largest |value| in the reference graph.
     """
 
@@ -42,11 +42,11 @@ class LayerDifference:
 def compare_layers(graph: Path, against: Path, feed: Mapping[str, NDArray[Any]]) -> list[LayerDifference]:
     """Compare every float tensor that both graphs compute, on the CPU, in the order of the graph.
 
-    All tensors of one call are in memory twice, so use a feed with one row.
+    All tensors of a call are in memory twice, so use inputs with one row.
 
     Args:
         graph: The graph to examine.
-        against: The fp32 graph that it was made from.
+        against: The fp32 graph from which it was made.
         feed: Inputs of the component.
 
     Raises:

@@ -19,7 +19,7 @@ class Tolerance:
     """Bounds for a comparison.
 
     Attributes:
-        component: Maximum error of a component, as a share of the largest value.
+        component: Maximum error of a component, relative to its largest value.
         pixel: Maximum difference of a pixel, in 1/255.
         psnr: Minimum PSNR of an image, in dB.
     """
@@ -44,7 +44,7 @@ class ComponentResult:
 
     Attributes:
         name: Name of the component.
-        max_error: Largest |error| as a share of the largest |value| expected.
+        max_error: Largest |error| divided by the largest expected |value|.
         cosine: Cosine between the two.
         psnr: In dB; None if the two are equal.
     """
@@ -56,7 +56,7 @@ class ComponentResult:
 
 
 def compared(name: str, actual: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> ComponentResult:
-    """Compare outputs with the expected ones of the same names and shapes; several outputs count as one vector."""
+    """Compare outputs with expected ones of the same names and shapes. Several outputs are compared as one vector."""
     one, other = (
         np.concatenate([np.asarray(outputs[key], np.float64).ravel() for key in expected])
         for outputs in (actual, expected)

@@ -1,4 +1,4 @@
-"""Polygraphy's runners as engines of ``verify --backends``, beside the engines of ``ldm_runtime.backends``.
+"""Polygraphy's runners as engines for ``verify --backends``, in addition to those of ``ldm_runtime.backends``.
 
 If a backend differs from the reference and Polygraphy's runner of the same graph or engine does not, the fault is in
 the backend; if both differ, it is in the graph or the engine.
@@ -75,14 +75,14 @@ class PolygraphyBackend(SpecBackend):
         return result
 
     def close(self) -> None:
-        """Free what the runner holds."""
+        """Free the resources of the runner."""
         with suppress(BackendError):
             self._quietly("close", self._runner.deactivate)
 
     def _quietly(self, what: str, work: Callable[[], Any]) -> Any:
         logger = import_engine("polygraphy.logger", EXTRA).G_LOGGER
         try:
-            with logger.verbosity(logger.CRITICAL + 1):  # it prints critical errors besides raising them
+            with logger.verbosity(logger.CRITICAL + 1):  # it would also print errors that it raises
                 return work()
         except BackendError:
             raise

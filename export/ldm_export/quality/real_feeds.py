@@ -1,4 +1,4 @@
-"""Inputs that the components of a model receive for real requests."""
+"""Collects the inputs that the components of a model receive for real requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ldm_runtime.specs import ComponentSpec
 __all__ = ["MAX_REQUESTS", "RealFeeds", "real_feeds", "with_start_images"]
 
 MAX_REQUESTS = 8
-"""Maximum number of requests that feeds are made from."""
+"""Maximum number of requests for which inputs are collected."""
 STEPS = 4
-"""Minimum number of denoising steps of the schedule that timesteps are taken from."""
+"""Minimum number of denoising steps of the schedule from which timesteps are taken."""
 
 START_STRENGTH = 0.75
-"""Of requests that start from an image."""
+"""Strength of the added requests that start from an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,9 @@ class RealFeeds:
     """Inputs for real requests; each array has the rows of all requests.
 
     Attributes:
-        components: Component -> its feed, in the order in which the components run.
-        sources: Tensor -> array: inputs and outputs of the encoders, sample, timestep and latents, from which all other
-            tensors are derived. They contain the inputs of the whole UNet, before anything is split off.
+        components: Component -> its inputs, in the order in which the components run.
+        sources: Tensor -> array of the tensors from which all others are derived: inputs and outputs of the encoders,
+            sample, timestep and latents. They include the inputs of the whole UNet before components are split off.
     """
 
     components: Mapping[str, Feed]
@@ -45,7 +45,7 @@ class RealFeeds:
 
 
 class _Recorder(SpecBackend):
-    """Runs a backend and keeps its feeds."""
+    """Runs a backend and records its inputs."""
 
     def __init__(self, backend: Backend, spec: ComponentSpec):
         self._backend, self._spec = backend, spec
@@ -70,7 +70,7 @@ def real_feeds(
     Args:
         pipeline: The pipeline; it is not modified.
         files: Returns the path of a file that a conditioning names; see ``Bundle.file``.
-        requests: One image each; the first ``MAX_REQUESTS`` are used.
+        requests: Requests for one image each; the first ``MAX_REQUESTS`` are used.
 
     Raises:
         SpecError: No requests, or a field that the model does not take.
@@ -120,7 +120,7 @@ def real_feeds(
 def with_start_images(
     pipeline: LatentDiffusionPipeline, requests: Sequence[RequestFields], steps: int
 ) -> tuple[RequestFields, ...]:
-    """Add requests that start from an image, without and with a mask, for a model that can but none of whose do.
+    """Add requests that start from an image, with and without a mask, if the model supports it and none does so yet.
 
     Args:
         pipeline: The model.

@@ -1,4 +1,4 @@
-"""Compares a bundle with the checkpoint it was built from: each component with torch, images with diffusers."""
+"""Compares a bundle with its checkpoint: each component with torch, and images with diffusers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ImageResult:
         request: The request with every option filled in.
         max_pixel: Largest difference of a pixel in 1/255.
         psnr: In dB; None if the two are equal.
-        ours, theirs: Image of the bundle, and of the reference pipeline.
+        ours, theirs: Images of the bundle and of the reference pipeline.
     """
 
     request: RequestFields
@@ -51,7 +51,7 @@ class ImageResult:
 
     @property
     def fields(self) -> RequestFields:
-        """The request without the seed, the options that all images share, and images."""
+        """Fields of the request without the seed, images, and options that are the same for all requests."""
         return {
             name: value
             for name, value in self.request.items()
@@ -96,7 +96,7 @@ class Verification:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """The figures as JSON-able values."""
+        """The figures as JSON values."""
         return {
             "components": {
                 c.name: {"max_error": c.max_error, "cosine": c.cosine, "psnr": c.psnr} for c in self.components
@@ -125,7 +125,7 @@ def verify(
     Args:
         bundle: The bundle to verify.
         checkpoint: The checkpoint that it was built from.
-        requests: One image each; None takes the family's defaults.
+        requests: Requests for one image each; None takes the family's defaults.
         steps: Denoising steps of the images; None takes the model's default. eta and guidance scale are the model's.
         precision: Precision of the graphs.
         tolerance: Bounds of the differences.
@@ -193,7 +193,7 @@ def _open(bundle: Bundle, precision: str) -> LatentDiffusionPipeline:
 def _component(
     ours: LatentDiffusionPipeline, checkpoint: Checkpoint, family: Family, name: str, feeds: RealFeeds
 ) -> ComponentResult:
-    """Compare a traced component with its torch module; the UNet together with the components split off from it."""
+    """Compare a traced component with its torch module; the UNet includes the components split off from it."""
     spec, traced = described(family, checkpoint).components[name], family.components[name]
     module = traced.wrap(load_module(checkpoint, traced.module)).eval()
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def _image(ours: LatentDiffusionPipeline, family: Family, theirs: Any, request: 
     mine = ours(**request).images[0]
     sized = {**request, "height": mine.height, "width": mine.width}
     with torch.random.fork_rng(devices=[]):
-        generator = torch.manual_seed(request["seed"])  # the global generator, which the steps use too
+        generator = torch.manual_seed(request["seed"])  # the global generator, which the steps also use
         reference = family.reference_image(theirs, sized, generator)
     if (mine.size, mine.mode) != (reference.size, reference.mode):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Contents of a report: images of each precision of a bundle, sizes, timings and the bundle's JSON report files."""
+"""Collects the contents of a report: images of each precision, sizes, timings and the bundle's JSON reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PrecisionImages:
         images: One per request; empty if the precision could not run.
         step: Median seconds of one denoising step.
         backend: The backend that ran it, with its arithmetic.
-        failure: Why it could not run; empty if it ran.
+        failure: Reason why it could not run; empty if it ran.
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -60,7 +60,7 @@ class Report:
 
     Attributes:
         bundle: The bundle that it describes.
-        requests: One per image.
+        requests: A request for each image.
         options: Seed, steps and backend.
         results: Precision -> its images and timings; fp32 first.
         files: Path -> content of the bundle's JSON report files.
@@ -86,7 +86,7 @@ class Report:
         return sum(manifest.files[file].size for file in files)
 
     def psnr(self, precision: str) -> tuple[float | None, ...]:
-        """PSNR in dB of each image against fp32's, None if they are equal; empty if either could not run."""
+        """PSNR in dB of each image against that of fp32, None if equal; empty if a precision could not run."""
         pairs = zip(self.results[REFERENCE].images, self.results[precision].images, strict=False)
         return tuple(
             psnr(np.asarray(reference, np.float64), np.asarray(image, np.float64), 255.0) for reference, image in pairs
@@ -104,7 +104,7 @@ def make_report(
     A precision that the backend cannot run on this machine is stated in the report and is not an error.
 
     Raises:
-        SpecError: A request, seed or number of steps that the pipeline does not take.
+        SpecError: The pipeline does not take a request, the seed or the number of steps.
         ManifestError: The bundle is damaged.
     """
     options = options or ReportOptions()
@@ -126,7 +126,7 @@ def make_report(
 
 
 def _completed(bundle: Bundle, requests: Sequence[RequestFields]) -> Sequence[RequestFields]:
-    """The requests with the example of the model's conditioning where they have none of their own."""
+    """Fill in example values of the model's conditioning where requests have none."""
     try:
         with LatentDiffusionPipeline.from_bundle(bundle, precision=REFERENCE) as pipeline:
             return [{**pipeline.example(one), **one} for one in requests]
@@ -135,7 +135,7 @@ def _completed(bundle: Bundle, requests: Sequence[RequestFields]) -> Sequence[Re
 
 
 def precisions(bundle: Bundle) -> list[str]:
-    """Precisions in which the UNet and the decoder have graphs, fp32 first.
+    """Return the precisions in which the UNet and the decoder have graphs, fp32 first.
 
     Raises:
         ManifestError: There are no fp32 graphs to compare with.
@@ -153,7 +153,7 @@ def bundle_json(bundle: Bundle, name: str) -> Mapping[str, Any]:
     """Read one of the bundle's files as JSON, after checking it against the manifest.
 
     Raises:
-        ManifestError: Damaged, larger than ``MAX_BYTES``, or not a JSON object.
+        ManifestError: The file is damaged, larger than ``MAX_BYTES``, or not a JSON object.
     """
     size = bundle.manifest.files[name].size
     if size > MAX_BYTES:

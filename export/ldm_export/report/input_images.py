@@ -1,4 +1,4 @@
-"""Images of a request for the report: what a model enlarges, repaints or draws from."""
+"""Input images of a request for the report: images, masks and segmentations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm_runtime.images import to_pil
 __all__ = ["input_images"]
 
 GOLDEN = 0.618
-"""Distance of the hues of consecutive classes; multiples of it never come close to each other soon."""
+"""Distance between the hues of consecutive classes: the golden ratio, whose multiples are well distributed."""
 
 
 def input_images(request: RequestFields) -> dict[str, Image.Image]:
-    """Field -> image, for the fields of a request that are images; each class of a segmentation has a colour.
+    """Return field -> image for the fields of a request that are images; each class of a segmentation gets a colour.
 
     Raises:
-        SpecError: A field is no image.
+        SpecError: A field is not an image.
     """
     found = {}
     for name in ("image", "mask"):

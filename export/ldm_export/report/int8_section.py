@@ -16,7 +16,7 @@ __all__ = ["FILE", "int8_section"]
 
 FILE = INT8_REPORT
 MAX_LISTED, MAX_LINES, MAX_NAME = 15, 6, 44
-"""Maximum rows of the list of sensitive layers, lines of one plot of ranges, and characters of a name in a plot."""
+"""Maximum number of listed sensitive layers, of lines in a plot of ranges, and of characters of a name in a plot."""
 
 MEASURES = {"latent_db": "the final latents", "output_db": "the layer's own result"}
 
@@ -24,7 +24,7 @@ Facts = Mapping[str, Any]
 
 
 def int8_section(facts: Facts) -> Iterator[Markup]:
-    """All parts in order. Facts that are missing or of another type are left out: the file is untrusted."""
+    """Return all parts of the section. The file is untrusted: missing facts and wrong types are skipped."""
     yield element("h2", "int8")
     yield from _outcome(facts)
     entries = mapping(facts.get("components"))
@@ -84,7 +84,7 @@ def _components(components: Facts) -> Iterator[Markup]:
 
 
 def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
-    """The sensitivity of each layer, by the final latents if that was measured, and the names of the most sensitive."""
+    """Plot the sensitivity of each layer, if measured on the final latents, and list the most sensitive layers."""
     key = next((key for key in MEASURES if any(finite(layer.get(key)) is not None for layer in layers)), None)
     if key is None:
         return
@@ -118,7 +118,7 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
 
 
 def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
-    """The tensors whose largest magnitude changes most along the trajectory, and those with the largest magnitude."""
+    """Plot the tensors whose largest magnitude changes most along the trajectory, and list those with the largest."""
     recorded = ranges.get("timesteps")
     timesteps = [finite(value) for value in recorded] if isinstance(recorded, list) else []
     magnitudes = {}
@@ -141,7 +141,7 @@ def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
 
 
 def _shortened(name: str) -> str:
-    """Shorten a tensor's name to its end, which distinguishes it from others."""
+    """Shorten a tensor's name to its end, which distinguishes it from other names."""
     text = printable(name)
     return text if len(text) <= MAX_NAME else f"…{text[1 - MAX_NAME :]}"
 

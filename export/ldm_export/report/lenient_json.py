@@ -1,6 +1,6 @@
 """Lenient access to the JSON of a bundle's report files: a value of an unexpected type is skipped, not refused.
 
-A page that only displays values need not fail on a report that a later version writes in another form.
+A page that only displays values need not fail on a report that a later version wrote in another form.
 """
 
 from __future__ import annotations

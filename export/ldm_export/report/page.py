@@ -35,7 +35,7 @@ from ldm_runtime.bundle_layout import INT8_REPORT, MANIFEST, QUALITY_REPORT, RAN
 __all__ = ["report_page"]
 
 MAX_LISTED = 40
-"""Rows of the lists that may be long."""
+"""Maximum number of rows of long lists."""
 
 
 def report_page(report: Report) -> str:

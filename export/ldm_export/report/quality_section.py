@@ -1,4 +1,4 @@
-"""Measured settings of a bundle as a table: rows for the terminal, and the section of the report page."""
+"""Measured settings of a bundle as a table, for the terminal and for the report page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUALITY_COLUMNS = [
     *("graph", "steps", "cache\nevery", "guidance\nevery"),
     *("time\n(s)", "speed", "dB\nmean", "dB\nworst", "correct"),
 ]
-"""The line breaks let the table fit into 80 columns."""
+"""Columns of the table; line breaks keep it within 80 characters."""
 
 
 def quality_rows(record: QualityRecord) -> list[list[str]]:
@@ -33,7 +33,7 @@ def quality_rows(record: QualityRecord) -> list[list[str]]:
 
 
 def quality_section(record: QualityRecord) -> Iterator[Markup]:
-    """The section of the report page."""
+    """Return the section of the report page."""
     yield element("h2", "Measured settings")
     yield table(QUALITY_COLUMNS, [[row[0], *map(Figure, row[1:])] for row in quality_rows(record)])
     engines = ", ".join(f"{precision} by {engine}" for precision, engine in record.engines.items())

@@ -73,7 +73,7 @@ class Connection:
             raise
 
     def _check_port(self) -> None:
-        """Fail at once if no server listens; gRPC itself would retry."""
+        """Raise an error immediately if no server listens, because gRPC itself would retry."""
         socket.create_connection((self.address.host, self.address.port), timeout=10).close()
 
     def _describe(self) -> None:
@@ -88,7 +88,7 @@ class Connection:
             self.outputs = [str(tensor["name"]) for tensor in facts.get("outputs", [])]
 
     def _unready(self, limit: dict[str, Any]) -> str:
-        """Why the model is not ready: unknown, failed, loading, or loaded but unable to generate images."""
+        """Return the error for a model that is not ready: unknown, failed, loading, or unable to generate images."""
         index = self._client.get_model_repository_index(**({} if self._http else {"as_json": True, **limit}))
         models = index if isinstance(index, list) else index.get("models", [])
         known = {model["name"]: model for model in models}
@@ -100,7 +100,7 @@ class Connection:
         return f"{self.address}: model {self.model!r} is not ready{detail}; wait for it, or look into the server's log"
 
     def infer(self, inputs: Mapping[str, Any], outputs: list[str], **options: Any) -> Arrays:
-        """Send a request and wait for its one response.
+        """Send a request and wait for its single response.
 
         Args:
             inputs: Name -> number, text, or list of them; converted to the data types of the model.
@@ -108,7 +108,7 @@ class Connection:
             options: Passed to tritonclient.
 
         Raises:
-            ServerError: The server answered with an error, or not in time.
+            ServerError: The server responded with an error, or not in time.
             SpecError: A value does not fit the data type.
         """
         sent = self._inputs(inputs)

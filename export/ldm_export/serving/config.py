@@ -20,12 +20,13 @@ TARGETS = ("python", "onnxruntime", "tensorrt")
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 DATA_TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8"}
 CUDA_OPTIONS = {"prefer_nhwc": "1", "cudnn_conv_algo_search": "HEURISTIC"}
-"""Options of ONNX Runtime's CUDA provider in Triton. CUDA graphs stay off: a captured graph reads the buffers of the
-call that captured it, and Triton gives each call other buffers and batch sizes."""
+"""Options of ONNX Runtime's CUDA provider in Triton. CUDA graphs are off, because a captured graph reads the buffers of
+the call that captured it, and Triton passes other buffers and batch sizes in each call."""
 MAX_QUEUE_SIZE = 256
-"""Requests that may wait for the model of one component."""
+"""Maximum number of waiting requests for the model of one component."""
 MAX_QUEUE_DELAY = 0
-"""Microseconds that a request waits for others to share its call. A denoising loop waits this long at every step."""
+"""Microseconds that a request waits for others to join its call. A denoising loop would wait this long at every
+step."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _max_batch_size(spec: ComponentSpec, engines: Sequence[EngineFacts]) -> int:
 
 
 def _tensor(tensor: TensorSpec) -> dict[str, Any]:
-    """A tensor without its batch axis. One number per row is [1] for the client and reshaped to a vector."""
+    """Describe a tensor without its batch axis. One number per row is [1] for the client and reshaped to a vector."""
     message = {"name": tensor.name, "data_type": Enum(f"TYPE_{DATA_TYPES[tensor.dtype]}")}
     dims = [_size(dim) for dim in tensor.shape[1:]]
     return message | ({"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}})

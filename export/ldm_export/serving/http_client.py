@@ -1,7 +1,7 @@
-"""HTTP requests to a Triton server, bounded in time and in the size of the answers, whatever the server sends.
+"""HTTP client for a Triton server that limits the time and the size of responses, whatever the server sends.
 
-tritonclient's own HTTP client bounds only the time between two parts of an answer. This one has those of its methods
-that are used here, and the bodies are tritonclient's.
+tritonclient's own HTTP client limits only the time between two parts of a response. This client has the methods of it
+that are used here, and uses tritonclient to encode and decode bodies.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ldm_export.serving.address import Address
 __all__ = ["HttpClient"]
 
 DESCRIBE_SECONDS = 30.0
-"""Time for an answer that is no image."""
+"""Seconds for a response without images."""
 MAX_JSON, MAX_IMAGES = 16 * 2**20, 2**30
-"""Bytes of the largest answer without and with images."""
+"""Maximum size in bytes of a response without and with images."""
 PART = 2**20
 
 
 class HttpClient:
-    """The methods of ``tritonclient.http.InferenceServerClient`` that are used, with a connection for each request.
+    """The used methods of ``tritonclient.http.InferenceServerClient``, with a new connection for each request.
 
     Args:
         address: Address of the server.
-        seconds: Time for an answer with images.
+        seconds: Seconds for a response with images.
 
-    The methods raise ``TimeoutError`` if the whole answer is not there in time, ``InferenceServerException`` for an
-    error that the server answers with, ``OSError`` or ``http.client.HTTPException`` for one of the connection, and
-    ``ValueError`` for an answer that is too large or not valid.
+    The methods raise ``TimeoutError`` if the whole response does not arrive in time, ``InferenceServerException`` if
+    the server responds with an error, ``OSError`` or ``http.client.HTTPException`` if the connection fails, and
+    ``ValueError`` for a response that is too large or not valid.
     """
 
     def __init__(self, address: Address, seconds: float):
@@ -87,7 +87,7 @@ class HttpClient:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Send a request; returns the status, the headers and the body of the answer. Bodies are sent for images."""
+        """Send a request and return status, headers and body of the response. Requests for images have a body."""
         seconds, limit = (DESCRIBE_SECONDS, MAX_JSON) if body is None else (self._seconds, MAX_IMAGES)
         host, port = self._address.host, self._address.port
         connection = (
@@ -118,7 +118,7 @@ class HttpClient:
 
 
 def _end(connected: Any, overdue: threading.Event) -> None:
-    """End a connection, so that whoever reads from it stops waiting."""
+    """Shut a connection down, so that a thread that reads from it stops waiting."""
     overdue.set()
     with suppress(OSError):  # it has ended by itself
         connected.shutdown(socket.SHUT_RDWR)

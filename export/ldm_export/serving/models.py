@@ -45,16 +45,16 @@ class Model:
 
 
 def model_names(bundle: Bundle) -> tuple[str, ...]:
-    """All models of a bundle, in the order in which they are written: `ldm` calls `ldm_stream`, so it comes last."""
+    """Names of all models of a bundle, in the order in which they are written. `ldm`, which calls others, is last."""
     return (*pipeline_components(bundle.manifest.model), STREAM, UNARY)
 
 
 def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
-    """Make one of the bundle's models. The caller has checked the bundle's files.
+    """Create one of the bundle's models. The caller has checked the bundle's files.
 
     Raises:
         ManifestError: A component has no graph of the precision.
-        BuildError: A component has no engine that Triton loads itself.
+        BuildError: A component has no engine that Triton itself can load.
         SpecError: The model has a kind of conditioning that cannot be served.
     """
     model = bundle.manifest.model
@@ -92,7 +92,7 @@ def make_model(bundle: Bundle, serving: Serving, name: str) -> Model:
 
 
 def _spec_of_graph(spec: ComponentSpec, graph: Path) -> ComponentSpec:
-    """The spec with float16 where the graph has it: graphs for CUDA exchange some tensors in half precision."""
+    """Return the spec with float16 where the graph has it, because graphs for CUDA exchange some tensors in float16."""
     import onnx  # only graphs for CUDA need it
 
     model = onnx.load(graph, load_external_data=False)
@@ -109,5 +109,5 @@ def _spec_of_graph(spec: ComponentSpec, graph: Path) -> ComponentSpec:
 
 
 def _bundle_files(bundle: Bundle) -> dict[str, Path]:
-    """All files of the bundle, because the serving machine decides which of its graphs run."""
+    """Return all files of the bundle, because only the serving machine decides which of its graphs run."""
     return {f"{BUNDLE}/{name}": bundle.folder / name for name in (*bundle.manifest.files, MANIFEST)}

@@ -1,4 +1,4 @@
-"""Writes models into a Triton model repository: files are linked, and a new version appears complete or not at all."""
+"""Writes models into a Triton model repository. Files are linked; a new version appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["model_versions", "write_models"]
 CONFIG = "config.pbtxt"
 HEADER = "# Written by ldm-export triton, which replaces it with each version.\n"
 MAX_VERSIONS = 2
-"""Versions of a model that are kept: the new one, and the one before it, which a server may still run."""
+"""Number of versions of a model that are kept: the new one, and the previous one, which a server may still run."""
 
 
 def write_models(repository: Path, models: Sequence[Model]) -> int:
-    """Add a version of each model, in their order; other models of the repository are not changed.
+    """Add a version of each model, in order. Other models of the repository are not changed.
 
-    All files are prepared on the same disk before the first model is changed. Each model's version then appears by one
-    rename, and its config by another. A server loads the version on request, or when it polls the repository.
+    All files are prepared on the same disk before the first model is changed. Each version then appears by one rename,
+    and its config by another. A server loads the version on request, or when it polls the repository.
 
     Args:
         repository: Folder of the models; created if it does not exist.
@@ -74,7 +74,7 @@ def _check_ours(repository: Path, models: Sequence[Model]) -> None:
 
 
 def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
-    """Write the files of one version: each is a hard link, or on another disk one copy for all models."""
+    """Write the files of one version, as hard links or, from another disk, as one copy for all models."""
     for name, source in model.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _fill(folder: Path, model: Model, placed: dict[Path, Path]) -> None:
 
 
 def _publish(staged: Path, model: Path, version: int, old: Path) -> None:
-    """Add a version to a model; outdated ones are renamed into the folder ``old``, so that none is ever half there."""
+    """Add a version to a model. Outdated versions are renamed into the folder ``old``, so that none is ever partial."""
     if not model.exists():
         staged.rename(model)
         return

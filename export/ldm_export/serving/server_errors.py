@@ -1,4 +1,4 @@
-"""Turns the errors of tritonclient and its transports into a ``ServerError`` of one line."""
+"""Converts errors of tritonclient and its transports to a ``ServerError`` of one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OVERDUE = ("deadline", "timed out", "timeout expired", "still waiting after its"
 
 @contextmanager
 def one_line_errors(address: Address, timeout: float) -> Iterator[None]:
-    """Turn errors of requests to a server into a ``ServerError`` of one line.
+    """Context manager that converts errors of requests to a server to a ``ServerError`` of one line.
 
     Args:
         address: Address of the server, for messages.
@@ -41,7 +41,7 @@ def one_line_errors(address: Address, timeout: float) -> Iterator[None]:
         raise ServerError(f"{address}: no answer in {timeout:g} s; {LONGER}") from None
     except LdmError:
         raise
-    except Exception as error:  # tritonclient and its transports raise any when a response breaks the protocol
+    except Exception as error:  # tritonclient and its transports raise many classes if a response violates the protocol
         cause = " ".join(str(error).split()) or type(error).__name__
         other = "grpc" if address.protocol == "http" else "http"
         raise ServerError(f"{address}: no Triton server answers ({cause}); is the port for {other}?") from None

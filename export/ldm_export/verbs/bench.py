@@ -35,7 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         type=whole_number,
         default=[1, 2, 4],
         metavar="N",
-        help="images of one call (default 1 2 4)",
+        help="numbers of images per call (default 1 2 4)",
     )
     verb.add_argument(
         "--steps",

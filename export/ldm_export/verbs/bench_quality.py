@@ -21,7 +21,7 @@ __all__ = ["add_quality_arguments", "run_quality"]
 MIN_PSNR = 35.0
 MAX_IMAGES = 1000
 DEMO_PROMPTS = 96
-"""Most different prompts of the demo model."""
+"""Maximum number of different prompts of the demo model."""
 
 
 def add_quality_arguments(verb: argparse.ArgumentParser) -> None:

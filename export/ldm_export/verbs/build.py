@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 HALF = ("fp16", "bf16")
-AXES = {"batch": "images", "height": "pixels", "width": "pixels", "chunks": "texts of a long prompt (--prompt-chunks)"}
-"""Axis of an engine that the command line bounds -> unit."""
+AXES = {"batch": "images", "height": "pixels", "width": "pixels", "chunks": "chunks of a long prompt (--prompt-chunks)"}
+"""Axis of an engine with bounds on the command line -> its unit."""
 RANGED = 16
-"""Maximum number of requests on which the ranges of half precision are measured."""
+"""Maximum number of requests with which the ranges for half precision are measured."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     engines.add_argument(
         "--refittable",
         action="store_true",
-        help="build engines whose weights can be exchanged without a rebuild (needs a GPU)",
+        help="build engines whose weights can be replaced without rebuilding (needs a GPU)",
     )
     engines.add_argument(
         "--version-compatible",
@@ -94,7 +94,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="build plans that later versions and the lean runtime run too (tensorrt; none has been run yet)",
     )
     engines.add_argument(
-        "--timing-cache", metavar="FILE", help="file that keeps kernel timings for the next build (tensorrt)"
+        "--timing-cache",
+        metavar="FILE",
+        help="timing cache: a file of kernel timings that later builds reuse (tensorrt)",
     )
     add_int8_arguments(verb)
     verb.add_argument(
@@ -166,14 +168,14 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _ranged(args: argparse.Namespace, family: Family, kinds: Sequence[str], model: Model) -> Sequence[RequestFields]:
-    """Requests on which the ranges of half precision are measured."""
+    """Return the requests with which the ranges for half precision are measured."""
     if args.inputs is not None:
         return inputs_of(args.inputs, kinds)[:RANGED]
     return family.requests(chosen_prompts(args.prompts, model))[:RANGED]
 
 
 def _check_int8_options(args: argparse.Namespace) -> None:
-    """Refuse options of int8 with another precision; --prompts applies to half precision too."""
+    """Check that options of int8 are not given with another precision; --prompts also applies to half precision."""
     if args.precision == "int8":
         return
     shared = ("--prompts", "--inputs")

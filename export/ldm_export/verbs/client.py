@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Inputs of the model by name; the server has defaults for options that are left out."""
+    """Return the inputs of the model by name. The server has defaults for missing options."""
     inputs = {
         "PROMPT": args.prompts or None,
         "LABEL": args.label,
@@ -125,7 +125,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def _pixels(files: list[Path] | None, mode: str = "RGB") -> NDArray[np.uint8] | None:
-    """Files as uint8 [N, H, W, channels]."""
+    """Read files as uint8 [N, H, W, channels]."""
     from ldm_runtime.input_images import rgb_image
 
     images = opened_images(files)
@@ -136,7 +136,7 @@ def _pixels(files: list[Path] | None, mode: str = "RGB") -> NDArray[np.uint8] | 
 
 
 def _classes(files: list[Path] | None) -> NDArray[np.int64] | None:
-    """Files as int64 [N, H, W]."""
+    """Read files as int64 [N, H, W]."""
     from ldm_runtime.conditioning.segmentation import class_array
 
     found = opened_images(files)

@@ -18,7 +18,7 @@ __all__ = ["add_arguments", "run"]
 
 @dataclass(frozen=True)
 class _Part:
-    """What an extra of ldm-export is for, and the packages that it needs: module -> distribution."""
+    """Purpose of an extra of ldm-export, and the packages that it needs: module -> distribution."""
 
     purpose: str
     extra: str
@@ -43,7 +43,7 @@ PARTS = (
     ),
     _Part("clients of Triton", "client", {"tritonclient": ("tritonclient",)}),
 )
-"""In the order of the table."""
+"""Parts in the order of the table."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def _gpu() -> str:
 
 
 def _found(part: _Part) -> dict[str, Any]:
-    """The packages of a part: complete, versions of those that are there, and the command that installs the others."""
+    """Check the packages of a part: whether they are complete, installed versions, and the command for missing ones."""
     from ldm_export.bench.figures import versions as installed_versions
 
     versions: dict[str, str] = {}

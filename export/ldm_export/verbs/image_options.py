@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 MAX_LAYOUT = 2**20
-"""Largest file of a layout in bytes."""
+"""Maximum size of a layout file in bytes."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files that were written, and those of them that existed before."""
+    """Written files, and those of them that existed before."""
 
     files: tuple[Path, ...]
     replaced: tuple[Path, ...]
@@ -87,21 +87,22 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         nargs=2,
         type=real_number,
         metavar=("START", "END"),
-        help="share of the steps that use guidance; the others take half the time and change the image (default 0 1)",
+        help="start and end of guidance as shares of the steps; steps without guidance take half the time and change "
+        "the image (default 0 1)",
     )
     verb.add_argument(
         "--guidance-every",
         type=whole_number,
         metavar="N",
-        help="compute the guidance direction at every N-th step and reuse it between: 2 saves a quarter of the work, "
-        "3 a third, with nearly the same image (default 1, exact)",
+        help="compute the guidance direction at every N-th step and reuse it at the others: 2 saves a quarter of the "
+        "work, 3 a third, with nearly the same image (default 1, exact)",
     )
     verb.add_argument(
         "--cache-every",
         type=whole_number,
         metavar="N",
-        help="compute the whole UNet at every N-th step and its outer layers only between: 3 halves the work, with "
-        "nearly the same image; see docs/guides/feature-caching.md (default 1, exact)",
+        help="compute the whole UNet at every N-th step and only its outer layers at the others: 3 halves the work, "
+        "with nearly the same image; see docs/guides/feature-caching.md (default 1, exact)",
     )
     verb.add_argument(
         "--full-steps",
@@ -113,7 +114,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--guidance-rescale",
         type=real_number,
         metavar="SHARE",
-        help="share of guided predictions that is rescaled against overexposure, e.g. 0.7 (default 0)",
+        help="rescale guided predictions by this share, against overexposed images, e.g. 0.7 (default 0)",
     )
     add_prompt_options(verb)
     add_xl_options(verb)
@@ -155,8 +156,8 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "--padding-mask-crop",
         type=whole_number,
         metavar="PIXELS",
-        help="generate only the part around the mask, with so many pixels on each side, at the full size, and put it "
-        "in its place (default: generate the whole image)",
+        help="generate only the part around the mask, extended by this many pixels on each side, at full size, and "
+        "paste it into the image (default: generate the whole image)",
     )
     verb.add_argument(
         "--segmentation",
@@ -181,7 +182,7 @@ def check_output(output: Path) -> None:
     """Refuse an output path that cannot be an image file, before any work is done.
 
     Raises:
-        BuildError: The path is a folder or special file, or its suffix is of no format that can be written.
+        BuildError: The path is a folder or special file, or its suffix is that of an unsupported format.
     """
     from ldm_runtime.images import FORMATS
 
@@ -194,7 +195,7 @@ def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
     """Read image files; None stays None.
 
     Raises:
-        SpecError: A file is no image, too large, animated or truncated, or the images have different sizes.
+        SpecError: A file is not an image, or is too large, animated or truncated; or the images have different sizes.
     """
     from ldm_runtime.input_images import open_image
 
@@ -207,7 +208,7 @@ def opened_images(files: Sequence[Path] | None) -> list[Image.Image] | None:
 
 
 def read_layouts(files: Sequence[Path] | None) -> list[Any] | None:
-    """Read layouts, one of each JSON file; None stays None.
+    """Read a layout from each JSON file; None stays None.
 
     Raises:
         SpecError: A file cannot be read or is not JSON.
@@ -230,7 +231,7 @@ def grid_columns(images_per_prompt: int) -> int | None:
 
 
 def write_images(output: Path, images: Sequence[Image.Image], columns: int | None, each: bool = False) -> ImageFiles:
-    """Write one image, or a grid of several; all files are written or none.
+    """Write one image, or a grid of several images. Either all files are written or none.
 
     Args:
         output: File to write, in the format of its suffix.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["add_int8_arguments", "default_requests", "given_options", "inputs_of", "settings_of", "show"]
 
 OBSERVED, TRIALS, GRADED_TRIALS = 16, 16, 100
-"""Maximum number of observed images, and numbers of trial images; graded trials need more images."""
+"""Maximum number of observed images, and numbers of trial images without and with grading, which needs more."""
 OPTIONS = (
     "prompts",
     "inputs",
@@ -66,29 +66,34 @@ def add_int8_arguments(verb: argparse.ArgumentParser) -> None:
         help="rank layers by their effect on the final latents (default), or on their own results, which is faster",
     )
     int8.add_argument(
-        "--trials", type=whole_number, metavar="N", help="images that check the budget (default 16, graded 100)"
+        "--trials",
+        type=whole_number,
+        metavar="N",
+        help="number of trial images that check the budget (default 16, graded 100)",
     )
     int8.add_argument(
-        "--trial-steps", type=whole_number, metavar="N", help="denoising steps of these (default: the model's)"
+        "--trial-steps",
+        type=whole_number,
+        metavar="N",
+        help="denoising steps of the trial images (default: the model's)",
     )
 
 
 def given_options(args: argparse.Namespace) -> list[str]:
-    """Names of the int8 options that are on the command line."""
+    """Names of the int8 options that are given on the command line."""
     return [f"--{name.replace('_', '-')}" for name in OPTIONS if getattr(args, name) is not None]
 
 
 def default_requests(
     conditioning: Collection[str], model: Model, observed: int, trials: int, classes: int = 0
 ) -> tuple[tuple[ImageRequest, ...], tuple[ImageRequest, ...]] | None:
-    """Default requests to observe and to generate trial images from; None if the user must give prompts or inputs.
+    """Return default requests for observation and for trial images; None if the user must give prompts or inputs.
 
     Args:
         conditioning: Kinds of the model's conditioning; empty for an unconditional model.
-        model: The bundle or the checkpoint folder, by which the demo model is recognised: it has its own prompts. None
-            for random weights.
-        observed, trials: Number of requests of each.
-        classes: Number of classes of a model conditioned on labels; the requests are spread over them.
+        model: The bundle or the checkpoint folder; None for random weights. The demo model has its own prompts.
+        observed, trials: Numbers of requests.
+        classes: Number of classes of a model conditioned on labels; requests are distributed over them.
     """
     from ldm_export.demo import calibration_prompts
 
@@ -112,16 +117,16 @@ def _spread_labels(classes: int, count: int) -> tuple[ImageRequest, ...]:
 def settings_of(
     args: argparse.Namespace, conditioning: Collection[str], model: Model = None, classes: int = 0
 ) -> CalibrationSettings:
-    """Make the settings of the calibration from the options.
+    """Create the calibration settings from the options.
 
     Args:
         args: Parsed options.
         conditioning: Kinds of the model's conditioning, e.g. ("text",).
-        model, classes: As for ``default_requests``.
+        model, classes: See ``default_requests``.
 
     Raises:
-        SpecError: The model needs prompts or inputs and there are none, takes none and some are given, or a number is
-            out of range.
+        SpecError: The model needs prompts or inputs and there are none, or takes none and some are given, or a number
+            is out of range.
     """
     from ldm_calibration.inputs import INPUTS
     from ldm_calibration.settings import CalibrationSettings
@@ -159,7 +164,7 @@ def settings_of(
 
 
 def inputs_of(folder: Path, conditioning: Collection[str]) -> tuple[ImageRequest, ...]:
-    """Requests of a folder of inputs.
+    """Read the requests from a folder of inputs.
 
     Raises:
         SpecError: The model takes none, or the folder cannot be used.

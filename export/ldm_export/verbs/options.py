@@ -1,4 +1,4 @@
-"""Shared parts of the verbs: choices, prompt files, and errors of writing."""
+"""Parts that several verbs share: number options, prompt files, and errors of writing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = [
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_PROMPTS = 16 * 2**20
-"""Largest file of prompts in bytes."""
+"""Maximum size of a prompt file in bytes."""
 MAX_DIGITS = 40
-"""Longest number on the command line; no option needs more."""
+"""Maximum length of a number on the command line."""
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 """Letter before the B of a size -> bytes."""
 
@@ -40,7 +40,7 @@ def whole_number(text: str) -> int:
     """Parse a whole number for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is none, or has more than MAX_DIGITS characters.
+        argparse.ArgumentTypeError: The text is not a whole number, or has more than MAX_DIGITS characters.
     """
     try:
         if len(text) <= MAX_DIGITS:
@@ -69,7 +69,7 @@ def byte_count(text: str) -> int:
     """Parse a size such as 8GB, 500MB or a number of bytes for argparse; a GB has 10**9 bytes.
 
     Raises:
-        argparse.ArgumentTypeError: The text is none, or below one byte.
+        argparse.ArgumentTypeError: The text is not a size, or is below one byte.
     """
     number, unit = text.upper().removesuffix("B"), 1
     if number[-1:] in _UNITS:
@@ -98,7 +98,7 @@ def lines(path: Path) -> list[str]:
 
 
 def chosen_prompts(file: Path | None, model: Model) -> Sequence[str] | None:
-    """Prompts to measure a model with: those of a file, or the demo model's own; None for the family's defaults.
+    """Return prompts to measure a model with: from a file, or the demo model's own; None for the family's defaults.
 
     Args:
         file: File of prompts, if the user gave one.

@@ -1,4 +1,4 @@
-"""Options of the verbs that read checkpoints: original files of CompVis/latent-diffusion, LoRA files, embeddings."""
+"""Options of verbs that read checkpoints: original checkpoint files, LoRA files and embeddings."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def add_embedding_argument(verb: argparse.ArgumentParser) -> None:
-    """Add the option of textual inversion."""
+    """Add the option for textual inversion."""
     verb.add_argument(
         "--embedding",
         action="append",
         default=[],
         metavar="FILE[:TOKEN]",
-        help="embedding of textual inversion to add, and the token of prompts that stands for it (default: the file's "
-        "own, or its name); may be repeated",
+        help="textual inversion embedding to add, and its token in prompts (default: the token in the file, or the "
+        "file's name); may be repeated",
     )
 
 
 def open_given(path: Path | None, args: argparse.Namespace, task: str | None = None) -> Checkpoint:
-    """Open the diffusers folder or the checkpoint file that a command names, or a demo model if it names none.
+    """Open the diffusers folder or the checkpoint file that a command names; without one, a demo model.
 
     Args:
-        path: What the command names.
-        args: With the options of ``add_original_arguments``, and perhaps that of ``add_embedding_argument``.
-        task: Task of the demo model; None for text to image.
+        path: Path that the command names, or None.
+        args: Arguments with the options of ``add_original_arguments``, and maybe that of ``add_embedding_argument``.
+        task: Task of the demo model; None for text-to-image.
 
     Raises:
         BuildError: The command names no checkpoint, and no demo model is installed.

@@ -19,14 +19,14 @@ def add_prompt_options(verb: argparse.ArgumentParser) -> None:
         "--clip-skip",
         type=whole_number,
         metavar="N",
-        help="last layers of a CLIP text encoder that the prompts skip (default 0)",
+        help="number of last layers of a CLIP text encoder to skip for prompts (default 0)",
     )
     verb.add_argument(
         "--prompt-chunks",
         type=whole_number,
         metavar="N",
-        help="most texts of 75 tokens in which a long prompt is encoded, for Stable Diffusion (default 1, which cuts "
-        "long prompts off)",
+        help="maximum number of chunks of 75 tokens into which a long prompt is split, for Stable Diffusion (default "
+        "1, which cuts long prompts off)",
     )
     verb.add_argument(
         "--prompt-weights",

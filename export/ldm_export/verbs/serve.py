@@ -15,7 +15,7 @@ from ldm_runtime.regular_files import read_regular
 __all__ = ["add_arguments", "run"]
 
 MAX_KEY_FILE = 4096
-"""Largest file of a key in bytes."""
+"""Maximum size of a key file in bytes."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -23,13 +23,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="the first is the default model")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     verb.add_argument("--port", type=whole_number, default=8000, help="port, 0 for a free one (default 8000)")
-    verb.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must carry")
+    verb.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the key that requests must contain")
     verb.add_argument(
         "--watch",
         type=real_number,
         default=5.0,
         metavar="SECONDS",
-        help="time between two looks for new versions of the bundles, 0 for none (default 5)",
+        help="time between two checks for new versions of the bundles, 0 for no checks (default 5)",
     )
     engine = verb.add_argument_group("engine")
     engine.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="engine (default auto)")
@@ -46,29 +46,37 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--memory",
         type=byte_count,
         metavar="SIZE",
-        help="estimated memory of the loaded bundles, e.g. 8GB; they are loaded on first use (default: all at start)",
+        help="maximum estimated memory of the loaded bundles, e.g. 8GB; with it, bundles are loaded on first use "
+        "(default: no limit, all are loaded at the start)",
     )
-    limits.add_argument("--max-rows", type=whole_number, help="rows of one UNet call; a guided image takes two")
-    limits.add_argument("--max-queue", type=whole_number, default=256, help="waiting requests (default 256)")
-    limits.add_argument("--max-images", type=whole_number, default=10, help="images of a request (default 10)")
+    limits.add_argument("--max-rows", type=whole_number, help="maximum rows of one UNet call; a guided image takes two")
     limits.add_argument(
-        "--max-pixels", type=whole_number, default=2**23, help="pixels of all images of a request (default 8388608)"
+        "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
+    )
+    limits.add_argument(
+        "--max-images", type=whole_number, default=10, help="maximum number of images per request (default 10)"
+    )
+    limits.add_argument(
+        "--max-pixels",
+        type=whole_number,
+        default=2**23,
+        help="maximum pixels of all images of a request (default 8388608)",
     )
     limits.add_argument(
         "--max-client-requests",
         type=whole_number,
         default=16,
-        help="requests of one client address at a time (default 16)",
+        help="maximum simultaneous requests of one client address (default 16)",
     )
     limits.add_argument(
-        "--timeout", type=real_number, default=300.0, metavar="SECONDS", help="time of a request (default 300)"
+        "--timeout", type=real_number, default=300.0, metavar="SECONDS", help="time limit of a request (default 300)"
     )
     limits.add_argument(
         "--grace",
         type=real_number,
         default=30.0,
         metavar="SECONDS",
-        help="time that running requests get when the server stops (default 30)",
+        help="time that running requests have to end when the server stops (default 30)",
     )
 
 

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def _selected(known: Sequence[str], only: Sequence[str] | None, per_step: bool) -> list[str]:
-    """Names of the models to write, with those that they call."""
+    """Names of the models to write, including those that they call."""
     selected = set(only or known)
     if unknown := sorted(selected - set(known)):
         raise SpecError(f"only: got {unknown[0]!r:.60}, expected one or more of {', '.join(known)}")
@@ -112,7 +112,7 @@ def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
 
 
 def row_buckets(max_rows: int) -> list[int]:
-    """Row counts of UNet calls for engines that keep a CUDA graph for each; at most a third of a call is padding.
+    """Row counts of UNet calls for engines with a CUDA graph for each; at most a third of a call is padding.
 
     1, 2, 3, 4, 6, 8, 12, 16, 24, … up to ``max_rows``.
     """

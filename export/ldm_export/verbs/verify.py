@@ -34,10 +34,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=whole_number, help="denoising steps of the images (default: the model's)")
     verb.add_argument("--precision", choices=PRECISIONS, help="precision of the graphs (default: the bundle's)")
     verb.add_argument(
-        "--tolerance", type=real_number, help="maximum error of a component, as a share of its largest value"
+        "--tolerance", type=real_number, help="maximum error of a component, relative to its largest value"
     )
-    verb.add_argument("--max-pixel", type=whole_number, help="largest pixel difference, of 255 (default 1 for fp32)")
-    verb.add_argument("--min-psnr", type=real_number, metavar="DB", help="least PSNR of an image (default 45 for fp16)")
+    verb.add_argument("--max-pixel", type=whole_number, help="maximum pixel difference, in 1/255 (default 1 for fp32)")
+    verb.add_argument(
+        "--min-psnr", type=real_number, metavar="DB", help="minimum PSNR of an image in dB (default 45 for fp16)"
+    )
     verb.add_argument("--random-weights", action="store_true", help="the bundle was built with --random-weights")
     add_original_arguments(verb)
     add_embedding_argument(verb)
@@ -177,7 +179,7 @@ def _layers(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def _plain(components: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON-able values, with None for infinite errors."""
+    """Return JSON values, with None for infinite errors."""
 
     def plain(layer: Any) -> Any:
         return {**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None} if layer else None

@@ -12,9 +12,9 @@ __all__ = ["add_xl_options", "xl_fields", "xl_inputs"]
 
 _TEXTS = {"prompts_2": "prompt", "negative_prompt_2": "negative prompt"}
 _PAIRS = {
-    "original_size": ("HEIGHT", "WIDTH", "size of the image before it was resized, as the model is told"),
-    "crops_coords_top_left": ("TOP", "LEFT", "where the image was cropped, as the model is told (default 0 0)"),
-    "target_size": ("HEIGHT", "WIDTH", "size of the image, as the model is told"),
+    "original_size": ("HEIGHT", "WIDTH", "original size of the image on which the model is conditioned"),
+    "crops_coords_top_left": ("TOP", "LEFT", "corner of the crop on which the model is conditioned (default 0 0)"),
+    "target_size": ("HEIGHT", "WIDTH", "target size on which the model is conditioned"),
 }
 
 
@@ -26,7 +26,7 @@ def add_xl_options(verb: argparse.ArgumentParser) -> None:
             f"--{_flag(name)}", metavar="TEXT", help=f"{what} of the second text encoder (default: the {what})"
         )
     for name, (first, second, text) in _PAIRS.items():
-        known = "" if "default" in text else " (default: its size)"
+        known = "" if "default" in text else " (default: the image's size)"
         group.add_argument(
             f"--{_flag(name)}", nargs=2, type=whole_number, metavar=(first, second), help=f"{text}{known}, in pixels"
         )
@@ -36,7 +36,7 @@ def add_xl_options(verb: argparse.ArgumentParser) -> None:
             nargs=2,
             type=whole_number,
             metavar=(first, second),
-            help=f"--{_flag(name)} of what the image is steered away from (default: that of the image)",
+            help=f"--{_flag(name)} for the unconditional branch (default: that of the image)",
         )
 
 

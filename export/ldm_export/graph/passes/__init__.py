@@ -3,8 +3,8 @@
 A pass is a function ``model -> PassResult``. Each pass is one module, whose docstring numbers its rules. To add a pass,
 write the module and list the function under its engine in ``ENGINE_PASSES``.
 
-``split_off`` and ``half_precision`` are not listed there: a split returns two models, and a conversion to half
-precision needs the measured magnitudes of the tensors.
+``split_off`` and ``half_precision`` are not listed there, because a split returns two models, and the conversion to
+half precision needs measured magnitudes of the tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENGINE_PASSES: Mapping[str, tuple[Pass, ...]] = {
         fuse_bias,
     ),
 }
-"""Engine variant -> the passes that rewrite an exported graph for it, in the order in which they run."""
+"""Engine variant -> passes that rewrite an exported graph for it, in the order in which they run."""
 
 
 def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
@@ -47,14 +47,14 @@ def apply(model: ir.Model, passes: Sequence[Pass]) -> PassResult:
 
     Args:
         model: Model with typed values. It may be rewritten in place.
-        passes: Passes to run. An empty sequence only removes what is unused.
+        passes: Passes to run. An empty sequence only removes unused nodes and initializers.
 
     Returns:
         The rewritten model and the sum of the changes of all passes.
 
     Raises:
-        BuildError: A pass failed, or it changed the graph's inputs or outputs, or it left a node that reads a value
-            from outside the graph. The message names the pass.
+        BuildError: A pass failed, changed the graph's inputs or outputs, or left a node that reads an undefined value.
+            The message names the pass.
     """
     changes = 0
     for rewrite in passes:

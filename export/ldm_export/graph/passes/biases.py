@@ -1,4 +1,4 @@
-"""Take the bias of a layer out of it, so that the operator behind the layer can add it."""
+"""Separates the bias from a layer, so that a later fused operator can add it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["sum_of_biases", "without_bias"]
 
 
 def without_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """The value before its bias is added, and the bias [C]; the value itself and None if it has no bias to take.
+    """Return the value before its bias is added, and the bias [C]; the value itself and None if there is no such bias.
 
-    The bias of an Add behind a MatMul, or of a NhwcConv, is taken if nothing but one node reads the sum. A NhwcConv
-    loses its bias at once, so the caller must add it.
+    The bias of an Add after a MatMul, or of a NhwcConv, is separated if a single node reads the sum. The bias of a
+    NhwcConv is removed immediately, so the caller must add it.
     """
     if value.is_graph_output() or len(list(value.uses())) != 1:
         return value, None
@@ -40,7 +40,7 @@ def _is_vector(value: ir.Value | None) -> bool:
 
 
 def sum_of_biases(graph: ir.Graph, name: str, biases: Sequence[ir.Value]) -> ir.Value | None:
-    """The sum of constant biases [C] as one initializer; None for none."""
+    """Return the sum of constant biases [C] as one initializer; None if there are none."""
     if len(biases) < 2:
         return biases[0] if biases else None
     first = constant(biases[0])

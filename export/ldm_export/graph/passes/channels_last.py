@@ -8,7 +8,7 @@ Rules:
 3. A Resize with mode "nearest" becomes a Resize of channels-last data; constant scales and all sizes are permuted.
 4. Transposes before and after the new node change the layout; ``move_transposes`` removes most of them.
 
-Convolutions of any other form stay as they are.
+All other convolutions are not changed.
 
 Precondition: constants are initializers, and values have types and shapes.
 """

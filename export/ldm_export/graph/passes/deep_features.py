@@ -1,7 +1,8 @@
 """Split a UNet for feature caching: the deep features, which change slowly, and the shallow layers that read them.
 
-DeepCache (Ma et al. 2023, arXiv:2312.00858) computes the whole UNet at some denoising steps only. The steps between
-take the deep features of the last whole one, and compute the first layers of the down path and the last of the up path.
+DeepCache (Ma et al. 2023, arXiv:2312.00858) computes the whole UNet only at some denoising steps. The other steps reuse
+the deep features of the last whole step, and compute only the first layers of the down path and the last layers of the
+up path.
 
 Rules of ``expose_deep_features``:
 
@@ -13,10 +14,10 @@ Rules of ``expose_deep_features``:
 Rules of ``shallow_unet``, which take any graph with that output, in every precision and for every engine:
 
 1. The output becomes an input. Nodes that read it, or a tensor of which it is a Cast or a Transpose, read the input.
-2. Nodes, weights and inputs that the result no longer needs are removed. Weights in an external file stay there, and
-   the graph refers to them.
+2. Nodes, weights and inputs that are no longer needed are removed. Weights in an external file stay there, and the
+   graph refers to them.
 
-Postcondition: the UNet's results are those of the shallow graph for the UNet's own deep features.
+Postcondition: with the UNet's own deep features, the shallow graph computes the UNet's results.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ __all__ = ["expose_deep_features", "possible_layers", "shallow_unet"]
 def expose_deep_features(model: ir.Model, layers: int) -> None:
     """Add the output ``deep_features`` float32 [batch, C, height, width] to a UNet's graph.
 
-    A graph without skip connections to its last layers stays as it is.
+    A graph without skip connections to its last layers is not changed.
 
     Args:
         model: The graph as exported. It is changed in place.
-        layers: Layers of the last up block, from its end, that are computed at every step; 0 adds no output.
+        layers: Number of last layers of the last up block that are computed at every step; 0 adds no output.
 
     Raises:
         BuildError: The last up block has fewer layers.
@@ -81,7 +82,7 @@ def _last_joins(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def shallow_unet(model: ir.Model) -> ir.Model:
-    """Make the shallow graph of a UNet's graph with the output ``deep_features``, which is rewritten in place."""
+    """Rewrite in place a UNet's graph with the output ``deep_features`` to the shallow graph."""
     graph = model.graph
     output = next(value for value in graph.outputs if value.name == DEEP_FEATURES)
     graph.outputs.remove(output)
@@ -97,7 +98,7 @@ def shallow_unet(model: ir.Model) -> ir.Model:
 
 
 def _read_instead(graph: ir.Graph, value: ir.Value, replacement: ir.Value) -> None:
-    """Rule 1: let nodes read ``replacement`` instead of ``value`` and of what ``value`` rearranges."""
+    """Rule 1: let nodes read ``replacement`` instead of ``value`` or of the tensor that ``value`` rearranges."""
     first = graph[0]
     while True:
         value.replace_all_uses_with(replacement)

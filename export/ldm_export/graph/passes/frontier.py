@@ -1,16 +1,16 @@
-"""The cut between what depends on some graph inputs alone and everything else.
+"""Finds the cut between the part of a graph that depends only on certain inputs, and the rest.
 
 Rules:
 
-1. The cut runs through the float tensors that depend on the inputs ``sources`` alone and that a node reads which
-   depends on other inputs too, or on none.
+1. The tensors of the cut are float tensors that depend only on the inputs ``sources``, and are read by a node that also
+   depends on other inputs or does not depend on inputs.
 2. All inputs whose first dimension has the same symbol have the same number of rows. Reading that number (Shape of such
-   an input, start 0, end 1) is no dependency: the part before the cut can read it from a source, the part behind from
-   another input.
+   an input, start 0, end 1) does not count as a dependency: the part before the cut can read it from a source, the part
+   after the cut from another input.
 3. The cut moves towards the inputs across nodes that only rearrange or scale their data (Reshape, Transpose, Unsqueeze,
    Squeeze, Identity, and Mul by a constant scalar). Tensors therefore cross it in the form in which a layer computes
    them: keys and values as [batch, T, width], projected embeddings as [batch, C].
-4. A dimension behind the first is fixed, or has the symbol of such a dimension of a source: the tokens T of a prompt.
+4. Every dimension after the first is fixed, or has the symbol of such a dimension of a source, e.g. the tokens T.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUT = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 
 
 def frontier(graph: ir.Graph, sources: Sequence[ir.Value]) -> list[ir.Value]:
-    """The tensors of the cut, in the graph's order; empty if nothing else needs what ``sources`` determine."""
+    """Return the tensors of the cut in the graph's order; empty if no other node needs what ``sources`` determine."""
     alone = depend_on(graph, sources, alone=True)
     values = set()
     for value in (value for node in graph for value in node.outputs if value in alone):
@@ -40,7 +40,7 @@ def frontier(graph: ir.Graph, sources: Sequence[ir.Value]) -> list[ir.Value]:
 
 
 def depend_on(graph: ir.Graph, sources: Sequence[ir.Value], alone: bool) -> set[ir.Value]:
-    """The values, ``sources`` among them, that depend on a source, and if ``alone`` on no other input."""
+    """Return the values, including ``sources``, that depend on a source and, if ``alone``, on no other input."""
     searched = {value.name for value in sources}
     depends: dict[ir.Value, set[str | None]] = {value: {value.name} for value in graph.inputs}
     for node in graph:
@@ -60,7 +60,7 @@ def _counts_rows(node: ir.Node, sources: Sequence[ir.Value]) -> bool:
 
 
 def _before_layout(value: ir.Value, alone: set[ir.Value], sources: Sequence[ir.Value]) -> ir.Value:
-    """Rule 3: the tensor that a computing layer gives and that ``value`` is a rearrangement of."""
+    """Rule 3: return the output of a computing layer of which ``value`` is a rearrangement."""
     current, result = value, value
     while (node := current.producer()) is not None and (node.op_type in LAYOUT or _scales(node)):
         data = node.inputs[0]
@@ -77,14 +77,14 @@ def _scales(node: ir.Node) -> bool:
 
 
 def known_sizes(value: ir.Value, sources: Sequence[ir.Value]) -> Sizes | None:
-    """The sizes behind the first dimension if there are any, all as rule 4 says."""
+    """Return the sizes after the first dimension, if there are any and all satisfy rule 4."""
     given = {str(dim) for source in sources for dim in (source.shape or ())[1:] if not isinstance(dim, int)}
     sizes = tuple(dim if isinstance(dim, int) else str(dim) for dim in (value.shape or ())[1:])
     return sizes if sizes and all(isinstance(size, int) or size in given for size in sizes) else None
 
 
 def count_rows_of(graph: ir.Graph, sources: Sequence[ir.Value], counted: ir.Value) -> None:
-    """Rule 2: let nodes read the number of rows from ``counted``: all if it is a source, else those of the sources."""
+    """Rule 2: let nodes read the number of rows from ``counted``; if it is not a source, only nodes of sources."""
     for node in graph:
         if _counts_rows(node, sources) and (counted in sources or node.inputs[0] in sources):
             node.replace_input_with(0, counted)

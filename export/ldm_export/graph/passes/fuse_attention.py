@@ -15,7 +15,7 @@ Rules:
    has no factor.
 5. Heads may be merged with the batch in between: Q and V become [B * heads, T, width], K becomes its Transpose by
    (0, 2, 1), and the result is split again. Text encoders of this form exist.
-6. Attention of any other form stays as it is, for example attention with a mask.
+6. Attention of any other form is not changed, for example attention with a mask.
 7. The new node is named after the module of the Softmax: "<module>/MultiHeadAttention". If
    that name has no module, the whole name takes its place.
 
@@ -116,7 +116,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _heads(value: ir.Value | None) -> _Heads | None:
-    """Rule 2: the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and at most a scalar factor."""
+    """Rule 2: return the tensor that becomes [B, heads, T, width] by a Reshape, a Transpose and maybe a factor."""
     value, scale = _without_scale(value)
     merged = producer(value, "Reshape")
     if merged is not None and _rank(value) == 3 and _rank(merged.inputs[0]) == 4:
@@ -132,7 +132,7 @@ def _heads(value: ir.Value | None) -> _Heads | None:
 
 
 def _keys(value: ir.Value | None) -> _Heads | None:
-    """Rule 3: the same for a tensor that is transposed to [B, heads, width, T]."""
+    """Rule 3: the same as ``_heads`` for a tensor that is transposed to [B, heads, width, T]."""
     value, scale = _without_scale(value)
     turned = producer(value, "Transpose", (0, 2, 1)) or producer(
         _data(producer(value, "Reshape")), "Transpose", (0, 2, 1)
@@ -142,7 +142,7 @@ def _keys(value: ir.Value | None) -> _Heads | None:
 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """Rule 4: the tensor and the constant scalar that it is multiplied by."""
+    """Rule 4: return the tensor and the constant scalar by which it is multiplied."""
     node = producer(value, "Mul")
     constant = None if node is None else node.inputs[1]
     if node is None or constant is None or constant.const_value is None or constant.const_value.size != 1:

@@ -1,14 +1,14 @@
-"""Pass ``fuse_bias``: biases join the operators behind them, as com.microsoft.BiasSplitGelu and BiasAdd.
+"""Pass ``fuse_bias``: fuse biases with later operators into com.microsoft.BiasSplitGelu and BiasAdd.
 
 Rules:
 
 1. GEGLU, that is a bias, a Split into two halves, a Gelu of the second and their product, becomes one BiasSplitGelu.
-   Its kernel exists for the sizes of SPLIT_GELU_SIZES only; others stay as they are.
+   Its kernel exists only for the sizes in SPLIT_GELU_SIZES; other sizes are not changed.
 2. A bias and the sum with a tensor of the same shape become one BiasAdd. The operator takes [B, T, C]; an image
    [B, h, w, C] is reshaped to it and back.
-3. A bias counts only where nothing else reads the biased value (``passes.biases``).
+3. A bias is only fused if nothing else reads the biased value (``passes.biases``).
 
-Precondition: the passes that fuse normalization ran, because they take biases too.
+Precondition: the passes that fuse normalization have run, because they also fuse biases.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
 
 
 def _is_channels_last(value: ir.Value) -> bool:
-    """Whether a rank-4 value is [B, h, w, C]: it comes from a channels-last convolution or matrix product."""
+    """True if a rank-4 value is [B, h, w, C], because it comes from a channels-last convolution or matrix product."""
     add = producer(value, "Add")
     product = value if add is None else add.inputs[0]
     return producer(value, "NhwcConv", domain=CONTRIB) is not None or producer(product, "MatMul") is not None

@@ -12,8 +12,8 @@ Rules:
    operator (``activation`` 1).
 3. The data is [B, C, h, w], or [B, C, T], which becomes [B, 1, T, C] for the operator.
 4. Transposes before and after the operator change the layout; ``move_transposes`` removes most of them.
-5. The operator needs an even number of channels per group. Others stay as they are, for example 96 channels in 32
-   groups.
+5. The operator needs an even number of channels per group. Other normalizations are not changed, for example 96
+   channels in 32 groups.
 
 Precondition: constants are initializers, and values have types and shapes.
 """
@@ -39,9 +39,9 @@ class _GroupNorm:
 
     Attributes:
         data: Input [B, C, h, w] or [B, C, T].
-        groups, epsilon: As of the operator.
+        groups, epsilon: Attributes of the operator.
         gamma, beta: float32 [C].
-        silu: Whether the result includes SiLU.
+        silu: True if the result includes SiLU.
         last: The last node of the decomposition.
     """
 

@@ -8,9 +8,9 @@ Rules:
    reads.
 2. A bias that was added to an operand (``passes.biases``) moves into the operator, if the operand has no other use.
 3. If anything else reads the sum, it reads the operator's second result.
-4. One GroupNorm of a sum is rewritten. Others that read the same sum stay as they are.
+4. Only one GroupNorm of a sum is rewritten. Others that read the same sum are not changed.
 
-Precondition: ``channels_last`` and ``move_transposes`` ran.
+Precondition: ``channels_last`` and ``move_transposes`` have run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
 
 
 def _operands(add: ir.Node) -> tuple[tuple[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]] | None:
-    """Data [B, h, w, C] and its bias, then the skip connection and its bias; None if the sum has another form."""
+    """Return data [B, h, w, C] and its bias, then the skip connection and its bias; None for other sums."""
     left, right = add.inputs
     if left is None or right is None or left.shape is None or right.shape is None:
         return None

@@ -1,7 +1,7 @@
 """Pass ``half_precision``: weights and arithmetic in fp16 or bf16, with islands (operators kept in fp32).
 
-Strongly typed engines read the precision from the graph: every tensor has the type in which it is computed, and a Cast
-stands where an island begins and where it ends.
+Strongly typed engines read the precision from the graph: every tensor has the type in which it is computed, and there
+is a Cast at each border of an island.
 
 Rules of the rewrite:
 
@@ -56,7 +56,7 @@ OPSETS = {"fp16": 20, "bf16": 22}
 """Precision -> the first opset in which every operator of an exported graph accepts the type."""
 _FLOAT = ir.DataType.FLOAT
 _FLOAT_ONLY = {"Resize": (1, 2), "GroupNorm": (1, 2), "SkipGroupNorm": (1, 2)}
-"""Operator -> inputs that are fp32 whatever the type of the data."""
+"""Operator -> indices of inputs that are always fp32, whatever the type of the data is."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def half_precision(
     fp32_inside: Collection[str] = (),
     half_values: Collection[str] = (),
 ) -> Callable[[ir.Model], HalfResult]:
-    """Make the pass that converts an fp32 graph to half precision.
+    """Create the pass that converts an fp32 graph to half precision.
 
     Args:
         precision: "fp16" or "bf16".
         ranges: Tensor name -> largest measured magnitude, of every float tensor that the graph computes
             (``graph.ranges.measure_ranges``). Magnitudes of the graph's inputs are used where they are known.
         fp32_inside: Normalization operators that the engine computes in fp32 internally.
-        half_values: Names of inputs and outputs of the graph that become half.
+        half_values: Names of inputs and outputs of the graph that become half precision.
 
     Returns:
         A pass that rewrites its model in place. It raises BuildError if a computed tensor was not measured.
@@ -161,7 +161,7 @@ def _check_measured(graph: ir.Graph, ranges: Mapping[str, float]) -> None:
 def _as(
     graph: ir.Graph, value: ir.Value, dtype: ir.DataType, casts: dict[tuple[ir.Value, ir.DataType], ir.Value]
 ) -> ir.Value:
-    """The same value in another type: a converted weight, or a Cast directly behind the value's producer."""
+    """Return a value in another type: a converted weight, or a Cast directly after the value's producer."""
     if (value, dtype) in casts:
         return casts[value, dtype]
     name = f"{value.name}/{dtype.name.lower()}"
@@ -193,7 +193,7 @@ def _compute_in(node: ir.Node, half: ir.DataType) -> None:
 
 
 def _restore(graph: ir.Graph, index: int, value: ir.Value) -> None:
-    """Cast an output of the graph back to fp32; the cast result takes over its name."""
+    """Cast an output of the graph back to fp32. The result of the Cast gets its name."""
     name, producer = value.name, value.producer()
     assert producer is not None
     cast = ir.node("Cast", [value], {"to": int(_FLOAT)}, name=f"{name}/Cast")

@@ -1,4 +1,4 @@
-"""Pass ``move_transposes``: move changes of layout towards the graph's outputs until they meet and cancel.
+"""Pass ``move_transposes``: move Transposes towards the graph's outputs until they meet and cancel.
 
 Rules, applied until none changes the graph:
 
@@ -83,7 +83,7 @@ def _cancel(node: ir.Node) -> bool:
 
 
 def _share(node: ir.Node) -> bool:
-    """Rule 2: the later of two equal Transposes gives way to the earlier one."""
+    """Rule 2: replace the later of two equal Transposes by the earlier one."""
     assert node.inputs[0] is not None and node.graph is not None
     for use in node.inputs[0].uses():
         other = use.node
@@ -118,7 +118,7 @@ def _elementwise(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _original(value: ir.Value | None) -> ir.Value | None:
-    """The channels-last value behind a Transpose to [B, C, h, w]."""
+    """Return the channels-last input of a Transpose to [B, C, h, w]."""
     source = producer(value, "Transpose", TO_NCHW)
     return None if source is None else source.inputs[0]
 
@@ -132,7 +132,7 @@ def _has_nhwc(value: ir.Value) -> bool:
 
 
 def _is_per_channel(value: ir.Value) -> bool:
-    """Whether a value is [B, C, 1, 1]."""
+    """True if a value is [B, C, 1, 1]."""
     return value.shape is not None and len(value.shape) == 4 and list(value.shape)[2:] == [1, 1]
 
 

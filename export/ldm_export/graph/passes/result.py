@@ -16,7 +16,7 @@ class PassResult:
 
     Attributes:
         model: The rewritten model. A pass may rewrite its argument in place and return it.
-        changes: How many places of the graph were rewritten. 0 means that the graph is unchanged.
+        changes: Number of places of the graph that were rewritten. 0 means that the graph is unchanged.
     """
 
     model: ir.Model

@@ -1,19 +1,19 @@
-"""Split a graph in two: the part that depends on some inputs alone, and the rest.
+"""Splits a graph in two: the part that depends only on certain inputs, and the rest.
 
-Values that depend on the contexts alone are constant over the steps of a prompt, and values that depend on the timestep
-alone are constant over requests. As components of their own they are computed once instead of at every call.
+Values that depend only on the contexts are constant over the steps of a prompt, and values that depend only on the
+timestep are constant over requests. As separate components they are computed once instead of at every UNet call.
 
 Rules:
 
-1. The cut runs through the float tensors that depend on the inputs ``sources`` alone and that other nodes need
+1. The cut consists of the float tensors that depend only on the inputs ``sources`` and that other nodes need
    (``passes.frontier``, rules 1 to 4).
-2. A tensor at the cut is float32 with an open first dimension. The others are fixed or, without ``pack``, those of a
-   source.
+2. A tensor at the cut is float32 with a dynamic first dimension. Its other dimensions are fixed or, without ``pack``,
+   those of a source.
 3. Without ``pack`` the tensors are outputs of the prefix and inputs of the rest, in the graph's order. With ``pack``
    the prefix flattens each to [batch, C_i] and concatenates them on axis 1; the rest takes the one tensor [batch, S]
    and divides it by a Split with constant sizes. It reshapes parts of a higher rank to [batch, ...].
-4. The new inputs stand where the first source stood. Nodes keep their names, tensors behind a Split theirs, dimensions
-   their symbols. Weights are divided: only one that both parts use is in both.
+4. The new inputs take the position of the first source. Nodes keep their names, tensors after a Split theirs, and
+   dimensions their symbols. Each part has the weights that it uses.
 
 Preconditions: values have types and shapes, names are unique, no tensor has the name of a new one.
 Postcondition: no node and no output of the rest depends on a source.
@@ -53,7 +53,7 @@ class TensorFacts:
         name: Its name as output of the prefix and input of the rest.
         dtype: Always "float32".
         shape: Sizes, and symbols of open dimensions.
-        parts: Names in the whole graph of the tensors it consists of: one, or with ``pack`` all in their order.
+        parts: Names in the whole graph of the tensors of which it consists: one, or with ``pack`` all of them in order.
     """
 
     name: str
@@ -64,12 +64,12 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a graph; ``rest`` applied to the outputs of ``prefix`` computes the results of the whole graph.
+    """The two parts of a graph. ``rest``, applied to the outputs of ``prefix``, computes the graph's results.
 
     Attributes:
         prefix: Graph from the sources to ``values``.
         rest: Graph that takes ``values`` in place of the sources.
-        values: The tensors between the two, in the order of the prefix's outputs.
+        values: The tensors between them, in the order of the prefix's outputs.
     """
 
     prefix: ir.Model
@@ -80,17 +80,17 @@ class Split:
 def split_cross_attention_kv(model: ir.Model) -> Split | None:
     """Split off the keys and values of every cross-attention.
 
-    The prefix ``cross_attention_kv`` takes those of ``CONTEXTS`` that the model has, float32 [batch, T, D], and gives
-    ``kv.0``, ``kv.1``, ..., each float32 [batch, T, width]. None and errors are as in ``split_off``.
+    The prefix ``cross_attention_kv`` takes those of ``CONTEXTS`` that the model has, float32 [batch, T, D], and returns
+    ``kv.0``, ``kv.1``, ..., each float32 [batch, T, width]. Returns None and raises errors as ``split_off`` does.
     """
     return split_off(model, CONTEXTS, "cross_attention_kv", stem="kv")
 
 
 def split_added_embedding(model: ir.Model) -> Split | None:
-    """Split off the embedding of pooled texts and sizes, which is added to that of the timestep.
+    """Split off the embedding of pooled texts and sizes, which is added to the timestep embedding.
 
-    The prefix ``added_embedding`` takes ``text_embeds`` float32 [batch, P] and ``time_ids`` int64 [batch, 6] and gives
-    ``added_embedding.0`` float32 [batch, W]. None and errors are as in ``split_off``.
+    The prefix ``added_embedding`` takes ``text_embeds`` float32 [batch, P] and ``time_ids`` int64 [batch, 6] and
+    returns ``added_embedding.0`` float32 [batch, W]. Returns None and raises errors as ``split_off`` does.
     """
     return split_off(model, ("text_embeds", "time_ids"), "added_embedding")
 
@@ -98,8 +98,8 @@ def split_added_embedding(model: ir.Model) -> Split | None:
 def split_time_embedding(model: ir.Model) -> Split | None:
     """Split off the time embedding and its projections for every residual block.
 
-    The prefix ``time_embedding`` takes ``timestep`` int64 or float32 [batch] and gives one output ``time_embedding``
-    float32 [batch, S]. None and errors are as in ``split_off``.
+    The prefix ``time_embedding`` takes ``timestep`` int64 or float32 [batch] and returns one output ``time_embedding``
+    float32 [batch, S]. Returns None and raises errors as ``split_off`` does.
     """
     return split_off(model, ("timestep",), "time_embedding", pack="time_embedding")
 
@@ -107,21 +107,21 @@ def split_time_embedding(model: ir.Model) -> Split | None:
 def split_off(
     model: ir.Model, sources: Sequence[str], name: str, pack: str | None = None, stem: str | None = None
 ) -> Split | None:
-    """Split a graph at the float tensors that depend on some inputs alone.
+    """Split a graph at the float tensors that depend only on certain inputs.
 
     Args:
-        model: Any model. It stays unchanged; the parts share its weights' memory.
-        sources: Names of the inputs; those that the model does not have are left out.
+        model: Any model. It is not changed; the parts share the memory of its weights.
+        sources: Names of the inputs; those that the model does not have are ignored.
         name: Graph name of the prefix.
-        pack: Name of one tensor [batch, S] that crosses the cut in place of many.
-        stem: Without ``pack`` the tensors are called "<stem>.0", "<stem>.1", ...; ``name`` by default.
+        pack: Name of a single tensor [batch, S] that replaces all tensors of the cut.
+        stem: Without ``pack``, the tensors are named "<stem>.0", "<stem>.1", ...; by default ``name``.
 
     Returns:
-        The parts, or None if the graph has no such input or computes nothing from them alone.
+        The parts, or None if the graph has no such input or computes nothing only from them.
 
     Raises:
-        BuildError: A tensor at the cut has an open dimension besides the first or is not float32, a new name is in use,
-            or the rest still depends on a source.
+        BuildError: A tensor at the cut has another dynamic dimension than the first or is not float32, a new name is in
+            use, or the rest still depends on a source.
     """
     inputs = _inputs(model, sources)
     values = frontier(model.graph, inputs) if inputs else []
@@ -160,7 +160,7 @@ def _sizes(model: ir.Model, value: ir.Value, sources: Sequence[ir.Value], packed
 
 
 def _count(sizes: Sizes) -> int:
-    """Values of a row with fixed sizes."""
+    """Number of values of a row with fixed sizes."""
     return prod(map(int, sizes))
 
 
@@ -220,7 +220,7 @@ def _flatten(graph: ir.Graph, value: ir.Value, sizes: Sizes) -> ir.Value:
 
 
 def _divide(graph: ir.Graph, packed: ir.Value, parts: Sequence[str], shapes: Sequence[Sizes]) -> list[ir.Value]:
-    """The parts of a packed tensor, each under its name, by nodes at the beginning of the graph."""
+    """Add nodes at the beginning of the graph that divide a packed tensor into its parts, each under its name."""
     widths = [_count(sizes) for sizes in shapes]
     table = _constant(graph, f"{packed.name}/sizes", widths)
     split = ir.node("Split", [packed, table], {"axis": 1}, num_outputs=len(parts), name=f"{packed.name}/Split")
@@ -238,7 +238,7 @@ def _divide(graph: ir.Graph, packed: ir.Value, parts: Sequence[str], shapes: Seq
 
 
 def _reshaped(graph: ir.Graph, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
-    """The value as [rows, *sizes]."""
+    """Reshape a value to [rows, *sizes]."""
     shape = _constant(graph, f"{name}/shape", [-1, *sizes])
     node = ir.node("Reshape", [value, shape], name=f"{name}/Reshape")
     producer = value.producer()
