@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,9 @@ def main() -> None:
         args.json.write_text(json.dumps({**facts, "arithmetic": arithmetic, "operations": rows}, indent=2) + "\n")
 
 
-def openvino(graph: str, feed: dict, arithmetic: str, runs: int) -> tuple[Counter[str], Counter[str]]:
+def openvino(
+    graph: str, feed: dict, arithmetic: str, runs: int, threads: int | None = None
+) -> tuple[Counter[str], Counter[str]]:
     """Return milliseconds and number of operations by kind and kernel, as OpenVINO's CPU plugin fused and ran them."""
     from openvino import Core
 
@@ -63,26 +65,25 @@ def openvino(graph: str, feed: dict, arithmetic: str, runs: int) -> tuple[Counte
     model = core.read_model(graph)
     model.reshape({name: list(array.shape) for name, array in feed.items()})
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": arithmetic, "PERF_COUNT": True}
+    options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     request = core.compile_model(model, "CPU", options).create_infer_request()
-    spent, counts = Counter[str](), Counter[str]()
+    nodes = defaultdict[tuple[str, str], list[float]](list)
     for number in range(runs + 1):
         request.infer(feed)
         for info in request.profiling_info if number else ():
-            if microseconds := info.real_time.total_seconds() * 1e6:
-                kind = f"{info.node_type} {info.exec_type}"
-                spent[kind] += microseconds / 1e3 / runs  # type: ignore[assignment]
-                counts[kind] += 1
-    return spent, Counter({kind: count // runs for kind, count in counts.items()})
+            if milliseconds := info.real_time.total_seconds() * 1e3:
+                nodes[f"{info.node_type} {info.exec_type}", info.node_name].append(milliseconds)
+    return by_kind(nodes)
 
 
-def onnxruntime(graph: str, feed: dict, runs: int) -> tuple[Counter[str], Counter[str]]:
+def onnxruntime(graph: str, feed: dict, runs: int, threads: int | None = None) -> tuple[Counter[str], Counter[str]]:
     """Return milliseconds and number by operator; fused operators have the names that ONNX Runtime gives them."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.enable_profiling = True
-    spent, counts = Counter[str](), Counter[str]()
+    nodes = defaultdict[tuple[str, str], list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -90,9 +91,17 @@ def onnxruntime(graph: str, feed: dict, runs: int) -> tuple[Counter[str], Counte
             session.run(None, feed)
         for event in json.loads(Path(session.end_profiling()).read_text()):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                spent[event["args"]["op_name"]] += event["dur"] / 1e3 / runs
-                counts[event["args"]["op_name"]] += 1
-    return spent, Counter({kind: count // runs for kind, count in counts.items()})
+                nodes[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    return by_kind(nodes)
+
+
+def by_kind(nodes: dict[tuple[str, str], list[float]]) -> tuple[Counter[str], Counter[str]]:
+    """Add up the median times of nodes, by (kind, name), and count them; medians leave interruptions out."""
+    spent, counts = Counter[str](), Counter[str]()
+    for (kind, _), times in nodes.items():
+        spent[kind] += float(np.median(times))  # type: ignore[assignment]
+        counts[kind] += 1
+    return spent, counts
 
 
 if __name__ == "__main__":

@@ -206,11 +206,13 @@ def padded_rows(rows: F32, slots: int) -> F32:
 
 
 def _check(name: str, array: F32, x: F32) -> None:
-    got = f"trajectory: {name}: got {array.dtype} {list(array.shape)}"
     if array.dtype != np.float32 or array.ndim < 2 or not array.size:
-        raise SpecError(f"{got}, expected float32 [batch, ...]; convert it with astype or reshape")
-    if array.shape != x.shape:
-        raise SpecError(f"{got}, expected the shape of x, {list(x.shape)}")
+        expected = "float32 [batch, ...]; convert it with astype or reshape"
+    elif array.shape != x.shape:
+        expected = f"the shape of x, {list(x.shape)}"
+    else:
+        return  # the usual case at every step: no text is made
+    raise SpecError(f"trajectory: {name}: got {array.dtype} {list(array.shape)}, expected {expected}")
 
 
 def _combined(weights: F32, arrays: Sequence[F32 | None]) -> F32:
