@@ -1,4 +1,4 @@
-"""Selects the layers that become int8: the most operations within the budget; the costliest layers stay in float."""
+"""Selects the layers that become int8: as many operations as the budget allows, without the most harmful layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm_calibration.trials import Comparison
 __all__ = ["LEAST_SHARE", "Budget", "Selection", "ranked", "select"]
 
 LEAST_SHARE = 0.1
-"""Minimum share of a component's operations in int8; less is not worth a separate graph."""
+"""Minimum share of a component's operations in int8; a smaller share is not worth a separate graph."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Selection:
     """The layers of a component that become int8.
 
     Attributes:
-        layers: In the order of the graph; empty if the budget allows fewer than ``LEAST_SHARE`` of the operations.
+        layers: Names of the layers in the order of the graph; empty if the budget allows less than ``LEAST_SHARE`` of
+            the operations.
         attempts: (Share of the operations in int8, mean PSNR in dB) of every trial.
         comparison: Trial images of the selection; None if there is none.
     """
@@ -60,11 +61,11 @@ def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]
 def select(
     order: Sequence[str], flops: Mapping[str, int], budget: Budget, trial: Callable[[Sequence[str]], Comparison]
 ) -> Selection:
-    """Find by bisection the longest end of ``order`` that is within the budget.
+    """Find by bisection the longest tail of ``order`` that is within the budget in int8.
 
     Args:
         order: Candidate layers, the worst first.
-        flops: Every layer of the graph, candidate or not -> its operations.
+        flops: Layer of the graph, candidate or not -> its operations.
         budget: Bounds to keep.
         trial: Generates trial images with these layers in int8.
     """
@@ -98,7 +99,7 @@ def select(
 
 
 def _most_released(order: Sequence[str], flops: Mapping[str, int]) -> int:
-    """Return how many layers can stay in float while ``LEAST_SHARE`` of the operations or more are in int8."""
+    """Return how many layers can stay in float so that at least ``LEAST_SHARE`` of the operations are in int8."""
     least, total = LEAST_SHARE * sum(flops.values()), 0.0
     for place in range(len(order) - 1, -1, -1):
         total += flops[order[place]]

@@ -1,8 +1,7 @@
 """Runs a calibration in parts: trajectories, ranges and scalings, sensitivities, selection of layers.
 
-1. Trajectories: the fp32 model runs the settings' requests, and the feeds of each component are recorded.
-2. Scalings, for each component to quantize: tensors are observed on these feeds, and the best scaling of each tensor is
-   searched.
+1. Trajectories: the fp32 model runs the requests of the settings, and the inputs of each component are recorded.
+2. Scalings of each quantized component: tensors are observed on these inputs, and the best scaling of each is searched.
 3. Sensitivity of each layer of the denoiser.
 4. Selection of the layers that become int8, within the budget on trial images.
 
@@ -35,16 +34,16 @@ from ldm_runtime.errors import BuildError
 __all__ = ["Calibration", "OnProgress", "RunPart", "run_calibration"]
 
 METHOD = 3
-"""Increase this number when equal settings give another record."""
+"""Version of the method. Increase it when equal settings give another record."""
 SCALING_STRIDE = 4
 """Every ``SCALING_STRIDE``-th observed feed is used to search scalings."""
 PART = 16
 """Number of layers whose sensitivity is measured in one part."""
 OnProgress = Callable[[str, int, int], None]
-"""Called with the name of a part, and how much of the part is done and in total."""
+"""Called with the name of a part, its finished steps, and the number of its steps."""
 RunPart = Callable[[str, Mapping[str, Any], Callable[[Path], None]], Path]
-"""``run_part(name, depends, make)`` returns the file of a part. Unless a file of the same name and dependencies
-(JSON-able) exists, it calls ``make(file)``, which writes the file."""
+"""``run_part(name, depends, make)`` returns the file of a part. If there is no file with this name and these
+dependencies (JSON values), it calls ``make(file)``, which writes it."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class Calibration:
 
     Attributes:
         model: The model.
-        settings: What is observed, what is tried, and the budget.
+        settings: Settings for observation and trials, and the budget.
         quantize: Components to quantize in this order, the denoiser first. Other components stay in fp32.
-        grade: Decides which trial images are correct; None if nothing can.
+        grade: Decides which trial images are correct; None without a grader.
 
     Raises:
         BuildError: ``quantize`` is empty, or names a component the model does not have.
-        SpecError: A bound on prompt accuracy without a grader.
+        SpecError: A bound on prompt accuracy is given without a grader.
     """
 
     model: CalibrationModel
@@ -76,7 +75,7 @@ class Calibration:
 
     @property
     def depends(self) -> dict[str, Any]:
-        """Everything parts 1 to 3 depend on apart from the model's files and the installed packages; JSON-able."""
+        """Everything that parts 1 to 3 depend on, except the model's files and installed packages, as JSON values."""
         return {
             "scheduler": dict(self.model.model.scheduler),
             "defaults": asdict(self.model.model.defaults),
@@ -93,7 +92,7 @@ def run_calibration(
 
     Args:
         calibration: Model, settings, components to quantize, and grader.
-        run_part: Runs a part or finds its file.
+        run_part: Runs a part, or finds its file.
         on_progress: Called while a part runs.
 
     Raises:
@@ -111,7 +110,7 @@ def run_calibration(
 
 
 def _with_candidates(calibration: Calibration) -> tuple[str, ...]:
-    """The components of which some layer may be quantized."""
+    """Return the components that have a layer which may be quantized."""
     graphs = calibration.model.graphs
 
     def candidates(component: str) -> bool:
@@ -155,7 +154,7 @@ def _scalings(
 def _sensitivities(
     calibration: Calibration, scalings: GraphScalings, run_part: RunPart, on_progress: OnProgress
 ) -> dict[str, float]:
-    """Layer -> dB of the final latents; empty if layers are ranked by their own results."""
+    """Return layer -> sensitivity in dB of the final latents; empty if layers are ranked by their own results."""
     sensitivities: dict[str, float] = {}
     if calibration.settings.sensitivity == "results":
         return sensitivities

@@ -16,14 +16,14 @@ from ldm_runtime.bundle_layout import weights_beside
 __all__ = ["MappedTensor", "files_of", "graph_digest", "load_graph"]
 
 COPY_BYTES = 64_000_000
-"""Bytes that ``MappedTensor.tofile`` writes at once."""
+"""Number of bytes that ``MappedTensor.tofile`` writes at once."""
 
 
 class MappedTensor(ir.ExternalTensor):
     """A tensor in the file of a graph's external weights.
 
-    Unlike ``onnx_ir.ExternalTensor`` it accepts a file with several hard links, which the stages of a build create,
-    and each access maps the file anew, so that no mapping outlives its use.
+    Unlike ``onnx_ir.ExternalTensor``, it accepts a file with several hard links, which builds create. Each access maps
+    the file again, so that no mapping outlives its use.
     """
 
     def numpy(self) -> NDArray[Any]:
@@ -48,10 +48,10 @@ class MappedTensor(ir.ExternalTensor):
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph of a bundle or of a build.
+    """Read a graph of a bundle or a build.
 
-    Constants become initializers. External weights stay in their file beside the graph: they are mapped when they are
-    used, and a model that is saved or given to ONNX Runtime can refer to them.
+    Constants become initializers. External weights stay in their file beside the graph. They are mapped on use, and a
+    model that is saved or passed to ONNX Runtime can refer to them.
 
     Args:
         path: Graph file. The location of its external weights is reduced to a file name in the same folder.
@@ -80,5 +80,5 @@ def files_of(graph: Path) -> list[Path]:
 
 
 def graph_digest(graph: Path) -> str:
-    """SHA-256 of a graph; the SHA-256 of its external weights, if it has any, follows after a hyphen."""
+    """SHA-256 of a graph, followed by a hyphen and the SHA-256 of its external weights if it has any."""
     return "-".join(sha256(file) for file in files_of(graph))

@@ -1,4 +1,4 @@
-"""A histogram of magnitudes whose range grows with the values; its memory does not depend on their number."""
+"""A histogram of magnitudes whose range grows with the values. Its memory does not depend on the number of values."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["BINS", "Histogram", "quantile_of"]
 
 BINS = 4096
 LOWEST_TOP = 2.0**-100
-"""Smallest upper end: float32 cannot resolve the bins of a smaller range. Smaller values fall into the first bin."""
+"""Smallest upper end, because float32 cannot resolve bins of a smaller range. Smaller values are in the first bin."""
 
 
 @dataclass
 class Histogram:
     """Counts of |x| in ``BINS`` equal bins from 0 to ``top``.
 
-    ``top`` is a power of two above all values, at least ``LOWEST_TOP``. When a larger value comes, it doubles and
-    neighbouring bins are merged, so the counts do not depend on the order of the values.
+    ``top`` is a power of two above all values, at least ``LOWEST_TOP``. For a larger value, it is doubled and adjacent
+    bins are merged, so the counts do not depend on the order of the values.
 
     Attributes:
-        top: Upper end of the last bin; 0 as long as all values were zero.
+        top: Upper end of the last bin; 0 while all values are zero.
         counts: int64 [BINS].
         largest: Largest magnitude so far.
         lowest: Lowest value so far.

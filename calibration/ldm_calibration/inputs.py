@@ -1,4 +1,4 @@
-"""Requests to calibrate with from a folder of inputs: images, masks, segmentations, layouts or labels."""
+"""Reads calibration requests from a folder of inputs: images, masks, segmentations, layouts or labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["INPUTS", "InputFile", "json_fields", "loaded", "read_inputs"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 MASK = "_mask"
-"""End of the name of a mask: those of photo.jpg are in photo_mask.png, as in the authors' script."""
+"""Suffix of the name of a mask: that of photo.jpg is photo_mask.png, as in the authors' inpainting script."""
 MAX_TEXT, MAX_IMAGE = 2**20, 2**28
 INPUTS = {
     "image": "images",
@@ -26,12 +26,12 @@ INPUTS = {
     "layout": "JSON files, each a list of [category, [x, y, width, height]]",
     "label": "labels.txt with one class number per line",
 }
-"""Kind of conditioning -> files of a folder of inputs."""
+"""Kind of conditioning -> description of the files in a folder of inputs."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An image file of a request, read when it is used; ``sha256`` identifies its content."""
+    """An image file of a request, which is read on use; ``sha256`` identifies its content."""
 
     path: Path
     sha256: str
@@ -41,23 +41,23 @@ class InputFile:
         """Check that the file is an image, and compute its digest.
 
         Raises:
-            SpecError: It cannot be read or is no image.
+            SpecError: It cannot be read, or is not an image.
         """
         open_image(path)
         return cls(path, hashlib.sha256(read_regular(path, MAX_IMAGE, SpecError)).hexdigest())
 
 
 def loaded(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a request with images instead of their files.
+    """Return the fields of a request with images instead of image files.
 
     Raises:
-        SpecError: A file cannot be read any more.
+        SpecError: A file can no longer be read.
     """
     return {name: open_image(value.path) if isinstance(value, InputFile) else value for name, value in fields.items()}
 
 
 def json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-able fields of a request; a file has its name and digest, and not its place on this machine."""
+    """Return the fields of a request as JSON values. A file is described by name and digest, without its folder."""
     return {
         name: {"file": value.path.name, "sha256": value.sha256} if isinstance(value, InputFile) else value
         for name, value in fields.items()
@@ -65,14 +65,14 @@ def json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_inputs(folder: Path, kind: str) -> tuple[dict[str, Any], ...]:
-    """Requests, one for each input of a folder, in the order of their names.
+    """Return a request for each input in a folder, in the order of file names.
 
     Args:
         folder: The folder.
         kind: Kind of the model's conditioning, a key of ``INPUTS``.
 
     Raises:
-        SpecError: The folder or a file cannot be used, or holds no inputs of this kind.
+        SpecError: The folder or a file cannot be used, or the folder has no inputs of this kind.
     """
     if not folder.is_dir():
         raise SpecError(f"{folder}: no such folder, expected {INPUTS[kind]}")

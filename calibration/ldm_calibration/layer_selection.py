@@ -1,4 +1,4 @@
-"""Selects, component by component, the layers that become int8 within the budget on trial images."""
+"""Selects the layers that become int8, component by component, within a budget that is checked on trial images."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from ldm_runtime.model import DECODER
 __all__ = ["Measurements", "select_layers"]
 
 DENOISER_RESERVE, RESERVE = 1.0, 0.3
-"""Decibels of the budget that the denoiser, and each other component except the last, leave to those after them."""
+"""Part of the budget in dB that the denoiser, and each other component but the last, leaves for later components."""
 OWN_LOSS = 1.5
-"""Maximum loss in dB through each component other than the denoiser: it runs once per image and saves little time."""
+"""Maximum loss in dB by each component except the denoiser; such a component runs once per image and saves little."""
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements that the selection is based on.
+    """Measurements on which the selection is based.
 
     Attributes:
         scalings: Scalings of each component to quantize, the denoiser first.
         latent_db: Layer of the denoiser -> its sensitivity in dB; empty if layers are ranked by their own results.
-        trajectories: Recorded trajectories, whose ranges become part of the record.
+        trajectories: Recorded trajectories. Their ranges become part of the record.
     """
 
     scalings: Mapping[str, GraphScalings]
@@ -50,7 +50,7 @@ class Measurements:
         return next(iter(self.scalings))
 
     def decibels(self, component: str) -> Mapping[str, float]:
-        """Layer of a component -> the signal-to-noise ratio by which it is ranked."""
+        """Layer of a component -> signal-to-noise ratio by which it is ranked."""
         by_latents = component == self.denoiser and bool(self.latent_db)
         return self.latent_db if by_latents else self.scalings[component].output_db
 
@@ -62,18 +62,18 @@ def select_layers(
     grade: Grade | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Record:
-    """Select the layers of the denoiser first, then those of each other component with the rest of the budget.
+    """Select layers of the denoiser first, then of each other component with the rest of the budget.
 
     Args:
         model: The model.
         settings: Trial requests and budget.
         measured: Measurements of each component to quantize.
         grade: Decides which trial images are correct.
-        on_progress: Called with the number of steps done and of all steps of the current trial.
+        on_progress: Called with the number of finished steps and of all steps of the current trial.
 
     Raises:
-        BuildError: The budget cannot be kept with a tenth of the denoiser's operations in int8, or the grader cannot
-            grade the trial images; the message says what budget can be kept.
+        BuildError: The budget cannot be kept with a tenth of the denoiser's operations in int8 (the message says which
+            budget can be kept), or the grader cannot grade the trial images.
     """
     trials = _Trials(model, settings, measured, grade, on_progress)
     if settings.max_accuracy_loss is not None and trials.best.correct_fp32 is None:
@@ -110,7 +110,7 @@ def select_layers(
 
 
 class _Trials:
-    """Generates trial images with the selections so far and one component on trial."""
+    """Generates trial images with the selections so far and a trial selection for one component."""
 
     def __init__(
         self,

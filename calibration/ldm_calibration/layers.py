@@ -1,4 +1,4 @@
-"""Layers of a graph: its convolutions and matrix products, the tensors they read and their number of operations."""
+"""Layers of a graph: convolutions and matrix products, the tensors they read, and their number of operations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Layer:
         source: Tensor it reads.
         result: Tensor it computes.
         weight: Initializer of its weights; None for a product of two computed tensors, as in attention.
-        out_axis, in_axis: Axes of the weights that run over output channels and over input channels.
-        channel_axis: Axis of ``source`` that runs over input channels.
-        float_only: Reason why it is never quantized; empty if it may be.
+        out_axis, in_axis: Axes of the weights for output channels and for input channels.
+        channel_axis: Axis of ``source`` for input channels.
+        float_only: Reason why it is never quantized; empty if it may be quantized.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Layer:
 def find_layers(graph: ir.Graph) -> list[Layer]:
     """Find all convolutions and matrix products of an fp32 graph, in the order of the graph.
 
-    These stay in float, a few percent of a UNet's operations: products of two computed tensors (in attention),
-    convolutions of the graph's input, layers that compute its output, layers of one row per sample (time embedding) and
-    grouped convolutions.
+    Some layers always stay in float, a few percent of a UNet's operations: products of two computed tensors (in
+    attention), convolutions of the graph's input, layers that compute its output, layers with one row per sample (time
+    embedding), and grouped convolutions.
     """
     return [_layer(node) for node in graph if node.op_type in ("Conv", "MatMul", "Gemm")]
 

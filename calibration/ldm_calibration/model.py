@@ -1,4 +1,4 @@
-"""The model that is calibrated: its description, its fp32 graphs and the files of its conditioning."""
+"""The model to calibrate: its description, its fp32 graphs and the files of its conditioning."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ldm_runtime.specs import ComponentSpec
 __all__ = ["CalibrationModel", "FeedBatch", "ImageRequest", "request_fields"]
 
 ImageRequest = Mapping[str, Any]
-"""Fields of ``Request`` for one image, e.g. {"prompts": "a red circle"}: JSON-able values, or an ``InputFile``."""
+"""Fields of ``Request`` for one image, e.g. {"prompts": "a red circle"}: JSON values, or an ``InputFile``."""
 MAX_LATENT_PIXELS = 2048
-"""Latent pixels of all images in one call: several images of a small model, one of a large model."""
+"""Maximum latent pixels of all images in one call: several images of a small model, or one of a large model."""
 SAMPLING_FIELDS = {
     "count",
     "seed",
@@ -36,7 +36,7 @@ SAMPLING_FIELDS = {
     "full_steps",
     "budget",
 }
-"""Fields of ``Request`` that the calibration sets itself or does not use, or that are not JSON-able."""
+"""Fields of ``Request`` that the calibration sets itself or does not use, or that have no JSON value."""
 _MERGED = "prompts"
 
 
@@ -64,7 +64,7 @@ class CalibrationModel:
     Attributes:
         model: Description of the model, as in the manifest.
         graphs: Component -> fp32 graph, for every component that the pipeline runs.
-        files: Resolves the path of a file that a conditioning names, e.g. "tokenizer.json".
+        files: Returns the path of a file that a conditioning names, e.g. "tokenizer.json".
     """
 
     model: ModelDescription
@@ -94,20 +94,20 @@ class CalibrationModel:
         return LatentDiffusionPipeline(self.model, backends, self.files, keep_loaded=keep_loaded)
 
     def backend(self, component: str) -> Backend:
-        """A component's fp32 graph, loaded on use."""
+        """Return a backend for a component's fp32 graph, which is loaded on use."""
         graph, spec = self.graphs[component], self.spec(component)
         return LazyBackend(spec, lambda: SessionBackend(Session(load_graph(graph), graph.parent), spec))
 
     def batch_size(self) -> int:
-        """Images in one call."""
+        """Number of images in one call."""
         geometry = Geometry.of(self.model)
         return max(1, min(geometry.images, MAX_LATENT_PIXELS // (geometry.height.opt * geometry.width.opt)))
 
     def batches(self, requests: Sequence[ImageRequest]) -> list[FeedBatch]:
         """Combine requests into calls of up to ``batch_size`` images.
 
-        Consecutive requests share a call if they differ in nothing but ``prompts``. Requests without prompts share a
-        call only if the model has no conditioning.
+        Consecutive requests share a call if they differ only in ``prompts``. Requests without prompts share a call only
+        if the model has no conditioning.
         """
         feed_batches: list[FeedBatch] = []
         start, size = 0, self.batch_size()
@@ -120,7 +120,7 @@ class CalibrationModel:
         return feed_batches
 
     def _completed(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
-        """The fields of a call with images instead of files; a request without conditioning takes the example's."""
+        """Return the fields of a call, with images instead of files, and example values for missing conditioning."""
         fields = loaded(self._combined(requests))
         with self.pipeline() as pipeline:
             return {**pipeline.example(fields), **fields}

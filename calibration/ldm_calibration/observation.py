@@ -1,4 +1,4 @@
-"""Observes a graph on real feeds: the histogram and the channel magnitudes of each tensor that may become int8."""
+"""Observes a graph on real inputs: histogram and channel magnitudes of each tensor that may become int8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm_runtime.errors import BuildError
 __all__ = ["Observations", "graph_flops", "observe", "tensors_of"]
 
 CHUNK_BYTES = 512_000_000
-"""Bytes of tensors that one call returns; a graph with more runs several times on each feed."""
+"""Maximum bytes of tensors that one call returns; if there are more, the graph runs several times on each input."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Observations:
     """Observations of one graph.
 
     Attributes:
-        histograms: Of every tensor that a candidate layer reads, and of every result of a convolution among them.
-        channels: Each of these tensors -> largest magnitude of each of its channels, float32 [channels].
+        histograms: Histogram of every tensor that a candidate layer reads, and of every result of a candidate
+            convolution.
+        channels: The same tensors -> largest magnitude of each channel, float32 [channels].
         flops: Layer -> operations for one row; a multiply-add counts as two.
         shapes: Tensor -> its shape in one call.
     """
@@ -47,12 +48,12 @@ def observe(
 ) -> Observations:
     """Observe the tensors of all layers that may be quantized, over all feeds.
 
-    The memory is that of the graph's weights, one call's activations and ``CHUNK_BYTES``, for any number of feeds.
+    Memory is that of the graph's weights, the activations of one call and ``CHUNK_BYTES``, for any number of inputs.
 
     Args:
         graph: fp32 graph.
         feeds: Real feeds of the graph.
-        on_progress: Called with the number of calls done and of all calls.
+        on_progress: Called with the number of finished calls and of all calls.
 
     Raises:
         BuildError: There are no feeds, or a tensor is not finite.
@@ -98,14 +99,14 @@ def tensors_of(
     feeds: Sequence[Feed],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """Yield the values of tensors, for each chunk of tensors and each feed; inputs of the graph come from the feed.
+    """Yield the values of tensors, for each chunk of tensors and each feed. The feed gives inputs of the graph.
 
     Args:
         graph: fp32 graph.
         names: Tensors of the graph.
         shapes: Tensor -> its shape in one call.
         feeds: Real feeds of the graph.
-        on_progress: Called with the number of calls done and of all calls.
+        on_progress: Called with the number of finished calls and of all calls.
     """
     inputs = [name for name in names if name in feeds[0]]
     chunks = _chunks([name for name in names if name not in feeds[0]], shapes)
@@ -131,7 +132,7 @@ def _flops(model: ir.Model, layers: Sequence[Layer], shapes: Mapping[str, Shape]
 
 
 def _shapes(graph: Path, layers: Sequence[Layer], feed: Feed) -> dict[str, Shape]:
-    """The shapes of the sources and results of all layers in one call."""
+    """Return the shapes of the sources and results of all layers in one call."""
     model = load_graph(graph)
     computed = {value.name for node in model.graph for value in node.outputs}
     names = [name for layer in layers for name in (layer.source, layer.result) if name in computed]

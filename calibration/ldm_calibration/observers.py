@@ -1,4 +1,4 @@
-"""Four observers: each derives from a histogram of magnitudes the threshold that becomes the largest int8 value."""
+"""Four observers, which derive from a histogram the magnitude that becomes the largest int8 value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def threshold(histogram: Histogram, observer: str) -> float:
     """Magnitude that becomes 127; larger magnitudes are clipped to it.
 
     - "minmax": the largest magnitude.
-    - "percentile": the moving average, over the calls, of each call's 99.99th percentile.
+    - "percentile": the moving average over all calls of the 99.99th percentile of each call.
     - "entropy": the threshold with the least Kullback-Leibler divergence between the values and their int8 form (the
       method of TensorRT: Migacz, "8-bit Inference with TensorRT", GTC 2017).
     - "mse": the threshold with the least expected squared error.
@@ -57,7 +57,7 @@ def expected_error(counts: NDArray[np.int64], centres: NDArray[np.float64], clip
 
 
 def _entropy(histogram: Histogram) -> float:
-    """The bins are merged to 2048; for each candidate threshold the clipped values count in its last bin."""
+    """Threshold of "entropy". Bins are merged to 2048; clipped values count in a candidate's last bin."""
     counts = histogram.counts.reshape(2048, -1).sum(1).astype(np.float64)
     width, levels = histogram.top / 2048, LEVELS + 1
     last = int(np.flatnonzero(counts)[-1]) + 1

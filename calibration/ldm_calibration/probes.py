@@ -1,7 +1,7 @@
 """Probes: additional outputs of a graph that report its intermediate tensors.
 
-Every function changes its model in place, and leaves the values of the outputs that were there unchanged. Tensors are
-named by the node outputs of the graph; the graph's own inputs have no probe.
+Every function changes its model in place and does not change the values of existing outputs. Tensors are named by the
+node outputs of the graph; inputs of the graph cannot be probed.
 
 - ``add_extremes``: the maximum and the minimum of each tensor, two vectors.
 - ``add_largest``: the largest magnitude of each tensor, one vector.
@@ -28,8 +28,8 @@ LARGEST = "calibration/largest"
 def add_extremes(model: ir.Model, tensors: Sequence[str] | None = None) -> list[str]:
     """Add the outputs ``HIGHEST`` and ``LOWEST``: maximum and minimum of each tensor, float32 [number of tensors].
 
-    The reductions stand directly behind the node that computes the tensor. An engine that keeps the graph's order
-    (ONNX Runtime: ``ExecutionOrder.PRIORITY_BASED``) therefore frees each tensor as early as without the probe.
+    The reductions come directly after the node that computes the tensor. An engine that keeps the graph's order (ONNX
+    Runtime: ``ExecutionOrder.PRIORITY_BASED``) therefore frees each tensor as early as without the probe.
 
     Args:
         model: Model with typed values.
@@ -65,7 +65,7 @@ def add_largest(model: ir.Model, names: Sequence[str]) -> tuple[str, ...]:
 
     Args:
         model: Model with typed values.
-        names: Names of float32 tensors. Inputs of the graph are left out, repeated names count once.
+        names: Names of float32 tensors. Inputs of the graph are skipped, and repeated names count once.
 
     Returns:
         The names of the tensors in the order of the vector.
@@ -93,10 +93,10 @@ def add_outputs(model: ir.Model, names: Sequence[str]) -> tuple[str, ...]:
 
     Args:
         model: Any model.
-        names: Names of tensors. A tensor that is an output already stays where it is.
+        names: Names of tensors. A tensor that is already an output keeps its position.
 
     Returns:
-        The names of the outputs that were added.
+        The names of the added outputs.
 
     Raises:
         BuildError: The graph does not compute one of the tensors.
@@ -148,7 +148,7 @@ def _check_any(model: ir.Model, values: Sequence[ir.Value]) -> None:
 
 
 def _one(model: ir.Model, name: str) -> ir.Value:
-    """The shape [1] as an initializer."""
+    """Return the shape [1] as an initializer."""
     one = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     one.const_value = ir.tensor([1], dtype=ir.DataType.INT64, name=name)
     model.graph.initializers[name] = one
@@ -156,7 +156,7 @@ def _one(model: ir.Model, name: str) -> ir.Value:
 
 
 def _join(model: ir.Model, numbers: Sequence[ir.Value], name: str) -> None:
-    """Concatenate vectors of one number each to an output of that name."""
+    """Concatenate vectors with one number each to an output ``name``."""
     joined = ir.node("Concat", numbers, {"axis": 0}, name=name)
     output = joined.outputs[0]
     output.name, output.type, output.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(numbers)])

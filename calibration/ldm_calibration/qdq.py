@@ -1,6 +1,6 @@
 """Inserts explicit QuantizeLinear and DequantizeLinear operators into a graph around the layers to quantize.
 
-One form of graph serves ONNX Runtime, OpenVINO and TensorRT:
+The same graph runs on ONNX Runtime, OpenVINO and TensorRT, because:
 
 1. Quantization is symmetric int8 with zero point 0: one scale for each tensor, and one for each output channel of
    weights. TensorRT accepts no other zero point.
@@ -36,7 +36,7 @@ class Scaling:
 
     Attributes:
         threshold: Magnitude that becomes 127.
-        factors: Factors float32 [channels] by which the channels are divided first; the weights are multiplied by
+        factors: Factors float32 [channels] by which the channels are divided before; the weights are multiplied by
             them. None means no factors.
     """
 
@@ -51,7 +51,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class QuantizedTensors:
-    """Scalings of a graph's tensors.
+    """Scalings of the tensors of a graph.
 
     Attributes:
         sources: Tensor that layers read -> its scaling.
@@ -63,7 +63,7 @@ class QuantizedTensors:
 
 
 def insert_qdq(model: ir.Model, tensors: QuantizedTensors, chosen: Collection[str]) -> list[str]:
-    """Quantize layers of an fp32 graph in place; weights that are no longer used are removed.
+    """Quantize layers of an fp32 graph in place, and remove weights that are no longer used.
 
     Args:
         model: Model whose constants are initializers.
@@ -150,7 +150,7 @@ def _smooth(graph: ir.Graph, before: ir.Node, layer: Layer, source: ir.Value, fa
 
 
 def _quantize_result(graph: ir.Graph, node: ir.Node, scaling: Scaling) -> None:
-    """Pass a convolution's result through int8: its channels are divided by the factors before, and restored after."""
+    """Quantize a convolution's result: divide its channels by the factors before, and multiply by them after."""
     assert scaling.factors is not None
     restore, result = node.inputs[1], node.outputs[0]
     assert restore is not None

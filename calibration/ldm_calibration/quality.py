@@ -14,7 +14,7 @@ __all__ = ["EQUAL_PSNR", "Image", "image_psnr", "mean_psnr", "ssim"]
 Image = NDArray[np.uint8]
 """uint8 [H, W, 3]."""
 EQUAL_PSNR = 100.0
-"""Upper bound of a PSNR in a mean, in dB; two equal images count as this."""
+"""Upper bound in dB of the PSNR values in a mean; equal images count as this value."""
 _SIGMA, _RADIUS = 1.5, 5
 
 
@@ -24,14 +24,14 @@ def image_psnr(one: Image, other: Image) -> float | None:
 
 
 def mean_psnr(values: Sequence[float | None]) -> float:
-    """Mean over images, of which equal ones (None) count as ``EQUAL_PSNR``."""
+    """Mean PSNR over images; equal images (None) count as ``EQUAL_PSNR``."""
     return float(np.mean([EQUAL_PSNR if value is None else min(value, EQUAL_PSNR) for value in values]))
 
 
 def ssim(one: Image, other: Image) -> float:
     """Structural similarity of two images of one shape, at least 11 pixels high and wide.
 
-    Wang et al. 2004: Gaussian window of sigma 1.5 and 11 pixels, K1 0.01 and K2 0.03, mean over places and channels.
+    Wang et al. 2004: Gaussian window of sigma 1.5 and 11 pixels, K1 0.01 and K2 0.03, mean over positions and channels.
     """
     x, y = one.astype(np.float64), other.astype(np.float64)
     mx, my = _blurred(x), _blurred(y)

@@ -27,15 +27,16 @@ __all__ = ["RangeBackend", "measure_ranges"]
 
 
 class RangeBackend(SpecBackend):
-    """Runs a component's graph and keeps the largest magnitude of every float32 tensor that the graph computes.
+    """Runs a component's graph and records the largest magnitude of every float32 tensor that the graph computes.
 
-    The graph is loaded at the first run. A probe in the graph reduces each tensor to two numbers, so that no tensor is
-    kept.
+    The graph is loaded at the first run. A probe in the graph reduces each tensor to two numbers, so no tensor is
+    stored.
 
     Args:
         graph: fp32 graph.
         spec: Inputs and outputs of the graph.
-        remember: Keep the outputs of each distinct feed, and return them for an equal feed without loading the graph.
+        remember: True stores the outputs of each distinct feed, and returns them for an equal feed without loading the
+            graph.
 
     Attributes:
         ranges: Tensor -> largest magnitude so far.
@@ -81,7 +82,7 @@ class RangeBackend(SpecBackend):
         return outputs
 
     def close(self) -> None:
-        """Free the session; the next run of a feed that is not remembered loads the graph again."""
+        """Free the session. The next run with a feed that is not stored loads the graph again."""
         self._session = None
 
 
@@ -93,16 +94,16 @@ def measure_ranges(
 ) -> dict[str, dict[str, float]]:
     """Measure the largest magnitude of every tensor over one trajectory for each request.
 
-    All requests pass through one component before the next component is loaded, so that the largest component alone
-    determines the memory. Image ``i`` has seed ``i``; eta and guidance scale are the model's defaults.
+    All requests run through one component before the next component is loaded, so the largest component determines the
+    memory. Image ``i`` has seed ``i``; eta and guidance scale are the model's defaults.
 
-    The encoder of a model that can start from images is measured on the images that the trajectories give.
+    The encoder of a model that can start from images is measured on the images that the trajectories generate.
 
     Args:
         model: The model.
         requests: Fields of ``Request`` for one image each.
-        steps: Denoising steps of each trajectory, spread over the whole schedule.
-        on_progress: Called with the number of steps done and of all steps.
+        steps: Number of denoising steps of each trajectory, over the whole schedule.
+        on_progress: Called with the number of finished steps and of all steps.
 
     Returns:
         Component -> tensor -> largest magnitude, for every component of ``model.graphs``.
@@ -137,7 +138,7 @@ def measure_ranges(
 
 
 def _run_constant(pipeline: LatentDiffusionPipeline, requests: Sequence[Request]) -> None:
-    """Run, one component after another, what is constant over the steps; the backends remember the outputs."""
+    """Run the components that are constant over the steps one after the other. The backends store their outputs."""
     plans = [pipeline.plan(request) for request in requests]
     for conditioner in pipeline.conditioners:
         for plan in plans:

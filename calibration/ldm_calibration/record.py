@@ -1,4 +1,4 @@
-"""The calibration record: settings, ranges and decisions, which with the fp32 graphs determine the int8 graphs."""
+"""The calibration record: settings, ranges and decisions. With the fp32 graphs it determines the int8 graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT, VERSION = "ldm-export calibration", 2
 MAX_BYTES = 256 * 2**20
 MAX_CHANNELS = 1_000_000
 MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-30, 1e30
-"""Bounds of thresholds and factors, so that scales and their products with weights are normal numbers of float32."""
+"""Bounds of thresholds and factors, so that scales and their products with weights are normal float32 numbers."""
 _SETTINGS = ("trial_steps", "eta", "guidance_scale", "min_psnr", "max_accuracy_loss")
 _RANGES = ("component", "timesteps", "tensors")
 _IMAGE = ("request", "seed", "psnr", "ssim", "correct_fp32", "correct_int8")
@@ -37,8 +37,8 @@ class ComponentRecord:
     Attributes:
         graph: Digest of its fp32 graph, as ``graph_files.graph_digest`` returns it.
         tensors: Scalings of its tensors.
-        layers: Facts of every layer, JSON-able, as in the int8 report.
-        why: Reason why the whole component stays in fp32; empty if it does not.
+        layers: Facts of every layer as JSON values, as in the int8 report.
+        why: Reason why the whole component stays in fp32; empty if it is quantized.
     """
 
     graph: str
@@ -68,7 +68,7 @@ class Record:
 
     Attributes:
         document: The whole record as JSON.
-        components: Decisions for each component; components without candidate layers are left out.
+        components: Decisions for each component that has candidate layers.
     """
 
     document: Mapping[str, Any]
@@ -85,13 +85,13 @@ class Record:
 
 
 def component_json(graph: str, scalings: GraphScalings, layers: list[dict[str, Any]], why: str) -> dict[str, Any]:
-    """One component in the form of the record."""
+    """Return the entry of one component in the record."""
     facts = scalings.to_json()
     return {"graph": graph, "sources": facts["sources"], "results": facts["results"], "layers": layers, "why": why}
 
 
 def layer_json(layer: Layer, scalings: GraphScalings, latent_db: float | None, why: str) -> dict[str, Any]:
-    """One layer in the form of record and report; it is int8 if ``why`` is empty."""
+    """Return the entry of one layer in record and report. The layer is int8 if ``why`` is empty."""
     source = None if layer.float_only else scalings.sources.get(layer.source)
     return {
         "name": layer.name,
@@ -125,7 +125,7 @@ def make_record(
 
 
 def read_record(file: Path) -> Record:
-    """Read a record; its content is untrusted, so every field that is used is checked.
+    """Read a record. Its content is untrusted, so every used field is checked.
 
     Raises:
         ManifestError: The file is too large or is not a record, or a field has another type.

@@ -1,4 +1,4 @@
-"""Selects the steps of the trajectories that are observed: spread over all timesteps, denser where ranges change."""
+"""Selects the steps at which trajectories are observed: over all timesteps, and denser where ranges change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ldm_calibration.trajectories import Feed, Trajectories
 __all__ = ["chosen_steps", "feeds_of"]
 
 EVEN = 0.5
-"""Share of the samples that is spread evenly; the other samples follow the change of the ranges."""
+"""Share of the samples with even distances; the distribution of the other samples follows the change of ranges."""
 
 
 def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
-    """Select at most ``count`` step indices, ascending, the first and the last step among them.
+    """Select at most ``count`` step indices in ascending order, including the first and the last step.
 
-    Half of the density is even. The other half is proportional to the change of the ranges since the step before: the
-    mean over the tensors of |log(range / range before)|.
+    Half of the density is even. The other half is proportional to the change of ranges since the previous step: the
+    mean over all tensors of |log(range / previous range)|.
 
     Args:
         largest: Largest magnitude of each tensor at each step, float32 [steps, tensors].
@@ -35,7 +35,7 @@ def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
 
 
 def feeds_of(recorded: Trajectories, component: str, count: int) -> list[Feed]:
-    """The feeds of a component that are observed.
+    """Return the feeds of a component that are observed.
 
     The denoiser, which is the first component of the trajectories, is observed at ``count`` steps of each batch; every
     other component is observed with all its feeds.

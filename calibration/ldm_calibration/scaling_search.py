@@ -1,4 +1,4 @@
-"""Searches the scaling of each tensor, observer and smoothing, with the least error of the layers' results."""
+"""Searches the scaling of each tensor (observer and smoothing) with the smallest error of the layers' results."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["search_scalings"]
 EXPONENTS = (0.0, 0.5, 0.7, 0.85)
 """Candidate exponents of SmoothQuant; 0 means no smoothing."""
 WORTH = 0.8
-"""Smoothing costs a multiplication, so it must reduce the error to this share, by one decibel."""
+"""Smoothing must reduce the error at least to this share, by one decibel, because it costs a multiplication."""
 LEAST_CHANNEL = 1e-3
-"""Lower bound of a result channel's magnitude, as a share of the largest channel's."""
+"""Lower bound of the magnitude of a result channel, relative to that of the largest channel."""
 F32 = NDArray[np.float32]
 
 
@@ -44,7 +44,7 @@ def search_scalings(
         graph: fp32 graph.
         observed: Observations of that graph.
         feeds: Some of the observed feeds.
-        on_progress: Called with the number of calls done and of all calls.
+        on_progress: Called with the number of finished calls and of all calls.
     """
     model = load_graph(graph)
     layers = [layer for layer in find_layers(model.graph) if not layer.float_only]
@@ -74,7 +74,7 @@ def search_scalings(
 
 
 def _equalized(channels: F32) -> Scaling:
-    """Scale all channels of a result to the magnitude of the largest; ``LEAST_CHANNEL`` limits the factors."""
+    """Scale all channels of a result to the magnitude of the largest one; ``LEAST_CHANNEL`` limits the factors."""
     top = float(channels.max()) or 1.0
     factors = np.maximum(channels / np.float32(top), np.float32(LEAST_CHANNEL)).astype(np.float32)
     return Scaling(top, factors)

@@ -1,4 +1,4 @@
-"""The scalings of a graph's tensors that measurements selected; JSON-able."""
+"""The scalings of a graph's tensors that measurements selected, with their JSON form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SourceScaling:
     """The scaling of one tensor that layers read.
 
     Attributes:
-        observer: The observer that gave the threshold.
+        observer: Name of the observer that determined the threshold.
         exponent: SmoothQuant's exponent; 0 means no smoothing.
         scaling: Threshold and factors.
         thresholds: Observer -> its threshold without smoothing.
@@ -38,7 +38,7 @@ class GraphScalings:
         sources: Tensor that layers read -> its scaling.
         results: Result of a convolution -> its scaling.
         output_db: Layer -> signal-to-noise ratio of its result with these scalings, in dB.
-        flops: Every layer of the graph -> its operations for one row.
+        flops: Layer of the graph -> its operations for one row.
     """
 
     sources: Mapping[str, SourceScaling]
@@ -48,11 +48,11 @@ class GraphScalings:
 
     @property
     def tensors(self) -> QuantizedTensors:
-        """The scalings alone."""
+        """The scalings without the measurements."""
         return QuantizedTensors({name: source.scaling for name, source in self.sources.items()}, self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON values."""
         return {
             "sources": {name: _source_to_json(source) for name, source in self.sources.items()},
             "results": {name: _scaling_to_json(scaling) for name, scaling in self.results.items()},
@@ -62,7 +62,7 @@ class GraphScalings:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> GraphScalings:
-        """Read what ``to_json`` returned."""
+        """Read the result of ``to_json``."""
         sources = {name: _source(entry) for name, entry in document["sources"].items()}
         results = {name: _scaling(entry) for name, entry in document["results"].items()}
         return cls(sources, results, document["output_db"], document["flops"])

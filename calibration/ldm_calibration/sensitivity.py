@@ -1,4 +1,4 @@
-"""Sensitivity of the denoiser's layers: how much each layer alone, quantized, changes the final latents."""
+"""Sensitivity of the denoiser's layers: how much the final latents change if only one layer is quantized."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm_runtime.backends.lazy import LazyBackend
 __all__ = ["int8_backend", "measure_sensitivity"]
 
 IMAGES, STEPS = 4, 10
-"""Number of images that each layer is tried on, and maximum number of their denoising steps."""
+"""Number of images with which each layer is tried, and maximum number of their denoising steps."""
 
 
 def measure_sensitivity(
@@ -31,7 +31,7 @@ def measure_sensitivity(
     layers: Sequence[str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Measure the signal-to-noise ratio of the final latents, in dB, with each layer alone in int8.
+    """Measure the signal-to-noise ratio of the final latents in dB with a single layer in int8, for each layer.
 
     A lower ratio means a more sensitive layer.
 
@@ -41,7 +41,7 @@ def measure_sensitivity(
         component: The denoiser.
         tensors: Scalings of the component's tensors.
         layers: Names of layers of the component.
-        on_progress: Called with the number of layers done and of all ``layers``.
+        on_progress: Called with the number of finished layers and of all ``layers``.
 
     Returns:
         Layer -> dB.
@@ -59,7 +59,7 @@ def measure_sensitivity(
 
 
 def int8_backend(model: CalibrationModel, component: str, tensors: QuantizedTensors, layers: Sequence[str]) -> Backend:
-    """Return a component with these layers in int8 on ONNX Runtime; it is created on first use."""
+    """Return a component with these layers in int8 on ONNX Runtime; the graph is created on first use."""
 
     def load() -> Backend:
         graph = load_graph(model.graphs[component])

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions of graphs that are changed in memory; external weights stay in the file they came from."""
+"""ONNX Runtime sessions of graphs that were changed in memory; external weights are read from their original file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ldm_runtime.specs import ComponentSpec, check_feed
 __all__ = ["LARGE", "Session", "SessionBackend"]
 
 LARGE = 1_000_000_000
-"""Bytes of weights beyond which ONNX Runtime uses weights in place instead of packing a copy of them for speed."""
+"""Bytes of weights above which ONNX Runtime uses weights in place instead of packing a copy of them for speed."""
 
 
 class Session:
-    """A model on the CPU.
+    """A session of a model on the CPU.
 
     Args:
         model: Model in memory.
         folder: Folder with the file of the model's external weights.
-        frees_early: Run nodes in the order of the graph, so that each tensor is freed as early as that order allows.
+        frees_early: True runs nodes in the order of the graph, so that each tensor is freed as early as possible.
 
     Raises:
         BuildError: ONNX Runtime cannot load the model.

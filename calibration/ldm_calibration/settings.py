@@ -1,4 +1,4 @@
-"""Settings of a calibration: what is observed, what is tried, and the quality to keep."""
+"""Settings of a calibration: observed requests, trial requests, and the quality to keep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm_runtime.number_checks import integer, number, shown
 __all__ = ["CalibrationSettings", "Grade", "check_grade"]
 
 Grade = Callable[[Sequence[NDArray[np.uint8]], Sequence[ImageRequest]], list[bool] | None]
-"""Decides which images uint8 [H, W, 3] show what their requests ask for; returns None if it cannot grade them."""
+"""Decides which images uint8 [H, W, 3] show what their requests describe; returns None if it cannot grade them."""
 MAX_STEPS = 1000
 SENSITIVITIES = ("latents", "results")
 _BUDGET = ("trial_requests", "trial_steps", "min_psnr", "max_accuracy_loss")
@@ -30,19 +30,21 @@ class CalibrationSettings:
     Attributes:
         requests: Fields of ``Request`` for each observed image, e.g. {"prompts": "a red circle"}, or {} for a model
             without conditioning. Image ``i`` has seed ``i``.
-        trial_requests: The same for each image on which the budget is checked. Image ``i`` has seed 1000 + ``i``.
-        steps: Denoising steps of the observed images, spread over the whole schedule.
+        trial_requests: The same for each trial image, with which the budget is checked. Image ``i`` has seed 1000 +
+            ``i``.
+        steps: Number of denoising steps of the observed images, over the whole schedule.
         samples: Number of steps of each observed image at which every tensor is observed.
         sensitivity: How layers are ranked: "latents" measures the effect of each layer on the final latents;
             "results" measures the error of the layer's own result, which is much faster for a large model.
         trial_steps: Denoising steps of the trial images; None takes the model's default.
-        eta, guidance_scale: Of all images; None takes the model's default.
-        min_psnr: Minimum mean PSNR in dB of the trial images against fp32 images of the same seeds; None for no bound.
+        eta, guidance_scale: Values for all images; None takes the model's default.
+        min_psnr: Minimum mean PSNR in dB of the trial images against fp32 images with the same seeds; None for no
+            bound.
         max_accuracy_loss: Maximum loss of prompt accuracy against fp32, from 0 to 1; None for no bound. It needs a
             grader.
 
     Raises:
-        SpecError: No requests, a field that a request cannot have, or a number out of range.
+        SpecError: There are no requests, a request has an invalid field, or a number is out of range.
     """
 
     requests: tuple[ImageRequest, ...]
@@ -58,11 +60,11 @@ class CalibrationSettings:
 
     @property
     def observed(self) -> dict[str, Any]:
-        """The settings that ranges, scalings and sensitivities depend on, JSON-able; the budget is not among them."""
+        """The settings on which ranges, scalings and sensitivities depend, as JSON values; this excludes the budget."""
         return {name: value for name, value in self.to_json().items() if name not in _BUDGET}
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, JSON-able."""
+        """All settings as JSON values."""
         requests = {name: [json_fields(one) for one in getattr(self, name)] for name in ("requests", "trial_requests")}
         return {**{field.name: getattr(self, field.name) for field in fields(self)}, **requests}
 
@@ -79,13 +81,13 @@ class CalibrationSettings:
         self._set("max_accuracy_loss", number, 0.0, 1.0)
 
     def _set(self, name: str, check: Callable[..., Any], *bounds: float) -> None:
-        """Replace a number by what its check makes of it; None stays."""
+        """Replace a number by the result of its check; None stays None."""
         if (value := getattr(self, name)) is not None or name in ("steps", "samples"):
             object.__setattr__(self, name, check(name.replace("_", " "), value, *bounds))
 
 
 def check_grade(settings: CalibrationSettings, grade: Grade | None) -> None:
-    """Check that a bound on prompt accuracy comes with a grader.
+    """Check that there is a grader if there is a bound on prompt accuracy.
 
     Raises:
         SpecError: ``max_accuracy_loss`` is set and there is no grader.

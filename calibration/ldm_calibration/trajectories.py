@@ -1,4 +1,4 @@
-"""Denoising trajectories through a model's fp32 graphs: the feeds of each component along them."""
+"""Runs denoising trajectories with a model's fp32 graphs, and records the inputs of each component."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Trajectories:
     """Inputs and ranges recorded along trajectories.
 
     Attributes:
-        timesteps: Of the steps, int64 or, if fractional, float64 [steps].
-        feeds: Component -> its feeds in the order of its calls. The denoiser has one feed for each step of each batch,
-            the steps of one batch after the other.
+        timesteps: Timesteps of the steps, int64 or, if fractional, float64 [steps].
+        feeds: Component -> its inputs in the order of its calls. The denoiser has one feed for each step of each batch,
+            with all steps of a batch together.
         largest: Largest magnitude of each source at each step over all batches, float32 [steps, sources].
         sources: Names of the denoiser's tensors that its layers read, except inputs of the graph.
     """
@@ -47,7 +47,7 @@ class Trajectories:
     sources: tuple[str, ...]
 
     def save(self, file: Path) -> None:
-        """Write everything to one file in NumPy's ``.npz`` format; arrays that feeds share are written once."""
+        """Write everything to one file in NumPy's ``.npz`` format. Arrays that feeds share are written once."""
         places: dict[int, str] = {}
         arrays: dict[str, NDArray[Any]] = {}
 
@@ -74,7 +74,7 @@ class Trajectories:
 
     @classmethod
     def load(cls, file: Path) -> Trajectories:
-        """Read what ``save`` wrote."""
+        """Read a file that ``save`` wrote."""
         with np.load(file, allow_pickle=False) as stored:
             document = json.loads(str(stored[_INDEX]))
             arrays = {name: stored[name] for name in stored.files if name.startswith("array.")}
@@ -86,7 +86,7 @@ class Trajectories:
 
 
 class _ObservedDenoiser(SpecBackend):
-    """The denoiser; keeps the feed of each call and the largest magnitude of each source, float32 [sources]."""
+    """Runs the denoiser, and records each feed and the largest magnitude of each source, float32 [sources]."""
 
     def __init__(self, graph: Path, spec: ComponentSpec):
         self._spec = spec
@@ -115,7 +115,7 @@ class _ObservedDenoiser(SpecBackend):
 
 
 class _Recorded(SpecBackend):
-    """A component; keeps the feed of each call."""
+    """Runs a component, and records each feed."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
@@ -149,7 +149,7 @@ def run_trajectories(
         model: The model.
         settings: Requests, steps, eta and guidance scale.
         quantize: Components whose feeds are recorded, the denoiser first.
-        on_progress: Called with the number of steps done and of all steps.
+        on_progress: Called with the number of finished steps and of all steps.
 
     Raises:
         BuildError: A request cannot be run, or the model computes NaN or infinity.

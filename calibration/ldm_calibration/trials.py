@@ -1,4 +1,4 @@
-"""Trial images: generated with some components changed, and compared with fp32 images of the same seeds."""
+"""Trial images: generates images with changed components, and compares them with fp32 images of the same seeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST_SEED = 1000
 
 @dataclass(frozen=True, eq=False)
 class TrialImages:
-    """Final latents float32 [images, C, h, w], and the images, one for each trial request."""
+    """Final latents float32 [images, C, h, w] and images, one for each trial request."""
 
     latents: F32
     images: list[Image]
@@ -34,13 +34,13 @@ class TrialImages:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trial images against those of fp32.
+    """Comparison of trial images with those of fp32.
 
     Attributes:
-        psnr: Of each image in dB; None if it equals the fp32 image.
-        ssim: Of each image.
-        correct_fp32, correct_int8: Whether each image shows what its request asks for; None if there is no grader, or
-            if it cannot grade the images.
+        psnr: PSNR of each image in dB; None if it equals the fp32 image.
+        ssim: SSIM of each image.
+        correct_fp32, correct_int8: For each image, whether it shows what its request describes; None if there is no
+            grader, or if it cannot grade the images.
     """
 
     psnr: tuple[float | None, ...]
@@ -49,7 +49,7 @@ class Comparison:
     correct_int8: tuple[bool, ...] | None = None
 
     def to_json(self, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
-        """One JSON-able entry for each image."""
+        """Return an entry of JSON values for each image."""
         return [
             {
                 "request": json_fields(request),
@@ -87,7 +87,7 @@ def generate(
         model: The model.
         settings: Trial requests, trial steps, eta and guidance scale.
         changed: Backends that replace those of the fp32 graphs.
-        on_progress: Called with the number of steps done and of all steps.
+        on_progress: Called with the number of finished steps and of all steps.
     """
     latents, images = [], []
     batches = model.batches(settings.trial_requests)
@@ -117,7 +117,7 @@ def decode(decoder: Backend, model: CalibrationModel, latents: F32) -> list[Imag
 def compare_images(
     exact: Sequence[Image], changed: Sequence[Image], requests: Sequence[ImageRequest], grade: Grade | None = None
 ) -> Comparison:
-    """Compare images with those of fp32, and grade both if there is a grader."""
+    """Compare images with those of fp32; grade both if there is a grader."""
     pairs = list(zip(exact, changed, strict=True))
     marks = [None if grade is None else grade(images, requests) for images in (exact, changed)]
     correct = [None if mark is None else tuple(mark) for mark in marks]

@@ -12,7 +12,7 @@ __all__ = ["quantize_weights", "smoothing_factors", "weights_of"]
 
 
 def weights_of(value: ir.Value) -> NDArray[np.float32]:
-    """A copy of the values of an initializer."""
+    """Return a copy of the values of an initializer."""
     assert value.const_value is not None
     return np.array(value.const_value.numpy())
 
@@ -21,8 +21,8 @@ def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[n
     """Quantize float32 weights.
 
     Returns:
-        int8 weights of the same shape from -127 to 127, and scales float32, one for each slice along ``axis``. A slice
-        of zeros has scale 1.
+        int8 weights of the same shape, from -127 to 127, and float32 scales, one for each slice along ``axis``. A slice
+            of zeros has scale 1.
     """
     others = tuple(i for i in range(weights.ndim) if i != axis)
     largest = np.abs(weights).max(others, keepdims=True)
@@ -33,7 +33,7 @@ def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[n
 def smoothing_factors(
     activations: NDArray[np.float32], weights: NDArray[np.float32], exponent: float
 ) -> NDArray[np.float32]:
-    """Factors by which activations are divided and weights multiplied, float32 [input channels].
+    """Return the factors by which activations are divided and weights are multiplied, float32 [input channels].
 
     SmoothQuant (Xiao et al. 2022, arXiv:2211.10438, equation 4): max|X|^a / max|W|^(1-a), here with a geometric mean
     of 1.
