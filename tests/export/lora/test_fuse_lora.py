@@ -15,8 +15,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.lora import parse_lora, with_loras
 from tests.support.lora_files import ALPHA, RANK, UNET, XL_PREFIXES, factors_of, kohya, older_diffusers, peft
 
-pytest.importorskip("peft", reason="diffusers loads LoRA files with the package peft alone")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of peft
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of peft
 
 LAYERS = [f"encoder.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")]
 SCALE = 0.8
@@ -24,6 +23,7 @@ SCALE = 0.8
 
 @pytest.mark.parametrize("form", ["peft", "peft with alpha", "older diffusers", "kohya", "kohya, authors' names"])
 def test_weights_of_xl(xl_checkpoint: Path, tmp_path: Path, form: str) -> None:
+    pytest.importorskip("peft", reason="diffusers loads LoRA files with the package peft, which is no dependency")
     pipeline = DiffusionPipeline.from_pretrained(xl_checkpoint, add_watermarker=False)
     modules = {"unet": [*UNET], "text_encoder": LAYERS, "text_encoder_2": [f"text_model.{name}" for name in LAYERS]}
     if form == "kohya":  # diffusers 0.42.1 skips this layer, with a warning
