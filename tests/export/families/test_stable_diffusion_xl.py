@@ -26,6 +26,7 @@ from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.errors import CheckpointError, SpecError
 from tests.support.checkpoints import edit_json
 from tests.support.stable_diffusion_xl import XL_SCHEDULERS
+from tests.support.start_images import IMAGE, MASK
 from tests.support.torch_pipeline import torch_pipeline
 
 PROMPTS, NEGATIVE = ["a red circle!", "the photo, green"], ["", "a square"]
@@ -169,6 +170,7 @@ def test_requests_in_one_batch(bundle: Bundle) -> None:
         Request(PROMPTS, seed=1, num_inference_steps=4, original_size=(40, 24)),
         Request(PROMPTS[0], seed=2, num_inference_steps=3, negative_prompt="green", prompts_2="a", clip_skip=1),
         Request(PROMPTS[0], seed=3, num_inference_steps=2, guidance_scale=0.0),
+        Request(PROMPTS[1], seed=4, num_inference_steps=4, image=IMAGE, mask=MASK, strength=0.9, target_size=(8, 8)),
     ]
     with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="onnxruntime") as pipe:
         alone = [pipe.decode([*pipe.steps(request)][-1].latents) for request in requests]

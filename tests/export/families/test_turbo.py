@@ -35,8 +35,9 @@ REQUESTS: list[dict[str, Any]] = [
 PIPELINES: dict[str, Any] = {"SD": StableDiffusionInpaintPipeline, "SDXL": StableDiffusionXLInpaintPipeline}
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("SD", "Euler"), ("SD", "Euler ancestral"), ("SDXL", "Euler ancestral")]
+)
 def test_images_equal_diffusers(
     sd2_checkpoint: Path, xl_checkpoint: Path, name: str, scheduler: str, tmp_path: Path
 ) -> None:

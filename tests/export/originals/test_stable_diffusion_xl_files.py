@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
 from ldm_export.checkpoint.modules import load_module
 from ldm_export.checkpoint.weights import StoredTensor
-from ldm_export.families import open_checkpoint
+from ldm_export.families import family_named, open_checkpoint
+from ldm_export.families.description import described
 from ldm_export.originals import open_original
 from ldm_export.originals.convert import convert
 from ldm_export.originals.published import STABLE_DIFFUSION_XL
@@ -26,10 +25,9 @@ from ldm_runtime.errors import CheckpointError
 from tests.support.compvis_checkpoints import State, autoencoder_state, open_clip_state, unet_state
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
-from tests.support.start_images import IMAGE, MASK, assert_same, ours, theirs
 from tests.support.torch_pipeline import torch_pipeline
 
-UNET, XL_INPAINTING = "model.diffusion_model.", "StableDiffusionXLInpaintPipeline"
+UNET = "model.diffusion_model."
 MODULES = ("text_encoder", "text_encoder_2", "unet", "autoencoder")
 
 
@@ -83,12 +81,10 @@ def test_an_inpainting_model(state: State, folder: Path, tmp_path: Path) -> None
     opened = open_original(saved(state | {first: wide}, tmp_path / "xl.safetensors"), tokenizer=folder / "tokenizer")
     assert (opened.family, opened.configs()["unet"]["in_channels"]) == ("stable_diffusion_xl", 9)
     assert torch.equal(load_module(opened, "unet").get_parameter("conv_in.weight"), wide)
-    convert(opened, tmp_path / "converted")
-    assert json.loads((tmp_path / "converted/model_index.json").read_text())["_class_name"] == XL_INPAINTING
-    reference = StableDiffusionXLInpaintPipeline.from_pretrained(tmp_path / "converted", add_watermarker=False)
-    options: dict[str, Any] = {"prompt": ["a red circle"], "image": IMAGE, "mask_image": MASK, "num_inference_steps": 4}
-    with torch_pipeline(opened, tmp_path / "files") as pipe:
-        assert_same(ours(pipe, 4, **options), theirs(reference, 4, guidance_scale=5.0, **options))
+    family = family_named(opened.family)
+    assert family.pipeline_of(opened) == "StableDiffusionXLInpaintPipeline"
+    model = described(family, opened)
+    assert {entry.kind: entry.inputs for entry in model.conditioning}["start_image"] == ("masked_image",)
 
 
 def test_images_of_the_converted_file(folder: Path, state: State, tmp_path: Path) -> None:
