@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,11 +72,16 @@ def test_stable_diffusion_xl(xl_bundle: Bundle, tmp_path: Path) -> None:
         "original_size": (40, 24),
         "crops_coords_top_left": (1, 2),
     }
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    started = ["--image", str(tmp_path / "a.png"), "--strength", "0.8"]
     with LatentDiffusionPipeline.from_bundle(xl_bundle, backend="onnxruntime", precision="fp32") as pipeline:
-        (expected,) = pipeline("a photo", seed=3, num_inference_steps=4, **fields).images
+        common: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, **fields}
+        expected = [pipeline("a photo", **common, **more).images[0] for more in ({}, {"image": image, "strength": 0.8})]
     with served(xl_bundle.folder, tmp_path) as server:
         options = ["--prompt-2", "green", "--negative-prompt", "red!", "--original-size", "40", "24"]
         request = ["--crops-coords-top-left", "1", "2", "--seed", "3", "--steps", "4", "-o", str(tmp_path / "out.png")]
-        assert main(["client", "a photo", *options, *request, "--url", server.http]) == 0
-    answer = np.asarray(Image.open(tmp_path / "out.png"), int)
-    assert np.abs(answer - np.asarray(expected, int)).max() <= 1
+        for more, image_here in zip(([], started), expected, strict=True):
+            assert main(["client", "a photo", *options, *more, *request, "--url", server.http]) == 0
+            answer = np.asarray(Image.open(tmp_path / "out.png"), int)
+            assert np.abs(answer - np.asarray(image_here, int)).max() <= 1
