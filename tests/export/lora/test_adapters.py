@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm_export.bundle.build import build
@@ -23,8 +26,11 @@ from ldm_runtime import LatentDiffusionPipeline, Request
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import ManifestError, SpecError
+from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.loras.adapter_file import read_adapter
 from ldm_runtime.loras.graph_layers import graph_layers
+from ldm_runtime.triton.tensors import parse_request
+from tests.http.conftest import ENGINE, running
 from tests.support.lora_files import UNET, XL_PREFIXES, factors_of, kohya, peft
 from tests.support.shared import SharedFolders
 from tests.support.torch_pipeline import torch_pipeline
@@ -34,7 +40,7 @@ OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "height": 16, "width": 16, 
 PROMPT = "a red circle"
 BOTH = {WHOLE: 0.5, SMALL: -1.0}
 Refused = Callable[..., None]
-Image = NDArray[np.int64]
+Pixels = NDArray[np.int64]
 
 
 def weighted(module: Any) -> list[str]:
@@ -67,7 +73,7 @@ def bundle(sd2_checkpoint: Path, sd2_bundle: Bundle, shared: SharedFolders) -> B
 
 
 @pytest.fixture(scope="module")
-def merged(sd2_checkpoint: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
+def merged(sd2_checkpoint: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pixels]:
     """Images of torch's modules with merged weights: without adapters, with one, and with two."""
     texts = {"plain": {}, "one": {WHOLE: 0.7}, "two": BOTH}
     images = {}
@@ -87,21 +93,21 @@ def pipe(bundle: Bundle) -> Iterator[LatentDiffusionPipeline]:
         yield pipeline
 
 
-def image(pipeline: LatentDiffusionPipeline, **options: Any) -> Image:
+def image(pipeline: LatentDiffusionPipeline, **options: Any) -> Pixels:
     (result,) = pipeline(PROMPT, **{**OPTIONS, **options}).images
     return np.asarray(result, np.int64)
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp16")])
 def test_images_equal_those_of_merged_weights(
-    bundle: Bundle, merged: dict[str, Image], backend: str, precision: str
+    bundle: Bundle, merged: dict[str, Pixels], backend: str, precision: str
 ) -> None:
     with LatentDiffusionPipeline.from_bundle(bundle, precision=precision, backend=backend) as pipeline:
         assert np.abs(image(pipeline, loras={WHOLE: 0.7}) - merged["one"]).max() <= 1
         assert np.abs(image(pipeline) - merged["plain"]).max() <= 1
 
 
-def test_selections_alternate_and_change_nothing(pipe: LatentDiffusionPipeline, merged: dict[str, Image]) -> None:
+def test_selections_alternate_and_change_nothing(pipe: LatentDiffusionPipeline, merged: dict[str, Pixels]) -> None:
     plain, one, two = image(pipe), image(pipe, loras={WHOLE: 0.7}), image(pipe, loras=BOTH)
     for ours, theirs in ((plain, "plain"), (one, "one"), (two, "two")):
         assert np.abs(ours - merged[theirs]).max() <= 1
@@ -130,6 +136,29 @@ def test_requests_with_other_adapters_have_batches_of_their_own(pipe: LatentDiff
         results = [np.asarray(job.result().images[0], np.int64) for job in jobs]
     for ours, theirs in zip(results, expected * 2, strict=True):
         assert np.abs(ours - theirs).max() <= 1
+
+
+def test_the_images_api(bundle: Bundle) -> None:
+    fields = {"steps": 2, "seed": 5, "size": "16x16", "response_format": "url"}
+    model = ServedModel.open(bundle.folder, "sd", ENGINE)
+    try:
+        expected = image(model.pipeline, guidance_scale=None, num_inference_steps=2, loras={SMALL: 2})
+        with running({"sd": model}) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+            answer = client.images.generate(prompt=PROMPT, extra_body={**fields, "loras": {SMALL: 2}})
+            assert answer.data is not None and answer.data[0].url is not None
+            received = Image.open(io.BytesIO(client._client.get(answer.data[0].url).content))
+            assert np.abs(np.asarray(received, np.int64) - expected).max() <= 1
+            with pytest.raises(openai.BadRequestError, match="loras: got 'other', expected one of small"):
+                client.images.generate(prompt=PROMPT, extra_body={**fields, "loras": {"other": 1}})
+    finally:
+        model.close()
+
+
+def test_tritons_input() -> None:
+    tensors = {"PROMPT": np.array([b"a"], object), "LORAS": np.array([b'{"whole": 0.7}'], object)}
+    assert parse_request(tensors).request.loras == {WHOLE: 0.7}
+    with pytest.raises(SpecError, match=r"LORAS: got .\{whole., expected a JSON object"):
+        parse_request({**tensors, "LORAS": np.array([b"{whole"], object)})
 
 
 def test_images_of_xl_equal_those_of_merged_weights(xl_bundle: Bundle, xl_checkpoint: Path, tmp_path: Path) -> None:
