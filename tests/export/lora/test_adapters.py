@@ -128,6 +128,18 @@ def test_cached_features_have_the_weights_of_the_adapter(pipe: LatentDiffusionPi
     assert np.abs(changed - whole).mean() < 0.5 * np.abs(plain - whole).mean()
 
 
+@pytest.mark.slow
+def test_images_equal_those_of_a_bundle_built_with_the_file(
+    pipe: LatentDiffusionPipeline, bundle: Bundle, sd2_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = parse_lora(f"{bundle.folder.parent / WHOLE}.safetensors:0.7")
+    built = build(with_loras(open_checkpoint(sd2_checkpoint), [given]), tmp_path / "built").bundle
+    with LatentDiffusionPipeline.from_bundle(built, precision="fp32", backend="onnxruntime") as other:
+        for options in ({}, {"cache_every": 2, "full_steps": 1}, {"scheduler": "EulerDiscreteScheduler"}):
+            ours = image(pipe, loras={WHOLE: 0.7}, num_inference_steps=6, **options)
+            assert np.abs(ours - image(other, num_inference_steps=6, **options)).max() <= 1
+
+
 def test_requests_with_other_adapters_have_batches_of_their_own(pipe: LatentDiffusionPipeline) -> None:
     selections: list[dict[str, float] | None] = [None, {WHOLE: 0.7}, BOTH, {SMALL: 1.5}, {WHOLE: 0.7}]
     expected = [image(pipe, loras=loras) for loras in selections]
