@@ -1,4 +1,8 @@
-"""Selects the layers that become int8: as many operations as the budget allows, without the most harmful layers."""
+"""Selects the layers that become int8: as many operations as the budget allows, without the most harmful layers.
+
+Most of the error comes from a few layers with few operations. Layers whose share of the error is much larger than their
+share of the operations stay in float, whatever the budget; if that exceeds the budget, more layers return to float.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ from dataclasses import dataclass
 
 from ldm_calibration.trials import Comparison
 
-__all__ = ["LEAST_SHARE", "Budget", "Selection", "ranked", "select"]
+__all__ = ["LEAST_SHARE", "Budget", "Selection", "costly", "ranked", "select"]
 
 LEAST_SHARE = 0.1
 """Minimum share of a component's operations in int8; a smaller share is not worth a separate graph."""
+FLOAT_SHARE = 0.1
+"""Maximum share of a component's operations in float, unless the budget requires more."""
+COSTLY = 2.0
+"""A layer is costly if its share of the error is at least this multiple of its share of the operations."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,34 @@ def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]
     return sorted(decibels, key=lambda name: (-(10 ** (-decibels[name] / 10)) / max(flops[name], 1), name))
 
 
+def costly(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
+    """Find the layers that stay in float whatever the budget, in the order of ``ranked``.
+
+    Args:
+        decibels: Candidate layer -> signal-to-noise ratio with the layer in int8.
+        flops: Every layer of the graph, candidate or not -> its operations.
+
+    Returns:
+        Layers whose share of the error is ``COSTLY`` times their share of the candidates' operations, as far as at most
+        ``FLOAT_SHARE`` of the operations are then in float.
+    """
+    error = {name: 10 ** (-decibel / 10) for name, decibel in decibels.items()}
+    work, total = sum(flops[name] for name in decibels), sum(flops.values())
+    in_float, layers = total - work, list[str]()
+    for name in ranked(decibels, flops):
+        is_costly = error[name] * work >= COSTLY * flops[name] * sum(error.values())
+        if is_costly and in_float + flops[name] <= FLOAT_SHARE * total:
+            layers.append(name)
+            in_float += flops[name]
+    return layers
+
+
 def select(
-    order: Sequence[str], flops: Mapping[str, int], budget: Budget, trial: Callable[[Sequence[str]], Comparison]
+    order: Sequence[str],
+    flops: Mapping[str, int],
+    budget: Budget,
+    trial: Callable[[Sequence[str]], Comparison],
+    released: int = 0,
 ) -> Selection:
     """Find by bisection the longest tail of ``order`` that is within the budget in int8.
 
@@ -68,6 +102,7 @@ def select(
         flops: Layer of the graph, candidate or not -> its operations.
         budget: Bounds to keep.
         trial: Generates trial images with these layers in int8.
+        released: Number of layers at the start of ``order`` that stay in float whatever the budget.
     """
     total = sum(flops.values())
     position = {name: place for place, name in enumerate(flops)}
@@ -81,7 +116,7 @@ def select(
 
     best: tuple[int, Comparison] | None = None
     if order:
-        low, high = 0, _most_released(order, flops)
+        low, high = released, max(released, _most_released(order, flops))
         comparison = attempt(low)
         if budget.admits(comparison):
             best = low, comparison

@@ -1,7 +1,8 @@
 """Runs a calibration in parts: trajectories, ranges and scalings, sensitivities, selection of layers.
 
 1. Trajectories: the fp32 model runs the requests of the settings, and the inputs of each component are recorded.
-2. Scalings of each quantized component: tensors are observed on these inputs, and the best scaling of each is searched.
+2. Scalings of each quantized component: tensors are observed on the inputs of three quarters of the requests, and the
+   best scaling of each tensor is searched on the inputs of the other requests.
 3. Sensitivity of each layer of the denoiser.
 4. Selection of the layers that become int8, within the budget on trial images.
 
@@ -23,7 +24,7 @@ from ldm_calibration.layers import find_layers
 from ldm_calibration.model import CalibrationModel
 from ldm_calibration.observation import observe
 from ldm_calibration.record import Record
-from ldm_calibration.sampling import feeds_of
+from ldm_calibration.sampling import split_feeds
 from ldm_calibration.scaling_search import search_scalings
 from ldm_calibration.scalings import GraphScalings
 from ldm_calibration.sensitivity import measure_sensitivity
@@ -33,10 +34,8 @@ from ldm_runtime.errors import BuildError
 
 __all__ = ["Calibration", "OnProgress", "RunPart", "run_calibration"]
 
-METHOD = 3
+METHOD = 4
 """Version of the method. Increase it when equal settings give another record."""
-SCALING_STRIDE = 4
-"""Every ``SCALING_STRIDE``-th observed feed is used to search scalings."""
 PART = 16
 """Number of layers whose sensitivity is measured in one part."""
 OnProgress = Callable[[str, int, int], None]
@@ -141,10 +140,11 @@ def _scalings(
     name = f"calibration.{component}"
 
     def make(file: Path) -> None:
-        feeds, graph = feeds_of(recorded, component, calibration.settings.samples), calibration.model.graphs[component]
+        feeds, held_out = split_feeds(recorded, component, calibration.settings.samples)
+        graph = calibration.model.graphs[component]
         observed = observe(graph, feeds, lambda *count: on_progress(f"{name}.ranges", *count))
         scalings = search_scalings(
-            graph, observed, feeds[::SCALING_STRIDE], lambda *count: on_progress(f"{name}.observers", *count)
+            graph, observed, held_out, lambda *count: on_progress(f"{name}.observers", *count)
         )
         file.write_text(json.dumps(scalings.to_json()))
 

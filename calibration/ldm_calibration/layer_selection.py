@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ldm_calibration.budget import LEAST_SHARE, Budget, Selection, ranked, select
+from ldm_calibration.budget import LEAST_SHARE, Budget, Selection, costly, ranked, select
 from ldm_calibration.graph_files import graph_digest, load_graph
 from ldm_calibration.layers import find_layers
 from ldm_calibration.model import CalibrationModel
@@ -54,6 +54,12 @@ class Measurements:
         by_latents = component == self.denoiser and bool(self.latent_db)
         return self.latent_db if by_latents else self.scalings[component].output_db
 
+    def costly(self, component: str) -> list[str]:
+        """Layers that stay in float whatever the budget; none unless their effect on the latents was measured."""
+        if component != self.denoiser:
+            return []
+        return costly(self.latent_db, self.scalings[component].flops)
+
 
 def select_layers(
     model: CalibrationModel,
@@ -85,8 +91,13 @@ def select_layers(
     for component in components:
         min_psnr = _min_psnr(settings, components, component, trials.best.psnr_mean)
         budget, flops = Budget(min_psnr, settings.max_accuracy_loss), measured.scalings[component].flops
-        order = ranked(measured.decibels(component), flops)
-        selection = select(order, flops, budget, lambda layers: trials.attempt(component, layers))  # noqa: B023
+        released = measured.costly(component)
+        order = [name for name in ranked(measured.decibels(component), flops) if name not in released]
+
+        def attempt(layers: Sequence[str], component: str = component) -> Comparison:
+            return trials.attempt(component, layers)
+
+        selection = select(released + order, flops, budget, attempt, len(released))
         if component == measured.denoiser and not selection.layers:
             raise BuildError(_cannot(settings, component, selection, len(components) > 1))
         trials.keep(component, selection)
@@ -167,9 +178,12 @@ def _layers(
     model: CalibrationModel, component: str, measured: Measurements, selection: Selection
 ) -> list[dict[str, Any]]:
     latent_db = measured.latent_db if component == measured.denoiser else {}
+    released = measured.costly(component)
     entries = []
     for layer in find_layers(load_graph(model.graphs[component]).graph):
         why = layer.float_only or ("" if layer.name in selection.layers else "beyond the budget")
+        if selection.layers and layer.name in released:
+            why = "much error for its work"
         entries.append(layer_json(layer, measured.scalings[component], latent_db.get(layer.name), why))
     return entries
 

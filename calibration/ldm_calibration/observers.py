@@ -1,4 +1,4 @@
-"""Four observers, which derive from a histogram the magnitude that becomes the largest int8 value."""
+"""Five observers, which derive from a histogram the magnitude that becomes the largest int8 value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from ldm_calibration.histogram import Histogram
 
-__all__ = ["LEVELS", "OBSERVERS", "expected_error", "threshold"]
+__all__ = ["HEADROOM", "LEVELS", "OBSERVERS", "expected_error", "threshold"]
 
 LEVELS = 127
 """Symmetric int8 uses the values -127 to 127 and zero point 0; TensorRT accepts no other zero point."""
-OBSERVERS = ("minmax", "percentile", "entropy", "mse")
+OBSERVERS = ("minmax", "headroom", "percentile", "entropy", "mse")
+HEADROOM = 1.2
+"""Threshold of the observer "headroom", as a multiple of the largest magnitude."""
 _STEPS = 96
 
 
@@ -19,6 +21,7 @@ def threshold(histogram: Histogram, observer: str) -> float:
     """Magnitude that becomes 127; larger magnitudes are clipped to it.
 
     - "minmax": the largest magnitude.
+    - "headroom": ``HEADROOM`` times the largest magnitude, for tensors that grow larger in other images.
     - "percentile": the moving average over all calls of the 99.99th percentile of each call.
     - "entropy": the threshold with the least Kullback-Leibler divergence between the values and their int8 form (the
       method of TensorRT: Migacz, "8-bit Inference with TensorRT", GTC 2017).
@@ -33,6 +36,8 @@ def threshold(histogram: Histogram, observer: str) -> float:
         return 1.0
     if observer == "minmax":
         return histogram.largest
+    if observer == "headroom":
+        return HEADROOM * histogram.largest
     if observer == "percentile":
         return min(histogram.moving or histogram.largest, histogram.largest)
     if observer == "entropy":

@@ -1,4 +1,7 @@
-"""Selects the steps at which trajectories are observed: over all timesteps, and denser where ranges change."""
+"""Selects the feeds that are observed, and those on which scalings are compared.
+
+The observed steps are spread over all timesteps, and are denser where ranges change.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from numpy.typing import NDArray
 
 from ldm_calibration.trajectories import Feed, Trajectories
 
-__all__ = ["chosen_steps", "feeds_of"]
+__all__ = ["chosen_steps", "feeds_of", "split_feeds"]
 
 EVEN = 0.5
 """Share of the samples with even distances; the distribution of the other samples follows the change of ranges."""
+STRIDE = 4
+"""Without held-out requests, every ``STRIDE``-th feed is used to compare scalings."""
 
 
 def chosen_steps(largest: NDArray[np.float32], count: int) -> list[int]:
@@ -45,3 +50,15 @@ def feeds_of(recorded: Trajectories, component: str, count: int) -> list[Feed]:
         return list(feeds)
     chosen = chosen_steps(recorded.largest, count)
     return [feeds[start + step] for start in range(0, len(feeds), steps) for step in chosen]
+
+
+def split_feeds(recorded: Trajectories, component: str, count: int) -> tuple[list[Feed], list[Feed]]:
+    """``feeds_of`` in two parts: the feeds on which ranges are observed, and those on which scalings are compared.
+
+    The second part belongs to the held-out requests. Without any, it is every ``STRIDE``-th feed of the first part.
+    """
+    feeds = feeds_of(recorded, component, count)
+    held_out = recorded.held_out[component] * len(feeds) // len(recorded.feeds[component])
+    if not held_out:
+        return feeds, feeds[::STRIDE]
+    return feeds[:-held_out], feeds[-held_out:]

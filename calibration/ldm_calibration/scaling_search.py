@@ -11,10 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.graph_files import load_graph
-from ldm_calibration.histogram import Histogram
 from ldm_calibration.layers import Layer, find_layers
 from ldm_calibration.observation import Observations, tensors_of
-from ldm_calibration.observers import LEVELS, OBSERVERS, threshold
+from ldm_calibration.observers import HEADROOM, LEVELS, OBSERVERS, threshold
 from ldm_calibration.qdq import Scaling, along
 from ldm_calibration.scalings import GraphScalings, SourceScaling
 from ldm_calibration.sessions import Session
@@ -29,6 +28,8 @@ WORTH = 0.8
 """Smoothing must reduce the error at least to this share, by one decibel, because it costs a multiplication."""
 LEAST_CHANNEL = 1e-3
 """Lower bound of the magnitude of a result channel, relative to that of the largest channel."""
+RESULT_HEADROOM = 1.15
+"""Threshold of a result, as a multiple of its largest magnitude: results grow larger in other images."""
 F32 = NDArray[np.float32]
 
 
@@ -43,7 +44,8 @@ def search_scalings(
     Args:
         graph: fp32 graph.
         observed: Observations of that graph.
-        feeds: Some of the observed feeds.
+        feeds: Feeds of other requests than the observed ones, because the error on these is that on future images.
+            Without other requests, some of the observed feeds.
         on_progress: Called with the number of finished calls and of all calls.
     """
     model = load_graph(graph)
@@ -57,7 +59,7 @@ def search_scalings(
     for tensors in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
         for source, values in tensors.items():
             if source not in trials:
-                trials[source] = _trials(source, readers[source], observed, weights, values)
+                trials[source] = _trials(source, readers[source], observed, weights)
             for layer in readers[source]:
                 if layer.name not in single:
                     single[layer.name] = _Single(model, layer, graph.parent)
@@ -77,7 +79,7 @@ def _equalized(channels: F32) -> Scaling:
     """Scale all channels of a result to the magnitude of the largest one; ``LEAST_CHANNEL`` limits the factors."""
     top = float(channels.max()) or 1.0
     factors = np.maximum(channels / np.float32(top), np.float32(LEAST_CHANNEL)).astype(np.float32)
-    return Scaling(top, factors)
+    return Scaling(RESULT_HEADROOM * top, factors)
 
 
 class _Trial:
@@ -95,7 +97,7 @@ class _Trial:
 
 
 def _trials(
-    source: str, readers: Sequence[Layer], observed: Observations, weights: Mapping[str, ir.Value], values: F32
+    source: str, readers: Sequence[Layer], observed: Observations, weights: Mapping[str, ir.Value]
 ) -> list[_Trial]:
     plain = {observer: threshold(observed.histograms[source], observer) for observer in OBSERVERS}
     trials = [_Trial(observer, 0.0, Scaling(value)) for observer, value in plain.items()]
@@ -103,11 +105,9 @@ def _trials(
     largest = np.max([_reading(weights, layer) for layer in readers], axis=0)
     for exponent in EXPONENTS[1:]:
         factors = smoothing_factors(channels, largest, exponent)
-        histogram = Histogram()
-        histogram.add(values / along(factors, readers[0].channel_axis % values.ndim, values.ndim))
-        bound = float((channels / factors).max())
-        trials.append(_Trial("minmax", exponent, Scaling(bound or 1.0, factors)))
-        trials.append(_Trial("mse", exponent, Scaling(threshold(histogram, "mse"), factors)))
+        bound = float((channels / factors).max()) or 1.0
+        trials.append(_Trial("minmax", exponent, Scaling(bound, factors)))
+        trials.append(_Trial("headroom", exponent, Scaling(HEADROOM * bound, factors)))
     return trials
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import find_layers
-from ldm_calibration.model import CalibrationModel
+from ldm_calibration.model import CalibrationModel, FeedBatch, ImageRequest
 from ldm_calibration.probes import LARGEST, add_largest
 from ldm_calibration.sessions import Session
 from ldm_calibration.settings import CalibrationSettings
@@ -27,6 +27,8 @@ __all__ = ["Feed", "Trajectories", "run_trajectories"]
 F32 = NDArray[np.float32]
 Feed = Mapping[str, NDArray[Any]]
 _INDEX = "index"
+HELD_OUT = 4
+"""One of ``HELD_OUT`` requests is held out: tensors are not observed on it, so that scalings are compared on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +41,14 @@ class Trajectories:
             with all steps of a batch together.
         largest: Largest magnitude of each source at each step over all batches, float32 [steps, sources].
         sources: Names of the denoiser's tensors that its layers read, except inputs of the graph.
+        held_out: Component -> number of its last feeds that belong to the held-out requests.
     """
 
     timesteps: NDArray[Any]
     feeds: Mapping[str, Sequence[Feed]]
     largest: F32
     sources: tuple[str, ...]
+    held_out: Mapping[str, int]
 
     def save(self, file: Path) -> None:
         """Write everything to one file in NumPy's ``.npz`` format. Arrays that feeds share are written once."""
@@ -61,7 +65,7 @@ class Trajectories:
             component: [{name: place(array) for name, array in feed.items()} for feed in feeds]
             for component, feeds in self.feeds.items()
         }
-        document = json.dumps({"feeds": index, "sources": list(self.sources)})
+        document = json.dumps({"feeds": index, "sources": list(self.sources), "held_out": dict(self.held_out)})
         with file.open("wb") as target:
             np.savez(
                 target,
@@ -82,7 +86,7 @@ class Trajectories:
                 component: [{name: arrays[place] for name, place in feed.items()} for feed in feeds]
                 for component, feeds in document["feeds"].items()
             }
-            return cls(stored["timesteps"], feeds, stored["largest"], tuple(document["sources"]))
+            return cls(stored["timesteps"], feeds, stored["largest"], tuple(document["sources"]), document["held_out"])
 
 
 class _ObservedDenoiser(SpecBackend):
@@ -157,7 +161,7 @@ def run_trajectories(
     denoiser, *others = quantize
     observed = _ObservedDenoiser(model.graphs[denoiser], model.spec(denoiser))
     recorded = {name: _Recorded(model.backend(name)) for name in others if name != DECODER}
-    batches = model.batches(settings.requests)
+    batches, held_out = _batches(model, settings.requests)
     largest, latents, timesteps = [], [], np.zeros(0)
     with model.pipeline({denoiser: observed, **recorded}) as pipeline:
         for number, batch in enumerate(batches):
@@ -175,7 +179,24 @@ def run_trajectories(
             timesteps, step_largest, observed.largest = np.array(step_timesteps), observed.largest, []
             latents.append(last.latents)
             largest.append(np.stack(step_largest))
+            if number == len(batches) - held_out - 1:
+                before = {denoiser: len(observed.feeds), DECODER: len(latents)}
+                before |= {name: len(backend.feeds) for name, backend in recorded.items()}
     feeds: dict[str, Sequence[Feed]] = {denoiser: observed.feeds}
     feeds |= {name: backend.feeds for name, backend in recorded.items()}
     feeds[DECODER] = [{LATENTS: array} for array in latents]
-    return Trajectories(timesteps, {name: feeds[name] for name in quantize}, np.max(largest, axis=0), observed.sources)
+    return Trajectories(
+        timesteps,
+        {name: feeds[name] for name in quantize},
+        np.max(largest, axis=0),
+        observed.sources,
+        {name: len(feeds[name]) - before[name] for name in quantize},
+    )
+
+
+def _batches(model: CalibrationModel, requests: Sequence[ImageRequest]) -> tuple[list[FeedBatch], int]:
+    """Calls of all requests, and how many of the last calls are those of the held-out requests."""
+    first = len(requests) - len(requests) // HELD_OUT
+    observed, others = model.batches(requests[:first]), model.batches(requests[first:])
+    others = [replace(batch, indices=tuple(first + index for index in batch.indices)) for batch in others]
+    return observed + others, len(others)

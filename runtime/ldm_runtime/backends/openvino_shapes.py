@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.backends import Feed
+from ldm_runtime.backends.openvino_results import keep_results
 from ldm_runtime.backends.openvino_upsample import fold_upsampling
 from ldm_runtime.backends.page_release import release_mapped_files, release_mapped_pages
 
@@ -96,6 +97,7 @@ class ShapedGraph:
             self._requests.clear()  # frees memory before another copy of the weights is made
         log.info("compiling for %s", "any shape" if key is None else dict(key))
         model = self._copy()
+        keep_results(model)
         if key is not None:
             model.reshape({name: list(shape) for name, shape in key})
             if self._options["INFERENCE_PRECISION_HINT"] == "bf16":
