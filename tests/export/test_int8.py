@@ -21,6 +21,8 @@ from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.request import EngineJob, EngineRequest
 from ldm_export.graph.onnx_graph import save_graph
+from ldm_runtime.backends.openvino import OpenVinoBackend
+from ldm_runtime.backends.openvino_results import keep_results
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError
@@ -66,6 +68,28 @@ def test_openvino_executes_every_chosen_layer_in_int8(calibrated: Bundle, name: 
     assert kinds["i8"] + kinds["u8"] == len(part(calibrated, name).chosen), kinds
     session = onnxruntime.InferenceSession(str(calibrated.graph(name, "fp32")))
     assert exact(next(iter(compiled(feed).values())), session.run(None, feed)[0]) > 10
+
+
+def test_the_openvino_backend_keeps_results_exact_and_convolutions_in_int8(calibrated: Bundle) -> None:
+    spec, path = calibrated.manifest.components["unet"].spec, calibrated.graph("unet", "int8")
+    feed = dummy_inputs(spec)
+    rounded, exact_results = (openvino.Core().read_model(path) for _ in range(2))
+    layers = part(calibrated, "unet")
+    kinds = {layer["name"]: layer["op"] for layer in layers.layers}
+    assert keep_results(exact_results) == sum(kinds[name] == "Conv" for name in layers.chosen) > 3
+    assert keep_results(exact_results) == 0
+    expected = onnxruntime.InferenceSession(str(calibrated.graph("unet", "fp32"))).run(None, feed)[0]
+    decibels = []
+    for model in (rounded, exact_results):
+        model.reshape({tensor: list(array.shape) for tensor, array in feed.items()})
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        executed = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
+        matrix = [facts for facts in executed if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul")]
+        assert sum(facts["runtimePrecision"].get() in ("i8", "u8") for facts in matrix) == len(layers.chosen)
+        decibels.append(exact(next(iter(compiled(feed).values())), expected))
+    assert decibels[1] > decibels[0] + 0.5
+    used = next(iter(OpenVinoBackend(path, spec).run(feed).values()))
+    assert exact(used, expected) == pytest.approx(decibels[1], abs=0.2)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
