@@ -57,7 +57,7 @@ def test_the_models_tell_the_settings_of_the_loaded_precision(served: Served) ->
 def test_a_stream_tells_the_setting_with_the_image(client: openai.OpenAI) -> None:
     body = {"budget": 15, "progress": True}
     events = [one.model_dump() for one in client.images.generate(prompt="a circle", stream=True, extra_body=body)]
-    assert [one["type"] for one in events] == ["progress"] * 4 + ["image_generation.completed"]
+    assert [one["type"] for one in events] == ["progress"] * 5 + ["image_generation.completed"]
     assert events[-1]["setting"] == FAR.facts()
 
 

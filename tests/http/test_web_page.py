@@ -111,7 +111,7 @@ def test_a_budget_where_settings_were_measured(tab: Tab) -> None:
     expect(tab.page.locator("#steps")).to_be_disabled()
     tab.page.click("#generate")
     tab.status("Done.")
-    expect(tab.page.locator("#gallery p")).to_contain_text("3 steps")
+    expect(tab.page.locator("#gallery p")).to_contain_text("4 steps")
     tab.page.fill("#budget", "")
     expect(tab.page.locator("#steps")).to_be_enabled()
 
