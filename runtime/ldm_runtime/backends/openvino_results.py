@@ -1,8 +1,8 @@
 """Removes the int8 pairs behind convolutions, which only ONNX Runtime needs.
 
 An int8 graph rounds the result of each quantized convolution to int8 and scales its channels back, because ONNX Runtime
-computes the convolution in float otherwise (``ldm_calibration.qdq``, rule 4). OpenVINO computes it in int8 anyway and can
-pass the exact sums on.
+computes the convolution in float otherwise (``ldm_calibration.qdq``, rule 4). OpenVINO computes it in int8 anyway and
+can pass the exact sums on.
 """
 
 from __future__ import annotations
