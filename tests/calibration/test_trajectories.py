@@ -41,7 +41,8 @@ def test_feeds_are_what_each_component_got(text: CalibrationModel, tmp_path: Pat
     assert feeds_of(recorded, "decoder", 3) == list(decoder)
     assert recorded.held_out == {"unet": 5, "decoder": 1, "text_encoder": 0}  # its prompt is among the observed ones
     observed, held_out = split_feeds(recorded, "unet", 3)
-    assert [len(feed["sample"]) for feed in observed] == [8] * 3 and [len(feed["sample"]) for feed in held_out] == [2] * 3
+    assert [len(feed["sample"]) for feed in observed] == [8] * 3
+    assert [len(feed["sample"]) for feed in held_out] == [2] * 3
     assert split_feeds(recorded, "text_encoder", 3) == (list(encoder), list(encoder)[::4])
 
 
@@ -49,7 +50,8 @@ def test_saved_and_read_again_they_are_the_same(text: CalibrationModel, tmp_path
     recorded = run_trajectories(text, SETTINGS, QUANTIZE)
     recorded.save(tmp_path / "calibration.trajectories")
     again = Trajectories.load(tmp_path / "calibration.trajectories")
-    assert again.sources == recorded.sources and again.held_out == recorded.held_out and list(again.feeds) == list(recorded.feeds)
+    assert (again.sources, again.held_out) == (recorded.sources, recorded.held_out)
+    assert list(again.feeds) == list(recorded.feeds)
     assert np.array_equal(again.largest, recorded.largest) and np.array_equal(again.timesteps, recorded.timesteps)
     for name, feeds in recorded.feeds.items():
         for one, other in zip(feeds, again.feeds[name], strict=True):

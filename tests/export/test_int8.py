@@ -84,7 +84,9 @@ def test_the_openvino_backend_keeps_results_exact_and_convolutions_in_int8(calib
         model.reshape({tensor: list(array.shape) for tensor, array in feed.items()})
         compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         executed = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
-        matrix = [facts for facts in executed if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul")]
+        matrix = [
+            facts for facts in executed if facts["layerType"].get() in ("Convolution", "FullyConnected", "MatMul")
+        ]
         assert sum(facts["runtimePrecision"].get() in ("i8", "u8") for facts in matrix) == len(layers.chosen)
         decibels.append(exact(next(iter(compiled(feed).values())), expected))
     assert decibels[1] > decibels[0] + 0.5
