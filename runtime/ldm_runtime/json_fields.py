@@ -31,7 +31,7 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     """
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         value = json.loads(read_regular(path, limit, ManifestError), parse_constant=refuse)

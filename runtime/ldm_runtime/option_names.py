@@ -46,4 +46,4 @@ def check_names(options: Mapping[str, Any]) -> None:
             raise SpecError(f"{name}: is an option of diffusers' pipelines; {OF_DIFFUSERS[name]}")
         close = get_close_matches(name, _NAMES, 1)
         hint = f"did you mean {close[0]}?" if close else "see ldm_runtime.Request for the options"
-        raise SpecError(f"{name[:60]}: is no option of a generation; {hint}")
+        raise SpecError(f"{name[:60]}: is not an option of a generation; {hint}")

@@ -33,7 +33,7 @@ def read_regular(path: Path, limit: int, error: Callable[[str], LdmError]) -> by
         with os.fdopen(descriptor, "rb") as file:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                raise error(f"{path}: is no regular file; give a file")
+                raise error(f"{path}: is not a regular file; give a file")
             if facts.st_size > limit:
                 raise error(f"{path}: {facts.st_size} bytes, expected at most {limit}; give another file")
             return file.read(facts.st_size)

@@ -234,7 +234,7 @@ def test_a_folder_that_is_no_bundle_is_refused_and_left_alone(configs: Path, tmp
     for name in files:
         write_json(target / name, {"manifest_version": 3, "name": "somebody's browser extension"})
     before = stamps(tmp_path)
-    with pytest.raises(BuildError, match=r"mine: exists and is no bundle; .*nothing was changed"):
+    with pytest.raises(BuildError, match=r"mine: exists and is not a bundle; .*nothing was changed"):
         build(open_checkpoint(configs, random_weights=True), target)
     assert stamps(tmp_path) == before
 
@@ -242,7 +242,7 @@ def test_a_folder_that_is_no_bundle_is_refused_and_left_alone(configs: Path, tmp
 def test_places_that_cannot_be_built_in_are_refused(configs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file", tmp_path / "file" / "bundle"):
-        with pytest.raises(BuildError, match=r"file.*(is no bundle|cannot be written).*choose another -o"):
+        with pytest.raises(BuildError, match=r"file.*(is not a bundle|cannot be written).*choose another -o"):
             build(open_checkpoint(configs, random_weights=True), target)
     assert (tmp_path / "file").read_text() == "mine" and {path.name for path in tmp_path.iterdir()} == {"file", "small"}
 

@@ -62,7 +62,7 @@ def test_build_onto_a_folder_that_is_no_bundle(refused: Refused, tiny_checkpoint
     (tmp_path / "notes/.hidden").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("notes", "file", ".", ".."):
-        refused("build", tiny_checkpoint, "-o", target, message=": exists and is no bundle; choose another -o")
+        refused("build", tiny_checkpoint, "-o", target, message=": exists and is not a bundle; choose another -o")
 
 
 @pytest.mark.parametrize("target", ["file/bundle", "file/sub/bundle", "/proc/bundle", "x" * 300])
@@ -93,7 +93,7 @@ INVALID_REQUESTS = {
     "threads 10**12": (["--threads", str(10**12), PROMPT], "threads: got 1000000000000"),
     "no folder": (
         ["-o", "file/out.png", PROMPT],
-        "file/out.png: cannot be written (file is no folder); choose",
+        "file/out.png: cannot be written (file is not a folder); choose",
     ),
     "a folder": (["-o", "folder", PROMPT], "folder: is a folder, expected the name of a file; choose another name"),
     "no name": (["-o", ".", PROMPT], ".: is a folder"),
@@ -122,7 +122,7 @@ VERIFIED = {
     "no text": (["--prompts", "binary"], "binary: cannot be read as a text file of prompts"),
     "no prompts": (["--prompts", "blank"], "blank: got no prompts, expected one a line"),
     "too long": (["--prompts", "long"], "prompt 0: got 100000 characters"),
-    "report": ([], "report is no folder); free some disk space or verify a copy"),
+    "report": ([], "report is not a folder); free some disk space or verify a copy"),
 }
 
 

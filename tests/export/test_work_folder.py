@@ -60,7 +60,7 @@ def test_a_lock_that_is_no_regular_file_is_refused(target: Path, work: Path, kin
     else:
         lock.mkdir()
     with (
-        pytest.raises(BuildError, match=r"\.b\.part/lock: is no regular file, .*; remove .*\.b\.part"),
+        pytest.raises(BuildError, match=r"\.b\.part/lock: is not a regular file, .*; remove .*\.b\.part"),
         work_folder(target),
     ):
         pass
@@ -70,7 +70,10 @@ def test_a_lock_that_is_no_regular_file_is_refused(target: Path, work: Path, kin
 def test_a_link_in_its_place_is_refused(target: Path) -> None:
     (target.parent / "elsewhere").mkdir()
     target.with_name(".b.part").symlink_to("elsewhere")
-    with pytest.raises(BuildError, match=r"\.b\.part: is no folder of this user, .*; remove it"), work_folder(target):
+    with (
+        pytest.raises(BuildError, match=r"\.b\.part: is not a folder of this user, .*; remove it"),
+        work_folder(target),
+    ):
         pass
     assert contents(target.parent / "elsewhere") == {}
 
@@ -79,7 +82,7 @@ def test_a_folder_of_another_user_is_refused(target: Path, work: Path) -> None:
     if os.geteuid():
         pytest.skip("only root may give a folder away")
     os.chown(work, 65534, -1)
-    with pytest.raises(BuildError, match="is no folder of this user"), work_folder(target):
+    with pytest.raises(BuildError, match="is not a folder of this user"), work_folder(target):
         pass
 
 

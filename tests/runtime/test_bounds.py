@@ -23,9 +23,9 @@ def sparse(path: Path) -> None:
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
-    "endless": (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+    "endless": (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
     "sparse": (sparse, "60000000000 bytes, expected at most 1000"),
-    "a pipe": (os.mkfifo, "is no regular file"),
+    "a pipe": (os.mkfifo, "is not a regular file"),
     "a folder": (Path.mkdir, "Is a directory"),
     "missing": (lambda path: None, "No such file"),
     "a link to itself": (lambda path: path.symlink_to(path), "symbolic links"),

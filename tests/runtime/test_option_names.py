@@ -20,8 +20,8 @@ def test_options_of_diffusers_are_translated() -> None:
     for name, message in (
         ("generator", "generator: is an option of diffusers' pipelines; use seed=42"),
         ("num_images_per_prompt", "use images_per_prompt"),
-        ("guidance", r"guidance: is no option of a generation; did you mean guidance_\w+\?"),
-        ("xyz", "xyz: is no option of a generation; see ldm_runtime.Request"),
+        ("guidance", r"guidance: is not an option of a generation; did you mean guidance_\w+\?"),
+        ("xyz", "xyz: is not an option of a generation; see ldm_runtime.Request"),
     ):
         with pytest.raises(SpecError, match=message):
             check_names({"seed": 1, name: 0})

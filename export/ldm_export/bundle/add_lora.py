@@ -34,7 +34,7 @@ def change_loras(folder: Path, added: Mapping[str, tuple[Adapter, str]], removed
         removed: Names of adapters to remove.
 
     Raises:
-        ManifestError: The folder is no bundle.
+        ManifestError: The folder is not a bundle.
         BuildError: An adapter to remove is not there, there are too many or too large ones, or the bundle cannot be
             written.
     """
@@ -90,11 +90,11 @@ def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing adapters meanwhile; a file system without locks is used without one."""
+    """Keep other processes from changing adapters meanwhile; on a file system without locks, nothing is locked."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        yield  # no bundle, which its reader reports
+        yield  # not a bundle: its reader reports that
         return
     try:
         with suppress(OSError):

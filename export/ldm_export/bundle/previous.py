@@ -24,7 +24,7 @@ def previous_bundle(target: Path) -> Bundle | None:
     if not target.exists():
         return None
     if not target.is_dir() or (any(target.iterdir()) and not _has_manifest(target)):
-        raise BuildError(f"{target}: exists and is no bundle; choose another -o or remove it, nothing was changed")
+        raise BuildError(f"{target}: exists and is not a bundle; choose another -o or remove it, nothing was changed")
     try:
         return Bundle.open(target)
     except ManifestError:

@@ -67,7 +67,7 @@ def _create(work: Path) -> None:
     except FileExistsError:
         facts = work.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise BuildError(f"{work}: is no folder of this user, as an unfinished build leaves it; remove it")
+        raise BuildError(f"{work}: is not a folder of this user, as an unfinished build leaves it; remove it")
     work.chmod(0o700)
 
 
@@ -83,7 +83,7 @@ def _open_lock(work: Path) -> IO[bytes]:
     if descriptor < 0 or not stat.S_ISREG(os.fstat(descriptor).st_mode):
         if descriptor >= 0:
             os.close(descriptor)
-        raise BuildError(f"{work / LOCK}: is no regular file, as an unfinished build leaves it; remove {work}")
+        raise BuildError(f"{work / LOCK}: is not a regular file, as an unfinished build leaves it; remove {work}")
     return os.fdopen(descriptor, "r+b")
 
 

@@ -200,7 +200,7 @@ def _categories(file: Path, layout: CheckpointLayout, categories: Path | None) -
     if categories is None:
         return {}
     if "categories" not in layout.files:
-        raise CheckpointError(f"categories: got {categories}, but {file} is no model of layouts; leave it out")
+        raise CheckpointError(f"categories: got {categories}, but {file} is not a layout-to-image model; leave it out")
     read_categories(categories, CheckpointError)
     return {"categories": categories}
 
@@ -208,7 +208,9 @@ def _categories(file: Path, layout: CheckpointLayout, categories: Path | None) -
 def _tokenizer(file: Path, layout: CheckpointLayout, tokenizer: Path | None) -> dict[str, Path]:
     if "tokenizer" not in layout.files:
         if tokenizer is not None:
-            raise CheckpointError(f"tokenizer: got {tokenizer}, but {file} is no model of texts; leave it out")
+            raise CheckpointError(
+                f"tokenizer: got {tokenizer}, but {file} is not a model with text conditioning; leave it out"
+            )
         return {}
     entry = layout.files["tokenizer"]
     if tokenizer is None:

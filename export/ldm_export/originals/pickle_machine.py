@@ -169,7 +169,7 @@ class PickleMachine:
     def _stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("a global whose name is no text")
+            raise ValueError("a global whose name is not text")
         self.stack.append(Global(f"{module}.{name}"))
 
     def _ext1(self, argument: int) -> None:

@@ -126,4 +126,4 @@ def _check(output: Path) -> None:
     destination(output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BuildError(f"{output}: cannot be written ({folder} is no folder, or not writable); choose another -o")
+        raise BuildError(f"{output}: cannot be written ({folder} is not a folder or not writable); choose another -o")

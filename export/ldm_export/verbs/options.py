@@ -117,7 +117,7 @@ def chosen_prompts(file: Path | None, model: Model) -> Sequence[str] | None:
 
 def unwritten(path: Path, error: OSError, advice: str) -> BuildError:
     """Return the error for a result that cannot be written."""
-    what = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+    what = f"{error.filename} is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
     return BuildError(f"{path}: cannot be written ({what}); {advice}")
 
 

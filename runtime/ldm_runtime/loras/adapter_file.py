@@ -75,7 +75,7 @@ def read_adapter(name: str, file: VerifiedFile) -> LoraAdapter:
     """Map the factors of an adapter; values are read when they are used.
 
     Raises:
-        ManifestError: The file is no adapter as ``ldm-export add-lora`` writes it.
+        ManifestError: The file is not an adapter as ``ldm-export add-lora`` writes it.
     """
     try:
         tensors = _tensors(file.path)
@@ -86,7 +86,7 @@ def read_adapter(name: str, file: VerifiedFile) -> LoraAdapter:
     for key, array in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ManifestError(f"{file.path}: tensor {key!r:.120} is no factor of LoRA; add the adapter again")
+            raise ManifestError(f"{file.path}: tensor {key!r:.120} is not a LoRA factor; add the adapter again")
         sides.setdefault((match[1], match[2]), {})[match[3]] = array
     return LoraAdapter(name, {layer: _pair(file.path, layer, pair) for layer, pair in sides.items()}, file)
 

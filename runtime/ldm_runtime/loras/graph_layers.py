@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph and the places of their weights, without the package onnx.
+"""Find the layers of an ONNX graph and where their weights are stored, without the package onnx.
 
 The exporter names nodes after modules, e.g. ``unet.mid_block.attentions.0.proj_in/Conv``; the passes of engines keep
 the beginning. A layer is a node that multiplies by a constant matrix or kernel. The graph is untrusted and is read as
@@ -33,7 +33,7 @@ _LAYOUTS = {"MatMul": _MATRIX, "Gemm": _MATRIX, "Conv": _KERNEL, "NhwcConv": _LA
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A constant of a graph and the place of its values.
+    """A constant of a graph, and where its values are.
 
     Attributes:
         name: Name of the initializer.
@@ -91,7 +91,7 @@ class GraphLayer:
         return (shape[0], shape[3], shape[1], shape[2]) if self.layout == _LAST else shape
 
     def stored(self, weight: NDArray[np.floating]) -> NDArray[np.floating]:
-        """A weight of ``shape``, or with a 1 × 1 kernel of one of the same size, as the graph stores it."""
+        """Convert a weight of this shape, or of the same size with a 1 × 1 kernel, to the graph's layout."""
         weight = weight.reshape(self.shape)
         if self.layout == _MATRIX:
             return weight.T
@@ -115,7 +115,7 @@ def graph_layers(graph: Path) -> list[GraphLayer]:
         graph: An ONNX file; its external weights lie beside it.
 
     Raises:
-        ManifestError: The file is no ONNX graph.
+        ManifestError: The file is not an ONNX graph.
         OSError: It cannot be read.
     """
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -168,7 +168,7 @@ def _node(content: mmap.mmap, start: int, end: int) -> _Node:
 
 
 def _weight(content: mmap.mmap, start: int, end: int, graph: Path) -> StoredWeight | None:
-    """A tensor with values in one piece; None if it has none, or is no weight of two or four dimensions."""
+    """A weight whose values are in one piece; None if they are not, or if it does not have two or four dimensions."""
     name, dtype, shape, raw, external = "", "", list[int](), None, dict[str, str]()
     for number, first, last in fields(content, start, end):
         if number == _DIMS:

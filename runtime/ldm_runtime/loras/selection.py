@@ -24,7 +24,7 @@ def selection(given: Any, known: Sequence[str]) -> Selection:
         known: Names of the bundle's adapters.
 
     Raises:
-        SpecError: It is no such mapping, an adapter is not known, or a weight is out of range.
+        SpecError: It is not a mapping of names to numbers, an adapter is not known, or a weight is out of range.
     """
     if given is None:
         return ()

@@ -101,7 +101,7 @@ class LoraSets(Generic[_T]):
         """The components that adapters change, which are loaded on first use.
 
         Raises:
-            SpecError: They change none.
+            SpecError: They change no component.
         """
         changed = {}
         for component in self._opened.backends:
