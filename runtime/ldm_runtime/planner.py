@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ldm_runtime.conditioning import KINDS_FIELDS, Conditioner, StartImageConditioner, TextConditioner
-from ldm_runtime.conditioning.start_image import skipped_steps
+from ldm_runtime.conditioning.strength import skipped_steps
 from ldm_runtime.errors import SpecError
 from ldm_runtime.family_schedulers import check_family_scheduler
 from ldm_runtime.feature_cache import shallow_calls

@@ -20,7 +20,8 @@ from ldm_runtime.conditioning import (
     SegmentationConditioner,
 )
 from ldm_runtime.conditioning.layout_tokens import LayoutVocabulary
-from ldm_runtime.errors import SpecError
+from ldm_runtime.conditioning.strength import STRENGTHS, default_strengths, strength_settings
+from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec, Latents, ModelDescription
 from ldm_runtime.request import Request
 from ldm_runtime.required_memory import report_memory, required_bytes
@@ -254,3 +255,11 @@ def test_the_memory_of_larger_images_is_reported(caplog: pytest.LogCaptureFixtur
         report_memory(model, (1, 3, 1024, 1024), 64**2)
     assert "memory: about 1.0 GB beside the weights, as the image is larger than the model's own" in caplog.text
     assert required_bytes(replace(model, conditioning=()), (1, 3, 64, 64)) is None
+
+
+def test_default_strengths() -> None:
+    assert default_strengths({}) == STRENGTHS == (0.8, 1.0)
+    assert default_strengths(strength_settings(image=0.3, mask=0.9999)) == (0.3, 0.9999)
+    for strength in (0, 10_001):
+        with pytest.raises(ManifestError, match=f"mask_strength: got {strength}, expected 1 to 10000; rebuild"):
+            default_strengths({"mask_strength": strength})

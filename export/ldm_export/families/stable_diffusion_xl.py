@@ -54,7 +54,7 @@ from ldm_export.graph.xl_wrappers import SecondXLTextEncoder, XLTextEncoder, xl_
 from ldm_export.requests import RequestFields, text_requests
 from ldm_runtime.bundle_layout import TOKENIZER, TOKENIZER_2
 from ldm_runtime.conditioning.micro_conditioning import MICRO_FIELDS
-from ldm_runtime.conditioning.start_image import strength_settings
+from ldm_runtime.conditioning.strength import strength_settings
 from ldm_runtime.conditioning.text import ZEROS
 from ldm_runtime.conditioning.text_encoder import SKIPPED
 from ldm_runtime.errors import CheckpointError

@@ -7,7 +7,6 @@ StableDiffusionInpaintPipeline.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
 from ldm_runtime.conditioning.masks import binary_mask, check_mask, example_mask
 from ldm_runtime.conditioning.pictures import Box, crop_box, pasted, pictures_of, resized, sides_of
+from ldm_runtime.conditioning.strength import STRENGTHS, default_strengths
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.noise_stream import NoiseStream
@@ -28,15 +28,9 @@ from ldm_runtime.request import Plan, Request
 from ldm_runtime.specs import Axis
 from ldm_runtime.start import Kept, Start, StartImage
 
-__all__ = ["IMAGE_STRENGTH", "MASK_STRENGTH", "StartImageConditioner", "skipped_steps", "strength_settings"]
+__all__ = ["StartImageConditioner"]
 
 F32 = NDArray[np.float32]
-IMAGE_STRENGTH, MASK_STRENGTH = "image_strength", "mask_strength"
-"""Settings of a manifest: default strength without and with a mask, in ten-thousandths."""
-_WHOLE = 10_000
-_STRENGTHS = {IMAGE_STRENGTH: 8_000, MASK_STRENGTH: _WHOLE}
-"""Where a manifest has none: those of diffusers' pipelines of Stable Diffusion."""
-
 MAX_PADDING = 2**16
 
 
@@ -48,13 +42,13 @@ class StartImageConditioner:
             ``deviation`` float32 [N, C, h, w] of the latents.
         output: Input of an inpainting UNet for the mask and the latents of the image without its masked part, float32
             [N, 1 + C, h, w]. None if the UNet has no such input; the unmasked part is then restored after each step.
-        strengths: Default strength by name of the setting, in ten-thousandths.
+        strengths: Default strength without and with a mask.
     """
 
     kind: ClassVar[str] = "start_image"
     fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength", "padding_mask_crop"})
 
-    def __init__(self, backend: Backend, output: str | None = None, strengths: Mapping[str, int] = _STRENGTHS):
+    def __init__(self, backend: Backend, output: str | None = None, strengths: tuple[float, float] = STRENGTHS):
         self._backend, self._output, self._strengths = backend, output, strengths
         self._tensor = backend.inputs[0]
 
@@ -67,10 +61,7 @@ class StartImageConditioner:
         Raises:
             ManifestError: The encoder is missing or of another form, or a default strength is no share.
         """
-        strengths = {name: spec.settings.get(name, usual) for name, usual in _STRENGTHS.items()}
-        for name, strength in strengths.items():
-            if not 1 <= strength <= _WHOLE:
-                raise ManifestError(f"conditioning: {name}: got {strength}, expected 1 to {_WHOLE}; rebuild the bundle")
+        strengths = default_strengths(spec.settings)
         if spec.component not in backends or len(spec.inputs) > 1:
             raise ManifestError(f"conditioning: start_image: got {spec}, expected an encoder; rebuild the bundle")
         backend = backends[spec.component]
@@ -154,7 +145,8 @@ class StartImageConditioner:
         """
         if request.image is None:
             return None
-        strength = self._strengths[IMAGE_STRENGTH if request.mask is None else MASK_STRENGTH] / _WHOLE
+        image_strength, mask_strength = self._strengths
+        strength = image_strength if request.mask is None else mask_strength
         if request.strength is not None:
             strength = number("strength", request.strength, 0.0, 1.0)
         box = self._box(request, sides)
@@ -242,31 +234,6 @@ class StartImageConditioner:
     def close(self) -> None:
         """Free the encoder."""
         self._backend.close()
-
-
-def strength_settings(image: float, mask: float) -> dict[str, int]:
-    """Settings of a manifest for default strengths without and with a mask, above 0 and at most 1."""
-    return {IMAGE_STRENGTH: round(image * _WHOLE), MASK_STRENGTH: round(mask * _WHOLE)}
-
-
-def skipped_steps(strength: float, steps: int) -> int:
-    """Number of steps to skip at the start, as in diffusers.
-
-    Args:
-        strength: Share of the steps that run.
-        steps: Number of all steps.
-
-    Raises:
-        SpecError: No step would run.
-    """
-    left = min(int(steps * strength), steps)
-    if left < 1:
-        least = math.ceil(1e4 / steps) / 1e4
-        raise SpecError(
-            f"strength: got {strength:g} with {steps} steps, which leaves none, expected at least {least:g}; "
-            "take a higher strength or more steps"
-        )
-    return steps - left
 
 
 def _tiled(array: F32, count: int) -> F32:
