@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +96,17 @@ def test_a_cancelled_request_stops_soon(triton_server: TritonServer, grpc: Grpc)
     after = triton_server.figures()
     assert after["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
     assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+
+
+def test_requests_that_are_cancelled_while_they_arrive(triton_server: TritonServer, grpc: Grpc) -> None:
+    before = triton_server.figures()
+    for index in range(8):
+        pending = grpc.ask(LONG)
+        time.sleep(0.004 * index)
+        pending.call.cancel()
+    grpc.ask({"PROMPT": PROMPT, "STEPS": 2}).result()
+    assert wait_until(lambda: triton_server.figures()["ldm_running_requests"] == 0)
+    assert triton_server.figures()["ldm_unet_calls_total"] - before["ldm_unet_calls_total"] < 900
 
 
 def test_a_stream_that_is_closed_stops_soon(triton_server: TritonServer, grpc: Grpc) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ldm_runtime.batching.job import Job, JobResult, Progress
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
-from ldm_runtime.errors import LdmError, QueueFullError
+from ldm_runtime.errors import LdmError, QueueFullError, SpecError
 from ldm_runtime.model import DENOISERS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
@@ -78,8 +78,10 @@ class DecoupledModel:
     def _accept(self, request: OpenRequest) -> None:
         options = parse_parameters(request.parameters)
         if CANCEL in options:
-            if job := self._jobs.get(str(options[CANCEL])):
-                job.cancel()
+            job = self._jobs.get(str(options[CANCEL]))
+            if job is None:
+                raise SpecError("cancel: no such request; it has not arrived yet, or it is finished")
+            job.cancel()
             return request.send({}, last=True)
         if CHECK in options:
             if not self._scheduler.ready:

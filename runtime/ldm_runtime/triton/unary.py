@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ __all__ = ["UnaryModel"]
 MODEL = "ldm_stream"
 SPARE = 16
 """Number of requests forwarded beyond those that `ldm_stream` accepts, so that it refuses them with its own message."""
+CANCEL_SECONDS = 0.05
+"""Seconds between two attempts to cancel a request."""
 
 
 class UnaryModel:
@@ -55,7 +58,7 @@ class UnaryModel:
                 request.fail(QueueFullError(f"queue: full, {waiting}; try again later"))
                 continue
             name = str(uuid.uuid4())
-            request.cancel = partial(self._cancelling.submit, self._cancel, name, request.inputs)
+            request.cancel = partial(self._cancelling.submit, self._cancel, request, name)
             self._forwarding.submit(self._forward, request, name)
             self._open.add(request)
 
@@ -73,8 +76,14 @@ class UnaryModel:
             self._files.remove(name)
             self._free.release()
 
-    def _cancel(self, name: str, inputs: Tensors) -> None:
-        self._call(inputs, {CANCEL: name}, {"SEED_USED"})
+    def _cancel(self, request: OpenRequest, name: str) -> None:
+        """Cancel a forwarded request, which may not have arrived yet: try until it has arrived or is finished."""
+        while not request.finished:
+            try:
+                self._call(request.inputs, {CANCEL: name}, {"SEED_USED"})
+                return
+            except AnsweredError:
+                time.sleep(CANCEL_SECONDS)
 
     def _call(self, inputs: Tensors, options: dict[str, Any], requested: set[str]) -> Tensors:
         request = self.pb.InferenceRequest(
