@@ -74,11 +74,9 @@ def one_process(shared: SharedFolders, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def root_logger() -> Iterator[None]:
-    """Restore the level of the root logger, which the command line sets for its process."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
+def root_logger() -> None:
+    """Give the root logger its default level, which the command line changes for its process, in fixtures too."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

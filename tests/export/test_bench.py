@@ -106,7 +106,10 @@ REFUSED = {
     "min-psnr": (["bundle", "--min-psnr", "35"], "--min-psnr: got it without --quality; add --quality"),
     "no steps of quality": (["bundle", "--quality", "--steps", "4", "0"], "steps: got 0, expected a whole number from"),
     "no budget": (["bundle", "--quality", "--min-psnr", "nan"], "min-psnr: got nan, expected a finite number"),
-    "too many settings": (["bundle", "--quality", "--steps", *map(str, range(1, 20))], "got 160 settings, expected at"),
+    "too many settings": (
+        ["bundle", "--quality", "--precision", "fp32", "--steps", *map(str, range(1, 20))],
+        "got 160 settings, expected at",
+    ),
     "no chart": (["bundle", "-o", "bench.png"], "bench.png: expected the name of a file that ends in .svg"),
     "no place": (["bundle", "-o", "no/bundle.svg", "--batch", "1", *FAST], "no/bundle.svg: cannot be written"),
 }

@@ -50,4 +50,5 @@ def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "examples:" in out and "ldm-export serve bundle" in out
     for verb in VERBS:
-        assert re.search(rf"^    {verb.__name__.rpartition('.')[2]}\b", out, re.MULTILINE)
+        name = verb.__name__.rpartition(".")[2].replace("_", "-")
+        assert re.search(rf"^    {name}\b", out, re.MULTILINE)

@@ -112,7 +112,8 @@ def test_any_facts_read_back_equal(tmp_path_factory, facts, tools, bounds, scale
     other = ComponentSpec("other", (TensorSpec("x", "int32", (axis, 7)),), (TensorSpec("", "int64", (axis * scale,)),))
     components = {**MANIFEST.components, "other": Component(other, {})}
     manifest = replace(MANIFEST, components=components, request=facts, measured=facts, scheduler=facts, tools=tools)
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.getbasetemp() / "any-facts"
+    folder.mkdir(exist_ok=True)
     assert read_manifest(write(folder, manifest.to_json())) == manifest
     assert read_manifest(folder).to_json() == manifest.to_json()
 
