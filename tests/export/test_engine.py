@@ -88,7 +88,7 @@ def test_every_attention_is_looked_for_in_the_program(
 def test_every_convolution_of_the_graph_stands_in_the_program(shapes_engines: Bundle) -> None:
     import onnx
 
-    graph = onnx.load(str(shapes_engines.graph("unet", "fp16"))).graph
+    graph = onnx.load(str(shapes_engines.graph("unet", "fp16")), load_external_data=False).graph
     (engine,) = shapes_engines.manifest.components["unet"].engines
     content = shapes_engines.file(engine.file).read_bytes()
     names = [node.name for node in graph.node if node.op_type == "Conv"]
@@ -134,7 +134,9 @@ def test_declared_islands_are_no_failure(shapes_engines: Bundle, tmp_path: Path)
     graph = shapes_engines.graph("text_encoder", "fp32")
     spec, file = shapes_engines.manifest.components["text_encoder"].spec, tmp_path / "fp32.engine"
     build_engine(EngineJob(graph, spec, "fp32", EngineRequest("tensorrt-rtx", ("8.9",)), file))
-    islands = {node.name for node in onnx.load(str(graph)).graph.node if node.op_type == "MatMul"}
+    islands = {
+        node.name for node in onnx.load(str(graph), load_external_data=False).graph.node if node.op_type == "MatMul"
+    }
     assert prove(file, "fp16", islands).beyond == ()
     with pytest.raises(BuildError, match="expected fp16"):
         prove(file, "fp16", sorted(islands)[1:])

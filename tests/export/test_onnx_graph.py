@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -33,8 +34,10 @@ every_component = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
-def paths(tiny_bundle: Path) -> dict[str, Path]:
-    return {name: tiny_bundle / name / "fp32.onnx" for name in NAMES}
+def paths(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Graphs of a copy: onnx refuses weights with several hard links, and Triton repositories link weights."""
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("graphs") / "bundle")
+    return {name: folder / name / "fp32.onnx" for name in NAMES}
 
 
 @pytest.fixture(scope="module")
