@@ -17,7 +17,7 @@ from ldm_runtime.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "safetensors")
-VERBS = [module.__name__.rpartition(".")[2].replace("_", "-") for module in cli.VERBS]
+VERBS = [cli.verb_name(module) for module in cli.VERBS]
 PROMPT = "a large red circle in the center on a white background"
 
 IMPORT_ALL = f"""

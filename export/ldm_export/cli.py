@@ -30,7 +30,7 @@ from ldm_export.verbs import (
 )
 from ldm_runtime.errors import LdmError, interrupted
 
-__all__ = ["VERBS", "main", "make_parser"]
+__all__ = ["VERBS", "main", "make_parser", "verb_name"]
 
 VERBS = (build, convert, calibrate, add_lora, generate, verify, report, inspect, bench, serve, triton, client, doctor)
 """One module for each verb: its name, its help text (first docstring line), ``add_arguments`` and ``run``."""
@@ -129,8 +129,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def verb_name(module: ModuleType) -> str:
+    """The name on the command line of a module of ``VERBS``, e.g. "add-lora"."""
+    return module.__name__.rpartition(".")[2].replace("_", "-")
+
+
 def _add(verbs: argparse._SubParsersAction, module: ModuleType) -> None:  # type: ignore[type-arg]
-    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    name = verb_name(module)
     text = (module.__doc__ or "").partition(": ")[2].rstrip(".\n")
     verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     verb.set_defaults(command=module.run)

@@ -86,7 +86,7 @@ class QualityResult:
 
     def as_correct(self, share: float | None) -> bool:
         """True if at least this share of the images is correct; False without a grader."""
-        return None not in (self.correct, share) and (self.correct or 0.0) >= (share or 0.0)
+        return self.correct is not None and share is not None and self.correct >= share
 
     @property
     def worst(self) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm_export.bench.figures import machine
-from ldm_export.cli import VERBS, main
+from ldm_export.cli import VERBS, main, verb_name
 from ldm_runtime.installation import install_command
 from tests.support.small_bundle import write_small_bundle
 
@@ -50,5 +50,4 @@ def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "examples:" in out and "ldm-export serve bundle" in out
     for verb in VERBS:
-        name = verb.__name__.rpartition(".")[2].replace("_", "-")
-        assert re.search(rf"^    {name}\b", out, re.MULTILINE)
+        assert re.search(rf"^    {verb_name(verb)}\b", out, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import nn
 
 from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.families import family_named
+from ldm_export.families import family_named, open_checkpoint
 from ldm_export.families.description import described
 from ldm_runtime.backends import Feed, SpecBackend
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 from ldm_runtime.specs import ComponentSpec
 
-__all__ = ["torch_pipeline"]
+__all__ = ["torch_pipeline", "torch_pipelines"]
 
 
 class TorchBackend(SpecBackend):
@@ -51,3 +52,10 @@ def torch_pipeline(checkpoint: Checkpoint, folder: Path) -> LatentDiffusionPipel
         if name in model.components
     }
     return LatentDiffusionPipeline(model, backends, lambda name: folder / name)
+
+
+def torch_pipelines(checkpoints: Mapping[int, Path], folder: Path) -> dict[int, LatentDiffusionPipeline]:
+    """The pipelines of several checkpoints, by the same keys."""
+    return {
+        key: torch_pipeline(open_checkpoint(checkpoint), folder / str(key)) for key, checkpoint in checkpoints.items()
+    }

@@ -62,7 +62,8 @@ def adapter_of(bundle: Bundle, file: Path) -> Adapter:
         own = [layer for layer in layers if layer.part == part]
         if part not in parts:
             raise CheckpointError(refusal(file, own, len(layers), f"the bundle has no {part}"))
-        computed = [layer for layer in own if not _is_behind(layer.module, parts[part])]
+        last = _last_text_layer(parts[part])
+        computed = [layer for layer in own if last is None or _text_layer(layer.module) <= last]
         left_out += len(own) - len(computed)
         for key, layer in match_layers(file, computed, parts[part], _res_blocks(parts[part]), len(layers)).items():
             module = f"{part}.{key.removesuffix('.weight')}"
@@ -87,11 +88,16 @@ def _parts(bundle: Bundle) -> Mapping[str, Shapes]:
     return parts
 
 
-def _is_behind(module: str, shapes: Shapes) -> bool:
-    """True for a layer of a text encoder behind the last one that the graph computes."""
-    match = _TEXT_LAYER.match(module)
-    numbers = [int(found[1]) for key in shapes if (found := _TEXT_LAYER.match(key.removeprefix("text_model.")))]
-    return match is not None and bool(numbers) and int(match[1]) > max(numbers)
+def _text_layer(module: str) -> int:
+    """Number of the layer of a text encoder that a module belongs to; -1 outside of them."""
+    match = _TEXT_LAYER.match(module.removeprefix("text_model."))
+    return -1 if match is None else int(match[1])
+
+
+def _last_text_layer(shapes: Shapes) -> int | None:
+    """Number of the last layer of a text encoder that the graphs compute; None for another part."""
+    last = max(map(_text_layer, shapes), default=-1)
+    return None if last < 0 else last
 
 
 def _res_blocks(shapes: Shapes) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.screen import Screen
-from ldm_export.verbs.bench_split import run_split_levels
+from ldm_export.verbs.bench_split import open_pipeline, run_split_levels
 from ldm_export.verbs.options import chosen_prompts, real_number, unwritten
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
@@ -68,7 +68,6 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
     from ldm_export.demo import demo_grader
     from ldm_export.report.quality_section import QUALITY_COLUMNS, quality_rows
     from ldm_runtime.backends.selection import Wish, select_backend
-    from ldm_runtime.pipeline import LatentDiffusionPipeline
 
     if args.output is not None or len(args.backend) > 1:
         raise BuildError("--quality: got -o or several backends, expected one backend and no chart; leave them out")
@@ -82,17 +81,11 @@ def run_quality(args: argparse.Namespace, screen: Screen) -> None:
         return
     precisions = args.precision or [select_backend(bundle, args.backend[0], Wish(device=args.device)).choice.precision]
     settings = quality_settings(bundle, args.steps, precisions)
-
-    def opened(precision: str) -> LatentDiffusionPipeline:
-        return LatentDiffusionPipeline.from_bundle(
-            bundle, precision=precision, backend=args.backend[0], device=args.device, threads=args.threads
-        )
-
     with screen.bar("loading") as bar:
         record = measure_quality(
             settings,
             requests,
-            opened,
+            lambda precision: open_pipeline(args, bundle, precision),
             demo_grader(bundle),
             lambda what, done, total: bar.to(done, total, what),
         )

@@ -13,7 +13,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BuildError
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
-__all__ = ["SPLIT_COLUMNS", "run_split_levels", "split_rows"]
+__all__ = ["SPLIT_COLUMNS", "open_pipeline", "run_split_levels", "split_rows"]
 
 SPLIT_COLUMNS = ["layers", "cache\nevery", "time\n(s)", "faster", "dB\nmean", "dB\nworst", "correct"]
 
@@ -33,17 +33,12 @@ def run_split_levels(
     if args.steps is not None or args.precision not in (None, ["fp32"]):
         raise BuildError("--split-levels: got --steps or --precision; levels are compared in fp32, leave them out")
 
-    def opened(split: Bundle) -> LatentDiffusionPipeline:
-        return LatentDiffusionPipeline.from_bundle(
-            split, precision="fp32", backend=args.backend[0], device=args.device, threads=args.threads
-        )
-
     try:
         with screen.bar("loading") as bar:
             levels = measure_split_levels(
                 bundle,
                 requests,
-                opened,
+                lambda split: open_pipeline(args, split, "fp32"),
                 demo_grader(bundle),
                 lambda what, done, total: bar.to(done, total, what),
             )
@@ -60,6 +55,13 @@ def run_split_levels(
     screen.result(f"fastest with {min_psnr:g} dB in every image: {facts['layers']} layers")
     if args.save:
         screen.result(f"stored: `ldm-export build CHECKPOINT -o {args.bundle} --feature-cache auto` splits there")
+
+
+def open_pipeline(args: argparse.Namespace, bundle: Bundle, precision: str) -> LatentDiffusionPipeline:
+    """Open a bundle on the engine, device and threads of the command line."""
+    return LatentDiffusionPipeline.from_bundle(
+        bundle, precision=precision, backend=args.backend[0], device=args.device, threads=args.threads
+    )
 
 
 def split_rows(facts: Mapping[str, Any]) -> list[list[str]]:

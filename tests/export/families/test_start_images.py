@@ -31,7 +31,7 @@ from tests.support import start_images
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion import SCHEDULERS, stable_diffusion_checkpoint
 from tests.support.start_images import IMAGE, MASK, assert_same, drawing
-from tests.support.torch_pipeline import torch_pipeline
+from tests.support.torch_pipeline import torch_pipelines
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' DPM-Solver
@@ -55,11 +55,7 @@ def pipelines(
     checkpoints: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, LatentDiffusionPipeline]:
     """Channels of the UNet -> our pipeline of the checkpoint's modules."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    return {
-        channels: torch_pipeline(open_checkpoint(checkpoint), folder / str(channels))
-        for channels, checkpoint in checkpoints.items()
-    }
+    return torch_pipelines(checkpoints, tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.http.conftest import ENGINE, running
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
 from tests.support.start_images import IMAGE, MASK, assert_same, drawing, ours, theirs
-from tests.support.torch_pipeline import torch_pipeline
+from tests.support.torch_pipeline import torch_pipelines
 
 PROMPTS, NEGATIVE = ["a red circle!", "the photo, green"], ["", "a square"]
 GUIDANCE = 5.0  # StableDiffusionXLInpaintPipeline has another default than the two others
@@ -46,11 +46,7 @@ def pipelines(
     checkpoints: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, LatentDiffusionPipeline]:
     """Channels of the UNet -> our pipeline of the checkpoint's modules."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    return {
-        channels: torch_pipeline(open_checkpoint(checkpoint), folder / str(channels))
-        for channels, checkpoint in checkpoints.items()
-    }
+    return torch_pipelines(checkpoints, tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="module")
