@@ -26,7 +26,7 @@ PRECISION = "fp32"
 
 
 def layers_of(bundle: Bundle) -> int:
-    """Most layers that the shallow UNet of a bundle can have.
+    """Return the maximum number of layers of a bundle's shallow UNet.
 
     Raises:
         ManifestError: The bundle has no fp32 graph of the UNet, or it is damaged.
@@ -47,8 +47,8 @@ def split_bundle(bundle: Bundle, layers: int, folder: Path) -> Bundle:
 
     Raises:
         ManifestError: A file of the bundle is damaged.
-        BuildError: There are not so many layers.
-        OSError: The disk is full or refuses.
+        BuildError: The UNet has fewer layers that can be split off.
+        OSError: The copy cannot be written.
     """
     manifest = bundle.manifest
     graphs = {name: graph_file(name, PRECISION) for name in (UNET, SHALLOW_UNET)}

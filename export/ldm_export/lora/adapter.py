@@ -39,7 +39,7 @@ class Adapter:
     Attributes:
         content: A safetensors file as ``ldm_runtime.loras.adapter_file`` reads it.
         layers: Part -> number of its layers that change.
-        left_out: Layers of text encoders behind the last one that the bundle computes, which have no effect.
+        left_out: Number of layers after the last one that a text encoder of the bundle computes; they have no effect.
     """
 
     content: bytes

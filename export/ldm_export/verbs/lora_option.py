@@ -27,7 +27,7 @@ def lora_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The field ``loras`` of ``Request`` that the command line sets.
 
     Raises:
-        SpecError: A weight is no number, or an adapter is given twice.
+        SpecError: A weight is not a number, or an adapter is given twice.
     """
     loras: dict[str, float] = {}
     for text in args.lora:

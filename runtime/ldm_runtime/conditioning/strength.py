@@ -25,7 +25,7 @@ def default_strengths(settings: Mapping[str, int]) -> tuple[float, float]:
     """Default strength without and with a mask, from the settings of a manifest; ``STRENGTHS`` where they have none.
 
     Raises:
-        ManifestError: A setting is no share above 0.
+        ManifestError: A setting is not a share above 0.
     """
     known = {**strength_settings(*STRENGTHS), **settings}
     for name in _NAMES:
