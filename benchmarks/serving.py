@@ -34,7 +34,7 @@ from ldm_runtime.batching.job import Job
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.guidance import StepBranches
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.schedulers import DDIM
 
 ROOT = Path(__file__).parents[1]

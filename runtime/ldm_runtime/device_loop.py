@@ -16,7 +16,7 @@ from ldm_runtime.device_run import COEFFICIENTS, HISTORY, DeviceRun, LoopDevice
 from ldm_runtime.errors import DisplacedError, SpecError
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import SAMPLE
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.schedulers.scaled_rows import scale_after, scaled
 from ldm_runtime.specs import ComponentSpec
 from ldm_runtime.start import Start

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_runtime.denoiser import Denoiser
 from ldm_runtime.device import Call, Launcher, Memory, Tensor, Workspace, WorkspaceCache
 from ldm_runtime.model import NOISE_PRED, SAMPLE, SHALLOW_UNET, TIMESTEP, UNET
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.schedulers.scaled_rows import scaled_rows
 from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.specs import ComponentSpec, sizes_of

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.feature_cache import DeepFeatures
 from ldm_runtime.guidance import StepBranches, guide, rescale
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.start import Start
 
 __all__ = ["host_steps"]

@@ -32,9 +32,10 @@ from ldm_runtime.loras.selection import no_selection
 from ldm_runtime.loras.sets import LoraSets
 from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
+from ldm_runtime.plan import Plan
 from ldm_runtime.planner import Planner
 from ldm_runtime.quality import QualityRecord
-from ldm_runtime.request import Plan, Request, RequestOptions
+from ldm_runtime.request import Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.start import Start
 from ldm_runtime.verified_file import VerifiedFile

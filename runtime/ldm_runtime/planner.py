@@ -18,8 +18,9 @@ from ldm_runtime.loras.selection import Selection, no_selection
 from ldm_runtime.measured_settings import settled
 from ldm_runtime.model import SHALLOW_UNET, ModelDescription
 from ldm_runtime.number_checks import integer, number, shown
+from ldm_runtime.plan import Plan
 from ldm_runtime.quality import QualityRecord
-from ldm_runtime.request import Plan, Request, check_latents_given, seeds_of
+from ldm_runtime.request import Request, check_latents_given, seeds_of
 from ldm_runtime.required_memory import report_memory
 from ldm_runtime.schedulers import Scheduler
 from ldm_runtime.schedulers.replacement import replacement

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.json_fields import (
@@ -20,9 +20,7 @@ from ldm_runtime.json_fields import (
     require_str,
 )
 from ldm_runtime.number_checks import number
-
-if TYPE_CHECKING:
-    from ldm_runtime.request import RequestOptions
+from ldm_runtime.request import RequestOptions
 
 __all__ = ["MEASURE", "QualityRecord", "QualityResult", "QualitySetting"]
 

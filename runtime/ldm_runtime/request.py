@@ -1,8 +1,8 @@
-"""The request of a caller, and the plan that is computed from it for a model."""
+"""The request of a caller."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -10,16 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import SpecError
-from ldm_runtime.guidance import FULL_INTERVAL, StepBranches
-from ldm_runtime.loras.selection import Selection
+from ldm_runtime.guidance import FULL_INTERVAL
 from ldm_runtime.noise import TorchGenerator
-from ldm_runtime.noise_stream import NoiseStream
 from ldm_runtime.number_checks import integer
-from ldm_runtime.quality import QualityResult
-from ldm_runtime.schedulers.trajectory import Trajectory
-from ldm_runtime.start import StartImage
 
-__all__ = ["AUTO", "Plan", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
+__all__ = ["AUTO", "Request", "RequestOptions", "fresh_seed", "seeds_of"]
 
 F32 = NDArray[np.float32]
 MAX_REPEATS = 4096
@@ -181,80 +176,6 @@ class Request:
 
 def _is_default(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and not isinstance(value, np.ndarray) and value == default)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A checked request with everything that the denoising loop needs. ``LatentDiffusionPipeline.plan`` creates it.
-
-    Attributes:
-        request: The request, with height and width in pixels, guidance scale, number of chunks and the values of a
-            measured setting filled in.
-        seeds: One seed for the batch, or one per image.
-        shape: Shape of the latents: (images, channels, height, width).
-        latents: Initial noise float32 ``shape`` if the caller gave it.
-        guidance_scale: Guidance scale of the request, or the model's default.
-        branches: Guidance branches that are evaluated, in the order of their rows; the conditional branch is the last.
-        steps: The branches that each UNet call evaluates.
-        trajectory: Timesteps and coefficients.
-        guidance_rescale: As in the request; 0 without guidance.
-        start_image: Images that denoising starts from; None starts from noise.
-        shallow: For each UNet call, True if it reuses deep features of an earlier one.
-        setting: The measured setting that ``budget`` or "auto" has taken.
-        loras: Adapters that change the weights, and their weights.
-    """
-
-    request: Request
-    seeds: tuple[int, ...]
-    shape: tuple[int, int, int, int]
-    latents: F32 | None
-    guidance_scale: float
-    branches: tuple[str, ...]
-    steps: tuple[StepBranches, ...]
-    trajectory: Trajectory
-    guidance_rescale: float = 0.0
-    start_image: StartImage | None = None
-    shallow: tuple[bool, ...] = ()
-    setting: QualityResult | None = None
-    loras: Selection = ()
-
-    @property
-    def caches(self) -> bool:
-        """True if some UNet call reuses deep features."""
-        return any(self.shallow)
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return self.shape[0]
-
-    @property
-    def guided(self) -> bool:
-        """True if some step evaluates the unconditional branch too."""
-        return len(self.branches) > 1
-
-    @property
-    def puts_back(self) -> bool:
-        """True if the unmasked part of an image is restored after each step."""
-        return self.start_image is not None and self.start_image.puts_back
-
-    @property
-    def rows(self) -> int:
-        """Rows of a UNet call that evaluates all branches."""
-        return self.images * len(self.branches)
-
-    def noise(self) -> NoiseStream:
-        """Endless standard normal noise, float32 of ``shape``: for initial latents unless given, then for each step."""
-        return NoiseStream(self.seeds, self.shape)
-
-    def scaled(self, noise: F32) -> F32:
-        """Multiply noise by the scale of initial latents."""
-        sigma = self.trajectory.init_noise_sigma
-        return noise if sigma == 1 else noise * np.float32(sigma)
-
-    def start(self, noise: Iterator[F32]) -> list[F32]:
-        """Initial state of the trajectory, from the caller's latents or drawn from ``noise``."""
-        return self.trajectory.start(self.scaled(next(noise) if self.latents is None else self.latents))
 
 
 def fresh_seed() -> int:

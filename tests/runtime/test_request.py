@@ -19,7 +19,8 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.guidance import StepBranches
 from ldm_runtime.model import Latents
-from ldm_runtime.request import Plan, fresh_seed
+from ldm_runtime.plan import Plan
+from ldm_runtime.request import fresh_seed
 from ldm_runtime.specs import TensorSpec
 
 LATENTS = np.zeros((1, 4, 8, 8), np.float32)

@@ -19,7 +19,7 @@ from ldm_runtime.batching.state import BatchState
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.feature_cache import DeepFeatures
 from ldm_runtime.guidance import StepBranches, guide, rescale
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.schedulers.trajectory import padded_rows
 from ldm_runtime.start import Start
 

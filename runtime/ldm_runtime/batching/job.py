@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_runtime.errors import CancelledError, DeadlineError, LdmError
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 
 __all__ = ["Job", "JobResult", "Progress"]
 

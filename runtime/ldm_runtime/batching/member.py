@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ldm_runtime.batching.call_rows import Span
 from ldm_runtime.batching.job import Job
 from ldm_runtime.denoiser import Tensors
-from ldm_runtime.request import Plan
+from ldm_runtime.plan import Plan
 from ldm_runtime.schedulers.trajectory import Trajectory
 from ldm_runtime.start import Start
 

@@ -20,7 +20,8 @@ from ldm_runtime.batching.spans import record_spans
 from ldm_runtime.errors import BackendError, CancelledError, DeadlineError, LdmError, QueueFullError, SpecError
 from ldm_runtime.number_checks import MAX_SECONDS, as_integer, number, seconds, shown
 from ldm_runtime.pipeline import LatentDiffusionPipeline
-from ldm_runtime.request import Plan, Request
+from ldm_runtime.plan import Plan
+from ldm_runtime.request import Request
 from ldm_runtime.tracing import current_context
 
 __all__ = ["BatchScheduler"]

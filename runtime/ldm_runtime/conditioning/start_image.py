@@ -24,7 +24,8 @@ from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
 from ldm_runtime.noise_stream import NoiseStream
 from ldm_runtime.number_checks import as_integer, integer, number
-from ldm_runtime.request import Plan, Request
+from ldm_runtime.plan import Plan
+from ldm_runtime.request import Request
 from ldm_runtime.specs import Axis
 from ldm_runtime.start import Kept, Start, StartImage
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ldm_runtime.errors import SpecError
 from ldm_runtime.noise import TorchGenerator
-from ldm_runtime.request import Plan, Request
+from ldm_runtime.plan import Plan
+from ldm_runtime.request import Request
 from ldm_runtime.schedulers import SCHEDULERS, Trajectory, scheduler_from_config
 from tests.runtime.schedulers.scheduler_cases import CASES, RESAMPLED
 from tests.runtime.schedulers.scheduler_oracle import (
