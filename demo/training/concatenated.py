@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DModel, VQModel
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from run import Run
+from run import Run, Training
 
 IMAGES, AT_ONCE = 24_576, 256
 """Number of training images, and number of images that are encoded at once."""
@@ -80,11 +80,8 @@ def train(
     tensors: dict[str, torch.Tensor],
     options: dict[str, Any],
     noise_scheduler: DDIMScheduler,
+    training: Training,
     *,
-    steps: int,
-    seed: int,
-    batch: int = 16,
-    hold: float = 0.0,
     choice: Callable[[int], torch.Tensor] | None = None,
     weight: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
@@ -95,19 +92,19 @@ def train(
         tensors: "latents" float32 [N, 3, 16, 16] to denoise, and "given" float32 [N, K, 16, 16], which is concatenated.
         options: Of ``UNet2DModel``; see ``unet_options``.
         noise_scheduler: Says how noisy latents are made, and what is predicted.
-        steps, seed, hold: As in ``Run``.
-        batch: Number of images of a step.
+        training: Steps, learning rate, seed and images of a step.
         choice: Rows of the tensors, int64, from which the images of a step are drawn; all if it is None.
         weight: Weight of each latent in the loss, float32 [B, 1, 16, 16], from the given channels.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(training.seed)
     model = UNet2DModel(**options)
-    run = Run(folder, model, deepcopy(model), steps=steps, lr=1e-3, seed=seed, decay=0.998, hold=hold)
+    run = Run(folder, model, deepcopy(model), training)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
-        rng = np.random.default_rng([seed, step])
+        rng = np.random.default_rng([training.seed, step])
         rows = torch.arange(IMAGES) if choice is None else choice(step)
-        rows, timestep = rows[rng.integers(len(rows), size=batch)], torch.from_numpy(rng.integers(1000, size=batch))
+        rows = rows[rng.integers(len(rows), size=training.batch)]
+        timestep = torch.from_numpy(rng.integers(1000, size=training.batch))
         latents, given = tensors["latents"][rows], tensors["given"][rows]
         noise = torch.randn(latents.shape, generator=generator)
         noisy = noise_scheduler.add_noise(latents, noise, timestep)

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +21,29 @@ from matplotlib import pyplot as plt
 SAVE_EVERY, LOG_EVERY = 250, 25
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        steps: Number of steps.
+        seed: Of batches and noise.
+        lr: Peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
+        decay: Of the exponential moving average of the weights, for each step.
+        hold: Share of the steps, in [0, 1), after which the cosine begins.
+        batch: Number of images of a step, for trainings that do not choose it themselves.
+    """
+
+    steps: int
+    seed: int
+    lr: float = 1e-3
+    decay: float = 0.998
+    hold: float = 0.0
+    batch: int = 16
+
+
 class Run:
-    """Trains ``model`` for ``steps`` steps. A run on an existing folder resumes where the last one stopped.
+    """Trains a model. A run on an existing folder resumes where the last one stopped.
 
     The randomness of a step depends only on ``(seed, step)``, so an interrupted run has the same batches and noise as
     an uninterrupted one.
@@ -29,26 +51,14 @@ class Run:
     Args:
         folder: Folder of ``state.pt``, ``loss.json`` and, at the end, ``loss.png``.
         model: Trained in place.
-        average: Receives the exponential moving average of the weights (``decay``).
-        lr: Peak learning rate; 200 steps of linear warm-up, then a cosine to 1 % of it.
-        hold: Share of the steps, in [0, 1), after which the cosine begins.
+        average: Receives the exponential moving average of the weights.
+        training: Steps, learning rate and seed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: nn.Module,
-        average: nn.Module,
-        *,
-        steps: int,
-        lr: float,
-        seed: int,
-        decay: float,
-        hold: float = 0.0,
-    ):
+    def __init__(self, folder: Path, model: nn.Module, average: nn.Module, training: Training):
         self.folder, self.model, self.average = folder, model, average
-        self.steps, self.seed, self.decay, self.hold = steps, seed, decay, hold
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+        self.steps, self.seed, self.decay, self.hold = training.steps, training.seed, training.decay, training.hold
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.step = 0
         self.losses: list[tuple[int, float]] = []

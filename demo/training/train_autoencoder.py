@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from data import crowded_images, scene_images
-from run import Run
+from run import Run, Training
 
 CONFIG = {
     "block_out_channels": (16, 32, 64, 96),
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model = AutoencoderKL(**CONFIG)
-    run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=1.5e-3, seed=args.seed, decay=0.998)
+    run = Run(args.folder, model, deepcopy(model), Training(steps=args.steps, seed=args.seed, lr=1.5e-3))
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         images = torch.cat(

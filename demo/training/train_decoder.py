@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from data import crowded_images, scene_images
-from run import Run
+from run import Run, Training
 
 BATCH, NOISE, SQUARE_WEIGHT = 16, 0.3, 4.0
 
@@ -26,7 +26,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     autoencoder = AutoencoderKL.from_pretrained(args.autoencoder).requires_grad_(False)
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]).requires_grad_(True)
-    run = Run(args.folder, decoder, deepcopy(decoder), steps=args.steps, lr=1e-3, seed=args.seed, decay=0.998)
+    run = Run(args.folder, decoder, deepcopy(decoder), Training(steps=args.steps, seed=args.seed))
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         few, _ = scene_images(args.seed, step, BATCH * 3 // 4)

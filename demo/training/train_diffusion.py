@@ -13,7 +13,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from rich.progress import track
 
 from data import loosen, scene_images
-from run import Run
+from run import Run, Training
 from text import make_tokenizer, token_ids
 from train_text import WIDTH
 
@@ -95,7 +95,7 @@ def main() -> None:
     mean, std, sentences = encoded_scenes(autoencoder, args.folder, args.seed)
     text_encoder = LDMBertModel.from_pretrained(args.text).eval()
     scale, model = scaling_factor(mean, std), UNet2DConditionModel(**UNET)
-    run = Run(args.folder, model, deepcopy(model), steps=args.steps, lr=8e-4, seed=args.seed, decay=0.999)
+    run = Run(args.folder, model, deepcopy(model), Training(steps=args.steps, seed=args.seed, lr=8e-4, decay=0.999))
     alpha_bar, middle = DDIMScheduler(**SCHEDULER).alphas_cumprod, scale * mean.mean(0)
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import nn
 
 from data import crowded_images, scene_images
-from run import Run
+from run import Run, Training
 from text import make_tokenizer, token_ids
 from train_diffusion import SCHEDULER, UNET, scaling_factor
 
@@ -67,7 +67,7 @@ def main() -> None:
     inputs, targets = denoised_pairs(args.runs, autoencoder, args.seed)
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]).requires_grad_(True)
     folder = args.runs / "finish"
-    run = Run(folder, decoder, deepcopy(decoder), steps=args.steps, lr=1e-3, seed=args.seed, decay=0.998)
+    run = Run(folder, decoder, deepcopy(decoder), Training(steps=args.steps, seed=args.seed))
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = np.random.default_rng([args.seed, step]).integers(PAIRS, size=BATCH * 3 // 4)

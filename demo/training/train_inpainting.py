@@ -12,6 +12,7 @@ from torch.nn.functional import max_pool2d
 from concatenated import AT_ONCE, IMAGES, encoded, latents_of, scheduler, train, unet_options
 from data import masked_scenes
 from ldm_export_demo.inputs import FACTOR
+from run import Training
 
 UNET = unet_options(4, (64, 128), (False, True))
 SCHEDULER = scheduler((0.0015, 0.0155))
@@ -50,8 +51,8 @@ def main() -> None:
     def choice(step: int) -> torch.Tensor:
         return everything if step < WHOLE_UNTIL else parts
 
-    settings = {"steps": args.steps, "seed": args.seed, "batch": BATCH, "hold": HOLD}
-    train(args.folder, tensors, UNET, SCHEDULER, **settings, choice=choice, weight=weight)
+    training = Training(steps=args.steps, seed=args.seed, batch=BATCH, hold=HOLD)
+    train(args.folder, tensors, UNET, SCHEDULER, training, choice=choice, weight=weight)
 
 
 if __name__ == "__main__":

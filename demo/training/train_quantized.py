@@ -15,7 +15,7 @@ import torch
 from diffusers import VQModel
 
 from data import crowded_images, scene_images
-from run import Run
+from run import Run, Training
 
 CODES, CHANNELS = 4096, 3
 CONFIG = {
@@ -53,7 +53,7 @@ def training_images(seed: int, step: int, count: int) -> torch.Tensor:
 def train(folder: Path, steps: int, seed: int) -> VQModel:
     """Train without quantization and return the moving average."""
     model = VQModel(**CONFIG)
-    run = Run(folder, model, deepcopy(model), steps=steps, lr=2e-3, seed=seed, decay=0.998)
+    run = Run(folder, model, deepcopy(model), Training(steps=steps, seed=seed, lr=2e-3))
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         images = training_images(seed, step, BATCH)

@@ -10,7 +10,7 @@ import torch
 from diffusers import VQModel
 from torch import nn
 
-from run import Run
+from run import Run, Training
 from train_quantized import training_images
 
 BATCH, NOISE, SQUARE_WEIGHT = 8, 0.2, 4.0
@@ -27,7 +27,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     autoencoder = VQModel.from_pretrained(args.autoencoder).requires_grad_(False)
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder]).requires_grad_(True)
-    run = Run(args.folder, decoder, deepcopy(decoder), steps=args.steps, lr=1e-3, seed=args.seed, decay=0.998)
+    run = Run(args.folder, decoder, deepcopy(decoder), Training(steps=args.steps, seed=args.seed))
 
     def loss_of_step(step: int, generator: torch.Generator) -> torch.Tensor:
         images = training_images(args.seed, step, BATCH)

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d
 from concatenated import AT_ONCE, encoded, latents_of, scheduler, train, unet_options
 from data import scene_images
 from ldm_export_demo.inputs import FACTOR
+from run import Training
 
 UNET = unet_options(3, (64, 64, 64), (False, True, True))
 SCHEDULER = scheduler((0.0015, 0.0155))
@@ -32,7 +33,7 @@ def main() -> None:
         small = ((avg_pool2d(images, FACTOR) + 1) * 127.5).round() / 127.5 - 1  # as an image file of 8 bits
         return {"latents": latents_of(autoencoder, images), "given": small}
 
-    train(args.folder, encoded(args.folder / "latents.pt", batch), UNET, SCHEDULER, steps=args.steps, seed=args.seed)
+    train(args.folder, encoded(args.folder / "latents.pt", batch), UNET, SCHEDULER, Training(args.steps, args.seed))
 
 
 if __name__ == "__main__":

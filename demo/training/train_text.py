@@ -28,7 +28,7 @@ from ldm_export_demo.grammar import (
     held_out_prompts,
     parse,
 )
-from run import Run
+from run import Run, Training
 from text import TOKENS, make_tokenizer, token_ids, vocabulary
 
 WIDTH = 128
@@ -121,7 +121,7 @@ def main() -> None:
     tokenizer = make_tokenizer(args.folder / "tokenizer")
     model = nn.ModuleDict({"bert": new_text_encoder(), "reader": Reader()})
     average = deepcopy(model)
-    run = Run(args.folder, model, average, steps=args.steps, lr=1e-3, seed=args.seed, decay=0.99)
+    run = Run(args.folder, model, average, Training(steps=args.steps, seed=args.seed, decay=0.99))
     held_out = [parse(prompt) for prompt in held_out_prompts(200, 800)]
     held_out_ids, held_out_labels = token_ids(tokenizer, [str(sentence) for sentence in held_out]), labels_of(held_out)
 
