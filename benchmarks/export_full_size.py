@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table
@@ -67,9 +68,9 @@ def main() -> int:
     return 0 if facts["within_bound"] else 1
 
 
-def run(command: list[str]) -> tuple[int, Peak]:
-    """Run a command and return its exit code and its peak memory."""
-    process, peak, ended = subprocess.Popen(command), Peak(), threading.Event()
+def run(command: list[str], output: IO[str] | None = None) -> tuple[int, Peak]:
+    """Run a command, which writes to ``output``, and return its exit code and its peak memory."""
+    process, peak, ended = subprocess.Popen(command, stdout=output), Peak(), threading.Event()
     sampler = threading.Thread(target=sample, args=(process.pid, peak, ended))
     sampler.start()
     try:

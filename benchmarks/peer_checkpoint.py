@@ -12,16 +12,19 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ldm_export.bundle.publish import publish
+from ldm_export.checkpoint.clip_tokenizer_files import CLIP_FILES
 from ldm_export.checkpoint.modules import load_module
-from ldm_export.checkpoint.placeholder_vocabulary import placeholder_tokenizer
+from ldm_export.checkpoint.placeholder_vocabulary import placeholder_clip_tokenizer, placeholder_tokenizer
 from ldm_export.families import open_checkpoint
 from ldm_export.families.text_to_image import VOCABULARY_FILES
 
-FILES = {
-    "text_encoder": "bert/model.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "autoencoder": "vqvae/diffusion_pytorch_model.safetensors",
+PREFIXES = {"CLIPTextModel": "text_model."}
+"""Class -> prefix of its tensors in published checkpoints, which transformers before 5 expects."""
+VOCABULARIES = {
+    "LDMBertModel": (VOCABULARY_FILES, placeholder_tokenizer),
+    "CLIPTextModel": (CLIP_FILES, placeholder_clip_tokenizer),
 }
+"""Class of the text encoder -> files of its tokenizer, and what writes a placeholder for them."""
 
 
 def main() -> None:
@@ -41,12 +44,15 @@ def write(configs: Path, output: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(configs, part)
     source, target = checkpoint.files["tokenizer"], part / "tokenizer"
-    if not any((source / name).exists() for name in VOCABULARY_FILES):
+    files, placeholder = VOCABULARIES[checkpoint.components["text_encoder"].class_name]
+    if not any((source / name).exists() for name in files):
         target.mkdir(exist_ok=True)
-        placeholder_tokenizer(source, target)
-    for name, file in FILES.items():
-        weights = load_module(checkpoint, name).state_dict()
-        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, part / file, {"format": "pt"})
+        placeholder(source, target)
+    for name, component in checkpoint.components.items():
+        text = name == "text_encoder"
+        file = f"{component.folder.name}/{'model' if text else 'diffusion_pytorch_model'}.safetensors"
+        prefix, weights = PREFIXES.get(component.class_name, ""), load_module(checkpoint, name).state_dict()
+        save_file({f"{prefix}{key}": one.contiguous() for key, one in weights.items()}, part / file, {"format": "pt"})
     publish(part, output)
 
 

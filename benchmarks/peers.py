@@ -6,8 +6,11 @@ environments, random weights, exports and quantized models are created first.
 
     python benchmarks/peers.py --work /tmp/peers --bundle build/shapes --checkpoint demo/ldm_export_demo/checkpoint
     python benchmarks/peers.py --work /tmp/peers --bundle build/large --checkpoint large --random-weights --what unet
+    python benchmarks/peers.py --work /tmp/peers --bundle build/sd --random-weights --steps 5 \
+        --checkpoint benchmarks/configs/stable-diffusion-v1-5 --reference "optimum-intel bf16"
 
-Runtimes that fit into memory together alternate; otherwise there are several groups, each with the reference.
+Runtimes that fit into memory together alternate; otherwise there are several groups, each with the reference. Of Stable
+Diffusion, whole images are timed: by optimum's own pipelines.
 """
 
 from __future__ import annotations
@@ -17,14 +20,13 @@ import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peer_checkpoint
 from peer_environments import HERE, PYTHONPATH, environment_python, run
+from peer_list import CONVERSIONS, PEERS, REFERENCE, Peer, stable_diffusion_peers
 from rich.console import Console
 from rich.table import Table
 
@@ -34,51 +36,7 @@ from ldm_export.demo import default_prompts
 from ldm_runtime.errors import BackendError
 from ldm_runtime.images import psnr
 
-REFERENCE = "diffusers fp32"
 GUIDANCE, SEED, TOKENS, WARM_STEPS = 6.0, 7, 77, 2
-FILES = {"unet.onnx": "onnx", "unet.xml": "openvino", "unet-int8.xml": "int8"}
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A runtime to time: worker script, environment ("" for this one), settings, and bytes per byte of weights."""
-
-    script: str
-    environment: str
-    settings: dict[str, Any]
-    share: float
-    needs: str = ""
-
-
-def torch_peer(dtype: str, compiled: bool = False) -> Peer:
-    settings = {"dtype": dtype, "compile": compiled}
-    return Peer("torch_worker.py", "torch", settings, (0.6 if dtype == "bfloat16" else 1.1) + 0.3 * compiled)
-
-
-def openvino_peer(unet: str, share: float) -> Peer:
-    return Peer("openvino_worker.py", "optimum", {"unet": unet, "precision": "bf16"}, share, unet)
-
-
-def ours(backend: str, precision: str, share: float, every: int = 1) -> Peer:
-    return Peer("ours_worker.py", "", {"backend": backend, "precision": precision, "every": every}, share)
-
-
-PEERS = {
-    REFERENCE: torch_peer("float32"),
-    "diffusers bf16": torch_peer("bfloat16"),
-    "torch.compile fp32": torch_peer("float32", True),
-    "torch.compile bf16": torch_peer("bfloat16", True),
-    "optimum-onnx fp32": Peer("onnxruntime_worker.py", "optimum", {}, 1.4, "unet.onnx"),
-    "optimum-intel bf16": openvino_peer("unet.xml", 1.6),
-    "optimum-intel int8": openvino_peer("unet-int8.xml", 0.6),
-    "ldm-export onnxruntime fp32": ours("onnxruntime", "fp32", 1.4),
-    "ldm-export openvino fp32": ours("openvino", "fp32", 2.1),
-    "ldm-export float": ours("auto", "float", 1.6),
-    "ldm-export int8": ours("auto", "int8", 0.6),
-    "ldm-export float, guidance each 3rd step": ours("auto", "float", 1.6, 3),
-    "ldm-export int8, guidance each 3rd step": ours("auto", "int8", 1.2, 3),
-}
-"""The last two reuse guidance between steps; their steps are those of the two runtimes before."""
 
 
 def main() -> None:
@@ -104,9 +62,15 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="create what is missing, without timing")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    peers = PEERS
+    if family_of(args.checkpoint) == "StableDiffusionPipeline":
+        peers = stable_diffusion_peers()
+        if args.what == "unet" or args.reference not in peers:
+            parser.error(f"Stable Diffusion: give --what image and --reference, one of {', '.join(peers)}")
+    args.only = [name for name in args.only if name in peers]
     if args.what == "unet":
-        args.only = [name for name in args.only if PEERS[name].settings.get("every", 1) == 1]
-    checkpoint, exports = prepare(args)
+        args.only = [name for name in args.only if not peers[name].changes_image]
+    checkpoint, exports = prepare(args, peers)
     if args.prepare:
         return
     size = sum(file.stat().st_size for file in (args.bundle / "unet").glob("fp32.onnx*"))
@@ -119,47 +83,52 @@ def main() -> None:
         "refused": {},
     }
     facts |= {"steps": args.steps, "batch": args.batch, "weights_bytes": size, "bundle": args.bundle.absolute().name}
-    for number, group in enumerate(groups(args.only, args.reference, size, args.memory * 1e9)):
-        measure(args, group, number, checkpoint, exports, facts)
+    for number, group in enumerate(groups(peers, args, size)):
+        measure(args, {name: peers[name] for name in group}, number, checkpoint, exports, facts)
         if args.json:  # after each group, so that an error does not lose earlier figures
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(facts, indent=2) + "\n")
     show(facts)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
+def family_of(checkpoint: Path) -> str:
+    """Return the pipeline class of a diffusers folder."""
+    name: str = json.loads((checkpoint / "model_index.json").read_text())["_class_name"]
+    return name
+
+
+def prepare(args: argparse.Namespace, peers: dict[str, Peer]) -> tuple[Path, Path]:
     """Create what the runtimes need; return the checkpoint with weights and the folder of its exports."""
-    name, names = args.bundle.absolute().name, (args.reference, *args.only)
-    for environment in {PEERS[peer].environment for peer in names} - {""}:
+    name, chosen = args.bundle.absolute().name, [peers[peer] for peer in (args.reference, *args.only)]
+    for environment in {peer.environment for peer in chosen} - {""}:
         environment_python(args.work, environment)
     checkpoint = args.checkpoint
     if args.random_weights:
         checkpoint = args.work / f"{name}-checkpoint"
         peer_checkpoint.write(args.checkpoint, checkpoint)
     exports = args.work / f"{name}-exports"
-    for file, what in FILES.items():
-        needed = any(PEERS[peer].needs == file for peer in names) or (
-            file == "unet.xml" and "optimum-intel int8" in names
-        )
+    for file, (script, what) in CONVERSIONS.items():
+        needed = any(file in peer.needs for peer in chosen)
         if needed and not (exports / file).exists():
-            extra = ["--random"] if args.random_weights else []
-            run(args.work, "optimum", ["convert.py", what, str(checkpoint), str(exports), *extra])
+            extra = ["--random"] if args.random_weights and what == "int8" else []
+            run(args.work, "optimum", [script, what, str(checkpoint), str(exports), *extra])
     return checkpoint, exports
 
 
-def groups(names: list[str], reference: str, size: int, memory: float) -> list[list[str]]:
-    """Return the runtimes in groups that fit into ``memory``, with the reference first in each."""
-    result = [[reference]]
-    for name in names:
-        if name != reference:
-            if size * sum(PEERS[peer].share for peer in (*result[-1], name)) > memory and len(result[-1]) > 1:
-                result.append([reference])
+def groups(peers: dict[str, Peer], args: argparse.Namespace, size: int) -> list[list[str]]:
+    """Return the runtimes in groups that fit into memory, with the reference first in each."""
+    result = [[args.reference]]
+    for name in args.only:
+        if name != args.reference:
+            share = sum(peers[peer].share for peer in (*result[-1], name))
+            if size * share > args.memory * 1e9 and len(result[-1]) > 1:
+                result.append([args.reference])
             result[-1].append(name)
     return result
 
 
 def measure(
-    args: argparse.Namespace, names: list[str], group: int, checkpoint: Path, exports: Path, facts: Facts
+    args: argparse.Namespace, peers: dict[str, Peer], group: int, checkpoint: Path, exports: Path, facts: Facts
 ) -> None:
     """Time one group and write its figures into ``facts``."""
     shared = {"checkpoint": str(checkpoint), "graphs": str(exports), "models": str(exports), "bundle": str(args.bundle)}
@@ -173,8 +142,7 @@ def measure(
     command |= {"height": None, "width": None}
     with ExitStack() as stack:
         workers = list[Worker]()
-        for name in names:
-            peer = PEERS[name]
+        for name, peer in peers.items():
             python = environment_python(args.work, peer.environment) if peer.environment else Path(sys.executable)
             environment = os.environ | {
                 "PYTHONPATH": PYTHONPATH,

@@ -14,7 +14,8 @@ from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 
 def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]], Command]:
-    """Settings: bundle, backend, precision ("float": the fastest except int8), every (guidance_every), threads."""
+    """Settings: bundle, backend, precision ("float": the fastest except int8), every (guidance_every),
+    cache_every, threads."""
     options = {name: settings[name] for name in ("backend", "precision", "threads")}
     if options["precision"] == "float":
         options["precision"] = "bf16" if has_bf16() else "fp32"
@@ -36,6 +37,7 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
             num_inference_steps=command["steps"],
             latents=latents(command),
             guidance_every=settings["every"],
+            cache_every=settings["cache_every"],
             **options,
         ).images
 
