@@ -22,7 +22,7 @@ from ldm_export.graph.passes.split_off import (
     split_time_embedding,
 )
 from ldm_runtime.errors import BuildError
-from tests.export.graph.whole import KINDS, Whole, largest_difference, run
+from tests.export.graph.whole import KINDS, TOKENS, Whole, largest_difference, run
 
 TOLERANCE = 1e-6
 CONDITIONAL = [kind for kind in KINDS if kind.startswith("conditional")]
@@ -119,7 +119,7 @@ def test_inputs_and_outputs_keep_their_symbols(parts: dict[str, Parts], wholes: 
 def test_keys_and_values_are_those_of_the_attentions(parts: dict[str, Parts], kind: str) -> None:
     split = parts[kind].kv
     assert split is not None and [fact.name for fact in split.values] == [f"kv.{i}" for i in range(len(split.values))]
-    assert {fact.shape for fact in split.values} == {("batch", 5, 16), ("batch", 5, 32)}
+    assert {fact.shape for fact in split.values} == {("batch", TOKENS, 16), ("batch", TOKENS, 32)}
     nodes = list(split.prefix.graph)
     assert [node.op_type for node in nodes] == ["MatMul"] * len(split.values)
     assert all(f".attn2.to_{'kv'[index % 2]}/" in (node.name or "") for index, node in enumerate(nodes))

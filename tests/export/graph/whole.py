@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,19 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from numpy.typing import NDArray
 from torch import nn
-from torch.export import Dim
 
 from ldm_export.families.text_to_image import ModelShape
-from ldm_export.graph.onnx_graph import OPSET, export_graph, load_graph, save_graph
+from ldm_export.graph.onnx_graph import export_graph, load_graph
 from ldm_export.graph.wrappers import UNet, free_upsampling
 from ldm_runtime.model import Latents
+from ldm_runtime.specs import Axis, ComponentSpec, TensorSpec
+from tests.support.checkpoints import tiny_modules
 
 Arrays = Mapping[str, NDArray[Any]]
-TOKENS, WIDTH = 5, 24
+TOKENS, WIDTH = 77, 24
 KINDS = ("conditional", "scale_shift", "class_conditional")
 SIZES = ((1, 4, 4), (2, 8, 8), (3, 6, 10), (4, 12, 2))
 """Rows, height and width that every graph accepts."""
@@ -52,7 +52,7 @@ class Whole:
 
     @property
     def has_context(self) -> bool:
-        return self.kind.startswith("conditional")
+        return self.kind == "conditional"
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], ...]:
@@ -92,70 +92,44 @@ class _Unconditional(nn.Module):
 
 
 def network(kind: str) -> nn.Module:
-    """A random UNet of two levels, the same in every process."""
-    shared: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "resnet_time_scale_shift": "scale_shift" if kind.endswith("scale_shift") else "default",
-    }
+    """A random UNet, the same in every process: that of ``tiny_modules``, one of two levels, or one with labels."""
+    if kind == "conditional":
+        return UNet(tiny_modules()["unet"].requires_grad_(False)).eval()
+    constructor: Any = UNet2DModel
+    labels = kind == "class_conditional"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(KINDS.index(kind))
-        if kind.startswith("conditional"):
-            blocks = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
-            net: nn.Module = UNet2DConditionModel(
-                **shared,
-                down_block_types=blocks[0],
-                up_block_types=blocks[1],
-                cross_attention_dim=WIDTH,
-                attention_head_dim=2,
-            )
-        else:
-            net = UNet2DModel(
-                **shared,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=8,
-                num_class_embeds=7 if kind == "class_conditional" else None,
-            )
-    net = net.eval().requires_grad_(False)
-    return (UNet(net) if kind.startswith("conditional") else _Unconditional(net)).eval()
+        net: nn.Module = constructor(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16,) if labels else (16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            resnet_time_scale_shift="default" if labels else "scale_shift",
+            down_block_types=("DownBlock2D",) if labels else ("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("UpBlock2D",) if labels else ("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+            num_class_embeds=7 if labels else None,
+        )
+    return _Unconditional(net.requires_grad_(False)).eval()
 
 
 def export(kind: str, module: nn.Module, folder: Path) -> None:
     """Export such a UNet as KIND.onnx in a new folder."""
     folder.mkdir()
-    path = folder / f"{kind}.onnx"
-    if kind.startswith("conditional"):
-        spec = ModelShape(TOKENS, WIDTH, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
-        export_graph(module, spec, path)
-    else:
-        _export_even_sizes(module, path, labels=kind == "class_conditional")
+    export_graph(module, _spec(kind), folder / f"{kind}.onnx")
 
 
-def _export_even_sizes(module: nn.Module, path: Path, labels: bool) -> None:
-    batch, height, width = (
-        Dim(name, min=1 if name == "batch" else 8, max=999) for name in ("batch", "height", "width")
-    )
-    names = ["sample", "timestep", *(["class_labels"] if labels else [])]
-    timestep, class_labels = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            (torch.zeros(3, 4, 20, 24), timestep, class_labels)[: len(names)],
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=["noise_pred"],
-            dynamic_shapes=({0: batch, 2: 2 * height, 3: 2 * width}, {0: batch}, {0: batch})[: len(names)],
-            verbose=False,
-        )
-    assert program is not None
-    save_graph(program.model, path)
+def _spec(kind: str) -> ComponentSpec:
+    """Inputs and output of such a UNet; those without context accept even sizes only."""
+    if kind == "conditional":
+        return ModelShape(TOKENS, WIDTH, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
+    rows, height, width = (Axis(name, 1, 4, 999) for name in ("batch", "height", "width"))
+    images = (rows, 4, replace(height, scale=2), replace(width, scale=2))
+    labels = (TensorSpec("class_labels", "int64", (rows,)),) if kind == "class_conditional" else ()
+    inputs = TensorSpec("sample", "float32", images), TensorSpec("timestep", "int64", (rows,)), *labels
+    return ComponentSpec("unet", inputs, (TensorSpec("noise_pred", "float32", images),))
 
 
 def run(graph: Path, feed: Arrays) -> dict[str, NDArray[Any]]:
