@@ -150,15 +150,15 @@ def plain_unet(
 
 
 def cross_unet(channels: int, heads: Any, depth: int = 1) -> Any:
-    """A UNet with cross-attention at both levels."""
+    """A UNet with cross-attention at the lower level."""
     return UNet2DConditionModel(
         sample_size=SIZE,
         in_channels=channels,
         out_channels=channels,
         block_out_channels=WIDTHS,
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=CONTEXT,
         attention_head_dim=heads,
         transformer_layers_per_block=depth,
