@@ -31,9 +31,11 @@ def main() -> int:
     parser.add_argument("--precision", default="fp16", help="of the engines (default fp16)")
     parser.add_argument("--compute-capability", default="8.9", metavar="LIST", help="default 8.9")
     parser.add_argument("--seconds", type=float, default=60, help="limit for one engine (default 60)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="for the ranges (default: those of build)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
     options = ["--precision", args.precision, "--target", "tensorrt-rtx", "--random-weights", "--quiet"]
+    options += [] if args.prompts is None else ["--prompts", str(args.prompts)]
     command = ["build", str(args.configs), "-o", str(args.output), "--compute-capability", args.compute_capability]
     work = args.output.resolve().parent / f".{args.output.name}.part"
     code, peaks = run([sys.executable, "-m", "ldm_export.cli", *command, *options], work)
@@ -59,6 +61,7 @@ def main() -> int:
         "tools": {name: version(name) for name in TOOLS},
         "precision": args.precision,
         "compute_capability": args.compute_capability,
+        "prompts": None if args.prompts is None else len(args.prompts.read_text().splitlines()),
         "engines": engines,
         "stages": {
             name: {**stage, "peak_bytes": peaks.get(name, 0)} for name, stage in stages.items() if name not in engines
