@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -14,27 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm_runtime.backends import Backend, SpecBackend
+from ldm_runtime.backends import Backend
 from ldm_runtime.backends.engine import Choice, Engine
-from ldm_runtime.backends.factory import OpenModel, open_model
+from ldm_runtime.backends.factory import open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import QUALITY_REPORT
 from ldm_runtime.conditioning import SafetyChecker, StartImageConditioner, open_conditioner
+from ldm_runtime.decoding import Decoding
 from ldm_runtime.denoiser import Denoiser, Tensors
 from ldm_runtime.device_loop import DeviceLoop
-from ldm_runtime.errors import BackendError, DisplacedError, LdmError
+from ldm_runtime.errors import BackendError
 from ldm_runtime.generation import Generation, Step
 from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.loras.selection import no_selection
 from ldm_runtime.loras.sets import LoraSets
-from ldm_runtime.model import DECODER, DENOISERS, IMAGE, LATENTS, SAFETY_CHECKER, ModelDescription
+from ldm_runtime.model import DECODER, DENOISERS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.plan import Plan
 from ldm_runtime.planner import Planner
 from ldm_runtime.quality import QualityRecord
+from ldm_runtime.replaceable_loop import ReplaceableLoop
 from ldm_runtime.request import Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
 from ldm_runtime.start import Start
@@ -86,21 +87,20 @@ class LatentDiffusionPipeline:
         derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
         if missing := [name for name in (*encoders, *derived, "unet", DECODER) if name not in backends]:
             raise BackendError(f"pipeline: no backend for {', '.join(missing)}; give one for each component")
-        self.model, self.backends, self.choice, self.loop = model, dict(backends), choice, loop
+        self.model, self.backends, self.choice = model, dict(backends), choice
+        self._loop = ReplaceableLoop(loop)
         self.geometry = Geometry.of(model)
         self.scheduler = scheduler_from_config(model.scheduler)
         opened = [open_conditioner(entry, backends, files) for entry in model.conditioning]
         self.conditioners = tuple(one for one in opened if not isinstance(one, SafetyChecker))
         checkers = [one for one in opened if isinstance(one, SafetyChecker)]
-        self._checker = checkers[0] if checkers and safety_checker else None
+        checker = checkers[0] if checkers and safety_checker else None
+        self._decoding = Decoding(self.backends, self.conditioners, checker, keep_loaded)
         self.denoiser = Denoiser(model, backends)
         self.record, self._loras = record, loras
         select = no_selection if loras is None else loras.check
         self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, record, select)
         self._keep_loaded = keep_loaded
-        self._opened: OpenModel | None = None
-        self._started: DeviceLoop | None = None
-        self._former_loops: list[DeviceLoop] = []
 
     @classmethod
     def from_bundle(
@@ -136,7 +136,7 @@ class LatentDiffusionPipeline:
             BackendError: The engine is not installed, or the machine lacks what was asked for.
         """
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
-        opened: OpenModel = open_model(
+        opened = open_model(
             bundle,
             backend,
             precision=precision,
@@ -170,7 +170,7 @@ class LatentDiffusionPipeline:
             log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")
         for one in verified:  # the conditioners have read them by now
             one.check()
-        pipeline._opened, opened.on_change = opened, pipeline._follow
+        pipeline._loop.opened, opened.on_change = opened, pipeline._follow
         return pipeline
 
     def __repr__(self) -> str:
@@ -183,12 +183,21 @@ class LatentDiffusionPipeline:
         """The precision that runs, as ``from_bundle`` takes it; None if the caller has opened the backends."""
         return None if self.choice is None else self.choice.precision
 
+    @property
+    def loop(self) -> DeviceLoop | None:
+        """The denoising loop on a device; None if it runs in NumPy."""
+        return self._loop.current
+
+    @loop.setter
+    def loop(self, loop: DeviceLoop | None) -> None:
+        self._loop.current = loop
+
     def _follow(self) -> None:
         """Adopt the new choice and loop after the engine was replaced. The old loop is freed with the denoiser."""
-        assert self._opened is not None
-        if self.loop is not None:
-            self._former_loops.append(self.loop)
-        self.choice, self.loop = self._opened.choice, self._opened.loop
+        opened = self._loop.opened
+        assert opened is not None
+        self._loop.replace(opened.loop)
+        self.choice = opened.choice
         if self._loras is not None:
             self._loras.clear()  # they run on the engine before
 
@@ -219,7 +228,10 @@ class LatentDiffusionPipeline:
         return self.generation(last.latents, request)
 
     def generation(self, latents: F32, request: Request) -> Generation:
-        """Decode latents float32 [B, C, h, w] of a request, and complete and check the images; errors as ``decode``."""
+        """Decode latents float32 [B, C, h, w] of a request, and check and complete the images.
+
+        Errors are those of ``decode`` and ``finish``.
+        """
         images, flagged = self.finish(request, self.decode_array(latents))
         return Generation(images, latents, flagged)
 
@@ -291,7 +303,7 @@ class LatentDiffusionPipeline:
 
     def loop_started(self, loop: DeviceLoop) -> None:
         """Record that a loop runs on this machine, so that a later failure does not replace the engine."""
-        self._started = loop
+        self._loop.started(loop)
 
     def loop_failed(self, loop: DeviceLoop, error: BackendError) -> None:
         """Replace the engine of a loop that failed before its first step, and update ``loop`` and ``choice``.
@@ -299,11 +311,7 @@ class LatentDiffusionPipeline:
         Raises:
             BackendError: ``error``, if the loop has run before or no other engine may run the model.
         """
-        if self._opened is None or self._started is loop or isinstance(error, DisplacedError):
-            raise error
-        with suppress(BackendError):
-            loop.close()
-        self._opened.loop_failed(loop, error)
+        self._loop.failed(loop, error)
 
     def begin(self, plan: Plan) -> Start:
         """Draw a plan's initial latents; if it starts from an image, encode the image.
@@ -337,41 +345,29 @@ class LatentDiffusionPipeline:
                 conditioner.close()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def decode(self, latents: F32, request: Request | None = None) -> list[Image.Image]:
-        """Decode latents float32 [B, C, h, w] to B PIL images; with a request, apply ``finish`` to them.
+    def decode(self, latents: F32) -> list[Image.Image]:
+        """Decode latents float32 [B, C, h, w] to B PIL images, without ``finish``.
 
         Raises:
             SpecError: The decoder does not take the latents, or they are NaN or far too large.
+            BackendError: The engine failed.
         """
-        return to_pil(self.decode_array(latents, request))
+        return to_pil(self.decode_array(latents))
 
-    def decode_array(self, latents: F32, request: Request | None = None) -> F32:
+    def decode_array(self, latents: F32) -> F32:
         """Decode latents float32 [B, C, h, w] to images float32 [B, channels, H, W] in [0, 1]; errors as ``decode``.
 
-        On a GPU, as many images are decoded together as fit into its free memory.
+        The images are neither checked nor completed; ``generation`` returns those of a request. On a GPU, as many
+        images are decoded together as fit into its free memory.
         """
         check_latents(latents)
         if not self._keep_loaded:
             self._close_denoiser()
-        parts: list[F32] = []
-        while (done := sum(map(len, parts))) < len(latents) or not parts:
-            left = latents[done:]
-            parts.append(self.backends[DECODER].run({LATENTS: left[: self._images_per_decode(left)]})[IMAGE])
-        image: F32 = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if not self._keep_loaded:
-            self.backends[DECODER].close()
-        return image if request is None else self.finish(request, image)[0]
-
-    def _images_per_decode(self, latents: F32) -> int | None:
-        decoder = self.backends[DECODER]
-        return decoder.most_rows({LATENTS: latents}) if isinstance(decoder, SpecBackend) and len(latents) > 1 else None
+        return self._decoding.decode(latents)
 
     def decodes_together(self, latents: F32) -> bool:
         """True if decoding many images in one call saves time, as on a GPU. Also False if the decoder does not load."""
-        try:
-            return self._images_per_decode(np.concatenate([latents, latents])) is not None
-        except LdmError:  # decoding reports it
-            return False
+        return self._decoding.decodes_together(latents)
 
     def finish(self, request: Request, images: F32) -> tuple[F32, tuple[bool, ...] | None]:
         """Complete decoded images float32 [B, channels, H, W], e.g. with the original outside the mask.
@@ -385,26 +381,20 @@ class LatentDiffusionPipeline:
             SpecError: An image for the safety checker contains NaN or infinite values.
             BackendError: The engine failed.
         """
-        flagged = None
-        if self._checker is not None:
-            flags = self._checker.flags(images)
-            images, flagged = np.where(flags[:, None, None, None], np.float32(0), images), tuple(flags.tolist())
-            if not self._keep_loaded:
-                self._checker.close()
-        for conditioner in self.conditioners:
-            images = conditioner.finish(request, images)
-        return images, flagged
+        return self._decoding.finish(request, images)
 
     def load(self) -> None:
         """Load every component now instead of on first use, so that the bundle may be replaced while this one runs.
 
         With a device loop, the UNet for the NumPy loop is not loaded, because it would take the device's memory twice.
+        A safety checker that is switched off is not loaded either.
 
         Raises:
             LdmError: A component does not load, or the bundle has already been replaced.
         """
+        unused = {*(DENOISERS if self.loop is not None else ()), *(() if self._decoding.checks else (SAFETY_CHECKER,))}
         for name, backend in self.backends.items():
-            if isinstance(backend, LazyBackend) and not (self.loop is not None and name in DENOISERS):
+            if isinstance(backend, LazyBackend) and name not in unused:
                 backend.load()
 
     def close(self) -> None:
@@ -414,16 +404,7 @@ class LatentDiffusionPipeline:
             backend.close()
 
     def _close_denoiser(self) -> None:
-        loop = self.loop  # another thread may replace it
-        while True:
-            try:
-                former = self._former_loops.pop()
-            except IndexError:  # none is left, or another thread has closed the last one
-                break
-            with suppress(BackendError):  # its engine has failed before
-                former.close()
-        if loop is not None:
-            loop.close()
+        self._loop.close()
         self.denoiser.close()
         if self._loras is not None:
             self._loras.clear()

@@ -201,6 +201,6 @@ def _decoded(
     pipeline: LatentDiffusionPipeline, latents: np.ndarray[Any, np.dtype[np.float32]], request: Request
 ) -> list[Image.Image]:
     try:
-        return pipeline.decode(latents, request)
+        return pipeline.generation(latents, request).images
     except SpecError as error:  # NaN is a result of the precision, like an engine that fails
         raise BackendError(str(error)) from None

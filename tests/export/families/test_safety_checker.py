@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.families.safety_checker import checker_spec, without_safety_checker
 from ldm_export.families.stable_diffusion import describe
 from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
+from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.conditioning import SafetyChecker
@@ -114,6 +116,21 @@ def test_images_and_flags_equal_diffusers(checked: Path, tmp_path: Path) -> None
         free = pipe(PROMPTS, seed=1, **STEPS)
         assert free.flagged is None and (pixels(free.images).max(axis=(1, 2, 3)) > 0).all()
         assert "FLAGGED" not in [field.name for field in output_fields(pipe.model)]
+
+
+def test_a_checker_that_is_switched_off_is_not_loaded(checked: Path, tmp_path: Path) -> None:
+    with torch_pipeline(open_checkpoint(checked), tmp_path / "files") as pipe:
+        for on in (True, False):
+            lazy = {
+                name: LazyBackend(pipe.model.components[name], partial(dict.get, pipe.backends, name))  # type: ignore[arg-type]
+                for name in pipe.backends
+            }
+            files = partial(Path, tmp_path, "files")
+            with LatentDiffusionPipeline(pipe.model, lazy, files, safety_checker=on) as other:
+                other.load()
+                assert {name for name, backend in lazy.items() if not backend.is_loaded} == (
+                    set() if on else {"safety_checker"}
+                )
 
 
 @settings(max_examples=25, deadline=None)
