@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import json
@@ -10,13 +9,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle.publish import remove
 from ldm_runtime.atomic_files import write_whole
+from ldm_runtime.backends.page_release import release_freed_memory
 from ldm_runtime.bundle import Bundle, file_facts
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_map, require_object
@@ -147,5 +146,4 @@ def _run(stage: Stage, work: Path) -> list[str]:
 def _free_memory() -> None:
     """Return memory to the system, so that the peaks of stages do not add up. A traced module has many cycles."""
     gc.collect()
-    with suppress(AttributeError, OSError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
+    release_freed_memory()

@@ -25,6 +25,7 @@ from ldm_runtime.backends.onnxruntime_session import (
     providers,
     session_options,
 )
+from ldm_runtime.backends.page_release import release_freed_memory
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CPU_VARIANT, CUDA_VARIANT, files_of_graph
 from ldm_runtime.device_loop import DeviceLoop, slots_of
@@ -100,6 +101,7 @@ class OnnxRuntimeBackend(SpecBackend):
     def close(self) -> None:
         """Free the session."""
         del self._session
+        release_freed_memory()
 
 
 @dataclass(frozen=True)

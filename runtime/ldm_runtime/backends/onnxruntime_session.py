@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.backends.host import first_line, import_engine, usable_cores
+from ldm_runtime.backends.page_release import release_freed_memory
 from ldm_runtime.backends.ports import check_ports
-from ldm_runtime.errors import BackendError
+from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.installation import install_command
+from ldm_runtime.loras.changed_files import changed_files
 from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.once import once
 from ldm_runtime.specs import ComponentSpec, TensorSpec
@@ -145,18 +147,20 @@ def open_session(graph: GraphFile, spec: ComponentSpec, opening: Opening) -> tup
     if PROVIDERS["cuda"] in requested:
         _load_cuda_libraries()
     named = [(name, opening.cuda_options()) if name == PROVIDERS["cuda"] else name for name in requested]
-    content, kept = _with_changes(path_of(graph), options, opening.changes)
     try:
-        session = ort.InferenceSession(
-            content,
-            options,
-            providers=named,
-            enable_fallback=int(opening.device != "cuda"),  # it would print the reason and go on with the CPU
-        )
+        with changed_files(path_of(graph), opening.changes) as file:
+            session = ort.InferenceSession(
+                str(file),
+                options,
+                providers=named,
+                enable_fallback=int(opening.device != "cuda"),  # it would print the reason and go on with the CPU
+            )
+    except LdmError:
+        raise
     except Exception as error:  # onnxruntime raises exceptions of its C++ code, which have no common class
         kind = CaptureRefusedError if opening.capture and _CAPTURE_REFUSED in str(error) else BackendError
         raise kind(f"{spec.name}: onnxruntime cannot load {path_of(graph)}: {first_line(error)}") from None
-    session.changed_weights = kept  # onnxruntime reads them where they are, as long as the session lives
+    release_freed_memory()
     unchanged(graph)
     actual = "cuda" if session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
     if opening.device == "cuda" and actual != "cuda":
@@ -176,30 +180,6 @@ def _load_cuda_libraries() -> None:
     if (load := getattr(load_onnxruntime(), "preload_dlls", None)) is not None:
         with redirect_stdout(StringIO()):  # it prints the libraries that it does not find
             load(directory="")
-
-
-def _with_changes(graph: Path, options: Any, changes: Sequence[ChangedWeight]) -> tuple[str | bytes, list[Any]]:
-    """What a session loads: the graph's path, or its bytes with the changed weights that are in the file itself.
-
-    Weights of another file are given to the options, and are not read from that file. They are returned too.
-    """
-    if not changes:
-        return str(graph), []
-    ort, names, values = load_onnxruntime(), list[str](), list[Any]()
-    content = bytearray(graph.read_bytes()) if any(one.stored.inline for one in changes) else None
-    for one in changes:
-        array, stored = one.values(), one.stored
-        if stored.inline and content is not None:
-            content[stored.offset : stored.offset + stored.nbytes] = array.tobytes()
-            continue
-        names.append(stored.name)
-        values.append(ort.OrtValue.ortvalue_from_numpy(array))
-    if names:
-        options.add_external_initializers(names, values)
-    if content is None:
-        return str(graph), values
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    return bytes(content), values
 
 
 def _half_where_the_session_is(session: Any, spec: ComponentSpec) -> ComponentSpec:

@@ -16,12 +16,14 @@ from ldm_runtime.backends.engine import Choice, Loader, Placement, WeightChange,
 from ldm_runtime.backends.host import first_line, import_engine, is_installed, usable_cores
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.backends.openvino_shapes import ShapedGraph
+from ldm_runtime.backends.page_release import release_freed_memory
 from ldm_runtime.backends.ports import Port, check_ports
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import files_of_graph, weights_beside
 from ldm_runtime.device_loop import DeviceLoop
 from ldm_runtime.errors import BackendError, LdmError, UnsupportedError
 from ldm_runtime.installation import install_command
+from ldm_runtime.loras.changed_files import changed_files
 from ldm_runtime.loras.changes import ChangedWeight
 from ldm_runtime.model import UNET
 from ldm_runtime.once import once
@@ -79,19 +81,18 @@ class OpenVinoBackend(SpecBackend):
             options["CACHE_DIR"] = str(cache)
         weights = weights_beside(self._graph)
         size = (weights if weights.is_file() else self._graph).stat().st_size
-        self._model: Any = self._read()
-        _replace_constants(self._model, changes)
-        unchanged(graph)
+        with changed_files(self._graph, changes) as file:
+            self._model: Any = self._read(file)
         self._shaped = ShapedGraph(self._copy, self._core, options, size, _has_rows(spec))
 
     def _copy(self) -> Any:
         unwritten(self._file)
         return self._model.clone()
 
-    def _read(self) -> Any:
+    def _read(self, file: Path) -> Any:
         try:
             reader = onnx_reader()
-            model = reader.convert(reader.load(str(self._graph)))
+            model = reader.convert(reader.load(str(file)))
         except Exception as error:  # openvino raises a bare RuntimeError for failures of its C++ code
             raise BackendError(f"{self._spec.name}: openvino cannot load {self._graph}: {first_line(error)}") from None
         unchanged(self._file)
@@ -126,27 +127,7 @@ class OpenVinoBackend(SpecBackend):
         """Free the compiled graphs."""
         self._model = None
         self._shaped.close()
-
-
-def _replace_constants(model: Any, changes: Sequence[ChangedWeight]) -> None:
-    """Let the nodes of a model read changed weights. OpenVINO names constants after the graph's initializers.
-
-    Raises:
-        BackendError: The model has no such constant.
-    """
-    if not changes:
-        return
-    from openvino import op
-
-    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
-    for one in changes:
-        name, constant = one.stored.name, constants.get(one.stored.name)
-        if constant is None or tuple(constant.get_output_shape(0)) != one.stored.shape:
-            raise BackendError(f"openvino: has no constant {name!r:.80} of shape {list(one.stored.shape)} to change")
-        changed = op.Constant(one.values())
-        changed.set_friendly_name(name)
-        for reader in constant.output(0).get_target_inputs():
-            reader.replace_source_output(changed.output(0))
+        release_freed_memory()
 
 
 def _has_rows(spec: ComponentSpec) -> bool:

@@ -1,4 +1,4 @@
-"""Releases the pages of mapped weights while an engine repacks them, so that they are not resident twice."""
+"""Gives memory back to the system: pages of mapped weights while an engine repacks them, and freed memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mapped_ranges", "release_mapped_files", "release_mapped_pages"]
+__all__ = ["mapped_ranges", "release_freed_memory", "release_mapped_files", "release_mapped_pages"]
 
 MAPS = Path("/proc/self/maps")
 MADV_DONTNEED = 4
@@ -42,6 +42,12 @@ def release_mapped_pages(arrays: Sequence[NDArray[Any]]) -> Iterator[None]:
 def release_mapped_files(folder: Path) -> None:
     """Release the pages of all read-only mappings of files below a folder once."""
     _drop([place for path, place in _read_only_files() if path.is_relative_to(folder.resolve())])
+
+
+def release_freed_memory() -> None:
+    """Return memory to the system that was freed, which the C library otherwise keeps for later. glibc only."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def mapped_ranges(arrays: Sequence[NDArray[Any]]) -> list[Range]:
