@@ -29,7 +29,8 @@ from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.loras.selection import no_selection
-from ldm_runtime.loras.sets import LoraSets
+from ldm_runtime.loras.sets import DEFAULT_SELECTIONS, LoraSets
+from ldm_runtime.loras.sets import lora_selections as checked_selections
 from ldm_runtime.model import DECODER, DENOISERS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
 from ldm_runtime.plan import Plan
@@ -114,6 +115,7 @@ class LatentDiffusionPipeline:
         cache: str | Path | None = None,
         keep_loaded: bool = True,
         safety_checker: bool = True,
+        lora_selections: int = DEFAULT_SELECTIONS,
     ) -> LatentDiffusionPipeline:
         """Check a bundle's files against the manifest and prepare its components, which are loaded on first use.
 
@@ -130,11 +132,15 @@ class LatentDiffusionPipeline:
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
             keep_loaded: False frees each component after its use, for one generation in little memory.
             safety_checker: False returns images that the bundle's safety checker would flag; a warning says so.
+            lora_selections: Selections of LoRA adapters (``Request.loras``) whose components stay loaded, 1 to 64. Each
+                takes the memory of the components that it changes.
 
         Raises:
+            SpecError: ``threads`` or ``lora_selections`` is out of range.
             ManifestError: The bundle is damaged or made for another version.
             BackendError: The engine is not installed, or the machine lacks what was asked for.
         """
+        kept = checked_selections(lora_selections)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         opened = open_model(
             bundle,
@@ -164,7 +170,7 @@ class LatentDiffusionPipeline:
             loop=opened.loop,
             safety_checker=safety_checker,
             record=bundle.quality() if QUALITY_REPORT in bundle.manifest.files else None,
-            loras=LoraSets(bundle, opened, adapted),
+            loras=LoraSets(bundle, opened, adapted, kept),
         )
         if not safety_checker and SAFETY_CHECKER in bundle.manifest.components:
             log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")

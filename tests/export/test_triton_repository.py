@@ -122,7 +122,8 @@ def test_tensorrt_plans_are_chosen_by_compute_capability(tiny_bundle: Path) -> N
 
 
 def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle: Path, tmp_path: Path) -> None:
-    assert write(tiny_bundle, tmp_path / "repository", "--max-rows", "16", "--max-queue", "7", "--threads", "1") == 0
+    options = ("--max-rows", "16", "--max-queue", "7", "--threads", "1", "--lora-selections", "3")
+    assert write(tiny_bundle, tmp_path / "repository", *options) == 0
     stream, front = (config(tmp_path / "repository", name) for name in ("ldm_stream", "ldm"))
     assert stream.model_transaction_policy.decoupled and not front.model_transaction_policy.decoupled
     assert {tensor.name for tensor in stream.input} - {tensor.name for tensor in front.input} == {"PREVIEW_EVERY"}
@@ -136,7 +137,7 @@ def test_the_whole_model_takes_and_gives_what_the_documentation_says(tiny_bundle
     args = {"parameters": {key: {"string_value": value.string_value} for key, value in stream.parameters.items()}}
     parameters = ModelParameters.from_args({"model_config": json.dumps(args)})
     assert parameters.limits == Limits(max_rows=16, max_queue=7)
-    assert (parameters.unet, parameters.threads) == ("in_process", "1")
+    assert (parameters.unet, parameters.threads, parameters.lora_selections) == ("in_process", "1", "3")
 
 
 def test_the_tensors_follow_the_model() -> None:
@@ -187,6 +188,7 @@ def test_only_some_models(tiny_bundle: Path, tmp_path: Path) -> None:
         (["--max-rows", "0"], "max-rows: got 0, expected 1..64"),
         (["--max-rows", "65"], "max-rows: got 65"),
         (["--max-queue", "0"], "max-queue: got 0"),
+        (["--lora-selections", "65"], "lora-selections: got 65, expected a whole number from 1 to 64"),
         (["--threads", "0"], "threads: got 0"),
         (["--only", "ldm", "step"], "only: got 'step', expected one or more of text_encoder, cross_attention_kv, "),
         (["--precision", "fp16", "--target", "onnxruntime"], "has no fp16 graph"),

@@ -49,6 +49,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="maximum estimated memory of the loaded bundles, e.g. 8GB; with it, bundles are loaded on first use "
         "(default: no limit, all are loaded at the start)",
     )
+    limits.add_argument(
+        "--lora-selections",
+        type=whole_number,
+        default=2,
+        metavar="N",
+        help="selections of LoRA adapters that stay loaded; each takes memory (default 2)",
+    )
     limits.add_argument("--max-rows", type=whole_number, help="maximum rows of one UNet call; a guided image takes two")
     limits.add_argument(
         "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
@@ -87,6 +94,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         from ldm_runtime.http.served_models import ServedModels
         from ldm_runtime.http.server import serve
         from ldm_runtime.http.server_options import ServerOptions
+        from ldm_runtime.loras.sets import lora_selections
     options = ServerOptions(
         host=args.host,
         port=args.port,
@@ -106,6 +114,7 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         args.max_rows,
         args.max_queue,
         safety_checker=not args.no_safety_checker,
+        lora_selections=lora_selections(args.lora_selections, "lora-selections"),
     )
     with screen.bar("loading"):
         models = ServedModels.open(args.bundles, engine, args.memory, options.timeout)

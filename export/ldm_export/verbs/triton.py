@@ -15,6 +15,7 @@ from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.batching.limits import MAX_COUNT, rows_of_call
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
+from ldm_runtime.loras.sets import lora_selections
 from ldm_runtime.model import DENOISERS, UNET
 from ldm_runtime.number_checks import integer, threads
 from ldm_runtime.triton.parameters import IN_PROCESS, PER_STEP, ModelParameters
@@ -48,6 +49,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
+    )
+    verb.add_argument(
+        "--lora-selections",
+        type=whole_number,
+        default=2,
+        metavar="N",
+        help="selections of LoRA adapters that stay loaded; each takes memory (default 2)",
     )
     verb.add_argument(
         "--only",
@@ -106,6 +114,7 @@ def _serving(args: argparse.Namespace, bundle: Bundle) -> Serving:
         max_rows=str(max_rows),
         row_buckets=" ".join(map(str, row_buckets(max_rows))) if fixed else "",
         max_queue=str(args.max_queue),
+        lora_selections=str(lora_selections(args.lora_selections, "lora-selections")),
         unet=PER_STEP if args.per_step else IN_PROCESS,
     )
     return Serving(args.target, args.device == "cuda" or args.target == "tensorrt" or fixed, parameters)

@@ -17,6 +17,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.geometry import Geometry
+from ldm_runtime.loras.sets import DEFAULT_SELECTIONS
 from ldm_runtime.manifest_reader import MAX_BYTES
 from ldm_runtime.model import UNET, ModelDescription
 from ldm_runtime.pipeline import LatentDiffusionPipeline
@@ -37,6 +38,7 @@ class EngineOptions:
     max_rows: int | None = None
     max_queue: int = 256
     safety_checker: bool = True
+    lora_selections: int = DEFAULT_SELECTIONS
 
 
 class ServedModel:
@@ -85,6 +87,7 @@ class ServedModel:
             device=options.device,
             threads=options.threads,
             safety_checker=options.safety_checker,
+            lora_selections=options.lora_selections,
         )
         try:
             scheduler = BatchScheduler(pipeline, Limits(max_rows=rows, max_queue=options.max_queue))

@@ -16,14 +16,23 @@ from ldm_runtime.errors import SpecError
 from ldm_runtime.loras.adapter_file import LoraAdapter, read_adapter
 from ldm_runtime.loras.changes import Scaled, changed_part, weight_changes
 from ldm_runtime.loras.selection import Selection, selection
+from ldm_runtime.number_checks import integer
 
-__all__ = ["MAX_SETS", "LoraSets"]
+__all__ = ["DEFAULT_SELECTIONS", "LoraSets", "lora_selections"]
 
-MAX_SETS = 2
+DEFAULT_SELECTIONS, MAX_SELECTIONS = 2, 64
 """Selections whose components stay loaded. Each takes the memory of the components that it changes."""
 
-
 _T = TypeVar("_T")
+
+
+def lora_selections(value: Any, name: str = "lora_selections") -> int:
+    """Check the number of selections whose components stay loaded.
+
+    Raises:
+        SpecError: It is not a whole number from 1 to 64; the message calls it ``name``.
+    """
+    return integer(name, value, 1, MAX_SELECTIONS)
 
 
 class LoraSets(Generic[_T]):
@@ -33,16 +42,17 @@ class LoraSets(Generic[_T]):
         bundle: The bundle with the adapters.
         opened: The components without adapters, which are shared where a selection does not change them.
         model: Makes a model of the components that a selection changes.
+        most: Selections that are kept.
 
     Attributes:
         names: Names of the bundle's adapters.
-        most: Selections that are kept.
+        most: As given.
     """
 
-    def __init__(self, bundle: Bundle, opened: OpenModel, model: Callable[[Mapping[str, Backend]], _T]):
+    def __init__(self, bundle: Bundle, opened: OpenModel, model: Callable[[Mapping[str, Backend]], _T], most: int):
         self._bundle, self._opened, self._model = bundle, opened, model
         self.names = tuple(bundle.manifest.loras)
-        self.most = MAX_SETS
+        self.most = most
         self._lock = RLock()
         self._adapters: dict[str, LoraAdapter] = {}
         self._sets: OrderedDict[Selection, tuple[_T, list[LazyBackend]]] = OrderedDict()

@@ -13,6 +13,7 @@ from ldm_runtime.backends.factory import open_component
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
+from ldm_runtime.loras.sets import DEFAULT_SELECTIONS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
 
 __all__ = ["BUNDLE", "IN_PROCESS", "PER_STEP", "ModelParameters", "bundle_folder"]
@@ -31,6 +32,7 @@ class ModelParameters:
     Attributes:
         component: Name of the component, for a model that serves one component.
         precision, backend, device, threads: As ``LatentDiffusionPipeline.from_bundle``.
+        lora_selections: As ``LatentDiffusionPipeline.from_bundle``.
         max_rows, row_buckets, max_queue: As in ``Limits``; the buckets are separated by spaces.
         unet: ``IN_PROCESS`` or ``PER_STEP``.
     """
@@ -43,6 +45,7 @@ class ModelParameters:
     max_rows: str = "32"
     row_buckets: str = ""
     max_queue: str = "256"
+    lora_selections: str = str(DEFAULT_SELECTIONS)
     unet: str = IN_PROCESS
 
     @classmethod
@@ -80,6 +83,7 @@ class ModelParameters:
             backend=self.backend,
             device=self.device,
             threads=self._threads,
+            lora_selections=_number("lora_selections", self.lora_selections),
         )
 
     def open_component(self, bundle: Bundle) -> Backend:

@@ -119,6 +119,18 @@ def test_selections_alternate_and_change_nothing(pipe: LatentDiffusionPipeline, 
         assert (image(pipe, loras=nothing) == plain).all()
 
 
+def test_one_selection_at_a_time(bundle: Bundle, pipe: LatentDiffusionPipeline) -> None:
+    with LatentDiffusionPipeline.from_bundle(
+        bundle, precision="fp32", backend="onnxruntime", lora_selections=1
+    ) as small:
+        for loras in (BOTH, {WHOLE: 0.7}, BOTH):
+            assert (image(small, loras=loras) == image(pipe, loras=loras)).all()
+        assert (small.most_loras, pipe.most_loras) == (1, 2)
+    for wrong in (0, 65, "2", True):
+        with pytest.raises(SpecError, match=r"lora_selections: got .*, expected a whole number from 1 to 64"):
+            LatentDiffusionPipeline.from_bundle(bundle, lora_selections=wrong)  # type: ignore[arg-type]
+
+
 def test_cached_features_have_the_weights_of_the_adapter(pipe: LatentDiffusionPipeline, bundle: Bundle) -> None:
     options = {"cache_every": 2, "full_steps": 1}
     changed, plain = image(pipe, loras={WHOLE: 0.7}, **options), image(pipe, **options)
