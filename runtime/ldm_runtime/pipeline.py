@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_runtime.backends import Backend
-from ldm_runtime.backends.engine import Choice, Engine
 from ldm_runtime.backends.factory import open_model
 from ldm_runtime.backends.lazy import LazyBackend
 from ldm_runtime.bundle import Bundle
@@ -29,13 +28,13 @@ from ldm_runtime.geometry import Geometry
 from ldm_runtime.host_loop import host_steps
 from ldm_runtime.images import check_latents, to_pil
 from ldm_runtime.loras.selection import no_selection
-from ldm_runtime.loras.sets import DEFAULT_SELECTIONS, LoraSets
+from ldm_runtime.loras.sets import LoraSets
 from ldm_runtime.loras.sets import lora_selections as checked_selections
 from ldm_runtime.model import DECODER, DENOISERS, SAFETY_CHECKER, ModelDescription
 from ldm_runtime.option_names import check_names
+from ldm_runtime.pipeline_options import NO_EXTRAS, BundleOptions, PipelineExtras, with_defaults
 from ldm_runtime.plan import Plan
 from ldm_runtime.planner import Planner
-from ldm_runtime.quality import QualityRecord
 from ldm_runtime.replaceable_loop import ReplaceableLoop
 from ldm_runtime.request import Request, RequestOptions
 from ldm_runtime.schedulers import scheduler_from_config
@@ -59,12 +58,9 @@ class LatentDiffusionPipeline:
         model: Description of the model, as in the manifest.
         backends: Backend of each component; they are closed with the pipeline.
         files: Returns the path of a file that a conditioning names, e.g. "tokenizer.json".
-        keep_loaded: False frees each component after its use, for one generation in little memory.
-        choice: The selected engine; None if ``from_bundle`` was not used.
-        loop: The denoising loop on a device; None runs it in NumPy.
+        keep_loaded: True by default. False frees each component after its use, for one generation in little memory.
         safety_checker: False does not run the model's safety checker.
-        record: The bundle's measured settings, for ``Request.budget``; None if it has none.
-        loras: The adapters that requests can select; None if there are none.
+        extras: The selected engine, and more that ``from_bundle`` takes from a bundle.
 
     Examples:
         >>> pipe = LatentDiffusionPipeline.from_bundle("bundle")
@@ -78,18 +74,15 @@ class LatentDiffusionPipeline:
         files: Callable[[str], Path],
         *,
         keep_loaded: bool = True,
-        choice: Choice | None = None,
-        loop: DeviceLoop | None = None,
         safety_checker: bool = True,
-        record: QualityRecord | None = None,
-        loras: LoraSets[LatentDiffusionPipeline] | None = None,
+        extras: PipelineExtras = NO_EXTRAS,
     ):
         encoders = [entry.component for entry in model.conditioning if entry.component]
         derived = [spec.name for runs in ("request", "schedule") for spec in model.once_per(runs)]
         if missing := [name for name in (*encoders, *derived, "unet", DECODER) if name not in backends]:
             raise BackendError(f"pipeline: no backend for {', '.join(missing)}; give one for each component")
-        self.model, self.backends, self.choice = model, dict(backends), choice
-        self._loop = ReplaceableLoop(loop)
+        self.model, self.backends, self.choice = model, dict(backends), extras.choice
+        self._loop = ReplaceableLoop(extras.loop)
         self.geometry = Geometry.of(model)
         self.scheduler = scheduler_from_config(model.scheduler)
         opened = [open_conditioner(entry, backends, files) for entry in model.conditioning]
@@ -98,56 +91,47 @@ class LatentDiffusionPipeline:
         checker = checkers[0] if checkers and safety_checker else None
         self._decoding = Decoding(self.backends, self.conditioners, checker, keep_loaded)
         self.denoiser = Denoiser(model, backends)
-        self.record, self._loras = record, loras
-        select = no_selection if loras is None else loras.check
-        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, record, select)
+        self.record, self._loras = extras.record, extras.loras
+        select = no_selection if extras.loras is None else extras.loras.check
+        self._planner = Planner(model, self.geometry, self.scheduler, self.conditioners, extras.record, select)
         self._keep_loaded = keep_loaded
 
     @classmethod
-    def from_bundle(
-        cls,
-        path: str | Path | Bundle,
-        *,
-        precision: str | None = None,
-        backend: str | Engine = "auto",
-        device: str = "auto",
-        threads: int | None = None,
-        cache: str | Path | None = None,
-        keep_loaded: bool = True,
-        safety_checker: bool = True,
-        lora_selections: int = DEFAULT_SELECTIONS,
-    ) -> LatentDiffusionPipeline:
+    def from_bundle(cls, path: str | Path | Bundle, **options: Unpack[BundleOptions]) -> LatentDiffusionPipeline:
         """Check a bundle's files against the manifest and prepare its components, which are loaded on first use.
 
         Args:
             path: The bundle's folder.
-            precision: "fp32", "fp16", "bf16" or "int8". None takes the precision that the bundle was built for, and on
-                OpenVINO bf16 arithmetic if the CPU has it. With "fp32", a seed gives the image of diffusers, up to
-                rounding.
+            precision: "fp32", "fp16", "bf16" or "int8". None (default) takes the precision that the bundle was built
+                for, and on OpenVINO bf16 arithmetic if the CPU has it. With "fp32", a seed gives the image of
+                diffusers, up to rounding.
             backend: "onnxruntime", "openvino", "tensorrt" for the bundle's engines, or an object with the interface of
-                ``backends.engine.Engine``. "auto" takes the fastest engine here, and the next one if that does not load
-                or does not run; ``choice.reason`` and a warning say why.
-            device: For onnxruntime: "auto", "cpu" or "cuda".
-            threads: CPU threads of one operator; None for all cores this process may use.
+                ``backends.engine.Engine``. "auto" (default) takes the fastest engine here, and the next one if that
+                does not load or does not run; ``choice.reason`` and a warning say why.
+            device: For onnxruntime: "auto" (default), "cpu" or "cuda".
+            threads: CPU threads of one operator; None (default) for all cores this process may use.
             cache: Folder where OpenVINO keeps compiled graphs, so that the next process starts sooner.
-            keep_loaded: False frees each component after its use, for one generation in little memory.
-            safety_checker: False returns images that the bundle's safety checker would flag; a warning says so.
-            lora_selections: Selections of LoRA adapters (``Request.loras``) whose components stay loaded, 1 to 64. Each
-                takes the memory of the components that it changes.
+            keep_loaded: True by default. False frees each component after its use, for one generation in little memory.
+            safety_checker: True by default. False returns images that the bundle's safety checker would flag; a warning
+                says so.
+            lora_selections: Selections of LoRA adapters (``Request.loras``) whose components stay loaded, 1 to 64,
+                2 by default. Each takes the memory of the components that it changes.
 
         Raises:
-            SpecError: ``threads`` or ``lora_selections`` is out of range.
+            SpecError: An option is unknown, or ``threads`` or ``lora_selections`` is out of range.
             ManifestError: The bundle is damaged or made for another version.
             BackendError: The engine is not installed, or the machine lacks what was asked for.
         """
-        kept = checked_selections(lora_selections)
+        chosen = with_defaults(options)
+        kept = checked_selections(chosen["lora_selections"])
+        keep_loaded, cache = chosen["keep_loaded"], chosen["cache"]
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         opened = open_model(
             bundle,
-            backend,
-            precision=precision,
-            device=device,
-            threads=threads,
+            chosen["backend"],
+            precision=chosen["precision"],
+            device=chosen["device"],
+            threads=chosen["threads"],
             cache=None if cache is None else Path(cache),
             once=not keep_loaded,
         )
@@ -159,20 +143,23 @@ class LatentDiffusionPipeline:
 
         def adapted(changed: Mapping[str, Backend]) -> LatentDiffusionPipeline:
             backends = {**opened.backends, **changed}
-            return cls(bundle.manifest.model, backends, bundle.file, keep_loaded=keep_loaded, choice=opened.choice)
+            extras = PipelineExtras(opened.choice)
+            return cls(bundle.manifest.model, backends, bundle.file, keep_loaded=keep_loaded, extras=extras)
 
         pipeline = cls(
             bundle.manifest.model,
             opened.backends,
             file,
             keep_loaded=keep_loaded,
-            choice=opened.choice,
-            loop=opened.loop,
-            safety_checker=safety_checker,
-            record=bundle.quality() if QUALITY_REPORT in bundle.manifest.files else None,
-            loras=LoraSets(bundle, opened, adapted, kept),
+            safety_checker=chosen["safety_checker"],
+            extras=PipelineExtras(
+                opened.choice,
+                opened.loop,
+                bundle.quality() if QUALITY_REPORT in bundle.manifest.files else None,
+                LoraSets(bundle, opened, adapted, kept),
+            ),
         )
-        if not safety_checker and SAFETY_CHECKER in bundle.manifest.components:
+        if not chosen["safety_checker"] and SAFETY_CHECKER in bundle.manifest.components:
             log.warning("safety checker: it is off; images are not checked, keep them from the public unfiltered")
         for one in verified:  # the conditioners have read them by now
             one.check()

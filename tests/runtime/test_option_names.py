@@ -9,6 +9,7 @@ import pytest
 from ldm_runtime import Bundle, LatentDiffusionPipeline
 from ldm_runtime.errors import SpecError
 from ldm_runtime.option_names import OF_DIFFUSERS, check_names
+from ldm_runtime.pipeline_options import BundleOptions, with_defaults
 from ldm_runtime.request import Request
 from tests.support.small_bundle import write_small_bundle
 
@@ -25,6 +26,14 @@ def test_options_of_diffusers_are_translated() -> None:
     ):
         with pytest.raises(SpecError, match=message):
             check_names({"seed": 1, name: 0})
+
+
+def test_options_of_opening_a_bundle_are_named(tmp_path: Path) -> None:
+    assert set(BundleOptions.__annotations__) == set(with_defaults({}))
+    with pytest.raises(SpecError, match=r"backends: is not an option of from_bundle; did you mean backend\?"):
+        LatentDiffusionPipeline.from_bundle(tmp_path, backends="openvino")  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match="xyz: is not an option of from_bundle; expected one of precision, backend, "):
+        LatentDiffusionPipeline.from_bundle(tmp_path, xyz=1)  # type: ignore[call-arg]
 
 
 def test_objects_describe_themselves(tmp_path: Path) -> None:

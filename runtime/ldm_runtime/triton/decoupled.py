@@ -12,6 +12,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import LdmError, QueueFullError, SpecError
 from ldm_runtime.model import DENOISERS
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.pipeline_options import PipelineExtras
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
 from ldm_runtime.triton.parameters import PER_STEP, ModelParameters, bundle_folder
 from ldm_runtime.triton.per_step import PerStepUNet
@@ -63,7 +64,8 @@ class DecoupledModel:
         model = pipeline.model
         called = {name: PerStepUNet(self.pb, model.components[name]) for name in DENOISERS if name in model.components}
         backends = {**pipeline.backends, **called}
-        return LatentDiffusionPipeline(model, backends, bundle.file, choice=pipeline.choice, record=pipeline.record)
+        extras = PipelineExtras(pipeline.choice, record=pipeline.record)
+        return LatentDiffusionPipeline(model, backends, bundle.file, extras=extras)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; returns at once, the responses follow."""
