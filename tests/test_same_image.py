@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +50,18 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("steps", "seed"), [*product((1, 7), (0, 42, 2**40 + 1)), (50, 42)])
+@pytest.mark.parametrize(("steps", "seed"), [(1, 0), (7, 42), (7, 2**40 + 1)])
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 def test_same_image(ours, theirs, eta: float, guidance: float, steps: int, seed: int, count: int) -> None:
     options = {"eta": eta, "guidance_scale": guidance, "num_inference_steps": steps}
     expected = reference(theirs, PROMPTS[:count], seed, **options)
     assert_same(first_image(ours, PROMPTS[:count], seed=seed, **options), expected)
+
+
+def test_same_image_of_50_steps(ours, theirs) -> None:
+    options = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
+    assert_same(first_image(ours, PROMPTS, seed=42, **options), reference(theirs, PROMPTS, 42, **options))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 88), (128, 64)])

@@ -22,7 +22,9 @@ from ldm_export.quality.verification import verify
 from ldm_export.quality.verification_page import page
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.specs import Axis
 from tests.support.checkpoints import edit_json
+from tests.support.torch_pipeline import torch_pipeline
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 0.3}
 PROMPT = "a red circle"
@@ -73,32 +75,40 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-UNETS: dict[str, dict[str, Any]] = {
-    "no middle, a width for each level, a pair of sizes": {
-        "mid_block_type": None,
-        "cross_attention_dim": [24, 99],
-        "sample_size": [12, 8],
-    },
-    "resnets that upsample, states projected and added to the time embedding": {
-        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-        "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
-        "sample_size": None,
-        "encoder_hid_dim": 24,
-        "cross_attention_dim": 32,
-        "addition_embed_type": "text",
-        "addition_embed_type_num_heads": 4,
-    },
+OTHER_UNET: dict[str, Any] = {
+    "mid_block_type": None,
+    "sample_size": [12, 8],
+    "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+    "encoder_hid_dim": 24,
+    "cross_attention_dim": 32,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
 }
+"""No middle, a pair of sizes, resnets that upsample, states that are projected and added to the time embedding."""
 
 
-@pytest.mark.parametrize("changes", UNETS.values(), ids=UNETS)
-def test_forms_of_a_unet(tiny: Path, tiny_bundle: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    replace(tiny, "unet", lambda: UNet2DConditionModel(**{**UNET, **changes}))
+def test_another_form_of_a_unet(tiny: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    replace(tiny, "unet", lambda: UNet2DConditionModel(**{**UNET, **OTHER_UNET}))
     bundle = built(tiny, tiny_bundle, tmp_path / "bundle")
     expected = theirs(tiny, height=96, width=64)
     assert_same(ours(bundle, height=96, width=64), expected)
-    height, width = changes["sample_size"] or (8, 8)
-    assert ours(bundle).shape == (8 * height, 8 * width, 3)
+    assert ours(bundle).shape == (8 * 12, 8 * 8, 3)
+
+
+def test_a_width_for_each_level(tiny: Path, tmp_path: Path) -> None:
+    widths = {"mid_block_type": None, "cross_attention_dim": [24, 99]}
+    replace(tiny, "unet", lambda: UNet2DConditionModel(**{**UNET, **widths}))
+    with torch_pipeline(open_checkpoint(tiny), tmp_path / "files") as pipeline:
+        assert_same(np.asarray(pipeline(PROMPT, seed=0, **OPTIONS).images[0]), theirs(tiny))
+
+
+def test_a_unet_without_a_size_has_that_of_the_autoencoder(tiny: Path) -> None:
+    edit_json(tiny / "unet/config.json", sample_size=None)
+    edit_json(tiny / "vqvae/config.json", sample_size=96)
+    checkpoint = open_checkpoint(tiny)
+    sample = family_named(checkpoint.family).describe(checkpoint).components["unet"].inputs[0]
+    assert [axis.opt for axis in sample.shape if isinstance(axis, Axis)][1:] == [12, 12]
 
 
 def test_other_factor_and_grey_images(

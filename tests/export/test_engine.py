@@ -33,6 +33,7 @@ from ldm_runtime.errors import BackendError, BuildError
 from ldm_runtime.installation import install_command
 from ldm_runtime.model import SHALLOW_UNET, UNET
 from tests.support.bundles import CAPABILITIES, ENGINES
+from tests.support.configs_only import write_configs
 
 COMPONENTS = ("text_encoder", "cross_attention_kv", "time_embedding", "unet", "shallow_unet", "decoder")
 
@@ -222,10 +223,11 @@ def test_capabilities_are_the_packages_own() -> None:
     assert known["8.9"] == tensorrt_rtx.ComputeCapability.SM89
 
 
-def test_fp32_engines_on_the_command_line(shapes_bundle: Path, tmp_path: Path) -> None:
-    """The graphs exist already; the engines of the checkpoint that ships are built."""
-    bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
-    command = [sys.executable, "-m", "ldm_export.cli", "build", "-o", str(bundle)]
+def test_fp32_engines_on_the_command_line(tmp_path: Path) -> None:
+    """The graphs exist already; the engines are built."""
+    configs, bundle = write_configs(tmp_path / "small"), tmp_path / "bundle"
+    build(open_checkpoint(configs, random_weights=True), bundle)
+    command = [sys.executable, "-m", "ldm_export.cli", "build", str(configs), "--random-weights", "-o", str(bundle)]
     options = ["--target", "tensorrt-rtx", "--compute-capability", "8.9, 8.9", "--batch", "1:1:4"]
     done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
