@@ -1,8 +1,8 @@
 """Loads the HTTP server with many clients, and compares it with the batch scheduler alone.
 
 A server in a process of its own gets 1,000 requests from 50 clients: 5% are cancelled while they run, 5% are invalid.
-Every request must end as it should. The same valid requests then go to a ``BatchScheduler`` without HTTP, in turns with
-the server. Memory is the server's resident size after each hundred requests.
+Every request must end as it should. Then valid requests go to the server and to a ``BatchScheduler`` without HTTP in
+turns (``http_comparison``). Memory is the server's resident size after each hundred requests.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.request import urlopen
 
-import httpx2
+from http_client import Connection
+from http_comparison import PROMPTS, compared
 
 from ldm_export.bench.figures import machine
-from ldm_runtime import LatentDiffusionPipeline, Request
-from ldm_runtime.batching.limits import Limits
+from ldm_runtime import LatentDiffusionPipeline
+from ldm_runtime.batching.limits import MAX_ROWS, Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 
-PROMPTS = ("a small red circle", "a large blue square", "a green triangle on a white background", "a yellow star")
 VALID, CANCELLED, INVALID = "valid", "cancelled", "invalid"
 
 
@@ -37,8 +38,10 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
+    parser.add_argument("--steps", type=int, default=10, help="steps per image of the load")
+    parser.add_argument("--compared-steps", type=int, nargs="+", default=[10, 50], help="of the comparisons")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison")
+    parser.add_argument("--images", type=int, default=100, help="images in each half of a round")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -48,19 +51,21 @@ def main() -> int:
     try:
         url = _address(server)
         load = asyncio.run(_load(url, server.pid, args))
-        with LatentDiffusionPipeline.from_bundle(args.bundle, backend=args.backend) as pipeline:
-            pairs = [_compared(url, pipeline, args) for _ in range(args.rounds)]
+        with (
+            LatentDiffusionPipeline.from_bundle(args.bundle, backend=args.backend) as pipeline,
+            BatchScheduler(pipeline, Limits(max_rows=MAX_ROWS)) as scheduler,
+        ):
+            sizes = {"clients": args.clients, "images": args.images, "rounds": args.rounds}
+            comparisons = [compared(url, server.pid, scheduler, steps=steps, **sizes) for steps in args.compared_steps]
     finally:
         server.terminate()
         server.wait(60)
-    ratios = [alone / served for served, alone in pairs]
     facts = {
         "machine": machine(),
         "python": platform.python_version(),
         "settings": {name: getattr(args, name) for name in ("requests", "clients", "steps", "backend")},
         **load,
-        "throughput_of_the_scheduler_alone": [round(ratio, 3) for ratio in ratios],
-        "median_throughput_ratio": round(statistics.median(ratios), 3),
+        "comparisons": comparisons,
         "exit_code": server.returncode,
     }
     print(json.dumps(facts, indent=2))
@@ -87,7 +92,7 @@ async def _load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     outcomes, wrong, first_bytes, memory = Counter[str](), list[str](), list[float](), list[int]()
 
     async def client() -> None:
-        async with httpx2.AsyncClient(base_url=url, timeout=600) as http:
+        async with Connection(url) as http:
             while not waiting.empty():
                 number, kind = waiting.get_nowait()
                 if number % 100 == 0:
@@ -104,8 +109,8 @@ async def _load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     await asyncio.gather(*(client() for _ in range(args.clients)))
     seconds = time.monotonic() - begun
-    async with httpx2.AsyncClient(base_url=url, timeout=600) as http:
-        text = (await http.get("/metrics")).text
+    with urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
     memory.append(_resident(pid))
     counted = {name: float(value) for name, value in re.findall(r'ldm_requests_total\{.*outcome="(\w+)"\} (\S+)', text)}
     first_bytes.sort()
@@ -123,63 +128,25 @@ async def _load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _request(http: httpx2.AsyncClient, number: int, kind: str, steps: int) -> float | None:
+async def _request(http: Connection, number: int, kind: str, steps: int) -> float | None:
     """One request; the seconds until the first byte of a stream."""
     body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "steps": steps}
     if kind == INVALID:
-        answer = await http.post("/v1/images/generations", json={**body, "steps": 0})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "steps", answer.text
+        status, answer = await http.post({**body, "steps": 0})
+        assert status == 400 and json.loads(answer)["error"]["param"] == "steps", answer
         return None
     if kind == VALID and number % 2:
-        answer = await http.post("/v1/images/generations", json=body)
-        assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == number, answer.text
+        status, answer = await http.post(body)
+        assert status == 200 and json.loads(answer)["data"][0]["seed"] == number, answer
         return None
-    body |= {"stream": True, "progress": True}
-    begun, first, last = time.monotonic(), None, ""
-    async with http.stream("POST", "/v1/images/generations", json=body) as answer:
-        assert answer.status_code == 200
-        async for line in answer.aiter_lines():
-            first = first or time.monotonic() - begun
-            last = line[:60] if line.startswith("event: ") else last
-            if kind == CANCELLED and '"step": 1' in line:
-                return first
-    assert last == "event: image_generation.completed", last
+    begun, first, event = time.monotonic(), None, b""
+    async for event in http.stream(body | {"stream": True, "progress": True}):
+        first = first or time.monotonic() - begun
+        if kind == CANCELLED and b'"step": 1' in event:
+            await http.reconnect()
+            return first
+    assert event.startswith(b"event: image_generation.completed"), event[:60]
     return first
-
-
-def _compared(url: str, pipeline: LatentDiffusionPipeline, args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds for a hundred images over HTTP, and from a batch scheduler in this process."""
-    count = 100
-
-    async def served() -> None:
-        async with httpx2.AsyncClient(base_url=url, timeout=600) as http:
-
-            async def one(number: int) -> None:
-                body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "steps": args.steps}
-                answer = await http.post("/v1/images/generations", json=body)
-                assert answer.status_code == 200, answer.text
-
-            numbers = iter(range(count))
-
-            async def client() -> None:
-                for number in numbers:
-                    await one(number)
-
-            await asyncio.gather(*(client() for _ in range(args.clients)))
-
-    begun = time.monotonic()
-    asyncio.run(served())
-    over_http = time.monotonic() - begun
-    with BatchScheduler(pipeline, Limits(max_rows=32)) as scheduler:
-        begun = time.monotonic()
-        jobs = [
-            scheduler.submit(Request(PROMPTS[n % len(PROMPTS)], seed=n, num_inference_steps=args.steps))
-            for n in range(count)
-        ]
-        for job in jobs:
-            job.result(600)
-        alone = time.monotonic() - begun
-    return over_http, alone
 
 
 def _resident(pid: int) -> int:

@@ -17,6 +17,8 @@ __all__ = ["FORMATS", "check_latents", "grid", "pil_image", "psnr", "to_bytes", 
 
 QUALITY = 95
 """Quality of JPEG and WebP images."""
+COMPRESSION = 6
+"""Compression level of PNG images, 0 to 9; the pixels are the same at each level."""
 CHANNELS = (1, 3, 4)
 """Numbers of channels that PIL supports: L, RGB and RGBA."""
 FORMATS = {
@@ -97,7 +99,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     return sheet
 
 
-def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY) -> bytes:
+def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY, compression: int = COMPRESSION) -> bytes:
     """Encode an image in the format of a file name's suffix.
 
     JPEG and WebP lose detail, because JPEG has no lossless mode and WebP's is slow. For JPEG and BMP, RGBA images get a
@@ -107,6 +109,7 @@ def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY) -> bytes:
         image: Of mode L, RGB or RGBA.
         suffix: A key of ``FORMATS``, in upper or lower case.
         quality: 0 to 100, for JPEG and WebP.
+        compression: 0 to 9, for PNG.
 
     Raises:
         SpecError: The suffix is of another format, or the format does not take images of this size.
@@ -118,7 +121,7 @@ def to_bytes(image: Image.Image, suffix: str, quality: int = QUALITY) -> bytes:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     buffer = io.BytesIO()
     try:
-        image.save(buffer, name, quality=quality)
+        image.save(buffer, name, quality=quality, compress_level=compression)
     except (OSError, ValueError) as error:  # Pillow's, e.g. for a side beyond 65535 pixels
         raise SpecError(f"image: {name} does not take {image.mode} {image.size} ({error}); use .png") from None
     return buffer.getvalue()

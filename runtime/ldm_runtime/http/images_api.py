@@ -101,9 +101,9 @@ class ImagesApi:
             listener = _Listener(asyncio.get_running_loop())
             on_progress = listener.add if wanted.stream else None
             job = await run_in_threadpool(submit, model, wanted, self._options, on_progress)
-        job.future.add_done_callback(lambda future: listener.end())
         request.state.model, request.state.images = model.name, job.plan.images
         if wanted.stream:
+            job.future.add_done_callback(lambda future: listener.end())
             events = _Events(event, wanted, job)
             return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=STREAM_HEADERS)
         async with cancelled_on_disconnect(request, job):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,9 @@ from ldm_runtime.http.server_options import ServerOptions
 __all__ = ["serve"]
 
 BACKLOG = 256
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread of the interpreter yields to one that waits: the event loop and the thread of a batch
+scheduler take turns, and with Python's 5 ms each would wait that long for the other several times per request."""
 
 
 def serve(
@@ -52,10 +56,22 @@ def serve(
                 timeout_graceful_shutdown=max(1, round(options.grace)),
             )
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            with BundleWatch(models, options.watch, note) if options.watch else nullcontext():
+            watch = BundleWatch(models, options.watch, note) if options.watch else nullcontext()
+            with watch, _switching(SWITCH_INTERVAL):
                 _Server(config).run([listener])
     finally:
         models.close()
+
+
+@contextmanager
+def _switching(interval: float) -> Iterator[None]:
+    """Let threads take turns at an interval in seconds while the block runs."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(interval)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Server(uvicorn.Server):
