@@ -1,7 +1,8 @@
 """Selects the layers that become int8: as many operations as the budget allows, without the most harmful layers.
 
-Most of the error comes from a few layers with few operations. Layers whose share of the error is much larger than their
-share of the operations stay in float, whatever the budget; if that exceeds the budget, more layers return to float.
+Most of the error comes from a few layers with few operations. Of the layers whose share of the error is much larger
+than their share of the operations, those that cause the most error together stay in float, whatever the budget; if
+that exceeds the budget, more layers return to float.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FLOAT_SHARE = 0.1
 """Maximum share of a component's operations in float, unless the budget requires more."""
 COSTLY = 2.0
 """A layer is costly if its share of the error is at least this multiple of its share of the operations."""
+PARTS = 10_000
+"""Resolution of the share of operations when the costly layers are selected."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,28 @@ def ranked(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]
 def costly(decibels: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
     """Find the layers that stay in float whatever the budget, in the order of ``ranked``.
 
+    A layer is eligible if its share of the error is ``COSTLY`` times its share of the candidates' operations. Of all
+    sets of eligible layers with which at most ``FLOAT_SHARE`` of the operations are in float, the result is the one
+    with the most error. This is a knapsack problem: the layer with the most error per operation is not always part of
+    it, because it can take the room of a larger layer with more error.
+
     Args:
         decibels: Candidate layer -> signal-to-noise ratio with the layer in int8.
         flops: Every layer of the graph, candidate or not -> its operations.
-
-    Returns:
-        Layers whose share of the error is ``COSTLY`` times their share of the candidates' operations, as far as at most
-        ``FLOAT_SHARE`` of the operations are then in float.
     """
     error = {name: 10 ** (-decibel / 10) for name, decibel in decibels.items()}
     work, total = sum(flops[name] for name in decibels), sum(flops.values())
-    in_float, layers = total - work, list[str]()
+    room = int(PARTS * (FLOAT_SHARE * total - (total - work)) / max(total, 1))
+    best = {0: (0.0, list[str]())}  # parts in use -> error of the best set of layers, and these layers
     for name in ranked(decibels, flops):
-        is_costly = error[name] * work >= COSTLY * flops[name] * sum(error.values())
-        if is_costly and in_float + flops[name] <= FLOAT_SHARE * total:
-            layers.append(name)
-            in_float += flops[name]
-    return layers
+        if error[name] * work < COSTLY * flops[name] * sum(error.values()):
+            continue
+        size = -(-PARTS * flops[name] // total)
+        for used, (saved, layers) in list(best.items()):
+            place, more = used + size, saved + error[name]
+            if place <= room and (place not in best or more > best[place][0]):
+                best[place] = more, [*layers, name]
+    return max(best.values(), key=lambda entry: entry[0])[1]
 
 
 def select(

@@ -34,7 +34,7 @@ from ldm_runtime.errors import BuildError
 
 __all__ = ["Calibration", "OnProgress", "RunPart", "run_calibration"]
 
-METHOD = 4
+METHOD = 5
 """Version of the method. Increase it when equal settings give another record."""
 PART = 16
 """Number of layers whose sensitivity is measured in one part."""
