@@ -29,9 +29,10 @@ TOOLS = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 
 @dataclass
 class Peak:
-    """Peak resident memory of a process in bytes: counted by the kernel, and by kind from samples."""
+    """CPU seconds of a process and its peak resident bytes, counted by the kernel, and by kind from samples."""
 
     resident: int = 0
+    cpu_seconds: float = 0.0
     sampled: dict[str, int] = field(default_factory=lambda: {"VmRSS": 0, "RssAnon": 0, "RssFile": 0})
 
 
@@ -80,6 +81,7 @@ def run(command: list[str], output: IO[str] | None = None) -> tuple[int, Peak]:
         sampler.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     peak.resident = max(usage.ru_maxrss * 1024, peak.sampled["VmRSS"])  # getrusage(2): kilobytes, and may lag a little
+    peak.cpu_seconds = usage.ru_utime + usage.ru_stime
     return abs(process.returncode), peak
 
 

@@ -3,8 +3,9 @@
     python benchmarks/image_full_size.py /tmp/bundle --steps 20
     python benchmarks/image_full_size.py /tmp/bundle --steps 4 --size 1024
 
-Seconds include the start of the process and the loading of the graphs; a second run with another number of steps gives
-the seconds of a step. With random weights the image has no meaning, but takes as long as that of a trained model.
+Seconds include the start of the process and the loading of the graphs; a run with fewer steps gives the seconds of a
+step. CPU seconds, of all threads, depend less on other work of the machine. With random weights the image has no
+meaning, but takes as long as that of a trained model.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def main() -> int:
         "options": args.option,
         "steps": args.steps,
         **whole,
+        "fewer_steps": {"steps": args.fewer_steps, "seconds": fewer["seconds"], "cpu_seconds": fewer["cpu_seconds"]},
         "step_seconds": round((whole["seconds"] - fewer["seconds"]) / (args.steps - args.fewer_steps), 2),
+        "step_cpu_seconds": round((whole["cpu_seconds"] - fewer["cpu_seconds"]) / (args.steps - args.fewer_steps), 2),
         "machine": machine(),
         "tools": versions(),
     }
@@ -79,12 +82,19 @@ def generate(bundle: Path, options: list[str]) -> dict[str, Any]:
             sys.exit(code)
         pixels = np.asarray(Image.open(file)).shape[:2]
         choice = json.loads((Path(folder) / "result.json").read_text())["choice"]
-    return {"pixels": list(pixels), "seconds": round(seconds, 1), "peak_bytes": peak.resident, "choice": choice}
+    return {
+        "pixels": list(pixels),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(peak.cpu_seconds, 1),
+        "peak_bytes": peak.resident,
+        "choice": choice,
+    }
 
 
 def show(facts: dict[str, Any]) -> None:
-    table = Table("bundle", "pixels", "steps", "seconds", "seconds of a step", "peak GB")
-    numbers = (facts["steps"], facts["seconds"], facts["step_seconds"], f"{facts['peak_bytes'] / 1e9:.2f}")
+    table = Table("bundle", "pixels", "steps", "seconds", "of a step", "CPU seconds", "of a step", "peak GB")
+    seconds = [facts[name] for name in ("seconds", "step_seconds", "cpu_seconds", "step_cpu_seconds")]
+    numbers = (facts["steps"], *seconds, f"{facts['peak_bytes'] / 1e9:.2f}")
     table.add_row(facts["bundle"], " × ".join(map(str, facts["pixels"])), *map(str, numbers))
     Console().print(table)
 

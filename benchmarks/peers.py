@@ -178,6 +178,7 @@ def measure(
         fact = {
             "speedup": speedup(runs, seconds[0]),
             "seconds": Timing.of(runs).facts(),
+            "cpu_seconds": float(np.median([answer["cpu_seconds"] for answer in facts_of_runs])),
             "peak_bytes": max(answer["peak_bytes"] for answer in facts_of_runs),
             "load_seconds": worker.facts["seconds"],
             "error": float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())),
@@ -192,10 +193,20 @@ def measure(
 
 def show(facts: Facts) -> None:
     what = "one UNet step" if facts["what"] == "unet" else f"images of {facts['steps']} steps"
-    table = Table("", f"× {facts['reference']}", "seconds", "spread", "GB", "error", title=f"{facts['bundle']}: {what}")
+    table = Table(
+        "",
+        f"× {facts['reference']}",
+        "seconds",
+        "spread",
+        "CPU seconds",
+        "GB",
+        "error",
+        title=f"{facts['bundle']}: {what}",
+    )
     for name, peer in facts["peers"].items():
         seconds = peer["seconds"]
         numbers = (f"{peer['speedup']:.2f}", f"{seconds['median']:.4g}", f"{seconds['spread']:.0%}")
+        numbers += (f"{peer['cpu_seconds']:.4g}",)
         table.add_row(name, *numbers, f"{peer['peak_bytes'] / 1e9:.2f}", f"{peer['error']:.2g}")
     Console().print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def latents(command: Command) -> np.ndarray:
 class Task:
     """Task of one runtime: ``step`` calls its UNet; ``draw`` returns PIL images of a command's prompts.
 
-    Images start from ``latents``, with guidance and with eta 0.
+    Images start from ``latents``, with guidance and with eta 0. An answer has the CPU seconds of all threads, which
+    depend less on other work of the machine than seconds do.
     """
 
     def __init__(self, step: Step, draw: Callable[[Command], Any]):
@@ -42,8 +44,10 @@ class Task:
             return lambda: np.save(Path(command["path"]), self._last)
         if command["what"] == "unet":
             inputs = step_inputs(command)
-            return lambda: self._keep(self._step(*inputs))
-        return lambda: self._keep([np.asarray(image) for image in self._draw(command)])
+            return lambda: self._keep(lambda: self._step(*inputs))
+        return lambda: self._keep(lambda: [np.asarray(image) for image in self._draw(command)])
 
-    def _keep(self, result: Any) -> None:
-        self._last = np.asarray(result)
+    def _keep(self, call: Callable[[], Any]) -> Command:
+        begun = time.process_time()
+        self._last = np.asarray(call())
+        return {"cpu_seconds": time.process_time() - begun}
