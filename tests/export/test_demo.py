@@ -33,7 +33,8 @@ from ldm_export_demo import CHECKPOINTS
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD
 from ldm_runtime.errors import BuildError, SpecError
-from tests.support.tiny_int8 import SETTINGS
+from tests.support.small_models import bundle_of, text_model
+from tests.support.tiny_int8 import QUANTIZED, SETTINGS
 
 
 @pytest.fixture
@@ -105,13 +106,14 @@ def test_half_precision_is_measured_with_the_given_prompts(
     )
 
 
-def test_prompt_accuracy_is_bounded_by_the_callers_grader(bundle_copy: Path) -> None:
+def test_prompt_accuracy_is_bounded_by_the_callers_grader(tmp_path: Path) -> None:
+    bundle = bundle_of(text_model(tmp_path / "model"), tmp_path / "bundle", QUANTIZED).folder
     settings = replace(SETTINGS, max_accuracy_loss=0.5)
     with pytest.raises(SpecError, match=r"^max accuracy loss: got 0\.5, but no grader .*give --min-psnr"):
-        calibrate(bundle_copy, settings)
+        calibrate(bundle, settings)
     with pytest.raises(BuildError, match=r"^max accuracy loss: the grader cannot grade the trial images"):
-        calibrate(bundle_copy, settings, grade=lambda images, requests: None)
-    built = calibrate(bundle_copy, settings, grade=lambda images, requests: [True, False])
+        calibrate(bundle, settings, grade=lambda images, requests: None)
+    built = calibrate(bundle, settings, grade=lambda images, requests: [True, False])
     images = read_record(built.bundle.file(CALIBRATION_RECORD)).document["images"]
     assert [(one["correct_fp32"], one["correct_int8"]) for one in images] == [(True, True), (False, False)]
     summary = write_report(built.bundle)[1]["summary"]
