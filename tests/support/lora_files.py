@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from ldm_runtime.bundle import Bundle
+from ldm_runtime.loras.changes import changed_part
+from ldm_runtime.loras.graph_layers import graph_layers
 
 __all__ = [
     "ALPHA",
@@ -17,6 +22,7 @@ __all__ = [
     "Factors",
     "branches",
     "factors_of",
+    "factors_of_graphs",
     "kohya",
     "older_diffusers",
     "peft",
@@ -77,6 +83,20 @@ def branches(pipeline: Any, factors: Factors, scale: float) -> Iterator[None]:
     finally:
         for one in hooks:
             one.remove()
+
+
+def factors_of_graphs(bundle: Bundle, components: Sequence[str]) -> Factors:
+    """Random factors for all layers of components of a bundle."""
+    generator, made = torch.Generator().manual_seed(0), {}
+    for component in components:
+        part = changed_part(bundle.manifest.model, component)
+        assert part is not None
+        for layer in graph_layers(bundle.graph(component, "fp32")):
+            rows, *columns = layer.shape
+            down = torch.randn((RANK, *columns), generator=generator) / math.prod(columns) ** 0.5
+            up = 0.05 * torch.randn((rows, RANK, *(1 for _ in columns[1:])), generator=generator)
+            made[part, layer.module] = (down.half(), up.half())
+    return made
 
 
 def peft(factors: Factors) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ KINDS = {
     "PROMPT": "BYTES",
     "NEGATIVE_PROMPT": "BYTES",
     "SCHEDULER": "BYTES",
+    "LORAS": "BYTES",
     "SEED": "INT64",
     **dict.fromkeys(("STEPS", "HEIGHT", "WIDTH", "IMAGES_PER_PROMPT", "PRIORITY", "PREVIEW_EVERY"), "INT32"),
     **dict.fromkeys(("COUNT", "GUIDANCE_EVERY", "CLIP_SKIP", "PROMPT_CHUNKS", "CACHE_EVERY", "FULL_STEPS"), "INT32"),
