@@ -18,7 +18,7 @@ from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.checkpoint.modules import parameter_shapes
 from ldm_export.checkpoint.weights import DTYPES, StoredTensor
 from ldm_export.families.clip_text import clip_tokenizer
-from ldm_export.originals.checkpoint_file import read_state_dict
+from ldm_export.originals.checkpoint_file import read_state_dict, read_text
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.errors import CheckpointError
 
@@ -29,7 +29,7 @@ XL_KEYS = ("clip_l", "clip_g")
 """Tensors of a file for both encoders, in the order of ``ENCODERS``."""
 NAMELESS = ("*", "emb_params", *XL_KEYS)
 """Names of tensors that are not tokens."""
-WEB_UI_ENTRY = "string_to_param"
+WEB_UI_ENTRY, WEB_UI_TOKEN = "string_to_param", "name"
 MAX_VECTORS = 75
 
 
@@ -101,7 +101,7 @@ def _vectors(file: Path, encoders: int) -> tuple[list[StoredTensor], str]:
         return [tensors[key] for key in XL_KEYS], file.stem
     if encoders == 1 and len(tensors) == 1:
         ((name, stored),) = tensors.items()
-        return [stored], file.stem if name in NAMELESS else name
+        return [stored], (read_text(file, WEB_UI_TOKEN) or file.stem) if name in NAMELESS else name
     wanted = f"the tensors {' and '.join(XL_KEYS)} for two text encoders" if encoders == 2 else "one tensor"
     got = ", ".join(list(tensors)[:3])
     raise CheckpointError(f"{file}: got the tensors {got:.200}, expected {wanted}; give an embedding for this model")

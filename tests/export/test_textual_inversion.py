@@ -55,12 +55,12 @@ def theirs(pipeline: Any, prompts: list[str]) -> NDArray[np.int64]:
 def test_images_equal_diffusers(sd2_checkpoint: Path, tmp_path: Path) -> None:
     """A file of diffusers with three vectors, and one of the web UI with one, in one checkpoint."""
     torch.save({"<cat>": vectors(3)}, tmp_path / "cat.bin")
-    torch.save(web_ui(vectors(1, 1)), tmp_path / "style.pt")
+    torch.save(web_ui(vectors(1, 1)), tmp_path / "renamed.pt")  # the token is that in the file
     pipeline = StableDiffusionPipeline.from_pretrained(sd2_checkpoint)
     plain = theirs(pipeline, PROMPTS)
-    for name in ("cat.bin", "style.pt"):
+    for name in ("cat.bin", "renamed.pt"):
         pipeline.load_textual_inversion(tmp_path, weight_name=name)
-    given = [parse_embedding(str(tmp_path / name)) for name in ("cat.bin", "style.pt")]
+    given = [parse_embedding(str(tmp_path / name)) for name in ("cat.bin", "renamed.pt")]
     checkpoint = with_embeddings(open_checkpoint(sd2_checkpoint), given)
     assert checkpoint.added_tokens == {"tokenizer": ("<cat>", "<cat>_1", "<cat>_2", "style")}
     assert [one["token"] for one in checkpoint.embeddings] == ["<cat>", "style"]

@@ -24,7 +24,7 @@ from ldm_export.originals.pickle_machine import Global, PersistentId, PickleReco
 from ldm_export.originals.pickle_reader import read_pickle
 from ldm_runtime.errors import CheckpointError
 
-__all__ = ["SUFFIXES", "is_checkpoint_file", "read_state_dict"]
+__all__ = ["SUFFIXES", "is_checkpoint_file", "read_state_dict", "read_text"]
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 MAX_PICKLE, MAX_ENTRIES, MAX_RANK = 64 * 2**20, 2**18, 8
@@ -93,27 +93,41 @@ def read_state_dict(file: Path, entry: str = "state_dict") -> dict[str, StoredTe
     """
     if not file.is_file():
         raise CheckpointError(_NO_FILE.format(file))
+    if file.suffix == ".safetensors":
+        return read_safetensors(file, "checkpoint")
+    return _tensors(file, *_content(file), entry)
+
+
+def read_text(file: Path, entry: str) -> str | None:
+    """Return a text entry of a checkpoint file; None if it has none or is safetensors.
+
+    Raises:
+        CheckpointError: As ``read_state_dict``.
+    """
+    content = None if file.suffix == ".safetensors" else _content(file)[0]
+    text = content.get(entry) if isinstance(content, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _content(file: Path) -> tuple[Any, dict[str, _Storage]]:
+    """What a file of ``torch.save`` has in its pickle, and the position of each storage."""
     try:
         with file.open("rb") as opened:
             start = opened.read(16)
-            if file.suffix == ".safetensors":
-                return read_safetensors(file, "checkpoint")
             if start.startswith(b"version https://"):
                 raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run git lfs pull")
             if start.startswith(b"PK"):
-                content, storages = _read_zip(file, opened)
-            elif start.startswith(b"\x80"):
+                return _read_zip(file, opened)
+            if start.startswith(b"\x80"):
                 opened.seek(0)
-                content, storages = _read_legacy(file, opened)
-            else:
-                raise CheckpointError(
-                    f"{file}: begins with {start[:4]!r}, expected a torch.save or safetensors file; download it again"
-                )
+                return _read_legacy(file, opened)
+            raise CheckpointError(
+                f"{file}: begins with {start[:4]!r}, expected a torch.save or safetensors file; download it again"
+            )
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, EOFError, OverflowError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({error}); download the file again") from None
-    return _tensors(file, content, storages, entry)
 
 
 def _read_zip(file: Path, opened: BinaryIO) -> tuple[Any, dict[str, _Storage]]:

@@ -83,6 +83,8 @@ def _write(checkpoint: Checkpoint, pipeline: str, folder: Path) -> dict[str, Any
             checkpoint, layout=replace(checkpoint.layout, modules={name: ModuleSource(source.part, left_out)})
         )
         module: Any = load_module(whole, name)
+        if hasattr(module.config, "vocab_size"):  # embeddings of textual inversion add tokens
+            module.config.vocab_size = len(module.get_input_embeddings().weight)
         module.save_pretrained(folder / part.folders[0])
         index[part.folders[0]] = [_LIBRARIES.get(component.class_name, "diffusers"), component.class_name]
     options = {key: value for key, value in checkpoint.scheduler_config.items() if key != "class"}

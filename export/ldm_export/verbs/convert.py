@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm_export.screen import Screen
 from ldm_export.verbs.options import quieten
-from ldm_export.verbs.original_options import add_original_arguments, open_given
+from ldm_export.verbs.original_options import add_embedding_argument, add_original_arguments, open_given
 from ldm_runtime.errors import CheckpointError
 
 __all__ = ["add_arguments", "run"]
@@ -18,6 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", type=Path, help="a checkpoint file of CompVis/latent-diffusion")
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
     add_original_arguments(verb)
+    add_embedding_argument(verb)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:

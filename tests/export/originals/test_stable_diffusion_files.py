@@ -20,6 +20,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.originals import open_original
 from ldm_export.originals.convert import convert
 from ldm_export.originals.recognition import recognise
+from ldm_export.textual_inversion import parse_embedding, with_embeddings
 from ldm_runtime.errors import CheckpointError
 from tests.support.compvis_checkpoints import (
     CompVis,
@@ -105,15 +106,20 @@ def test_the_file_equals_the_folder(folders: dict[int, Path], version: int, name
 def test_images_equal_diffusers(folders: dict[int, Path], version: int, tmp_path: Path) -> None:
     file = original(folders[version], version).save(tmp_path)
     opened = open_original(file, config=tmp_path / "model.yaml", tokenizer=folders[version] / "tokenizer")
+    vectors = torch.randn(2, opened.configs()["text_encoder"]["hidden_size"], generator=torch.manual_seed(version))
+    save_file({"<cat>": vectors}, tmp_path / "cat.safetensors")
+    opened = with_embeddings(opened, [parse_embedding(str(tmp_path / "cat.safetensors"))])
     assert set(convert(opened, tmp_path / "converted")) >= {"text_encoder", "unet", "vae", "tokenizer", "scheduler"}
     reference = StableDiffusionPipeline.from_pretrained(tmp_path / "converted", requires_safety_checker=False)
     reference.set_progress_bar_config(disable=True)
     assert isinstance(reference.scheduler, DDIMScheduler)
     request: dict[str, Any] = {"eta": 0.5, "guidance_scale": 7.5, "num_inference_steps": 5, "negative_prompt": ["a"]}
+    assert reference.tokenizer.tokenize("a <cat>")[-1] == "<cat>"
+    assert torch.equal(reference.text_encoder.get_input_embeddings().weight[-2:], vectors)
     with torch.random.fork_rng(devices=[]):
-        theirs = reference(["a red circle"], generator=torch.manual_seed(4), **request).images[0]
+        theirs = reference(["a red <cat>"], generator=torch.manual_seed(4), **request).images[0]
     with torch_pipeline(opened, tmp_path / "files") as pipe:
-        (ours,) = pipe(["a red circle"], seed=4, **request).images
+        (ours,) = pipe(["a red <cat>"], seed=4, **request).images
     difference = np.abs(np.asarray(ours, np.int64) - np.asarray(theirs, np.int64))
     assert difference.max() <= 1 and np.asarray(theirs).std() > 10
 
