@@ -16,6 +16,7 @@ __all__ = [
     "INT8_REPORT",
     "LORAS",
     "MANIFEST",
+    "PORTABLE_PRECISION",
     "QUALITY_REPORT",
     "RANGES_REPORT",
     "TOKENIZER",
@@ -41,6 +42,8 @@ QUALITY_REPORT = "report/quality.json"
 LORAS = "loras"
 """Folder of the LoRA adapters."""
 
+PORTABLE_PRECISION = "fp32"
+"""Precision of the portable graphs. Every build writes them, and all other graphs are made from them."""
 CPU_VARIANT, CUDA_VARIANT = "onnxruntime-cpu", "onnxruntime-cuda"
 """Names of the variants of a graph with ONNX Runtime's own operators: for the CPU, and in fp16 for CUDA."""
 _SHALLOW = "shallow"

@@ -214,11 +214,11 @@ class LatentDiffusionPipeline:
         """
         last = None
         check_names(options)
-        request = Request(prompts, **options)
-        for last in self.steps(request):
+        plan = self.plan(Request(prompts, **options))
+        for last in self._denoise(plan):
             on_progress(last)
         assert last is not None
-        return self.generation(last.latents, request)
+        return self.generation(last.latents, plan.request)
 
     def generation(self, latents: F32, request: Request) -> Generation:
         """Decode latents float32 [B, C, h, w] of a request, and check and complete the images.

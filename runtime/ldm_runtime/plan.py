@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         request: The request, with height and width in pixels, guidance scale, number of chunks and the values of a
-            measured setting filled in.
+            measured setting filled in, and the images that denoising starts from as PIL images.
         seeds: One seed for the batch, or one per image.
         shape: Shape of the latents: (images, channels, height, width).
         latents: Initial noise float32 ``shape`` if the caller gave it.

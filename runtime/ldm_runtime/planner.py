@@ -68,6 +68,7 @@ class Planner:
         """
         request, setting = settled(request, self.record, precision)
         self._refuse_foreign_fields(request)
+        request = self._converted(request)
         images = self._images(request)
         geometry, defaults = self.geometry, self.model.defaults
         shape = (images, geometry.channels, *self._sides(request))
@@ -109,10 +110,18 @@ class Planner:
             loras=self.select(request.loras),
         )
 
+    @property
+    def _starts(self) -> list[StartImageConditioner]:
+        return [one for one in self.conditioners if isinstance(one, StartImageConditioner)]
+
+    def _converted(self, request: Request) -> Request:
+        for one in self._starts:
+            request = one.converted(request)
+        return request
+
     def _start_image(self, request: Request, shape: tuple[int, int, int, int]) -> StartImage | None:
         sides = (shape[2] * self.geometry.factor, shape[3] * self.geometry.factor)
-        starts = (one for one in self.conditioners if isinstance(one, StartImageConditioner))
-        return next((given for one in starts if (given := one.read(request, shape[0], sides)) is not None), None)
+        return next((given for one in self._starts if (given := one.read(request, shape[0], sides)) is not None), None)
 
     def _shallow(self, request: Request, evaluated: Sequence[StepBranches]) -> tuple[bool, ...]:
         """For each UNet call, whether it reuses deep features. SpecError if the bundle has no shallow UNet."""

@@ -9,7 +9,8 @@ import pytest
 
 from ldm_runtime.conditioning import KINDS
 from ldm_runtime.errors import SpecError
-from ldm_runtime.triton.tensors import KIND_FIELDS, parse_request
+from ldm_runtime.triton.request_tensors import parse_request
+from ldm_runtime.triton.tensors import KIND_FIELDS
 
 LAYOUT = [["Person", [0.1, 0.2, 0.3, 0.4]]]
 

@@ -20,15 +20,8 @@ from torch import nn
 from torch.nn.functional import embedding, gelu, interpolate, layer_norm, linear, one_hot, scaled_dot_product_attention
 
 from ldm_runtime.pipeline import LatentDiffusionPipeline
-from tests.support.compvis_checkpoints import (
-    CompVis,
-    State,
-    autoencoder_state,
-    bert_state,
-    joined,
-    unet_state,
-    with_schedule,
-)
+from tests.support.compvis_checkpoints import CompVis
+from tests.support.compvis_states import State, autoencoder_state, bert_state, joined, unet_state, with_schedule
 
 SIZE = 8
 """Height and width of the latents."""

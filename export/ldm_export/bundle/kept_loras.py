@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm_export.bundle.stages import link_files
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import PORTABLE_PRECISION
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.loras.adapter_file import LoraAdapter, read_adapter
 from ldm_runtime.loras.changes import changed_part, weight_changes
@@ -16,8 +17,6 @@ from ldm_runtime.manifest import LoraFact, Manifest
 __all__ = ["with_kept_loras"]
 
 _log = logging.getLogger(__name__)
-PRECISION = "fp32"
-"""Precision of the graphs that adapters must fit; every build has them."""
 
 
 def with_kept_loras(manifest: Manifest, previous: Bundle | None, work: Path) -> Manifest:
@@ -50,7 +49,7 @@ def _check(adapter: LoraAdapter, manifest: Manifest, work: Path) -> None:
     for name, component in manifest.components.items():
         part = changed_part(manifest.model, name)
         if part is not None:
-            changes = weight_changes(part, [(adapter, 1.0)], work / component.graphs[PRECISION])
+            changes = weight_changes(part, [(adapter, 1.0)], work / component.graphs[PORTABLE_PRECISION])
             found |= {(part, change.layer.module) for change in changes}
     if missing := [layer for layer in adapter.pairs if layer not in found]:
         raise ManifestError(f"{adapter.file.path}: {'.'.join(missing[0])}: the new weights have no such layer")

@@ -13,16 +13,13 @@ from ldm_export.bundle.variant_stages import write_cpu_variant
 from ldm_export.graph.component_split import graph_spec
 from ldm_export.graph.passes.deep_features import expose_deep_features, possible_layers, shallow_unet
 from ldm_runtime.bundle import Bundle, file_facts
-from ldm_runtime.bundle_layout import CPU_VARIANT, MANIFEST, graph_file, weights_file
+from ldm_runtime.bundle_layout import CPU_VARIANT, MANIFEST, PORTABLE_PRECISION, graph_file, weights_file
 from ldm_runtime.errors import BuildError
 from ldm_runtime.manifest import Component
 from ldm_runtime.model import SHALLOW_UNET, UNET
 from ldm_runtime.specs import Axis
 
 __all__ = ["layers_of", "split_bundle"]
-
-PRECISION = "fp32"
-"""Precision of the graphs that are split: the portable ones, from which all others are made."""
 
 
 def layers_of(bundle: Bundle) -> int:
@@ -32,7 +29,7 @@ def layers_of(bundle: Bundle) -> int:
         ManifestError: The bundle has no fp32 graph of the UNet, or it is damaged.
         BuildError: The UNet has no layers with skip connections at the size of its result.
     """
-    if not (most := possible_layers(ir.load(bundle.graph(UNET, PRECISION)))):
+    if not (most := possible_layers(ir.load(bundle.graph(UNET, PORTABLE_PRECISION)))):
         raise BuildError(f"{bundle.folder}: the UNet has no last layers with skip connections; features are not cached")
     return most
 
@@ -51,11 +48,11 @@ def split_bundle(bundle: Bundle, layers: int, folder: Path) -> Bundle:
         OSError: The copy cannot be written.
     """
     manifest = bundle.manifest
-    graphs = {name: graph_file(name, PRECISION) for name in (UNET, SHALLOW_UNET)}
-    variants = {name: graph_file(name, PRECISION, CPU_VARIANT) for name in graphs}
+    graphs = {name: graph_file(name, PORTABLE_PRECISION) for name in (UNET, SHALLOW_UNET)}
+    variants = {name: graph_file(name, PORTABLE_PRECISION, CPU_VARIANT) for name in graphs}
     kept = [name for name in manifest.files if not name.startswith(f"{UNET}/") or name == weights_file(graphs[UNET])]
     files = link_files(kept, folder, bundle)
-    model = ir.load(bundle.graph(UNET, PRECISION))
+    model = ir.load(bundle.graph(UNET, PORTABLE_PRECISION))
     expose_deep_features(model, layers)
     (folder / UNET).mkdir(exist_ok=True)
     ir.save(model, folder / graphs[UNET])
@@ -69,15 +66,15 @@ def split_bundle(bundle: Bundle, layers: int, folder: Path) -> Bundle:
     described = with_shallow_unet(replace(manifest.model, components={**others, UNET: unet}), folder).components
     components = {name: manifest.components[name] for name in others}
     for name, graph in graphs.items():
-        own = {CPU_VARIANT: {PRECISION: variants[name]}} if written else {}
-        components[name] = Component(described[name], {PRECISION: graph}, variants=own)
+        own = {CPU_VARIANT: {PORTABLE_PRECISION: variants[name]}} if written else {}
+        components[name] = Component(described[name], {PORTABLE_PRECISION: graph}, variants=own)
     facts = file_facts(folder, [*graphs.values(), *(variants.values() if written else ())])
     split = replace(
         manifest,
         components={name: components[name] for name in described},
         files={**files, **facts},
         stages={},
-        request={**manifest.request, "precision": PRECISION},
+        request={**manifest.request, "precision": PORTABLE_PRECISION},
     )
     (folder / MANIFEST).write_text(split.to_json())
     return Bundle.open(folder)

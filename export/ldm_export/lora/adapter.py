@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from ldm_export.lora.lora_file import LowRank, read_lora
 from ldm_export.lora.matching import match_layers, refusal
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.bundle_layout import PORTABLE_PRECISION
 from ldm_runtime.errors import BuildError, CheckpointError
 from ldm_runtime.loras.adapter_file import DOWN, UP
 from ldm_runtime.loras.changes import changed_part
@@ -23,8 +24,6 @@ from ldm_runtime.loras.graph_layers import graph_layers
 
 __all__ = ["Adapter", "adapter_of"]
 
-PRECISION = "fp32"
-"""Precision of the graphs that say which layers a bundle has; every bundle has them."""
 _TEXT_LAYER = re.compile(r"encoder[._]layers[._](\d+)[._]")
 _FIRST_BLOCKS = re.compile(r"down_blocks\.0\.resnets\.(\d+)\.")
 
@@ -81,9 +80,11 @@ def _parts(bundle: Bundle) -> Mapping[str, Shapes]:
         part = changed_part(bundle.manifest.model, name)
         if part is None:
             continue
-        if PRECISION not in component.graphs:
-            raise BuildError(f"{bundle.folder}: has no {PRECISION} graph of {name}; rebuild it to add an adapter")
-        found = graph_layers(bundle.graph(name, PRECISION))
+        if PORTABLE_PRECISION not in component.graphs:
+            raise BuildError(
+                f"{bundle.folder}: has no {PORTABLE_PRECISION} graph of {name}; rebuild it to add an adapter"
+            )
+        found = graph_layers(bundle.graph(name, PORTABLE_PRECISION))
         parts.setdefault(part, {}).update({f"{layer.module}.weight": layer.shape for layer in found})
     return parts
 

@@ -13,7 +13,7 @@ from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.images import CHANNELS, pil_image, to_pil
 from ldm_runtime.input_images import rgb_image
 
-__all__ = ["Box", "crop_box", "pasted", "pictures_of", "resized", "sides_of"]
+__all__ = ["Box", "Pictures", "crop_box", "pasted", "pictures_of", "resized", "sides_of"]
 
 F32 = NDArray[np.float32]
 Box = tuple[int, int, int, int]
@@ -23,14 +23,31 @@ MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 LANCZOS = Image.Resampling.LANCZOS
 
 
-def pictures_of(given: Any) -> list[Image.Image]:
-    """Return PIL images as a list, and convert uint8 arrays [H, W, C] or [N, H, W, C] to them; [] for anything else."""
+class Pictures(list[Image.Image]):
+    """Upright PIL images, as ``pictures_of`` has converted them.
+
+    Attributes:
+        from_array: True if they were given as an array.
+    """
+
+    from_array = False
+
+
+def pictures_of(given: Any) -> Pictures:
+    """Return PIL images as a list, and convert uint8 arrays [H, W, C] or [N, H, W, C] to them; [] for anything else.
+
+    A result of this function is returned as it is.
+    """
+    if isinstance(given, Pictures):
+        return given
     images = [given] if isinstance(given, Image.Image) else given
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
         arrays = images[None] if images.ndim == 3 else images
         images = [pil_image(one) for one in arrays] if arrays.shape[3] in CHANNELS else []
     is_list = isinstance(images, list | tuple) and all(isinstance(one, Image.Image) for one in images)
-    return [ImageOps.exif_transpose(one) for one in images] if is_list else []
+    found = Pictures(ImageOps.exif_transpose(one) for one in images) if is_list else Pictures()
+    found.from_array = isinstance(given, np.ndarray)
+    return found
 
 
 def sides_of(name: str, given: Any) -> tuple[int, ...]:

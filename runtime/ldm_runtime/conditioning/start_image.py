@@ -8,6 +8,7 @@ StableDiffusionInpaintPipeline.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +95,11 @@ class StartImageConditioner:
             raise SpecError("latents: got a value beside an image, which decides the latents; leave one of them out")
         return 1
 
+    def converted(self, request: Request) -> Request:
+        """Convert image and mask to PIL images, unless they are in another form; the plan keeps the result."""
+        image, mask = pictures_of(request.image), pictures_of(request.mask)
+        return replace(request, image=image or request.image, mask=mask or request.mask)
+
     def size(self, request: Request) -> tuple[int, int] | None:
         """Height and width of the latents: those of the image unless the request asks for others.
 
@@ -154,7 +160,7 @@ class StartImageConditioner:
         image = image_array("image", resized(request.image, sides, box=box))
         check_size("image", image, self._tensor)
         mask = None if request.mask is None else self._mask(request, image, sides, box)
-        if box is None:
+        if box is None and not pictures_of(request.image).from_array:
             report_fitted("image", request.image, image)
         for name, array in (("image", image), ("mask", image if mask is None else mask)):
             if images % len(array):

@@ -17,16 +17,10 @@ from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
 from ldm_runtime.triton.parameters import PER_STEP, ModelParameters, bundle_folder
 from ldm_runtime.triton.per_step import PerStepUNet
 from ldm_runtime.triton.prometheus import MetricsExporter
+from ldm_runtime.triton.request_tensors import parse_parameters, parse_request
 from ldm_runtime.triton.response_files import ResponseFiles
-from ldm_runtime.triton.tensors import (
-    CANCEL,
-    CHECK,
-    ID,
-    parse_parameters,
-    parse_request,
-    progress_tensors,
-    response_tensors,
-)
+from ldm_runtime.triton.response_tensors import progress_tensors, response_tensors
+from ldm_runtime.triton.tensors import CANCEL, CHECK, ID
 
 __all__ = ["DecoupledModel"]
 

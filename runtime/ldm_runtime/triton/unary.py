@@ -13,8 +13,9 @@ from typing import Any
 from ldm_runtime.errors import AnsweredError, LdmError, QueueFullError
 from ldm_runtime.triton.open_requests import OpenRequest, OpenRequests
 from ldm_runtime.triton.parameters import ModelParameters
+from ldm_runtime.triton.request_tensors import parse_parameters
 from ldm_runtime.triton.response_files import ResponseFiles
-from ldm_runtime.triton.tensors import CANCEL, CHECK, ID, Tensors, parse_parameters
+from ldm_runtime.triton.tensors import CANCEL, CHECK, ID, Tensors
 
 __all__ = ["UnaryModel"]
 

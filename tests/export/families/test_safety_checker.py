@@ -30,7 +30,8 @@ from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.conditioning import SafetyChecker
 from ldm_runtime.errors import CheckpointError
 from ldm_runtime.http.submission import flag_of
-from ldm_runtime.triton.tensors import output_fields, response_tensors
+from ldm_runtime.triton.response_tensors import response_tensors
+from ldm_runtime.triton.tensors import output_fields
 from tests.support.checkpoints import edit_json
 from tests.support.shared import SharedFolders
 from tests.support.torch_pipeline import TorchBackend, torch_pipeline

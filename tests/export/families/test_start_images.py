@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_export.bundle.build import build
@@ -23,9 +23,11 @@ from ldm_export.quality.verification import verify
 from ldm_runtime import Bundle, LatentDiffusionPipeline, Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
+from ldm_runtime.conditioning import pictures
 from ldm_runtime.conditioning.pictures import crop_box, pasted, resized
 from ldm_runtime.errors import SpecError
 from ldm_runtime.http.served_model import ServedModel
+from ldm_runtime.images import pil_image
 from tests.http.conftest import ENGINE, running
 from tests.support import start_images
 from tests.support.shared import SharedFolders
@@ -68,12 +70,8 @@ def references(checkpoints: dict[int, Path]) -> dict[int, Any]:
     return found
 
 
-def theirs(pipeline: Any, seed: Any, scheduler: Any = None, **options: Any) -> NDArray[np.int64]:
-    return start_images.theirs(pipeline, seed, scheduler, num_inference_steps=STEPS, **options)
-
-
-def ours(pipeline: LatentDiffusionPipeline, seed: Any, **options: Any) -> NDArray[np.int64]:
-    return start_images.ours(pipeline, seed, **{"num_inference_steps": STEPS, **options})
+theirs = partial(start_images.theirs, num_inference_steps=STEPS)
+ours = partial(start_images.ours, num_inference_steps=STEPS)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "UniPCMultistepScheduler"])
@@ -133,6 +131,21 @@ def test_a_crop_around_the_mask(
     expected = theirs(references[channels], 1, **options)
     assert expected.shape == (2, 44, 61, 3)
     assert_same(ours(pipelines[channels], 1, **options), expected)
+
+
+def test_arrays_are_converted_to_images_once(
+    pipelines: dict[int, LatentDiffusionPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = []
+
+    def counted(array: Any) -> Image.Image:
+        converted.append(array.shape)
+        return pil_image(array)
+
+    monkeypatch.setattr(pictures, "pil_image", counted)
+    image, mask = np.asarray(drawing(61, 44)), np.asarray(drawing(61, 44, "L"))[..., None]
+    pipelines[4](PROMPTS[0], image=image, mask=mask, padding_mask_crop=5, num_inference_steps=2)
+    assert converted == [image.shape, mask.shape]
 
 
 @settings(max_examples=40)

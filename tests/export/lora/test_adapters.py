@@ -29,7 +29,7 @@ from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.loras.adapter_file import read_adapter
 from ldm_runtime.loras.graph_layers import graph_layers
-from ldm_runtime.triton.tensors import parse_request
+from ldm_runtime.triton.request_tensors import parse_request
 from tests.http.conftest import ENGINE, running
 from tests.support.lora_files import UNET, XL_PREFIXES, factors_of, kohya, peft
 from tests.support.shared import SharedFolders

@@ -16,7 +16,7 @@ from ldm_export.originals import open_model, open_yaml
 from ldm_export.originals.recognition import described, recognise
 from ldm_export.originals.yaml_config import read_yaml
 from ldm_runtime.errors import CheckpointError
-from tests.support.compvis_checkpoints import autoencoder_state, bert_state, joined, unet_state
+from tests.support.compvis_states import autoencoder_state, bert_state, joined, unet_state
 
 CONFIGS = sorted((Path(__file__).parents[3] / "benchmarks" / "configs").glob("*.yaml"))
 MILLIONS = {

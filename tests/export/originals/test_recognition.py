@@ -15,7 +15,8 @@ from ldm_export.originals import open_original
 from ldm_export.originals.published import PUBLISHED
 from ldm_runtime.errors import CheckpointError
 from tests.support.checkpoints import VOCABULARY
-from tests.support.compvis_checkpoints import CompVis, text_to_image, unconditional, with_averages
+from tests.support.compvis_checkpoints import CompVis, text_to_image, unconditional
+from tests.support.compvis_states import with_averages
 
 
 @pytest.fixture

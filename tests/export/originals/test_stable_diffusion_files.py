@@ -22,8 +22,8 @@ from ldm_export.originals.convert import convert
 from ldm_export.originals.recognition import recognise
 from ldm_export.textual_inversion import parse_embedding, with_embeddings
 from ldm_runtime.errors import CheckpointError
-from tests.support.compvis_checkpoints import (
-    CompVis,
+from tests.support.compvis_checkpoints import CompVis
+from tests.support.compvis_states import (
     State,
     autoencoder_state,
     joined,

@@ -22,7 +22,7 @@ from ldm_export.originals.published import STABLE_DIFFUSION_XL
 from ldm_export.originals.unet_config import added_config, unet_config
 from ldm_export.originals.unet_shape import unet_shape
 from ldm_runtime.errors import CheckpointError
-from tests.support.compvis_checkpoints import State, autoencoder_state, open_clip_state, unet_state
+from tests.support.compvis_states import State, autoencoder_state, open_clip_state, unet_state
 from tests.support.shared import SharedFolders
 from tests.support.stable_diffusion_xl import stable_diffusion_xl_checkpoint
 from tests.support.torch_pipeline import torch_pipeline

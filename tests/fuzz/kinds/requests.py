@@ -13,7 +13,7 @@ from PIL import Image
 from ldm_runtime import Request
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
-from ldm_runtime.triton.tensors import parse_parameters, parse_request
+from ldm_runtime.triton.request_tensors import parse_parameters, parse_request
 from tests.fuzz.mutation import FLOATS, NUMBERS, TEXTS, changed_bytes, odd_value
 from tests.fuzz.outcome import Attempt
 from tests.support.numpy_model import numpy_pipeline
