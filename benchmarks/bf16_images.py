@@ -1,6 +1,7 @@
-"""Effect of bf16 arithmetic, OpenVINO's default if the CPU supports it, on the demo model's images.
+"""Measures how bf16 arithmetic changes the images of the demo model.
 
-Measures PSNR against ONNX Runtime in fp32, and the share of correct images by the grader, for held-out prompts.
+bf16 is OpenVINO's default if the CPU supports it. The script generates images of held-out prompts, and measures their
+PSNR against those of ONNX Runtime in fp32 and the share that shows what the prompt says.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Speed-up of each optimisation on the CPU: the UNet or decoder with and without it, alternating in one process.
+"""Measures how much time each optimisation for the CPU saves, with and without it in turns in one process.
 
-fused attention: ONNX Runtime's variant of the UNet against the portable graph, with the largest difference.
-cross_attention_kv, time_embedding: computed once instead of at every step, on OpenVINO.
-folded: upsampling and convolution as four small convolutions in bf16 arithmetic, with the error against fp32.
+fused attention: the UNet's variant for ONNX Runtime, compared with the portable graph in time and result.
+cross_attention_kv, time_embedding: these components run once instead of at every step, on OpenVINO.
+folded: upsampling and convolution run as four small convolutions in bf16, with the error against fp32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Operators of the graphs for ONNX Runtime on CUDA in a bundle, beside those of the portable fp16 graphs.
+"""Counts the operators of the graphs for ONNX Runtime on CUDA, beside those of the portable fp16 graphs.
 
-A Cast, Transpose or Reshape that returns, or a fusion that is lost, shows here without a GPU. No weights are read:
+The counts show whether a Cast, Transpose or Reshape was added or a fusion lost. Neither a GPU nor the weights are
+needed:
 
     ldm-export build CONFIGS --random-weights --precision fp16 --target onnxruntime-cuda -o bundle
     python benchmarks/cuda_graph.py bundle --json figures.json

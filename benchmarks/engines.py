@@ -1,8 +1,8 @@
-"""Time and peak memory of building each TensorRT for RTX engine of a model.
+"""Measures time and peak memory of building each TensorRT for RTX engine of a model.
 
-Builds a bundle with random weights from a folder of config files through the command line, in its own process. Finished
-graphs of an existing bundle are kept. Exits with 1 if an engine takes longer than --seconds, or if the peak memory of
-its build exceeds 1.3 × the component's float32 weights + 3 GB.
+The script runs `ldm-export build` in a process of its own, with random weights for a folder of config files. It keeps
+finished graphs of an existing bundle. It exits with 1 if an engine takes longer than --seconds, or if the peak memory
+of its build exceeds 1.3 × the component's float32 weights + 3 GB.
 """
 
 from __future__ import annotations

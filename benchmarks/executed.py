@@ -1,4 +1,4 @@
-"""OpenVINO: a backend for graphs in its own format, and the share of operations that a graph executes in int8."""
+"""Functions for the int8 benchmarks: run a graph in OpenVINO's format, and count the operations that run in int8."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Time of each stage and peak memory of exporting a model.
+"""Measures the time of each stage and the peak memory of exporting a model.
 
-Builds a bundle with random weights from a folder of config files through the command line, in its own process. Exits
+The script runs `ldm-export build` in a process of its own, with random weights for a folder of config files. It exits
 with 1 if the peak exceeds 1.3 × the float32 weights of the largest component + 3 GB.
 """
 

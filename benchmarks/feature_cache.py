@@ -1,7 +1,8 @@
-"""Cached features: the time they save, and their effect on the demo model's images.
+"""Measures how much time feature caching saves, and how it changes the images of the demo model.
 
-Measures PSNR against the images without caching, and seconds for an image. All settings of a bundle take turns, image
-by image. Give one bundle for each number of layers in the shallow UNet (``build --feature-cache``).
+For each setting the script measures the seconds for an image and the PSNR against the image without caching. All
+settings of a bundle alternate, image by image. Give one bundle for each number of layers in the shallow UNet
+(``build --feature-cache``).
 """
 
 from __future__ import annotations

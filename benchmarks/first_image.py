@@ -1,4 +1,4 @@
-"""Time from the start of the command line to the first image, in an environment without torch."""
+"""Measures the time from the start of `ldm-export generate` to the first image, in an environment without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One generation in a fresh process, phase by phase: prints JSON. ``first_image.py --phases`` runs it several times."""
+"""Generates one image in a new process and prints the seconds of each phase as JSON.
+
+``first_image.py --phases`` runs this script several times.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Speed and correctness on an NVIDIA GPU with ONNX Runtime, compared with torch on the same GPU.
+"""Measures speed and correctness of ONNX Runtime on an NVIDIA GPU, compared with torch on the same GPU.
 
-``prepare`` needs no GPU: it builds the demo model's bundle, and takes a full-size bundle without its weights, so that
-the folder is small enough to be carried to a machine with a GPU:
+``prepare`` needs no GPU. It builds the demo model's bundle and copies a full-size bundle without its weights, so that
+the folder is small enough to be copied to a machine with a GPU:
 
     ldm-export build CONFIGS --random-weights --precision fp16 --target onnxruntime-cuda -o full
     python benchmarks/gpu.py prepare FOLDER --full full --configs CONFIGS
 
-``run`` needs no network. It measures, one after the other and flushing each line: the hardware's limits; images of the
-demo model against the CPU's; a full-size UNet call, interleaved with torch; its kernels by kind; steps and whole images
-for several counts; memory; and the throughput of the batch scheduler.
+``run`` needs a GPU but no network. It prints the figures of each part as soon as they are measured: the limits of the
+hardware; the demo model's images against those of the CPU; calls of a full-size UNet, in turns with torch; its kernels
+by kind; steps and whole images for several numbers of images; memory; and the throughput of the batch scheduler.
 
     python benchmarks/gpu.py run FOLDER --json figures.json
 """

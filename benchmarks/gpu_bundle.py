@@ -1,4 +1,4 @@
-"""Bundles that travel to a GPU without their weights, and random weights for them there."""
+"""Copies bundles without their weights to a GPU machine, and fills them with random weights there."""
 
 from __future__ import annotations
 

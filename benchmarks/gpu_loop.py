@@ -1,8 +1,9 @@
-"""Time of a denoising step on a GPU with ONNX Runtime: the UNet alone, launched back to back, and the loop's step.
+"""Measures a denoising step with ONNX Runtime on a GPU: a UNet call alone, and a step of the denoising loop.
 
-The step is the slope between a short and a long run, so that neither the start nor reading the latents counts. Before
-it is timed, the loop's result is compared with the NumPy loop's. --device cpu tests the script. It needs no network and
-only the packages of the extra "gpu" beside those of the runtime.
+The time of a step is the difference between a long and a short run divided by their difference in steps, so it includes
+neither the start nor the transfer of the latents. The UNet calls alone are launched without waiting for each other.
+Before the loop is timed, its result is compared with that of the loop in NumPy. The script needs no network, and only
+the runtime with the extra "gpu". --device cpu tries it without a GPU.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ def request(pipeline: LatentDiffusionPipeline, images: int, steps: int) -> Reque
 
 
 def compared(pipeline: LatentDiffusionPipeline, sampled: Request) -> dict[str, Any]:
-    """PSNR in dB of the loop's image and of its latents against the NumPy loop's, None if equal."""
+    """Compare with the NumPy loop: PSNR of the image in dB (None if equal), and relative difference of the latents."""
     loop, latents = pipeline.loop, []
     for one in (loop, None):
         pipeline.loop = one
         *_, last = pipeline.steps(sampled)
         latents.append(last.latents)
     pipeline.loop = loop
-    image, reference = (np.asarray(pipeline.decode(each, sampled)[0], np.float64) for each in latents)
+    image, reference = (np.asarray(pipeline.generation(each, sampled).images[0], np.float64) for each in latents)
     return {
         "image_psnr": psnr(image, reference, 255.0),
         "latents_difference": float(np.abs(latents[0] - latents[1]).max() / np.abs(latents[1]).max()),

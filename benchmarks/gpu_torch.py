@@ -1,4 +1,4 @@
-"""The UNet on a GPU with torch: eager, eager in a CUDA graph, and compiled; all channels-last in fp16."""
+"""Runs the UNet with torch on a GPU: eager, in a CUDA graph, and compiled; all in fp16 with channels-last memory."""
 
 from __future__ import annotations
 

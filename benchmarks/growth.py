@@ -1,8 +1,8 @@
-"""Growth of cost with batch, pixels and steps: a chart, and exponents fitted to the logarithms.
+"""Measures how the cost grows with batch, pixels and steps, fits exponents and draws a chart.
 
-Times the UNet and the decoder for each point of a batch × size grid, and whole images for each number of steps. The
-floating-point operations of a step are counted on the torch module by torch's FlopCounterMode, without computing
-anything. An exponent of the seconds above that of the operations means wasted time.
+The script times the UNet and the decoder for each batch and size, and whole images for each number of steps. It also
+counts the floating-point operations of a step with torch's FlopCounterMode on the torch module, without computing
+them. If the exponent of the seconds is above that of the operations, time is wasted.
 """
 
 from __future__ import annotations

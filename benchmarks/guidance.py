@@ -1,7 +1,7 @@
-"""Guidance in fewer steps: the work it saves, and its effect on the demo model's images.
+"""Measures how much work is saved by guidance in fewer steps, and how this changes the demo model's images.
 
-Measures PSNR against the images of the fp32 graphs with guidance at every step, and the share of correct images by the
-grader. Use a bundle with int8 graphs; without them only fp32 is measured.
+The script measures the PSNR against the images of the fp32 graphs with guidance at every step, and the share of images
+that show what the prompt says. Without int8 graphs in the bundle, only fp32 is measured.
 """
 
 from __future__ import annotations

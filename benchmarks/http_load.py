@@ -1,8 +1,8 @@
-"""Loads the HTTP server with many clients, and compares it with the batch scheduler alone.
+"""Sends many requests to the HTTP server at the same time, and compares it with the batch scheduler alone.
 
-A server in a process of its own gets 1,000 requests from 50 clients: 5% are cancelled while they run, 5% are invalid.
-Every request must end as it should. Then valid requests go to the server and to a ``BatchScheduler`` without HTTP in
-turns (``http_comparison``). Memory is the server's resident size after each hundred requests.
+The server runs in a process of its own. 50 clients send 1,000 requests: 5% are cancelled while they run, and 5% are
+invalid. Every request must end as expected. Then valid requests run in turns on the server and on a ``BatchScheduler``
+without HTTP (``http_comparison``). The memory is the resident size of the server after each hundred requests.
 """
 
 from __future__ import annotations

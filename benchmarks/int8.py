@@ -1,7 +1,7 @@
-"""Effect of int8 on the demo model: images of held-out prompts in fp32 and int8 with the same seeds.
+"""Measures how int8 changes the demo model's images: held-out prompts in fp32 and int8 with the same seeds.
 
-Make the bundle with `ldm-export build --precision int8 -o build/shapes-int8`; its budget was checked on other prompts
-than these. Writes PSNR, SSIM and the prompt accuracy for each backend; the grader has no learned part.
+Build the bundle with `ldm-export build --precision int8 -o build/shapes-int8`. Its quality budget was checked on other
+prompts. The figures for each backend are PSNR, SSIM and the share of images that show what the prompt says.
 """
 
 from __future__ import annotations

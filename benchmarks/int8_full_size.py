@@ -1,8 +1,8 @@
-"""int8 at full size: peak memory of calibration, and the time of a UNet call in int8 and in bf16, alternating.
+"""Measures int8 at full size: the peak memory of calibration, and the time of a UNet call compared with bf16.
 
-Give a bundle of a large model, e.g. `ldm-export build configs/text2im-large --random-weights -o build/full`. It is
-calibrated in a copy of hard links; the bundle itself does not change. With random weights the images have no meaning,
-so there is no budget; memory and speed are those of a trained model.
+Give the bundle of a large model, for example from `ldm-export build configs/text2im-large --random-weights -o
+build/full`. The script calibrates a copy of hard links, so the bundle does not change. Random weights give the memory
+and the speed of a trained model, but images without meaning, so there is no quality budget.
 """
 
 from __future__ import annotations

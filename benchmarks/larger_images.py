@@ -1,7 +1,7 @@
-"""Memory of super-resolution by the size of its images: the estimate that is logged, and the measured peak.
+"""Measures the memory that super-resolution needs by image size, and compares it with the logged estimate.
 
-Samples two steps from a bundle in a process of its own for each size; the peak of the model's own size is subtracted,
-which holds the program and the weights.
+For each size, a process of its own samples two steps. The peak memory at the model's own size is subtracted, because it
+is that of the program and the weights.
 """
 
 from __future__ import annotations

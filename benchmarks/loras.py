@@ -1,8 +1,10 @@
-"""LoRA adapters of a bundle: seconds of the first and of later images with an adapter, and the memory that it takes.
+"""Measures what LoRA adapters of a bundle cost: seconds of the first and of later images, and memory.
 
-Adds random adapters of rank 8, which change every layer of UNet and text encoders, to a copy of the bundle. Memory is
-the process's peak while an image is generated, and what is resident after it; mapped files count where they are in
-memory.
+The script adds random adapters of rank 8 to a copy of the bundle. They change every layer of the UNet and of the text
+encoders.
+
+Memory is the peak of the process while it generates an image, and what is resident after it. Mapped files count where
+they are in memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Peak memory of one generation, each in its own process, compared with the size of the weights in use.
+"""Measures the peak memory of generating an image, and compares it with the size of the weights in use.
 
-The limit is 1.25 × the weights of all components in the precision of the arithmetic, plus 1 GB.
+Each combination of engine and precision runs in its own process. The limit is 1.25 × the weights of all components in
+the precision of the arithmetic, plus 1 GB.
 """
 
 from __future__ import annotations

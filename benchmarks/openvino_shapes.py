@@ -1,6 +1,7 @@
-"""Compares OpenVINO's graph for any shape with graphs for one set of shapes, in turns, for numbers of rows of the UNet.
+"""Compares OpenVINO's UNet for any shape with UNets compiled for one set of shapes, for several numbers of rows.
 
-Seconds are medians of single calls. ``PADDING`` of ``ldm_runtime.backends.openvino_shapes`` follows from the ratios.
+Seconds are medians of single calls in turns. ``PADDING`` of ``ldm_runtime.backends.openvino_shapes`` is based on the
+ratios.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Time of one guided UNet step by kind of operation, from the counters of ONNX Runtime or OpenVINO.
+"""Measures the time of one guided UNet step by kind of operator, with the counters of ONNX Runtime or OpenVINO.
 
-The graph is the one that the engine runs: ONNX Runtime has a variant of the fp32 UNet with fused attention.
+The graph is the one that the engine runs. For ONNX Runtime this is the variant of the fp32 UNet with fused attention.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Which installed engine accepts which form of a transformer block's operators, how exact it is, and how fast.
+"""Tests which engines accept which form of a transformer block's operators, and measures their error and speed.
 
-The portable form is that of a bundle's graphs: opset 20, attention and group normalization decomposed. The standard
-form has the operators Attention (opset 23) and GroupNormalization (opset 21), and the contrib form ONNX Runtime's
-MultiHeadAttention. The sizes are those of the UNet of text2im-large at 256 x 256 pixels: first level, two guidance
-branches. Run it with ``--json`` in an environment of each version of an engine; it merges its results into the file.
+There are three forms. The portable form is that of a bundle's graphs: opset 20, with attention and group
+normalization decomposed. The standard form has the operators Attention (opset 23) and GroupNormalization (opset 21).
+The contrib form has ONNX Runtime's MultiHeadAttention. The sizes are those of the UNet of text2im-large at 256 x 256
+pixels: first level, two guidance branches. Run the script with ``--json`` in an environment of each version of an
+engine; it merges its results into the file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Writes a checkpoint of config files with the random weights that ``ldm-export build --random-weights`` draws.
+"""Writes a checkpoint with random weights for ``peers.py``, from a folder of config files.
 
-The other runtimes of ``peers.py`` load it with diffusers. One component at a time is in memory.
+The weights are those that ``ldm-export build --random-weights`` draws, so that the other runtimes, which load the
+checkpoint with diffusers, compute the same. Only one component at a time is in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Virtual environments of the other runtimes: torch with diffusers, and optimum with ONNX Runtime and OpenVINO."""
+"""Creates virtual environments for the runtimes that ``peers.py`` measures, and runs scripts in them.
+
+One environment has torch and diffusers, the other optimum with ONNX Runtime and OpenVINO.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Times ldm-export and other runtimes side by side, alternating, with the same weights, prompts and initial noise.
+"""Measures ldm-export and other runtimes in turns, with the same weights, prompts and initial noise.
 
-Each runtime has its own process and environment below --work: diffusers on torch (eager float32 and bfloat16, and
-compiled), ONNX Runtime with optimum-onnx's export, OpenVINO with optimum-intel's (bf16, and int8 by NNCF). Missing
-environments, random weights, exports and quantized models are created first.
+The other runtimes are diffusers on torch (eager in float32 and bfloat16, and compiled), ONNX Runtime with the export
+of optimum-onnx, and OpenVINO with that of optimum-intel (bf16, and int8 by NNCF). Each runs in a process and an
+environment of its own below --work. The script first creates missing environments, random weights, exports and
+quantized models.
 
     python benchmarks/peers.py --work /tmp/peers --bundle build/shapes --checkpoint demo/ldm_export_demo/checkpoint
     python benchmarks/peers.py --work /tmp/peers --bundle build/large --checkpoint large --random-weights --what unet
     python benchmarks/peers.py --work /tmp/peers --bundle build/sd --random-weights --steps 5 \
         --checkpoint benchmarks/configs/stable-diffusion-v1-5 --reference "optimum-intel bf16"
 
-Runtimes that fit into memory together alternate; otherwise there are several groups, each with the reference. Of Stable
-Diffusion, whole images are timed: by optimum's own pipelines.
+All runtimes alternate if they fit into memory together. Otherwise they are measured in groups, each with the
+reference. For Stable Diffusion, whole images of optimum's own pipelines are measured.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ def main() -> None:
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="config files only: draw the weights",
+        help="the checkpoint has no weights: use random ones",
     )
-    parser.add_argument("--what", choices=("unet", "image"), default="image", help="one step, or whole images")
+    parser.add_argument(
+        "--what", choices=("unet", "image"), default="image", help="measure one UNet step or whole images (default)"
+    )
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     parser.add_argument(
         "--reference", choices=PEERS, default=REFERENCE, metavar="PEER", help="what the others are compared with"
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=1, help="images, each guided: two rows of the UNet")
+    parser.add_argument("--batch", type=int, default=1, help="images per call; each is guided and takes two rows")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--memory", type=float, default=14.0, metavar="GB", help="memory limit of one group")
     parser.add_argument("--prepare", action="store_true", help="create what is missing, without timing")
@@ -154,7 +157,7 @@ def measure(
                 workers.append(stack.enter_context(Worker(name, line, {**shared, **peer.settings}, environment)))
             except BackendError as error:
                 if name == args.reference:
-                    raise SystemExit(f"{name} is the reference, but failed: {error}") from None
+                    raise SystemExit(f"{name}: failed, but it is the reference: {error}") from None
                 print(f"left out: {error}", file=sys.stderr)
                 facts["refused"][name] = str(error)
         warm = {**command, "steps": WARM_STEPS, "times": 1}

@@ -1,6 +1,6 @@
-"""Effect of half precision: images of the demo model in fp32 and fp16 with the same prompts and seeds.
+"""Measures how half precision changes the demo model's images: fp32 and fp16 with the same prompts and seeds.
 
-Writes PSNR (mean, worst) and the prompt accuracy of each precision; the grader has no learned part.
+The figures are the PSNR (mean and worst) and, for each precision, the share of images that show what the prompt says.
 """
 
 from __future__ import annotations

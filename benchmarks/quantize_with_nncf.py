@@ -1,4 +1,4 @@
-"""Quantizes a UNet with NNCF's post-training quantization; ``quantizers.py`` runs it in NNCF's environment."""
+"""Quantizes a UNet with NNCF's post-training quantization. ``quantizers.py`` runs it in NNCF's environment."""
 
 from __future__ import annotations
 

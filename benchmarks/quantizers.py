@@ -1,11 +1,12 @@
 """Compares the int8 UNet with those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
 
 All use the same fp32 graph, calibration samples, prompts, seeds and engine; text encoder and decoder stay in fp32.
-Writes for each the share of the UNet's operations that the engine executes in int8, PSNR of the images against fp32,
-and the prompt accuracy; the grader has no learned part.
+For each UNet the script measures the share of the operations that the engine executes in int8, the PSNR of the images
+against fp32, and the share of images that show what the prompt says.
 
-Make the bundle with ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in its own environment,
-which is created in the work folder unless one is given. A killed run continues with the missing images.
+Build the bundle with ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an environment of its
+own, which the script creates in the work folder unless --nncf gives one. A run that was killed continues with the
+missing images.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Difference between a bundle's images and those of diffusers, over settings, seeds and batch sizes.
+"""Measures how far a bundle's images differ from those of diffusers, for several settings, seeds and batch sizes.
 
-Uses the demo model. Writes the largest difference of any pixel value, and the share of values that differ.
+The script uses the demo model. It reports the largest difference of any pixel value, and the share of values that
+differ.
 """
 
 from __future__ import annotations

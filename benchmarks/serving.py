@@ -1,8 +1,9 @@
-"""Cost of serving beside the UNet itself: the batch scheduler, Triton, and a UNet that is called at each step.
+"""Measures what serving costs beside the UNet itself: the batch scheduler, Triton, and a UNet called over Triton.
 
-Each round generates the same images in turn with the UNet alone at that batch (the upper bound), with the batch
-scheduler in this process, and with a real Triton server whose `ldm_stream` runs the UNet in its process or calls the
-model `unet` at each step. Then it measures the cost of a step without any UNet, at the size of the published model.
+Each round generates the same images in four ways: UNet calls alone at that batch size (the upper bound); the batch
+scheduler in this process; a real Triton server whose `ldm_stream` runs the UNet in its own process; and one that calls
+the Triton model `unet` at each step. Then the script measures a step without any UNet, at the size of the published
+model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Sends thousands of mixed requests to a Triton server, some cancelled, some invalid: none may be lost.
+"""Sends thousands of mixed requests to a Triton server, some cancelled, some invalid, and checks every outcome.
 
-Memory must not grow. Uses loopback only, and is bounded in count and time. `make test` creates the environment that it
-needs. Every tenth image is compared with an image of this process.
+No request may be lost, and memory must not grow. Every tenth image is compared with an image that this process
+generates. The script uses loopback only, and limits the number of requests and the time. `make test` creates the
+environment that it needs.
 """
 
 from __future__ import annotations

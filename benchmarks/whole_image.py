@@ -1,7 +1,7 @@
-"""Where the time of a whole image goes on a CPU: components, operators within them, and the work outside of engines.
+"""Measures how a whole image spends its time on a CPU: components, their operators, and work outside of engines.
 
-Each component of a real generation is timed. The shares of its operators are those of the engine's own counters for the
-inputs of its first call, scaled to the time of all its calls.
+Each component is timed while images are generated. The engine's own counters, for the inputs of a component's first
+call, give the shares of its operators; they are scaled to the time of all its calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Exports a checkpoint as optimum does: ``onnx`` by optimum-onnx, ``openvino`` by optimum-intel, ``int8`` by NNCF.
 
 optimum has no export configuration for the text encoder and the decoder, so they are exported with the functions that
-its exporters call. Weights and activations of the int8 UNet are quantized with the settings of optimum-intel's
-OVQuantizationConfig, on calls of real denoising, or on random numbers if the weights are random.
+its exporters call. For int8, weights and activations of the UNet are quantized with the settings of optimum-intel's
+OVQuantizationConfig. They are calibrated on calls of real denoising, or on random numbers if the weights are random.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Graphs exported by optimum-onnx, run in ONNX Runtime as its pipelines run them: a session with default options."""
+"""Process of ``peers.py`` that runs graphs of optimum-onnx in ONNX Runtime.
+
+It runs them as optimum's pipelines do: in a session with default options.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models converted by optimum-intel, compiled for fixed shapes and run as its pipelines run them."""
+"""Process of ``peers.py`` that runs models of optimum-intel in OpenVINO.
+
+It compiles them for fixed shapes and runs them as optimum's pipelines do.
+"""
 
 from __future__ import annotations
 

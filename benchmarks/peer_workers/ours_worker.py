@@ -1,4 +1,4 @@
-"""A bundle on ldm_runtime."""
+"""Process of ``peers.py`` that runs a bundle with ldm_runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task of every runtime and its inputs: one UNet call, or whole images."""
+"""What every process of ``peers.py`` computes, and from which inputs: one UNet call, or whole images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers on torch: eager or compiled, in float32 or bfloat16."""
+"""Process of ``peers.py`` that runs diffusers on torch: eager or compiled, in float32 or bfloat16."""
 
 from __future__ import annotations
 
