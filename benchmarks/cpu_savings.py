@@ -96,7 +96,7 @@ def folded(bundle: Bundle, name: str, runs: int) -> dict[str, Any]:
 
 
 def alternate(without: Run, with_it: Run, runs: int) -> tuple[list[np.ndarray], float]:
-    """Return both results, and how many times as fast the second function is, by medians."""
+    """Run two functions in turns; return their results, and how many times as fast the second one is, by medians."""
     results, seconds = [without(), with_it()], ([], [])
     for _ in range(runs):
         for run, times in zip((without, with_it), seconds, strict=True):

@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     work = args.output.parent / f".{args.output.name}.part"
     for folder in (args.output, work):
-        if folder.exists():  # stages kept from an earlier build would cost nothing
+        if folder.exists():  # stages of an earlier build would not be measured
             parser.error(f"{folder} exists; remove it, or choose another --output")
     command = ["build", str(args.configs), "--random-weights", "-o", str(args.output), "--quiet"]
     begun = time.monotonic()
@@ -121,7 +121,7 @@ def show(facts: dict) -> None:
     table.add_row(f"bound: {FACTOR} × largest + {BASE / 1e9:g} GB", "", f"{facts['bound_bytes'] / 1e9:.2f}")
     console = Console()
     console.print(table)
-    console.print("within the limit" if facts["within_bound"] else "beyond the limit")
+    console.print(f"peak memory is {'within' if facts['within_bound'] else 'above'} the limit")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ SETTINGS = (
     (3, 5, 3),
     (5, 5, 2),
 )
-"""cache_every, full_steps and guidance_every. The first is the reference."""
+"""Values of cache_every, full_steps and guidance_every. The first setting is the reference."""
 OPTIONS: dict[str, Any] = {"eta": 0.3, "guidance_scale": 6.0, "num_inference_steps": 50}
 CALLS = 20
-"""Calls of the UNet and of the shallow one that are timed, in turns."""
+"""Timed calls of the UNet and of the shallow UNet, which alternate."""
 
 
 def main() -> None:

@@ -19,10 +19,12 @@ PROMPT = "a large red circle in the center on a white background"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--python", default=sys.executable, help="of the environment, e.g. .venv-thin/bin/python")
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python of the environment, e.g. .venv-thin/bin/python"
+    )
     parser.add_argument("--backend", nargs="+", default=["onnxruntime"])
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--phases", action="store_true", help="show the phases of one process, medians, instead")
+    parser.add_argument("--phases", action="store_true", help="measure the phases of the process instead")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     if args.phases:

@@ -66,20 +66,24 @@ KINDS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    prepared = verbs.add_parser("prepare", help="write what run needs; needs no GPU")
+    prepared = verbs.add_parser("prepare", help="write the folder that run measures; needs no GPU")
     prepared.add_argument("folder", type=Path)
     prepared.add_argument("--full", type=Path, required=True, help="full-size bundle of --target onnxruntime-cuda")
     prepared.add_argument("--configs", type=Path, required=True, help="its checkpoint, or the folder of its configs")
     measured = verbs.add_parser("run", help="measure on a GPU")
     measured.add_argument("folder", type=Path)
-    measured.add_argument("--rows", nargs="+", type=int, default=[2, 8, 32], help="of a UNet call (default 2 8 32)")
-    measured.add_argument("--images", nargs="+", type=int, default=[1, 4, 16], help="of a request (default 1 4 16)")
+    measured.add_argument(
+        "--rows", nargs="+", type=int, default=[2, 8, 32], help="rows of a UNet call (default 2 8 32)"
+    )
+    measured.add_argument(
+        "--images", nargs="+", type=int, default=[1, 4, 16], help="images of a request (default 1 4 16)"
+    )
     measured.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     measured.add_argument("--calls", type=int, default=20, help="timed UNet calls of a round (default 20)")
     measured.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
-    measured.add_argument("--compile-seconds", type=int, default=120, help="limit of torch.compile (default 120)")
+    measured.add_argument("--compile-seconds", type=int, default=120, help="time limit of torch.compile (default 120)")
     measured.add_argument(
-        "--autotune-seconds", type=int, default=0, help="limit of its mode max-autotune (default 0: off)"
+        "--autotune-seconds", type=int, default=0, help="time limit of its mode max-autotune (default 0: not measured)"
     )
     measured.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to measure")
     measured.add_argument("--json", type=Path, help="write the figures here, after each part")
@@ -121,7 +125,7 @@ def generated(pipeline: LatentDiffusionPipeline, asked: Request) -> np.ndarray:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Run the parts; each adds its figures under its name.
+    """Measure each part, and add its figures under its name.
 
     Raises:
         BackendError: There is no GPU.
@@ -136,7 +140,7 @@ def measure(args: argparse.Namespace) -> None:
             for key, value in PARTS[name](args):
                 figures[name][key] = value
                 print(json.dumps({name: {key: value}}), flush=True)
-        except Exception as error:  # a part that fails must not cost the others
+        except Exception as error:  # the other parts are still measured
             figures[name]["error"] = f"{type(error).__name__}: {str(error)[:500]}"
             print(json.dumps({name: figures[name]["error"]}), flush=True)
         figures[name]["took_s"] = round(time.perf_counter() - begun, 1)
@@ -149,7 +153,7 @@ Figures = Iterator[tuple[str, Any]]
 
 
 def hardware(args: argparse.Namespace) -> Figures:
-    """Name of the GPU, and its limits."""
+    """Name of the GPU, its arithmetic throughput and its memory bandwidth."""
     import torch
     from gpu_torch import copy_bandwidth, matrix_throughput
 
@@ -160,7 +164,7 @@ def hardware(args: argparse.Namespace) -> Figures:
 
 
 def correctness(args: argparse.Namespace) -> Figures:
-    """Images of the demo model against those of the CPU in fp32: PSNR in dB, and the largest difference of a byte."""
+    """Compare the demo model's images with the CPU's in fp32: PSNR in dB, and the largest difference of a byte."""
     for precision in ("fp32", "fp16"):
         with LatentDiffusionPipeline.from_bundle(
             args.folder / "demo", backend="onnxruntime", precision=precision, device="cuda"

@@ -41,7 +41,9 @@ SHORT = 10
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--precisions", nargs="+", default=["fp16", "fp32"], help="default: fp16 fp32")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["fp16", "fp32"], help="precisions to measure (default: fp16 fp32)"
+    )
     parser.add_argument("--images", nargs="+", type=int, default=[1, 4], help="images of one call (default: 1 4)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of the long run (default 50)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")

@@ -32,16 +32,18 @@ TOKENS = 77
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes"))
-    parser.add_argument("--checkpoint", type=Path, help="for its UNet's configuration (default: the demo model)")
+    parser.add_argument("--checkpoint", type=Path, help="whose UNet is counted (default: the demo model)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 384, 448, 512], help="pixels of a side")
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="none: no whole images")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="of whole images; none to leave them out"
+    )
     parser.add_argument("--corners", action="store_true", help="one size for all batches, one batch for all sizes")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("-o", "--output", type=Path, help="draw the figures here, as SVG")
+    parser.add_argument("-o", "--output", type=Path, help="write a chart here, as SVG")
     args = parser.parse_args()
     settings = {"bundle": str(args.bundle), "backend": args.backend, "precision": args.precision}
     config = json.loads(((args.checkpoint or demo_checkpoint()) / "unet/config.json").read_text())

@@ -118,7 +118,7 @@ def timed(bundle: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--keep", type=Path, help="calibrate here and keep it; an existing bundle is only timed")
+    parser.add_argument("--keep", type=Path, help="folder for the calibrated bundle; if it exists, it is only timed")
     parser.add_argument("--part", choices=("memory", "speed", "both"), default="both")
     parser.add_argument("--json", type=Path, help="write the figures here; figures of the other part are kept")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ from ldm_runtime.images import psnr
 
 BATCH = 10
 EQUAL = 10 * math.log10(255**2 / 1e-10)
-"""PSNR in dB that two equal images count as."""
+"""PSNR in dB that is used for two equal images."""
 
 
 def images_of(bundle: Path, precision: str, prompts: list[str]) -> list[NDArray[np.uint8]]:

@@ -83,8 +83,10 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes-int8"), help="built with --precision int8")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts, a third of them with one object")
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
-    parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="of an environment with nncf (default: a new one)")
-    parser.add_argument("--work", type=Path, default=Path("build/quantizers"), help="folder for results")
+    parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="with nncf (default: a new environment)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/quantizers"), help="folder for graphs, images and environments"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
@@ -114,7 +116,10 @@ def main() -> None:
 
 
 def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]:
-    """Yield fp32, ours, and ONNX Runtime's and NNCF's with their defaults and on the layers of ours."""
+    """Yield the fp32 and int8 UNets of the bundle, and those of the other quantizers.
+
+    The others quantize with their defaults, and only the layers that the bundle's UNet has in int8.
+    """
     source = bundle.graph("unet", "fp32")
     yield Variant("fp32", "the reference", source)
     yield Variant("ours", "ldm-export build --precision int8", bundle.graph("unet", "int8"))

@@ -46,7 +46,7 @@ from tests.support.triton_server import TritonServer  # noqa: E402
 CONCURRENT = (1, 2, 4, 8, 16)
 ETA, GUIDANCE = 0.3, 6.0
 BAR, STEP_BAR = 0.90, 1.0
-"""Share of the UNet's own throughput at 16 prompts; milliseconds of other work a step at batch 16."""
+"""Limits: share of the UNet's own throughput at 16 prompts, and milliseconds of other work per step at batch 16."""
 
 
 def raw(pipeline: LatentDiffusionPipeline, prompts: int, steps: int) -> float:

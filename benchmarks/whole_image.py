@@ -27,7 +27,7 @@ PROMPT = "a large red circle in the center on a white background"
 CALLS = 20
 """Calls of each component whose operators are timed."""
 LEAST = 0.01
-"""Smallest share of an image that has a row of its own."""
+"""Operators that take a smaller share of an image have no row of their own."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 def timed(
     pipeline: LatentDiffusionPipeline, runs: int, options: dict[str, Any]
 ) -> tuple[dict[str, float], Counter[str], dict[str, dict[str, np.ndarray]]]:
-    """Generate images and return median seconds by component, the rest as "outside"; calls; and the first inputs."""
+    """Generate images; return median seconds by component, with the rest as "outside", calls, and first inputs."""
     spent, calls, feeds = Counter[str](), Counter[str](), {}
 
     def run(name: str, original: Any, feed: dict[str, np.ndarray]) -> Any:

@@ -1,9 +1,10 @@
-"""Builds the packages of a release into dist/: ``make release``.
+"""Builds the source archive and the wheel of a release into dist/: ``make release``.
 
-1. The version of pyproject.toml is that of CITATION.cff, and CHANGELOG.md has a section for it or for "Unreleased".
-2. Source archive and wheel are built twice, with the time of the last commit. Both builds must give the same bytes.
-3. twine checks the description.
-4. ``dist/SHA256SUMS`` lists the digests, and ``dist/NOTES.md`` is the section of the changelog.
+1. Check that pyproject.toml and CITATION.cff have the same version, and that CHANGELOG.md has a section for it or for
+   "Unreleased".
+2. Build source archive and wheel twice, with the time of the last commit. Both builds must give the same bytes.
+3. Check the description with twine.
+4. Write the digests to ``dist/SHA256SUMS``, and the section of the changelog to ``dist/NOTES.md``.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         again = build(Path(folder))
     if digests != again:
-        sys.exit(f"two builds differ:\n{digests}\n{again}")
+        sys.exit(f"the two builds differ, expected the same bytes:\n{digests}\n{again}")
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, sorted(DIST.iterdir()))], check=True)
     (DIST / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
     (DIST / "NOTES.md").write_text(notes)
-    print(f"ldm-export {version}: two builds are equal\n{(DIST / 'SHA256SUMS').read_text()}", end="")
+    print(f"ldm-export {version}: both builds have the same bytes\n{(DIST / 'SHA256SUMS').read_text()}", end="")
 
 
 def changes(version: str) -> str:
-    """The section of the changelog for a version; the unreleased one if it has none yet."""
+    """Return the section of the changelog for a version, or the unreleased one if it has none yet."""
     if f"\nversion: {version}\n" not in (ROOT / "CITATION.cff").read_text():
         sys.exit(f"CITATION.cff: expected version {version}, as in pyproject.toml")
     sections = re.split(r"^## \[(.*?)\].*\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]

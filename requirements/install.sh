@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the packages of a lock file into a Python environment, each checked by its SHA-256:
 #   install.sh PYTHON NAME [OPTION OF PIP]...
-# The environments `export` and `dev` get torch too: the CPU build if an index that pip knows has it, else PyPI's.
+# For `export` and `dev` it also installs torch: the CPU build if an index that pip uses has it, otherwise PyPI's build.
 set -eu
 python=$1 name=$2 here=$(dirname "$0")
 shift 2

@@ -1,4 +1,4 @@
-"""Writes the lock files of all environments: ``make lock``. They pin every package by version and by SHA-256.
+"""Writes the lock files of all environments, which pin every package by version and SHA-256: ``make lock``.
 
 Versions are those of constraints.txt. torch has two files of its own: PyTorch's CPU build, and PyPI's build with the
 CUDA libraries that it needs on Linux.
@@ -18,7 +18,7 @@ HEADER = "# Written by `make lock`.\n"
 CPU_TORCH = "torch==2.13.0+cpu --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b\n"
 """PyTorch's CPU build for Python 3.11 on x86-64. It is not on PyPI; PyTorch's own index and mirrors have it."""
 CUDA = re.compile(r"torch$|nvidia-|cuda-|triton$")
-"""Names of torch and of the packages that PyPI's torch for Linux needs, and PyTorch's CPU build does not."""
+"""Names of torch and of packages that PyPI's torch needs on Linux but PyTorch's CPU build does not."""
 TENSORRT = "tensorrt==11.2.1.2\n"
 """Version of the Triton image in docker/Dockerfile, whose plans it runs."""
 NUMPY_1 = "1.26.4"
@@ -31,12 +31,12 @@ ENGINES = {
     "tensorrt": TENSORRT,
     "tensorrt-lean": "",
 }
-"""Extra of an engine -> requirements beside it."""
+"""Extra of an engine -> requirements that are locked with it."""
 DEV = ("export", "openvino", "tensorrt-rtx", "tensorrt-lean", "polygraphy", "client", "serve")
 
 
 def main() -> None:
-    """Write the files."""
+    """Write all lock files."""
     write("build", requirements="hatchling\neditables\n")
     for engine, more in ENGINES.items():
         write(engine, extras=(engine,), requirements=more)
