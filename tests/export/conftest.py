@@ -10,7 +10,8 @@ import pytest
 from ldm_runtime.bundle import Bundle
 from tests.support.bundles import add_cuda, add_fp16, add_int8
 from tests.support.shared import SharedFolders
-from tests.support.tiny_int8 import LATENTS_SETTINGS, SETTINGS
+from tests.support.small_models import bundle_of, text_model
+from tests.support.tiny_int8 import LATENTS_SETTINGS, QUANTIZED, SETTINGS
 
 
 @pytest.fixture
@@ -39,6 +40,12 @@ def calibrated(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def int8_bundle(tiny_bundle: Path, shared: SharedFolders) -> Bundle:
-    """``tiny_bundle`` with int8 graphs and the loss of each layer measured in the latents; read-only."""
-    return Bundle.open(shared.once("int8_bundle", lambda folder: add_int8(tiny_bundle, LATENTS_SETTINGS, folder)))
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory, shared: SharedFolders) -> Bundle:
+    """A bundle of a few operators with int8 graphs and the loss of each layer measured in the latents; read-only."""
+
+    def make(folder: Path) -> None:
+        place = tmp_path_factory.mktemp("small")
+        bundle = bundle_of(text_model(place / "model"), place / "bundle", QUANTIZED)
+        add_int8(bundle.folder, LATENTS_SETTINGS, folder)
+
+    return Bundle.open(shared.once("int8_bundle", make))

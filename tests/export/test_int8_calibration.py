@@ -17,6 +17,7 @@ from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import find_layers
 from ldm_calibration.qdq import QuantizedTensors, Scaling
 from ldm_calibration.sensitivity import measure_sensitivity
+from ldm_calibration.settings import CalibrationSettings
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.cli import main
@@ -25,7 +26,7 @@ from ldm_runtime.bundle_layout import CALIBRATION_RECORD, QUALITY_REPORT
 from ldm_runtime.errors import BuildError
 from ldm_runtime.quality import QualityRecord, QualityResult, QualitySetting
 from tests.support.small_models import bundle_of, text_model
-from tests.support.tiny_int8 import QUANTIZED, SETTINGS, model_of, part
+from tests.support.tiny_int8 import LATENTS_SETTINGS, QUANTIZED, SETTINGS, model_of, part
 
 
 @pytest.fixture
@@ -54,17 +55,20 @@ def test_calibrating_again_does_nothing_and_another_budget_takes_the_rest_over(
     strict.bundle.check()
 
 
-def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(calibrated: Bundle) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, LATENTS_SETTINGS], ids=["results", "latents"])
+def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(
+    calibrated: Bundle, settings: CalibrationSettings
+) -> None:
     calibration = part(calibrated, "unet")
     layer = calibration.chosen[0]
     source = next(
         one.source for one in find_layers(load_graph(calibrated.graph("unet", "fp32")).graph) if one.name == layer
     )
-    fine = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", calibration.tensors, [layer])
+    fine = measure_sensitivity(model_of(calibrated), settings, "unet", calibration.tensors, [layer])
     sources = calibration.tensors.sources
     coarse = {**sources, source: Scaling(sources[source].threshold * 10, sources[source].factors)}
     tensors = QuantizedTensors(coarse, calibration.tensors.results)
-    rough = measure_sensitivity(model_of(calibrated), SETTINGS, "unet", tensors, [layer])
+    rough = measure_sensitivity(model_of(calibrated), settings, "unet", tensors, [layer])
     assert rough[layer] < fine[layer] - 6
 
 

@@ -110,7 +110,7 @@ def test_int8_results_and_the_most_sensitive_layers_are_shown(int8_bundle: Bundl
     assert output["UNet operations in int8"] == f"{facts['summary']['unet_int8_share']:.1%}"
     assert output["PSNR against fp32"] == f"{facts['summary']['psnr_mean']:.1f} dB"
     layers = [layer for layer in facts["components"]["unet"]["layers"] if layer["latent_db"] is not None]
-    assert len(layers) > 5
+    assert len(layers) >= 4
     by_name = {layer["name"]: layer for layer in layers}
     (listed,) = [rows[1:] for rows in page.tables if rows[0][1] == "most sensitive first" and rows[1][1] in by_name]
     assert [float(row[4]) for row in listed] == sorted(float(row[4]) for row in listed)

@@ -22,7 +22,7 @@ SETTINGS = CalibrationSettings(
     min_psnr=15.0,
 )
 LATENTS_SETTINGS = CalibrationSettings(
-    REQUESTS[:1], REQUESTS[1:], steps=4, samples=2, trial_steps=2, eta=0.3, guidance_scale=6.0, min_psnr=20.0
+    REQUESTS[:1], REQUESTS[1:], steps=4, samples=2, trial_steps=4, eta=0.3, guidance_scale=6.0, min_psnr=20.0
 )
 """Settings that measure the sensitivity of each layer in the final latents."""
 QUANTIZED = ("unet", "decoder", "text_encoder")

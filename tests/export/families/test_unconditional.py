@@ -170,7 +170,9 @@ def test_engines(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoint", ["vq"], indirect=True)
 def test_int8(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
-    settings = CalibrationSettings(({},) * 2, ({},) * 2, steps=4, samples=2, trial_steps=4, sensitivity="results", min_psnr=15.0)
+    settings = CalibrationSettings(
+        ({},) * 2, ({},) * 2, steps=4, samples=2, trial_steps=4, sensitivity="results", min_psnr=15.0
+    )
     built = build(open_checkpoint(checkpoint), folder, options=BuildOptions("int8", calibration=settings)).bundle
     assert built.precision == "int8"
     assert built.manifest.components["unet"].graphs["int8"] == "unet/int8.onnx"
