@@ -130,7 +130,7 @@ def test_a_deadline_that_passes(triton_server: TritonServer, grpc: Grpc) -> None
 
 def test_an_urgent_request_does_not_wait_for_those_that_wait(triton_server: TritonServer, grpc: Grpc) -> None:
     """More are asked for than run at once; the last, the most urgent, is among the first to be done."""
-    wish = {"PROMPT": [PROMPT] * 8, "STEPS": 10}
+    wish = {"PROMPT": [PROMPT] * 8, "STEPS": 5}
     usual = [grpc.ask(wish | {"SEED": seed}) for seed in range(8)]
     assert wait_until(lambda: triton_server.figures()["ldm_queue_length"] > 3)
     grpc.ask({"PROMPT": PROMPT, "STEPS": 1, "PRIORITY": 0}).result()

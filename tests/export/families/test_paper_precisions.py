@@ -29,9 +29,8 @@ QUICK = ["--calibration-steps", "2", "--trials", "1", "--trial-steps", "2", "--s
 @pytest.fixture(
     scope="module",
     params=[
-        "bsr_sr",
         "inpainting_big",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cin256-v2", "semantic_synthesis", "layout2img")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in BUILT if name != "inpainting_big"),
     ],
 )
 def paper(request: pytest.FixtureRequest, shared: SharedFolders) -> PaperBundle:

@@ -108,13 +108,14 @@ def with_scheduler(source: Path, target: Path, scheduler: Any) -> Path:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' DPM-Solver
 @pytest.mark.parametrize(("version", "name"), CASES)
 def test_images_equal_diffusers(checkpoints: dict[int, Path], version: int, name: str, tmp_path: Path) -> None:
+    """Every option with DDIM; with other schedulers the first ones, which include a noise of their own."""
     scheduler = SCHEDULERS[name]
     if version == 2:
         scheduler = type(scheduler).from_config(scheduler.config, prediction_type="v_prediction")
     folder = with_scheduler(checkpoints[version], tmp_path / "checkpoint", scheduler)
     expected = reference(folder)
     with torch_pipeline(open_checkpoint(folder), tmp_path / "files") as pipe:
-        for seed, options in enumerate(OPTIONS.values()):
+        for seed, options in enumerate(list(OPTIONS.values())[: None if name == "DDIMScheduler" else 2]):
             options = options | {"num_inference_steps": 5}
             assert_same(ours(pipe, seed, **options), theirs(expected, seed, **options))
 

@@ -155,6 +155,7 @@ def test_prompts_are_refused(bundle: Bundle, checkpoint: Path, tmp_path: Path, r
     refused("verify", bundle.folder, "--against", checkpoint, "--prompts", "prompts.txt", message=message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["kl"], indirect=True)
 def test_engines(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
