@@ -10,6 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import interpolate
 
+from ldm_export.checkpoint.diffusers_parts import takes_mask
 from ldm_export.graph.quantizer import Quantizer
 
 __all__ = ["ConcatenatedUNet", "Decoder", "DistilledUNet", "Encoder", "UNet", "free_upsampling", "text_unet"]
@@ -53,9 +54,29 @@ class DistilledUNet(UNet):
         return noise
 
 
+class DistilledInpaintingUNet(DistilledUNet):
+    """A UNet that embeds the guidance scale and was trained to inpaint.
+
+    Inputs are those of ``DistilledUNet``, with channels float32 [R, 1 + C, h, w] after context.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        channels: torch.Tensor,
+        timestep_cond: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the outputs of the class's docstring."""
+        return super().forward(torch.cat([sample, channels], dim=1), timestep, context, timestep_cond)
+
+
 def text_unet(unet: Any) -> UNet:
-    """Wrap a UNet2DConditionModel with or without an embedded guidance scale."""
-    return UNet(unet) if unet.config.time_cond_proj_dim is None else DistilledUNet(unet)
+    """Wrap a UNet2DConditionModel with or without an embedded guidance scale, and with or without a mask."""
+    if unet.config.time_cond_proj_dim is None:
+        return UNet(unet)
+    return DistilledInpaintingUNet(unet) if takes_mask(unet.config) else DistilledUNet(unet)
 
 
 class ConcatenatedUNet(UNet):

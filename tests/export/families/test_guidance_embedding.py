@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 
 from ldm_export.bundle.build import build
 from ldm_export.families import family_named, open_checkpoint
@@ -56,6 +59,7 @@ def checkpoints(shared: SharedFolders) -> dict[str, Path]:
     makers: dict[str, Callable[[Path], Path]] = {
         "sd": stable_diffusion_checkpoint,
         "xl": stable_diffusion_xl_checkpoint,
+        "inpainting": partial(stable_diffusion_checkpoint, inpainting=True),
     }
     return {
         name: shared.once(f"lcm_{name}", lambda folder, make=make: distilled(folder, make))
@@ -100,16 +104,43 @@ def test_the_description(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     assert names.count("GUIDANCE") == 1 and "GUIDANCE_EVERY" not in names
 
 
+def image_and_mask() -> dict[str, Image.Image]:
+    generator = np.random.default_rng(0)
+    return {
+        "image": Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)),
+        "mask": Image.fromarray((generator.random((16, 16)) > 0.5).astype(np.uint8) * 255),
+    }
+
+
+def test_images_of_an_inpainting_unet_equal_diffusers(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder, pictures = checkpoints["inpainting"], image_and_mask()
+    pipeline: Any = StableDiffusionInpaintPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    request: dict[str, Any] = {"num_inference_steps": 3, "height": 16, "width": 16}
+    images = []
+    with torch_pipeline(open_checkpoint(folder), tmp_path / "files") as pipe:
+        for scale in (8.5, 1.5):
+            (ours,) = pipe("red", **pictures, seed=1, guidance_scale=scale, **request).images
+            with torch.random.fork_rng(devices=[]):
+                (theirs,) = pipeline(
+                    "red", *pictures.values(), generator=torch.manual_seed(1), guidance_scale=scale, **request
+                ).images
+            assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+            images.append(np.asarray(ours, int))
+    assert np.abs(images[0] - images[1]).max() > 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd", "xl"])
+@pytest.mark.parametrize("name", ["sd", "xl", "inpainting"])
 def test_the_bundle(checkpoints: dict[str, Path], name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(checkpoints[name])
     bundle = build(checkpoint, tmp_path / "bundle", "fp16").bundle
+    pictures = image_and_mask() if name == "inpainting" else {}
+    request = {"prompts": "red", "guidance_scale": 3.0, **pictures}
     for precision in ("fp32", "fp16"):
-        result = verify(
-            bundle, checkpoint, [{"prompts": "red", "guidance_scale": 3.0}], 3, precision, TOLERANCES[precision]
-        )
-        assert result.failures == []
+        assert verify(bundle, checkpoint, [request], 3, precision, TOLERANCES[precision]).failures == []
     with LatentDiffusionPipeline.from_bundle(bundle, backend="onnxruntime", precision="fp32") as pipe:
-        one, other = (np.asarray(pipe("red", seed=0, guidance_scale=scale).images[0], int) for scale in (8.5, 1.5))
+        one, other = (
+            np.asarray(pipe("red", **pictures, seed=0, guidance_scale=scale).images[0], int) for scale in (8.5, 1.5)
+        )
     assert np.abs(one - other).max() > 1
