@@ -127,11 +127,11 @@ def inpainting(name: str) -> Row:
 
 
 def semantic(name: str) -> Row:
-    unet, autoencoder = plain_unet(6, 3, lambda width: 2, (False, False)), vq(3)
+    unet, autoencoder = plain_unet(6, 3, lambda width: 8, (False, False)), vq(3)
     weight, classes = torch.randn(3, 7, 1, 1), torch.randint(7, (1, 4 * SIZE, 4 * SIZE))
     saved = checkpoint(
         unet,
-        {"num_heads": 2, "attention_resolutions": [32, 16, 8]},
+        {"num_heads": 8, "attention_resolutions": [32, 16, 8]},
         autoencoder,
         {"channel_mapper.weight": weight},
         MASK_BETAS,
