@@ -11,10 +11,12 @@ from diffusers import DiffusionPipeline, LDMSuperResolutionPipeline, UNet2DModel
 from PIL import Image
 
 from ldm_export.demo import TASKS, demo_checkpoint, demo_config, demo_task, is_demo
+from ldm_export.originals import open_model
 from ldm_export_demo.inputs import low_resolution, masked_trials, trial_images
 from ldm_export_demo.restoration import filled, grade_inpainting, psnr, shows_the_same
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
+from tests.support.torch_pipeline import torch_pipeline
 
 MAX_BYTES = 8_000_000
 FIGURES = Path(__file__).parents[2] / "demo/figures"
@@ -44,15 +46,17 @@ def recognised(folder: Path, task: str) -> bool:
     return bundle.manifest.family == task.replace("-", "_") and demo_task(bundle) == task
 
 
+@pytest.mark.slow
 def test_the_super_resolution_bundle_is_recognised(enlarging_bundle: Path) -> None:
     assert recognised(enlarging_bundle, "super-resolution")
 
 
-def test_enlarged_images_are_better_than_bicubic(enlarging_bundle: Path) -> None:
+def test_enlarged_images_are_better_than_bicubic(tmp_path: Path) -> None:
+    """On the torch modules, because a build of this model takes longer than its images."""
     originals = trial_images(12)
     small = [low_resolution(image) for image in originals]
     smooth = [np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC)) for one in small]
-    with LatentDiffusionPipeline.from_bundle(enlarging_bundle, precision="fp32") as pipeline:
+    with torch_pipeline(open_model(demo_checkpoint("super-resolution")), tmp_path / "files") as pipeline:
         done = pipeline(image=np.stack(small), seed=0, eta=0.0, num_inference_steps=20)
     images = [np.asarray(one) for one in done.images]
     gains = [psnr(a, o) - psnr(b, o) for a, b, o in zip(images, smooth, originals, strict=True)]
