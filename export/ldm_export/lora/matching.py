@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from ldm_export.lora.lora_file import LowRank
 from ldm_export.originals.key_mapping import unet_name
 from ldm_runtime.errors import CheckpointError
+from ldm_runtime.loras.adapter_file import factors_fit
 
 __all__ = ["match_layers", "refusal"]
 
@@ -42,7 +42,7 @@ def match_layers(
         down, up = layer.down.shape, layer.up.shape
         if key is None:
             raise CheckpointError(refusal(file, [layer], total, f"the {layer.part} has no such layer"))
-        if not _fits(down, up, shapes[key]):
+        if not factors_fit(down, up, shapes[key]):
             got = f"factors {list(down)} and {list(up)} for weights {list(shapes[key])}"
             raise CheckpointError(refusal(file, [layer], total, got))
         matched[key] = layer
@@ -55,12 +55,6 @@ def _diffusers_name(module: str, res_blocks: int) -> str:
         return module
     dotted = re.sub(r"_(?=\d)|(?<=\d)_", ".", module)
     return unet_name(f"{dotted}.weight", res_blocks).removesuffix(".weight").replace(".", "_")
-
-
-def _fits(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    if min(len(down), len(up)) < 2 or up[1] != down[0] or up[0] != weight[0]:
-        return False
-    return math.prod(up) == up[0] * up[1] and math.prod(down[1:]) == math.prod(weight[1:])
 
 
 def refusal(file: Path, layers: Sequence[LowRank], total: int, problem: str) -> str:

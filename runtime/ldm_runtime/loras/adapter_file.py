@@ -21,7 +21,7 @@ from ldm_runtime.errors import ManifestError
 from ldm_runtime.json_fields import require_integer, require_list, require_object
 from ldm_runtime.verified_file import VerifiedFile
 
-__all__ = ["DOWN", "MAX_ADAPTER_BYTES", "UP", "LoraAdapter", "LowRankPair", "read_adapter"]
+__all__ = ["DOWN", "MAX_ADAPTER_BYTES", "UP", "LoraAdapter", "LowRankPair", "factors_fit", "read_adapter"]
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 MAX_ADAPTER_BYTES = 8 * 2**30
@@ -30,6 +30,13 @@ MAX_HEADER, MAX_LAYERS, MAX_RANK = 16 * 2**20, 20_000, 8192
 MAX_SIZE = 2**31 - 1
 _DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _KEY = re.compile(r"(\w+)\.(.+)\.(lora_[AB]\.weight)")
+
+
+def factors_fit(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """True if factors [R, in, …] and [out, R, …] change as many values as a weight [out, in, …] has."""
+    if min(len(down), len(up)) < 2 or up[1] != down[0] or up[0] != weight[0]:
+        return False
+    return math.prod(up) == up[0] * up[1] and math.prod(down[1:]) == math.prod(weight[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +52,8 @@ class LowRankPair:
     up: NDArray[np.floating]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """True if the change has as many values as a weight [out, in, …] of this shape."""
-        return self.up.shape[0] == shape[0] and math.prod(self.down.shape[1:]) == math.prod(shape[1:])
+        """As ``factors_fit``, for a weight of this shape."""
+        return factors_fit(self.down.shape, self.up.shape, shape)
 
     def change(self, weight: float) -> NDArray[np.float32]:
         """``weight * up @ down`` as float32 [out, in * …]."""
