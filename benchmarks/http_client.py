@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for load tests. It shares the cores with the server, so it does no more than it must."""
+"""A small HTTP/1.1 client for load tests. It uses little CPU time, because it shares the cores with the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The throughput of an HTTP server beside that of a batch scheduler alone, in turns."""
+"""Measures the throughput of an HTTP server and of a batch scheduler without HTTP, in turns."""
 
 from __future__ import annotations
 

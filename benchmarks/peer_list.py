@@ -1,4 +1,4 @@
-"""The runtimes that ``peers.py`` times, and the conversions that they need."""
+"""Lists the runtimes that ``peers.py`` measures, and the conversions that they need."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ PEERS = {
 
 
 def stable_diffusion_peers() -> dict[str, Peer]:
-    """Return the runtimes for Stable Diffusion, of which optimum has pipelines."""
+    """Return the runtimes for Stable Diffusion, for which optimum has pipelines."""
     optimum = {
         "optimum-onnx fp32": optimum_pipeline("onnxruntime", 2.2),
         "optimum-intel bf16": optimum_pipeline("openvino", 2.2),

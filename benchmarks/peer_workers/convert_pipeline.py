@@ -1,4 +1,4 @@
-"""Exports a checkpoint of Stable Diffusion as a pipeline of optimum: ``onnxruntime`` or ``openvino``, in fp32."""
+"""Exports a Stable Diffusion checkpoint as a pipeline of optimum in fp32, for ``onnxruntime`` or ``openvino``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Stable Diffusion by optimum's own pipelines: ORTStableDiffusionPipeline and OVStableDiffusionPipeline.
+"""Process of ``peers.py`` that runs Stable Diffusion with optimum's own pipelines.
 
-ONNX Runtime computes in fp32 with default session options; OpenVINO for fixed shapes in bf16, with a hint for latency.
+ORTStableDiffusionPipeline runs ONNX Runtime in fp32 with default session options. OVStableDiffusionPipeline runs
+OpenVINO in bf16, compiled for fixed shapes, with a hint for latency.
 """
 
 from __future__ import annotations
