@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import re
 import statistics
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    busy = os.getloadavg()[0]
     command = [sys.executable, "-m", "ldm_export.cli", "serve", str(args.bundle), "--port", "0"]
     command += ["--backend", args.backend, "--max-client-requests", str(2 * args.clients)]  # a cancelled one ends later
     server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -63,6 +65,7 @@ def main() -> int:
     facts = {
         "machine": machine(),
         "python": platform.python_version(),
+        "load_average_before": round(busy, 2),
         "settings": {name: getattr(args, name) for name in ("requests", "clients", "steps", "backend")},
         **load,
         "comparisons": comparisons,
