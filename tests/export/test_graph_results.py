@@ -100,6 +100,7 @@ def test_images_of_any_size_equal_torch(
     assert_equals_torch(run, modules[name], feed)
 
 
+@pytest.mark.slow
 def test_four_levels_of_any_size_equal_torch(tmp_path: Path) -> None:
     spec = ModelShape(5, 24, Latents(4, 8), latent_size=8, image_channels=3).specs()["unet"]
     module = UNet(random_unet(4, 0)).eval().requires_grad_(False)

@@ -72,18 +72,19 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
     Raises:
         BuildError: The module cannot be traced.
     """
-    try:
-        model = cached_trace(module, spec, _trace)
-    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise BuildError(
-            f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
-        ) from error
-    _give_weights(model, _weights_of(module), inputs=len(spec.inputs))
-    with _quiet():
-        simplify(model)
-    _name(model, spec)
-    _share_equal_weights(model.graph)
-    RemoveUnusedNodesPass()(model)
+    with _uncollected():
+        try:
+            model = cached_trace(module, spec, _trace)
+        except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+            raise BuildError(
+                f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
+            ) from error
+        _give_weights(model, _weights_of(module), inputs=len(spec.inputs))
+        with _quiet():
+            simplify(model)
+        _name(model, spec)
+        _share_equal_weights(model.graph)
+        RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -142,7 +143,7 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
         for tensor in spec.inputs
     }
     feed = dummy_inputs(_traced_sizes(spec))
-    with _quiet(), _uncollected(), mode, torch.no_grad():
+    with _quiet(), mode, torch.no_grad():
         program = torch.onnx.export(
             copy.deepcopy(module, fakes),
             tuple(torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))) for array in feed.values()),

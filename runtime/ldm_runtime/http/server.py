@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,9 +19,6 @@ from ldm_runtime.http.server_options import ServerOptions
 __all__ = ["serve"]
 
 BACKLOG = 256
-SWITCH_INTERVAL = 0.0005
-"""Seconds after which a thread of the interpreter yields to one that waits: the event loop and the thread of a batch
-scheduler take turns, and with Python's 5 ms each would wait that long for the other several times per request."""
 
 
 def serve(
@@ -57,21 +53,10 @@ def serve(
             )
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             watch = BundleWatch(models, options.watch, note) if options.watch else nullcontext()
-            with watch, _switching(SWITCH_INTERVAL):
+            with watch:
                 _Server(config).run([listener])
     finally:
         models.close()
-
-
-@contextmanager
-def _switching(interval: float) -> Iterator[None]:
-    """Let threads take turns at an interval in seconds while the block runs."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(interval)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class _Server(uvicorn.Server):
