@@ -17,7 +17,12 @@ __all__ = ["run_command", "start_command"]
 TIMEOUT = 300  # seconds
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["ldm_export.cli", "ldm_export.bundle.build", "ldm_export.quality.verification", "torch.onnx._internal.exporter._core"]
+    [
+        "ldm_export.cli",
+        "ldm_export.bundle.build",
+        "ldm_export.quality.verification",
+        "torch.onnx._internal.exporter._core",
+    ]
 )
 
 
