@@ -1,4 +1,4 @@
-"""The option of ``generate`` and ``client`` that selects LoRA adapters of a bundle."""
+"""Options for the LoRA adapters of a bundle: which ones a request selects, and how many selections stay loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import Any
 
+from ldm_export.verbs.options import whole_number
 from ldm_runtime.errors import SpecError
 
-__all__ = ["add_lora_option", "lora_fields", "lora_inputs"]
+__all__ = ["add_lora_option", "add_lora_selections", "lora_fields", "lora_inputs"]
 
 
 def add_lora_option(verb: argparse.ArgumentParser) -> None:
@@ -20,6 +21,17 @@ def add_lora_option(verb: argparse.ArgumentParser) -> None:
         metavar="NAME[:WEIGHT]",
         help="LoRA adapter of the bundle (`ldm-export add-lora`), and the weight of its changes (default 1); may be "
         "repeated",
+    )
+
+
+def add_lora_selections(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the option of servers that bounds the memory of adapters."""
+    parser.add_argument(
+        "--lora-selections",
+        type=whole_number,
+        default=2,
+        metavar="N",
+        help="selections of LoRA adapters that stay loaded; each takes memory (default 2)",
     )
 
 

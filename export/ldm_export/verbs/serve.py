@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm_export.extras import needs
 from ldm_export.screen import Screen
+from ldm_export.verbs.lora_option import add_lora_selections
 from ldm_export.verbs.options import PRECISIONS, byte_count, real_number, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.errors import SpecError
@@ -49,13 +50,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="maximum estimated memory of the loaded bundles, e.g. 8GB; with it, bundles are loaded on first use "
         "(default: no limit, all are loaded at the start)",
     )
-    limits.add_argument(
-        "--lora-selections",
-        type=whole_number,
-        default=2,
-        metavar="N",
-        help="selections of LoRA adapters that stay loaded; each takes memory (default 2)",
-    )
+    add_lora_selections(limits)
     limits.add_argument("--max-rows", type=whole_number, help="maximum rows of one UNet call; a guided image takes two")
     limits.add_argument(
         "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"

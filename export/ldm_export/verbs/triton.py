@@ -10,6 +10,7 @@ from ldm_export.screen import Screen
 from ldm_export.serving.config import TARGETS, Serving
 from ldm_export.serving.models import STREAM, UNARY, make_model, model_names
 from ldm_export.serving.repository import write_models
+from ldm_export.verbs.lora_option import add_lora_selections
 from ldm_export.verbs.options import PRECISIONS, whole_number
 from ldm_runtime.backends.registry import BACKEND_NAMES
 from ldm_runtime.batching.limits import MAX_COUNT, rows_of_call
@@ -50,13 +51,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--max-queue", type=whole_number, default=256, help="maximum number of waiting requests (default 256)"
     )
-    verb.add_argument(
-        "--lora-selections",
-        type=whole_number,
-        default=2,
-        metavar="N",
-        help="selections of LoRA adapters that stay loaded; each takes memory (default 2)",
-    )
+    add_lora_selections(verb)
     verb.add_argument(
         "--only",
         nargs="+",

@@ -41,7 +41,6 @@ class StoredWeight:
         shape: As the graph has it.
         file: File with the values: the graph itself, or its external weights.
         offset: Of the values in the file, in bytes.
-        inline: True if the values are in the graph itself.
     """
 
     name: str
@@ -49,7 +48,6 @@ class StoredWeight:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    inline: bool
 
     @property
     def nbytes(self) -> int:
@@ -186,8 +184,8 @@ def _weight(content: mmap.mmap, start: int, end: int, graph: Path) -> StoredWeig
         return None
     if "location" in external:
         file = graph.parent / external["location"]
-        return StoredWeight(name, dtype, tuple(shape), file, int(external.get("offset", "0")), False)
-    weight = None if raw is None else StoredWeight(name, dtype, tuple(shape), graph, raw[0], True)
+        return StoredWeight(name, dtype, tuple(shape), file, int(external.get("offset", "0")))
+    weight = None if raw is None else StoredWeight(name, dtype, tuple(shape), graph, raw[0])
     return weight if weight is not None and raw is not None and weight.nbytes == raw[1] - raw[0] else None
 
 
