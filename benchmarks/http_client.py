@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -19,12 +20,17 @@ class Connection:
 
     Args:
         url: Address of the server.
+
+    Attributes:
+        admission: Seconds that the server took to admit the last request, by its header ``Server-Timing``; 0 if it
+            admitted none.
     """
 
     def __init__(self, url: str):
         parts = urlsplit(url)
         assert parts.hostname and parts.port
         self._host, self._port = parts.hostname, parts.port
+        self.admission = 0.0
 
     async def __aenter__(self) -> Connection:
         await self._open()
@@ -63,4 +69,7 @@ class Connection:
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).rstrip().split(b"\r\n")
         pairs = (line.partition(b":") for line in lines)
-        return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        found = re.search(rb"admission;dur=([\d.]+)", headers.get(b"server-timing", b""))
+        self.admission = 0.0 if found is None else float(found[1]) / 1000
+        return int(first.split()[1]), headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -63,6 +64,25 @@ def test_the_image_is_the_pipelines(client: openai.OpenAI, models: dict[str, Ser
         assert entry.b64_json is not None and entry.model_dump()["seed"] == 5
         assert np.abs(picture(entry.b64_json).astype(int) - image).max() <= 1
     assert not np.array_equal(expected[0], expected[1])
+
+
+def test_server_timing(client: openai.OpenAI) -> None:
+    """An answer says how long each stage took; a stream, which has only begun, when the request was admitted."""
+
+    def stages(header: str) -> dict[str, float]:
+        return {name: float(value) for name, value in (part.split(";dur=") for part in header.split(", "))}
+
+    begun = time.monotonic()
+    whole = client.images.with_raw_response.generate(model="text", prompt="a circle", extra_body=FAST)
+    milliseconds = 1000 * (time.monotonic() - begun)
+    found = stages(whole.headers["server-timing"])
+    assert list(found) == ["admission", "queue", "encode", "steps", "decode"]
+    assert found["steps"] > 0 and min(found.values()) >= 0 and sum(found.values()) <= milliseconds + 1
+    with client.images.with_streaming_response.generate(
+        model="text", prompt="a circle", stream=True, extra_body=FAST
+    ) as stream:
+        assert list(stages(stream.headers["server-timing"])) == ["admission"]
+        stream.read()
 
 
 def test_a_model_without_conditioning_and_the_seed_of_the_answer(client: openai.OpenAI) -> None:

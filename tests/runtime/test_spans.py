@@ -16,12 +16,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from ldm_runtime import Request
+from ldm_runtime.batching.job import REQUEST_STAGES
 from ldm_runtime.batching.scheduler import BatchScheduler
-from ldm_runtime.batching.spans import STAGES
 from ldm_runtime.errors import CancelledError
 from tests.support.waiting import wait_until
 
-CHILDREN = [f"ldm.{stage}" for stage in STAGES]
+CHILDREN = [f"ldm.{stage}" for stage in REQUEST_STAGES]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from ldm_runtime.errors import CancelledError, DeadlineError, LdmError
 from ldm_runtime.plan import Plan
 
-__all__ = ["Job", "JobResult", "Progress"]
+__all__ = ["REQUEST_STAGES", "Job", "JobResult", "Progress"]
+
+REQUEST_STAGES = ("queue", "encode", "steps", "decode")
+"""The stages of a request, in their order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,16 @@ class Job:
             TimeoutError: The request did not end in time. It continues.
         """
         return self.future.result(timeout)
+
+    def stages(self, now: float) -> list[tuple[str, float, float]]:
+        """Name, beginning and end of each stage that the request has reached; the last one ends ``now``.
+
+        All times are of ``time.monotonic()``, in seconds.
+        """
+        begun = (self.submitted, self.started, self.encoded, self.sampled)
+        reached = [(stage, moment) for stage, moment in zip(REQUEST_STAGES, begun, strict=True) if moment is not None]
+        ends = [*(moment for _, moment in reached[1:]), now]
+        return [(stage, moment, end) for (stage, moment), end in zip(reached, ends, strict=True)]
 
     def stop_reason(self, now: float) -> LdmError | None:
         """The error with which the request must end at time ``now`` (``time.monotonic()``); None if it may continue."""

@@ -11,14 +11,13 @@ import time
 from ldm_runtime.batching.job import Job
 from ldm_runtime.tracing import opentelemetry
 
-__all__ = ["STAGES", "record_spans"]
-
-STAGES = ("queue", "encode", "steps", "decode")
-"""Names of the spans below ``ldm.request``, in their order: ``ldm.queue`` and so on."""
+__all__ = ["record_spans"]
 
 
 def record_spans(job: Job, outcome: str) -> None:
-    """Write the spans of a request that has just ended. Stages that it did not reach have no span.
+    """Write the spans of a request that has just ended: ``ldm.request``, and ``ldm.queue`` and so on below it.
+
+    Stages that it did not reach have no span.
 
     Args:
         job: The request.
@@ -41,11 +40,9 @@ def record_spans(job: Job, outcome: str) -> None:
     }
     whole = tracer.start_span("ldm.request", job.trace_context, attributes=attributes, start_time=epoch(job.submitted))
     parent = package.trace.set_span_in_context(whole, job.trace_context)
-    starts = (job.submitted, job.started, job.encoded, job.sampled)
-    for stage, begun, ended in zip(STAGES, starts, (*starts[1:], now), strict=True):
-        if begun is not None:
-            span = tracer.start_span(f"ldm.{stage}", parent, start_time=epoch(begun))
-            span.end(epoch(now if ended is None else ended))
+    for stage, begun, ended in job.stages(now):
+        span = tracer.start_span(f"ldm.{stage}", parent, start_time=epoch(begun))
+        span.end(epoch(ended))
     if outcome == "failed":
         whole.set_status(package.trace.StatusCode.ERROR)
     whole.end(now_ns)

@@ -26,7 +26,7 @@ from ldm_runtime.http.image_store import ImageStore
 from ldm_runtime.http.request_body import form_fields, json_fields
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
-from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result_of, seed_of, setting_of, submit
+from ldm_runtime.http.submission import cancelled_on_disconnect, flag_of, result_of, seed_of, setting_of, submit, timing
 
 __all__ = ["ImagesApi"]
 
@@ -96,6 +96,7 @@ class ImagesApi:
         return name
 
     async def _images(self, request: Request, fields: Mapping[str, Any], event: str) -> Response:
+        begun = time.monotonic()
         async with self._models.use(self._name(fields.get("model"))) as model:
             wanted = parse(fields, model, self._options)
             listener = _Listener(asyncio.get_running_loop())
@@ -105,11 +106,13 @@ class ImagesApi:
         if wanted.stream:
             job.future.add_done_callback(lambda future: listener.end())
             events = _Events(event, wanted, job)
-            return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=STREAM_HEADERS)
+            headers = {**STREAM_HEADERS, **timing(begun, job)}
+            return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=headers)
         async with cancelled_on_disconnect(request, job):
             result = await result_of(job)
+        headers = timing(begun, job)
         answer = await run_in_threadpool(self._answer, result, wanted, str(request.base_url))
-        return JSONResponse({**answer, **setting_of(job)})
+        return JSONResponse({**answer, **setting_of(job)}, headers=headers)
 
     def _answer(self, result: JobResult, wanted: ImageRequest, base_url: str) -> dict[str, Any]:
         data = []
