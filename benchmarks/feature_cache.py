@@ -1,8 +1,8 @@
 """Measures how much time feature caching saves, and how it changes the images of the demo model.
 
-For each setting the script measures the seconds for an image and the PSNR against the image without caching. All
-settings of a bundle alternate, image by image. Give one bundle for each number of layers in the shallow UNet
-(``build --feature-cache``).
+For each setting the script measures the seconds for an image and the PSNR against the image without caching, in the
+first precision. All settings of a bundle alternate, image by image. Give one bundle for each number of layers in the
+shallow UNet (``build --feature-cache``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,15 +46,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, nargs="+", default=[Path("build/shapes")])
     parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--precision", nargs="+", default=["fp32"], metavar="NAME", help="default: fp32")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    bundles = [measure(Bundle.open(path), args.images) for path in args.bundle]
+    bundles = [measure(Bundle.open(path), args.images, args.precision) for path in args.bundle]
     for bundle in bundles:
-        table = Table("cache_every", "full_steps", "guidance_every", "faster", "PSNR dB: mean", "worst", "correct")
+        names = ("precision", "cache_every", "full_steps", "guidance_every")
+        table = Table(*names, "faster", "PSNR dB: mean", "worst", "correct")
         for row in bundle["rows"]:
             decibels = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("mean_psnr", "worst_psnr"))
-            numbers = (str(row[name]) for name in ("cache_every", "full_steps", "guidance_every"))
-            table.add_row(*numbers, f"{row['faster']:.2f}", *decibels, f"{row['correct']:.0%}")
+            table.add_row(
+                *(str(row[name]) for name in names), f"{row['faster']:.2f}", *decibels, f"{row['correct']:.0%}"
+            )
         layers, cost = bundle["layers"], bundle["cost_of_shallow_call"]
         Console().print(f"{layers} layers in the shallow UNet, whose call takes {cost:.2f} of the UNet's", table)
     if args.json:
@@ -60,27 +65,33 @@ def main() -> None:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def measure(bundle: Bundle, images: int) -> dict[str, Any]:
+def measure(bundle: Bundle, images: int, precisions: Sequence[str]) -> dict[str, Any]:
     """Return the figures of a bundle."""
     prompts = held_out_prompts(images // 2, images - images // 2)
-    seconds: list[list[float]] = [[] for _ in SETTINGS]
-    found: list[list[np.ndarray]] = [[] for _ in SETTINGS]
-    with LatentDiffusionPipeline.from_bundle(bundle, precision="fp32", backend="openvino") as pipeline:
-        cost = cost_of_shallow_call(pipeline)
+    settings = [(precision, *setting) for precision in precisions for setting in SETTINGS]
+    seconds: list[list[float]] = [[] for _ in settings]
+    found: list[list[np.ndarray]] = [[] for _ in settings]
+    with ExitStack() as stack:
+        pipelines = {
+            name: stack.enter_context(LatentDiffusionPipeline.from_bundle(bundle, precision=name, backend="openvino"))
+            for name in precisions
+        }
+        cost = cost_of_shallow_call(pipelines[precisions[0]])
         for seed, prompt in enumerate(track(prompts, bundle.folder.name, console=Console(stderr=True))):
-            for number, (every, full, guidance) in enumerate(SETTINGS):
+            for number, (precision, every, full, guidance) in enumerate(settings):
                 options = OPTIONS | {"cache_every": every, "full_steps": full, "guidance_every": guidance}
                 started = time.perf_counter()
-                (image,) = pipeline(prompt, seed=seed, **options).images
+                (image,) = pipelines[precision](prompt, seed=seed, **options).images
                 seconds[number].append(time.perf_counter() - started)
                 found[number].append(np.asarray(image))
     rows = []
-    for (every, full, guidance), times, own in zip(SETTINGS, seconds, found, strict=True):
+    for (precision, every, full, guidance), times, own in zip(settings, seconds, found, strict=True):
         pairs = zip(own, found[0], strict=True)
         decibels = [one for one in (psnr(a.astype(float), b.astype(float), 255.0) for a, b in pairs) if one is not None]
         correct = [grade(image, parse(text)).correct for image, text in zip(own, prompts, strict=True)]
         rows.append(
             {
+                "precision": precision,
                 "cache_every": every,
                 "full_steps": full,
                 "guidance_every": guidance,

@@ -68,6 +68,9 @@ OURS = {
     "ldm-export int8, guidance each 3rd step": ours("auto", "int8", 1.2, every=3),
     "ldm-export float, features of each 3rd step": ours("auto", "float", 1.8, cache_every=3),
     "ldm-export int8, features of each 3rd step": ours("auto", "int8", 0.8, cache_every=3),
+    "ldm-export float, features of each 5th step": ours("auto", "float", 1.8, cache_every=5),
+    "ldm-export int8, features of each 5th step": ours("auto", "int8", 0.8, cache_every=5),
+    "ldm-export int8, features of each 5th step, guidance each 2nd": ours("auto", "int8", 1.4, 2, 5),
 }
 """Those after "int8" save work between steps; their steps are those of the two runtimes before."""
 PEERS = {
