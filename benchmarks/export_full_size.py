@@ -22,6 +22,9 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
+from ldm_runtime import Bundle
+from ldm_runtime.bundle_layout import files_of_graph
+
 FACTOR, BASE = 1.3, 3e9
 INTERVAL = 0.02  # seconds between two samples
 TOOLS = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
@@ -99,11 +102,13 @@ def sample(pid: int, peak: Peak, ended: threading.Event) -> None:
 
 
 def component_bytes(bundle: Path) -> dict[str, int]:
-    """Return component -> bytes of its float32 graph and external weights."""
-    sizes: dict[str, int] = {}
-    for file in [*bundle.glob("*/fp32.onnx"), *bundle.glob("*/fp32.onnx.data")]:
-        sizes[file.parent.name] = sizes.get(file.parent.name, 0) + file.stat().st_size
-    return sizes
+    """Return component -> bytes of its float32 graph and of the external weights that the graph refers to."""
+    manifest = Bundle.open(bundle).manifest
+    graphs = {name: part.graphs["fp32"] for name, part in manifest.components.items() if "fp32" in part.graphs}
+    return {
+        name: sum(manifest.files[file].size for file in files_of_graph(graph, manifest.files))
+        for name, graph in graphs.items()
+    }
 
 
 def show(facts: dict) -> None:

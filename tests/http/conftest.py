@@ -14,7 +14,7 @@ import uvicorn
 
 from ldm_runtime.batching.job import Job
 from ldm_runtime.http.app import make_app
-from ldm_runtime.http.served_model import EngineOptions, ServedModel
+from ldm_runtime.http.served_model import ModelOptions, ServedModel
 from ldm_runtime.http.served_models import ServedModels
 from ldm_runtime.http.server_options import ServerOptions
 from tests.support.measured import record_of
@@ -23,7 +23,7 @@ from tests.support.small_models import bundle_of, text_model
 from tests.support.step_gate import StepGate
 from tests.support.waiting import wait_until
 
-ENGINE = EngineOptions(backend="onnxruntime", precision="fp32", threads=1)
+ENGINE = ModelOptions({"backend": "onnxruntime", "precision": "fp32", "threads": 1})
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Served:
     log: list[str]
 
 
-def open_models(paths: Sequence[Path], options: EngineOptions = ENGINE) -> dict[str, ServedModel]:
+def open_models(paths: Sequence[Path], options: ModelOptions = ENGINE) -> dict[str, ServedModel]:
     """The models of bundles, by the names of their folders."""
     return {path.name: ServedModel.open(path, path.name, options) for path in paths}
 

@@ -85,11 +85,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command."""
     with needs("serve"):
-        from ldm_runtime.http.served_model import EngineOptions
+        from ldm_runtime.http.served_model import ModelOptions
         from ldm_runtime.http.served_models import ServedModels
         from ldm_runtime.http.server import serve
         from ldm_runtime.http.server_options import ServerOptions
         from ldm_runtime.loras.sets import lora_selections
+        from ldm_runtime.pipeline_options import BundleOptions
     options = ServerOptions(
         host=args.host,
         port=args.port,
@@ -101,18 +102,17 @@ def run(args: argparse.Namespace, screen: Screen) -> None:
         grace=args.grace,
         watch=args.watch,
     )
-    engine = EngineOptions(
-        args.precision,
-        args.backend,
-        args.device,
-        args.threads,
-        args.max_rows,
-        args.max_queue,
-        safety_checker=not args.no_safety_checker,
-        lora_selections=lora_selections(args.lora_selections, "lora-selections"),
-    )
+    bundle_options: BundleOptions = {
+        "precision": args.precision,
+        "backend": args.backend,
+        "device": args.device,
+        "threads": args.threads,
+        "safety_checker": not args.no_safety_checker,
+        "lora_selections": lora_selections(args.lora_selections, "lora-selections"),
+    }
+    model_options = ModelOptions(bundle_options, args.max_rows, args.max_queue)
     with screen.bar("loading"):
-        models = ServedModels.open(args.bundles, engine, args.memory, options.timeout)
+        models = ServedModels.open(args.bundles, model_options, args.memory, options.timeout)
     for bundle in models.bundles.values():
         if bundle.current is not None and bundle.current.pipeline.choice is not None:
             screen.note(f"{bundle.name}: {bundle.current.pipeline.choice.reason}")

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,29 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import MANIFEST
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.geometry import Geometry
-from ldm_runtime.loras.sets import DEFAULT_SELECTIONS
 from ldm_runtime.manifest_reader import MAX_BYTES
 from ldm_runtime.model import UNET, ModelDescription
 from ldm_runtime.pipeline import LatentDiffusionPipeline
+from ldm_runtime.pipeline_options import BundleOptions
 from ldm_runtime.regular_files import read_regular
 from ldm_runtime.required_memory import bundle_bytes
 
-__all__ = ["EngineOptions", "ServedModel", "model_facts", "version_of"]
+__all__ = ["ModelOptions", "ServedModel", "model_facts", "version_of"]
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """Options of ``LatentDiffusionPipeline.from_bundle`` and of the batch scheduler; None takes the default."""
+class ModelOptions:
+    """How a bundle is opened and batched.
 
-    precision: str | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
+    Attributes:
+        bundle: Options of ``LatentDiffusionPipeline.from_bundle``.
+        max_rows: Maximum rows of a UNet call; None takes the default of ``rows_of_call``.
+        max_queue: Maximum number of waiting requests.
+    """
+
+    bundle: BundleOptions = field(default_factory=BundleOptions)
     max_rows: int | None = None
     max_queue: int = 256
-    safety_checker: bool = True
-    lora_selections: int = DEFAULT_SELECTIONS
 
 
 class ServedModel:
@@ -71,7 +72,7 @@ class ServedModel:
         self._on_idle: Callable[[], None] | None = None
 
     @classmethod
-    def open(cls, path: Path, name: str, options: EngineOptions) -> ServedModel:
+    def open(cls, path: Path, name: str, options: ModelOptions) -> ServedModel:
         """Load all components of a bundle and generate a test image; its files are not needed afterwards.
 
         Raises:
@@ -80,15 +81,7 @@ class ServedModel:
         version = version_of(path) if (path / MANIFEST).is_file() else ""
         bundle = Bundle.open(path)
         rows = rows_of_call(bundle.manifest.components[UNET].spec, options.max_rows, f"the UNet of {name}")
-        pipeline = LatentDiffusionPipeline.from_bundle(
-            bundle,
-            precision=options.precision,
-            backend=options.backend,
-            device=options.device,
-            threads=options.threads,
-            safety_checker=options.safety_checker,
-            lora_selections=options.lora_selections,
-        )
+        pipeline = LatentDiffusionPipeline.from_bundle(bundle, **options.bundle)
         try:
             scheduler = BatchScheduler(pipeline, Limits(max_rows=rows, max_queue=options.max_queue))
             try:

@@ -18,7 +18,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import BackendError, LdmError, SpecError
 from ldm_runtime.http.api_error import ApiError
 from ldm_runtime.http.served_bundle import BundleState, ServedBundle
-from ldm_runtime.http.served_model import EngineOptions, ServedModel
+from ldm_runtime.http.served_model import ModelOptions, ServedModel
 from ldm_runtime.required_memory import bundle_bytes
 
 __all__ = ["ServedModels"]
@@ -40,13 +40,13 @@ class ServedModels:
     def __init__(
         self,
         bundles: Sequence[ServedBundle],
-        options: EngineOptions | None = None,
+        options: ModelOptions | None = None,
         memory: int | None = None,
         patience: float = 300.0,
     ):
         self.bundles: Mapping[str, ServedBundle] = {bundle.name: bundle for bundle in bundles}
         self.memory = memory
-        self._options, self._patience = options or EngineOptions(), patience
+        self._options, self._patience = options or ModelOptions(), patience
         self._lock = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "ldm-loader")
         self._closing = False
@@ -58,7 +58,7 @@ class ServedModels:
 
     @classmethod
     def open(
-        cls, paths: Sequence[Path], options: EngineOptions, memory: int | None = None, patience: float = 300.0
+        cls, paths: Sequence[Path], options: ModelOptions, memory: int | None = None, patience: float = 300.0
     ) -> ServedModels:
         """Serve bundles, each under the name of its folder. Without a memory limit, all are loaded now.
 
@@ -157,7 +157,7 @@ class ServedModels:
         assert bundle.path is not None
         opened = Bundle.open(bundle.path)
         bundle.model = opened.manifest.model
-        needed = bundle_bytes(opened, self._options.precision)
+        needed = bundle_bytes(opened, self._options.bundle.get("precision"))
         if self.memory is not None and needed > self.memory:
             raise SpecError(
                 f"memory: got {self.memory / 1e9:.3g} GB, but {bundle.name} alone needs about {needed / 1e9:.3g} GB; "
