@@ -74,7 +74,7 @@ class Hostile(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as running:
         Thread(target=running.serve_forever, daemon=True).start()
@@ -99,16 +99,29 @@ def test_a_password_in_a_url_is_not_printed(url: str) -> None:
     assert "secret" not in str(caught.value) and "user" not in str(caught.value) and "cret" not in str(caught.value)
 
 
+CODES = """
+import json, sys
+from ldm_export.cli import main
+
+def code(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+sys.exit([code(arguments) for arguments in json.loads(sys.argv[1])] != [0, 1, 0])
+"""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_of_any_encoding(tmp_path: Path, encoding: str) -> None:
     bundle = write_small_bundle(tmp_path / "bündel-円")
     manifest = replace(bundle.manifest, tools={"名": "×…"})
     (bundle.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    for code, *arguments in ((0, "inspect", bundle.folder), (1, "inspect", tmp_path / "無"), (0, "generate", "--help")):
-        command = [sys.executable, "-m", "ldm_export.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, env=environment)
-        assert b"Traceback" not in done.stderr and done.returncode == code
+    commands = (["inspect", str(bundle.folder)], ["inspect", str(tmp_path / "無")], ["generate", "--help"])
+    done = subprocess.run([sys.executable, "-c", CODES, json.dumps(commands)], capture_output=True, env=environment)
+    assert b"Traceback" not in done.stderr and done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("place", [lambda folder: folder / "file" / "cache", lambda folder: Path("/proc/cache")])

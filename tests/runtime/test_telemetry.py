@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,15 @@ import ldm_calibration.sessions, ldm_export.quality.layerwise, ldm_export.bundle
 ldm_calibration.sessions.load_onnxruntime()
 time.sleep(3)
 """
+ENGINES = ("onnxruntime", "openvino")
 CONNECTS = re.compile(r"(connect|send\w*)\(.*AF_INET")
 
 
-def connections(tmp_path: Path, script: str, *arguments: str) -> list[str]:
+def connections(folder: Path, script: str, *arguments: str) -> list[str]:
     """Calls of a process that connect or send. Its home folder is empty and must stay so."""
     assert shutil.which("strace") is not None, "strace is missing: `make test` installs it"
-    home, trace = tmp_path / "home", tmp_path / "trace"
-    home.mkdir()
+    home, trace = folder / "home", folder / "trace"
+    home.mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "CI"))}
     environment.pop(telemetry.VARIABLE, None)
     command = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=network", "-o", str(trace)]
@@ -55,14 +57,23 @@ def connections(tmp_path: Path, script: str, *arguments: str) -> list[str]:
     return [line for line in trace.read_text(errors="replace").splitlines() if CONNECTS.search(line)]
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_generating_an_image_opens_no_connection(tmp_path: Path, engine: str) -> None:
-    bundle = write_small_bundle(tmp_path / "bundle")
-    assert connections(tmp_path, GENERATE, engine, str(bundle.folder)) == []
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[list[str]]]]:
+    """Connections of each process. They run at the same time, because each waits for reports at its end."""
+    folder = tmp_path_factory.mktemp("traced")
+    bundle = str(write_small_bundle(folder / "bundle").folder)
+    commands = {engine: (GENERATE, engine, bundle) for engine in ENGINES} | {"measure": (MEASURE,)}
+    with ThreadPoolExecutor(len(commands)) as pool:
+        yield {name: pool.submit(connections, folder / name, *command) for name, command in commands.items()}
 
 
-def test_measuring_opens_no_connection(tmp_path: Path) -> None:
-    assert connections(tmp_path, MEASURE) == []
+@pytest.mark.parametrize("engine", ENGINES)
+def test_generating_an_image_opens_no_connection(traced: dict[str, Future[list[str]]], engine: str) -> None:
+    assert traced[engine].result() == []
+
+
+def test_measuring_opens_no_connection(traced: dict[str, Future[list[str]]]) -> None:
+    assert traced["measure"].result() == []
 
 
 def test_the_variable_is_set_for_processes_that_are_started_and_the_users_value_stays(monkeypatch) -> None:
