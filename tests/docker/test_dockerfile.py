@@ -84,6 +84,7 @@ def test_the_wheel_has_the_three_packages(wheels: Path) -> None:
     assert {"ldm_export", "ldm_runtime", "ldm_calibration"} <= folders
 
 
+@pytest.mark.slow
 def test_the_runtime_image_draws(wheels: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     image = Image(tmp_path / "image", wheels)
     image.build(STAGES["runtime"])
@@ -99,6 +100,17 @@ def test_the_build_image_is_installed_as_the_runtime_image_is() -> None:
     build, runtime = STAGES["build"], STAGES["runtime"]
     assert build.values("RUN") == runtime.values("RUN") and build.image == runtime.image
     assert (build.arguments["EXTRA"], runtime.arguments["EXTRA"]) == ("export", "onnxruntime")
+
+
+def test_the_runtime_image_is_installed_as_the_packages_of_the_serving_image_are() -> None:
+    """By the same command, but for NumPy's version and the place; the serving image's is run and serves below."""
+    packages, runtime = STAGES["packages"], STAGES["runtime"]
+    (command,) = packages.values("RUN")
+    assert command.count(" --target /opt/ldm") == 2 and command.count('"${EXTRA}-numpy1"') == 1
+    command = command.replace(" --target /opt/ldm", "").replace('"${EXTRA}-numpy1"', '"${EXTRA}"')
+    assert runtime.values("RUN") == [command] and runtime.arguments == packages.arguments
+    (entry,) = runtime.command("ENTRYPOINT")
+    assert f'\n{entry} = "' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.slow
