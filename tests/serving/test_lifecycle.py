@@ -1,6 +1,6 @@
 """Operating a Triton server: new versions under load, a full queue, a killed model, a restart.
 
-These tests rewrite the repository and stop the server, which is this module's own and is restored after each test.
+These tests rewrite the repository and stop the server, which is this module's own.
 """
 
 from __future__ import annotations
@@ -44,15 +44,32 @@ def own_server(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield running
 
 
+@pytest.fixture(scope="module")
+def usual_config(own_server: TritonServer) -> str:
+    """The config of the served model before any test changes it."""
+    return config_of(own_server)
+
+
 @pytest.fixture
-def server(own_server: TritonServer, shapes_bundle: Path) -> Iterator[TritonServer]:
-    """The module's server; afterwards it is ready again and serves the shipped model with its usual options."""
-    yield own_server
-    if not own_server.ready():
+def ready_server(own_server: TritonServer, usual_config: str) -> TritonServer:
+    """The module's server, ready, with the options that the test before has left."""
+    if not wait_until(own_server.ready, 3):  # it is not while it takes an old version out of service
         own_server.stop()
         own_server.start()
-    write(shapes_bundle, own_server)
-    load(own_server, "ldm_stream", "ldm")
+    return own_server
+
+
+@pytest.fixture
+def server(usual_config: str, ready_server: TritonServer, shapes_bundle: Path) -> TritonServer:
+    """The module's server, ready, with the shipped model and its usual options."""
+    if config_of(ready_server) != usual_config:
+        write(shapes_bundle, ready_server)
+        load(ready_server, "ldm_stream", "ldm")
+    return ready_server
+
+
+def config_of(server: TritonServer) -> str:
+    return (server.repository / "ldm_stream" / "config.pbtxt").read_text()
 
 
 def write(bundle: Path, server: TritonServer, *options: str) -> None:
@@ -93,7 +110,8 @@ def test_loading_a_new_version_under_load_loses_no_request(server, shapes_bundle
     assert all(np.abs(image.astype(int) - expected).max() <= 1 for _, image in results)
 
 
-def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_bundle) -> None:
+def test_a_full_queue_refuses_requests_and_completes_the_others(ready_server, shapes_bundle) -> None:
+    server = ready_server
     write(shapes_bundle, server, "--max-queue", "2", "--max-rows", "2")
     load(server, "ldm_stream", "ldm")
     grpc = Grpc(server.grpc)
@@ -110,7 +128,8 @@ def test_a_full_queue_refuses_requests_and_completes_the_others(server, shapes_b
     assert wait_until(lambda: server.figures()['ldm_requests_total{outcome="refused"}'] == len(refused))
 
 
-def test_per_step_serving_gives_the_same_image(server, shapes_bundle, expected) -> None:
+def test_per_step_serving_gives_the_same_image(ready_server, shapes_bundle, expected) -> None:
+    server = ready_server
     write(shapes_bundle, server, "--per-step")
     load(server, "unet", "ldm_stream", "ldm")
     answers = (post(server.http, "/v2/models/ldm/infer", CHECK)[0] == 200 or time.sleep(0.1) for _ in range(300))
@@ -148,6 +167,7 @@ def test_a_stopped_server_finishes_running_requests_and_restarts(server, expecte
 
 
 def test_a_killed_model_process_is_reported_and_recovers_when_loaded_again(server, expected) -> None:
+    """It is unloaded first: Triton does not load a model again whose files have not changed."""
     session = ["ps", "-ww", "-o", "pid=,args=", "-s", str(server.process.pid)]
     children = subprocess.run(session, capture_output=True, text=True, check=True).stdout.splitlines()
     stubs = [line for line in children if "/ldm_stream/" in line]
@@ -156,5 +176,7 @@ def test_a_killed_model_process_is_reported_and_recovers_when_loaded_again(serve
     with pytest.raises(InferenceServerException, match="not healthy"):
         over_http(server.http, WISH)
     assert post(server.http, "/v2/models/ldm/infer", CHECK)[0] != 200
+    with tritonclient.http.InferenceServerClient(server.http, network_timeout=120) as client:
+        client.unload_model("ldm_stream")
     load(server, "ldm_stream")
     assert np.array_equal(over_http(server.http, WISH).as_numpy("IMAGE"), expected)
