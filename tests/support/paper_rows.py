@@ -58,8 +58,8 @@ def text(name: str, *, quantized: bool, scale: float) -> Row:
 
 
 def labels(name: str, *, older: bool) -> Row:
-    classes, unet = (10, cross_unet(4, (1, 2))) if older else (11, cross_unet(3, 1))
-    autoencoder = vq(3, 4, attention=True) if older else vq()
+    classes, unet = (10, cross_unet(4, (1, 2))) if older else (11, cross_unet(3, 1, middle_only=True))
+    autoencoder = vq(channels=4, attention=True) if older else vq()
     embedding = torch.randn(classes, CONTEXT)
     blocks = {"num_head_channels": 32} if older else {"num_heads": 1}
     saved = checkpoint(unet, blocks, autoencoder, {"embedding.weight": embedding}, VQ_BETAS, use_ema=older)
@@ -96,7 +96,7 @@ def unconditional(name: str, *, churches: bool) -> Row:
 
 
 def super_resolution(name: str) -> Row:
-    unet, autoencoder = plain_unet(6, 3, lambda width: width // 32, (False, False)), vq(3)
+    unet, autoencoder = plain_unet(6, 3, lambda width: width // 32, (False, False)), vq()
     saved = checkpoint(unet, {"num_head_channels": 32}, autoencoder, {}, SR_BETAS)
     low = torch.rand(1, 3, SIZE, SIZE)
 
@@ -112,7 +112,7 @@ def super_resolution(name: str) -> Row:
 
 def inpainting(name: str) -> Row:
     unet = plain_unet(7, 3, lambda width: 8, (False, True), updown=True)
-    autoencoder = vq(3, mid=False)
+    autoencoder = vq(mid=False)
     saved = checkpoint(unet, {"num_heads": 8, "resblock_updown": True}, autoencoder, {}, MASK_BETAS)
     picture, mask = torch.rand(1, 3, 4 * SIZE, 4 * SIZE), torch.zeros(1, 1, 4 * SIZE, 4 * SIZE)
     mask[..., 8:24, 4:20] = 1
@@ -127,11 +127,11 @@ def inpainting(name: str) -> Row:
 
 
 def semantic(name: str) -> Row:
-    unet, autoencoder = plain_unet(6, 3, lambda width: 8, (False, False)), vq(3)
+    unet, autoencoder = plain_unet(6, 3, lambda width: 2, (False, False)), vq()
     weight, classes = torch.randn(3, 7, 1, 1), torch.randint(7, (1, 4 * SIZE, 4 * SIZE))
     saved = checkpoint(
         unet,
-        {"num_heads": 8, "attention_resolutions": [32, 16, 8]},
+        {"num_heads": 2, "attention_resolutions": [32, 16, 8]},
         autoencoder,
         {"channel_mapper.weight": weight},
         MASK_BETAS,
@@ -147,7 +147,7 @@ def semantic(name: str) -> Row:
 
 
 def layout(name: str) -> Row:
-    unet, autoencoder, encoder = cross_unet(3, (1, 2), 2), vq(), bert(TOKENS, 100)
+    unet, autoencoder, encoder = cross_unet(3, (1, 2), 2, middle_only=True), vq(), bert(TOKENS, 100)
     state = {f"transformer.{key}": tensor for key, tensor in encoder.items()}
     saved = checkpoint(unet, {"num_head_channels": 32, "transformer_depth": 2}, autoencoder, state, MASK_BETAS)
     tokens = torch.randint(100, (1, TOKENS))

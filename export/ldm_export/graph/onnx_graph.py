@@ -80,6 +80,9 @@ def trace_graph(module: nn.Module, spec: ComponentSpec) -> ir.Model:
                 f"{spec.name}: cannot be traced: {_reason(error)}; report it with the model's config"
             ) from error
         _give_weights(model, _weights_of(module), inputs=len(spec.inputs))
+        named = (*spec.inputs, *spec.outputs)
+        for value, tensor in zip((*model.graph.inputs, *model.graph.outputs), named, strict=True):
+            value.name = tensor.name
         with _quiet():
             simplify(model)
         _name(model, spec)
@@ -128,7 +131,10 @@ def _weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
-    """Return the serialized traced model; its weights are additional inputs after those of the spec."""
+    """Return the serialized traced model.
+
+    Its inputs have the names of the module's arguments, and its weights are additional inputs after them.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = _weights_of(module)
     fakes = {id(tensor): mode.from_tensor(tensor, static_shapes=True) for tensor in weights.values()}
@@ -149,8 +155,6 @@ def _trace(module: nn.Module, spec: ComponentSpec) -> bytes:
             tuple(torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))) for array in feed.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[tensor.name for tensor in spec.inputs],
-            output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=tuple(shapes[tensor.name] for tensor in spec.inputs),
             optimize=False,
             verbose=False,

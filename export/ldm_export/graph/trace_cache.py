@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -74,14 +75,15 @@ def _path(module: nn.Module, spec: ComponentSpec) -> Path | None:
 
 
 def key_of_trace(module: nn.Module, spec: ComponentSpec) -> str:
-    """Return a SHA-256 (hex) of everything a trace depends on: code, versions, spec and the structure of the module.
+    """Return a SHA-256 (hex) of everything a trace depends on: code, versions, inputs and the structure of the module.
+
+    The trace does not have the names of the spec, so components that differ in names alone share it.
 
     Raises:
         UnknownStructure: An attribute of the module is not plain data, a module, a tensor or an importable function.
     """
-    tensors = [(tensor.name, tensor.dtype, *map(_dimension, tensor.shape)) for tensor in spec.inputs]
-    outputs = [tensor.name for tensor in spec.outputs]
-    digest = hashlib.sha256(repr((_code(), spec.name, tensors, outputs)).encode())
+    tensors = [(tensor.dtype, *map(_dimension, tensor.shape)) for tensor in spec.inputs]
+    digest = hashlib.sha256(repr((_code(), tensors)).encode())
     for part in _structure(module, {}):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
@@ -129,9 +131,10 @@ def _parts(value: object) -> Iterator[object]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, dict):
-        for key, part in value.items():
+        numbered = isinstance(value, OrderedDict)  # torch numbers hooks with a counter of the process
+        for place, (key, part) in enumerate(value.items()):
             if key not in IGNORED:
-                yield from (key, part)
+                yield from (place if numbered and isinstance(key, int) else key, part)
     elif not hasattr(value, "__dict__"):
         raise UnknownStructure(f"an attribute is a {type(value).__qualname__}")
     for name, part in getattr(value, "__dict__", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -172,26 +173,27 @@ def _upsample_to_skip_connections(unet: nn.Module) -> None:
     """
     sizes: dict[int, Any] = {}
     down, up = list(unet.down_blocks), list(unet.up_blocks)  # type: ignore[arg-type]
-
-    def remember(level: int) -> Any:
-        def hook(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            sample = named["hidden_states"] if "hidden_states" in named else given[0]
-            sizes[level] = sample.shape[2:]
-
-        return hook
-
-    def resize(level: int) -> Any:
-        def hook(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            alone = [one for one in getattr(block, "upsamplers", None) or () if isinstance(one, _Upsample)]
-            for upsampler in (*alone, *_upsamplers(block)):
-                upsampler.size = sizes[level]
-
-        return hook
-
     for level, block in enumerate(down):
-        block.register_forward_pre_hook(remember(level), with_kwargs=True)
+        block.register_forward_pre_hook(partial(_remember_size, sizes, level), with_kwargs=True)
     for index, block in enumerate(up[:-1]):
-        block.register_forward_pre_hook(resize(len(down) - 2 - index), with_kwargs=True)
+        block.register_forward_pre_hook(partial(_use_size, sizes, len(down) - 2 - index), with_kwargs=True)
+
+
+def _remember_size(
+    sizes: dict[int, Any], level: int, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Store height and width of a down block's input under its level."""
+    sample = named["hidden_states"] if "hidden_states" in named else given[0]
+    sizes[level] = sample.shape[2:]
+
+
+def _use_size(
+    sizes: dict[int, Any], level: int, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Make an up block upsample to the size that was stored under a level."""
+    alone = [one for one in getattr(block, "upsamplers", None) or () if isinstance(one, _Upsample)]
+    for upsampler in (*alone, *_upsamplers(block)):
+        upsampler.size = sizes[level]
 
 
 class _Always:
