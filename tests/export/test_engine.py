@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,21 +221,19 @@ def test_capabilities_are_the_packages_own() -> None:
     assert known["8.9"] == tensorrt_rtx.ComputeCapability.SM89
 
 
-def test_fp32_engines_on_the_command_line(tmp_path: Path) -> None:
+def test_fp32_engines_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The graphs exist already; the engines are built."""
     configs, bundle = write_configs(tmp_path / "small"), tmp_path / "bundle"
     build(open_checkpoint(configs, random_weights=True), bundle)
-    command = [sys.executable, "-m", "ldm_export.cli", "build", str(configs), "--random-weights", "-o", str(bundle)]
-    options = ["--target", "tensorrt-rtx", "--compute-capability", "8.9, 8.9", "--batch", "1:1:4"]
-    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["build", str(configs), "--random-weights", "-o", str(bundle), "--batch", "1:1:4"]
+    capfd.readouterr()
+    assert main([*command, "--target", "tensorrt-rtx", "--compute-capability", "8.9, 8.9", "--json"]) == 0
     request = EngineRequest("tensorrt-rtx", ("8.9",))
     stages = [f"{name}.fp32.{request.name}" for name in (*COMPONENTS, STEP, GUIDED_STEP)]
-    assert sorted(json.loads(done.stdout)["made"]) == sorted(stages)
+    assert sorted(json.loads(capfd.readouterr().out)["made"]) == sorted(stages)
     components = Bundle.open(bundle).manifest.components
     assert components["unet"].engines[0].profiles[1]["sample"][2][0] == 8
     assert components["time_embedding"].engines[0].profiles[1]["timestep"] == ((1,), (2,), (64,))
     for name in COMPONENTS:
         assert set(components[name].engines[0].proof["matrix_work"]) == {"float"}
-    alone = subprocess.run([*command, "--batch", "1:1:4"], capture_output=True, text=True)
-    assert alone.returncode == 1 and "add --target" in alone.stderr
+    assert main(command) == 1 and "add --target" in capfd.readouterr().err

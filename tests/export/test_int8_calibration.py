@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +22,7 @@ from ldm_runtime.bundle import Bundle
 from ldm_runtime.bundle_layout import CALIBRATION_RECORD, QUALITY_REPORT
 from ldm_runtime.errors import BuildError
 from ldm_runtime.quality import QualityRecord, QualityResult, QualitySetting
+from tests.support.isolated import context
 from tests.support.small_models import bundle_of, text_model
 from tests.support.tiny_int8 import LATENTS_SETTINGS, QUANTIZED, SETTINGS, model_of, part
 
@@ -73,21 +71,17 @@ def test_a_layer_that_is_quantized_worse_counts_as_more_sensitive(
 
 
 def test_killed_during_calibration_it_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    script = (
-        "import sys; from pathlib import Path; from ldm_export.bundle.add_int8 import calibrate; "
-        "from ldm_calibration.settings import CalibrationSettings; "
-        f"calibrate(Path(sys.argv[1]), {SETTINGS!r})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)])
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    process = context().Process(target=calibrate, args=(folder, SETTINGS))
+    process.start()
     work = tmp_path / ".bundle.part"
     try:
         while not (work / "calibration.unet.stage").exists():
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     Bundle.open(folder).check()
     assert Bundle.open(folder).precision == "fp32"
     output: list[str] = []

@@ -144,7 +144,7 @@ def test_two_tabs_at_once(tab: Tab, browser: Browser, served: Served) -> None:
     other = Tab(browser, served.url)
     for one, seed in ((tab, 1), (other, 2)):
         one.page.fill("#seed", str(seed))
-        one.generate(200)
+        one.generate(80)
     for one, seed in ((tab, 1), (other, 2)):
         one.status("Done.")
         expect(one.page.locator("#gallery p")).to_contain_text(f"seed {seed}")
