@@ -152,7 +152,7 @@ METADATA = json.dumps(
 def endless() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Drip)
     server.daemon_threads, server.stop = True, threading.Event()  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # it polls for its end
     yield server
     server.stop.set()  # type: ignore[attr-defined]
     server.shutdown()

@@ -19,6 +19,8 @@ from tests.runtime.schedulers.scheduler_oracle import LATENT_DIFFUSION, TRAINED,
 NAME = "DPMSolverMultistepScheduler"
 SCIPY = [0.03958440558878085, 0.23401700387523572]  # scipy.stats.beta.ppf([0.1, 0.3], 0.6, 0.6)
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+LOWER_ORDER = (14, 15)
+"""The largest number of steps whose last ones are of lower order, and the smallest whose last ones are not."""
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"final_sigmas_type": "sigma_min"},
@@ -63,31 +65,29 @@ def config_of(algorithm: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_names)
-@pytest.mark.parametrize("steps", [1, 2, 5, 14, 20])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
-def test_every_option(algorithm: str, order: int, steps: int, options: dict[str, Any]) -> None:
+def test_every_option(algorithm: str, order: int, options: dict[str, Any]) -> None:
     config = config_of(algorithm, {"solver_order": order} | options)
     # The third order divides a difference of nearly equal float32 numbers by h², which diffusers does not compute well.
     # Zero SNR begins with sigma 4096, by which diffusers multiplies float32 numbers that cancel.
     tolerance = 1e-2 if config.get("rescale_betas_zero_snr") else 1e-4 if order == 3 else 2e-5
-    assert_same_trajectory(NAME, config, steps, forced=True, tolerance=tolerance)
+    for steps in (1, 2, *LOWER_ORDER):
+        assert_same_trajectory(NAME, config, steps, forced=True, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 14, 20])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("thresholding", [False, True])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_trajectories(
-    algorithm: str, thresholding: bool, order: int, solver_type: str, prediction: str, steps: int
-) -> None:
+def test_trajectories(algorithm: str, thresholding: bool, order: int, solver_type: str, prediction: str) -> None:
     if algorithm == "sde-dpmsolver" and order == 3:
         return
     config = {"solver_order": order, "solver_type": solver_type, "prediction_type": prediction}
     config = config_of(algorithm, config | {"thresholding": thresholding, "sample_max_value": 1.5})
-    assert_same_trajectory(NAME, config, steps, eta=0.4, forced=True, tolerance=1e-4 if order == 3 else 2e-5)
+    for steps in (1, *LOWER_ORDER):
+        assert_same_trajectory(NAME, config, steps, eta=0.4, forced=True, tolerance=1e-4 if order == 3 else 2e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 50])
