@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from ldm_calibration.settings import CalibrationSettings
+from ldm_export.bundle import engine_stages
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
 from ldm_export.demo import demo_checkpoint, demo_config
+from ldm_export.engine.builder import build_engine
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
 from ldm_export.originals import open_model
@@ -65,6 +69,11 @@ def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:
 
 
 def add_engines(bundle: Path, folder: Path) -> None:
-    """Copy the shipped checkpoint's bundle and add fp16 graphs and their engines for all of ``CAPABILITIES``."""
+    """Copy the shipped checkpoint's bundle and add fp16 graphs and their engines for all of ``CAPABILITIES``.
+
+    They are built in this process, which saves imports; tests/export/test_engine_process.py compares both ways.
+    """
     shutil.copytree(bundle, folder)
-    build(open_checkpoint(demo_checkpoint()), folder, "fp16", ENGINES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_stages, "build_in_subprocess", build_engine)
+        build(open_checkpoint(demo_checkpoint()), folder, "fp16", ENGINES)
