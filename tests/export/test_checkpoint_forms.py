@@ -79,13 +79,14 @@ OTHER_UNET: dict[str, Any] = {
     "mid_block_type": None,
     "sample_size": [12, 8],
     "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-    "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D"),
     "encoder_hid_dim": 24,
     "cross_attention_dim": 32,
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 4,
 }
-"""No middle, a pair of sizes, resnets that upsample, states that are projected and added to the time embedding."""
+"""No middle, a pair of sizes, resnets that upsample, attention on the way down alone, states that are projected and
+added to the time embedding."""
 
 
 def test_another_form_of_a_unet(tiny: Path, tiny_bundle: Path, tmp_path: Path) -> None:

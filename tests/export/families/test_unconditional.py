@@ -32,17 +32,17 @@ from tests.support.checkpoints import edit_json, write_tensors
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def unconditional_checkpoint(folder: Path, *, vq: bool) -> Path:
-    """Write a small random checkpoint of LDMPipeline, as diffusers saves it."""
+def unconditional_checkpoint(folder: Path, *, vq: bool, levels: int = 2) -> Path:
+    """Write a small random checkpoint of LDMPipeline, as diffusers saves it; the UNet's second level attends."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         unet = UNet2DModel(
             sample_size=8,
             in_channels=3,
             out_channels=3,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(16, 32)[:levels],
+            down_block_types=("DownBlock2D", "AttnDownBlock2D")[:levels],
+            up_block_types=("AttnUpBlock2D", "UpBlock2D")[-levels:],
             layers_per_block=1,
             attention_head_dim=8,
             norm_num_groups=8,

@@ -92,7 +92,7 @@ class _Unconditional(nn.Module):
 
 
 def network(kind: str) -> nn.Module:
-    """A random UNet, the same in every process: that of ``tiny_modules``, one of two levels, or one with labels."""
+    """A random UNet, the same in every process: that of ``tiny_modules``, or one of one level without context."""
     if kind == "conditional":
         return UNet(tiny_modules()["unet"].requires_grad_(False)).eval()
     constructor: Any = UNet2DModel
@@ -103,12 +103,12 @@ def network(kind: str) -> nn.Module:
             sample_size=8,
             in_channels=4,
             out_channels=4,
-            block_out_channels=(16,) if labels else (16, 32),
+            block_out_channels=(16,),
             layers_per_block=1,
             norm_num_groups=8,
             resnet_time_scale_shift="default" if labels else "scale_shift",
-            down_block_types=("DownBlock2D",) if labels else ("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("UpBlock2D",) if labels else ("AttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
             attention_head_dim=8,
             num_class_embeds=7 if labels else None,
         )
