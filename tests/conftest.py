@@ -133,10 +133,10 @@ def shapes_cuda(shapes_bundle: Path, shared: SharedFolders) -> Bundle:
 
 @pytest.fixture(scope="session")
 def sd2_checkpoint(shared: SharedFolders) -> Path:
-    """A small random checkpoint like Stable Diffusion 2; read-only."""
+    """A small random checkpoint like Stable Diffusion 2, whose UNet attends less on the way up; read-only."""
     from tests.support.stable_diffusion import stable_diffusion_checkpoint
 
-    return shared.once("sd2", lambda folder: stable_diffusion_checkpoint(folder, 2))
+    return shared.once("sd2", lambda folder: stable_diffusion_checkpoint(folder, 2, up="UpBlock2D"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tests.support.clip_vocabulary import END, clip_tokenizer
 
-__all__ = ["COMMON", "LEVELS", "SCHEDULERS", "stable_diffusion_checkpoint"]
+__all__ = ["COMMON", "LEVELS", "SCHEDULERS", "small_autoencoder", "stable_diffusion_checkpoint"]
 
 LEVELS = 2  # of the autoencoder
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -50,7 +50,18 @@ _VERSION_2: dict[str, Any] = {
 }
 
 
-def _modules(vocabulary: int, version: int, channels: int) -> dict[str, Any]:
+def small_autoencoder() -> Any:
+    """A random autoencoder. Models of all versions have the same one, so that it is traced once."""
+    return AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * LEVELS,
+        up_block_types=("UpDecoderBlock2D",) * LEVELS,
+        latent_channels=4,
+        sample_size=16,
+    )
+
+
+def _modules(vocabulary: int, version: int, channels: int, up: str) -> dict[str, Any]:
     text = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=128,
@@ -66,18 +77,12 @@ def _modules(vocabulary: int, version: int, channels: int) -> dict[str, Any]:
         in_channels=channels,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("UpBlock2D", up),
         layers_per_block=1,
         cross_attention_dim=128,
         **(_VERSION_2 if version == 2 else {"attention_head_dim": 8}),
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * LEVELS,
-        up_block_types=("UpDecoderBlock2D",) * LEVELS,
-        latent_channels=4,
-        sample_size=16,
-    )
+    vae = small_autoencoder()
     text_encoder = CLIPTextModel(text)
     for name, parameter in text_encoder.named_parameters():
         if "norm" not in name:  # at the usual 0.02 all prompts would look alike
@@ -86,18 +91,24 @@ def _modules(vocabulary: int, version: int, channels: int) -> dict[str, Any]:
 
 
 def stable_diffusion_checkpoint(
-    folder: Path, version: int = 1, *, variant: str | None = None, inpainting: bool = False
+    folder: Path,
+    version: int = 1,
+    *,
+    variant: str | None = None,
+    inpainting: bool = False,
+    up: str = "CrossAttnUpBlock2D",
 ) -> Path:
     """Write a checkpoint; ``version`` 2 has 2.x' kinds of attention, padding and prediction.
 
-    The UNet of an ``inpainting`` model takes nine channels.
+    The UNet of an ``inpainting`` model takes nine channels. ``up`` is the kind of its last block; "UpBlock2D", without
+    attention, takes less time to trace, but the authors' files have no such model.
     """
     tokenizer = CLIPTokenizer.from_pretrained(
         clip_tokenizer(folder / "tokenizer", pad_token=END if version == 1 else "!")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(version)
-        modules = _modules(len(tokenizer), version, 9 if inpainting else 4)
+        modules = _modules(len(tokenizer), version, 9 if inpainting else 4, up)
     scheduler = SCHEDULERS["PNDMScheduler" if version == 1 else "DDIMScheduler"]
     if version == 2:
         scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="v_prediction")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.support.clip_vocabulary import END, clip_tokenizer
+from tests.support.stable_diffusion import small_autoencoder
 
 __all__ = ["XL_SCHEDULERS", "stable_diffusion_xl_checkpoint"]
 
@@ -70,20 +70,11 @@ def _modules(vocabulary: int, depth: int, channels: int) -> dict[str, Any]:
         addition_time_embed_dim=SIZE_CHANNELS,
         projection_class_embeddings_input_dim=PROJECTION + 6 * SIZE_CHANNELS,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    )
     text = CLIPTextModel(_text(vocabulary, 64, 2, "quick_gelu"))
     text_2 = CLIPTextModelWithProjection(_text(vocabulary, 128, 3, "gelu"))
     for module, factor in ((text, 4), (text_2, 4), (unet.add_embedding, 3)):
         _spread(module, factor)
-    modules = {"text_encoder": text, "text_encoder_2": text_2, "unet": unet, "vae": vae}
+    modules = {"text_encoder": text, "text_encoder_2": text_2, "unet": unet, "vae": small_autoencoder()}
     return {name: module.eval() for name, module in modules.items()}
 
 

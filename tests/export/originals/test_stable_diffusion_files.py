@@ -78,8 +78,8 @@ def original(folder: Path, version: int) -> CompVis:
 def folders(shared: SharedFolders) -> dict[int, Path]:
     """Version -> diffusers folder; read-only."""
     return {
-        number: shared.once(f"sd{number}", lambda folder, number=number: stable_diffusion_checkpoint(folder, number))
-        for number in (1, 2)
+        number: shared.once(name, lambda folder, number=number: stable_diffusion_checkpoint(folder, number))
+        for number, name in ((1, "sd1"), (2, "sd2_symmetric"))
     }
 
 
