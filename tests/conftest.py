@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; each worker of pytest-xdist has a core
 hypothesis.settings.register_profile("ldm", deadline=None)
+hypothesis.settings.register_profile("few", deadline=None, max_examples=10)
 hypothesis.settings.load_profile("ldm")
 
 
