@@ -50,7 +50,7 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("steps", "seed"), [(1, 0), (7, 42), (7, 2**40 + 1)])
+@pytest.mark.parametrize(("steps", "seed"), [(1, 0), (7, 42), (2, 2**40 + 1)])
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 def test_same_image(ours, theirs, eta: float, guidance: float, steps: int, seed: int, count: int) -> None:
