@@ -44,11 +44,11 @@ def test_images_of_held_out_prompts_are_right(
 ) -> None:
     """A sample of what `demo/training/evaluate.py` measures in full: its bar less what 32 images vary by.
 
-    With 20 steps as many images are right as with 50.
+    With 10 steps as many of these images are right as with 20, and with 20 as many as with 50.
     """
     prompts = held_out_prompts(one_object, two_object, seed=1)
     with LatentDiffusionPipeline.from_bundle(shapes_bundle, precision="fp32", backend="openvino") as pipeline:
-        images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=20).images
+        images = pipeline(prompts, seed=0, eta=0.3, guidance_scale=6.0, num_inference_steps=10).images
     assert accuracy([np.asarray(image) for image in images], prompts).overall.correct >= least
 
 

@@ -28,8 +28,11 @@ def pipelines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[
         yield plain, looped
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(max_rows=8), Limits(max_rows=16, row_buckets=(4, 16))])
-@pytest.mark.parametrize("calls", [3, 64])
+@pytest.mark.parametrize(
+    ("limits", "calls"),
+    [(Limits(), 3), (Limits(max_rows=8), 64), (Limits(max_rows=16, row_buckets=(4, 16)), 3)],
+    ids=["usual", "8 rows", "buckets"],
+)
 def test_images_are_those_of_the_pipeline(pipelines, limits: Limits, calls: int, monkeypatch) -> None:
     monkeypatch.setattr(device_batch, "TABLE_CALLS", calls)
     plain, looped = pipelines
