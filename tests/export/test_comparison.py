@@ -110,15 +110,15 @@ def test_runs_are_backends_with_or_without_a_precision() -> None:
 
 
 def test_bad_options_are_refused(half: Bundle, refused: Callable[..., None]) -> None:
-    refused(
-        "verify", half.folder, "--layers", "--precision", "fp32", message="--layers: got fp32, which is the reference"
-    )
-    refused("verify", half.folder, "--backends", "onnxruntime,caffe", message="backend: got 'caffe'")
-    refused("verify", half.folder, "--backends", "onnxruntime:fp32,onnxruntime:fp8", message="no fp8 graph")
-    refused("verify", half.folder, "--backends", "onnxruntime,polygraphy:fp8", message="no fp8 graph")
-    refused(
-        "verify", half.folder, "--backends", "onnxruntime,polygraphy-tensorrt", message="has no fp16 engine, only none"
-    )
+    for backends, message in (
+        ("onnxruntime,caffe", "backend: got 'caffe'"),
+        ("onnxruntime:fp32,onnxruntime:fp8", "no fp8 graph"),
+        ("onnxruntime,polygraphy:fp8", "no fp8 graph"),
+        ("onnxruntime,polygraphy-tensorrt", "has no fp16 engine, only none"),
+    ):
+        refused("verify", half.folder, "--backends", backends, "--steps", "1", message=message)
+    message = "--layers: got fp32, which is the reference"
+    refused("verify", half.folder, "--layers", "--precision", "fp32", message=message)
 
 
 def test_polygraphy_names_what_it_cannot_load_or_run(half: Bundle, tmp_path: Path) -> None:

@@ -94,14 +94,16 @@ def compare(
     feeds: Mapping[str, Feed] = {}
     first: dict[str, dict[str, NDArray[Any]]] = {}
     coarsest, differences = TOLERANCES["fp32"], list[Difference]()
+
+    def opened(run: Run) -> LatentDiffusionPipeline:
+        backend = POLYGRAPHY.get(run.backend, run.backend)
+        return LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=run.precision, keep_loaded=False)
+
+    for run in runs:  # one that cannot be opened is reported before the first has run
+        opened(run).close()
     for done, run in enumerate(runs):
         on_progress(str(run), done, len(runs))
-        with LatentDiffusionPipeline.from_bundle(
-            bundle,
-            backend=POLYGRAPHY.get(run.backend, run.backend),
-            precision=run.precision,
-            keep_loaded=False,
-        ) as pipeline:
+        with opened(run) as pipeline:
             feeds = feeds or real_feeds(pipeline, bundle.file, requests).components
             results = {}
             for name, feed in feeds.items():
