@@ -67,9 +67,9 @@ def test_trajectories(prediction: str, mode: dict[str, Any], eta: float, steps: 
     "options", OPTIONS, ids=lambda o: ",".join(f"{k}={str(v)[:9]}" for k, v in o.items()) or "as is"
 )
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-@pytest.mark.parametrize("steps", [1, 13, 50])
-def test_every_option(options: dict[str, Any], eta: float, steps: int) -> None:
-    assert_same_trajectory(NAME, TEXT2IM_LARGE | options, steps, eta, forced=True, tolerance=3e-6)
+def test_every_option(options: dict[str, Any], eta: float) -> None:
+    for steps in (1, 13):
+        assert_same_trajectory(NAME, TEXT2IM_LARGE | options, steps, eta, forced=True, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("config", [{}, STABLE_DIFFUSION | {"clip_sample": None}, {"num_train_timesteps": 20}])
