@@ -1,10 +1,12 @@
 """Compares the int8 UNet with those of ONNX Runtime's ``quantize_static`` and NNCF's post-training quantization.
 
-All use the same fp32 graph, calibration samples, prompts, seeds and engine; text encoder and decoder stay in fp32.
-For each UNet the script measures the share of the operations that the engine executes in int8, the PSNR of the images
-against fp32, and the share of images that show what the prompt says.
+All use the same fp32 graph, calibration samples, requests, seeds and engine; the other components stay in fp32. For
+each UNet the script measures the share of the operations that the engine executes in int8, the PSNR of the images
+against fp32, and, with prompts, the share of images that show what the prompt says.
 
-Build the bundle with ``ldm-export build --precision int8 -o build/shapes-int8``. NNCF runs in an environment of its
+Build the bundle with ``ldm-export build --precision int8 -o build/shapes-int8``. For a model that starts from images,
+give the folder of the calibration's inputs and one of other inputs; inputs that the calibration used are not compared.
+``python -m ldm_export_demo.samples FOLDER`` writes some for the demo models. NNCF runs in an environment of its
 own, which the script creates in the work folder unless --nncf gives one. A run that was killed continues with the
 missing images.
 """
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from compared_requests import batches, prompts_of, read_requests
 from executed import OpenVinoFormat, int8_share
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -33,13 +36,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm_calibration.model import CalibrationModel
-from ldm_calibration.record import read_record
+from ldm_calibration.inputs import json_fields
+from ldm_calibration.model import CalibrationModel, ImageRequest
 from ldm_calibration.sampling import feeds_of
 from ldm_calibration.settings import CalibrationSettings
 from ldm_calibration.trajectories import run_trajectories
 from ldm_export_demo.grader import accuracy
-from ldm_export_demo.grammar import held_out_prompts
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.atomic_files import sha256
 from ldm_runtime.backends import Backend
@@ -51,7 +53,7 @@ from ldm_runtime.images import psnr
 from ldm_runtime.specs import ComponentSpec
 
 NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
-BATCH, STEPS, ETA, GUIDANCE = 10, 50, 0.3, 6.0
+SAMPLING, GUIDANCE = {"num_inference_steps": 50, "eta": 0.3}, 6.0
 MATRIX = ("Conv", "MatMul", "Gemm")
 """``quantize_static`` fails on this graph with its defaults ("Quantization parameter shared mode is not supported for
 weight yet", preprocessed or not), and without Reshape it gives a graph that OpenVINO refuses to load."""
@@ -81,7 +83,9 @@ class Reader(CalibrationDataReader):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/shapes-int8"), help="built with --precision int8")
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts, a third of them with one object")
+    parser.add_argument("--inputs", type=Path, metavar="FOLDER", help="the inputs of the calibration")
+    parser.add_argument("--others", type=Path, metavar="FOLDER", help="inputs to compare (default: unused --inputs)")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts or inputs to compare")
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
     parser.add_argument("--nncf", type=Path, metavar="PYTHON", help="with nncf (default: a new environment)")
     parser.add_argument(
@@ -90,10 +94,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    prompts = held_out_prompts(args.prompts // 3, args.prompts - args.prompts // 3)
+    settings, requests = read_requests(bundle, args.inputs, args.others, args.prompts)
+    prompts = prompts_of(requests)
     args.work.mkdir(parents=True, exist_ok=True)
-    variants = list(make_variants(bundle, args))
-    generated = {variant.name: draw(bundle, variant.graph, args.backend, prompts, args.work) for variant in variants}
+    variants = list(make_variants(bundle, settings, args))
+    generated = {variant.name: draw(bundle, variant.graph, args.backend, requests, args.work) for variant in variants}
     spec = bundle.manifest.components["unet"].spec
     rows = []
     for variant in variants:
@@ -103,9 +108,9 @@ def main() -> None:
     tools = {name: version(name) for name in ("onnxruntime", "openvino", "numpy")} | {
         "nncf": NNCF[0].partition("==")[2]
     }
-    settings = {"backend": args.backend, "prompts": len(prompts), "steps": STEPS, "eta": ETA, "guidance": GUIDANCE}
+    sampling = {**SAMPLING, "guidance_scale": GUIDANCE} if prompts else SAMPLING
     figures = {
-        "settings": settings,
+        "settings": {"backend": args.backend, "requests": len(requests), "family": bundle.manifest.family, **sampling},
         "machine": platform.processor() or platform.machine(),
         "tools": tools,
         "rows": rows,
@@ -115,7 +120,7 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]:
+def make_variants(bundle: Bundle, settings: CalibrationSettings, args: argparse.Namespace) -> Iterator[Variant]:
     """Yield the fp32 and int8 UNets of the bundle, and those of the other quantizers.
 
     The others quantize with their defaults, and only the layers that the bundle's UNet has in int8.
@@ -128,7 +133,7 @@ def make_variants(bundle: Bundle, args: argparse.Namespace) -> Iterator[Variant]
     record = bundle.file("calibration.json")
     folder = args.work / digest(sha256(source), sha256(record))[:16]  # results of other inputs are not reused
     folder.mkdir(exist_ok=True)
-    feeds = calibration_feeds(bundle)
+    feeds = calibration_feeds(bundle, settings)
     same = {"op_types_to_quantize": list(MATRIX), "nodes_to_exclude": floats}
     peers = {
         "all layers": ("defaults but for op_types_to_quantize", {"op_types_to_quantize": list(MATRIX)}),
@@ -171,11 +176,10 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def calibration_feeds(bundle: Bundle) -> list[Feed]:
-    """Return the samples of the calibration: the record's requests, seeds and steps run again."""
+def calibration_feeds(bundle: Bundle, settings: CalibrationSettings) -> list[Feed]:
+    """Return the samples of the calibration: its requests, seeds and steps run again."""
     description = bundle.manifest.model
     graphs = {name: bundle.graph(name, "fp32") for name in pipeline_components(description)}
-    settings = CalibrationSettings(**read_record(bundle.file("calibration.json")).document["settings"])
     recorded = run_trajectories(CalibrationModel(description, graphs, bundle.file), settings, ("unet",))
     return feeds_of(recorded, "unet", settings.samples)
 
@@ -200,11 +204,11 @@ def nncf_python(args: argparse.Namespace) -> str:
     return str(folder / "bin/python")
 
 
-def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Path) -> Images:
-    """Return one image per prompt, uint8 [prompts, 64, 64, 3]; image i has seed i. Cached for the next run."""
+def draw(bundle: Bundle, graph: Path, backend: str, requests: list[ImageRequest], work: Path) -> Images:
+    """Return one image per request, uint8 [requests, H, W, 3]; image i has seed i. Cached for the next run."""
     weights = graph.with_suffix(".bin")  # of OpenVINO's own format
     files = [sha256(file) for file in (graph, weights) if file.exists()]
-    cache = work / f"{digest(files, backend, prompts, STEPS, ETA, GUIDANCE)[:16]}.npy"
+    cache = work / f"{digest(files, backend, [json_fields(one) for one in requests], SAMPLING)[:16]}.npy"
     if cache.exists():
         return np.load(cache)
     arrays = list[Images]()
@@ -212,12 +216,9 @@ def draw(bundle: Bundle, graph: Path, backend: str, prompts: list[str], work: Pa
         spec = bundle.manifest.components["unet"].spec
         backends = {**pipeline.backends, "unet": opened(graph, spec, backend)}
         changed = LatentDiffusionPipeline(pipeline.model, backends, bundle.file)
-        starts = range(0, len(prompts), BATCH)
-        for start in track(starts, description=graph.stem, console=Console(stderr=True)):
-            texts = prompts[start : start + BATCH]
-            seeds = list(range(start, start + len(texts)))
-            images = changed(texts, seed=seeds, eta=ETA, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
-            arrays += [np.asarray(image) for image in images]
+        guidance = {"guidance_scale": GUIDANCE} if prompts_of(requests) else {}
+        for fields in track(list(batches(requests)), description=graph.stem, console=Console(stderr=True)):
+            arrays += [np.asarray(image) for image in changed(**fields, **SAMPLING, **guidance).images]
     np.save(cache, np.stack(arrays))
     return np.stack(arrays)
 
@@ -229,14 +230,14 @@ def opened(graph: Path, spec: ComponentSpec, backend: str) -> Backend:
     return OpenVinoBackend(graph, spec) if graph.suffix == ".onnx" else OpenVinoFormat(graph, spec)
 
 
-def quality(images: Images, reference: Images, prompts: list[str]) -> dict[str, float | None]:
-    """Return mean and worst PSNR in dB, and the prompt accuracy; PSNR is None if all images are equal."""
+def quality(images: Images, reference: Images, prompts: list[str] | None) -> dict[str, float | None]:
+    """Return mean and worst PSNR in dB, and the prompt accuracy; None if all images are equal or without prompts."""
     pairs = zip(images.astype(np.float64), reference.astype(np.float64), strict=True)
     decibels = [value for one, other in pairs if (value := psnr(one, other, 255.0)) is not None]
     return {
         "psnr_mean": float(np.mean(decibels)) if decibels else None,
         "psnr_worst": min(decibels) if decibels else None,
-        "correct": accuracy(list(images), prompts).overall.correct,
+        "correct": None if prompts is None else accuracy(list(images), prompts).overall.correct,
     }
 
 
@@ -246,8 +247,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         numbers = [row["psnr_mean"], row["psnr_worst"]]
         cells = ["–" if value is None else f"{value:.1f}" for value in numbers]
-        share = "–" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
-        table.add_row(row["name"], share, *cells, f"{row['correct']:.1%}")
+        share, correct = ("–" if row[name] is None else f"{row[name]:.1%}" for name in ("int8_share", "correct"))
+        table.add_row(row["name"], share, *cells, correct)
     Console().print(table)
 
 
