@@ -65,14 +65,16 @@ def model(x: np.ndarray, timestep: float) -> np.ndarray:
     return (0.8 * np.sin(1.3 * x + 0.01 * timestep) + 0.1 * x).astype(np.float32)
 
 
-def assert_same_timesteps(trajectory: Trajectory, scheduler: Any, timesteps: torch.Tensor | None = None) -> None:
+def assert_same_timesteps(
+    trajectory: Trajectory, scheduler: Any, timesteps: torch.Tensor | None = None, atol: float = 1e-4
+) -> None:
     """Compare timesteps, exactly where they are whole, and the scale of the initial noise."""
     expected = (scheduler.timesteps if timesteps is None else timesteps).numpy()
     if trajectory.timesteps.dtype == np.int64:
         assert trajectory.timesteps.tolist() == expected.tolist()
     else:
         assert (trajectory.timesteps.dtype, expected.dtype) == (np.float32, np.float32)
-        np.testing.assert_allclose(trajectory.timesteps, expected, rtol=2e-6, atol=1e-4)
+        np.testing.assert_allclose(trajectory.timesteps, expected, rtol=2e-6, atol=atol)
     assert trajectory.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
 
 

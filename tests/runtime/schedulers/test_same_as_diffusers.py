@@ -151,7 +151,9 @@ def test_runs_what_diffusers_runs(name: str, data: st.DataObject) -> None:
     elif config.get("rescale_betas_zero_snr"):  # the last bit of the first alpha is a thousandth of the least sigma
         np.testing.assert_allclose(ours.timesteps, scheduler.timesteps.numpy(), rtol=1e-3, atol=1e-3)
     else:
-        assert_same_timesteps(ours, scheduler)
+        # The last bits of alphas depend on the vector width of torch's linspace, that is, on the CPU. Timesteps of
+        # resampled sigmas are interpolated between their logarithms: one bit moves them by about 6e-8 / beta_start.
+        assert_same_timesteps(ours, scheduler, atol=1e-3 if inexact else 1e-4)
     gaps = np.abs(np.diff(np.log(np.maximum(getattr(scheduler, "sigmas", torch.tensor([1e9, 1])).numpy(), 1e-12))))
     if ours.slots > 2 and gaps.min() < 1e-3:  # diffusers divides by a difference of float32 logarithms
         return
