@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from ldm_runtime.bundle import Bundle
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; each worker of pytest-xdist has a core
-hypothesis.settings.register_profile("ldm", deadline=None)
-hypothesis.settings.register_profile("few", deadline=None, max_examples=10)
+# Every run has the same examples; `--hypothesis-profile random` draws others.
+hypothesis.settings.register_profile("ldm", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=10)
+hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("ldm")
 
 
