@@ -153,7 +153,7 @@ class NoiseSchedule(ABC):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], with the same rounding as in torch."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], as in torch but for last bits; see ``_linspace``."""
         return self._cumulative(False)
 
     def _cumulative(self, rescale_zero_snr: bool) -> F32:
@@ -240,7 +240,10 @@ def _trained(name: str, value: Any, count: int) -> tuple[float, ...]:
 
 
 def _linspace(start: float, end: float, count: int) -> F32:
-    """torch.linspace in float32: from both ends to the middle."""
+    """torch.linspace in float32: from both ends to the middle.
+
+    torch adds in vectors whose width depends on the CPU, and so do its last bits.
+    """
     first, last, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float32)
     step = (last - first) / np.float32(max(count - 1, 1))
     return np.where(index < count // 2, first + step * index, last - step * index[::-1]) if count > 1 else index + first
