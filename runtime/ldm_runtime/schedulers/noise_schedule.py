@@ -153,7 +153,7 @@ class NoiseSchedule(ABC):
 
     @property
     def alphas_cumprod(self) -> F32:
-        """ᾱ of every training timestep, float32 [num_train_timesteps], as in torch but for last bits; see ``_linspace``."""
+        """ᾱ of every training timestep, float32 [num_train_timesteps], as torch's but for last bits (``_linspace``)."""
         return self._cumulative(False)
 
     def _cumulative(self, rescale_zero_snr: bool) -> F32:
