@@ -78,7 +78,7 @@ def compare(
 ) -> tuple[Difference, ...]:
     """Run every component on the inputs of the first run, and generate the first request's image, on each backend.
 
-    Pipelines are loaded one after another, one component at a time.
+    All pipelines are opened first. Their components are loaded one at a time, and freed before the next run.
 
     Args:
         bundle: The bundle to run.
@@ -94,16 +94,18 @@ def compare(
     feeds: Mapping[str, Feed] = {}
     first: dict[str, dict[str, NDArray[Any]]] = {}
     coarsest, differences = TOLERANCES["fp32"], list[Difference]()
-
-    def opened(run: Run) -> LatentDiffusionPipeline:
-        backend = POLYGRAPHY.get(run.backend, run.backend)
-        return LatentDiffusionPipeline.from_bundle(bundle, backend=backend, precision=run.precision, keep_loaded=False)
-
-    for run in runs:  # one that cannot be opened is reported before the first has run
-        opened(run).close()
-    for done, run in enumerate(runs):
+    pipelines = [  # all of them before the first runs, so that one that cannot be opened is reported at once
+        LatentDiffusionPipeline.from_bundle(
+            bundle,
+            backend=POLYGRAPHY.get(run.backend, run.backend),
+            precision=run.precision,
+            keep_loaded=False,
+        )
+        for run in runs
+    ]
+    for done, (run, opened) in enumerate(zip(runs, pipelines, strict=True)):
         on_progress(str(run), done, len(runs))
-        with opened(run) as pipeline:
+        with opened as pipeline:
             feeds = feeds or real_feeds(pipeline, bundle.file, requests).components
             results = {}
             for name, feed in feeds.items():

@@ -89,7 +89,7 @@ def setting_of(job: Job) -> dict[str, Any]:
 
 
 def timing(begun: float, job: Job) -> dict[str, str]:
-    """The header ``Server-Timing`` with milliseconds: until the request was admitted, then of each stage once it ended.
+    """The header ``Server-Timing``: milliseconds until the request was admitted and, when it has ended, in each stage.
 
     See https://www.w3.org/TR/server-timing. Browsers show it beside the request.
 
