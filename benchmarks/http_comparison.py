@@ -29,14 +29,15 @@ def compared(
     """Throughput over HTTP as a share of that of the scheduler in this process, and the processor time of each image.
 
     Over HTTP, the time runs until this process has received all answers, with PNG images in base64; they are checked
-    afterwards. For the scheduler it runs until all arrays of pixels are there, which are neither encoded nor sent. In
-    every other round the scheduler comes first.
+    afterwards. For the scheduler it runs until all arrays of pixels are there, which are neither encoded nor sent. Both
+    have the same clients, each of which waits for its image before it asks for the next. In every other round the
+    scheduler comes first.
 
     Args:
         url: Address of the server.
         pid: Its process.
         scheduler: A scheduler with the server's limits.
-        clients: Number of connections, each with one request at a time.
+        clients: Number of clients, each with one request at a time; over HTTP, each with a connection.
         steps: Steps per image.
         images: Number of images in each half of a round.
         rounds: Number of rounds.
@@ -50,7 +51,7 @@ def compared(
             if half == "http":
                 answers = asyncio.run(_served(url, clients, steps, images))
             else:
-                _alone(scheduler, steps, images)
+                asyncio.run(_alone(scheduler, clients, steps, images))
             took[half] = time.monotonic() - begun
             if number >= 0:
                 own = time.process_time() - own
@@ -92,10 +93,15 @@ def _fields(number: int, steps: int) -> dict[str, Any]:
     return {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "steps": steps}
 
 
-def _alone(scheduler: BatchScheduler, steps: int, images: int) -> None:
-    requests = (Request(PROMPTS[n % len(PROMPTS)], seed=n, num_inference_steps=steps) for n in range(images))
-    for job in [scheduler.submit(request) for request in requests]:
-        job.result(600)
+async def _alone(scheduler: BatchScheduler, clients: int, steps: int, images: int) -> None:
+    numbers = iter(range(images))
+
+    async def client() -> None:
+        for n in numbers:
+            job = scheduler.submit(Request(PROMPTS[n % len(PROMPTS)], seed=n, num_inference_steps=steps))
+            await asyncio.wrap_future(job.future)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
 
 
 def _check(answers: list[bytes]) -> None:

@@ -101,7 +101,7 @@ class ImagesApi:
             wanted = parse(fields, model, self._options)
             listener = _Listener(asyncio.get_running_loop())
             on_progress = listener.add if wanted.stream else None
-            job = await run_in_threadpool(submit, model, wanted, self._options, on_progress)
+            job = await submit(model, wanted, self._options, on_progress)
         request.state.model, request.state.images = model.name, job.plan.images
         if wanted.stream:
             job.future.add_done_callback(lambda future: listener.end())

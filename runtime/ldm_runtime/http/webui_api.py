@@ -98,7 +98,7 @@ class WebuiApi:
             translated = {**image_fields(fields, model), **start}
             with renamed():
                 wanted = parse(translated, model, self._options)
-                job = await run_in_threadpool(submit, model, wanted, self._options, steps.add)
+                job = await submit(model, wanted, self._options, steps.add)
         request.state.model, request.state.images = model.name, job.plan.images
         self._running[job] = steps
         try:
