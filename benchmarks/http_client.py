@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -22,15 +23,15 @@ class Connection:
         url: Address of the server.
 
     Attributes:
-        admission: Seconds that the server took to admit the last request, by its header ``Server-Timing``; 0 if it
-            admitted none.
+        until_admission: Seconds between sending the last request and its admission, by the header ``Server-Timing``; 0
+            if it was not admitted. The server must run on the same machine, because both clocks are compared.
     """
 
     def __init__(self, url: str):
         parts = urlsplit(url)
         assert parts.hostname and parts.port
         self._host, self._port = parts.hostname, parts.port
-        self.admission = 0.0
+        self.until_admission = 0.0
 
     async def __aenter__(self) -> Connection:
         await self._open()
@@ -66,10 +67,11 @@ class Connection:
     async def _send(self, fields: dict[str, Any]) -> tuple[int, dict[bytes, bytes]]:
         body = json.dumps(fields)
         head = f"POST {PATH} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
+        head += f"X-Request-Start: t={time.time():.6f}\r\n"
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).rstrip().split(b"\r\n")
         pairs = (line.partition(b":") for line in lines)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
-        found = re.search(rb"admission;dur=([\d.]+)", headers.get(b"server-timing", b""))
-        self.admission = 0.0 if found is None else float(found[1]) / 1000
+        durations = re.findall(rb"(?:wait|admission);dur=([\d.]+)", headers.get(b"server-timing", b""))
+        self.until_admission = sum(map(float, durations)) / 1000
         return int(first.split()[1]), headers

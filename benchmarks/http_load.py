@@ -110,7 +110,7 @@ async def _load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
                     outcomes[kind] += 1
                     if seconds is not None:
                         first_bytes["sent"].append(seconds)
-                        first_bytes["admitted"].append(seconds - http.admission)
+                        first_bytes["admitted"].append(seconds - http.until_admission)
 
     begun = time.monotonic()
     await asyncio.gather(*(client() for _ in range(args.clients)))

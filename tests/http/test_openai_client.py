@@ -83,6 +83,12 @@ def test_server_timing(client: openai.OpenAI) -> None:
     ) as stream:
         assert list(stages(stream.headers["server-timing"])) == ["admission"]
         stream.read()
+    for sent, seconds in (("t=1000000000.5", time.time() - 1e9), ("t=1e9", None), ("now", None)):
+        timed = client.images.with_raw_response.generate(
+            model="text", prompt="a circle", extra_body=FAST, extra_headers={"X-Request-Start": sent}
+        )
+        waited = stages(timed.headers["server-timing"]).get("wait")
+        assert waited == (None if seconds is None else pytest.approx(1000 * seconds, abs=1e6)), sent
 
 
 def test_a_model_without_conditioning_and_the_seed_of_the_answer(client: openai.OpenAI) -> None:

@@ -106,11 +106,11 @@ class ImagesApi:
         if wanted.stream:
             job.future.add_done_callback(lambda future: listener.end())
             events = _Events(event, wanted, job)
-            headers = {**STREAM_HEADERS, **timing(begun, job)}
+            headers = {**STREAM_HEADERS, **timing(request, begun, job)}
             return StreamingResponse(events.stream(listener), media_type="text/event-stream", headers=headers)
         async with cancelled_on_disconnect(request, job):
             result = await result_of(job)
-        headers = timing(begun, job)
+        headers = timing(request, begun, job)
         answer = await run_in_threadpool(self._answer, result, wanted, str(request.base_url))
         return JSONResponse({**answer, **setting_of(job)}, headers=headers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,9 @@ from ldm_runtime.http.served_model import ServedModel
 from ldm_runtime.http.server_options import ServerOptions
 
 __all__ = ["cancelled_on_disconnect", "flag_of", "result_of", "seed_of", "setting_of", "submit", "timing"]
+
+STARTED = re.compile(r"t=([0-9]{1,12}(?:\.[0-9]{1,9})?)")
+"""The header ``X-Request-Start``: Unix time in seconds."""
 
 
 async def submit(
@@ -93,18 +97,23 @@ def setting_of(job: Job) -> dict[str, Any]:
     return {} if job.plan.setting is None else {"setting": job.plan.setting.facts()}
 
 
-def timing(begun: float, job: Job) -> dict[str, str]:
+def timing(request: HttpRequest, begun: float, job: Job) -> dict[str, str]:
     """The header ``Server-Timing``: milliseconds until the request was admitted and, when it has ended, in each stage.
 
-    See https://www.w3.org/TR/server-timing. Browsers show it beside the request.
+    See https://www.w3.org/TR/server-timing. Browsers show it beside the request. "wait" is the time between the header
+    ``X-Request-Start`` of a proxy ("t=" and Unix time in seconds, as nginx writes it) and ``begun``.
 
     Args:
+        request: The HTTP request.
         begun: ``time.monotonic()`` when the server began to handle the request.
         job: Its job.
     """
+    now = time.monotonic()
     seconds = {"admission": job.submitted - begun}
+    if found := STARTED.fullmatch(request.headers.get("x-request-start", "")):
+        seconds = {"wait": max(0.0, time.time() - (now - begun) - float(found[1])), **seconds}
     if job.future.done():
-        seconds |= {stage: end - start for stage, start, end in job.stages(time.monotonic())}
+        seconds |= {stage: end - start for stage, start, end in job.stages(now)}
     return {"Server-Timing": ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in seconds.items())}
 
 
