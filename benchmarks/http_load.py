@@ -2,8 +2,8 @@
 
 The server runs in a process of its own. 50 clients send 1,000 requests: 5% are cancelled while they run, and 5% are
 invalid. Every request must end as expected. The same load then runs again, to see whether memory grows further. Memory
-is the resident size of the server after each hundred requests. Then valid requests run in turns on the server and on a
-``BatchScheduler`` without HTTP (``http_comparison``).
+is the resident size of the server after each hundred requests. Then valid requests run in turns over HTTP and on the
+batch scheduler without HTTP (``http_comparison``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from http_client import Connection
 from http_comparison import PROMPTS, compared
 
 from ldm_export.bench.figures import machine
-from ldm_runtime import LatentDiffusionPipeline
-from ldm_runtime.batching.limits import MAX_ROWS, Limits
-from ldm_runtime.batching.scheduler import BatchScheduler
 
 VALID, CANCELLED, INVALID = "valid", "cancelled", "invalid"
 
@@ -54,15 +51,11 @@ def main() -> int:
     try:
         url = _address(server)
         load, again = (asyncio.run(_load(url, server.pid, args)) for _ in range(2))
-        with (
-            LatentDiffusionPipeline.from_bundle(args.bundle, backend=args.backend) as pipeline,
-            BatchScheduler(pipeline, Limits(max_rows=MAX_ROWS)) as scheduler,
-        ):
-            sizes = {"clients": args.clients, "images": args.images, "rounds": args.rounds}
-            comparisons = [compared(url, server.pid, scheduler, steps=steps, **sizes) for steps in args.compared_steps]
     finally:
         server.terminate()
         server.wait(60)
+    sizes = {"clients": args.clients, "images": args.images, "rounds": args.rounds}
+    comparisons = compared(args.bundle, args.backend, steps=args.compared_steps, **sizes)
     facts = {
         "machine": machine(),
         "python": platform.python_version(),
