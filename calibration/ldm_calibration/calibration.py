@@ -34,7 +34,7 @@ from ldm_runtime.errors import BuildError
 
 __all__ = ["Calibration", "OnProgress", "RunPart", "run_calibration"]
 
-METHOD = 5
+METHOD = 6
 """Version of the method. Increase it when equal settings give another record."""
 PART = 16
 """Number of layers whose sensitivity is measured in one part."""
@@ -143,7 +143,7 @@ def _scalings(
         feeds, held_out = split_feeds(recorded, component, calibration.settings.samples)
         graph = calibration.model.graphs[component]
         observed = observe(graph, feeds, lambda *count: on_progress(f"{name}.ranges", *count))
-        scalings = search_scalings(graph, observed, held_out, lambda *count: on_progress(f"{name}.observers", *count))
+        scalings = search_scalings(graph, observed, held_out, lambda *count: on_progress(f"{name}.scalings", *count))
         file.write_text(json.dumps(scalings.to_json()))
 
     return GraphScalings.from_json(json.loads(run_part(name, calibration.depends, make).read_text()))

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.graph_files import load_graph
-from ldm_calibration.histogram import Histogram
 from ldm_calibration.layers import Layer, Shape, find_layers, flops
 from ldm_calibration.probes import add_outputs, add_shapes
 from ldm_calibration.sessions import Session
@@ -30,14 +29,12 @@ class Observations:
     """Observations of one graph.
 
     Attributes:
-        histograms: Histogram of every tensor that a candidate layer reads, and of every result of a candidate
-            convolution.
-        channels: The same tensors -> largest magnitude of each channel, float32 [channels].
+        channels: Every tensor that a candidate layer reads, and every result of a candidate convolution -> largest
+            magnitude of each channel, float32 [channels].
         flops: Layer -> operations for one row; a multiply-add counts as two.
         shapes: Tensor -> its shape in one call.
     """
 
-    histograms: Mapping[str, Histogram]
     channels: Mapping[str, NDArray[np.float32]]
     flops: Mapping[str, int]
     shapes: Mapping[str, Shape]
@@ -66,18 +63,15 @@ def observe(
     candidates = [layer for layer in layers if not layer.float_only]
     axes = {layer.source: layer.channel_axis for layer in candidates}
     axes |= {layer.result: 1 for layer in candidates if layer.op == "Conv"}
-    histograms = {name: Histogram() for name in axes}
     channels: dict[str, NDArray[np.float32]] = {}
     for chunk in tensors_of(graph, list(axes), shapes, feeds, on_progress):
         for name, values in chunk.items():
-            try:
-                histograms[name].add(values)
-            except ValueError:
+            channels[name] = _largest(values, axes[name], channels.get(name))
+            if not np.isfinite(channels[name]).all():
                 raise BuildError(
                     f"{graph.parent.name}: tensor {name!r} is not finite in fp32; check the checkpoint's weights"
-                ) from None
-            channels[name] = _largest(values, axes[name], channels.get(name))
-    return Observations(histograms, channels, _flops(model, layers, shapes, feeds[0]), shapes)
+                )
+    return Observations(channels, _flops(model, layers, shapes, feeds[0]), shapes)
 
 
 def graph_flops(graph: Path, feed: Feed) -> dict[str, int]:

@@ -23,8 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ldm_calibration.layers import Layer, find_layers
-from ldm_calibration.observers import LEVELS
-from ldm_calibration.weights import quantize_weights, weights_of
+from ldm_calibration.weights import LEVELS, quantize_weights, weights_of
 from ldm_runtime.errors import BuildError
 
 __all__ = ["QuantizedTensors", "Scaling", "along", "insert_qdq"]

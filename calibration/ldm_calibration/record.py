@@ -99,7 +99,6 @@ def layer_json(layer: Layer, scalings: GraphScalings, latent_db: float | None, w
         "flops": scalings.flops[layer.name],
         "int8": not why,
         "why": why,
-        "observer": source.observer if source else None,
         "smoothing": source.exponent if source else 0.0,
         "output_db": scalings.output_db.get(layer.name),
         "latent_db": latent_db,

@@ -1,4 +1,4 @@
-"""Searches the scaling of each tensor (observer and smoothing) with the smallest error of the layers' results."""
+"""Searches the smoothing of each tensor that layers read, with the smallest error of the layers' results."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from ldm_calibration.graph_files import load_graph
 from ldm_calibration.layers import Layer, find_layers
 from ldm_calibration.observation import Observations, tensors_of
-from ldm_calibration.observers import HEADROOM, LEVELS, OBSERVERS, threshold
 from ldm_calibration.qdq import Scaling, along
 from ldm_calibration.scalings import GraphScalings, SourceScaling
 from ldm_calibration.sessions import Session
 from ldm_calibration.trajectories import Feed
-from ldm_calibration.weights import quantize_weights, smoothing_factors, weights_of
+from ldm_calibration.weights import LEVELS, quantize_weights, smoothing_factors, weights_of
 
 __all__ = ["search_scalings"]
 
 EXPONENTS = (0.0, 0.5, 0.7, 0.85)
 """Candidate exponents of SmoothQuant; 0 means no smoothing."""
-WORTH = 0.8
-"""Smoothing must reduce the error at least to this share, by one decibel, because it costs a multiplication."""
+HEADROOM = 1.2
+"""Threshold of a tensor that layers read, as a multiple of its largest magnitude. Values grow larger in other images.
+Where they are clipped, the layout of the image changes, so that the worst images become much worse."""
 LEAST_CHANNEL = 1e-3
 """Lower bound of the magnitude of a result channel, relative to that of the largest channel."""
 RESULT_HEADROOM = 1.15
@@ -39,7 +39,7 @@ def search_scalings(
     feeds: Sequence[Feed],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GraphScalings:
-    """Try observers and exponents on real inputs, one layer at a time, and keep the best scaling of each source.
+    """Try all exponents on real inputs, one layer at a time, and keep the best scaling of each source.
 
     Args:
         graph: fp32 graph.
@@ -59,7 +59,7 @@ def search_scalings(
     for tensors in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
         for source, values in tensors.items():
             if source not in trials:
-                trials[source] = _trials(source, readers[source], observed, weights)
+                trials[source] = _trials(observed.channels[source], readers[source], weights)
             for layer in readers[source]:
                 if layer.name not in single:
                     single[layer.name] = _Single(model, layer, graph.parent)
@@ -67,9 +67,8 @@ def search_scalings(
     chosen: dict[str, SourceScaling] = {}
     decibels: dict[str, float] = {}
     for source, candidates in trials.items():
-        best = min(candidates, key=lambda trial: trial.loss * (1 if trial.exponent else WORTH))
-        thresholds = {trial.observer: trial.scaling.threshold for trial in candidates if not trial.exponent}
-        chosen[source] = SourceScaling(best.observer, best.exponent, best.scaling, thresholds)
+        best = min(candidates, key=lambda trial: trial.loss)
+        chosen[source] = SourceScaling(best.exponent, best.scaling)
         decibels |= {name: _decibel(best.power[name], best.error[name]) for name in best.error}
     results = {layer.result: _equalized(observed.channels[layer.result]) for layer in layers if layer.op == "Conv"}
     return GraphScalings(chosen, results, decibels, observed.flops)
@@ -83,10 +82,10 @@ def _equalized(channels: F32) -> Scaling:
 
 
 class _Trial:
-    """One observer with one exponent, and the error of the layers' results with it."""
+    """One exponent, and the error of the layers' results with it."""
 
-    def __init__(self, observer: str, exponent: float, scaling: Scaling):
-        self.observer, self.exponent, self.scaling = observer, exponent, scaling
+    def __init__(self, exponent: float, scaling: Scaling):
+        self.exponent, self.scaling = exponent, scaling
         self.error: dict[str, float] = {}
         self.power: dict[str, float] = {}
 
@@ -96,18 +95,13 @@ class _Trial:
         return sum(self.error[name] / max(self.power[name], 1e-30) for name in self.error)
 
 
-def _trials(
-    source: str, readers: Sequence[Layer], observed: Observations, weights: Mapping[str, ir.Value]
-) -> list[_Trial]:
-    plain = {observer: threshold(observed.histograms[source], observer) for observer in OBSERVERS}
-    trials = [_Trial(observer, 0.0, Scaling(value)) for observer, value in plain.items()]
-    channels = observed.channels[source]
+def _trials(channels: F32, readers: Sequence[Layer], weights: Mapping[str, ir.Value]) -> list[_Trial]:
     largest = np.max([_reading(weights, layer) for layer in readers], axis=0)
-    for exponent in EXPONENTS[1:]:
+    trials = []
+    for exponent in EXPONENTS:
         factors = smoothing_factors(channels, largest, exponent)
         bound = float((channels / factors).max()) or 1.0
-        trials.append(_Trial("minmax", exponent, Scaling(bound, factors)))
-        trials.append(_Trial("headroom", exponent, Scaling(HEADROOM * bound, factors)))
+        trials.append(_Trial(exponent, Scaling(HEADROOM * bound, factors if exponent else None)))
     return trials
 
 

@@ -18,16 +18,12 @@ class SourceScaling:
     """The scaling of one tensor that layers read.
 
     Attributes:
-        observer: Name of the observer that determined the threshold.
         exponent: SmoothQuant's exponent; 0 means no smoothing.
         scaling: Threshold and factors.
-        thresholds: Observer -> its threshold without smoothing.
     """
 
-    observer: str
     exponent: float
     scaling: Scaling
-    thresholds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,7 @@ def _scaling_to_json(scaling: Scaling) -> dict[str, Any]:
 
 
 def _source_to_json(source: SourceScaling) -> dict[str, Any]:
-    entry = {"observer": source.observer, "exponent": source.exponent, "thresholds": dict(source.thresholds)}
-    return entry | _scaling_to_json(source.scaling)
+    return {"exponent": source.exponent, **_scaling_to_json(source.scaling)}
 
 
 def _scaling(entry: Mapping[str, Any]) -> Scaling:
@@ -83,4 +78,4 @@ def _scaling(entry: Mapping[str, Any]) -> Scaling:
 
 
 def _source(entry: Mapping[str, Any]) -> SourceScaling:
-    return SourceScaling(entry["observer"], entry["exponent"], _scaling(entry), entry["thresholds"])
+    return SourceScaling(entry["exponent"], _scaling(entry))

@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ldm_calibration.observers import LEVELS
+__all__ = ["LEVELS", "quantize_weights", "smoothing_factors", "weights_of"]
 
-__all__ = ["quantize_weights", "smoothing_factors", "weights_of"]
+LEVELS = 127
+"""Symmetric int8 uses the values -127 to 127 and zero point 0; TensorRT accepts no other zero point."""
 
 
 def weights_of(value: ir.Value) -> NDArray[np.float32]:

@@ -55,7 +55,7 @@ def test_every_component_is_calibrated_and_reported(text: CalibrationModel, tmp_
     record = run_calibration(Calibration(text, settings, QUANTIZE), parts, lambda *count: progress.append(count[0]))
     names = ("trajectories", *QUANTIZE, "sensitivity.0")
     assert parts.stages == [f"calibration.{name}" for name in names]
-    assert {"calibration.unet.ranges", "calibration.decoder.observers", "calibration.budget"} <= set(progress)
+    assert {"calibration.unet.ranges", "calibration.decoder.scalings", "calibration.budget"} <= set(progress)
     assert set(record.components) == set(QUANTIZE) and record.denoiser == "unet"
     for name, part in record.components.items():
         layers = find_layers(load_graph(text.graphs[name]).graph)

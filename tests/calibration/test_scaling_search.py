@@ -1,4 +1,4 @@
-"""Scalings that are compared on requests other than the observed ones: less error on further images."""
+"""Scalings: the smoothing with the least error on other requests than the observed ones, and no clipping."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from onnx import helper, numpy_helper
 
 from ldm_calibration.graph_files import load_graph
 from ldm_calibration.observation import observe
-from ldm_calibration.qdq import QuantizedTensors, insert_qdq
-from ldm_calibration.scaling_search import RESULT_HEADROOM, search_scalings
+from ldm_calibration.qdq import QuantizedTensors, Scaling, insert_qdq
+from ldm_calibration.scaling_search import EXPONENTS, HEADROOM, RESULT_HEADROOM, search_scalings
 from ldm_calibration.sessions import Session
 from ldm_calibration.trajectories import Feed
+from ldm_calibration.weights import smoothing_factors
 
 CHANNELS = 16
 
@@ -40,11 +41,12 @@ def graph(tmp_path: Path) -> Path:
     return tmp_path / "fp32.onnx"
 
 
-def feeds(seed: int, count: int = 4, size: float = 1.0) -> list[Feed]:
-    """Feeds whose channels have heavy tails that differ from request to request."""
+def feeds(seed: int, count: int = 4) -> list[Feed]:
+    """Feeds with channels of different magnitudes, and heavy tails that differ from request to request."""
     rng = np.random.default_rng(seed)
+    sizes = np.geomspace(0.2, 5, CHANNELS)[:, None, None]
     return [
-        {"x": (size * rng.laplace(size=(2, CHANNELS, 4, 4)) * rng.uniform(1, 2)).astype(np.float32)}
+        {"x": (sizes * rng.laplace(size=(2, CHANNELS, 4, 4)) * rng.uniform(1, 2)).astype(np.float32)}
         for _ in range(count)
     ]
 
@@ -56,16 +58,32 @@ def error(graph: Path, tensors: QuantizedTensors, inputs: Sequence[Feed]) -> flo
     return float(sum(np.square(int8.run(feed)["y"] - exact.run(feed)["y"]).sum() for feed in inputs))
 
 
-def test_scalings_compared_on_other_requests_have_less_error_on_further_ones(graph: Path) -> None:
-    observed, held_out, further = feeds(1), feeds(2, size=2.0), feeds(3, size=2.0)
-    observations = observe(graph, observed)
-    alike, other = (search_scalings(graph, observations, chosen) for chosen in (observed, held_out))
-    assert other.sources["positive"].observer == "headroom"
-    results = {"convolved": replace(other.results["convolved"], threshold=4 * other.results["convolved"].threshold)}
-    errors = [
-        error(graph, QuantizedTensors(found.tensors.sources, results), further) for found in (alike, other)
-    ]  # results that are not clipped: the error is that of the input
-    assert errors[1] < 0.8 * errors[0]
+def test_the_chosen_smoothing_has_the_least_error_on_other_requests(graph: Path) -> None:
+    observed, held_out = feeds(1), feeds(2)
+    found = search_scalings(graph, observe(graph, observed), held_out)
+    channels = np.max([feed["x"].max((0, 2, 3)) for feed in observed], axis=0)
+    weights = np.abs(numpy_helper.to_array(onnx.load(graph).graph.initializer[0])).max((0, 2, 3))
+    results = {"convolved": replace(found.results["convolved"], threshold=4 * found.results["convolved"].threshold)}
+    errors = dict[float, float]()
+    for exponent in EXPONENTS:
+        factors = smoothing_factors(channels, weights, exponent)
+        scaling = Scaling(HEADROOM * float((channels / factors).max()), factors)
+        if exponent == found.sources["positive"].exponent:
+            assert found.tensors.sources["positive"].threshold == pytest.approx(scaling.threshold)
+        errors[exponent] = error(graph, QuantizedTensors({"positive": scaling}, results), held_out)
+    assert errors[found.sources["positive"].exponent] == min(errors.values()) < errors[0.0]
+
+
+def test_inputs_that_grow_in_other_images_are_not_clipped(graph: Path) -> None:
+    tensors = search_scalings(graph, observe(graph, feeds(1)), feeds(2)).tensors
+    results = {name: replace(scaling, threshold=4 * scaling.threshold) for name, scaling in tensors.results.items()}
+    tight = {
+        name: replace(scaling, threshold=scaling.threshold / HEADROOM) for name, scaling in tensors.sources.items()
+    }
+    larger = [{"x": HEADROOM * feed["x"]} for feed in feeds(1)]
+    assert error(graph, QuantizedTensors(tensors.sources, results), larger) < error(
+        graph, QuantizedTensors(tight, results), larger
+    )
 
 
 def test_results_that_grow_in_other_images_are_not_clipped(graph: Path) -> None:

@@ -110,11 +110,11 @@ def _sensitivity(component: str, layers: Sequence[Facts]) -> Iterator[Markup]:
             finite(layer.get("flops")),
             Figure(f"{value:.1f}"),
             "int8" if layer.get("int8") is True else f"float: {layer.get('why')}",
-            layer.get("observer"),
+            Figure(f"{smoothing:g}") if (smoothing := finite(layer.get("smoothing"))) else "",
         )
         for place, layer, value in measured[:MAX_LISTED]
     ]
-    yield table(("", "most sensitive first", "", "operations", "dB", "computed in", "range by"), rows)
+    yield table(("", "most sensitive first", "", "operations", "dB", "computed in", "smoothing"), rows)
 
 
 def _ranges(component: str, ranges: Facts) -> Iterator[Markup]:
