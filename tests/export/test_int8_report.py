@@ -32,6 +32,11 @@ def test_the_report_says_what_the_record_says(calibrated: Bundle) -> None:
     unet = report["components"]["unet"]
     assert unet["int8_share"] > 0.8 and unet["bytes_int8"] < 0.7 * unet["bytes_fp32"]
     assert report["summary"]["psnr_mean"] >= 15 and report["speed"]["unet_ms"]["int8"] > 0
+    both = [one.graphs for one in calibrated.manifest.components.values() if {"fp32", "int8"} <= one.graphs.keys()]
+    for precision in ("fp32", "int8"):  # components that share weights count once
+        files = {calibrated.folder / f"{one[precision]}{end}" for one in both for end in ("", ".data")}
+        sizes = sum(file.stat().st_size for file in files if file.exists())
+        assert report["summary"][f"bytes_{precision}"] == sizes
     assert calibrated.manifest.measured["int8"]["unet_int8_share"] == report["components"]["unet"]["int8_share"]
 
 

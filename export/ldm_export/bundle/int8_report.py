@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,17 +81,18 @@ def _component(bundle: Bundle, name: str, part: ComponentRecord, record: Record)
         "why": part.why,
         "flops": part.flops,
         "int8_share": part.int8_share,
-        "bytes_fp32": _bytes(bundle, name, "fp32"),
-        "bytes_int8": _bytes(bundle, name, "int8"),
+        "bytes_fp32": _bytes(bundle, [name], "fp32"),
+        "bytes_int8": _bytes(bundle, [name], "int8"),
         "layers": list(part.layers),
         "ranges": record.document["ranges"] if name == record.denoiser else None,
     }
 
 
-def _bytes(bundle: Bundle, component: str, precision: str) -> int:
+def _bytes(bundle: Bundle, components: Sequence[str], precision: str) -> int:
+    """Size of the graphs of components. Components that share weights, as the UNet and its shallow part, count once."""
     files = bundle.manifest.files
-    graph = bundle.manifest.components[component].graphs[precision]
-    return sum(files[name].size for name in files_of_graph(graph, files))
+    graphs = (bundle.manifest.components[component].graphs[precision] for component in components)
+    return sum(files[name].size for name in {name for graph in graphs for name in files_of_graph(graph, files)})
 
 
 def _summary(bundle: Bundle, record: Record, components: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +109,8 @@ def _summary(bundle: Bundle, record: Record, components: Mapping[str, Any]) -> d
         "ssim_mean": float(np.mean([image["ssim"] for image in images])),
         "ssim_worst": min(image["ssim"] for image in images),
         **shares,
-        "bytes_fp32": sum(_bytes(bundle, name, "fp32") for name in served),
-        "bytes_int8": sum(_bytes(bundle, name, "int8") for name in served),
+        "bytes_fp32": _bytes(bundle, served, "fp32"),
+        "bytes_int8": _bytes(bundle, served, "int8"),
         "unet_int8_share": components[record.denoiser]["int8_share"],
     }
 
