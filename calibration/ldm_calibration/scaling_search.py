@@ -132,18 +132,16 @@ class _Single:
 def _try(trials: Sequence[_Trial], single: _Single, layer: Layer, weights: F32, values: F32) -> None:
     exact = single(values, weights)
     power = float(np.square(exact, dtype=np.float64).sum())
-    restored: dict[float, F32] = {}  # int8 weights as floats, by exponent
     for trial in trials:
         factors, inputs, scaled = trial.scaling.factors, values, weights
         if factors is not None:
             inputs = values / along(factors, layer.channel_axis % values.ndim, values.ndim)
             scaled = weights * along(factors, layer.in_axis, weights.ndim)
-        if trial.exponent not in restored:
-            quantized, scales = quantize_weights(scaled, layer.out_axis)
-            restored[trial.exponent] = quantized * along(scales, layer.out_axis, quantized.ndim)
+        quantized, scales = quantize_weights(scaled, layer.out_axis)
+        restored = quantized * along(scales, layer.out_axis, quantized.ndim)
         step = trial.scaling.scale
         rounded = np.clip(np.rint(inputs / step), -LEVELS - 1, LEVELS).astype(np.float32) * step
-        off = single(rounded, restored[trial.exponent]) - exact
+        off = single(rounded, restored) - exact
         trial.error[layer.name] = trial.error.get(layer.name, 0.0) + float(np.square(off, dtype=np.float64).sum())
         trial.power[layer.name] = trial.power.get(layer.name, 0.0) + power
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from ldm_runtime.batching.job import Job
 from ldm_runtime.http.app import make_app
 from ldm_runtime.http.served_model import ModelOptions, ServedModel
 from ldm_runtime.http.served_models import ServedModels
+from ldm_runtime.http.server import listening_socket
 from ldm_runtime.http.server_options import ServerOptions
 from tests.support.measured import record_of
 from tests.support.small_bundle import write_small_bundle
@@ -51,7 +51,7 @@ def running(models: dict[str, ServedModel] | ServedModels, options: ServerOption
         access_log=False,
     )
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listening_socket(ServerOptions(port=0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
