@@ -69,7 +69,7 @@ class RangeBackend(SpecBackend):
         if self._session is None:
             model = load_graph(self._graph)
             self._tensors = add_extremes(model)
-            self._session = Session(model, self._graph.parent, frees_early=True)
+            self._session = Session(model, self._graph.parent)
         names = [tensor.name for tensor in self._spec.outputs]
         outputs = self._session.run(feed, [*names, HIGHEST, LOWEST])
         highest, lowest = outputs.pop(HIGHEST), outputs.pop(LOWEST)

@@ -24,21 +24,23 @@ LARGE = 1_000_000_000
 class Session:
     """A session of a model on the CPU.
 
+    It runs nodes in an order in which each tensor is freed as early as possible. In ONNX Runtime's default order, the
+    nodes that only observe tensors run last and keep all tensors of a call in memory: 15.6 GB instead of 3.1 GB for the
+    UNet of Stable Diffusion 1.5 with latents of 64×64.
+
     Args:
         model: Model in memory.
         folder: Folder with the file of the model's external weights.
-        frees_early: True runs nodes in the order of the graph, so that each tensor is freed as early as possible.
 
     Raises:
         BuildError: ONNX Runtime cannot load the model.
     """
 
-    def __init__(self, model: ir.Model, folder: Path, *, frees_early: bool = False):
+    def __init__(self, model: ir.Model, folder: Path):
         onnxruntime, options = load_onnxruntime(), session_options(None)
         options.log_severity_level = 4
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if frees_early:
-            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if _weight_bytes(model) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

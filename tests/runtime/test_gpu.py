@@ -21,6 +21,7 @@ from ldm_runtime.backends.tensorrt import TensorRtBackend
 from ldm_runtime.batching.limits import Limits
 from ldm_runtime.batching.scheduler import BatchScheduler
 from ldm_runtime.bundle import Bundle
+from ldm_runtime.device_loop import TABLE_CALLS
 from ldm_runtime.errors import BackendError
 from ldm_runtime.images import psnr
 from ldm_runtime.request import Request
@@ -92,12 +93,13 @@ def test_the_image_is_that_of_the_cpu(on_gpu: LatentDiffusionPipeline, shapes_en
             assert close(image(on_gpu, **options), image(reference, **options), 40)
 
 
-def test_the_loop_on_the_device_is_the_numpy_loop(on_gpu: LatentDiffusionPipeline) -> None:
+@pytest.mark.parametrize("steps", [20, TABLE_CALLS + 6])
+def test_the_loop_on_the_device_is_the_numpy_loop(on_gpu: LatentDiffusionPipeline, steps: int) -> None:
     assert on_gpu.loop is not None
-    on_device = image(on_gpu)
-    assert close(on_device, image(on_gpu), 60)
+    on_device = image(on_gpu, num_inference_steps=steps)
+    assert close(on_device, image(on_gpu, num_inference_steps=steps), 60)
     loop, on_gpu.loop = on_gpu.loop, None
-    in_numpy = image(on_gpu)
+    in_numpy = image(on_gpu, num_inference_steps=steps)
     on_gpu.loop = loop
     assert close(on_device, in_numpy, 45)
 

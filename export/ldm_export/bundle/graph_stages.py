@@ -21,7 +21,7 @@ from ldm_runtime.specs import Axis, ComponentSpec
 
 __all__ = ["FORM", "file_stages", "graph_stages", "model_steps", "split_model", "step_stages"]
 
-FORM = 3
+FORM = 4
 """Version of the exported graphs. Increase it when the graphs of the same module change."""
 
 

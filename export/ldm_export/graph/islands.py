@@ -101,7 +101,8 @@ def _from_integers(graph: ir.Graph) -> dict[ir.Node, str]:
     reached = {value for value in graph.inputs if value.dtype != ir.DataType.FLOAT or value.name == TIMESTEP}
     reasons: dict[ir.Node, str] = {}
     for node in graph:
-        sources = [value for value in node.inputs if value is not None and not value.is_initializer()]
+        data = node.inputs[:1] if node.op_type == "Expand" else node.inputs  # its second input is only a shape
+        sources = [value for value in data if value is not None and not value.is_initializer()]
         if not sources or node.op_type in (*MATRIX, "Gather", "Shape"):
             continue
         exact = (

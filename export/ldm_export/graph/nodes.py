@@ -13,6 +13,8 @@ __all__ = [
     "CONTRIB",
     "clear_range_names",
     "constant",
+    "equal_shapes",
+    "equal_sizes",
     "initializer",
     "insert",
     "only_user",
@@ -54,6 +56,19 @@ def _of_type(node: ir.Node | None, op_type: str, perm: tuple[int, ...] | None, d
     if node is None or node.op_type != op_type or node.domain != domain:
         return None
     return node if perm is None or tuple(node.attributes.get_ints("perm", ())) == perm else None
+
+
+def equal_sizes(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """True if two sizes of shapes are known to be equal. A free size without a name equals none, not even itself."""
+    return one == other and (isinstance(one, int) or one.value is not None)
+
+
+def equal_shapes(*shapes: ir.Shape | None) -> bool:
+    """True if shapes are known to be equal; ``equal_sizes`` compares their dimensions."""
+    first, *others = shapes
+    return first is not None and all(
+        other is not None and len(other) == len(first) and all(map(equal_sizes, first, other)) for other in others
+    )
 
 
 def initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

@@ -45,6 +45,8 @@ def test_unets_of_even_groups(kind: str, wholes: dict[str, Whole], tmp_path: Pat
     model, path = rewritten(whole.path, tmp_path)
     operators = Counter(node.op_type for node in model.graph)
     assert operators["InstanceNormalization"] == operators["Conv"] == operators["Softmax"] == 0
+    zeros = [str(node.outputs[0].shape) for node in model.graph if node.op_type == "Expand"]
+    assert operators["LayerNormalization"] == 0 and len(set(zeros)) == len(zeros)
     assert operators["Transpose"] == 2  # of the graph's input and output
     for size in whole.sizes[:2] + whole.sizes[4:5]:
         feed = whole.feed(*size)
@@ -159,6 +161,13 @@ def random(*shape: int) -> Array:
         (
             "SkipLayerNormalization",
             {"x": random(2, 5, 8), "skip": random(2, 5, 8), "gamma": random(8), "beta": random(8), "bias": random(8)},
+            4,
+            {"epsilon": 1e-5},
+        ),
+        (
+            "SkipLayerNormalization",
+            {"x": random(2, 5, 8), "zeros": np.zeros((5, 8), np.float32), "gamma": random(8), "beta": random(8)}
+            | {"bias": random(8)},
             4,
             {"epsilon": 1e-5},
         ),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ldm_export.graph.nodes import CONTRIB, constant, producer, transformed
 
-__all__ = ["sum_of_biases", "without_bias"]
+__all__ = ["is_vector", "sum_of_biases", "without_bias"]
 
 
 def without_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -29,12 +29,13 @@ def without_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         return value, bias
     if (add := producer(value, "Add")) is not None:
         for product, bias in (add.inputs, tuple(reversed(add.inputs))):
-            if producer(product, "MatMul") is not None and product is not None and _is_vector(bias):
+            if producer(product, "MatMul") is not None and product is not None and is_vector(bias):
                 return product, bias
     return value, None
 
 
-def _is_vector(value: ir.Value | None) -> bool:
+def is_vector(value: ir.Value | None) -> bool:
+    """True if a value is a constant [C]."""
     array = constant(value)
     return array is not None and array.ndim == 1
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, initializer, insert, only_user, producer, replace
+from ldm_export.graph.nodes import CONTRIB, constant, equal_shapes, initializer, insert, only_user, producer, replace
 from ldm_export.graph.passes.biases import sum_of_biases, without_bias
 from ldm_export.graph.passes.result import PassResult
 
@@ -70,7 +70,7 @@ def _bias_add(graph: ir.Graph, add: ir.Node) -> bool:
     if left is None or right is None or left.shape is None or result.shape is None or len(result.shape) not in (3, 4):
         return False
     if (
-        not left.shape == (right.shape or ()) == result.shape
+        not equal_shapes(left.shape, right.shape, result.shape)
         or constant(left) is not None
         or constant(right) is not None
     ):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ldm_export.graph.nodes import CONTRIB, constant, producer, range_names, replace, set_range_names
+from ldm_export.graph.nodes import CONTRIB, constant, equal_shapes, producer, range_names, replace, set_range_names
 from ldm_export.graph.passes.biases import sum_of_biases, without_bias
 from ldm_export.graph.passes.result import PassResult
 
@@ -72,8 +72,13 @@ def _operands(add: ir.Node) -> tuple[tuple[ir.Value, ir.Value | None], tuple[ir.
         return None
     result = add.outputs[0].shape
     for data, skip in ((left, right), (right, left)):
-        if skip.shape is not None and list(skip.shape)[1:3] == [1, 1] and data.shape == result != skip.shape:
+        if (
+            skip.shape is not None
+            and list(skip.shape)[1:3] == [1, 1]
+            and equal_shapes(data.shape, result)
+            and skip.shape != result
+        ):
             return without_bias(data), (skip, None)
-    if left.shape == right.shape == result and constant(left) is None and constant(right) is None:
+    if equal_shapes(left.shape, right.shape, result) and constant(left) is None and constant(right) is None:
         return without_bias(left), without_bias(right)
     return None

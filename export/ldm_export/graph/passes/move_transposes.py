@@ -21,7 +21,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ldm_export.graph.nodes import constant, initializer, insert, producer, replace
+from ldm_export.graph.nodes import (
+    constant,
+    equal_sizes,
+    initializer,
+    insert,
+    producer,
+    range_names,
+    replace,
+    set_range_names,
+)
 from ldm_export.graph.passes.result import PassResult
 
 __all__ = ["TO_NCHW", "TO_NHWC", "move_transposes", "nhwc"]
@@ -185,6 +194,7 @@ def _split(node: ir.Node) -> bool:
     for index, (part, result) in enumerate(zip(moved.outputs, node.outputs, strict=True)):
         assert result.shape is not None
         part.name, part.type, part.shape = f"{node.name}/nhwc/{index}", result.type, nhwc(result.shape)
+        set_range_names(part, range_names(result))
         back = insert(node, "Transpose", [part], {"perm": TO_NCHW}, name=f"{node.name}/to_nchw_{index}", like=result)
         replace(result, back)
     return True
@@ -214,7 +224,9 @@ def _merge_sides(graph: ir.Graph, node: ir.Node) -> bool:
     if original is None or original.shape is None or result.shape is None or len(result.shape) != 3:
         return False
     channels = original.shape[3]
-    if not isinstance(channels, int) or result.shape[1] != channels or result.shape[0] != original.shape[0]:
+    if not isinstance(channels, int) or result.shape[1] != channels:
+        return False
+    if not equal_sizes(result.shape[0], original.shape[0]):
         return False
     target = initializer(graph, f"tokens_{channels}", np.array([0, -1, channels], np.int64))
     shape = ir.Shape([result.shape[0], result.shape[2], channels])
@@ -230,7 +242,9 @@ def _divide_sides(graph: ir.Graph, node: ir.Node) -> bool:
     tokens = None if swapped is None else swapped.inputs[0]
     if tokens is None or tokens.shape is None or result.shape is None or len(result.shape) != 4:
         return False
-    if result.shape[1] != tokens.shape[2] or result.shape[0] != tokens.shape[0] or node.inputs[1] is None:
+    if not equal_sizes(result.shape[1], tokens.shape[2]) or not equal_sizes(result.shape[0], tokens.shape[0]):
+        return False
+    if node.inputs[1] is None:
         return False
     order = initializer(graph, "nhwc_order", np.array(TO_NHWC, np.int64))
     sizes = insert(node, "Gather", [node.inputs[1], order], {"axis": 0}, name=f"{node.name}/sizes", like=node.inputs[1])
