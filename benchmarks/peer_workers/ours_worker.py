@@ -33,6 +33,7 @@ def start(settings: Command) -> tuple[Callable[[Command], Callable[[], object]],
         options = {name: command[name] for name in ("height", "width")}
         return pipeline(
             command["prompts"],
+            eta=0.0,
             guidance_scale=command["guidance"],
             num_inference_steps=command["steps"],
             latents=latents(command),
