@@ -22,6 +22,7 @@ from ldm_export.graph.nodes import (
     CONTRIB,
     constant,
     equal_shapes,
+    equal_sizes,
     initializer,
     insert,
     only_user,
@@ -106,10 +107,13 @@ def _biased(
     add = producer(biased, "Add")
     if biased is None or add is None or biased.shape is None or total.shape is None:
         return None
-    if reshape is not None and (only_user(biased, "Reshape") is None or biased.shape[-1] != total.shape[-1]):
+    channels = total.shape[-1]
+    if reshape is not None and (only_user(biased, "Reshape") is None or not equal_sizes(biased.shape[-1], channels)):
         return None
     for data, bias in (add.inputs[:2], add.inputs[1::-1]):
-        if data is not None and equal_shapes(data.shape, biased.shape) and is_vector(bias):
+        if data is None or bias is None or not is_vector(bias):
+            continue
+        if equal_shapes(data.shape, biased.shape) and equal_shapes(bias.shape, ir.Shape([channels])):
             if reshape is not None:
                 inputs = [data, reshape.inputs[1]]
                 data = insert(reshape, "Reshape", inputs, name=f"{name}/tokens", like=total)
