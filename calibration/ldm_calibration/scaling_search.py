@@ -56,7 +56,11 @@ def search_scalings(
     weights = model.graph.initializers
     trials: dict[str, list[_Trial]] = {}
     single: dict[str, _Single] = {}
+    chunk: list[str] = []
     for tensors in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
+        if list(tensors) != chunk:  # a session keeps the memory of its largest call
+            single.clear()
+            chunk = list(tensors)
         for source, values in tensors.items():
             if source not in trials:
                 trials[source] = _trials(observed.channels[source], readers[source], weights)
