@@ -117,6 +117,24 @@ def test_tensors_beyond_fp16_stay_in_fp32(wholes: dict[str, Whole], tmp_path: Pa
     assert sum(node.outputs[0].dtype == ir.DataType.FLOAT16 for node in model.graph) > 20
 
 
+def test_a_product_beyond_fp16_stays_in_fp32_where_its_bias_is_fused(wholes: dict[str, Whole]) -> None:
+    """The product before a bias and a LayerNormalization reaches 1e6; with the bias, the sum does not."""
+    path = wholes["conditional"].path
+    model = apply(load_graph(path), ENGINE_PASSES[CUDA_VARIANT]).model
+    tokens = next(
+        value
+        for node in model.graph
+        for value in node.outputs
+        if (node.name or "").endswith("/tokens")
+        and any(use.node.op_type == "SkipLayerNormalization" for use in value.uses())
+    )
+    product = tokens.producer().inputs[0]
+    model = half(path, **dict.fromkeys(range_names(product), 1e6))
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    users = {use.node.op_type: use.node for use in values[tokens.name].uses()}
+    assert users["SkipLayerNormalization"].outputs[0].dtype == ir.DataType.FLOAT
+
+
 def test_shared_tensors_are_fp16_at_both_ends(tiny_bundle: Path) -> None:
     for component in ("cross_attention_kv", "unet"):
         path = tiny_bundle / component / "fp32.onnx"

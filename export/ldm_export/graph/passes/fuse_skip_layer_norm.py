@@ -116,7 +116,7 @@ def _biased(
         if equal_shapes(data.shape, biased.shape) and equal_shapes(bias.shape, ir.Shape([channels])):
             if reshape is not None:
                 inputs = [data, reshape.inputs[1]]
-                data = insert(reshape, "Reshape", inputs, name=f"{name}/tokens", like=total)
+                data = insert(reshape, "Reshape", inputs, name=f"{name}/tokens", like=data, shape=total.shape)
             return data, _zeros(graph, last, data, name, zeros), bias
     return None
 
