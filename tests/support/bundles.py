@@ -12,11 +12,14 @@ from ldm_export.bundle import engine_stages
 from ldm_export.bundle.add_int8 import calibrate
 from ldm_export.bundle.build import BuildOptions, build
 from ldm_export.bundle.int8_report import write_report
+from ldm_export.checkpoint.folder import Checkpoint
 from ldm_export.demo import demo_checkpoint, demo_config
 from ldm_export.engine.builder import build_engine
 from ldm_export.engine.request import EngineRequest
 from ldm_export.families import open_checkpoint
 from ldm_export.originals import open_model
+from ldm_runtime.bundle import Bundle
+from tests.support.shared import SharedFolders
 
 __all__ = [
     "CAPABILITIES",
@@ -28,6 +31,7 @@ __all__ = [
     "build_bundle",
     "build_demo",
     "build_shapes",
+    "cuda_bundle",
 ]
 
 CAPABILITIES = ("8.0", "12.0")
@@ -60,6 +64,12 @@ def add_cuda(checkpoint: Path, bundle: Path, folder: Path) -> None:
     """Copy a bundle of ``checkpoint`` and add its fp16 graphs, also those for ONNX Runtime on CUDA."""
     shutil.copytree(bundle, folder)
     build(open_checkpoint(checkpoint), folder, options=BuildOptions("fp16", cuda=True))
+
+
+def cuda_bundle(shared: SharedFolders, name: str, checkpoint: Checkpoint) -> Bundle:
+    """The bundle of a checkpoint with fp16 graphs, also those for ONNX Runtime on CUDA; read-only."""
+    options = BuildOptions("fp16", cuda=True)
+    return Bundle.open(shared.once(f"cuda-{name}", lambda folder: build(checkpoint, folder, options=options)))
 
 
 def add_int8(bundle: Path, settings: CalibrationSettings, folder: Path) -> None:

@@ -22,23 +22,31 @@ def open_model(
     tokenizer: Path | None = None,
     weights: str | None = None,
     categories: Path | None = None,
+    prediction_type: str | None = None,
     random_weights: bool = False,
 ) -> Checkpoint:
     """Open a diffusers folder or an original checkpoint file.
 
     Args:
         path: The folder, the file, or, with ``random_weights``, the yaml of an original checkpoint.
-        config, tokenizer, weights, categories: See ``open_original``; for files only.
+        config, tokenizer, weights, categories, prediction_type: See ``open_original``; for files only.
         random_weights: True draws random weights; for folders and yamls.
 
     Raises:
         CheckpointError: It cannot be opened, or an option does not apply to this kind of checkpoint.
     """
-    arguments = {"config": config, "tokenizer": tokenizer, "weights": weights, "categories": categories}
+    arguments = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "weights": weights,
+        "categories": categories,
+        "prediction_type": prediction_type,
+    }
+    options = [f"--{name.replace('_', '-')}" for name, value in arguments.items() if value is not None]
     if path.suffix in YAML and path.is_file():
         if not random_weights:
             raise CheckpointError(f"{path}: a yaml has no weights; give the checkpoint, or --random-weights")
-        if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
+        if options:
             raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
         return open_yaml(path)
     if is_checkpoint_file(path):
@@ -47,6 +55,6 @@ def open_model(
                 f"{path}: random weights are drawn for a folder of configs or a yaml; give one of them"
             )
         return open_original(path, **arguments)  # type: ignore[arg-type]
-    if options := [f"--{name}" for name, value in arguments.items() if value is not None]:
+    if options:
         raise CheckpointError(f"{path}: {', '.join(options)}: for original checkpoint files; leave them out")
     return open_checkpoint(path, random_weights=random_weights)

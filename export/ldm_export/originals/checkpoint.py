@@ -42,6 +42,7 @@ def open_original(
     tokenizer: Path | None = None,
     weights: str | None = None,
     categories: Path | None = None,
+    prediction_type: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint file of CompVis/latent-diffusion.
 
@@ -53,6 +54,7 @@ def open_original(
         weights: "ema" or "model"; see ``recognition.recognise``.
         categories: For models of layouts: a text file with one category name per line, in the order of their numbers.
             Without it, requests use numbers of categories.
+        prediction_type: "epsilon" or "v_prediction"; see ``recognition.recognise``.
 
     Raises:
         CheckpointError: The file is damaged or not a known model, the yaml is needed or is that of another model, or
@@ -64,7 +66,7 @@ def open_original(
             f"{file} holds {other}, expected a whole model of {', '.join(KINDS)}; give its checkpoint file or folder"
         )
     try:
-        original = recognise(tensors, None if config is None else read_yaml(config), weights)
+        original = recognise(tensors, None if config is None else read_yaml(config), weights, prediction_type)
         if original.kind == "super_resolution" and original.scale_factor != 1:
             raise CheckpointError(f"checkpoint: got scale_factor {original.scale_factor:g}, expected 1 of this kind")
         log.info("%s: %s %s, ema %s", file, original.kind, original.name, original.ema)

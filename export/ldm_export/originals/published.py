@@ -50,6 +50,7 @@ class Published:
         use_ema: True if the model uses the EMA weights, if there are any.
         context: Channels of the cross-attention's context, if it distinguishes the model from others with the same
             UNet.
+        prediction_type: What the UNet predicts, if it distinguishes the model from another with the same tensors.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Published:
     defaults: Defaults
     use_ema: bool = True
     context: int | None = None
+    prediction_type: str | None = None
 
 
 _TEXT, _CLASS = "text_to_image", "class_conditional"
@@ -77,6 +79,27 @@ PUBLISHED: tuple[Published, ...] = (
         *("stable-diffusion-v1", "stable_diffusion", 320, (1, 2, 4, 4), (1, 2, 4), Heads(8), 64, 0.18215),
         *((0.00085, 0.012), Defaults(50, 0.0, 7.5)),
         context=768,
+    ),
+    Published(
+        *(
+            "stable-diffusion-v2-base",
+            "stable_diffusion",
+            320,
+            (1, 2, 4, 4),
+            (1, 2, 4),
+            Heads(channels=64),
+            64,
+            0.18215,
+        ),
+        *((0.00085, 0.012), Defaults(50, 0.0, 7.5)),
+        context=1024,
+        prediction_type="epsilon",
+    ),
+    Published(
+        *("stable-diffusion-v2", "stable_diffusion", 320, (1, 2, 4, 4), (1, 2, 4), Heads(channels=64), 96, 0.18215),
+        *((0.00085, 0.012), Defaults(50, 0.0, 7.5)),
+        context=1024,
+        prediction_type="v_prediction",
     ),
     Published(
         *("text2img256", _TEXT, 192, (1, 2, 3, 5), (2, 4, 8), Heads(channels=32), 64, 1.0, (0.0015, 0.0195)),
@@ -126,12 +149,14 @@ STABLE_DIFFUSION_XL = Published(
 """Settings of all models of this kind, whatever their sizes are."""
 
 
-def published_as(kind: str, unet: UNetShape) -> Published | None:
-    """The published model with these sizes; None if there is none."""
+def published_as(kind: str, unet: UNetShape, prediction_type: str) -> Published | None:
+    """The published model with these sizes and this prediction; None if there is none."""
     if kind == STABLE_DIFFUSION_XL.kind:
         return STABLE_DIFFUSION_XL
     sizes = (kind, unet.model_channels, unet.multiples, unet.attention_resolutions)
     for row in PUBLISHED:
+        if row.prediction_type not in (None, prediction_type):
+            continue
         if row.context in (None, unet.context_width) and sizes == (row.kind, row.width, row.multiples, row.attention):
             return row
     return None

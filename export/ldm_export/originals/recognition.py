@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ldm_export.checkpoint.weight_choice import WEIGHTS
+from ldm_export.checkpoint.choices import WEIGHTS
 from ldm_export.checkpoint.weights import StoredTensor
 from ldm_export.originals.autoencoder_shape import AutoencoderShape, autoencoder_shape
 from ldm_export.originals.clip_shape import Clip
@@ -75,7 +75,10 @@ class Original:
 
 
 def recognise(
-    tensors: Mapping[str, StoredTensor], config: YamlConfig | None = None, weights: str | None = None
+    tensors: Mapping[str, StoredTensor],
+    config: YamlConfig | None = None,
+    weights: str | None = None,
+    prediction_type: str | None = None,
 ) -> Original:
     """Recognise a state dict.
 
@@ -85,6 +88,8 @@ def recognise(
             these sizes.
         weights: "ema" or "model"; None takes the moving averages if there are any and the yaml does not say
             ``use_ema: False``.
+        prediction_type: What the UNet predicts, one of ``choices.PREDICTION_TYPES``; None takes what the yaml or the
+            tensors say, else "epsilon". Stable Diffusion 2 needs it or a yaml.
 
     Raises:
         CheckpointError: The model is of an unknown kind, the yaml is that of another model, or a yaml is needed.
@@ -100,7 +105,7 @@ def recognise(
         _check_xl(tensors, config)
     if config is not None:
         config.check(yaml_facts(config, tensors, unet, autoencoder, condition))
-    return _described((unet, autoencoder, condition), kind, tensors, config, weights)
+    return _described((unet, autoencoder, condition), kind, tensors, config, weights, prediction_type)
 
 
 def described(config: YamlConfig) -> Original:
@@ -110,7 +115,7 @@ def described(config: YamlConfig) -> Original:
         CheckpointError: The model is of an unknown kind, or the yaml is incomplete.
     """
     shapes = yaml_shapes(config)
-    return _described(shapes, kind_of(shapes[0], shapes[2]), {}, config, None)
+    return _described(shapes, kind_of(shapes[0], shapes[2]), {}, config, None, None)
 
 
 def _described(
@@ -119,10 +124,11 @@ def _described(
     tensors: Mapping[str, StoredTensor],
     config: YamlConfig | None,
     weights: str | None,
+    given: str | None,
 ) -> Original:
     unet, autoencoder, condition = shapes
-    row = published_as(kind, unet)
-    prediction_type = "v_prediction" if V_PREDICTION in tensors else _prediction_type(condition, config)
+    prediction_type = _prediction_type(condition, tensors, config, given)
+    row = published_as(kind, unet, prediction_type)
     timesteps, start, end = _schedule(tensors, config, row)
     return Original(
         kind=kind,
@@ -173,6 +179,8 @@ def _heads(config: YamlConfig | None, row: Published | None, unet: UNetShape) ->
 
 
 def _image_size(config: YamlConfig | None, row: Published | None) -> int:
+    if row is not None and row.prediction_type is not None:
+        return row.image_size  # both yamls of Stable Diffusion 2 say 64
     if config is not None:
         size = config.integer(config.params, "image_size", 1, 4096) or config.integer(
             config.unet, "image_size", 1, 4096
@@ -220,14 +228,25 @@ def _scale_factor(tensors: Mapping[str, StoredTensor], config: YamlConfig | None
     return row.scale_factor
 
 
-def _prediction_type(condition: Condition | None, config: YamlConfig | None) -> str:
-    if config is None:
-        if isinstance(condition, Clip) and condition.open_clip:
-            raise CheckpointError(
-                "checkpoint: Stable Diffusion 2, whose tensors do not tell whether it predicts noise or velocity; give "
-                "its yaml, v2-inference.yaml or v2-inference-v.yaml (--config)"
-            )
-        return "epsilon"
+def _prediction_type(
+    condition: Condition | None, tensors: Mapping[str, StoredTensor], config: YamlConfig | None, given: str | None
+) -> str:
+    said, by = ("v_prediction", f"tensor {V_PREDICTION}") if V_PREDICTION in tensors else (None, "")
+    if config is not None:
+        said, by = _parameterization(config), str(config.file)
+    if given is not None:
+        if said not in (None, given):
+            raise CheckpointError(f"checkpoint: got --prediction-type {given}, but {by} says {said}; leave it out")
+        return given
+    if said is None and isinstance(condition, Clip) and condition.open_clip:
+        raise CheckpointError(
+            "checkpoint: Stable Diffusion 2, whose tensors do not tell whether it predicts noise or velocity; give "
+            "--prediction-type v_prediction for a model of 768 pixels, epsilon for one of 512, or its yaml (--config)"
+        )
+    return said or "epsilon"
+
+
+def _parameterization(config: YamlConfig) -> str:
     kinds = {"eps": "epsilon", "v": "v_prediction"}
     stated = config.params.get("parameterization", "eps")
     if not isinstance(stated, str) or stated not in kinds:

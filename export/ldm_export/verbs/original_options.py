@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_export.checkpoint.weight_choice import WEIGHTS
+from ldm_export.checkpoint.choices import PREDICTION_TYPES, WEIGHTS
 
 if TYPE_CHECKING:
     from ldm_export.checkpoint.folder import Checkpoint
@@ -47,6 +47,12 @@ def add_original_arguments(verb: argparse.ArgumentParser) -> None:
         help="moving averages or plain weights of the UNet (default: the averages if there are any, unless the yaml "
         "says use_ema: False)",
     )
+    original.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="whether the UNet predicts noise (epsilon) or velocity (v_prediction), as the yaml would say; needed for "
+        "Stable Diffusion 2 without a yaml",
+    )
 
 
 def add_embedding_argument(verb: argparse.ArgumentParser) -> None:
@@ -80,7 +86,9 @@ def open_given(path: Path | None, args: argparse.Namespace, task: str | None = N
     from ldm_export.textual_inversion import parse_embedding, with_embeddings
 
     random = getattr(args, "random_weights", False)
-    options = {name: getattr(args, name) for name in ("config", "tokenizer", "weights", "categories")}
+    options = {
+        name: getattr(args, name) for name in ("config", "tokenizer", "weights", "categories", "prediction_type")
+    }
     if path is None:
         path = demo_checkpoint(task or TASKS[0])
         options["config"] = options["config"] or demo_config(task or TASKS[0])

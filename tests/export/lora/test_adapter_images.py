@@ -10,15 +10,17 @@ import pytest
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
-from ldm_export.bundle.build import BuildOptions, build
+from ldm_export.bundle.build import build
 from ldm_export.cli import main
 from ldm_export.families import open_checkpoint
 from ldm_export.lora import parse_lora, with_loras
 from ldm_runtime import LatentDiffusionPipeline
 from ldm_runtime.bundle import Bundle
 from ldm_runtime.errors import SpecError
+from tests.support.bundles import cuda_bundle
 from tests.support.lora_bundle import BOTH, SMALL, WHOLE, Pixels, image, make_lora_bundle
 from tests.support.lora_files import UNET, XL_PREFIXES, factors_of, kohya
+from tests.support.shared import SharedFolders
 from tests.support.torch_pipeline import torch_pipeline
 
 
@@ -60,10 +62,9 @@ def test_selections_alternate_and_change_nothing(pipe: LatentDiffusionPipeline, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_selections_alternate_on_a_gpu(
-    sd2_checkpoint: Path, pipe: LatentDiffusionPipeline, tmp_path: Path, precision: str
+    sd2_checkpoint: Path, pipe: LatentDiffusionPipeline, shared: SharedFolders, tmp_path: Path, precision: str
 ) -> None:
-    build(open_checkpoint(sd2_checkpoint), tmp_path / "cuda", options=BuildOptions("fp16", cuda=True))
-    make_lora_bundle(sd2_checkpoint, Bundle.open(tmp_path / "cuda"), tmp_path)
+    make_lora_bundle(sd2_checkpoint, cuda_bundle(shared, "sd2", open_checkpoint(sd2_checkpoint)), tmp_path)
     selections: tuple[dict[str, float], ...] = ({}, {WHOLE: 0.7}, BOTH, {WHOLE: 0.7}, {})
     with LatentDiffusionPipeline.from_bundle(
         tmp_path / "bundle", precision=precision, backend="onnxruntime", device="cuda"

@@ -158,7 +158,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_every_published_model_is_told_by_its_sizes() -> None:
-    keys = [(row.kind, row.width, row.multiples, row.attention) for row in PUBLISHED]
+    keys = [(row.kind, row.width, row.multiples, row.attention, row.context, row.prediction_type) for row in PUBLISHED]
     assert len(set(keys)) == len(keys)
     for row in PUBLISHED:
         assert all(row.heads.divides(row.width * multiple) for multiple in row.multiples)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
@@ -20,6 +21,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.originals import open_original
 from ldm_export.originals.convert import convert
 from ldm_export.originals.recognition import recognise
+from ldm_export.originals.yaml_config import read_yaml
 from ldm_export.textual_inversion import parse_embedding, with_embeddings
 from ldm_runtime.errors import CheckpointError
 from tests.support.compvis_checkpoints import CompVis
@@ -186,9 +188,44 @@ def test_the_published_model_needs_no_yaml(folders: dict[int, Path]) -> None:
     assert replace(found.defaults).guidance_scale == 7.5
 
 
-def test_version_2_needs_its_yaml(folders: dict[int, Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"Stable Diffusion 2, whose tensors do not tell .* v2-inference-v\.yaml"):
-        recognise(published(folders[2], 2))
+def test_version_2_needs_its_prediction(folders: dict[int, Path]) -> None:
+    shapes = published(folders[2], 2)
+    with pytest.raises(
+        CheckpointError, match=r"Stable Diffusion 2, whose tensors do not tell .* --prediction-type v_pre"
+    ):
+        recognise(shapes)
+    for kind, name, size in (("epsilon", "-base", 64), ("v_prediction", "", 96)):
+        found = recognise(shapes, prediction_type=kind)
+        assert (found.prediction_type, found.name, found.image_size) == (kind, f"stable-diffusion-v2{name}", size)
+        assert (found.heads.channels, found.linear_start, found.scale_factor) == (64, 0.00085, 0.18215)
+
+
+@pytest.mark.parametrize(("parameterization", "size"), [("eps", 64), ("v", 96)])
+def test_the_yaml_of_version_2_does_not_tell_its_size(
+    folders: dict[int, Path], tmp_path: Path, parameterization: str, size: int
+) -> None:
+    unet = {"image_size": 32, "model_channels": 320, "context_dim": 1024, "num_head_channels": 64}
+    unet |= {"use_linear_in_transformer": True}
+    params = {"image_size": 64, "scale_factor": 0.18215, "linear_start": 0.00085, "linear_end": 0.012}
+    params |= {"parameterization": parameterization, "unet_config": {"params": unet}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
+    assert recognise(published(folders[2], 2), read_yaml(tmp_path / "model.yaml")).image_size == size
+
+
+def test_a_prediction_other_than_that_of_the_yaml_is_refused(
+    folders: dict[int, Path], tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    original(folders[2], 2).save(tmp_path)
+    given = ("build", "model.ckpt", "--config", "model.yaml", "-o", "bundle", "--tokenizer", folders[2] / "tokenizer")
+    expected = "got --prediction-type epsilon, but model.yaml says v_prediction; leave it out"
+    refused(*given, "--prediction-type", "epsilon", message=expected)
+    expected = f"{folders[2]}: --prediction-type: for original checkpoint files; leave them out"
+    refused("build", folders[2], "--prediction-type", "epsilon", "-o", "bundle", message=expected)
+
+
+def test_a_prediction_for_a_file_without_a_yaml(folders: dict[int, Path]) -> None:
+    shapes = published(folders[1], 1)
+    assert recognise(shapes, prediction_type="v_prediction").prediction_type == "v_prediction"
 
 
 def test_the_tokenizer_is_a_folder(folders: dict[int, Path], tmp_path: Path, refused: Callable[..., None]) -> None:
