@@ -30,6 +30,8 @@ LEAST_CHANNEL = 1e-3
 """Lower bound of the magnitude of a result channel, relative to that of the largest channel."""
 RESULT_HEADROOM = 1.15
 """Threshold of a result, as a multiple of its largest magnitude: results grow larger in other images."""
+BLOCK = 2**20
+"""Numbers that are squared at a time."""
 F32 = NDArray[np.float32]
 
 
@@ -135,19 +137,30 @@ class _Single:
 
 def _try(trials: Sequence[_Trial], single: _Single, layer: Layer, weights: F32, values: F32) -> None:
     exact = single(values, weights)
-    power = float(np.square(exact, dtype=np.float64).sum())
+    power = _sum_of_squares(exact)
     for trial in trials:
-        factors, inputs, scaled = trial.scaling.factors, values, weights
+        factors, step, scaled = trial.scaling.factors, trial.scaling.scale, weights
+        rounded = values.copy()  # changed in place, because tensors of large images have hundreds of megabytes
         if factors is not None:
-            inputs = values / along(factors, layer.channel_axis % values.ndim, values.ndim)
+            rounded /= along(factors, layer.channel_axis % values.ndim, values.ndim)
             scaled = weights * along(factors, layer.in_axis, weights.ndim)
         quantized, scales = quantize_weights(scaled, layer.out_axis)
         restored = quantized * along(scales, layer.out_axis, quantized.ndim)
-        step = trial.scaling.scale
-        rounded = np.clip(np.rint(inputs / step), -LEVELS - 1, LEVELS).astype(np.float32) * step
-        off = single(rounded, restored) - exact
-        trial.error[layer.name] = trial.error.get(layer.name, 0.0) + float(np.square(off, dtype=np.float64).sum())
+        rounded /= step
+        np.rint(rounded, out=rounded)
+        np.clip(rounded, -LEVELS - 1, LEVELS, out=rounded)
+        rounded *= step
+        off = single(rounded, restored)
+        off -= exact
+        trial.error[layer.name] = trial.error.get(layer.name, 0.0) + _sum_of_squares(off)
         trial.power[layer.name] = trial.power.get(layer.name, 0.0) + power
+
+
+def _sum_of_squares(array: F32) -> float:
+    """Sum in float64, without a copy of the whole array in it."""
+    flat = array.reshape(-1)
+    starts = range(0, flat.size, BLOCK)
+    return sum(float(np.square(flat[start : start + BLOCK], dtype=np.float64).sum()) for start in starts)
 
 
 def _decibel(power: float, error: float) -> float:

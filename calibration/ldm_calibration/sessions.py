@@ -26,7 +26,8 @@ class Session:
 
     It runs nodes in an order in which each tensor is freed as early as possible. In ONNX Runtime's default order, the
     nodes that only observe tensors run last and keep all tensors of a call in memory: 15.6 GB instead of 3.1 GB for the
-    UNet of Stable Diffusion 1.5 with latents of 64×64.
+    UNet of Stable Diffusion 1.5 with latents of 64×64. It returns memory to the system after each call, because a
+    calibration holds sessions of many layers.
 
     Args:
         model: Model in memory.
@@ -44,7 +45,7 @@ class Session:
         if _weight_bytes(model) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.enable_cpu_mem_arena = False
+        options.enable_cpu_mem_arena = False
         self._name = model.graph.name
         proto = ir.to_proto(model)
         try:

@@ -25,20 +25,22 @@ from ldm_runtime.errors import BuildError
 __all__ = ["NO_MATRIX_WORK", "Proof", "checked", "has_matrix_work", "matrix_nodes", "prove"]
 
 TYPES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}
+LAYERS = rb'layers="(?P<layers>[^"\n]{0,1000000})"'
+"""The ONNX nodes of a statement. All 140 keys and values of Stable Diffusion XL are one product: a list of 12 kB."""
 _TENSOR = re.compile(rb'tensor=\{[^\n]{0,400}? name="([^"\n]{1,400})"[^\n]{0,400}? type=(\w{1,16}) \}')
 _MATRIX = re.compile(
     rb'(?:fully_connected|corrltn|bmm)=\{ name="[^"\n]*" output=\{(?P<out>[^}\n]*)\} input=\{(?P<in>[^}\n]*)\}'
-    rb'[^\n]*? layers="(?P<layers>[^"]{0,8000})"'
+    rb"[^\n]*? " + LAYERS
 )
 _FUSED = re.compile(
     rb"runtime_fusion=\{ name=__myl_\w*?(?:Fc|Mha|Conv)\w* input_args=\{(?P<in>[^}\n]*)\}"
-    rb' output_args=\{(?P<out>[^}\n]*)\}[^\n]*? layers="(?P<layers>[^"]{0,8000})"'
+    rb" output_args=\{(?P<out>[^}\n]*)\}[^\n]*? " + LAYERS
 )
 _ATTENTION = re.compile(
     rb"function=\{ name=_gemm_mha\w* [^\n]*? input_args=\{(?P<in>[^}\n]*)\}[^\n]*? output_args=\{(?P<out>[^}\n]*)\}"
-    rb'[^\n]*? layers="(?P<layers>[^"]{0,8000})"'
+    rb"[^\n]*? " + LAYERS
 )
-_KERNEL = re.compile(rb'function=\{ name=(\w{1,400}) [^\n]*? layers="([^"]{0,8000})"')
+_KERNEL = re.compile(rb"function=\{ name=(\w{1,400}) [^\n]*? " + LAYERS)
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _NAME = re.compile(rb'"([^"^]+)(?:\^\w+)?"')
 
