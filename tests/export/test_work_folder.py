@@ -15,7 +15,7 @@ from ldm_export.bundle.abandoned import abandoned_work, remove_abandoned
 from ldm_export.bundle.publish import work_folder
 from ldm_export.bundle.stages import Stage, run_stage
 from ldm_export.cli import main
-from ldm_runtime.errors import BuildError
+from ldm_runtime.errors import BuildError, CheckpointError
 from tests.support.snapshot import contents
 
 
@@ -35,6 +35,29 @@ def work(target: Path) -> Path:
 def test_it_is_of_this_user_alone(target: Path) -> None:
     with work_folder(target) as work:
         assert work.stat().st_mode & 0o777 == 0o700 and (work / "lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_finished_stages_stay_after_an_error_of_a_later_one(target: Path) -> None:
+    origins = []
+
+    def write(folder: Path) -> list[str]:
+        (folder / "graph").write_text("traced")
+        return ["graph"]
+
+    def fail(error: Exception, *stages: Stage) -> None:
+        with work_folder(target) as work:
+            origins.extend(run_stage(stage, work, None).origin for stage in stages)
+            raise error
+
+    stage, work = Stage("graph", {}, write), target.with_name(".b.part")
+    with pytest.raises(BuildError, match=r"^no engine; finished stages are kept, run the command again to continue$"):
+        fail(BuildError("no engine"), stage)
+    with pytest.raises(CheckpointError, match=r"^damaged weights$"):
+        fail(CheckpointError("damaged weights"), stage)
+    assert origins == ["made", "resumed"] and not work.exists()
+    with pytest.raises(BuildError, match=r"^no stage$"):
+        fail(BuildError("no stage"))
+    assert not work.exists()
 
 
 def test_one_that_others_may_write_to_is_closed_and_links_in_it_are_removed(target: Path, work: Path) -> None:

@@ -163,6 +163,7 @@ def test_an_engine_for_other_gpus_is_refused_before_it_is_opened(for_other_gpus:
 def test_auto_goes_on_from_engines_for_other_gpus_to_onnxruntime_on_cuda(
     for_other_gpus: Bundle, capability: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("tensorrt_rtx")  # without the package, "auto" does not consider its engines
     caplog.set_level("WARNING")
     with LatentDiffusionPipeline.from_bundle(for_other_gpus) as pipeline:
         choice = pipeline.choice

@@ -33,7 +33,8 @@ def work_path(target: Path) -> Path:
 def work_folder(target: Path) -> Iterator[Path]:
     """Create a hidden folder for the finished stages of a build, in the parent folder of ``target``.
 
-    It stays after a killed or interrupted build, so that the next build can resume. After an error it is removed.
+    It stays after a killed or interrupted build, and after a BuildError if a stage has finished, so that the next build
+    can resume. After other errors it is removed: the checkpoint cannot be used, or the disk is full.
 
     Raises:
         BuildError: Another build of the same target is running, or the folder cannot be written.
@@ -51,6 +52,8 @@ def work_folder(target: Path) -> Iterator[Path]:
             _remove_foreign(work)
             yield work
         except Exception as error:
+            if isinstance(error, BuildError) and next(work.glob("*.stage"), None) is not None:
+                raise BuildError(f"{error}; finished stages are kept, run the command again to continue") from error
             shutil.rmtree(work, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
