@@ -61,7 +61,8 @@ def _write(stream, tensor: onnx.TensorProto, table: NDArray[np.float32]) -> None
         return  # zeros
     fan_in = prod(shape[1:]) if len(shape) == 4 else shape[0] if len(shape) > 1 else 2500
     start, count = int(place.get("offset", 0)) % len(table), prod(shape)
-    repeated = np.tile(table, -(-(start + count) // len(table)))
+    repeats = -(-(start + count) // len(table))
+    repeated = table if repeats == 1 else np.tile(table, repeats)
     values = repeated[start : start + count].reshape(shape) * np.float32(fan_in**-0.5)
     if len(shape) == 1 and ("gamma" in tensor.name or ("norm" in tensor.name and tensor.name.endswith("weight"))):
         values += 1

@@ -108,7 +108,9 @@ def test_shapes_may_alternate_and_are_kept(on_gpu: LatentDiffusionPipeline) -> N
     assert on_gpu.loop is not None
     first, four = image(on_gpu), {"images_per_prompt": 4, "eta": 1.0}
     several = image(on_gpu, **four)
-    assert close(image(on_gpu), first, 60) and close(image(on_gpu, **four), several, 60)
+    again, several_again = image(on_gpu), image(on_gpu, **four)
+    assert close(again, first, 60)
+    assert close(several_again, several, 50)  # 20 steps with the most noise enlarge differences of rounding
     memory = on_gpu.loop.memory()
     assert len(memory) == 2 and all(size > 0 for size in memory.values())
 

@@ -72,7 +72,8 @@ def test_selections_alternate_on_a_gpu(
         images = [image(on_gpu, loras=selection) for selection in selections]
     for ours, selection in zip(images, selections, strict=True):
         assert np.abs(ours - image(pipe, loras=selection)).max() <= 3
-    assert (images[3] == images[1]).all() and (images[4] == images[0]).all()
+    most = 1 if precision == "fp16" else 0  # ONNX Runtime's fused group normalization adds in any order
+    assert max(np.abs(images[3] - images[1]).max(), np.abs(images[4] - images[0]).max()) <= most
 
 
 def test_one_selection_at_a_time(bundle: Bundle, pipe: LatentDiffusionPipeline) -> None:
