@@ -42,19 +42,12 @@ def torch_calls(config: Path, rows: int, limits: Mapping[str, int]) -> tuple[Cal
     sample = torch.randn(shape, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
     context = torch.randn(rows, 77, width, device="cuda", dtype=torch.half)
     timestep = torch.full((rows,), 501, device="cuda")
-    more: dict[str, Any] = {}
-    if unet.config.addition_embed_type == "text_time":  # Stable Diffusion XL: a pooled text, and six sizes
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        more["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(rows, pooled, device="cuda", dtype=torch.half),
-            "time_ids": torch.full((rows, 6), 1024.0, device="cuda", dtype=torch.half),
-        }
     calls: Calls = {}
     left_out: dict[str, str] = {}
 
     def run(module: Callable[..., Any]) -> Any:
         with torch.inference_mode():
-            return module(sample, timestep, encoder_hidden_states=context, return_dict=False, **more)[0]
+            return module(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
 
     def eager() -> None:
         run(unet)
