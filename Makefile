@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 	@echo "To draw more in a browser: $(BIN)/ldm-export serve $(BUNDLE) build/super-resolution build/inpainting"
 
 test: $(VENV)/.dev $(THIN)/.thin $(THIN)-numpy1/.thin $(TRITON)/.triton $(KSERVE)/.types lint browser strace
-	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --max-worker-restart=0 -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
