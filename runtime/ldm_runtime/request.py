@@ -40,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     mask: Any
     strength: float | None
     padding_mask_crop: int | None
+    mask_blur: float | None
     segmentation: Any
     tokens: Any
     layout: Any
@@ -92,6 +93,9 @@ class Request:
         padding_mask_crop: Generate only the part of the image around the mask, extended by this number of pixels on
             each side, at the full size of the result, and paste it into the whole image. None generates the whole
             image.
+        mask_blur: Standard deviation in pixels, from 0 to 64, of the Gaussian blur of the mask, so that with
+            ``padding_mask_crop`` the edge is soft. Pixels that are at least half white are repainted. None does not
+            blur.
         segmentation: A class number for each pixel, as ``conditioning.segmentation.class_array`` takes them; for
             models conditioned on segmentations.
         tokens: Tokens of a layout [T] or of several [N, T]; for models conditioned on layouts.
@@ -138,6 +142,7 @@ class Request:
     mask: Any = None
     strength: float | None = None
     padding_mask_crop: int | None = None
+    mask_blur: float | None = None
     segmentation: Any = None
     tokens: Any = None
     layout: Any = None

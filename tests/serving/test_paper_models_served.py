@@ -52,7 +52,10 @@ def test_stable_diffusion(sd2_bundle: Bundle, tmp_path: Path) -> None:
     cases = (
         ({}, []),
         (starts, started),
-        ({**starts, "mask": Image.fromarray(mask)}, [*started, "--mask", str(files["mask"])]),
+        (
+            {**starts, "mask": Image.fromarray(mask), "mask_blur": 1.5, "padding_mask_crop": 2},
+            [*started, "--mask", str(files["mask"]), "--mask-blur", "1.5", "--padding-mask-crop", "2"],
+        ),
     )
     with LatentDiffusionPipeline.from_bundle(sd2_bundle, backend="onnxruntime", precision="fp32") as pipeline:
         expected = [pipeline(prompt, seed=3, num_inference_steps=4, **fields, **more).images[0] for more, _ in cases]

@@ -96,6 +96,7 @@ def _inputs(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         "MASK": _pixels(args.mask, "L"),
         "STRENGTH": args.strength,
         "PADDING_MASK_CROP": args.padding_mask_crop,
+        "MASK_BLUR": args.mask_blur,
         "SEGMENTATION": _classes(args.segmentation),
         "LAYOUT": _layouts(args.layout),
         "COUNT": args.count,

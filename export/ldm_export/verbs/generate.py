@@ -101,6 +101,7 @@ def _request(args: argparse.Namespace, seed: int) -> Request:
         mask=opened_images(args.mask),
         strength=args.strength,
         padding_mask_crop=args.padding_mask_crop,
+        mask_blur=args.mask_blur,
         segmentation=opened_images(args.segmentation),
         layout=read_layouts(args.layout),
         count=args.count,

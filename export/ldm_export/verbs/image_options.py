@@ -160,6 +160,13 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "paste it into the image (default: generate the whole image)",
     )
     verb.add_argument(
+        "--mask-blur",
+        type=real_number,
+        metavar="PIXELS",
+        help="standard deviation of the Gaussian blur of the mask, 0 to 64; makes the edge soft with "
+        "--padding-mask-crop (default: no blur)",
+    )
+    verb.add_argument(
         "--segmentation",
         type=Path,
         nargs="+",

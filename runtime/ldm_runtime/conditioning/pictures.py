@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from ldm_runtime.conditioning.image import image_array
 from ldm_runtime.images import CHANNELS, pil_image, to_pil
 from ldm_runtime.input_images import rgb_image
 
-__all__ = ["Box", "Pictures", "crop_box", "pasted", "pictures_of", "resized", "sides_of"]
+__all__ = ["MAX_BLUR", "Box", "Pictures", "blurred", "crop_box", "pasted", "pictures_of", "resized", "sides_of"]
 
 F32 = NDArray[np.float32]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
 MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 """Modes of masks that are resized as they are, as diffusers does."""
+MAX_BLUR = 64
+"""Largest standard deviation in pixels with which a mask is blurred."""
 LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -48,6 +50,15 @@ def pictures_of(given: Any) -> Pictures:
     found = Pictures(ImageOps.exif_transpose(one) for one in images) if is_list else Pictures()
     found.from_array = isinstance(given, np.ndarray)
     return found
+
+
+def blurred(masks: Pictures, radius: float) -> Pictures:
+    """Blur masks as ``VaeImageProcessor.blur`` of diffusers does; a radius of 0 changes nothing."""
+    if not radius:
+        return masks
+    result = Pictures(one.convert("L").filter(ImageFilter.GaussianBlur(radius)) for one in masks)
+    result.from_array = masks.from_array
+    return result
 
 
 def sides_of(name: str, given: Any) -> tuple[int, ...]:

@@ -19,7 +19,16 @@ from ldm_runtime.backends import Backend
 from ldm_runtime.conditioning.image import example_image, image_array
 from ldm_runtime.conditioning.image_sizes import check_sides, check_size, latent_sides, report_fitted
 from ldm_runtime.conditioning.masks import binary_mask, check_mask, example_mask
-from ldm_runtime.conditioning.pictures import Box, crop_box, pasted, pictures_of, resized, sides_of
+from ldm_runtime.conditioning.pictures import (
+    MAX_BLUR,
+    Box,
+    blurred,
+    crop_box,
+    pasted,
+    pictures_of,
+    resized,
+    sides_of,
+)
 from ldm_runtime.conditioning.strength import STRENGTHS, default_strengths
 from ldm_runtime.errors import ManifestError, SpecError
 from ldm_runtime.model import ConditioningSpec
@@ -48,7 +57,7 @@ class StartImageConditioner:
     """
 
     kind: ClassVar[str] = "start_image"
-    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength", "padding_mask_crop"})
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "mask", "strength", "padding_mask_crop", "mask_blur"})
 
     def __init__(self, backend: Backend, output: str | None = None, strengths: tuple[float, float] = STRENGTHS):
         self._backend, self._output, self._strengths = backend, output, strengths
@@ -89,15 +98,27 @@ class StartImageConditioner:
         for name in ("mask", "strength"):
             if request.image is None and getattr(request, name) is not None:
                 raise SpecError(f"{name}: got a value without an image; give the image that it applies to, or none")
-        if request.mask is None and request.padding_mask_crop is not None:
-            raise SpecError("padding_mask_crop: got a value without a mask; give an image and a mask, or leave it out")
+        for name in ("padding_mask_crop", "mask_blur"):
+            if request.mask is None and getattr(request, name) is not None:
+                raise SpecError(f"{name}: got a value without a mask; give an image and a mask, or leave it out")
         if request.image is not None and request.latents is not None:
             raise SpecError("latents: got a value beside an image, which decides the latents; leave one of them out")
         return 1
 
     def converted(self, request: Request) -> Request:
-        """Convert image and mask to PIL images, unless they are in another form; the plan keeps the result."""
+        """Convert image and mask to PIL images, unless they are in another form, and blur the mask.
+
+        The plan keeps the result.
+
+        Raises:
+            SpecError: ``mask_blur`` is out of range, or the mask is in a form that is not blurred.
+        """
         image, mask = pictures_of(request.image), pictures_of(request.mask)
+        if request.mask is not None and request.mask_blur is not None:
+            radius = number("mask_blur", request.mask_blur, 0.0, MAX_BLUR)
+            if not mask:
+                raise SpecError("mask_blur: expected masks as PIL images or uint8 arrays; blur other masks beforehand")
+            mask, request = blurred(mask, radius), replace(request, mask_blur=None)
         return replace(request, image=image or request.image, mask=mask or request.mask)
 
     def size(self, request: Request) -> tuple[int, int] | None:
@@ -124,6 +145,7 @@ class StartImageConditioner:
 
     def finish(self, request: Request, images: F32) -> F32:
         """Return decoded images unchanged or, if only the part around the mask was generated, pasted into the image."""
+        request = self.converted(request)
         box = self._box(request, images.shape[2:]) if request.image is not None else None
         if box is None:
             return images

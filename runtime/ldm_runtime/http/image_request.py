@@ -34,6 +34,7 @@ OPTIONS = (
     "scheduler",
     "strength",
     "padding_mask_crop",
+    "mask_blur",
     "labels",
     "segmentation",
     "tokens",

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageFilter, ImageOps
 
+from ldm_runtime.conditioning.pictures import MAX_BLUR
 from ldm_runtime.errors import SpecError
 from ldm_runtime.http.api_error import api_error
 from ldm_runtime.http.webui_request import invalid
@@ -43,7 +44,7 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Field -> values that are accepted besides null, and a description of them."""
 MASK_BLUR = 4.0
 """Default standard deviation in pixels with which masks are blurred, as in the original."""
-MAX_IMAGES, MAX_BLUR, MAX_PADDING = 20, 64, 2**16
+MAX_IMAGES, MAX_PADDING = 20, 2**16
 OPAQUE = 128
 """Opacity above which a pixel of a mask with transparency is repainted."""
 

@@ -23,6 +23,7 @@ NUMBERS: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "num_inference_steps": ("STEPS", int),
     "strength": ("STRENGTH", float),
     "padding_mask_crop": ("PADDING_MASK_CROP", int),
+    "mask_blur": ("MASK_BLUR", float),
     "height": ("HEIGHT", int),
     "width": ("WIDTH", int),
     "images_per_prompt": ("IMAGES_PER_PROMPT", int),

@@ -67,6 +67,7 @@ KIND_FIELDS: Mapping[str, tuple[TensorField, ...]] = {
         TensorField("MASK", "TYPE_UINT8", (-1, -1, -1, 1)),
         TensorField("STRENGTH", "TYPE_FP32"),
         TensorField("PADDING_MASK_CROP", "TYPE_INT32"),
+        TensorField("MASK_BLUR", "TYPE_FP32"),
     ),
     "segmentation": (
         TensorField("SEGMENTATION", "TYPE_INT32", (-1, -1, -1), optional=False),

@@ -133,6 +133,19 @@ def test_a_crop_around_the_mask(
     assert_same(ours(pipelines[channels], 1, **options), expected)
 
 
+@pytest.mark.parametrize("crop", [{}, {"padding_mask_crop": 5}], ids=["whole", "cropped"])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_blurred_mask(
+    pipelines: dict[int, LatentDiffusionPipeline], references: dict[int, Any], channels: int, crop: dict[str, int]
+) -> None:
+    mask = drawing(61, 44, "L")
+    options = {"prompt": PROMPTS[0], "image": drawing(61, 44), "strength": 0.7, **crop}
+    expected = theirs(references[channels], 1, mask_image=VaeImageProcessor.blur(mask, 6), **options)
+    assert_same(ours(pipelines[channels], 1, mask_image=mask, mask_blur=6, **options), expected)
+    sharp = ours(pipelines[channels], 1, mask_image=mask, mask_blur=0, **options)
+    assert np.abs(sharp - expected).max() > 4
+
+
 def test_arrays_are_converted_to_images_once(
     pipelines: dict[int, LatentDiffusionPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +218,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"image": "a.png"}, "image: got 'a.png', expected PIL images"),
     "crop": ({"image": IMAGE, "padding_mask_crop": 3}, "padding_mask_crop: got a value without a mask"),
     "padding": ({"image": IMAGE, "mask": MASK, "padding_mask_crop": -1}, "padding_mask_crop: got -1, expected"),
+    "blur": ({"image": IMAGE, "mask_blur": 3}, "mask_blur: got a value without a mask"),
+    "wide blur": ({"image": IMAGE, "mask": MASK, "mask_blur": 65}, "mask_blur: got 65, expected a number from 0 to 64"),
+    "blur of numbers": (
+        {
+            "image": np.zeros((1, 3, 16, 16), np.float32),
+            "mask": np.eye(16, dtype=np.float32)[None, None],
+            "mask_blur": 3,
+        },
+        "mask_blur: expected masks as PIL images or uint8 arrays; blur",
+    ),
     "empty, cropped": (
         {"image": IMAGE, "mask": Image.new("L", IMAGE.size), "padding_mask_crop": 3},
         "mask: got an emp",
@@ -235,9 +258,10 @@ def test_the_images_api(sd2_bundle: Bundle) -> None:
 
     model = ServedModel.open(sd2_bundle.folder, "sd", ENGINE)
     try:
-        expected = ours(model.pipeline, 3, prompt="a red circle", image=IMAGE, mask_image=MASK, strength=0.8)
+        fields: dict[str, Any] = {"strength": 0.8, "mask_blur": 2.5, "padding_mask_crop": 2}
+        expected = ours(model.pipeline, 3, prompt="a red circle", image=IMAGE, mask_image=MASK, **fields)
         with running({"sd": model}) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
-            options: dict[str, Any] = {"steps": STEPS, "seed": 3, "strength": 0.8}
+            options: dict[str, Any] = {"steps": STEPS, "seed": 3, **fields}
             answer = client.images.edit(
                 image=png(IMAGE), mask=png(MASK), prompt="a red circle", response_format="url", extra_body=options
             )
@@ -255,8 +279,9 @@ def test_the_command_line(sd2_bundle: Bundle, tmp_path: Path) -> None:
     MASK.save(tmp_path / "m.png")
     options = ["--image", str(tmp_path / "a.png"), "--strength", "0.6", "--steps", str(STEPS), "--seed", "1"]
     options += ["--precision", "fp32", "--backend", "onnxruntime", "-o", str(tmp_path / "out.png")]
+    masked = ["--mask", str(tmp_path / "m.png"), "--mask-blur", "2.5", "--padding-mask-crop", "2"]
     with LatentDiffusionPipeline.from_bundle(sd2_bundle, precision="fp32", backend="onnxruntime") as pipe:
-        for more, fields in (([], {}), (["--mask", str(tmp_path / "m.png")], {"mask": MASK})):
+        for more, fields in (([], {}), (masked, {"mask": MASK, "mask_blur": 2.5, "padding_mask_crop": 2})):
             assert main(["generate", str(sd2_bundle.folder), "a photo", *options, *more]) == 0
             expected = ours(pipe, 1, prompt="a photo", image=IMAGE, strength=0.6, **fields)
             assert_same(np.asarray(Image.open(tmp_path / "out.png"), np.int64)[None], expected)
