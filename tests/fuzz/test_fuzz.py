@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,14 @@ def test_outcomes() -> None:
     assert outcome(raising(SystemExit(0))).startswith("SystemExit")
     assert outcome(raising(MemoryError())).startswith("MemoryError")
     assert outcome(raising(SpecError(""))).startswith("SpecError with a message of 0 characters")
-    assert outcome(lambda: time.sleep(5), 0.05).startswith("Hang: 'more than 0.05 s'")
+
+
+def test_an_input_that_hangs() -> None:
+    """In a process of its own, because an alarm has ended test processes that had threads of many other tests."""
+    code = "import time; from tests.fuzz.outcome import outcome; print(outcome(lambda: time.sleep(5), 0.05))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Hang: 'more than 0.05 s'")
 
 
 def test_a_message_of_an_error_is_one_short_line() -> None:
