@@ -60,7 +60,7 @@ def search_scalings(
     single: dict[str, _Single] = {}
     chunk: list[str] = []
     for tensors in tensors_of(graph, list(readers), observed.shapes, feeds, on_progress):
-        if list(tensors) != chunk:  # a session keeps the memory of its largest call
+        if list(tensors) != chunk:  # each session has threads of its own
             single.clear()
             chunk = list(tensors)
         for source, values in tensors.items():
